@@ -1,0 +1,1 @@
+"""Loader plugins for Megatron-LM's tools/checkpoint/convert.py, and for ours."""

@@ -1,0 +1,22 @@
+"""Loader plugin: Megatron-LM checkpoints of the torch format, at any tensor- and pipeline-parallel size."""
+
+from __future__ import annotations
+
+import argparse
+from functools import partial
+from typing import Any
+
+from megatron_converters.options import add_megatron_source_arguments, open_megatron_source
+from megatron_converters.plugins import add_common_arguments, run_loader
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare this loader's options."""
+    group = parser.add_argument_group(title="Megatron core loader")
+    add_megatron_source_arguments(group)
+    add_common_arguments(group)
+
+
+def load_checkpoint(queue: Any, args: argparse.Namespace) -> None:
+    """Send the model in --load-dir over the queue."""
+    run_loader(queue, args, partial(open_megatron_source, args))

@@ -1,0 +1,119 @@
+"""Megatron-LM's loader/saver contract: one process loads, another saves, a queue between them.
+
+Takes the options of stock tools/checkpoint/convert.py and its plugins too. Unlike stock, it notices within seconds when
+either process dies, and its exit code says whether the result is there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import multiprocessing
+import sys
+import types
+from collections.abc import Sequence
+from typing import Any
+
+from .errors import ConversionError, UsageError
+from .plugins import fail
+
+#: Names that stock and Habana's tools give to the same plugins.
+_ALIASES = {"loader": {"mcore": "core", "megatron": "core"}, "saver": {"core": "mcore", "megatron": "mcore"}}
+#: Seconds that a saver has to clean up after the loader failed.
+_GRACE = 5.0
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run a conversion; exits with 0 only if the saver has completed its output."""
+    try:
+        _main(sys.argv[1:] if argv is None else argv)
+    except ConversionError as error:
+        fail("convert", error)
+
+
+def _main(argv: Sequence[str]) -> None:
+    parser = _base_parser()
+    known, _ = parser.parse_known_args([word for word in argv if word not in ("-h", "--help")])
+    loader = load_plugin("loader", known.loader)
+    saver = load_plugin("saver", known.saver)
+    loader.add_arguments(parser)
+    saver.add_arguments(parser)
+    args = parser.parse_args(argv)
+    context = multiprocessing.get_context(args.start_method)
+    queue = context.Queue(maxsize=args.max_queue_size)
+    process = context.Process(target=saver.save_checkpoint, args=(queue, args), name="saver")
+    process.start()
+    try:
+        loader.load_checkpoint(queue, args)
+    except BaseException:
+        _end(process)
+        raise
+    process.join()
+    if process.exitcode != 0:
+        queue.cancel_join_thread()
+        raise ConversionError(f"the saver ended with {_describe(process.exitcode)}; nothing was saved")
+
+
+def _base_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="convert.py",
+        description="Convert a model between Hugging Face and Megatron-LM: a loader reads it, a saver writes it.",
+        epilog="Options of a loader and a saver are shown with --help and --loader NAME --saver NAME.",
+        allow_abbrev=False,
+        conflict_handler="resolve",
+    )
+    parser.add_argument("--model-type", choices=["GPT", "BERT"], default="GPT", help="GPT; BERT is accepted by stock plugins only.")
+    parser.add_argument("--loader", default="llama_mistral", help="llama_mistral, core, or the name of another plugin.")
+    parser.add_argument("--saver", default="mcore", help="mcore, hf, or the name of another plugin.")
+    parser.add_argument("--load-dir", required=True, help="Folder of the model or checkpoint to read.")
+    parser.add_argument("--save-dir", required=True, help="Folder to write to.")
+    parser.add_argument("--max-queue-size", type=int, default=50, help="Messages that may wait between loader and saver.")
+    parser.add_argument(
+        "--no-checking", action="store_false", dest="checking", help="Do not check the names and the contents of messages."
+    )
+    parser.add_argument(
+        "--start-method", choices=multiprocessing.get_all_start_methods(), default=None, help="How to start the saver's process."
+    )
+    return parser
+
+
+def load_plugin(kind: str, name: str) -> types.ModuleType:
+    """The plugin `name`: ours from a checkout or installed, else any `loader_NAME`/`saver_NAME` or module on the path."""
+    name = _ALIASES[kind].get(name, name)
+    candidates = (f"{kind}s.{kind}_{name}", f"{__package__}.{kind}s.{kind}_{name}", f"{kind}_{name}", name)
+    for candidate in candidates:
+        if _exists(candidate):
+            plugin = importlib.import_module(candidate)
+            if not hasattr(plugin, "add_arguments"):
+                raise UsageError(f"module {candidate} is no {kind} plugin: it has no add_arguments")
+            return plugin
+    raise UsageError(f"there is no {kind} {name!r}; ours are {_OURS[kind]}, others must be on PYTHONPATH as {kind}_{name}.py")
+
+
+_OURS = {"loader": "llama_mistral and core", "saver": "mcore and hf"}
+
+
+def _exists(module: str) -> bool:
+    """Whether a module can be found; an error inside it must surface later and not look like its absence."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except (ModuleNotFoundError, ValueError):
+        return False
+
+
+def _end(process: Any) -> None:
+    process.join(_GRACE)
+    if process.is_alive():
+        process.terminate()
+        process.join(_GRACE)
+        process.kill()
+        process.join()
+
+
+def _describe(code: int | None) -> str:
+    return f"signal {-code}" if code is not None and code < 0 else f"exit code {code}"
+
+
+if __name__ == "__main__":
+    main()

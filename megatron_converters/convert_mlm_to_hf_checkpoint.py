@@ -1,0 +1,49 @@
+"""Megatron-LM → Hugging Face in one process: the options of Habana's script of this name, and ours."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from .dtypes import dtype_named
+from .endpoints.base import convert
+from .errors import ConversionError
+from .options import add_hf_target_arguments, add_megatron_source_arguments, open_hf_target, open_megatron_source
+from .plugins import add_common_arguments, fail, say
+from .progress import make_progress
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run a conversion; exits with 0 only if the output is complete."""
+    args = _parser().parse_args(sys.argv[1:] if argv is None else argv)
+    try:
+        dtype = dtype_named(args.target_params_dtype) if args.target_params_dtype else None
+        source = open_megatron_source(args)
+        say(args, f"loading {source.origin.described} ({source.spec.family}, tp={source.parallel.tp}, pp={source.parallel.pp})")
+        for line in convert(source, open_hf_target(args), dtype, make_progress(args.quiet)):
+            say(args, line)
+    except ConversionError as error:
+        fail("convert_mlm_to_hf_checkpoint", error)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="convert_mlm_to_hf_checkpoint.py",
+        description="Convert a Megatron-LM checkpoint of any tensor- and pipeline-parallel size to Hugging Face format.",
+        allow_abbrev=False,
+        conflict_handler="resolve",
+    )
+    parser.add_argument("--load-path", dest="load_dir", required=True, help="Folder that holds iter_* or the mp_rank_* folders.")
+    parser.add_argument("--save-path", dest="save_dir", required=True, help="Folder to write to.")
+    parser.add_argument(
+        "--target-params-dtype", choices=["fp16", "bf16", "fp32"], default=None, help="Type to write; the checkpoint's by default."
+    )
+    add_megatron_source_arguments(parser)
+    add_hf_target_arguments(parser)
+    add_common_arguments(parser)
+    return parser
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""Element types under one name each, without importing torch.
+
+The bytes of a tensor are carried through numpy as unsigned integers of the same width, since numpy has no bfloat16;
+torch is imported only when values change type (`cast`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .errors import ConversionError
+from .handover import receives_ours
+from .sealed import Sealed
+
+
+@dataclass(frozen=True)
+class DType(Sealed):
+    """An element type: torch's name, bytes per element, safetensors' code, and torch's typed-storage class.
+
+    `storage` is None for types that `torch.save` writes through `UntypedStorage` with `_rebuild_tensor_v3`.
+    """
+
+    name: str
+    itemsize: int
+    safetensors: str
+    storage: str | None
+
+    def __str__(self) -> str:
+        return self.name
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _received, (self.name,)
+
+    def __deepcopy__(self, _: Any) -> DType:
+        return self
+
+    @cached_property
+    def carrier(self) -> np.dtype[Any]:
+        """The numpy type that carries this type's bytes: unsigned, same width."""
+        return np.dtype(f"u{self.itemsize}")
+
+    @property
+    def torch(self) -> Any:
+        """The torch dtype (imports torch)."""
+        import torch
+
+        return getattr(torch, self.name)
+
+
+_ALL = (
+    DType("float64", 8, "F64", "DoubleStorage"),
+    DType("float32", 4, "F32", "FloatStorage"),
+    DType("float16", 2, "F16", "HalfStorage"),
+    DType("bfloat16", 2, "BF16", "BFloat16Storage"),
+    DType("int64", 8, "I64", "LongStorage"),
+    DType("int32", 4, "I32", "IntStorage"),
+    DType("int16", 2, "I16", "ShortStorage"),
+    DType("int8", 1, "I8", "CharStorage"),
+    DType("uint8", 1, "U8", "ByteStorage"),
+    DType("bool", 1, "BOOL", "BoolStorage"),
+    DType("float8_e4m3fn", 1, "F8_E4M3", None),
+    DType("float8_e5m2", 1, "F8_E5M2", None),
+)
+BY_NAME = {dtype.name: dtype for dtype in _ALL}
+BY_SAFETENSORS = {dtype.safetensors: dtype for dtype in _ALL}
+BY_STORAGE = {dtype.storage: dtype for dtype in _ALL if dtype.storage}
+_SHORT = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "half": "float16", "float": "float32"}
+
+
+def dtype_named(name: str) -> DType:
+    """The type called `name`: torch's name with or without `torch.`, or bf16/fp16/fp32."""
+    plain = name.removeprefix("torch.")
+    try:
+        return BY_NAME[_SHORT.get(plain, plain)]
+    except KeyError:
+        raise ConversionError(f"unknown dtype {name!r}; known: {', '.join(BY_NAME)}") from None
+
+
+def _received(name: str) -> Any:
+    """What another process unpickles: this module's type, or torch's for a process that is not ours."""
+    return BY_NAME[name] if receives_ours() else BY_NAME[name].torch
+
+
+def cast(source: npt.NDArray[Any], source_dtype: DType, target: npt.NDArray[Any], target_dtype: DType) -> None:
+    """Write the values of `source` (carrier array, any strides) into `target`, rounding to nearest even as torch does."""
+    import torch
+
+    def view(array: npt.NDArray[Any], dtype: DType) -> Any:
+        signed = array.view(f"i{dtype.itemsize}")  # torch has no uint16/uint32 arithmetic, but views of int16 are free
+        return torch.from_numpy(signed).view(dtype.torch)
+
+    # A copy, since torch warns of arrays that it cannot write to, as mapped sources are; chunks are small.
+    view(target, target_dtype).copy_(view(np.array(source, order="C"), source_dtype))

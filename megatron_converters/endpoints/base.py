@@ -1,0 +1,120 @@
+"""What every endpoint offers, and the loop that joins two of them."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from ..dtypes import DType
+from ..execute import Executor
+from ..parallel import Parallel
+from ..plan import Piece, Sources
+from ..slots import Ref, refs
+from ..spec import ModelSpec
+
+
+@dataclass
+class Origin:
+    """What travels beside the weights: configuration, tokenizer and training arguments of the source, where it has them."""
+
+    described: str
+    hf_config: dict[str, Any] | None = None
+    generation_config: dict[str, Any] | None = None
+    tokenizer: str | None = None
+    margs: argparse.Namespace | None = None
+    iteration: int | None = None
+    parallel: Parallel | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+class Source(Protocol):
+    """A model to read."""
+
+    spec: ModelSpec
+    origin: Origin
+
+    def dtype_of(self, ref: Ref) -> DType:
+        """The dtype in which the source holds a tensor."""
+        ...
+
+    def read(self, ref: Ref) -> Sources:
+        """Where the tensor's elements lie."""
+        ...
+
+    def close(self) -> None:
+        """Called after the last read; raises if anything was left unread."""
+        ...
+
+
+class Target(Protocol):
+    """A model to write. After `prepare`, each ref is written once; then `commit`, or `abort` after any failure."""
+
+    def prepare(self, spec: ModelSpec, origin: Origin, dtype_of: Callable[[Ref], DType]) -> int:
+        """Check that the model can be written and lay out the files; returns the bytes to be filled."""
+        ...
+
+    def write(self, ref: Ref, sources: Sources, executor: Executor) -> None:
+        """Write one tensor of the model."""
+        ...
+
+    def commit(self) -> list[str]:
+        """Make the result complete and visible, as the last step; returns what to tell the user."""
+        ...
+
+    def abort(self) -> None:
+        """Remove what was written, so that nothing looks complete."""
+        ...
+
+
+class Progress(Protocol):
+    """Told of bytes as they are written, from several threads."""
+
+    def start(self, total: int) -> None: ...
+    def __call__(self, count: int) -> None: ...
+    def stop(self) -> None: ...
+
+
+def wanted_dtype(source: Callable[[Ref], DType], override: DType | None) -> Callable[[Ref], DType]:
+    """The dtype to write: the source's, unless `override` asks for another; integers are never changed."""
+
+    def dtype_of(ref: Ref) -> DType:
+        stored = source(ref)
+        return override if override is not None and stored.name.startswith(("float", "bfloat")) else stored
+
+    return dtype_of
+
+
+def convert(source: Source, target: Target, override: DType | None, progress: Progress) -> list[str]:
+    """Write every tensor of `source` to `target`; all or nothing. Returns what to tell the user."""
+    executor: Executor | None = None
+    try:
+        spec = source.spec
+        total = target.prepare(spec, source.origin, wanted_dtype(source.dtype_of, override))
+        progress.start(total)
+        executor = Executor(progress)
+        for ref in refs(spec):
+            sources = source.read(ref)
+            executor.planner.check_cover(ref, spec, sources)
+            for replica in sources.replicas:
+                executor.compare(replica, sources.pieces, str(ref))
+            target.write(ref, sources, executor)
+        executor.finish()
+        source.close()
+        return target.commit()
+    except BaseException:
+        if executor is not None:
+            executor.cancel()
+        target.abort()
+        raise
+    finally:
+        progress.stop()
+
+
+def first_dtype(pieces: tuple[Piece, ...]) -> DType:
+    """The dtype of a slot held as these pieces (their agreement is checked when they are planned)."""
+    return pieces[0].data.dtype
+
+
+

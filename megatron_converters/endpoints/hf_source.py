@@ -1,0 +1,161 @@
+"""Read a Hugging Face folder: config.json and safetensors or `pytorch_model*.bin`, mapped."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..dtypes import DType
+from ..errors import ConversionError, raise_all
+from ..families import FAMILIES
+from ..families.base import Family
+from ..hf_config import read_json, spec_of_config
+from ..layouts import row_maps
+from ..plan import Piece, Sources
+from ..slots import SLOTS, Ref, refs
+from ..spec import ModelSpec
+from ..storage import safetensors, torch_zip
+from ..storage.tensor import StoredTensor
+from .base import Origin, first_dtype
+
+#: Index files and single files, in the order of preference of `from_pretrained`.
+_SINGLE = ("model.safetensors", "pytorch_model.bin")
+_SHOWN_NAMES = 40
+
+
+class HFSource:
+    """A Hugging Face folder whose every tensor is known, named and shaped as its config.json says."""
+
+    def __init__(self, folder: Path, *, ignored_config: Sequence[str] = (), untie: bool = False) -> None:
+        config = read_json(folder / "config.json")
+        tensors = read_tensors(folder)
+        spec = spec_of_config(config, ignored_config)
+        if untie:
+            spec = dataclasses.replace(spec, tied=False)
+        family = FAMILIES[spec.family]
+        self._pieces = _match(folder, spec, family, tensors)
+        self._replicas = _tied_copy(spec, family, tensors)
+        self.spec = dataclasses.replace(spec, dtype=first_dtype(self._pieces[Ref(SLOTS["word_embeddings"])]))
+        generation = folder / "generation_config.json"
+        self.origin = Origin(
+            described=str(folder),
+            hf_config=config,
+            generation_config=read_json(generation) if generation.exists() else None,
+            tokenizer=str(folder) if _has_tokenizer(folder) else None,
+        )
+
+    def dtype_of(self, ref: Ref) -> DType:
+        """The dtype in the files."""
+        return first_dtype(self._pieces[ref])
+
+    def read(self, ref: Ref) -> Sources:
+        """The parts of a slot; a tied model's stored lm_head must equal its embeddings."""
+        return Sources(self._pieces[ref], self._replicas if ref.slot.name == "word_embeddings" else ())
+
+    def close(self) -> None:
+        """Nothing is left: every tensor was matched when the folder was opened."""
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json"))
+
+
+def read_tensors(folder: Path) -> dict[str, StoredTensor]:
+    """Every tensor of the folder by name, from an index or a single file, safetensors preferred."""
+    for single in _SINGLE:
+        index = folder / f"{single}.index.json"
+        if index.exists():
+            return _read_sharded(folder, index)
+        if (folder / single).exists():
+            return _read_file(folder / single)
+    shards = sorted(path.name for path in folder.glob("*.safetensors"))
+    hint = f"; it has {', '.join(shards)}, but the index of these shards is missing" if shards else ""
+    raise ConversionError(f"{folder} has none of {', '.join(_SINGLE)} nor an index of shards{hint}")
+
+
+def _read_sharded(folder: Path, index: Path) -> dict[str, StoredTensor]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise ConversionError(f"{index} has no weight_map of tensor names to file names")
+    tensors: dict[str, StoredTensor] = {}
+    problems = []
+    for name in sorted(set(weight_map.values())):
+        path = folder / name
+        if Path(name).name != name or not path.is_file():
+            problems.append(f"{path} is named by {index.name}, but is not there; copy it again")
+            continue
+        found = _read_file(path)
+        promised = {tensor for tensor, file in weight_map.items() if file == name}
+        problems += [f"{tensor} should be in {name} by {index.name}, but is not" for tensor in sorted(promised - found.keys())]
+        problems += [f"{tensor} is in {name}, but not in {index.name}" for tensor in sorted(found.keys() - promised)]
+        tensors.update(found)
+    raise_all(f"{folder}: the shards and their index disagree", problems)
+    return tensors
+
+
+def _read_file(path: Path) -> dict[str, StoredTensor]:
+    if path.suffix == ".safetensors":
+        return safetensors.read(path).tensors
+    state: Any = torch_zip.read(path)
+    if not isinstance(state, Mapping):
+        raise ConversionError(f"{path} holds a {type(state).__name__}, not a dictionary of tensors")
+    others = [str(name) for name, value in state.items() if not isinstance(value, StoredTensor)]
+    if others:
+        raise ConversionError(f"{path} holds entries that are no tensors: {', '.join(others[:_SHOWN_NAMES])}")
+    return dict(state)
+
+
+def part_names(family: Family, ref: Ref) -> tuple[str, ...]:
+    """The Hugging Face names of a slot's parts."""
+    try:
+        entry = family.tensors[ref.slot.name]
+    except KeyError:
+        raise ConversionError(f"the {family.name} family has no name for {ref}") from None
+    return tuple(name.format(layer=ref.layer) for name in entry.names)
+
+
+def part_shapes(family: Family, ref: Ref, spec: ModelSpec) -> list[tuple[int, ...]]:
+    """The shapes of a slot's parts."""
+    maps = row_maps(family.tensors[ref.slot.name].layout, ref.slot, spec)
+    return [(rows.size, *ref.slot.shape(spec)[1:]) for rows in maps]
+
+
+def _match(
+    folder: Path, spec: ModelSpec, family: Family, tensors: Mapping[str, StoredTensor]
+) -> dict[Ref, tuple[Piece, ...]]:
+    """Pieces of every ref; every tensor must be used, present and of the right shape, or all faults are listed."""
+    problems: list[str] = []
+    pieces: dict[Ref, tuple[Piece, ...]] = {}
+    unused = {name for name in tensors if not name.endswith(family.ignored_suffixes)}
+    if spec.tied:
+        unused -= set(part_names(family, Ref(SLOTS["output_layer"])))
+    for ref in refs(spec):
+        maps = row_maps(family.tensors[ref.slot.name].layout, ref.slot, spec)
+        parts = []
+        for name, rows, shape in zip(part_names(family, ref), maps, part_shapes(family, ref, spec), strict=True):
+            unused.discard(name)
+            data = tensors.get(name)
+            if data is None:
+                problems.append(f"{name} ({ref}) is missing")
+            elif data.shape != shape:
+                problems.append(f"{name} ({ref}) has shape {list(data.shape)}; config.json means {list(shape)}")
+            else:
+                parts.append(Piece(data, rows, 0, f"{Path(data.path).name}: {name}"))
+        pieces[ref] = tuple(parts)
+    problems += [f"{name} is no tensor of the {family.name} family with this config.json" for name in sorted(unused)]
+    raise_all(f"{folder}: the tensors are not those of the model that config.json describes", problems)
+    return pieces
+
+
+def _tied_copy(spec: ModelSpec, family: Family, tensors: Mapping[str, StoredTensor]) -> tuple[Piece, ...]:
+    (name,) = part_names(family, Ref(SLOTS["output_layer"]))
+    data = tensors.get(name)
+    if not spec.tied or data is None:
+        return ()
+    slot = SLOTS["word_embeddings"]
+    if data.shape != slot.shape(spec):
+        raise ConversionError(f"{name} has shape {list(data.shape)}, but config.json ties it to {list(slot.shape(spec))}")
+    (rows,) = row_maps(family.tensors[slot.name].layout, slot, spec)
+    return (Piece(data, rows, 0, f"{Path(data.path).name}: {name} (tied; pass --untie to keep it apart)"),)

@@ -1,0 +1,186 @@
+"""Write a Hugging Face folder: sharded safetensors with index, config.json, generation config, tokenizer, training arguments."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..dtypes import DType
+from ..errors import ConversionError
+from ..execute import Executor, Target
+from ..families import FAMILIES
+from ..hf_config import config_for
+from ..layouts import row_maps
+from ..margs_json import margs_to_json
+from ..plan import Sources
+from ..slots import SLOTS, Ref, refs
+from ..spec import ModelSpec
+from ..staging import check_space, make_staging, staging_path, sync_folder
+from ..storage import safetensors
+from ..storage.output import Layout, OutputFile
+from ..tokenizer import generation_config, write_tokenizer
+from .base import Origin
+from .hf_source import part_names, part_shapes
+
+_NAME = "hf"
+_INDEX = "model.safetensors.index.json"
+#: Written last: a folder without them is not a model to anyone.
+_LAST = (_INDEX, "config.json")
+
+
+@dataclass(frozen=True)
+class HFOptions:
+    """How to write the folder. `max_shard_size` in bytes; `tokenizer` is a path that the user gave."""
+
+    max_shard_size: int = 5 * 10**9
+    overwrite: bool = False
+    tokenizer: str | None = None
+    instruct: bool = False
+    source_model_type: str | None = None
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One tensor of the folder."""
+
+    name: str
+    dtype: DType
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        size = self.dtype.itemsize
+        for length in self.shape:
+            size *= length
+        return size
+
+
+def split_shards(parts: list[_Part], limit: int) -> dict[str, list[_Part]]:
+    """Files by name, in order: each takes tensors until the next would exceed `limit` bytes, as huggingface_hub does."""
+    shards: list[list[_Part]] = [[]]
+    size = 0
+    for part in parts:
+        if shards[-1] and size + part.nbytes > limit:
+            shards.append([])
+            size = 0
+        shards[-1].append(part)
+        size += part.nbytes
+    if len(shards) == 1:
+        return {"model.safetensors": shards[0]}
+    return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards, 1)}
+
+
+class HFTarget:
+    """A Hugging Face folder that appears in `save_dir` when it is complete."""
+
+    def __init__(self, save_dir: Path, options: HFOptions) -> None:
+        self._dir = save_dir
+        self._options = options
+        self._files: dict[str, OutputFile] = {}
+        self._file_of: dict[str, str] = {}
+        self._dtypes: dict[str, DType] = {}
+
+    def prepare(self, spec: ModelSpec, origin: Origin, dtype_of: Callable[[Ref], DType]) -> int:
+        """Lay out the shards in a hidden folder beside their final place."""
+        self._refuse_existing()
+        self._spec = dataclasses.replace(spec, dtype=dtype_of(Ref(SLOTS["word_embeddings"])))
+        self._origin = origin
+        self._config, self._changed = config_for(self._spec, origin.hf_config)
+        family = FAMILIES[spec.family]
+        parts = [
+            _Part(name, dtype_of(ref), shape)
+            for ref in refs(spec)
+            for name, shape in zip(part_names(family, ref), part_shapes(family, ref, spec), strict=True)
+        ]
+        shards = split_shards(parts, self._options.max_shard_size)
+        layouts = {file: _layout(shard) for file, shard in shards.items()}
+        check_space(self._dir, sum(layout.nbytes for layout in layouts.values()))
+        self._staging = make_staging(self._dir, _NAME)
+        for file, layout in layouts.items():
+            self._files[file] = layout.create(self._staging / file)
+            self._file_of.update(dict.fromkeys(layout.regions, file))
+        self._dtypes = {part.name: part.dtype for part in parts}
+        self._total = sum(part.nbytes for part in parts)
+        return self._total
+
+    def write(self, ref: Ref, sources: Sources, executor: Executor) -> None:
+        """Fill the tensors of one slot."""
+        family = FAMILIES[self._spec.family]
+        maps = row_maps(family.tensors[ref.slot.name].layout, ref.slot, self._spec)
+        shapes = part_shapes(family, ref, self._spec)
+        for name, rows, shape in zip(part_names(family, ref), maps, shapes, strict=True):
+            file = self._files[self._file_of[name]]
+            executor.fill(Target(file, name, self._dtypes[name], shape, rows, 0), sources.pieces)
+
+    def commit(self) -> list[str]:
+        """Complete the files and move them into place, index and config last."""
+        for file in self._files.values():
+            file.close()
+        notes = self._write_assets()
+        if len(self._files) > 1:
+            index = {"metadata": {"total_size": self._total}, "weight_map": dict(sorted(self._file_of.items()))}
+            _write_json(self._staging / _INDEX, index)
+        self._remove_old()
+        names = sorted(os.listdir(self._staging), key=lambda name: (name in _LAST, name))
+        for name in names:
+            _replace(self._staging / name, self._dir / name)
+        self._staging.rmdir()
+        sync_folder(self._dir)
+        return [f"wrote {len(self._file_of)} tensors ({self._total / 1e9:.3f} GB) in {len(self._files)} file(s) to {self._dir}", *notes]
+
+    def abort(self) -> None:
+        """Remove the hidden folder."""
+        for file in self._files.values():
+            file.discard()
+        shutil.rmtree(staging_path(self._dir, _NAME), ignore_errors=True)
+
+    def _refuse_existing(self) -> None:
+        found = [name for name in ("config.json", _INDEX, "model.safetensors") if (self._dir / name).exists()]
+        if found and not self._options.overwrite:
+            raise ConversionError(f"{self._dir} already holds a model ({', '.join(found)}); save elsewhere or pass --overwrite")
+
+    def _remove_old(self) -> None:
+        """Take away an older model's files, what names the others first, so that no mixture is ever complete."""
+        for pattern in (*_LAST, "*.index.json", "model*.safetensors", "pytorch_model*.bin"):
+            for path in self._dir.glob(pattern):
+                path.unlink()
+
+    def _write_assets(self) -> list[str]:
+        origin, options = self._origin, self._options
+        notes = [*origin.notes]
+        notes += [f"config.json differs from the reference in {change}" for change in self._changed]
+        _write_json(self._staging / "config.json", self._config)
+        generation = generation_config(options.source_model_type) if options.instruct else origin.generation_config
+        if generation is not None:
+            _write_json(self._staging / "generation_config.json", generation)
+        if origin.margs is not None:
+            _write_json(self._staging / "source_megatron_args.json", margs_to_json(origin.margs))
+        notes += write_tokenizer(
+            options.tokenizer or origin.tokenizer,
+            self._staging,
+            vocab_size=self._spec.vocab_size,
+            source_model_type=options.source_model_type,
+            instruct=options.instruct,
+            explicit=options.tokenizer is not None,
+        )
+        return notes
+
+
+def _layout(shard: list[_Part]) -> Layout:
+    return safetensors.layout({part.name: (part.dtype, part.shape) for part in shard}, {"format": "pt"})
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _replace(source: Path, target: Path) -> None:
+    if target.is_dir():
+        shutil.rmtree(target)
+    os.replace(source, target)

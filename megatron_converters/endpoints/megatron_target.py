@@ -1,0 +1,256 @@
+"""Write a Megatron-LM checkpoint of the `torch` format: one `mp_rank_*/model_optim_rng.pt` a rank, filled in place.
+
+Format: Megatron-LM core_v0.17.1, training/checkpointing.py, and the files that it writes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import shutil
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..dtypes import DType
+from ..errors import ConversionError, raise_all
+from ..execute import Executor, Target
+from ..layouts import RowMap
+from ..margs_json import inheritable
+from ..megatron_args import (
+    RUN_DEFAULTS,
+    flag_warnings,
+    flags,
+    inexpressible,
+    layout_args,
+    model_args,
+    plain_args,
+)
+from ..megatron_names import DIALECTS, EXTRA_STATE, EXTRA_STATE_SUFFIX, QK_NORM_EXTRA_STATE
+from ..parallel import Cut, Parallel, PipelineSplit, cut, padded_vocab, parallel_for
+from ..plan import Sources
+from ..slots import SLOTS, Ref, Scope, refs
+from ..spec import ModelSpec
+from ..staging import check_space, make_staging, staging_path, sync_folder, write_text
+from ..storage import torch_zip
+from ..storage.output import OutputFile
+from .base import Origin
+
+TRACKER = "latest_checkpointed_iteration.txt"
+FILE = "model_optim_rng.pt"
+FLAGS_FILE = "pretrain_gpt_flags.txt"
+_DEFAULT_DIVISOR = 128
+_CHECKPOINT_VERSION = 3.0
+_DEFAULT_SEQ_LENGTH = 4096
+_EMBEDDINGS, _OUTPUT = "word_embeddings", "output_layer"
+
+
+@dataclass(frozen=True)
+class MegatronOptions:
+    """How to cut and name the checkpoint. Sizes left None are the source's, or 1."""
+
+    tp: int | None = None
+    pp: int | None = None
+    split: PipelineSplit = PipelineSplit()
+    impl: str = "transformer_engine"
+    divisor: int | None = None
+    release: bool = False
+    overwrite: bool = False
+    allow_inexpressible: bool = False
+    tokenizer: str | None = None
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A slot, or a tied copy of it, on one rank."""
+
+    ref: Ref
+    key: str
+    cut: Cut
+
+
+class MegatronTarget:
+    """A checkpoint directory that appears in `save_dir` when it is complete, the tracker file last."""
+
+    def __init__(self, save_dir: Path, options: MegatronOptions) -> None:
+        self._dir = save_dir
+        self._options = options
+        self._files: dict[tuple[int, int], OutputFile] = {}
+        self._written = 0
+
+    def prepare(self, spec: ModelSpec, origin: Origin, dtype_of: Callable[[Ref], DType]) -> int:
+        """Check what Megatron-LM can express and how the model can be cut; lay out every rank's file."""
+        self._warnings = self._check_expressible(spec)
+        self._spec = dataclasses.replace(spec, dtype=dtype_of(Ref(SLOTS[_EMBEDDINGS])))
+        self._origin = origin
+        self._dtype_of = dtype_of
+        self._iteration = 1 if origin.iteration is None else origin.iteration
+        self._name = "release" if self._options.release else f"iter_{self._iteration:07d}"
+        self._refuse_existing()
+        self._parallel = self._choose_parallel()
+        self._divisor = self._choose_divisor()
+        self._padded = padded_vocab(spec.vocab_size, self._divisor, self._parallel.tp)
+        self._args = self._make_args()
+        ranks = [(tp, pp) for pp in range(self._parallel.pp) for tp in range(self._parallel.tp)]
+        layouts = {rank: torch_zip.layout(FILE, self._tree(*rank)) for rank in ranks}
+        check_space(self._dir, sum(layout.nbytes for layout in layouts.values()))
+        self._staging = make_staging(self._dir, self._name)
+        for rank, layout in layouts.items():
+            folder = self._staging / self._parallel.directory(*rank)
+            folder.mkdir()
+            self._files[rank] = layout.create(folder / FILE)
+        return sum(nbytes for layout in layouts.values() for _, nbytes in layout.regions.values())
+
+    def write(self, ref: Ref, sources: Sources, executor: Executor) -> None:
+        """Fill the slot's share on every rank that holds it."""
+        for pp, key in self._homes(ref):
+            for tp in range(self._parallel.tp):
+                share = self._cut(ref, tp)
+                rows = _resolve_padding(share, self._spec.vocab_size)
+                target = Target(self._files[tp, pp], key, self._dtype_of(ref), share.shape, rows, share.col)
+                executor.fill(target, sources.pieces)
+                self._written += 1
+
+    def commit(self) -> list[str]:
+        """Complete every file, show the directory under its name, then point the tracker at it."""
+        for file in self._files.values():
+            file.close()
+        text = self._flags_text()
+        (self._staging / FLAGS_FILE).write_text(text, encoding="utf-8")
+        final = self._dir / self._name
+        if final.exists():
+            shutil.rmtree(final)
+        os.replace(self._staging, final)
+        sync_folder(self._dir)
+        write_text(self._dir / TRACKER, "release" if self._options.release else str(self._iteration))
+        return [self._summary(), *self._origin.notes, *self._warnings, f"pretrain_gpt.py needs:\n{text}".rstrip()]
+
+    def abort(self) -> None:
+        """Remove the hidden directory."""
+        for file in self._files.values():
+            file.discard()
+        if hasattr(self, "_name"):
+            shutil.rmtree(staging_path(self._dir, self._name), ignore_errors=True)
+
+    def _check_expressible(self, spec: ModelSpec) -> list[str]:
+        reasons = inexpressible(spec)
+        if not self._options.allow_inexpressible:
+            raise_all(
+                "Megatron-LM cannot express this model (pass --allow-inexpressible to convert the weights all the same):",
+                reasons,
+            )
+        return [f"warning: Megatron-LM will not compute {reason}" for reason in reasons] + flag_warnings(spec)
+
+    def _refuse_existing(self) -> None:
+        if self._options.overwrite:
+            return
+        if (self._dir / self._name).exists():
+            raise ConversionError(f"{self._dir / self._name} already exists; save elsewhere or pass --overwrite")
+        if (self._dir / TRACKER).exists():
+            current = (self._dir / TRACKER).read_text(encoding="utf-8", errors="replace").strip()
+            raise ConversionError(
+                f"{self._dir / TRACKER} points at {current!r}, and saving {self._name} there would redirect it; "
+                "save elsewhere or pass --overwrite"
+            )
+
+    def _choose_parallel(self) -> Parallel:
+        source = self._origin.parallel
+        tp = self._options.tp or (source.tp if source else 1)
+        pp = self._options.pp or (source.pp if source else 1)
+        keeps_stages = source is not None and pp == source.pp and self._options.split == PipelineSplit()
+        split = source.split if source is not None and keeps_stages else self._options.split
+        return parallel_for(self._spec, tp, pp, split)
+
+    def _choose_divisor(self) -> int:
+        inherited = getattr(self._origin.margs, "make_vocab_size_divisible_by", None)
+        return self._options.divisor or inherited or _DEFAULT_DIVISOR
+
+    def _make_args(self) -> dict[str, Any]:
+        inherited = plain_args(inheritable(self._origin.margs))
+        seq_length = inherited.get("seq_length") or min(_DEFAULT_SEQ_LENGTH, self._spec.max_position_embeddings)
+        tokenizer = self._options.tokenizer or self._origin.tokenizer or inherited.get("tokenizer_model")
+        args = {
+            **RUN_DEFAULTS,
+            **inherited,
+            **model_args(self._spec),
+            **layout_args(self._parallel, self._padded, self._divisor, self._options.impl),
+            "seq_length": seq_length,
+            "encoder_seq_length": seq_length,
+            "tokenizer_model": tokenizer,
+            "iteration": self._iteration,
+        }
+        if self._origin.hf_config is not None:
+            args["hf_config"] = self._origin.hf_config
+        return args
+
+    def _tree(self, tp: int, pp: int) -> dict[str, Any]:
+        model: OrderedDict[str, Any] = OrderedDict()
+        for place in self._places(tp, pp):
+            model[place.key] = torch_zip.NewTensor(place.key, self._dtype_of(place.ref), place.cut.shape)
+        model.update(dict.fromkeys(self._extra_state(pp)))
+        return {
+            "args": argparse.Namespace(**self._args),
+            "checkpoint_version": _CHECKPOINT_VERSION,
+            "iteration": self._iteration,
+            "model": model,
+            "num_floating_point_operations_so_far": 0,
+        }
+
+    def _places(self, tp: int, pp: int) -> Iterator[_Place]:
+        for ref in refs(self._spec):
+            for stage, key in self._homes(ref):
+                if stage == pp:
+                    yield _Place(ref, key, self._cut(ref, tp))
+
+    def _homes(self, ref: Ref) -> Iterator[tuple[int, str]]:
+        """The pipeline stages that hold a slot and its key there; tied embeddings also end the last stage."""
+        names = DIALECTS[self._options.impl]
+        last = self._parallel.pp - 1
+        if ref.layer is not None:
+            stage, local = self._parallel.place(ref.layer)
+            yield stage, names[ref.slot.name].format(layer=local)
+        elif ref.slot.scope is Scope.FIRST:
+            yield 0, names[ref.slot.name]
+            if ref.slot.name == _EMBEDDINGS and self._spec.tied and last > 0:
+                yield last, names[_OUTPUT]
+        else:
+            yield last, names[ref.slot.name]
+
+    def _cut(self, ref: Ref, tp: int) -> Cut:
+        return cut(ref.slot, self._spec, self._parallel.tp, tp, self._padded)
+
+    def _extra_state(self, pp: int) -> Iterator[str]:
+        of_layer, of_last = EXTRA_STATE[self._options.impl]
+        if self._spec.qk_norm:
+            of_layer += QK_NORM_EXTRA_STATE[self._options.impl]
+        for layer in range(self._parallel.stages[pp]):
+            yield from (f"{module.format(layer=layer)}.{EXTRA_STATE_SUFFIX}" for module in of_layer)
+        if pp == self._parallel.pp - 1:
+            yield from (f"{module}.{EXTRA_STATE_SUFFIX}" for module in of_last)
+
+    def _summary(self) -> str:
+        padding = (self._padded - self._spec.vocab_size) * (2 if not self._spec.tied or self._parallel.pp > 1 else 1)
+        return (
+            f"wrote {self._written} tensors once each on {len(self._files)} rank(s) "
+            f"(tp={self._parallel.tp}, pp={self._parallel.pp}, layers {'+'.join(map(str, self._parallel.stages))}) "
+            f"to {self._dir / self._name}; {padding} rows of vocabulary padding repeat the last row"
+        )
+
+    def _flags_text(self) -> str:
+        return " \\\n  ".join([f"--load {self._dir}", *flags(self._spec, self._args)]) + "\n"
+
+
+def _resolve_padding(share: Cut, vocab: int) -> RowMap:
+    return _padded_rows(share, vocab) if share.padding else share.rows
+
+
+@lru_cache(maxsize=64)
+def _padded_rows(share: Cut, vocab: int) -> RowMap:
+    """Padding repeats the last row of the vocabulary, as Megatron-LM's own converters do."""
+    return np.where(share.rows < 0, vocab - 1, share.rows)

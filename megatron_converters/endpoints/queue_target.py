@@ -1,0 +1,116 @@
+"""The loader's end of the queue: a model as Megatron-LM's messages, tensors as handles."""
+
+from __future__ import annotations
+
+import argparse
+import types
+from collections.abc import Callable
+from typing import Any
+
+from .. import __version__
+from ..channel import send
+from ..dtypes import DType
+from ..errors import ConversionError
+from ..execute import Executor
+from ..layouts import row_maps
+from ..margs_json import inheritable
+from ..megatron_args import RUN_DEFAULTS, model_args, plain_args
+from ..plan import Sources
+from ..slots import SLOTS, Ref, refs
+from ..spec import ModelSpec
+from .base import Origin
+from .handles import TensorHandle, part_of
+from .queue_names import DONE, ENTRIES, message_name
+
+#: Where a stock saver expects sizes that no model decides.
+_SEQ_LENGTH = 4096
+
+
+class QueueTarget:
+    """Sends metadata, then each message once all its tensors are there, then "done"."""
+
+    def __init__(self, queue: Any, *, model_type: str, divisor: int | None, true_vocab_size: int | None = None) -> None:
+        self._queue = queue
+        self._model_type = model_type
+        self._divisor = divisor
+        self._true_vocab_size = true_vocab_size
+        self._message: dict[str, Any] = {}
+
+    def prepare(self, spec: ModelSpec, origin: Origin, dtype_of: Callable[[Ref], DType]) -> int:
+        """Send the metadata. No bytes are filled on this side."""
+        missing = sorted({ref.slot.name for ref in refs(spec)} - ENTRIES.keys())
+        if missing:
+            raise ConversionError(f"the queue has no message for {', '.join(missing)}")
+        self._spec, self._dtype_of = spec, dtype_of
+        send(self._queue, self._metadata(origin))
+        return 0
+
+    def write(self, ref: Ref, sources: Sources, executor: Executor) -> None:
+        """Add a tensor to its message; a message is sent when the next begins."""
+        name = message_name(ref)
+        if self._message.get("name", name) != name:
+            self._flush()
+        self._message["name"] = name
+        entry = ENTRIES[ref.slot.name]
+        rows, cols = ref.slot.matrix(self._spec)
+        for key, part in zip(entry.keys, row_maps(entry.layout, ref.slot, self._spec), strict=True):
+            shape = (part.size,) if ref.slot.cols is None else (part.size, cols)
+            self._message[key] = TensorHandle(shape, self._dtype_of(ref), part_of(sources.pieces, part, rows))
+
+    def commit(self) -> list[str]:
+        """Send the last message and "done"."""
+        self._flush()
+        send(self._queue, DONE)
+        return []
+
+    def abort(self) -> None:
+        """Nothing is kept on this side; the plugin tells the saver."""
+
+    def _flush(self) -> None:
+        if self._message:
+            send(self._queue, self._message)
+        self._message = {}
+
+    def _metadata(self, origin: Origin) -> types.SimpleNamespace:
+        spec = self._spec
+        dtype = self._dtype_of(Ref(SLOTS["word_embeddings"]))
+        inherited = plain_args(inheritable(origin.margs))
+        divisor = self._divisor or inherited.get("make_vocab_size_divisible_by")
+        checkpoint_args = argparse.Namespace(
+            **{**RUN_DEFAULTS, **inherited, **model_args(spec), "sequence_parallel": False, "params_dtype": dtype}
+        )
+        return types.SimpleNamespace(
+            model_type=self._model_type,
+            num_layers=spec.num_layers,
+            hidden_size=spec.hidden_size,
+            seq_length=inherited.get("seq_length") or min(_SEQ_LENGTH, spec.max_position_embeddings),
+            num_attention_heads=spec.num_attention_heads,
+            max_position_embeddings=spec.max_position_embeddings,
+            tokenizer_type="HuggingFaceTokenizer",
+            iteration=origin.iteration or 1,
+            params_dtype=dtype,
+            bert_binary_head=True,
+            output_layer=not spec.tied,
+            position_embedding_type="rope",
+            linear_bias=spec.proj_bias and spec.mlp_bias,
+            qkv_bias=spec.qkv_bias,
+            norm_has_bias=False,
+            swiglu=True,
+            previous_tensor_parallel_size=origin.parallel.tp if origin.parallel else 1,
+            previous_pipeline_parallel_size=origin.parallel.pp if origin.parallel else 1,
+            true_vocab_size=spec.vocab_size,
+            make_vocab_size_divisible_by=divisor,
+            checkpoint_args=checkpoint_args,
+            consumed_train_samples=0,
+            consumed_valid_samples=0,
+            megatron_converters=self._ours(origin),
+        )
+
+    def _ours(self, origin: Origin) -> dict[str, Any]:
+        """What our own saver needs beyond the protocol: the exact spec, every dtype, and what travels beside weights."""
+        return {
+            "version": __version__,
+            "spec": self._spec.to_dict(),
+            "dtypes": {str(ref): self._dtype_of(ref).name for ref in refs(self._spec)},
+            "origin": origin,
+        }

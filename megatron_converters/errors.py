@@ -1,0 +1,31 @@
+"""The one exception that a user is meant to read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+class ConversionError(Exception):
+    """A conversion cannot go on; the message says what is wrong, where, and what to do.
+
+    Entry points print the message alone, without a traceback, and exit with `exit_code`.
+    """
+
+    exit_code = 1
+
+
+class UsageError(ConversionError):
+    """The command line contradicts itself, the source or the tool (exit code 2, as argparse uses)."""
+
+    exit_code = 2
+
+
+def raise_all(what: str, problems: Iterable[str], limit: int = 50) -> None:
+    """Raise one `ConversionError` that lists every problem (the first `limit` of them, then a count); nothing if none."""
+    listed = list(problems)
+    if not listed:
+        return
+    lines = [f"  - {problem}" for problem in listed[:limit]]
+    if len(listed) > limit:
+        lines.append(f"  - … and {len(listed) - limit} more")
+    raise ConversionError("\n".join([what, *lines]))

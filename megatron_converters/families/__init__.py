@@ -1,0 +1,11 @@
+"""The families that can be converted, one table each. A new family is one file and one line here."""
+
+from __future__ import annotations
+
+from .base import Family
+from .llama import FAMILY as LLAMA
+from .mistral import FAMILY as MISTRAL
+from .qwen import QWEN2, QWEN3
+
+#: In the order in which a checkpoint that names no family is matched: the first that can express it is taken.
+FAMILIES: dict[str, Family] = {family.name: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3)}

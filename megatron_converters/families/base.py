@@ -1,0 +1,207 @@
+"""What a family table is made of: tensors (slot → Hugging Face names and layout) and rules that read and write config.json.
+
+A rule claims config keys, reads them into `ModelSpec` fields and writes them back. A key that no rule claims is an error,
+since it may change what the model computes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from ..errors import ConversionError
+from ..layouts import Layout
+from ..slots import SLOTS, Scope
+from ..spec import ModelSpec, RopeScaling
+
+Config = Mapping[str, Any]
+REQUIRED = object()
+
+
+@dataclass(frozen=True)
+class HFEntry:
+    """Hugging Face tensor names of a slot's parts, in the layout's order; `{layer}` stands for the layer number."""
+
+    layout: Layout
+    names: tuple[str, ...]
+
+
+class Rule(Protocol):
+    """Some config keys and the spec fields that they decide."""
+
+    @property
+    def keys(self) -> tuple[str, ...]: ...
+    def read(self, config: Config) -> dict[str, Any]: ...
+    def write(self, spec: ModelSpec) -> dict[str, Any]: ...
+
+
+@dataclass(frozen=True)
+class Row:
+    """One config key for one spec field. An absent or null key takes `default`, which may name another key."""
+
+    field: str
+    key: str
+    default: Any = REQUIRED
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        return (self.key,)
+
+    def read(self, config: Config) -> dict[str, Any]:
+        value = config.get(self.key)
+        if value is None:
+            if self.default is REQUIRED:
+                raise ConversionError(f"config.json has no {self.key}; it decides tensor shapes, so add it")
+            value = self.default(config) if callable(self.default) else self.default
+        return {self.field: value}
+
+    def write(self, spec: ModelSpec) -> dict[str, Any]:
+        return {self.key: getattr(spec, self.field)}
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """A config key that must have one value, because Megatron's model has no other."""
+
+    key: str
+    value: Any
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        return (self.key,)
+
+    def read(self, config: Config) -> dict[str, Any]:
+        value = config.get(self.key, self.value)
+        if value != self.value:
+            raise ConversionError(f"config.json has {self.key}={value!r}; only {self.value!r} can be converted")
+        return {}
+
+    def write(self, _: ModelSpec) -> dict[str, Any]:
+        return {self.key: self.value}
+
+
+@dataclass(frozen=True)
+class Implied:
+    """A spec field that the architecture decides without a config key (Qwen2 always has a QKV bias)."""
+
+    field: str
+    value: Any
+    keys: tuple[str, ...] = ()
+
+    def read(self, _: Config) -> dict[str, Any]:
+        return {self.field: self.value}
+
+    def write(self, _: ModelSpec) -> dict[str, Any]:
+        return {}
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary base and scaling, in transformers 4's spelling (rope_theta, rope_scaling) or 5's (rope_parameters).
+
+    Written in the older one, which both read.
+    """
+
+    default_theta: float = 10000.0
+    keys: tuple[str, ...] = ("rope_theta", "rope_scaling", "rope_parameters")
+
+    def read(self, config: Config) -> dict[str, Any]:
+        table = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+        kind = table.get("rope_type", table.get("type", "default"))
+        theta = table.get("rope_theta", config.get("rope_theta")) or self.default_theta
+        if table.get("partial_rotary_factor", 1.0) != 1.0:
+            raise ConversionError("config.json rotates a part of each head only (partial_rotary_factor); that is not supported")
+        return {"rotary_base": float(theta), "rope_scaling": _read_scaling(kind, table)}
+
+    def write(self, spec: ModelSpec) -> dict[str, Any]:
+        base = int(spec.rotary_base) if float(spec.rotary_base).is_integer() else spec.rotary_base
+        return {"rope_theta": base, "rope_scaling": _write_scaling(spec.rope_scaling)}
+
+
+_LLAMA3_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+
+
+def _read_scaling(kind: str, table: dict[str, Any]) -> RopeScaling | None:
+    if kind == "default":
+        return None
+    if kind == "linear":
+        return RopeScaling("linear", float(_needed(table, "factor", kind)))
+    if kind == "llama3":
+        factor, low, high, original = (_needed(table, key, kind) for key in _LLAMA3_KEYS)
+        return RopeScaling("llama3", float(factor), float(low), float(high), int(original))
+    raise ConversionError(f"config.json has RoPE scaling of type {kind!r}; supported are default, linear and llama3")
+
+
+def _needed(table: dict[str, Any], key: str, kind: str) -> Any:
+    if key not in table:
+        raise ConversionError(f"config.json has RoPE scaling of type {kind!r} without {key}")
+    return table[key]
+
+
+def _write_scaling(scaling: RopeScaling | None) -> dict[str, Any] | None:
+    if scaling is None:
+        return None
+    if scaling.kind == "linear":
+        return {"rope_type": "linear", "type": "linear", "factor": scaling.factor}
+    values = {key: getattr(scaling, key) for key in _LLAMA3_KEYS}
+    return {"rope_type": "llama3", **values}
+
+
+@dataclass(frozen=True)
+class Window:
+    """A sliding window on every layer (Mistral): null or absent means none, unless the class has a default."""
+
+    default: int | None
+    keys: tuple[str, ...] = ("sliding_window",)
+
+    def read(self, config: Config) -> dict[str, Any]:
+        return {"sliding_window": config.get("sliding_window", self.default)}
+
+    def write(self, spec: ModelSpec) -> dict[str, Any]:
+        return {"sliding_window": spec.sliding_window}
+
+
+@dataclass(frozen=True)
+class SwitchedWindow:
+    """Qwen's window: off unless `use_sliding_window`, and only from layer `max_window_layers` on."""
+
+    keys: tuple[str, ...] = ("use_sliding_window", "sliding_window", "max_window_layers", "layer_types")
+
+    def read(self, config: Config) -> dict[str, Any]:
+        layers = config.get("num_hidden_layers", 0)
+        window = config.get("sliding_window", 4096) if config.get("use_sliding_window") else None
+        start = config.get("max_window_layers", 28) if window is not None else 0
+        types = config.get("layer_types")
+        if window is not None and types is not None:
+            start = next((i for i, kind in enumerate(types) if kind == "sliding_attention"), layers)
+            if list(types) != ["full_attention"] * start + ["sliding_attention"] * (layers - start):
+                raise ConversionError("config.json mixes full and sliding attention in layer_types; that is not supported")
+        if window is None or start >= layers:
+            return {"sliding_window": None, "sliding_window_from": 0}
+        return {"sliding_window": window, "sliding_window_from": start}
+
+    def write(self, spec: ModelSpec) -> dict[str, Any]:
+        used = spec.sliding_window is not None
+        start = spec.sliding_window_from if used else spec.num_layers
+        return {"use_sliding_window": used, "sliding_window": spec.sliding_window, "max_window_layers": start}
+
+
+@dataclass(frozen=True)
+class Family:
+    """One Hugging Face architecture: names, layouts and config rules. Checked when built."""
+
+    name: str
+    model_type: str
+    architecture: str
+    tensors: Mapping[str, HFEntry]
+    rules: Sequence[Rule]
+    #: Tensor names that files may hold although they are no weights, as suffixes.
+    ignored_suffixes: tuple[str, ...] = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached")
+
+    def __post_init__(self) -> None:
+        """Refuse a table that names an unknown slot or a layer name without its place holder."""
+        for slot, entry in self.tensors.items():
+            layered = SLOTS[slot].scope is Scope.LAYER
+            if any(("{layer}" in name) != layered for name in entry.names):
+                raise ValueError(f"family {self.name}: the names of {slot} and its scope disagree about {{layer}}")

@@ -1,0 +1,63 @@
+"""Llama 1, 2, 3, 3.1, 3.2 and 3.3 (transformers LlamaForCausalLM), and the rows that its descendants share."""
+
+from __future__ import annotations
+
+from ..layouts import GATED, GROUPED_QKV, SAME
+from .base import Family, Fixed, HFEntry, Rope, Row, Rule
+
+_LAYER = "model.layers.{layer}."
+_ATTENTION = _LAYER + "self_attn."
+_MLP = _LAYER + "mlp."
+
+DENSE = {
+    "word_embeddings": HFEntry(SAME, ("model.embed_tokens.weight",)),
+    "input_norm": HFEntry(SAME, (_LAYER + "input_layernorm.weight",)),
+    "qkv": HFEntry(GROUPED_QKV, tuple(f"{_ATTENTION}{part}_proj.weight" for part in "qkv")),
+    "proj": HFEntry(SAME, (_ATTENTION + "o_proj.weight",)),
+    "mlp_norm": HFEntry(SAME, (_LAYER + "post_attention_layernorm.weight",)),
+    "fc1": HFEntry(GATED, (_MLP + "gate_proj.weight", _MLP + "up_proj.weight")),
+    "fc2": HFEntry(SAME, (_MLP + "down_proj.weight",)),
+    "final_norm": HFEntry(SAME, ("model.norm.weight",)),
+    "output_layer": HFEntry(SAME, ("lm_head.weight",)),
+}
+QKV_BIAS = {"qkv_bias": HFEntry(GROUPED_QKV, tuple(f"{_ATTENTION}{part}_proj.bias" for part in "qkv"))}
+QK_NORM = {
+    "q_norm": HFEntry(SAME, (_ATTENTION + "q_norm.weight",)),
+    "k_norm": HFEntry(SAME, (_ATTENTION + "k_norm.weight",)),
+}
+PROJ_BIAS = {"proj_bias": HFEntry(SAME, (_ATTENTION + "o_proj.bias",))}
+MLP_BIAS = {
+    "fc1_bias": HFEntry(GATED, (_MLP + "gate_proj.bias", _MLP + "up_proj.bias")),
+    "fc2_bias": HFEntry(SAME, (_MLP + "down_proj.bias",)),
+}
+
+SIZES: tuple[Rule, ...] = (
+    Row("num_layers", "num_hidden_layers"),
+    Row("hidden_size", "hidden_size"),
+    Row("ffn_hidden_size", "intermediate_size"),
+    Row("num_attention_heads", "num_attention_heads"),
+    Row("num_query_groups", "num_key_value_heads", lambda config: config["num_attention_heads"]),
+    Row("vocab_size", "vocab_size"),
+    Row("initializer_range", "initializer_range", 0.02),
+    Row("attention_dropout", "attention_dropout", 0.0),
+    Row("tied", "tie_word_embeddings", False),
+    Row("norm_epsilon", "rms_norm_eps", 1e-6),
+    Fixed("hidden_act", "silu"),
+)
+DERIVED_HEAD_DIM = Row("kv_channels", "head_dim", lambda config: config["hidden_size"] // config["num_attention_heads"])
+
+FAMILY = Family(
+    name="llama",
+    model_type="llama",
+    architecture="LlamaForCausalLM",
+    tensors={**DENSE, **QKV_BIAS, **PROJ_BIAS, **MLP_BIAS},
+    rules=(
+        *SIZES,
+        DERIVED_HEAD_DIM,
+        Rope(),
+        Row("max_position_embeddings", "max_position_embeddings", 2048),
+        Row("qkv_bias", "attention_bias", False),
+        Row("proj_bias", "attention_bias", False),
+        Row("mlp_bias", "mlp_bias", False),
+    ),
+)

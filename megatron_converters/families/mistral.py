@@ -1,0 +1,20 @@
+"""Mistral (transformers MistralForCausalLM): Llama's tensors and a sliding window."""
+
+from __future__ import annotations
+
+from .base import Family, Rope, Row, Window
+from .llama import DENSE, DERIVED_HEAD_DIM, SIZES
+
+FAMILY = Family(
+    name="mistral",
+    model_type="mistral",
+    architecture="MistralForCausalLM",
+    tensors=DENSE,
+    rules=(
+        *SIZES,
+        DERIVED_HEAD_DIM,
+        Rope(),
+        Window(default=4096),
+        Row("max_position_embeddings", "max_position_embeddings", 4096 * 32),
+    ),
+)

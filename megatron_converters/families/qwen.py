@@ -1,0 +1,38 @@
+"""Qwen2, Qwen2.5 (QKV bias) and Qwen3 (query and key norms) as transformers has them."""
+
+from __future__ import annotations
+
+from .base import Family, Implied, Rope, Row, SwitchedWindow
+from .llama import DENSE, DERIVED_HEAD_DIM, PROJ_BIAS, QK_NORM, QKV_BIAS, SIZES
+
+QWEN2 = Family(
+    name="qwen2",
+    model_type="qwen2",
+    architecture="Qwen2ForCausalLM",
+    tensors={**DENSE, **QKV_BIAS},
+    rules=(
+        *SIZES,
+        DERIVED_HEAD_DIM,
+        Rope(),
+        SwitchedWindow(),
+        Row("max_position_embeddings", "max_position_embeddings", 32768),
+        Implied("qkv_bias", True),
+    ),
+)
+
+QWEN3 = Family(
+    name="qwen3",
+    model_type="qwen3",
+    architecture="Qwen3ForCausalLM",
+    tensors={**DENSE, **QKV_BIAS, **PROJ_BIAS, **QK_NORM},
+    rules=(
+        *SIZES,
+        Row("kv_channels", "head_dim", 128),
+        Rope(),
+        SwitchedWindow(),
+        Row("max_position_embeddings", "max_position_embeddings", 32768),
+        Row("qkv_bias", "attention_bias", False),
+        Row("proj_bias", "attention_bias", False),
+        Implied("qk_norm", True),
+    ),
+)

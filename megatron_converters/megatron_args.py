@@ -1,0 +1,265 @@
+"""Megatron-LM's `args` Namespace ↔ `ModelSpec`, and the command-line flags that a checkpoint cannot restore.
+
+Attribute names: Megatron-LM core_v0.8.0 to core_v0.19.0, training/arguments.py and `load_args_from_checkpoint` in
+training/checkpointing.py. Only plain values and torch dtypes go into `args`, so that `weights_only` loading accepts them.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from typing import Any
+
+from .dtypes import DType
+from .errors import ConversionError
+from .parallel import Parallel
+from .spec import ModelSpec, RopeScaling
+
+#: spec field ↔ attribute, where they correspond one to one.
+_ROWS = {
+    "num_layers": "num_layers",
+    "hidden_size": "hidden_size",
+    "ffn_hidden_size": "ffn_hidden_size",
+    "num_attention_heads": "num_attention_heads",
+    "kv_channels": "kv_channels",
+    "max_position_embeddings": "max_position_embeddings",
+    "qk_norm": "qk_layernorm",
+    "initializer_range": "init_method_std",
+    "attention_dropout": "attention_dropout",
+}
+#: attribute: (the value that a supported model has, what another value would mean).
+_FIXED: dict[str, tuple[Any, str]] = {
+    "position_embedding_type": ("rope", "position embeddings that are not rotary"),
+    "normalization": ("RMSNorm", "a normalisation that is not RMSNorm"),
+    "swiglu": (True, "an MLP without SwiGLU"),
+    "rotary_percent": (1.0, "partly rotated heads"),
+    "rotary_interleaved": (False, "interleaved rotary embeddings"),
+    "apply_layernorm_1p": (False, "norms around 1"),
+    "layernorm_zero_centered_gamma": (False, "norms around 1"),
+    "squared_relu": (False, "squared ReLU"),
+    "multi_latent_attention": (False, "multi-latent attention"),
+    "num_experts": (None, "a mixture of experts"),
+    "mtp_num_layers": (None, "multi-token prediction layers"),
+}
+#: What Megatron-LM's llama3 RoPE scaling has built in (core/models/common/embeddings/rotary_pos_embedding.py).
+_MEGATRON_LLAMA3 = RopeScaling("llama3", 8.0, 1.0, 4.0, 8192)
+
+
+def inexpressible(spec: ModelSpec) -> list[str]:
+    """What Megatron-LM's arguments cannot say about this model, one reason each."""
+    reasons = []
+    scaling = spec.rope_scaling
+    if scaling is not None and scaling.kind == "llama3":
+        built_in = RopeScaling("llama3", scaling.factor)
+        if scaling != built_in:
+            reasons.append(
+                "llama3 RoPE scaling with low_freq_factor, high_freq_factor and original_max_position_embeddings of "
+                f"{scaling.low_freq_factor}, {scaling.high_freq_factor} and {scaling.original_max_position_embeddings}: "
+                f"Megatron-LM has {built_in.low_freq_factor}, {built_in.high_freq_factor} and "
+                f"{built_in.original_max_position_embeddings} built in"
+            )
+    if spec.sliding_window is not None and spec.sliding_window_from > 0:
+        reasons.append(
+            f"a sliding window from layer {spec.sliding_window_from} on only: Megatron-LM's --window-size holds for every layer"
+        )
+    if spec.proj_bias != spec.mlp_bias:
+        reasons.append("a bias on only one of the attention output and the MLP: Megatron-LM's --add-bias-linear means both")
+    if not float(spec.rotary_base).is_integer():
+        reasons.append(f"a rotary base of {spec.rotary_base}: Megatron-LM's --rotary-base is a whole number")
+    return reasons
+
+
+def spec_fields(args: argparse.Namespace) -> dict[str, Any]:
+    """The `ModelSpec` fields that `args` decides: all but family, dtype and vocab_size."""
+    values = vars(args)
+    _refuse_unsupported(values)
+    missing = [name for name in ("num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size") if not values.get(name)]
+    if missing:
+        raise ConversionError(f"the checkpoint's args lack {', '.join(missing)}; give a reference model with --hf-config DIR")
+    fields = {field: values[name] for field, name in _ROWS.items() if values.get(name) is not None}
+    heads = fields["num_attention_heads"]
+    fields.setdefault("kv_channels", fields["hidden_size"] // heads)
+    linear_bias = bool(values.get("add_bias_linear", True))
+    return {
+        **fields,
+        "num_query_groups": values.get("num_query_groups") or heads if values.get("group_query_attention") else heads,
+        "norm_epsilon": _norm_epsilon(values),
+        "rotary_base": float(values.get("rotary_base") or 10000),
+        "rope_scaling": _rope_scaling(values),
+        "tied": not values.get("untie_embeddings_and_output_weights", False),
+        "qkv_bias": linear_bias or bool(values.get("add_qkv_bias", False)),
+        "proj_bias": linear_bias,
+        "mlp_bias": linear_bias,
+        "sliding_window": _window(values.get("window_size")),
+    }
+
+
+def _refuse_unsupported(values: Mapping[str, Any]) -> None:
+    if values.get("use_rotary_position_embeddings"):  # the older spelling of position_embedding_type
+        values = {**values, "position_embedding_type": "rope"}
+    for name, (supported, meaning) in _FIXED.items():
+        if values.get(name, supported) != supported:
+            raise ConversionError(f"the checkpoint's args have {name}={values[name]!r}, that is {meaning}; not supported")
+
+
+def _norm_epsilon(values: Mapping[str, Any]) -> float:
+    found = {float(values[name]) for name in ("norm_epsilon", "layernorm_epsilon") if values.get(name) is not None}
+    if len(found) > 1:
+        raise ConversionError(
+            f"the checkpoint's args have norm_epsilon={values['norm_epsilon']} and "
+            f"layernorm_epsilon={values['layernorm_epsilon']}; say which is right with --hf-config DIR"
+        )
+    return found.pop() if found else 1e-5
+
+
+def _rope_scaling(values: Mapping[str, Any]) -> RopeScaling | None:
+    linear = values.get("rotary_seq_len_interpolation_factor")
+    if values.get("use_rope_scaling"):
+        if linear:
+            raise ConversionError("the checkpoint's args have both llama3 and linear RoPE scaling; no supported model has")
+        return RopeScaling("llama3", float(values.get("rope_scaling_factor") or _MEGATRON_LLAMA3.factor))
+    return RopeScaling("linear", float(linear)) if linear else None
+
+
+def _window(value: Any) -> int | None:
+    """Megatron's window counts the positions to the left, Hugging Face's the position itself too."""
+    if value is None:
+        return None
+    left, right = (int(part) for part in (value.split(",") if isinstance(value, str) else value))
+    if left < 0 or right != 0:
+        raise ConversionError(f"the checkpoint's args have window_size={value!r}; only a causal window (N, 0) is supported")
+    return left + 1
+
+
+def model_args(spec: ModelSpec) -> dict[str, Any]:
+    """The attributes that say what the model is, complete for `--use-checkpoint-args` of Megatron-LM 0.8 to 0.19."""
+    scaling = spec.rope_scaling
+    base = spec.rotary_base
+    return {
+        **{name: getattr(spec, field) for field, name in _ROWS.items()},
+        **{name: value for name, (value, _) in _FIXED.items()},
+        "encoder_num_layers": spec.num_layers,
+        "num_query_groups": spec.num_query_groups,
+        "group_query_attention": spec.num_query_groups != spec.num_attention_heads,
+        "norm_epsilon": spec.norm_epsilon,  # up to 0.15
+        "layernorm_epsilon": spec.norm_epsilon,  # from 0.16 on
+        "rotary_base": int(base) if float(base).is_integer() else base,
+        "use_rope_scaling": scaling is not None and scaling.kind == "llama3",
+        "rope_scaling_factor": scaling.factor if scaling is not None and scaling.kind == "llama3" else 8.0,
+        "rotary_seq_len_interpolation_factor": scaling.factor if scaling is not None and scaling.kind == "linear" else None,
+        "untie_embeddings_and_output_weights": not spec.tied,
+        "add_bias_linear": spec.proj_bias and spec.mlp_bias,
+        "add_qkv_bias": spec.qkv_bias,
+        "window_size": None if spec.sliding_window is None else (spec.sliding_window - 1, 0),
+        "vocab_size": spec.vocab_size,
+        "params_dtype": spec.dtype,
+        "bf16": spec.dtype.name == "bfloat16",
+        "fp16": spec.dtype.name == "float16",
+        "hidden_dropout": 0.0,
+        "add_position_embedding": True,
+        "use_rotary_position_embeddings": False,
+        "apply_query_key_layer_scaling": False,
+        "attention_softmax_in_fp32": False,
+        "openai_gelu": False,
+        "use_legacy_models": False,
+    }
+
+
+#: Attributes of a training run that a conversion starts anew; a source's own values win over these.
+RUN_DEFAULTS: dict[str, Any] = {
+    "micro_batch_size": 1,
+    "global_batch_size": 1024,
+    "consumed_train_samples": 0,
+    "consumed_valid_samples": 0,
+    "seed": 1234,
+}
+
+
+def layout_args(parallel: Parallel, padded_vocab: int, divisor: int, impl: str) -> dict[str, Any]:
+    """The attributes that say how the checkpoint is cut. Expert sizes are those of a dense model."""
+    split = parallel.split
+    return {
+        "tensor_model_parallel_size": parallel.tp,
+        "pipeline_model_parallel_size": parallel.pp,
+        "transformer_pipeline_model_parallel_size": parallel.pp,
+        "virtual_pipeline_model_parallel_size": None,
+        "num_layers_per_virtual_pipeline_stage": None,
+        "pipeline_model_parallel_layout": None,
+        "context_parallel_size": 1,
+        "expert_model_parallel_size": 1,
+        "expert_tensor_parallel_size": parallel.tp,
+        "data_parallel_size": 1,
+        "world_size": parallel.tp * parallel.pp,
+        "rank": 0,
+        "sequence_parallel": False,
+        "decoder_first_pipeline_num_layers": split.first,
+        "decoder_last_pipeline_num_layers": split.last,
+        "account_for_embedding_in_pipeline_split": split.embedding,
+        "account_for_loss_in_pipeline_split": split.loss,
+        "padded_vocab_size": padded_vocab,
+        "make_vocab_size_divisible_by": divisor,
+        "transformer_impl": impl,
+        "ckpt_format": "torch",
+        "use_dist_ckpt": False,
+        "use_distributed_optimizer": False,
+        "no_save_optim": True,
+        "no_save_rng": True,
+    }
+
+
+def plain_args(args: Mapping[str, Any]) -> dict[str, Any]:
+    """The attributes that are plain values, torch dtypes or containers of them; others (enums, timers) are left out."""
+    return {name: value for name, value in args.items() if _plain(value)}
+
+
+def _plain(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return all(map(_plain, value))
+    if isinstance(value, dict):
+        return all(isinstance(key, (str, int)) and _plain(item) for key, item in value.items())
+    return value is None or type(value) in (bool, int, float, str) or isinstance(value, DType)
+
+
+def flags(spec: ModelSpec, args: Mapping[str, Any]) -> list[str]:
+    """The `pretrain_gpt.py` flags that this model needs and `--use-checkpoint-args` does not restore in every version."""
+    split_flags = {
+        "--decoder-first-pipeline-num-layers": args["decoder_first_pipeline_num_layers"],
+        "--decoder-last-pipeline-num-layers": args["decoder_last_pipeline_num_layers"],
+        "--account-for-embedding-in-pipeline-split": args["account_for_embedding_in_pipeline_split"],
+        "--account-for-loss-in-pipeline-split": args["account_for_loss_in_pipeline_split"],
+    }
+    window = args["window_size"]
+    model_flags = {
+        "--norm-epsilon": spec.norm_epsilon,
+        "--attention-dropout": spec.attention_dropout,
+        "--hidden-dropout": 0.0,
+        "--qk-layernorm": spec.qk_norm,
+        "--use-rope-scaling": args["use_rope_scaling"],
+        "--rope-scaling-factor": args["rope_scaling_factor"] if args["use_rope_scaling"] else None,
+        "--rotary-seq-len-interpolation-factor": args["rotary_seq_len_interpolation_factor"],
+        "--window-size": None if window is None else ",".join(map(str, window)),
+        "--bf16": args["bf16"],
+        "--fp16": args["fp16"],
+        "--transformer-impl": args["transformer_impl"],
+        "--make-vocab-size-divisible-by": args["make_vocab_size_divisible_by"],
+        "--tensor-model-parallel-size": args["tensor_model_parallel_size"],
+        "--pipeline-model-parallel-size": args["pipeline_model_parallel_size"],
+    }
+    shown: list[str] = ["--use-checkpoint-args", "--no-load-optim", "--no-load-rng"]
+    for name, value in {**model_flags, **split_flags}.items():
+        if value is True:
+            shown.append(name)
+        elif value is not None and value is not False:
+            shown.append(f"{name} {value}")
+    return shown
+
+
+def flag_warnings(spec: ModelSpec) -> list[str]:
+    """What a user must know beyond the flags."""
+    scaling = spec.rope_scaling
+    if scaling is not None and scaling.kind == "llama3" and scaling.factor != _MEGATRON_LLAMA3.factor:
+        return [
+            f"RoPE scaling factor {scaling.factor:g}: Megatron-LM up to 0.19 accepts --rope-scaling-factor but its "
+            "pretrain_gpt.py builds the model with 8; pass rope_scaling_factor to GPTModel in your model provider"
+        ]
+    return []

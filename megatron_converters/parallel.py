@@ -1,0 +1,162 @@
+"""Tensor and pipeline parallelism as arithmetic: which rank holds which rows, columns and layers.
+
+Sources: Megatron-LM core_v0.16.1, `get_num_layers_to_build` (core/transformer/transformer_block.py),
+`vocab_size_with_padding` (training/tokenizer), `get_checkpoint_name` (training/checkpointing.py).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from .errors import ConversionError
+from .layouts import RowMap
+from .slots import Shard, Slot
+from .spec import ModelSpec
+
+
+@dataclass(frozen=True)
+class PipelineSplit:
+    """Megatron-LM's options for uneven stages; all unset means equal stages."""
+
+    first: int | None = None
+    last: int | None = None
+    embedding: bool = False
+    loss: bool = False
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """Sizes of the parallel groups and the layers of each pipeline stage, in order."""
+
+    tp: int
+    stages: tuple[int, ...]
+    split: PipelineSplit = PipelineSplit()
+
+    @property
+    def pp(self) -> int:
+        """Pipeline-parallel size."""
+        return len(self.stages)
+
+    def place(self, layer: int) -> tuple[int, int]:
+        """The pipeline stage of a layer and its number there."""
+        for stage, count in enumerate(self.stages):
+            if layer < count:
+                return stage, layer
+            layer -= count
+        raise ConversionError(f"layer {layer + sum(self.stages)} is beyond the {sum(self.stages)} layers of the model")
+
+    def directory(self, tp: int, pp: int) -> str:
+        """The directory of one rank."""
+        return f"mp_rank_{tp:02d}" if self.pp == 1 else f"mp_rank_{tp:02d}_{pp:03d}"
+
+
+def parallel_for(spec: ModelSpec, tp: int, pp: int, split: PipelineSplit = PipelineSplit()) -> Parallel:
+    """Check that tp and pp can cut this model and say how; the error names the sizes that can."""
+    if tp < 1 or pp < 1:
+        raise ConversionError(f"tensor- and pipeline-parallel sizes must be at least 1, not {tp} and {pp}")
+    if not _tp_fits(spec, tp):
+        fitting = [size for size in range(1, spec.num_attention_heads + 1) if _tp_fits(spec, size)]
+        raise ConversionError(
+            f"{spec.num_attention_heads} attention heads in {spec.num_query_groups} query groups and an MLP of "
+            f"{spec.ffn_hidden_size} cannot be cut over tp={tp}; use tp {_any_of(fitting)}"
+        )
+    return Parallel(tp, stage_layers(spec.num_layers, pp, split), split)
+
+
+def _tp_fits(spec: ModelSpec, tp: int) -> bool:
+    groups = spec.num_query_groups
+    # tp % groups == 0: megatron-core from 0.16 on gathers the groups that a rank lacks at run time.
+    return not (spec.num_attention_heads % tp or spec.ffn_hidden_size % tp or (groups % tp and tp % groups))
+
+
+def _any_of(sizes: list[int]) -> str:
+    return " or ".join(filter(None, [", ".join(map(str, sizes[:-1])), str(sizes[-1])]))
+
+
+def stage_layers(num_layers: int, pp: int, split: PipelineSplit) -> tuple[int, ...]:
+    """Layers on each pipeline stage, as Megatron-LM distributes them."""
+    if split.first is not None or split.last is not None:
+        if split.embedding or split.loss:
+            raise ConversionError(
+                "a number of layers for the first or last stage excludes account-for-embedding/loss; give one or the other"
+            )
+        return _explicit_stages(num_layers, pp, split)
+    total = num_layers + split.embedding + split.loss
+    if total % pp or total // pp - (split.embedding + (split.loss if pp == 1 else 0)) < 0:
+        raise ConversionError(_uneven(num_layers, pp, total))
+    stages = [total // pp] * pp
+    stages[0] -= split.embedding
+    stages[-1] -= split.loss
+    return tuple(stages)
+
+
+def _explicit_stages(num_layers: int, pp: int, split: PipelineSplit) -> tuple[int, ...]:
+    ends = [count for count in (split.first, split.last) if count is not None]
+    middle_stages, middle_layers = pp - len(ends), num_layers - sum(ends)
+    even = middle_layers % middle_stages == 0 if middle_stages > 0 else middle_stages == 0 == middle_layers
+    if pp < 2 or middle_layers < 0 or min(ends) < 1 or not even:
+        raise ConversionError(
+            f"{num_layers} layers cannot be cut into {pp} pipeline stages with first={split.first} and last={split.last}: "
+            f"the {middle_stages} stages between must share {middle_layers} layers evenly"
+        )
+    middle = (middle_layers // middle_stages,) * middle_stages if middle_stages else ()
+    head = () if split.first is None else (split.first,)
+    tail = () if split.last is None else (split.last,)
+    return head + middle + tail
+
+
+def _uneven(num_layers: int, pp: int, total: int) -> str:
+    fitting = [size for size in range(1, num_layers + 1) if total % size == 0]
+    last = num_layers - (pp - 1) * -(-num_layers // pp)
+    remedy = f" or --decoder-last-pipeline-num-layers {last}" if pp > 1 and last > 0 else ""
+    return f"{num_layers} layers cannot be cut evenly over pp={pp}; use pp {_any_of(fitting)}{remedy}"
+
+
+def padded_vocab(vocab: int, divisor: int, tp: int) -> int:
+    """Rows of the embedding after Megatron's padding: the next multiple of `divisor * tp`."""
+    multiple = divisor * tp
+    return -(-vocab // multiple) * multiple
+
+
+@dataclass(frozen=True, eq=False)
+class Cut:
+    """One rank's share of a slot: its shape, the slot's row of each of its rows, its first column.
+
+    Rows of vocabulary padding are `padding` rows at the end; `rows` is -1 there.
+    """
+
+    shape: tuple[int, ...]
+    rows: RowMap
+    col: int
+    padding: int = 0
+
+
+@lru_cache(maxsize=4096)
+def cut(slot: Slot, spec: ModelSpec, tp: int, rank: int, padded: int) -> Cut:
+    """Rank `rank`'s share of `slot`. `padded` counts embedding rows with padding. Cached: equal maps are one object."""
+    rows, cols = slot.matrix(spec)
+    if slot.shard is Shard.ROW:
+        width = _share(slot, cols, tp)
+        return Cut((rows, width), _all_rows(rows), rank * width)
+    if slot.shard is Shard.REPLICATED:
+        return Cut(slot.shape(spec), _all_rows(rows), 0)
+    total = padded if slot.vocab else rows
+    share = _share(slot, total, tp * slot.blocks)
+    mine = np.arange(total, dtype=np.int64).reshape(slot.blocks, tp, share)[:, rank].ravel()
+    mine[mine >= rows] = -1
+    shape = (mine.size,) if slot.cols is None else (mine.size, cols)
+    return Cut(shape, mine, 0, int(np.count_nonzero(mine < 0)))
+
+
+@lru_cache(maxsize=256)
+def _all_rows(rows: int) -> RowMap:
+    return np.arange(rows, dtype=np.int64)
+
+
+def _share(slot: Slot, size: int, ways: int) -> int:
+    if size % ways:
+        raise ConversionError(f"{slot.name}: {size} cannot be cut {ways} ways; choose a tensor-parallel size that divides it")
+    return size // ways

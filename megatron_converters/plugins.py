@@ -1,0 +1,106 @@
+"""What the loader and saver plugins have in common: options, and how they run and fail.
+
+A plugin file declares its options and makes one call here, so that it works under our convert.py and Megatron-LM's alike.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from .channel import send
+from .dtypes import DType, dtype_named
+from .endpoints.base import Source, Target, convert
+from .endpoints.queue_names import EXIT
+from .endpoints.queue_source import QueueSource
+from .endpoints.queue_target import QueueTarget
+from .errors import ConversionError, UsageError
+from .progress import Silent, make_progress
+
+
+def add_argument(parser: Any, *names: str, **options: Any) -> None:
+    """Add an option unless the parser has it: loader, saver and convert.py share some."""
+    try:
+        parser.add_argument(*names, **options)
+    except argparse.ArgumentError as error:
+        if "conflicting option" not in str(error):
+            raise
+
+
+def add_common_arguments(parser: Any) -> None:
+    """Options that either side reads and stock convert.py lacks."""
+    add_argument(parser, "--quiet", action="store_true", help="Print errors and warnings only.")
+    add_argument(parser, "--overwrite", action="store_true", help="Replace a model or checkpoint in --save-dir.")
+    add_argument(
+        parser,
+        "--megatron-path",
+        default=None,
+        help="Accepted for compatibility; not needed, since Megatron-LM is never imported.",
+    )
+
+
+def wanted_dtype_of(args: argparse.Namespace) -> DType | None:
+    """The dtype that --bf16 or --fp16 asks for; None keeps the source's."""
+    bf16, fp16 = getattr(args, "bf16", False), getattr(args, "fp16", False)
+    if bf16 and fp16:
+        raise UsageError("--bf16 and --fp16 exclude each other; give one")
+    return dtype_named("bf16") if bf16 else dtype_named("fp16") if fp16 else None
+
+
+def run_loader(queue: Any, args: argparse.Namespace, open_source: Callable[[], Source]) -> None:
+    """Send a source over the queue; on failure tell the saver, say why and exit."""
+    try:
+        source = open_source()
+        say(args, f"loading {source.origin.described} ({source.spec.family}, {source.spec.num_layers} layers)")
+        target = QueueTarget(queue, model_type=args.model_type, divisor=getattr(args, "make_vocab_size_divisible_by", None))
+        convert(source, target, wanted_dtype_of(args), Silent())
+    except ConversionError as error:
+        _tell_saver(queue)
+        fail("loader", error)
+    except BaseException:
+        _tell_saver(queue)
+        raise
+
+
+def run_saver(queue: Any, args: argparse.Namespace, open_target: Callable[[], Target]) -> None:
+    """Save what comes over the queue; on failure nothing stays behind that looks complete."""
+    try:
+        source = QueueSource(queue, checking=getattr(args, "checking", True))
+        for line in convert(source, open_target(), None, make_progress(getattr(args, "quiet", False))):
+            say(args, line)
+    except ConversionError as error:
+        fail("saver", error)
+
+
+def say(args: argparse.Namespace, line: str) -> None:
+    """Print a line of the result, unless --quiet; warnings are always shown, on standard error."""
+    if line.startswith("warning"):
+        sys.stderr.write(line + "\n")
+    elif not getattr(args, "quiet", False):
+        sys.stdout.write(line + "\n")
+        sys.stdout.flush()
+
+
+def fail(who: str, error: ConversionError) -> None:
+    """Say why, without a traceback, and exit with the error's code."""
+    sys.stderr.write(f"{who}: error: {error}\n")
+    sys.stderr.flush()
+    raise SystemExit(error.exit_code)
+
+
+def _tell_saver(queue: Any) -> None:
+    try:
+        send(queue, EXIT)
+    except ConversionError:
+        pass  # the saver is gone already; the first error is the one to show
+
+
+def folder(path: str) -> Path:
+    """An existing folder, or one sentence."""
+    result = Path(path)
+    if not result.is_dir():
+        raise ConversionError(f"{path} is no folder; give one that exists")
+    return result

@@ -1,0 +1,98 @@
+"""Progress in bytes: a bar on a terminal, plain lines elsewhere, nothing when quiet."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from typing import Any, TextIO
+
+#: Seconds between plain lines.
+_INTERVAL = 10.0
+
+
+class Silent:
+    """Shows nothing."""
+
+    def start(self, total: int) -> None:
+        """Ignored."""
+
+    def __call__(self, count: int) -> None:
+        """Ignored."""
+
+    def stop(self) -> None:
+        """Ignored."""
+
+
+class Lines:
+    """A line every few seconds with bytes, rate and time left; for logs, and where tqdm is not installed."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._lock = threading.Lock()
+        self._total = self._done = 0
+        self._begun = self._shown = 0.0
+
+    def start(self, total: int) -> None:
+        """Begin to count towards `total` bytes."""
+        self._total, self._begun = total, time.monotonic()
+        self._shown = self._begun
+
+    def __call__(self, count: int) -> None:
+        """Add bytes; called from several threads."""
+        with self._lock:
+            self._done += count
+            now = time.monotonic()
+            if now - self._shown >= _INTERVAL:
+                self._shown = now
+                self._show(now - self._begun)
+
+    def stop(self) -> None:
+        """Show the last figure, if anything was copied."""
+        if self._done:
+            self._show(time.monotonic() - self._begun)
+
+    def _show(self, seconds: float) -> None:
+        rate = self._done / max(seconds, 1e-3)
+        left = (self._total - self._done) / max(rate, 1.0)
+        share = 100 * self._done / max(self._total, 1)
+        self._stream.write(
+            f"copied {self._done / 1e9:.2f} of {self._total / 1e9:.2f} GB ({share:.0f} %) at {rate / 1e9:.2f} GB/s, {left:.0f} s left\n"
+        )
+        self._stream.flush()
+
+
+class Bar:
+    """A tqdm bar."""
+
+    def __init__(self, tqdm: Any) -> None:
+        self._tqdm = tqdm
+        self._bar: Any = None
+        self._lock = threading.Lock()
+
+    def start(self, total: int) -> None:
+        """Show the bar for `total` bytes."""
+        self._bar = self._tqdm(total=total, unit="B", unit_scale=True, desc="copying")
+
+    def __call__(self, count: int) -> None:
+        """Add bytes; called from several threads."""
+        with self._lock:
+            self._bar.update(count)
+
+    def stop(self) -> None:
+        """Leave the bar as it is."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+def make_progress(quiet: bool) -> Silent | Lines | Bar:
+    """What fits: nothing if quiet, a bar on a terminal, lines otherwise."""
+    if quiet:
+        return Silent()
+    if not sys.stderr.isatty():
+        return Lines(sys.stderr)
+    try:
+        from tqdm import tqdm
+    except ImportError:  # tqdm is a convenience; weights move without it
+        return Lines(sys.stderr)
+    return Bar(tqdm)

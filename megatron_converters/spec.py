@@ -1,0 +1,81 @@
+"""What a model is, in numbers: the sizes and switches that decide its tensors and its arithmetic.
+
+Field names are Megatron-LM's argument names where it has one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from .dtypes import DType, dtype_named
+from .errors import ConversionError
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """How rotary frequencies are stretched. `kind` is "llama3" or "linear"; the last three belong to llama3 alone."""
+
+    kind: str
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A decoder-only model. Sizes count elements; `vocab_size` excludes Megatron's padding rows."""
+
+    family: str
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_attention_heads: int
+    num_query_groups: int
+    kv_channels: int
+    vocab_size: int
+    max_position_embeddings: int
+    norm_epsilon: float
+    rotary_base: float
+    dtype: DType
+    rope_scaling: RopeScaling | None = None
+    tied: bool = False
+    qkv_bias: bool = False
+    proj_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    sliding_window: int | None = None
+    #: First layer with the sliding window (Qwen's `max_window_layers`); 0 means every layer.
+    sliding_window_from: int = 0
+    initializer_range: float = 0.02
+    attention_dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Refuse sizes that no model can have, so that later arithmetic need not doubt them."""
+        positive = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups")
+        for name in (*positive, "kv_channels", "vocab_size", "max_position_embeddings"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ConversionError(f"{name} is {value!r}; it must be a whole number above 0")
+        if self.num_attention_heads % self.num_query_groups:
+            raise ConversionError(
+                f"{self.num_attention_heads} attention heads cannot share {self.num_query_groups} query groups evenly"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values only, for JSON and for the queue's metadata."""
+        return {**dataclasses.asdict(self), "dtype": self.dtype.name}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> ModelSpec:
+        """The inverse of `to_dict`."""
+        scaling = values["rope_scaling"]
+        return cls(
+            **{
+                **values,
+                "dtype": dtype_named(values["dtype"]),
+                "rope_scaling": RopeScaling(**scaling) if scaling else None,
+            }
+        )

@@ -1,0 +1,38 @@
+"""Opening an input file, with the causes of a wrong one that users meet most."""
+
+from __future__ import annotations
+
+import os
+from typing import BinaryIO
+
+from ..errors import ConversionError
+
+#: How a Git LFS pointer starts (git-lfs docs/spec.md): what a clone without `git lfs` leaves in place of the weights.
+_LFS_POINTER = b"version https://git-lfs"
+
+
+def open_source(path: str) -> BinaryIO:
+    """The file, open for reading at its start; `ConversionError` where it cannot be opened or holds no weights."""
+    try:
+        file = open(path, "rb")  # noqa: SIM115 - handed to the caller, who closes it
+    except OSError as error:
+        raise ConversionError(f"cannot open {path}: {error.strerror}") from error
+    fault = _fault(file.read(len(_LFS_POINTER)))
+    if fault:
+        file.close()
+        raise ConversionError(f"{path} {fault}")
+    file.seek(0)
+    return file
+
+
+def file_size(file: BinaryIO) -> int:
+    """Bytes of an open file."""
+    return os.fstat(file.fileno()).st_size
+
+
+def _fault(start: bytes) -> str | None:
+    if not start:
+        return "is empty; copy or download it again"
+    if start == _LFS_POINTER:
+        return "is a Git LFS pointer, not the file itself; run `git lfs pull` in its repository"
+    return None

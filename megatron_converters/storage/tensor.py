@@ -1,0 +1,66 @@
+"""Where one tensor lies on disk, and the mapped file behind it."""
+
+from __future__ import annotations
+
+import math
+import mmap
+import os
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..dtypes import DType
+from ..errors import ConversionError
+from ..sealed import Sealed
+
+
+@dataclass(frozen=True)
+class StoredTensor(Sealed):
+    """A tensor inside a file: `offset` in bytes from the file's start, `strides` in elements.
+
+    Readers guarantee that the file is long enough for it, so that mapping it cannot fault.
+    """
+
+    path: str
+    offset: int
+    dtype: DType
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor's elements."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def array(self) -> npt.NDArray[Any]:
+        """A read-only view of the mapped file, in the dtype's carrier type. No bytes are read until it is used."""
+        if 0 in self.shape:
+            return np.empty(self.shape, self.dtype.carrier)
+        strides = tuple(step * self.dtype.itemsize for step in self.strides)
+        return np.ndarray(self.shape, self.dtype.carrier, mapped(self.path), self.offset, strides)
+
+
+def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Row-major strides, in elements, of a tensor of `shape`."""
+    strides: list[int] = []
+    step = 1
+    for size in reversed(shape):
+        strides.append(step)
+        step *= max(size, 1)
+    return tuple(reversed(strides))
+
+
+@lru_cache(maxsize=None)
+def mapped(path: str) -> mmap.mmap:
+    """The file, mapped read-only once per process."""
+    try:
+        fd = os.open(path, os.O_RDONLY)
+    except OSError as error:
+        raise ConversionError(f"cannot open {path}: {error.strerror}") from error
+    try:
+        return mmap.mmap(fd, 0, access=mmap.ACCESS_READ)
+    finally:
+        os.close(fd)

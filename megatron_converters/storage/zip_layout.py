@@ -1,0 +1,132 @@
+"""The zip archive that `torch.save` writes, laid out before its contents are known.
+
+Section numbers refer to PKWARE's APPNOTE.TXT 6.3.10. What PyTorch adds (`caffe2/serialize/inline_container.cc` over its
+miniz): every record is stored, not compressed; its data start at a multiple of 64 bytes, the gap filled by an extra
+field `FB`; sizes and CRC follow the data in a descriptor, except after an empty record. The result equals
+`torch.save`'s byte for byte, so that `torch.load` may also compute offsets instead of reading them
+(`config.load.calculate_storage_offsets`).
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from .output import Pieces
+
+#: torch.utils.serialization.config.save.storage_alignment
+ALIGNMENT = 64
+#: The largest value that fits a 32-bit field; from it on the value goes to a zip64 extra field (4.5.3).
+_MAX32 = 0xFFFFFFFF
+_MAX16 = 0xFFFF
+#: 4.4.4: bit 11, the name is UTF-8; bit 3, sizes and CRC are in a descriptor after the data.
+_FLAG_UTF8 = 0x0800
+_FLAG_DESCRIPTOR = 0x0008
+
+_LOCAL = struct.Struct("<4s5H3I2H")  # 4.3.7
+_CENTRAL = struct.Struct("<4s6H3I5H2I")  # 4.3.12
+_END64 = struct.Struct("<4sQ2H2I4Q")  # 4.3.14
+_LOCATOR64 = struct.Struct("<4sIQI")  # 4.3.15
+_END = struct.Struct("<4s4H2IH")  # 4.3.16
+_EXTRA = struct.Struct("<2H")  # 4.5.1: id, bytes that follow
+_DESCRIPTOR = struct.Struct("<4s3I")  # 4.3.9
+_DESCRIPTOR64 = struct.Struct("<4sI2Q")  # 4.3.9.2
+_ZIP64_ID = 0x0001
+_PADDING_ID = int.from_bytes(b"FB", "little")
+#: "Version made by" of the zip64 end record as miniz writes it: 3 (Unix), 3.0; and 4.5 to extract.
+_MADE_BY, _NEEDED = 0x031E, 45
+
+
+@dataclass(frozen=True)
+class Record:
+    """A file of the archive: its content, or None for `nbytes` that are filled in later."""
+
+    name: str
+    nbytes: int
+    data: bytes | None = None
+
+
+class ZipLayout:
+    """Where each record of an archive lies. `offsets` has the file offset of each record's data; `nbytes` is exact."""
+
+    def __init__(self, records: Sequence[Record]) -> None:
+        self.offsets: dict[str, int] = {}
+        self._placed: list[_Placed] = []
+        end = 0
+        for record in records:
+            placed = _Placed(record, record.name.encode(), end)
+            self.offsets[record.name] = placed.data_offset
+            self._placed.append(placed)
+            end = placed.end
+        self._directory_offset = end
+        self._directory_nbytes = sum(_CENTRAL.size + len(placed.name) + len(placed.zip64) for placed in self._placed)
+        self.nbytes = end + self._directory_nbytes + _END64.size + _LOCATOR64.size + _END.size
+
+    def pieces(self, crcs: Mapping[str, int]) -> Pieces:
+        """All bytes of the archive but those to be filled in, whose CRC-32 `crcs` gives by record name."""
+        crc_of = [
+            crcs[placed.record.name] if placed.record.data is None else zlib.crc32(placed.record.data)
+            for placed in self._placed
+        ]
+        start, run = 0, bytearray()
+        for placed, crc in zip(self._placed, crc_of, strict=True):
+            run += placed.local_header()
+            if placed.record.data is None:
+                yield start, bytes(run)
+                start, run = placed.data_offset + placed.record.nbytes, bytearray()
+            else:
+                run += placed.record.data
+            run += placed.descriptor(crc)
+        for placed, crc in zip(self._placed, crc_of, strict=True):
+            run += placed.central_header(crc)
+        yield start, bytes(run + self._end_records())
+
+    def _end_records(self) -> bytes:
+        count, nbytes, offset = len(self._placed), self._directory_nbytes, self._directory_offset
+        end64 = _END64.pack(b"PK\6\6", _END64.size - 12, _MADE_BY, _NEEDED, 0, 0, count, count, nbytes, offset)
+        locator = _LOCATOR64.pack(b"PK\6\7", 0, offset + nbytes, 1)
+        short = min(count, _MAX16)
+        end = _END.pack(b"PK\5\6", 0, 0, short, short, min(nbytes, _MAX32), min(offset, _MAX32), 0)
+        return end64 + locator + end
+
+
+class _Placed:
+    """A record at its place in the archive: `offset` of its local header, `data_offset`, `end` of its descriptor."""
+
+    def __init__(self, record: Record, name: bytes, offset: int) -> None:
+        self.record = record
+        self.name = name
+        self.offset = offset
+        self.zip64 = _zip64_extra(record.nbytes, offset)
+        unpadded = offset + _LOCAL.size + len(name) + len(self.zip64) + _EXTRA.size
+        self.data_offset = unpadded + -unpadded % ALIGNMENT
+        self._flags = _FLAG_UTF8 | (_FLAG_DESCRIPTOR if record.nbytes else 0)
+        self._descriptor = _DESCRIPTOR64 if self.zip64 else _DESCRIPTOR
+        self.end = self.data_offset + record.nbytes + (self._descriptor.size if record.nbytes else 0)
+
+    def local_header(self) -> bytes:
+        extra_nbytes = self.data_offset - self.offset - _LOCAL.size - len(self.name)
+        padding = extra_nbytes - len(self.zip64) - _EXTRA.size
+        fields = _LOCAL.pack(b"PK\3\4", 0, self._flags, 0, 0, 0, 0, 0, 0, len(self.name), extra_nbytes)
+        return b"".join((fields, self.name, self.zip64, _EXTRA.pack(_PADDING_ID, padding), b"Z" * padding))
+
+    def descriptor(self, crc: int) -> bytes:
+        if not self.record.nbytes:
+            return b""
+        return self._descriptor.pack(b"PK\7\10", crc, self.record.nbytes, self.record.nbytes)
+
+    def central_header(self, crc: int) -> bytes:
+        nbytes, offset = (min(value, _MAX32) for value in (self.record.nbytes, self.offset))
+        lengths = (len(self.name), len(self.zip64), 0)
+        fields = _CENTRAL.pack(b"PK\1\2", 0, 0, self._flags, 0, 0, 0, crc, nbytes, nbytes, *lengths, 0, 0, 0, offset)
+        return fields + self.name + self.zip64
+
+
+def _zip64_extra(nbytes: int, offset: int) -> bytes:
+    """Both sizes and the offset, as far as they need 64 bits (4.5.3); miniz puts the same in both headers."""
+    values = [nbytes, nbytes] if nbytes >= _MAX32 else []
+    if offset >= _MAX32:
+        values.append(offset)
+    return _EXTRA.pack(_ZIP64_ID, 8 * len(values)) + struct.pack(f"<{len(values)}Q", *values) if values else b""
