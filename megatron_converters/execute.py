@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ import numpy.typing as npt
 
 from .dtypes import DType, cast
 from .errors import ConversionError
-from .layouts import RowMap
+from .layouts import RowMap, runs
 from .plan import Gather, Piece, Planner, as_matrix
 from .storage.output import OutputFile
 
@@ -76,25 +77,20 @@ def _direct(sources: Sequence[tuple[Gather, Array]], start: int, stop: int, dtyp
 
 def _is_run(wanted: RowMap) -> bool:
     first, last = int(wanted[0]), int(wanted[-1])
-    return first >= 0 and last - first == wanted.size - 1 and bool((np.diff(wanted) == 1).all())
+    return first >= 0 and last - first == wanted.size - 1 and next(runs(wanted))[2] == wanted.size
 
 
 def _place(target: Array, dtype: DType, source: Array, gather: Gather, start: int, stop: int) -> None:
     wanted = gather.rows[start:stop]
     source_dtype = gather.source.data.dtype
-    bounds = [0, *(np.flatnonzero(np.diff(wanted) != 1) + 1), wanted.size]
-    if len(bounds) - 1 > _MAX_RUNS:
+    stretches = list(islice(runs(wanted), _MAX_RUNS + 1))
+    if len(stretches) > _MAX_RUNS:
         chosen = wanted >= 0
         target[chosen] = _converted(source[wanted[chosen]], source_dtype, dtype)
         return
-    for left, right in zip(bounds, bounds[1:], strict=False):
-        first = int(wanted[left])
-        if first >= 0:
-            part = source[first : first + int(right - left)]
-            if source_dtype == dtype:
-                target[left:right] = part
-            else:
-                target[left:right] = _converted(part, source_dtype, dtype)
+    for position, first, length in stretches:
+        part = source[first : first + length]
+        target[position : position + length] = _converted(part, source_dtype, dtype)
 
 
 def _converted(part: Array, source: DType, target: DType) -> Array:

@@ -64,6 +64,16 @@ GATED = Layout("gated", lambda _, rows: (rows // 2, rows // 2), _gated)
 GROUPED_QKV = Layout("grouped qkv", _qkv_rows, _grouped_qkv)
 
 
+def runs(rows: RowMap) -> Iterator[tuple[int, int, int]]:
+    """The stretches of consecutive rows as (position, first row, length); positions that hold -1 are in none."""
+    # -1 before row 0 looks consecutive and is not.
+    breaks = np.flatnonzero((np.diff(rows) != 1) | (rows[:-1] < 0)) + 1
+    bounds = [0, *breaks.tolist(), rows.size]
+    for start, stop in zip(bounds, bounds[1:], strict=False):
+        if rows[start] >= 0:
+            yield start, int(rows[start]), stop - start
+
+
 @lru_cache(maxsize=512)
 def _kept(data: bytes) -> RowMap:
     return np.frombuffer(data, np.int64)

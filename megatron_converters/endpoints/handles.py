@@ -16,11 +16,11 @@ from ..dtypes import DType, dtype_named
 from ..errors import ConversionError
 from ..execute import materialise
 from ..handover import receives_ours
-from ..layouts import RowMap, interned
+from ..layouts import RowMap, interned, runs
 from ..plan import Piece, Planner
 from ..storage.tensor import StoredTensor, contiguous_strides
 
-#: Runs of consecutive rows: first row here, first row in the file, how many. A plain tensor has one.
+#: `layouts.runs` of a row map. A plain tensor has one.
 _Runs = tuple[tuple[int, int, int], ...]
 _PackedPiece = tuple[str, int, str, tuple[int, ...], tuple[int, ...], Any, int, str]
 
@@ -49,28 +49,17 @@ def _pack(piece: Piece) -> _PackedPiece:
     data = piece.data
     if not isinstance(data, StoredTensor):
         raise ConversionError(f"{piece.where} is not in a file and cannot be handed over")
-    return data.path, data.offset, data.dtype.name, data.shape, data.strides, _runs(piece.rows), piece.col, piece.where
+    return data.path, data.offset, data.dtype.name, data.shape, data.strides, tuple(runs(piece.rows)), piece.col, piece.where
 
 
 def _unpack(packed: _PackedPiece) -> Piece:
-    path, offset, dtype, shape, strides, runs, col, where = packed
-    return Piece(StoredTensor(path, offset, dtype_named(dtype), shape, strides), _rows(runs, shape[0]), col, where)
+    path, offset, dtype, shape, strides, row_runs, col, where = packed
+    return Piece(StoredTensor(path, offset, dtype_named(dtype), shape, strides), _rows(row_runs, shape[0]), col, where)
 
 
-def _runs(rows: RowMap) -> _Runs:
-    breaks = np.flatnonzero(np.diff(rows) != 1) + 1
-    starts = np.concatenate(([0], breaks))
-    lengths = np.diff(np.concatenate((starts, [rows.size])))
-    return tuple(
-        (int(rows[start]), int(start), int(length))
-        for start, length in zip(starts, lengths, strict=True)
-        if rows[start] >= 0
-    )
-
-
-def _rows(runs: _Runs, count: int) -> RowMap:
+def _rows(packed: _Runs, count: int) -> RowMap:
     rows = np.full(count, -1, np.int64)
-    for first, start, length in runs:
+    for start, first, length in packed:
         rows[start : start + length] = np.arange(first, first + length)
     return interned(rows)
 

@@ -135,7 +135,7 @@ class _Archive:
             raise ConversionError(f"{self.path} lacks its record {name}; the file is damaged, copy it again")
         if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
             raise ConversionError(
-                f"{self.path} is compressed or encrypted ({name}), which torch.save never does; save it again with torch"
+                f"{self.path} is compressed or encrypted ({name}), as torch.save never does; save it again with torch"
             )
         if not 0 <= info.header_offset < self._size:
             raise ConversionError(f"{self.path} has no room for its record {name}; the file is damaged, copy it again")

@@ -3,6 +3,7 @@
 A pickle is a program: it may call anything it can name. Here it can name only what is listed, and everything listed
 is harmless. Each object that it can reach is a plain container, number or string, or one that refuses to be altered
 (`Sealed`, `Builder`, the metaclass of stand-ins), so that no opcode can change what lies outside the result.
+What a hostile pickle can still do is to need memory and time in proportion to its size.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import ConversionError
+from . import opcodes
 
 #: Python 2's names, which pickles of protocol 2 still use.
 _OLD_MODULES = {"__builtin__": "builtins", "copy_reg": "copyreg"}
@@ -47,6 +49,7 @@ def load(data: bytes, where: str, names: Mapping[tuple[str, str], Any], persiste
     errors. Raises `ConversionError` for any other name and for a damaged pickle; no code of the pickle's is ever run.
     """
     try:
+        opcodes.check(data)
         return _Unpickler(data, where, names, persistent_load).load()
     except _FAULTS as error:
         raise ConversionError(f"{where} is damaged or hostile: its pickle cannot be read ({error})") from error
@@ -64,7 +67,7 @@ class StandIn(metaclass=_SealedType):
     module = ""
     qualname = ""
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> StandIn:  # noqa: PYI034 - typing.Self needs Python 3.11
+    def __new__(cls, *args: Any, **kwargs: Any) -> StandIn:
         self = super().__new__(cls)
         self.args = args
         self.kwargs = kwargs
@@ -172,7 +175,7 @@ class _NumpyDType(metaclass=_SealedType):
     _code: Any
     _order: Any
 
-    def __new__(cls, code: Any = None, *_: Any) -> _NumpyDType:  # noqa: PYI034 - typing.Self needs Python 3.11
+    def __new__(cls, code: Any = None, *_: Any) -> _NumpyDType:
         self = super().__new__(cls)
         self._code = code
         self._order = "="

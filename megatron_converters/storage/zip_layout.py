@@ -99,7 +99,7 @@ class _Placed:
         self.record = record
         self.name = name
         self.offset = offset
-        self.zip64 = _zip64_extra(record.nbytes, offset)
+        self.zip64 = _zip64_extra(record.nbytes, record.nbytes, offset)
         unpadded = offset + _LOCAL.size + len(name) + len(self.zip64) + _EXTRA.size
         self.data_offset = unpadded + -unpadded % ALIGNMENT
         self._flags = _FLAG_UTF8 | (_FLAG_DESCRIPTOR if record.nbytes else 0)
@@ -110,7 +110,8 @@ class _Placed:
         extra_nbytes = self.data_offset - self.offset - _LOCAL.size - len(self.name)
         padding = extra_nbytes - len(self.zip64) - _EXTRA.size
         fields = _LOCAL.pack(b"PK\3\4", 0, self._flags, 0, 0, 0, 0, 0, 0, len(self.name), extra_nbytes)
-        return b"".join((fields, self.name, self.zip64, _EXTRA.pack(_PADDING_ID, padding), b"Z" * padding))
+        zip64 = _zip64_extra(self.record.nbytes, 0, self.offset)  # miniz: how far it compresses is not known yet
+        return b"".join((fields, self.name, zip64, _EXTRA.pack(_PADDING_ID, padding), b"Z" * padding))
 
     def descriptor(self, crc: int) -> bytes:
         if not self.record.nbytes:
@@ -124,9 +125,9 @@ class _Placed:
         return fields + self.name + self.zip64
 
 
-def _zip64_extra(nbytes: int, offset: int) -> bytes:
-    """Both sizes and the offset, as far as they need 64 bits (4.5.3); miniz puts the same in both headers."""
-    values = [nbytes, nbytes] if nbytes >= _MAX32 else []
+def _zip64_extra(nbytes: int, compressed: int, offset: int) -> bytes:
+    """Both sizes and the offset, as far as they need 64 bits (4.5.3)."""
+    values = [nbytes, compressed] if nbytes >= _MAX32 else []
     if offset >= _MAX32:
         values.append(offset)
     return _EXTRA.pack(_ZIP64_ID, 8 * len(values)) + struct.pack(f"<{len(values)}Q", *values) if values else b""

@@ -1,0 +1,43 @@
+"""Package layout and dependencies; tool settings are in pyproject.toml."""
+
+import ast
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+#: `loaders/` and `savers/` stand at the top of a checkout, as Megatron-LM's plugins do, but such generic names
+#: must not land in site-packages: installed, they are part of the library.
+PLUGINS = {"megatron_converters.loaders": "loaders", "megatron_converters.savers": "savers"}
+
+
+def version() -> str:
+    """`__version__` of the package, read without importing it: its dependencies may not be there yet."""
+    for node in ast.parse((ROOT / "megatron_converters" / "__init__.py").read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__version__":
+            return ast.literal_eval(node.value)
+    raise RuntimeError("megatron_converters/__init__.py has no __version__")
+
+
+def requirements(name: str) -> list[str]:
+    """The lines of a requirements file that name a package."""
+    lines = (line.strip() for line in (ROOT / name).read_text(encoding="utf-8").splitlines())
+    return [line for line in lines if line and not line.startswith(("#", "-"))]
+
+
+setup(
+    name="megatron-converters",
+    version=version(),
+    description="Move LLM checkpoints between Hugging Face and Megatron-LM, on a CPU, without building a model",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=[*find_packages(include=["megatron_converters", "megatron_converters.*"]), *PLUGINS],
+    package_dir=PLUGINS,
+    package_data={"megatron_converters": ["py.typed"]},
+    scripts=["convert.py", "convert_mlm_to_hf_checkpoint.py"],
+    install_requires=requirements("requirements.txt"),
+    extras_require={
+        "hf": ["transformers>=4.43", "tokenizers", "sentencepiece", "tiktoken", "protobuf"],
+        "test": requirements("requirements-test.txt"),
+    },
+)

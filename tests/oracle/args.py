@@ -1,0 +1,103 @@
+"""The `args` that a training run of Megatron-LM would have saved."""
+
+from __future__ import annotations
+
+import signal
+from argparse import Namespace
+from typing import Any
+
+import torch
+
+_DEFAULTS: dict[str, Any] = dict(
+    num_layers=4,
+    encoder_num_layers=4,
+    hidden_size=64,
+    ffn_hidden_size=112,
+    num_attention_heads=8,
+    num_query_groups=4,
+    kv_channels=None,
+    max_position_embeddings=512,
+    seq_length=512,
+    normalization="RMSNorm",
+    layernorm_epsilon=1e-5,
+    apply_layernorm_1p=False,
+    add_bias_linear=False,
+    add_qkv_bias=False,
+    qk_layernorm=False,
+    swiglu=True,
+    squared_relu=False,
+    quick_geglu=False,
+    openai_gelu=False,
+    untie_embeddings_and_output_weights=True,
+    position_embedding_type="rope",
+    rotary_base=10000,
+    rotary_percent=1.0,
+    rotary_interleaved=False,
+    rotary_seq_len_interpolation_factor=None,
+    use_rope_scaling=False,
+    rope_scaling_factor=8.0,
+    rope_type=None,
+    apply_rope_fusion=True,
+    no_rope_freq=None,
+    window_size=None,
+    window_attn_skip_freq=None,
+    softmax_type="vanilla",
+    multi_latent_attention=False,
+    num_experts=None,
+    attention_dropout=0.0,
+    hidden_dropout=0.0,
+    vocab_size=199,
+    make_vocab_size_divisible_by=16,
+    tokenizer_type="HuggingFaceTokenizer",
+    tokenizer_model=None,
+    transformer_impl="local",
+    tensor_model_parallel_size=1,
+    pipeline_model_parallel_size=1,
+    virtual_pipeline_model_parallel_size=None,
+    context_parallel_size=1,
+    expert_model_parallel_size=1,
+    expert_tensor_parallel_size=1,
+    sequence_parallel=False,
+    decoder_first_pipeline_num_layers=None,
+    decoder_last_pipeline_num_layers=None,
+    account_for_embedding_in_pipeline_split=False,
+    account_for_loss_in_pipeline_split=False,
+    bf16=False,
+    fp16=False,
+    params_dtype=torch.float32,
+    main_params_dtype=torch.float32,
+    ckpt_format="torch",
+    use_dist_ckpt=False,
+    save="checkpoints",
+    load=None,
+    micro_batch_size=1,
+    global_batch_size=8,
+    consumed_train_samples=8,
+    consumed_valid_samples=0,
+    train_iters=1,
+    lr=1e-4,
+    seed=1234,
+    cp_comm_type=["p2p"],
+    data_path=[],
+    exit_signal=signal.SIGTERM,  # an enum, as real args hold; the pool adds megatron's own
+)
+
+
+def megatron_args(**overrides: Any) -> Namespace:
+    """Args of a small Llama-like model, those that Megatron-LM derives included; `overrides` are argument names.
+
+    `num_query_groups=None` is multi-head attention; `params_dtype` is the dtype that `write_checkpoint` stores.
+    """
+    unknown = overrides.keys() - _DEFAULTS.keys()
+    if unknown:
+        raise TypeError(f"not Megatron arguments: {sorted(unknown)}")
+    args = Namespace(**{**_DEFAULTS, **overrides})
+    args.group_query_attention = args.num_query_groups is not None
+    args.num_query_groups = args.num_query_groups or 1  # Megatron-LM's default where attention is not grouped
+    args.kv_channels = args.kv_channels or args.hidden_size // args.num_attention_heads
+    args.norm_epsilon = args.layernorm_epsilon
+    args.data_parallel_size = 1
+    args.world_size = args.tensor_model_parallel_size * args.pipeline_model_parallel_size
+    multiple = args.make_vocab_size_divisible_by * args.tensor_model_parallel_size
+    args.padded_vocab_size = -(-args.vocab_size // multiple) * multiple
+    return args

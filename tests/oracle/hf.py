@@ -1,0 +1,153 @@
+"""Tiny random models written by transformers itself, and the logits that transformers computes from a folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_SIZES: dict[str, Any] = dict(
+    vocab_size=199,  # not a multiple of anything, so that vocabulary padding is exercised
+    hidden_size=64,
+    intermediate_size=112,
+    num_hidden_layers=4,
+    num_attention_heads=8,
+    num_key_value_heads=4,
+    max_position_embeddings=512,
+    bos_token_id=1,
+    eos_token_id=2,
+    pad_token_id=None,
+)
+
+
+def _rope(theta: float, **scaling: Any) -> dict[str, Any]:
+    return {"rope_type": "default", "rope_theta": theta, **scaling}
+
+
+def _llama3_rope(factor: float) -> dict[str, Any]:
+    """Llama 3.1's scaling; Megatron-LM fixes all of its constants but the factor (RotaryEmbedding._apply_scaling)."""
+    constants = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+    return _rope(5e5, **{"rope_type": "llama3", "factor": factor, **constants})
+
+
+_LLAMA = dict(model_type="llama", rms_norm_eps=1e-5, rope_parameters=_rope(1e4), tie_word_embeddings=False)
+_LLAMA3 = _LLAMA | dict(rope_parameters=_rope(5e5))
+_MISTRAL = _LLAMA | dict(model_type="mistral", sliding_window=None)
+_QWEN2 = _LLAMA | dict(model_type="qwen2", rms_norm_eps=1e-6, rope_parameters=_rope(1e6))
+_QWEN3 = _QWEN2 | dict(model_type="qwen3", head_dim=16)
+_LONG = dict(max_position_embeddings=131072, head_dim=32)  # long wavelengths: a scaled RoPE must show
+
+FAMILIES: Mapping[str, Mapping[str, Any]] = {
+    "llama2": _LLAMA,
+    "llama3": _LLAMA3,
+    "llama3.1": _LLAMA3 | _LONG | dict(rope_parameters=_llama3_rope(8.0)),
+    "llama3.2-tied": _LLAMA3 | _LONG | dict(rope_parameters=_llama3_rope(32.0), tie_word_embeddings=True),
+    "llama-head_dim": _LLAMA | dict(head_dim=24),
+    "llama-bias": _LLAMA | dict(attention_bias=True, mlp_bias=True),
+    "mistral": _MISTRAL,
+    "mistral-window": _MISTRAL | dict(sliding_window=7),
+    "qwen2": _QWEN2,
+    "qwen2-tied": _QWEN2 | dict(tie_word_embeddings=True),
+    "qwen3": _QWEN3,
+    "qwen3-tied": _QWEN3 | dict(tie_word_embeddings=True),
+}
+"""What distinguishes each family, in `config.json`'s words (transformers 5)."""
+
+
+def make_model(
+    family: str,
+    directory: Path,
+    *,
+    dtype: str = "float32",
+    seed: int = 0,
+    max_shard_size: int | str = "5GB",
+    weights: str = "safetensors",
+    legacy_config: bool = False,
+    **config_overrides: Any,
+) -> Path:
+    """Write a random model of `family` (a key of `FAMILIES`) into `directory`, and return it; a seed decides the bytes.
+
+    `max_shard_size` is bytes or text such as "100KB". `weights` is "safetensors" or "bin" (`pytorch_model*.bin`).
+    `legacy_config` rewrites `config.json` as transformers 4 wrote it (`rope_theta`, `rope_scaling`, `torch_dtype`).
+    `config_overrides` are fields of the model's config.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(**{**_SIZES, **FAMILIES[family], "dtype": dtype, **config_overrides})
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    _randomise(model, seed)
+    model.to(getattr(torch, dtype))
+    model.save_pretrained(directory, max_shard_size=max_shard_size)
+    if weights == "bin":
+        _safetensors_to_bin(directory)
+    if legacy_config:
+        _as_transformers_4(directory / "config.json")
+    return directory
+
+
+def sample_tokens(batch: int = 2, length: int = 64, *, vocab_size: int = 199, seed: int = 0) -> torch.Tensor:
+    """Random tokens, long [batch, length]: long enough for a wrong window or RoPE to show."""
+    return torch.randint(vocab_size, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def hf_logits(directory: Path, tokens: torch.Tensor) -> torch.Tensor:
+    """transformers' logits, float32 [B, S, V], of the model in `directory` for long [B, S] tokens (eager attention).
+
+    Fails where loading reports any missing, unexpected or misshapen key.
+    """
+    from transformers import AutoModelForCausalLM
+
+    model, report = AutoModelForCausalLM.from_pretrained(
+        directory, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+    )
+    problems = {name: keys for name, keys in report.items() if keys}
+    assert not problems, f"{directory} does not load cleanly: {problems}"
+    with torch.inference_mode():
+        logits: torch.Tensor = model.eval()(tokens, use_cache=False).logits
+    return logits.float().clone()
+
+
+def _randomise(model: torch.nn.Module, seed: int) -> None:
+    """Give every parameter values that matter: untouched norms (1) and biases (0) would hide mistakes.
+
+    Queries and keys are larger than the rest, so that attention is far from uniform and a wrong RoPE or window shows.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in sorted(model.named_parameters()):
+            noise = torch.randn(parameter.shape, generator=generator)
+            if name.endswith("norm.weight"):
+                parameter.copy_(1 + 0.3 * noise)
+            elif name.endswith(".bias"):
+                parameter.copy_(0.3 * noise)
+            else:
+                parameter.copy_((0.2 if "q_proj" in name or "k_proj" in name else 0.05) * noise)
+
+
+def _safetensors_to_bin(directory: Path) -> None:
+    from safetensors.torch import load_file
+
+    renamed = {}
+    for path in sorted(directory.glob("model*.safetensors")):
+        renamed[path.name] = path.with_suffix(".bin").name.replace("model", "pytorch_model", 1)
+        torch.save(load_file(path), directory / renamed[path.name])
+        path.unlink()
+    index = directory / "model.safetensors.index.json"
+    if index.exists():
+        content = json.loads(index.read_text())
+        content["weight_map"] = {key: renamed[name] for key, name in content["weight_map"].items()}
+        (directory / "pytorch_model.bin.index.json").write_text(json.dumps(content, indent=2))
+        index.unlink()
+
+
+def _as_transformers_4(path: Path) -> None:
+    config = json.loads(path.read_text())
+    rope = config.pop("rope_parameters")
+    config["rope_theta"] = rope.pop("rope_theta")
+    config["rope_scaling"] = None if rope["rope_type"] == "default" else rope
+    config["torch_dtype"] = config.pop("dtype")
+    config["transformers_version"] = "4.51.0"
+    path.write_text(json.dumps(config, indent=2))

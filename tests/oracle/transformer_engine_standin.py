@@ -1,0 +1,243 @@
+"""A stand-in for Transformer Engine in plain torch, so that megatron-core's Transformer Engine spec runs on a CPU.
+
+megatron-core's own wrapper classes (`megatron/core/extensions/transformer_engine.py`, 0.16) are used unchanged; they
+subclass the ones here. Constructor arguments and state-dict names (`weight`, `bias`, `layer_norm_weight`,
+`layer_norm_bias`, `_extra_state`) are those of Transformer Engine 2. Arguments about fp8, overlap and random state are
+accepted and mean nothing on a CPU. Later modules (grouped linear for experts) are added to `_PYTORCH`.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable
+from contextlib import nullcontext
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+_VERSION = "2.2.0"  # megatron-core looks at it to choose arguments and names
+
+Group = dist.ProcessGroup | None
+
+
+class _ExtraState(torch.nn.Module):
+    """Every module of Transformer Engine 2 owns an `_extra_state`: an empty byte tensor where fp8 is off."""
+
+    def get_extra_state(self) -> torch.Tensor:
+        return torch.empty(0, dtype=torch.uint8)
+
+    def set_extra_state(self, state: torch.Tensor | None) -> None:
+        if state is not None and state.numel():
+            raise ValueError("fp8 state in a checkpoint that is not fp8")
+
+
+class _Norm(_ExtraState):
+    """Layer or RMS norm of the last dimension, in float32."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        eps: float,
+        zero_centered_gamma: bool = False,
+        params_dtype: torch.dtype = torch.float32,
+        **_: Any,
+    ):
+        super().__init__()
+        self.eps, self.zero_centered_gamma = eps, zero_centered_gamma
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=params_dtype))
+
+
+class RMSNorm(_Norm):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return _normalise(x, self.weight, None, "RMSNorm", self.eps, self.zero_centered_gamma)
+
+
+class LayerNorm(_Norm):
+    def __init__(self, hidden_size: int, eps: float, **kwargs: Any):
+        super().__init__(hidden_size, eps, **kwargs)
+        self.bias = torch.nn.Parameter(torch.zeros_like(self.weight))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return _normalise(x, self.weight, self.bias, "LayerNorm", self.eps, self.zero_centered_gamma)
+
+
+class Linear(_ExtraState):
+    """A linear layer cut over a tensor-parallel group by rows or columns, or not at all (`parallel_mode` None).
+
+    Features are given whole. Returns the output, or with `return_bias` (output, bias not yet added), as TE does.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        bias: bool = True,
+        return_bias: bool = False,
+        parallel_mode: str | None = None,
+        tp_group: Group = None,
+        tp_size: int = 1,
+        sequence_parallel: bool = False,
+        init_method: Callable[[torch.Tensor], Any] | None = None,
+        params_dtype: torch.dtype = torch.float32,
+        **_: Any,
+    ):
+        super().__init__()
+        if sequence_parallel:
+            raise NotImplementedError("the stand-in has no sequence parallelism")
+        self.in_features = in_features // tp_size if parallel_mode == "row" else in_features
+        self.out_features = out_features // tp_size if parallel_mode == "column" else out_features
+        self.use_bias, self.return_bias, self.parallel_mode = bias, return_bias, parallel_mode
+        self.tp_group, self.tp_size = tp_group, tp_size
+        self.weight = torch.nn.Parameter(torch.zeros(self.out_features, self.in_features, dtype=params_dtype))
+        if init_method is not None:
+            init_method(self.weight)
+        # None is registered too: megatron's wrappers assign a Parameter to `bias` afterwards.
+        self.bias = torch.nn.Parameter(torch.zeros(self.out_features, dtype=params_dtype)) if bias else None
+        self._mark_shards()
+
+    def _mark_shards(self) -> None:
+        """Set the attributes by which megatron knows a parameter that differs between tensor-parallel ranks."""
+        if self.parallel_mode is None:
+            return
+        dim = 0 if self.parallel_mode == "column" else 1
+        self.weight.tensor_model_parallel, self.weight.partition_dim = True, dim  # type: ignore[attr-defined]
+
+    def forward(self, x: torch.Tensor, is_first_microbatch: bool | None = None) -> Any:
+        out = F.linear(x, self.weight)
+        if self.parallel_mode == "row" and self.tp_size > 1:
+            dist.all_reduce(out, group=self.tp_group)
+        if self.return_bias:
+            return out, self.bias
+        return out if self.bias is None else out + self.bias
+
+
+class LayerNormLinear(Linear):
+    """A norm and the linear layer after it, as one module."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        eps: float = 1e-5,
+        normalization: str = "LayerNorm",
+        zero_centered_gamma: bool = False,
+        **kwargs: Any,
+    ):
+        super().__init__(in_features, out_features, **kwargs)
+        self.eps, self.normalization, self.zero_centered_gamma = eps, normalization, zero_centered_gamma
+        dtype = self.weight.dtype
+        self.layer_norm_weight = torch.nn.Parameter(torch.ones(in_features, dtype=dtype))
+        with_bias = normalization == "LayerNorm"
+        self.layer_norm_bias = torch.nn.Parameter(torch.zeros(in_features, dtype=dtype)) if with_bias else None
+
+    def forward(self, x: torch.Tensor, is_first_microbatch: bool | None = None) -> Any:
+        gain, bias = self.layer_norm_weight, self.layer_norm_bias
+        return super().forward(_normalise(x, gain, bias, self.normalization, self.eps, self.zero_centered_gamma))
+
+
+class DotProductAttention(_ExtraState):
+    """Causal attention over [s, b, heads, d], with query groups and a sliding window.
+
+    `window_size` is TE's (left, right), -1 being unlimited: position i sees i - left to i, the future being masked.
+    """
+
+    def __init__(
+        self,
+        num_attention_heads: int,
+        kv_channels: int | tuple[int, int],
+        *,
+        attention_dropout: float = 0.0,
+        window_size: tuple[int, int] | None = None,
+        softmax_scale: float | None = None,
+        softmax_type: str = "vanilla",
+        **_: Any,
+    ):
+        super().__init__()
+        if attention_dropout or softmax_type != "vanilla":
+            raise NotImplementedError("the stand-in has no attention dropout and no attention sinks")
+        key_channels = kv_channels if isinstance(kv_channels, int) else kv_channels[0]
+        self.scale = softmax_scale or 1 / math.sqrt(key_channels)
+        self.window_size = window_size or (-1, -1)
+
+    def forward(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, *, attn_mask_type: str, **_: Any
+    ) -> torch.Tensor:
+        if attn_mask_type != "causal" or mask is not None:
+            raise NotImplementedError(f"the stand-in knows causal attention alone, not {attn_mask_type!r}")
+        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [b, heads or groups, s, d]
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+        scores = (q @ k.transpose(-1, -2)).float() * self.scale
+        scores = scores.masked_fill(~self._visible(scores.shape[-1]), float("-inf"))
+        context = scores.softmax(-1).to(v.dtype) @ v
+        return context.permute(2, 0, 1, 3).flatten(2)  # [s, b, heads * d]
+
+    def _visible(self, length: int) -> torch.Tensor:
+        position = torch.arange(length)
+        distance = position[:, None] - position[None, :]
+        left = self.window_size[0]
+        return (distance >= 0) & (distance <= (length if left < 0 else left))
+
+
+class GroupedLinear(_ExtraState):
+    """Not needed by dense models; megatron-core subclasses it when it is imported."""
+
+
+def _normalise(
+    x: torch.Tensor, gain: torch.Tensor, bias: torch.Tensor | None, kind: str, eps: float, zero_centered: bool
+) -> torch.Tensor:
+    weight = gain.float() + 1 if zero_centered else gain.float()
+    if kind == "RMSNorm":
+        return F.rms_norm(x.float(), x.shape[-1:], weight, eps).to(x.dtype)
+    return F.layer_norm(x.float(), x.shape[-1:], weight, None if bias is None else bias.float(), eps).to(x.dtype)
+
+
+class FP8GlobalStateManager:
+    """fp8 is always off."""
+
+    @staticmethod
+    def is_fp8_enabled() -> bool:
+        return False
+
+
+def _never(name: str) -> type:
+    """A class that megatron-core names when it is imported and that no model here builds."""
+    return type(name, (), {})
+
+
+_PYTORCH: dict[str, Any] = {
+    cls.__name__: cls for cls in (Linear, LayerNormLinear, LayerNorm, RMSNorm, DotProductAttention, GroupedLinear)
+}
+_MODULES: dict[str, dict[str, Any]] = {
+    "transformer_engine": {"__version__": _VERSION},
+    "transformer_engine.common": {},
+    "transformer_engine.common.recipe": {"DelayedScaling": _never("DelayedScaling")},
+    "transformer_engine.pytorch": _PYTORCH,
+    "transformer_engine.pytorch.distributed": {
+        "CudaRNGStatesTracker": _never("CudaRNGStatesTracker"),
+        "activation_recompute_forward": _never("activation_recompute_forward"),
+    },
+    "transformer_engine.pytorch.fp8": {
+        "FP8GlobalStateManager": FP8GlobalStateManager,
+        "fp8_autocast": lambda **_: nullcontext(),
+    },
+    "transformer_engine.pytorch.tensor": {"QuantizedTensor": _never("QuantizedTensor")},
+    "transformer_engine.pytorch.ops": {name: _never(name) for name in ("Sequential", "FusibleOperation")},
+}
+
+
+def install() -> None:
+    """Make `import transformer_engine` find the stand-in in this process."""
+    for name, content in _MODULES.items():
+        module = ModuleType(name)
+        module.__path__ = []  # a package: what is absent inside it is an ImportError, which megatron-core allows for
+        vars(module).update(content)
+        sys.modules[name] = module
+        parent, _, child = name.rpartition(".")
+        if parent:
+            setattr(sys.modules[parent], child, module)
