@@ -1,0 +1,55 @@
+"""Conversions as a Python caller runs them, for tests that look at results rather than at command lines."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from megatron_converters.dtypes import DType
+from megatron_converters.endpoints.base import Source, Target, convert
+from megatron_converters.endpoints.hf_source import HFSource
+from megatron_converters.endpoints.hf_target import HFOptions, HFTarget
+from megatron_converters.endpoints.megatron_source import MegatronReadOptions, MegatronSource
+from megatron_converters.endpoints.megatron_target import MegatronOptions, MegatronTarget
+from megatron_converters.progress import Silent
+
+
+def run(source: Source, target: Target, dtype: DType | None = None) -> list[str]:
+    """Convert and return what a user would be told."""
+    return convert(source, target, dtype, Silent())
+
+
+def hf_to_megatron(source: Path, target: Path, **options: Any) -> Path:
+    """`options` are those of MegatronOptions."""
+    run(HFSource(source), MegatronTarget(target, MegatronOptions(**options)))
+    return target
+
+
+def megatron_to_hf(source: Path, target: Path, **options: Any) -> Path:
+    """`options` are those of MegatronReadOptions."""
+    run(MegatronSource(source, MegatronReadOptions(**options)), HFTarget(target, HFOptions()))
+    return target
+
+
+def reshard(source: Path, target: Path, **options: Any) -> Path:
+    """`options` are those of MegatronOptions."""
+    run(MegatronSource(source), MegatronTarget(target, MegatronOptions(**options)))
+    return target
+
+
+def hf_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a folder, read by the safetensors library."""
+    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+
+
+def different(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> list[str]:
+    """Names that only one side has, or whose dtype, shape or bits differ."""
+    names = sorted(one.keys() | other.keys())
+    return [name for name in names if name not in one or name not in other or not _same(one[name], other[name])]
+
+
+def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.dtype == other.dtype and one.shape == other.shape and bool((one.view(torch.uint8) == other.view(torch.uint8)).all())

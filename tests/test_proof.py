@@ -1,0 +1,128 @@
+"""The proof: real megatron-core loads what we write and computes what transformers computes, and the way back is exact."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_converters.parallel import PipelineSplit
+from tests.conversions import different, hf_tensors, hf_to_megatron, megatron_to_hf, reshard
+from tests.oracle.args import megatron_args
+from tests.oracle.hf import FAMILIES, hf_logits, make_model, sample_tokens
+from tests.oracle.pool import MegatronPool, write_checkpoint
+
+TOKENS = sample_tokens()
+VOCABULARY = 199
+TOLERANCE = 1e-4
+GRIDS = ((1, 1), (2, 2), (4, 1), (1, 4))
+IMPLS = ("local", "transformer_engine")
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, torch.Tensor]]:
+    """Each family's tiny model and the logits that transformers computes from it."""
+    root = tmp_path_factory.mktemp("models")
+    folders = {family: make_model(family, root / family) for family in FAMILIES}
+    return {family: (folder, hf_logits(folder, TOKENS)) for family, folder in folders.items()}
+
+
+def check(pool: MegatronPool, checkpoint: Path, wanted: torch.Tensor, **options: Any) -> None:
+    got = pool.logits(checkpoint, TOKENS, **options)[..., :VOCABULARY]
+    assert float((got - wanted).abs().max()) < TOLERANCE
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize(("tp", "pp"), GRIDS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_megatron_computes_what_transformers_computes(
+    megatron_pool: MegatronPool,
+    models: dict[str, tuple[Path, torch.Tensor]],
+    tmp_path: Path,
+    family: str,
+    tp: int,
+    pp: int,
+    impl: str,
+) -> None:
+    folder, wanted = models[family]
+    checkpoint = hf_to_megatron(folder, tmp_path / "megatron", tp=tp, pp=pp, impl=impl)
+    check(megatron_pool, checkpoint, wanted, tp=tp, pp=pp, impl=impl)
+    back = megatron_to_hf(checkpoint, tmp_path / "hf")
+    assert different(hf_tensors(folder), hf_tensors(back)) == []
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_more_tensor_ranks_than_query_groups(megatron_pool: MegatronPool, tmp_path: Path, impl: str) -> None:
+    folder = make_model("qwen2", tmp_path / "hf", num_key_value_heads=2)
+    checkpoint = hf_to_megatron(folder, tmp_path / "megatron", tp=4, impl=impl)
+    check(megatron_pool, checkpoint, hf_logits(folder, TOKENS))
+    assert different(hf_tensors(folder), hf_tensors(megatron_to_hf(checkpoint, tmp_path / "back"))) == []
+
+
+UNEVEN = {
+    "first": (4, 5, PipelineSplit(first=2)),
+    "last": (4, 4, PipelineSplit(last=1)),
+    "both": (4, 6, PipelineSplit(first=1, last=1)),
+    "embedding": (2, 5, PipelineSplit(embedding=True)),
+    "loss": (4, 7, PipelineSplit(loss=True)),
+    "embedding and loss": (4, 6, PipelineSplit(embedding=True, loss=True)),
+}
+
+
+@pytest.mark.parametrize("family", ["llama3", "llama3.2-tied"])
+@pytest.mark.parametrize(("pp", "layers", "split"), UNEVEN.values(), ids=UNEVEN)
+def test_uneven_pipeline_stages(
+    megatron_pool: MegatronPool, tmp_path: Path, pp: int, layers: int, split: PipelineSplit, family: str
+) -> None:
+    folder = make_model(family, tmp_path / "hf", num_hidden_layers=layers)
+    checkpoint = hf_to_megatron(folder, tmp_path / "megatron", pp=pp, split=split)
+    check(megatron_pool, checkpoint, hf_logits(folder, TOKENS), pp=pp)
+    assert different(hf_tensors(folder), hf_tensors(megatron_to_hf(checkpoint, tmp_path / "back"))) == []
+
+
+@pytest.mark.parametrize("family", ["llama3.1", "qwen2-tied", "qwen3"])
+@pytest.mark.parametrize(("source", "target"), [((2, 2), (4, 1)), ((4, 1), (1, 4)), ((1, 4), (2, 2))])
+def test_reshard_equals_direct_conversion(
+    megatron_pool: MegatronPool,
+    models: dict[str, tuple[Path, torch.Tensor]],
+    tmp_path: Path,
+    family: str,
+    source: tuple[int, int],
+    target: tuple[int, int],
+) -> None:
+    folder, wanted = models[family]
+    first = hf_to_megatron(folder, tmp_path / "first", tp=source[0], pp=source[1], impl="local")
+    second = reshard(first, tmp_path / "second", tp=target[0], pp=target[1], impl="transformer_engine")
+    check(megatron_pool, second, wanted, tp=target[0], pp=target[1])
+    direct = hf_to_megatron(folder, tmp_path / "direct", tp=target[0], pp=target[1], impl="transformer_engine")
+    for file in sorted(direct.glob("iter_0000001/*/*.pt")):
+        ours = torch.load(second / file.relative_to(direct), weights_only=False)["model"]
+        theirs = torch.load(file, weights_only=False)["model"]
+        assert list(ours) == list(theirs)
+        assert all(theirs[key] is None or torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+REAL: dict[str, dict[str, Any]] = {
+    "llama": {"rotary_base": 500000, "use_rope_scaling": True},
+    "tied llama": {"untie_embeddings_and_output_weights": False},
+    "llama with biases": {"add_bias_linear": True},
+    "mistral": {"window_size": (15, 0)},
+    "qwen2": {"add_qkv_bias": True, "layernorm_epsilon": 1e-6, "rotary_base": 1000000},
+    "qwen3": {"qk_layernorm": True, "kv_channels": 32, "untie_embeddings_and_output_weights": False},
+}
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize(("tp", "pp"), GRIDS)
+@pytest.mark.parametrize("name", REAL)
+def test_checkpoint_of_real_megatron_modules_to_hf(
+    megatron_pool: MegatronPool, tmp_path: Path, name: str, tp: int, pp: int, impl: str
+) -> None:
+    args = megatron_args(
+        tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, transformer_impl=impl, **REAL[name]
+    )
+    wanted = write_checkpoint(megatron_pool, tmp_path / "megatron", args, seed=3, tokens=TOKENS, iteration=4)
+    back = megatron_to_hf(tmp_path / "megatron", tmp_path / "hf", directory_name="iter_0000004")
+    assert float((hf_logits(back, TOKENS) - wanted[..., :VOCABULARY]).abs().max()) < TOLERANCE
