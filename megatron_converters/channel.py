@@ -46,7 +46,9 @@ def receive(queue: Any) -> Any:
             message = queue.get(timeout=_POLL)
         except queues.Empty:
             if parent is not None and not parent.is_alive():
-                raise ConversionError("the loader ended before it had sent the whole model; nothing was saved") from None
+                raise ConversionError(
+                    "the loader ended before it had sent the whole model; nothing was saved"
+                ) from None
             continue
         if isinstance(message, str) and message == "exit":
             raise ConversionError("the loader stopped; see its message above. Nothing was saved")

@@ -33,8 +33,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _main(argv: Sequence[str]) -> None:
+    # Which options there are depends on the plugins; until they are known, neither --help nor a missing option matters.
+    names = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    _add_plugin_names(names)
+    known, _ = names.parse_known_args(argv)
     parser = _base_parser()
-    known, _ = parser.parse_known_args([word for word in argv if word not in ("-h", "--help")])
     loader = load_plugin("loader", known.loader)
     saver = load_plugin("saver", known.saver)
     loader.add_arguments(parser)
@@ -52,7 +55,8 @@ def _main(argv: Sequence[str]) -> None:
     process.join()
     if process.exitcode != 0:
         queue.cancel_join_thread()
-        raise ConversionError(f"the saver ended with {_describe(process.exitcode)}; nothing was saved")
+        kind = UsageError if process.exitcode == UsageError.exit_code else ConversionError
+        raise kind(f"the saver ended with {_describe(process.exitcode)}; nothing was saved")
 
 
 def _base_parser() -> argparse.ArgumentParser:
@@ -63,19 +67,33 @@ def _base_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
         conflict_handler="resolve",
     )
-    parser.add_argument("--model-type", choices=["GPT", "BERT"], default="GPT", help="GPT; BERT is accepted by stock plugins only.")
-    parser.add_argument("--loader", default="llama_mistral", help="llama_mistral, core, or the name of another plugin.")
-    parser.add_argument("--saver", default="mcore", help="mcore, hf, or the name of another plugin.")
+    parser.add_argument(
+        "--model-type", choices=["GPT", "BERT"], default="GPT", help="GPT; BERT is accepted by stock plugins only."
+    )
+    _add_plugin_names(parser)
     parser.add_argument("--load-dir", required=True, help="Folder of the model or checkpoint to read.")
     parser.add_argument("--save-dir", required=True, help="Folder to write to.")
-    parser.add_argument("--max-queue-size", type=int, default=50, help="Messages that may wait between loader and saver.")
     parser.add_argument(
-        "--no-checking", action="store_false", dest="checking", help="Do not check the names and the contents of messages."
+        "--max-queue-size", type=int, default=50, help="Messages that may wait between loader and saver."
     )
     parser.add_argument(
-        "--start-method", choices=multiprocessing.get_all_start_methods(), default=None, help="How to start the saver's process."
+        "--no-checking",
+        action="store_false",
+        dest="checking",
+        help="Do not check the names and the contents of messages.",
+    )
+    parser.add_argument(
+        "--start-method",
+        choices=multiprocessing.get_all_start_methods(),
+        default=None,
+        help="How to start the saver's process.",
     )
     return parser
+
+
+def _add_plugin_names(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--loader", default="llama_mistral", help="llama_mistral, core, or the name of another plugin.")
+    parser.add_argument("--saver", default="mcore", help="mcore, hf, or the name of another plugin.")
 
 
 def load_plugin(kind: str, name: str) -> types.ModuleType:
@@ -88,7 +106,9 @@ def load_plugin(kind: str, name: str) -> types.ModuleType:
             if not hasattr(plugin, "add_arguments"):
                 raise UsageError(f"module {candidate} is no {kind} plugin: it has no add_arguments")
             return plugin
-    raise UsageError(f"there is no {kind} {name!r}; ours are {_OURS[kind]}, others must be on PYTHONPATH as {kind}_{name}.py")
+    raise UsageError(
+        f"there is no {kind} {name!r}; ours are {_OURS[kind]}, others must be on PYTHONPATH as {kind}_{name}.py"
+    )
 
 
 _OURS = {"loader": "llama_mistral and core", "saver": "mcore and hf"}

@@ -20,7 +20,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         dtype = dtype_named(args.target_params_dtype) if args.target_params_dtype else None
         source = open_megatron_source(args)
-        say(args, f"loading {source.origin.described} ({source.spec.family}, tp={source.parallel.tp}, pp={source.parallel.pp})")
+        say(
+            args,
+            f"loading {source.origin.described} ({source.spec.family}, tp={source.parallel.tp}, pp={source.parallel.pp})",
+        )
         for line in convert(source, open_hf_target(args), dtype, make_progress(args.quiet)):
             say(args, line)
     except ConversionError as error:
@@ -34,10 +37,15 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
         conflict_handler="resolve",
     )
-    parser.add_argument("--load-path", dest="load_dir", required=True, help="Folder that holds iter_* or the mp_rank_* folders.")
+    parser.add_argument(
+        "--load-path", dest="load_dir", required=True, help="Folder that holds iter_* or the mp_rank_* folders."
+    )
     parser.add_argument("--save-path", dest="save_dir", required=True, help="Folder to write to.")
     parser.add_argument(
-        "--target-params-dtype", choices=["fp16", "bf16", "fp32"], default=None, help="Type to write; the checkpoint's by default."
+        "--target-params-dtype",
+        choices=["fp16", "bf16", "fp32"],
+        default=None,
+        help="Type to write; the checkpoint's by default.",
     )
     add_megatron_source_arguments(parser)
     add_hf_target_arguments(parser)

@@ -47,7 +47,9 @@ def family_of_config(config: Mapping[str, Any]) -> Family:
     """The family that config.json names by `architectures` or, failing that, `model_type`."""
     architectures = config.get("architectures") or []
     for family in FAMILIES.values():
-        if family.architecture in architectures or (not architectures and family.model_type == config.get("model_type")):
+        if family.architecture in architectures or (
+            not architectures and family.model_type == config.get("model_type")
+        ):
             return family
     named = ", ".join(architectures) or config.get("model_type") or "no architecture"
     known = ", ".join(family.architecture for family in FAMILIES.values())

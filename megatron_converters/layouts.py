@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -54,6 +55,17 @@ def _grouped_qkv(slot: Array, parts: Sequence[Array], spec: ModelSpec) -> Pairs:
     yield packed[:, heads + 1], value.reshape(groups, dim, *rest)
 
 
+def _grouped_interleaved_qkv(slot: Array, parts: Sequence[Array], spec: ModelSpec) -> Pairs:
+    """As `_grouped_qkv`, with query and key heads whose rotary pairs are neighbours in the parts and half a head apart here."""
+    query, key, value = parts
+    groups, dim, rest = spec.num_query_groups, spec.kv_channels, slot.shape[1:]
+    heads = spec.num_attention_heads // groups
+    packed = slot.reshape(groups, heads + 2, 2, dim // 2, *rest)
+    yield packed[:, :heads], query.reshape(groups, heads, dim // 2, 2, *rest).swapaxes(2, 3)
+    yield packed[:, heads], key.reshape(groups, dim // 2, 2, *rest).swapaxes(1, 2)
+    yield packed[:, heads + 1], value.reshape(groups, 2, dim // 2, *rest)
+
+
 def _qkv_rows(spec: ModelSpec, _: int) -> tuple[int, ...]:
     key = spec.num_query_groups * spec.kv_channels
     return spec.num_attention_heads * spec.kv_channels, key, key
@@ -62,6 +74,7 @@ def _qkv_rows(spec: ModelSpec, _: int) -> tuple[int, ...]:
 SAME = Layout("same", lambda _, rows: (rows,), _same)
 GATED = Layout("gated", lambda _, rows: (rows // 2, rows // 2), _gated)
 GROUPED_QKV = Layout("grouped qkv", _qkv_rows, _grouped_qkv)
+GROUPED_INTERLEAVED_QKV = Layout("grouped qkv, interleaved rotary pairs", _qkv_rows, _grouped_interleaved_qkv)
 
 
 def runs(rows: RowMap) -> Iterator[tuple[int, int, int]]:
@@ -69,7 +82,7 @@ def runs(rows: RowMap) -> Iterator[tuple[int, int, int]]:
     # -1 before row 0 looks consecutive and is not.
     breaks = np.flatnonzero((np.diff(rows) != 1) | (rows[:-1] < 0)) + 1
     bounds = [0, *breaks.tolist(), rows.size]
-    for start, stop in zip(bounds, bounds[1:], strict=False):
+    for start, stop in pairwise(bounds):
         if rows[start] >= 0:
             yield start, int(rows[start]), stop - start
 

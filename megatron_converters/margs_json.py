@@ -27,7 +27,9 @@ _PREFIX = "torch."
 
 def margs_to_json(margs: argparse.Namespace) -> dict[str, Any]:
     """The arguments as JSON values; dtypes as `torch.bfloat16`, anything else that is not JSON as its `str`."""
-    encoded = json.dumps(vars(margs), default=lambda value: f"{_PREFIX}{value}" if isinstance(value, DType) else str(value))
+    encoded = json.dumps(
+        vars(margs), default=lambda value: f"{_PREFIX}{value}" if isinstance(value, DType) else str(value)
+    )
     result: dict[str, Any] = json.loads(encoded)
     return dict(sorted(result.items()))
 
@@ -46,4 +48,3 @@ def _typed(value: Any) -> Any:
 def inheritable(margs: argparse.Namespace | None) -> dict[str, Any]:
     """What a new checkpoint takes over from the arguments of an older one."""
     return {} if margs is None else {name: value for name, value in vars(margs).items() if name not in _OF_A_RUN}
-

@@ -63,7 +63,9 @@ def inexpressible(spec: ModelSpec) -> list[str]:
             f"a sliding window from layer {spec.sliding_window_from} on only: Megatron-LM's --window-size holds for every layer"
         )
     if spec.proj_bias != spec.mlp_bias:
-        reasons.append("a bias on only one of the attention output and the MLP: Megatron-LM's --add-bias-linear means both")
+        reasons.append(
+            "a bias on only one of the attention output and the MLP: Megatron-LM's --add-bias-linear means both"
+        )
     if not float(spec.rotary_base).is_integer():
         reasons.append(f"a rotary base of {spec.rotary_base}: Megatron-LM's --rotary-base is a whole number")
     return reasons
@@ -73,9 +75,13 @@ def spec_fields(args: argparse.Namespace) -> dict[str, Any]:
     """The `ModelSpec` fields that `args` decides: all but family, dtype and vocab_size."""
     values = vars(args)
     _refuse_unsupported(values)
-    missing = [name for name in ("num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size") if not values.get(name)]
+    missing = [
+        name for name in ("num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size") if not values.get(name)
+    ]
     if missing:
-        raise ConversionError(f"the checkpoint's args lack {', '.join(missing)}; give a reference model with --hf-config DIR")
+        raise ConversionError(
+            f"the checkpoint's args lack {', '.join(missing)}; give a reference model with --hf-config DIR"
+        )
     fields = {field: values[name] for field, name in _ROWS.items() if values.get(name) is not None}
     heads = fields["num_attention_heads"]
     fields.setdefault("kv_channels", fields["hidden_size"] // heads)
@@ -99,7 +105,9 @@ def _refuse_unsupported(values: Mapping[str, Any]) -> None:
         values = {**values, "position_embedding_type": "rope"}
     for name, (supported, meaning) in _FIXED.items():
         if values.get(name, supported) != supported:
-            raise ConversionError(f"the checkpoint's args have {name}={values[name]!r}, that is {meaning}; not supported")
+            raise ConversionError(
+                f"the checkpoint's args have {name}={values[name]!r}, that is {meaning}; not supported"
+            )
 
 
 def _norm_epsilon(values: Mapping[str, Any]) -> float:
@@ -116,7 +124,9 @@ def _rope_scaling(values: Mapping[str, Any]) -> RopeScaling | None:
     linear = values.get("rotary_seq_len_interpolation_factor")
     if values.get("use_rope_scaling"):
         if linear:
-            raise ConversionError("the checkpoint's args have both llama3 and linear RoPE scaling; no supported model has")
+            raise ConversionError(
+                "the checkpoint's args have both llama3 and linear RoPE scaling; no supported model has"
+            )
         return RopeScaling("llama3", float(values.get("rope_scaling_factor") or _MEGATRON_LLAMA3.factor))
     return RopeScaling("linear", float(linear)) if linear else None
 
@@ -127,7 +137,9 @@ def _window(value: Any) -> int | None:
         return None
     left, right = (int(part) for part in (value.split(",") if isinstance(value, str) else value))
     if left < 0 or right != 0:
-        raise ConversionError(f"the checkpoint's args have window_size={value!r}; only a causal window (N, 0) is supported")
+        raise ConversionError(
+            f"the checkpoint's args have window_size={value!r}; only a causal window (N, 0) is supported"
+        )
     return left + 1
 
 
@@ -146,7 +158,9 @@ def model_args(spec: ModelSpec) -> dict[str, Any]:
         "rotary_base": int(base) if float(base).is_integer() else base,
         "use_rope_scaling": scaling is not None and scaling.kind == "llama3",
         "rope_scaling_factor": scaling.factor if scaling is not None and scaling.kind == "llama3" else 8.0,
-        "rotary_seq_len_interpolation_factor": scaling.factor if scaling is not None and scaling.kind == "linear" else None,
+        "rotary_seq_len_interpolation_factor": scaling.factor
+        if scaling is not None and scaling.kind == "linear"
+        else None,
         "untie_embeddings_and_output_weights": not spec.tied,
         "add_bias_linear": spec.proj_bias and spec.mlp_bias,
         "add_qkv_bias": spec.qkv_bias,

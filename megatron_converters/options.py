@@ -11,6 +11,7 @@ from .endpoints.hf_source import HFSource
 from .endpoints.hf_target import HFOptions, HFTarget
 from .endpoints.megatron_source import MegatronReadOptions, MegatronSource
 from .endpoints.megatron_target import MegatronOptions, MegatronTarget
+from .endpoints.meta_source import MetaSource
 from .errors import UsageError
 from .margs_json import margs_from_json
 from .parallel import PipelineSplit
@@ -18,7 +19,14 @@ from .plugins import add_argument, folder
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 #: Families that a stock --model-size name may mean, by how it begins.
-_MODEL_SIZES = {"llama": "llama", "yi": "llama", "mistral": "mistral", "qwen2.5": "qwen2", "qwen2": "qwen2", "qwen3": "qwen3"}
+_MODEL_SIZES = {
+    "llama": "llama",
+    "yi": "llama",
+    "mistral": "mistral",
+    "qwen2.5": "qwen2",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+}
 _IMPLS = ("local", "transformer_engine")
 
 
@@ -41,29 +49,56 @@ def add_hf_source_arguments(parser: Any) -> None:
     add_dtype_arguments(parser)
     unneeded = "Accepted for compatibility; config.json says it."
     add_argument(parser, "--model-size", default=None, help=f"{unneeded} A name of another architecture is an error.")
-    add_argument(parser, "--checkpoint-type", default="hf", choices=["meta", "hf"], help="Type of the source; hf by default.")
+    add_argument(
+        parser, "--checkpoint-type", default="hf", choices=["meta", "hf"], help="Type of the source; hf by default."
+    )
     add_argument(parser, "--true-vocab-size", type=int, default=None, help=f"{unneeded} Another value is an error.")
     add_argument(parser, "--vocab-file", default=None, help=unneeded)
-    add_argument(parser, "--tokenizer-model", default=None, help="Tokenizer to record in args; by default the folder itself.")
-    add_argument(parser, "--make-vocab-size-divisible-by", type=int, default=None, help="Vocabulary padding; 128 by default.")
-    add_argument(parser, "--loader-transformer-impl", default="local", choices=_IMPLS, help="Accepted for compatibility; not needed.")
-    add_argument(parser, "--source-margs-file", default=None, help="source_megatron_args.json with training arguments to take over.")
-    add_argument(parser, "--untie", action="store_true", help="Keep a stored lm_head apart although config.json ties it.")
-    add_argument(parser, "--ignore-config-fields", default="", help="Comma-separated unknown config.json fields to ignore.")
+    add_argument(
+        parser, "--tokenizer-model", default=None, help="Tokenizer to record in args; by default the folder itself."
+    )
+    add_argument(
+        parser, "--make-vocab-size-divisible-by", type=int, default=None, help="Vocabulary padding; 128 by default."
+    )
+    add_argument(
+        parser,
+        "--loader-transformer-impl",
+        default="local",
+        choices=_IMPLS,
+        help="Accepted for compatibility; not needed.",
+    )
+    add_argument(
+        parser,
+        "--source-margs-file",
+        default=None,
+        help="source_megatron_args.json with training arguments to take over.",
+    )
+    add_argument(
+        parser, "--untie", action="store_true", help="Keep a stored lm_head apart although config.json ties it."
+    )
+    add_argument(
+        parser, "--ignore-config-fields", default="", help="Comma-separated unknown config.json fields to ignore."
+    )
 
 
-def open_hf_source(args: argparse.Namespace) -> HFSource:
-    """The Hugging Face folder of --load-dir, checked against the options that repeat what it says."""
+def open_hf_source(args: argparse.Namespace) -> HFSource | MetaSource:
+    """The Hugging Face or Meta folder of --load-dir, checked against the options that repeat what it says."""
+    source: HFSource | MetaSource
     if args.checkpoint_type == "meta":
-        raise UsageError("--checkpoint-type meta is not read yet; convert to Hugging Face format first, then use hf")
-    ignored = [name for name in args.ignore_config_fields.split(",") if name]
-    source = HFSource(folder(args.load_dir), ignored_config=ignored, untie=args.untie)
+        source = MetaSource(folder(args.load_dir))
+    else:
+        ignored = [name for name in args.ignore_config_fields.split(",") if name]
+        source = HFSource(folder(args.load_dir), ignored_config=ignored, untie=args.untie)
     spec = source.spec
     if args.true_vocab_size is not None and args.true_vocab_size != spec.vocab_size:
-        raise UsageError(f"--true-vocab-size {args.true_vocab_size} disagrees with vocab_size {spec.vocab_size} of config.json")
+        raise UsageError(
+            f"--true-vocab-size {args.true_vocab_size} disagrees with vocab_size {spec.vocab_size} of config.json"
+        )
     meant = _model_size_family(args.model_size)
     if meant is not None and meant != spec.family:
-        raise UsageError(f"--model-size {args.model_size} means a {meant} model, but config.json describes a {spec.family} model")
+        raise UsageError(
+            f"--model-size {args.model_size} means a {meant} model, but config.json describes a {spec.family} model"
+        )
     if args.source_margs_file is not None:
         source.origin.margs = margs_from_json(Path(args.source_margs_file))
     if args.tokenizer_model is not None:
@@ -84,8 +119,15 @@ def add_megatron_source_arguments(parser: Any) -> None:
     """Options of loaders that read a Megatron-LM checkpoint."""
     add_dtype_arguments(parser)
     add_argument(parser, "--ckpt-dir-name", default=None, help="Folder to read (iter_0000008) instead of the latest.")
-    add_argument(parser, "--hf-config", default=None, help="Reference model folder: configuration and tokenizer are taken from it.")
-    add_argument(parser, "--true-vocab-size", type=int, default=None, help="Vocabulary without padding, where args lack it.")
+    add_argument(
+        parser,
+        "--hf-config",
+        default=None,
+        help="Reference model folder: configuration and tokenizer are taken from it.",
+    )
+    add_argument(
+        parser, "--true-vocab-size", type=int, default=None, help="Vocabulary without padding, where args lack it."
+    )
     add_argument(parser, "--vocab-file", default=None, help="Accepted for compatibility; use --true-vocab-size.")
     add_argument(
         parser,
@@ -101,13 +143,17 @@ def add_megatron_source_arguments(parser: Any) -> None:
         choices=_IMPLS,
         help="Accepted for compatibility; the names in the checkpoint say it.",
     )
-    add_argument(parser, "--make-vocab-size-divisible-by", type=int, default=None, help="Vocabulary padding of the output.")
+    add_argument(
+        parser, "--make-vocab-size-divisible-by", type=int, default=None, help="Vocabulary padding of the output."
+    )
 
 
 def open_megatron_source(args: argparse.Namespace) -> MegatronSource:
     """The checkpoint of --load-dir."""
     if getattr(args, "position_embedding_type", None) == "learned_absolute":
-        raise UsageError("--position-embedding-type learned_absolute disagrees with the checkpoint: only rope is supported")
+        raise UsageError(
+            "--position-embedding-type learned_absolute disagrees with the checkpoint: only rope is supported"
+        )
     reference = folder(args.hf_config) if args.hf_config is not None else None
     options = MegatronReadOptions(args.ckpt_dir_name, reference, args.true_vocab_size)
     return MegatronSource(folder(args.load_dir), options)
@@ -116,16 +162,30 @@ def open_megatron_source(args: argparse.Namespace) -> MegatronSource:
 def add_megatron_target_arguments(parser: Any) -> None:
     """Options of savers that write a Megatron-LM checkpoint."""
     default = "by default the source's, or 1"
-    add_argument(parser, "--target-tensor-parallel-size", type=int, default=None, help=f"Tensor-parallel size; {default}.")
-    add_argument(parser, "--target-pipeline-parallel-size", type=int, default=None, help=f"Pipeline-parallel size; {default}.")
-    add_argument(parser, "--target-expert-parallel-size", type=int, default=1, help="Expert-parallel size; 1 for dense models.")
     add_argument(
-        parser, "--saver-transformer-impl", default="transformer_engine", choices=_IMPLS, help="Whose parameter names to write."
+        parser, "--target-tensor-parallel-size", type=int, default=None, help=f"Tensor-parallel size; {default}."
     )
-    add_argument(parser, "--decoder-first-pipeline-num-layers", type=int, default=None, help="Layers on the first stage.")
+    add_argument(
+        parser, "--target-pipeline-parallel-size", type=int, default=None, help=f"Pipeline-parallel size; {default}."
+    )
+    add_argument(
+        parser, "--target-expert-parallel-size", type=int, default=1, help="Expert-parallel size; 1 for dense models."
+    )
+    add_argument(
+        parser,
+        "--saver-transformer-impl",
+        default="transformer_engine",
+        choices=_IMPLS,
+        help="Whose parameter names to write.",
+    )
+    add_argument(
+        parser, "--decoder-first-pipeline-num-layers", type=int, default=None, help="Layers on the first stage."
+    )
     add_argument(parser, "--decoder-last-pipeline-num-layers", type=int, default=None, help="Layers on the last stage.")
     counted = "Count the {} as a layer when stages are cut."
-    add_argument(parser, "--account-for-embedding-in-pipeline-split", action="store_true", help=counted.format("embedding"))
+    add_argument(
+        parser, "--account-for-embedding-in-pipeline-split", action="store_true", help=counted.format("embedding")
+    )
     add_argument(parser, "--account-for-loss-in-pipeline-split", action="store_true", help=counted.format("loss"))
     add_argument(parser, "--release", action="store_true", help="Write a release directory instead of iter_0000001.")
     add_argument(
@@ -139,7 +199,9 @@ def add_megatron_target_arguments(parser: Any) -> None:
 def open_megatron_target(args: argparse.Namespace) -> MegatronTarget:
     """The checkpoint to write in --save-dir."""
     if args.target_expert_parallel_size != 1:
-        raise UsageError(f"--target-expert-parallel-size {args.target_expert_parallel_size}: a dense model has no experts to spread; use 1")
+        raise UsageError(
+            f"--target-expert-parallel-size {args.target_expert_parallel_size}: a dense model has no experts to spread; use 1"
+        )
     split = PipelineSplit(
         args.decoder_first_pipeline_num_layers,
         args.decoder_last_pipeline_num_layers,
@@ -163,7 +225,9 @@ def open_megatron_target(args: argparse.Namespace) -> MegatronTarget:
 def add_hf_target_arguments(parser: Any) -> None:
     """Options of entry points that write a Hugging Face folder."""
     add_argument(parser, "--max-shard-size", default="5GB", help="Largest file, such as 5GB or 500MB.")
-    add_argument(parser, "--tokenizer-model", default=None, help="Tokenizer to write; by default the one that args name.")
+    add_argument(
+        parser, "--tokenizer-model", default=None, help="Tokenizer to write; by default the one that args name."
+    )
     add_argument(
         parser,
         "--instruct",
@@ -176,7 +240,7 @@ def add_hf_target_arguments(parser: Any) -> None:
         "--source-model-type",
         default=None,
         choices=["llama2", "llama3", "llama3.1", "mixtral"],
-        help="Which special tokens to give a Llama 3 tokenizer that is rebuilt from a tiktoken file. The architecture comes from args.",
+        help="Special tokens of a Llama 3 tokenizer rebuilt from a tiktoken file; the architecture comes from args.",
     )
 
 

@@ -27,13 +27,17 @@ class PipelineSplit:
     loss: bool = False
 
 
+#: Equal stages.
+EVEN = PipelineSplit()
+
+
 @dataclass(frozen=True)
 class Parallel:
     """Sizes of the parallel groups and the layers of each pipeline stage, in order."""
 
     tp: int
     stages: tuple[int, ...]
-    split: PipelineSplit = PipelineSplit()
+    split: PipelineSplit = EVEN
 
     @property
     def pp(self) -> int:
@@ -53,7 +57,7 @@ class Parallel:
         return f"mp_rank_{tp:02d}" if self.pp == 1 else f"mp_rank_{tp:02d}_{pp:03d}"
 
 
-def parallel_for(spec: ModelSpec, tp: int, pp: int, split: PipelineSplit = PipelineSplit()) -> Parallel:
+def parallel_for(spec: ModelSpec, tp: int, pp: int, split: PipelineSplit = EVEN) -> Parallel:
     """Check that tp and pp can cut this model and say how; the error names the sizes that can."""
     if tp < 1 or pp < 1:
         raise ConversionError(f"tensor- and pipeline-parallel sizes must be at least 1, not {tp} and {pp}")
@@ -158,5 +162,7 @@ def _all_rows(rows: int) -> RowMap:
 
 def _share(slot: Slot, size: int, ways: int) -> int:
     if size % ways:
-        raise ConversionError(f"{slot.name}: {size} cannot be cut {ways} ways; choose a tensor-parallel size that divides it")
+        raise ConversionError(
+            f"{slot.name}: {size} cannot be cut {ways} ways; choose a tensor-parallel size that divides it"
+        )
     return size // ways

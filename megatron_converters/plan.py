@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, Protocol
 
 import numpy as np
@@ -92,7 +93,9 @@ class Planner:
         """Every element of the slot must be in exactly one piece, and all pieces must share one dtype."""
         dtypes = sorted({str(piece.data.dtype) for piece in sources.pieces})
         if len(dtypes) != 1:
-            raise ConversionError(f"{ref}: its parts are of {len(dtypes)} dtypes ({', '.join(dtypes) or 'no parts'}); they must agree")
+            raise ConversionError(
+                f"{ref}: its parts are of {len(dtypes)} dtypes ({', '.join(dtypes) or 'no parts'}); they must agree"
+            )
         shape = ref.slot.matrix(spec)
         key = (shape, *((id(piece.rows), piece.col, piece.cols) for piece in sources.pieces))
         if key not in self._covers:
@@ -135,7 +138,7 @@ def _count_cover(ref: Ref, shape: tuple[int, int], pieces: Sequence[Piece]) -> N
     edges = sorted({0, cols, *(piece.col for piece in pieces), *(piece.col + piece.cols for piece in pieces)})
     if edges[0] < 0 or edges[-1] > cols:
         raise ConversionError(f"{ref}: columns {edges[0]} to {edges[-1]} are stored, but the tensor has {cols}")
-    for left, right in zip(edges, edges[1:], strict=False):
+    for left, right in pairwise(edges):
         counts = np.zeros(rows, np.int64)
         for piece in pieces:
             if piece.col <= left and right <= piece.col + piece.cols:

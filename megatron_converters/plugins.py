@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -53,9 +54,13 @@ def wanted_dtype_of(args: argparse.Namespace) -> DType | None:
 def run_loader(queue: Any, args: argparse.Namespace, open_source: Callable[[], Source]) -> None:
     """Send a source over the queue; on failure tell the saver, say why and exit."""
     try:
+        if args.model_type != "GPT":
+            raise UsageError(f"--model-type {args.model_type} cannot be converted; only GPT can")
         source = open_source()
         say(args, f"loading {source.origin.described} ({source.spec.family}, {source.spec.num_layers} layers)")
-        target = QueueTarget(queue, model_type=args.model_type, divisor=getattr(args, "make_vocab_size_divisible_by", None))
+        target = QueueTarget(
+            queue, model_type=args.model_type, divisor=getattr(args, "make_vocab_size_divisible_by", None)
+        )
         convert(source, target, wanted_dtype_of(args), Silent())
     except ConversionError as error:
         _tell_saver(queue)
@@ -92,10 +97,8 @@ def fail(who: str, error: ConversionError) -> None:
 
 
 def _tell_saver(queue: Any) -> None:
-    try:
+    with suppress(ConversionError):  # the saver is gone already; the first error is the one to show
         send(queue, EXIT)
-    except ConversionError:
-        pass  # the saver is gone already; the first error is the one to show
 
 
 def folder(path: str) -> Path:

@@ -56,8 +56,9 @@ class Lines:
         rate = self._done / max(seconds, 1e-3)
         left = (self._total - self._done) / max(rate, 1.0)
         share = 100 * self._done / max(self._total, 1)
+        done, total = self._done / 1e9, self._total / 1e9
         self._stream.write(
-            f"copied {self._done / 1e9:.2f} of {self._total / 1e9:.2f} GB ({share:.0f} %) at {rate / 1e9:.2f} GB/s, {left:.0f} s left\n"
+            f"copied {done:.2f} of {total:.2f} GB ({share:.0f} %) at {rate / 1e9:.2f} GB/s, {left:.0f} s left\n"
         )
         self._stream.flush()
 

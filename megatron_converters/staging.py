@@ -22,7 +22,9 @@ def make_staging(save_dir: Path, name: str) -> Path:
             shutil.rmtree(staging)
         staging.mkdir(parents=True)
     except OSError as error:
-        raise ConversionError(f"cannot make {staging}: {error.strerror}; choose a folder that can be written") from error
+        raise ConversionError(
+            f"cannot make {staging}: {error.strerror}; choose a folder that can be written"
+        ) from error
     return staging
 
 

@@ -52,4 +52,8 @@ def different(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> l
 
 
 def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return one.dtype == other.dtype and one.shape == other.shape and bool((one.view(torch.uint8) == other.view(torch.uint8)).all())
+    return (
+        one.dtype == other.dtype
+        and one.shape == other.shape
+        and bool((one.view(torch.uint8) == other.view(torch.uint8)).all())
+    )

@@ -74,7 +74,9 @@ def _shift_layers(ranks: Ranks) -> None:
 
 
 def _other_layer(key: str) -> str:
-    return key.replace(".layers.0.", ".layers.X.").replace(".layers.1.", ".layers.0.").replace(".layers.X.", ".layers.1.")
+    return (
+        key.replace(".layers.0.", ".layers.X.").replace(".layers.1.", ".layers.0.").replace(".layers.X.", ".layers.1.")
+    )
 
 
 def _swap_stages(ranks: Ranks) -> None:
@@ -130,7 +132,11 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, torch.Tensor]
 
 
 def _mutate(checkpoint: Path, mutation: Callable[[Ranks], None]) -> None:
-    files = {(tp, pp): checkpoint / f"iter_0000001/mp_rank_{tp:02d}_{pp:03d}/model_optim_rng.pt" for tp in (0, 1) for pp in (0, 1)}
+    files = {
+        (tp, pp): checkpoint / f"iter_0000001/mp_rank_{tp:02d}_{pp:03d}/model_optim_rng.pt"
+        for tp in (0, 1)
+        for pp in (0, 1)
+    }
     contents = {rank: torch.load(file, weights_only=False) for rank, file in files.items()}
     mutation({rank: content["model"] for rank, content in contents.items()})
     for rank, file in files.items():

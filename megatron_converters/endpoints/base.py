@@ -115,6 +115,3 @@ def convert(source: Source, target: Target, override: DType | None, progress: Pr
 def first_dtype(pieces: tuple[Piece, ...]) -> DType:
     """The dtype of a slot held as these pieces (their agreement is checked when they are planned)."""
     return pieces[0].data.dtype
-
-
-

@@ -49,7 +49,16 @@ def _pack(piece: Piece) -> _PackedPiece:
     data = piece.data
     if not isinstance(data, StoredTensor):
         raise ConversionError(f"{piece.where} is not in a file and cannot be handed over")
-    return data.path, data.offset, data.dtype.name, data.shape, data.strides, tuple(runs(piece.rows)), piece.col, piece.where
+    return (
+        data.path,
+        data.offset,
+        data.dtype.name,
+        data.shape,
+        data.strides,
+        tuple(runs(piece.rows)),
+        piece.col,
+        piece.where,
+    )
 
 
 def _unpack(packed: _PackedPiece) -> Piece:
@@ -74,7 +83,9 @@ def to_torch(handle: TensorHandle) -> Any:
     import torch
 
     plain = _plain(handle)
-    array = materialise(Planner(), handle.pieces, handle.shape, handle.dtype) if plain is None else _writable_view(plain)
+    array = (
+        materialise(Planner(), handle.pieces, handle.shape, handle.dtype) if plain is None else _writable_view(plain)
+    )
     return torch.from_numpy(array.view(f"i{handle.dtype.itemsize}")).view(handle.dtype.torch)
 
 
@@ -83,8 +94,9 @@ def _plain(handle: TensorHandle) -> StoredTensor | None:
     if len(handle.pieces) != 1:
         return None
     data, rows = handle.pieces[0].data, handle.pieces[0].rows
-    same = isinstance(data, StoredTensor) and data.dtype == handle.dtype and data.shape == handle.shape
-    if same and data.strides == contiguous_strides(data.shape) and np.array_equal(rows, np.arange(rows.size)):
+    if not isinstance(data, StoredTensor) or data.dtype != handle.dtype or data.shape != handle.shape:
+        return None
+    if data.strides == contiguous_strides(data.shape) and np.array_equal(rows, np.arange(rows.size)):
         return data
     return None
 

@@ -59,7 +59,10 @@ class HFSource:
 
 
 def _has_tokenizer(folder: Path) -> bool:
-    return any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json"))
+    return any(
+        (folder / name).exists()
+        for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+    )
 
 
 def read_tensors(folder: Path) -> dict[str, StoredTensor]:
@@ -88,7 +91,9 @@ def _read_sharded(folder: Path, index: Path) -> dict[str, StoredTensor]:
             continue
         found = _read_file(path)
         promised = {tensor for tensor, file in weight_map.items() if file == name}
-        problems += [f"{tensor} should be in {name} by {index.name}, but is not" for tensor in sorted(promised - found.keys())]
+        problems += [
+            f"{tensor} should be in {name} by {index.name}, but is not" for tensor in sorted(promised - found.keys())
+        ]
         problems += [f"{tensor} is in {name}, but not in {index.name}" for tensor in sorted(found.keys() - promised)]
         tensors.update(found)
     raise_all(f"{folder}: the shards and their index disagree", problems)
@@ -156,6 +161,8 @@ def _tied_copy(spec: ModelSpec, family: Family, tensors: Mapping[str, StoredTens
         return ()
     slot = SLOTS["word_embeddings"]
     if data.shape != slot.shape(spec):
-        raise ConversionError(f"{name} has shape {list(data.shape)}, but config.json ties it to {list(slot.shape(spec))}")
+        raise ConversionError(
+            f"{name} has shape {list(data.shape)}, but config.json ties it to {list(slot.shape(spec))}"
+        )
     (rows,) = row_maps(family.tensors[slot.name].layout, slot, spec)
     return (Piece(data, rows, 0, f"{Path(data.path).name}: {name} (tied; pass --untie to keep it apart)"),)

@@ -132,7 +132,10 @@ class HFTarget:
             _replace(self._staging / name, self._dir / name)
         self._staging.rmdir()
         sync_folder(self._dir)
-        return [f"wrote {len(self._file_of)} tensors ({self._total / 1e9:.3f} GB) in {len(self._files)} file(s) to {self._dir}", *notes]
+        return [
+            f"wrote {len(self._file_of)} tensors ({self._total / 1e9:.3f} GB) in {len(self._files)} file(s) to {self._dir}",
+            *notes,
+        ]
 
     def abort(self) -> None:
         """Remove the hidden folder."""
@@ -143,7 +146,9 @@ class HFTarget:
     def _refuse_existing(self) -> None:
         found = [name for name in ("config.json", _INDEX, "model.safetensors") if (self._dir / name).exists()]
         if found and not self._options.overwrite:
-            raise ConversionError(f"{self._dir} already holds a model ({', '.join(found)}); save elsewhere or pass --overwrite")
+            raise ConversionError(
+                f"{self._dir} already holds a model ({', '.join(found)}); save elsewhere or pass --overwrite"
+            )
 
     def _remove_old(self) -> None:
         """Take away an older model's files, what names the others first, so that no mixture is ever complete."""

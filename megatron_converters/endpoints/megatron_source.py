@@ -30,7 +30,9 @@ from .megatron_target import FILE, TRACKER
 _RANK = re.compile(r"mp_rank_\d{2,}(_\d{3,})*$")
 _EMBEDDINGS, _OUTPUT = "word_embeddings", "output_layer"
 #: Top-level entries of a checkpoint that are not left-out state.
-_EXPECTED_ENTRIES = frozenset({"args", "model", "checkpoint_version", "iteration", "num_floating_point_operations_so_far"})
+_EXPECTED_ENTRIES = frozenset(
+    {"args", "model", "checkpoint_version", "iteration", "num_floating_point_operations_so_far"}
+)
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,9 @@ def checkpoint_directory(load_dir: Path, name: str | None) -> Path:
             raise ConversionError(f"{tracker} says {text!r}; it must hold an iteration number or 'release'")
         directory = load_dir / (text if text == "release" else f"iter_{int(text):07d}")
         if not directory.is_dir():
-            raise ConversionError(f"{tracker} names {directory.name}, which is not there; copy it or name another folder")
+            raise ConversionError(
+                f"{tracker} names {directory.name}, which is not there; copy it or name another folder"
+            )
         return directory
     if any(_RANK.match(path.name) for path in _listing(load_dir)):
         return load_dir
@@ -85,7 +89,9 @@ class MegatronSource:
     def __init__(self, load_dir: Path, options: MegatronReadOptions = MegatronReadOptions()) -> None:
         self._dir = checkpoint_directory(load_dir, options.directory_name)
         if (self._dir / ".metadata").exists():
-            raise ConversionError(f"{self._dir} is a torch_dist checkpoint; this version reads the torch format (mp_rank_*) only")
+            raise ConversionError(
+                f"{self._dir} is a torch_dist checkpoint; this version reads the torch format (mp_rank_*) only"
+            )
         first = self._read_file(self._first_rank())
         args = _args_of(first, self._dir)
         self.parallel, self._ranks, left_out = self._read_ranks(args)
@@ -96,7 +102,9 @@ class MegatronSource:
         self._padded = padded
         self._pieces, self._replicas = self._match()
         if padded > spec.vocab_size:
-            notes.append(f"{padded - spec.vocab_size} rows of vocabulary padding are left out (vocabulary {spec.vocab_size})")
+            notes.append(
+                f"{padded - spec.vocab_size} rows of vocabulary padding are left out (vocabulary {spec.vocab_size})"
+            )
         if left_out:
             notes.append(f"left out of the conversion: {', '.join(sorted(left_out))} (optimizer and training state)")
         reference = options.hf_config
@@ -129,7 +137,9 @@ class MegatronSource:
         for name in ("mp_rank_00", "mp_rank_00_000", "mp_rank_00_000_000"):
             if (self._dir / name).is_dir():
                 return name
-        raise ConversionError(f"{self._dir} has no mp_rank_00, mp_rank_00_000 or mp_rank_00_000_000; copy rank 0's folder")
+        raise ConversionError(
+            f"{self._dir} has no mp_rank_00, mp_rank_00_000 or mp_rank_00_000_000; copy rank 0's folder"
+        )
 
     def _read_file(self, rank: str) -> dict[str, Any]:
         path = self._dir / rank / FILE
@@ -151,7 +161,11 @@ class MegatronSource:
         for name, rank in wanted.items():
             content = self._read_file(name)
             ranks[rank] = _Rank(name, _model_of(content, self._dir / name))
-            left_out |= {str(key) for key, value in content.items() if key not in _EXPECTED_ENTRIES and value not in (None, {}, [])}
+            left_out |= {
+                str(key)
+                for key, value in content.items()
+                if key not in _EXPECTED_ENTRIES and value not in (None, {}, [])
+            }
         return parallel, ranks, left_out
 
     def _padded_vocab(self) -> int:
@@ -211,7 +225,9 @@ class MegatronSource:
             file = self._ranks[tp, stage]
             keys = [name for name in names if name in file.tensors]
             if len(keys) != 1:
-                problems.append(f"{file.where}: {ref}: {' and '.join(keys) + ' are both there' if keys else names[0] + ' is missing'}")
+                problems.append(
+                    f"{file.where}: {ref}: {' and '.join(keys) + ' are both there' if keys else names[0] + ' is missing'}"
+                )
                 continue
             unused.discard(((tp, stage), keys[0]))
             share = cut(ref.slot, self.spec, self.parallel.tp, tp, self._padded)
@@ -232,7 +248,9 @@ def _names(slot: str, layer: int | None = None) -> tuple[str, ...]:
 def _args_of(content: Mapping[str, Any], where: Path) -> argparse.Namespace:
     args = content.get("args")
     if not isinstance(args, argparse.Namespace):
-        raise ConversionError(f"{where}: rank 0's file has no args; a checkpoint without them does not say what its tensors mean")
+        raise ConversionError(
+            f"{where}: rank 0's file has no args; a checkpoint without them does not say what its tensors mean"
+        )
     return args
 
 
@@ -261,7 +279,11 @@ def _model_of(content: Mapping[str, Any], where: Path) -> Mapping[str, StoredTen
     if not isinstance(model, Mapping):
         held = ", ".join(map(str, content))
         raise ConversionError(f"{where}: there is no 'model' entry; the file holds {held}")
-    odd = [key for key, value in model.items() if not key.endswith(EXTRA_STATE_SUFFIX) and not isinstance(value, StoredTensor)]
+    odd = [
+        key
+        for key, value in model.items()
+        if not key.endswith(EXTRA_STATE_SUFFIX) and not isinstance(value, StoredTensor)
+    ]
     if odd:
         raise ConversionError(f"{where}: model entries that are no tensors: {', '.join(odd[:20])}")
     return {key: value for key, value in model.items() if isinstance(value, StoredTensor)}
@@ -283,13 +305,13 @@ def _describe(
     return spec, [*notes, f"no Hugging Face configuration is recorded; the {spec.family} family fits the args"]
 
 
-def _reference(
-    folder: Path, args: argparse.Namespace, dtype: DType, vocab: int | None
-) -> tuple[ModelSpec, list[str]]:
+def _reference(folder: Path, args: argparse.Namespace, dtype: DType, vocab: int | None) -> tuple[ModelSpec, list[str]]:
     config = read_json(folder / "config.json")
     spec = dataclasses.replace(spec_of_config(config), dtype=dtype)
     if vocab is not None and vocab != spec.vocab_size:
-        raise UsageError(f"--true-vocab-size {vocab} disagrees with vocab_size {spec.vocab_size} of {folder / 'config.json'}")
+        raise UsageError(
+            f"--true-vocab-size {vocab} disagrees with vocab_size {spec.vocab_size} of {folder / 'config.json'}"
+        )
     fields = {**spec_fields(args), "vocab_size": spec.vocab_size, "dtype": dtype}
     said = ModelSpec(family=spec.family, **fields)
     return spec, [f"taken from {folder}: {difference} of the args" for difference in differences(spec, said)]

@@ -33,7 +33,7 @@ from ..megatron_args import (
     plain_args,
 )
 from ..megatron_names import DIALECTS, EXTRA_STATE, EXTRA_STATE_SUFFIX, QK_NORM_EXTRA_STATE
-from ..parallel import Cut, Parallel, PipelineSplit, cut, padded_vocab, parallel_for
+from ..parallel import EVEN, Cut, Parallel, PipelineSplit, cut, padded_vocab, parallel_for
 from ..plan import Sources
 from ..slots import SLOTS, Ref, Scope, refs
 from ..spec import ModelSpec
@@ -57,7 +57,7 @@ class MegatronOptions:
 
     tp: int | None = None
     pp: int | None = None
-    split: PipelineSplit = PipelineSplit()
+    split: PipelineSplit = EVEN
     impl: str = "transformer_engine"
     divisor: int | None = None
     release: bool = False
@@ -163,7 +163,7 @@ class MegatronTarget:
         source = self._origin.parallel
         tp = self._options.tp or (source.tp if source else 1)
         pp = self._options.pp or (source.pp if source else 1)
-        keeps_stages = source is not None and pp == source.pp and self._options.split == PipelineSplit()
+        keeps_stages = source is not None and pp == source.pp and self._options.split == EVEN
         split = source.split if source is not None and keeps_stages else self._options.split
         return parallel_for(self._spec, tp, pp, split)
 

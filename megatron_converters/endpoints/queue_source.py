@@ -51,7 +51,9 @@ class QueueSource:
         ours = getattr(metadata, "megatron_converters", None)
         if ours is not None:
             if ours["version"] != __version__:
-                raise ConversionError(f"the loader is version {ours['version']}, this saver {__version__}; use one version")
+                raise ConversionError(
+                    f"the loader is version {ours['version']}, this saver {__version__}; use one version"
+                )
             self.spec = ModelSpec.from_dict(ours["spec"])
             self.origin: Origin = ours["origin"]
             self._dtypes: dict[str, str] | None = ours["dtypes"]
@@ -75,7 +77,9 @@ class QueueSource:
         shape = ref.slot.shape(self.spec)
         pieces: list[Piece] = []
         for key, rows in zip(entry.keys, row_maps(entry.layout, ref.slot, self.spec), strict=True):
-            pieces += self._pieces(f"message {name!r}: {key}", self._take(key, name), rows, (rows.size, *shape[1:]), ref)
+            pieces += self._pieces(
+                f"message {name!r}: {key}", self._take(key, name), rows, (rows.size, *shape[1:]), ref
+            )
         return Sources(tuple(pieces))
 
     def close(self) -> None:
@@ -153,7 +157,14 @@ def _stock_spec(metadata: Any, embeddings: Any) -> ModelSpec:
     if getattr(metadata, "num_experts", None):
         raise ConversionError("the loader sends a mixture of experts; this version does not save them")
     args = argparse.Namespace(**vars(metadata.checkpoint_args))
-    for name in ("num_layers", "hidden_size", "num_attention_heads", "max_position_embeddings", "position_embedding_type", "swiglu"):
+    for name in (
+        "num_layers",
+        "hidden_size",
+        "num_attention_heads",
+        "max_position_embeddings",
+        "position_embedding_type",
+        "swiglu",
+    ):
         setattr(args, name, getattr(metadata, name))
     args.add_bias_linear = metadata.linear_bias
     args.add_qkv_bias = getattr(metadata, "qkv_bias", False)
@@ -172,6 +183,9 @@ def _stock_origin(metadata: Any) -> Origin:
         known = str(value).removeprefix("torch.")
         if type(value).__module__ == "torch" and known in BY_NAME:
             setattr(args, name, BY_NAME[known])
-    return Origin(described="the loader", tokenizer=getattr(args, "tokenizer_model", None), margs=args, iteration=metadata.iteration)
-
-
+    return Origin(
+        described="the loader",
+        tokenizer=getattr(args, "tokenizer_model", None),
+        margs=args,
+        iteration=metadata.iteration,
+    )

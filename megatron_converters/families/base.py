@@ -108,10 +108,12 @@ class Rope:
 
     def read(self, config: Config) -> dict[str, Any]:
         table = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-        kind = table.get("rope_type", table.get("type", "default"))
+        kind = str(table.get("rope_type") or table.get("type") or "default")
         theta = table.get("rope_theta", config.get("rope_theta")) or self.default_theta
         if table.get("partial_rotary_factor", 1.0) != 1.0:
-            raise ConversionError("config.json rotates a part of each head only (partial_rotary_factor); that is not supported")
+            raise ConversionError(
+                "config.json rotates a part of each head only (partial_rotary_factor); that is not supported"
+            )
         return {"rotary_base": float(theta), "rope_scaling": _read_scaling(kind, table)}
 
     def write(self, spec: ModelSpec) -> dict[str, Any]:
@@ -176,7 +178,9 @@ class SwitchedWindow:
         if window is not None and types is not None:
             start = next((i for i, kind in enumerate(types) if kind == "sliding_attention"), layers)
             if list(types) != ["full_attention"] * start + ["sliding_attention"] * (layers - start):
-                raise ConversionError("config.json mixes full and sliding attention in layer_types; that is not supported")
+                raise ConversionError(
+                    "config.json mixes full and sliding attention in layer_types; that is not supported"
+                )
         if window is None or start >= layers:
             return {"sliding_window": None, "sliding_window_from": 0}
         return {"sliding_window": window, "sliding_window_from": start}

@@ -6,7 +6,7 @@ import math
 import mmap
 import os
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -53,7 +53,7 @@ def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(reversed(strides))
 
 
-@lru_cache(maxsize=None)
+@cache
 def mapped(path: str) -> mmap.mmap:
     """The file, mapped read-only once per process."""
     try:
