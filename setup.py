@@ -34,7 +34,12 @@ setup(
     packages=[*find_packages(include=["megatron_converters", "megatron_converters.*"]), *PLUGINS],
     package_dir=PLUGINS,
     package_data={"megatron_converters": ["py.typed"]},
-    scripts=["convert.py", "convert_mlm_to_hf_checkpoint.py"],
+    entry_points={
+        "console_scripts": [
+            "megatron-convert = megatron_converters.convert:main",
+            "megatron-convert-mlm-to-hf = megatron_converters.convert_mlm_to_hf_checkpoint:main",
+        ]
+    },
     install_requires=requirements("requirements.txt"),
     extras_require={
         "hf": ["transformers>=4.43", "tokenizers", "sentencepiece", "tiktoken", "protobuf"],
