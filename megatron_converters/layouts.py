@@ -83,7 +83,7 @@ def runs(rows: RowMap) -> Iterator[tuple[int, int, int]]:
     breaks = np.flatnonzero((np.diff(rows) != 1) | (rows[:-1] < 0)) + 1
     bounds = [0, *breaks.tolist(), rows.size]
     for start, stop in pairwise(bounds):
-        if rows[start] >= 0:
+        if start < stop and rows[start] >= 0:
             yield start, int(rows[start]), stop - start
 
 
@@ -106,4 +106,6 @@ def row_maps(layout: Layout, slot: Slot, spec: ModelSpec) -> tuple[RowMap, ...]:
         part[...] = whole
     if not np.array_equal(np.sort(np.concatenate(parts)), np.arange(rows)):
         raise ConversionError(f"layout {layout.name!r} does not cover the {rows} rows of {slot.name} once each")
+    for part in parts:
+        part.flags.writeable = False  # shared by all who ask
     return tuple(parts)

@@ -64,16 +64,19 @@ def parallel_for(spec: ModelSpec, tp: int, pp: int, split: PipelineSplit = EVEN)
     if not _tp_fits(spec, tp):
         fitting = [size for size in range(1, spec.num_attention_heads + 1) if _tp_fits(spec, size)]
         raise ConversionError(
-            f"{spec.num_attention_heads} attention heads in {spec.num_query_groups} query groups and an MLP of "
-            f"{spec.ffn_hidden_size} cannot be cut over tp={tp}; use tp {_any_of(fitting)}"
+            f"{spec.num_attention_heads} attention heads of {spec.kv_channels} in {spec.num_query_groups} query groups "
+            f"and an MLP of {spec.ffn_hidden_size} cannot be cut over tp={tp}; use tp {_any_of(fitting)}"
         )
     return Parallel(tp, stage_layers(spec.num_layers, pp, split), split)
 
 
 def _tp_fits(spec: ModelSpec, tp: int) -> bool:
     groups = spec.num_query_groups
+    qkv_rows = (spec.num_attention_heads + 2 * groups) * spec.kv_channels
     # tp % groups == 0: megatron-core from 0.16 on gathers the groups that a rank lacks at run time.
-    return not (spec.num_attention_heads % tp or spec.ffn_hidden_size % tp or (groups % tp and tp % groups))
+    return not (
+        spec.num_attention_heads % tp or spec.ffn_hidden_size % tp or qkv_rows % tp or (groups % tp and tp % groups)
+    )
 
 
 def _any_of(sizes: list[int]) -> str:
@@ -151,6 +154,7 @@ def cut(slot: Slot, spec: ModelSpec, tp: int, rank: int, padded: int) -> Cut:
     share = _share(slot, total, tp * slot.blocks)
     mine = np.arange(total, dtype=np.int64).reshape(slot.blocks, tp, share)[:, rank].ravel()
     mine[mine >= rows] = -1
+    mine.flags.writeable = False  # shared by all who ask
     shape = (mine.size,) if slot.cols is None else (mine.size, cols)
     return Cut(shape, mine, 0, int(np.count_nonzero(mine < 0)))
 

@@ -138,6 +138,9 @@ def _count_cover(ref: Ref, shape: tuple[int, int], pieces: Sequence[Piece]) -> N
     edges = sorted({0, cols, *(piece.col for piece in pieces), *(piece.col + piece.cols for piece in pieces)})
     if edges[0] < 0 or edges[-1] > cols:
         raise ConversionError(f"{ref}: columns {edges[0]} to {edges[-1]} are stored, but the tensor has {cols}")
+    beyond = max((int(piece.rows.max(initial=-1)) for piece in pieces), default=-1)
+    if beyond >= rows:
+        raise ConversionError(f"{ref}: row {beyond} is stored, but the tensor has {rows}")
     for left, right in pairwise(edges):
         counts = np.zeros(rows, np.int64)
         for piece in pieces:

@@ -2,29 +2,71 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from .errors import ConversionError
 
 
-def staging_path(save_dir: Path, name: str) -> Path:
-    """Where the files of `save_dir/name` lie until they are complete."""
-    return save_dir / f".{name}.incomplete"
+class Staging:
+    """A hidden folder beside the final place, locked, so that two runs never write into one."""
+
+    def __init__(self, save_dir: Path, name: str) -> None:
+        """An empty folder; what a killed run left in it is removed. Raises if a living run holds it."""
+        self.path = save_dir / f".{name}.incomplete"
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(self.path, os.O_RDONLY)
+        except OSError as error:
+            raise ConversionError(
+                f"cannot make {self.path}: {error.strerror}; choose a folder that can be written"
+            ) from error
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(self._lock)
+            raise ConversionError(
+                f"another conversion is writing to {self.path}; wait for it or save elsewhere"
+            ) from None
+        for entry in self.path.iterdir():
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+
+    def discard(self) -> None:
+        """Remove the folder; nothing if it is gone."""
+        shutil.rmtree(self.path, ignore_errors=True)
+        self._unlock()
+
+    def move_to(self, final: Path) -> None:
+        """Show the folder under its final name, in one step; an older one there is removed first."""
+        if final.exists():
+            shutil.rmtree(final)
+        os.replace(self.path, final)
+        sync_folder(final.parent)
+        self._unlock()
+
+    def move_into(self, final: Path, last: Sequence[str]) -> None:
+        """Move the entries into an existing folder, those named `last` at the end, and remove this one."""
+        for name in sorted(os.listdir(self.path), key=lambda name: (name in last, name)):
+            if (final / name).is_dir():
+                shutil.rmtree(final / name)
+            os.replace(self.path / name, final / name)
+        self.path.rmdir()
+        sync_folder(final)
+        self._unlock()
+
+    def _unlock(self) -> None:
+        lock, self._lock = self._lock, -1
+        if lock >= 0:
+            os.close(lock)
 
 
-def make_staging(save_dir: Path, name: str) -> Path:
-    """An empty staging folder; what a killed run left there is removed."""
-    staging = staging_path(save_dir, name)
-    try:
-        if staging.exists():
-            shutil.rmtree(staging)
-        staging.mkdir(parents=True)
-    except OSError as error:
-        raise ConversionError(
-            f"cannot make {staging}: {error.strerror}; choose a folder that can be written"
-        ) from error
+def opened(staging: Staging | None) -> Staging:
+    """The staging of a target that was prepared."""
+    if staging is None:
+        raise RuntimeError("prepare comes before commit")
     return staging
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from ..dtypes import DType
+from ..errors import ConversionError
 from ..execute import Executor
 from ..parallel import Parallel
 from ..plan import Piece, Sources
@@ -103,10 +104,12 @@ def convert(source: Source, target: Target, override: DType | None, progress: Pr
         executor.finish()
         source.close()
         return target.commit()
-    except BaseException:
+    except BaseException as error:
         if executor is not None:
             executor.cancel()
         target.abort()
+        if isinstance(error, OSError):
+            raise ConversionError(f"cannot write {error.filename or 'the output'}: {error.strerror}") from error
         raise
     finally:
         progress.stop()

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +19,10 @@ from ..margs_json import margs_to_json
 from ..plan import Sources
 from ..slots import SLOTS, Ref, refs
 from ..spec import ModelSpec
-from ..staging import check_space, make_staging, staging_path, sync_folder
+from ..staging import Staging, check_space, opened
 from ..storage import safetensors
 from ..storage.output import Layout, OutputFile
-from ..tokenizer import generation_config, write_tokenizer
+from ..tokenizer import generation_config, token_ids, write_tokenizer
 from .base import Origin
 from .hf_source import part_names, part_shapes
 
@@ -32,6 +30,7 @@ _NAME = "hf"
 _INDEX = "model.safetensors.index.json"
 #: Written last: a folder without them is not a model to anyone.
 _LAST = (_INDEX, "config.json")
+_LLAMA2_VOCABULARY, _LLAMA3_VOCABULARY = 32000, 128256
 
 
 @dataclass(frozen=True)
@@ -82,16 +81,20 @@ class HFTarget:
     def __init__(self, save_dir: Path, options: HFOptions) -> None:
         self._dir = save_dir
         self._options = options
+        self._staging: Staging | None = None
         self._files: dict[str, OutputFile] = {}
         self._file_of: dict[str, str] = {}
         self._dtypes: dict[str, DType] = {}
 
     def prepare(self, spec: ModelSpec, origin: Origin, dtype_of: Callable[[Ref], DType]) -> int:
-        """Lay out the shards in a hidden folder beside their final place."""
+        """Write what is small and lay out the shards, in a hidden folder beside their final place."""
         self._refuse_existing()
         self._spec = dataclasses.replace(spec, dtype=dtype_of(Ref(SLOTS["word_embeddings"])))
         self._origin = origin
         self._config, self._changed = config_for(self._spec, origin.hf_config)
+        self._model_type = self._options.source_model_type or _token_family(self._spec)
+        if origin.hf_config is None or self._options.instruct:
+            self._config.update(token_ids(self._model_type, self._options.instruct))
         family = FAMILIES[spec.family]
         parts = [
             _Part(name, dtype_of(ref), shape)
@@ -101,12 +104,13 @@ class HFTarget:
         shards = split_shards(parts, self._options.max_shard_size)
         layouts = {file: _layout(shard) for file, shard in shards.items()}
         check_space(self._dir, sum(layout.nbytes for layout in layouts.values()))
-        self._staging = make_staging(self._dir, _NAME)
+        self._staging = staging = Staging(self._dir, _NAME)
         for file, layout in layouts.items():
-            self._files[file] = layout.create(self._staging / file)
+            self._files[file] = layout.create(staging.path / file)
             self._file_of.update(dict.fromkeys(layout.regions, file))
         self._dtypes = {part.name: part.dtype for part in parts}
         self._total = sum(part.nbytes for part in parts)
+        self._notes = self._write_assets(staging.path)
         return self._total
 
     def write(self, ref: Ref, sources: Sources, executor: Executor) -> None:
@@ -122,26 +126,19 @@ class HFTarget:
         """Complete the files and move them into place, index and config last."""
         for file in self._files.values():
             file.close()
-        notes = self._write_assets()
-        if len(self._files) > 1:
-            index = {"metadata": {"total_size": self._total}, "weight_map": dict(sorted(self._file_of.items()))}
-            _write_json(self._staging / _INDEX, index)
         self._remove_old()
-        names = sorted(os.listdir(self._staging), key=lambda name: (name in _LAST, name))
-        for name in names:
-            _replace(self._staging / name, self._dir / name)
-        self._staging.rmdir()
-        sync_folder(self._dir)
+        opened(self._staging).move_into(self._dir, _LAST)
         return [
             f"wrote {len(self._file_of)} tensors ({self._total / 1e9:.3f} GB) in {len(self._files)} file(s) to {self._dir}",
-            *notes,
+            *self._notes,
         ]
 
     def abort(self) -> None:
         """Remove the hidden folder."""
         for file in self._files.values():
             file.discard()
-        shutil.rmtree(staging_path(self._dir, _NAME), ignore_errors=True)
+        if self._staging is not None:
+            self._staging.discard()
 
     def _refuse_existing(self) -> None:
         found = [name for name in ("config.json", _INDEX, "model.safetensors") if (self._dir / name).exists()]
@@ -156,25 +153,37 @@ class HFTarget:
             for path in self._dir.glob(pattern):
                 path.unlink()
 
-    def _write_assets(self) -> list[str]:
+    def _write_assets(self, folder: Path) -> list[str]:
         origin, options = self._origin, self._options
         notes = [*origin.notes]
         notes += [f"config.json differs from the reference in {change}" for change in self._changed]
-        _write_json(self._staging / "config.json", self._config)
-        generation = generation_config(options.source_model_type) if options.instruct else origin.generation_config
+        _write_json(folder / "config.json", self._config)
+        if len(self._files) > 1:
+            index = {"metadata": {"total_size": self._total}, "weight_map": dict(sorted(self._file_of.items()))}
+            _write_json(folder / _INDEX, index)
+        generation = generation_config(self._model_type) if options.instruct else origin.generation_config
         if generation is not None:
-            _write_json(self._staging / "generation_config.json", generation)
+            _write_json(folder / "generation_config.json", generation)
         if origin.margs is not None:
-            _write_json(self._staging / "source_megatron_args.json", margs_to_json(origin.margs))
+            _write_json(folder / "source_megatron_args.json", margs_to_json(origin.margs))
         notes += write_tokenizer(
             options.tokenizer or origin.tokenizer,
-            self._staging,
+            folder,
             vocab_size=self._spec.vocab_size,
-            source_model_type=options.source_model_type,
+            source_model_type=self._model_type,
             instruct=options.instruct,
             explicit=options.tokenizer is not None,
         )
         return notes
+
+
+def _token_family(spec: ModelSpec) -> str | None:
+    """Whose begin and end tokens a Llama has, by its vocabulary; None if that does not say."""
+    if spec.family != "llama":
+        return None
+    if spec.vocab_size == _LLAMA3_VOCABULARY:
+        return "llama3" if spec.rope_scaling is None else "llama3.1"
+    return "llama2" if spec.vocab_size == _LLAMA2_VOCABULARY else None
 
 
 def _layout(shard: list[_Part]) -> Layout:
@@ -183,9 +192,3 @@ def _layout(shard: list[_Part]) -> Layout:
 
 def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _replace(source: Path, target: Path) -> None:
-    if target.is_dir():
-        shutil.rmtree(target)
-    os.replace(source, target)

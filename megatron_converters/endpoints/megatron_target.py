@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
-import shutil
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -37,7 +35,7 @@ from ..parallel import EVEN, Cut, Parallel, PipelineSplit, cut, padded_vocab, pa
 from ..plan import Sources
 from ..slots import SLOTS, Ref, Scope, refs
 from ..spec import ModelSpec
-from ..staging import check_space, make_staging, staging_path, sync_folder, write_text
+from ..staging import Staging, check_space, opened, write_text
 from ..storage import torch_zip
 from ..storage.output import OutputFile
 from .base import Origin
@@ -81,6 +79,7 @@ class MegatronTarget:
     def __init__(self, save_dir: Path, options: MegatronOptions) -> None:
         self._dir = save_dir
         self._options = options
+        self._staging: Staging | None = None
         self._files: dict[tuple[int, int], OutputFile] = {}
         self._written = 0
 
@@ -100,9 +99,9 @@ class MegatronTarget:
         ranks = [(tp, pp) for pp in range(self._parallel.pp) for tp in range(self._parallel.tp)]
         layouts = {rank: torch_zip.layout(FILE, self._tree(*rank)) for rank in ranks}
         check_space(self._dir, sum(layout.nbytes for layout in layouts.values()))
-        self._staging = make_staging(self._dir, self._name)
+        self._staging = staging = Staging(self._dir, self._name)
         for rank, layout in layouts.items():
-            folder = self._staging / self._parallel.directory(*rank)
+            folder = staging.path / self._parallel.directory(*rank)
             folder.mkdir()
             self._files[rank] = layout.create(folder / FILE)
         return sum(nbytes for layout in layouts.values() for _, nbytes in layout.regions.values())
@@ -122,12 +121,9 @@ class MegatronTarget:
         for file in self._files.values():
             file.close()
         text = self._flags_text()
-        (self._staging / FLAGS_FILE).write_text(text, encoding="utf-8")
-        final = self._dir / self._name
-        if final.exists():
-            shutil.rmtree(final)
-        os.replace(self._staging, final)
-        sync_folder(self._dir)
+        staging = opened(self._staging)
+        (staging.path / FLAGS_FILE).write_text(text, encoding="utf-8")
+        staging.move_to(self._dir / self._name)
         write_text(self._dir / TRACKER, "release" if self._options.release else str(self._iteration))
         return [self._summary(), *self._origin.notes, *self._warnings, f"pretrain_gpt.py needs:\n{text}".rstrip()]
 
@@ -135,8 +131,8 @@ class MegatronTarget:
         """Remove the hidden directory."""
         for file in self._files.values():
             file.discard()
-        if hasattr(self, "_name"):
-            shutil.rmtree(staging_path(self._dir, self._name), ignore_errors=True)
+        if self._staging is not None:
+            self._staging.discard()
 
     def _check_expressible(self, spec: ModelSpec) -> list[str]:
         reasons = inexpressible(spec)
@@ -235,11 +231,11 @@ class MegatronTarget:
             yield from (f"{module}.{EXTRA_STATE_SUFFIX}" for module in of_last)
 
     def _summary(self) -> str:
-        padding = (self._padded - self._spec.vocab_size) * (2 if not self._spec.tied or self._parallel.pp > 1 else 1)
+        padding = self._padded - self._spec.vocab_size
         return (
             f"wrote {self._written} tensors once each on {len(self._files)} rank(s) "
             f"(tp={self._parallel.tp}, pp={self._parallel.pp}, layers {'+'.join(map(str, self._parallel.stages))}) "
-            f"to {self._dir / self._name}; {padding} rows of vocabulary padding repeat the last row"
+            f"to {self._dir / self._name}; {padding} rows of vocabulary padding repeat the last of {self._spec.vocab_size}"
         )
 
     def _flags_text(self) -> str:
