@@ -1,0 +1,117 @@
+"""Time conversions of a random Llama against `cp` of the same bytes, alternating in one run, and sample their memory.
+
+    python scripts/bench/bench.py FOLDER [--layers 16] [--hidden 2048] [--runs 5] [--tp 2] [--pp 2]
+
+16 layers of 2048 are 1.1 billion parameters, 2.2 GB. Quote ratios: a machine's speed drifts, and `cp` drifts with it.
+Anonymous memory is what the processes hold of their own (RssAnon of all together); total memory also counts pages of
+mapped files, which the kernel takes back when it needs them. Needs Linux.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[2]
+_SAMPLE_SECONDS = 0.02
+
+
+class Measured(NamedTuple):
+    """One run: seconds of wall and CPU, and the peaks of the processes' summed memory in MiB."""
+
+    wall: float
+    cpu: float
+    anonymous: float
+    total: float
+
+
+def measure(command: list[str]) -> Measured:
+    """Run a command and sample the memory of its process group."""
+    before = os.times()
+    start = time.monotonic()
+    process = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL)
+    anonymous = total = 0.0
+    while process.poll() is None:
+        sampled = _memory(process.pid)
+        anonymous, total = max(anonymous, sampled[0]), max(total, sampled[1])
+        time.sleep(_SAMPLE_SECONDS)
+    wall = time.monotonic() - start
+    after = os.times()
+    if process.returncode:
+        sys.exit(f"{' '.join(command)} failed with {process.returncode}")
+    cpu = after.children_user + after.children_system - before.children_user - before.children_system
+    return Measured(wall, cpu, anonymous, total)
+
+
+def _memory(session: int) -> tuple[float, float]:
+    """RssAnon and VmRSS in MiB, summed over the processes of a session."""
+    sums = [0.0, 0.0]
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit():
+            continue
+        try:
+            fields = (entry / "stat").read_text().rsplit(")", 1)[1].split()
+            if int(fields[3]) != session:
+                continue
+            for line in (entry / "status").read_text().splitlines():
+                if line.startswith("RssAnon"):
+                    sums[0] += int(line.split()[1]) / 1024
+                elif line.startswith("VmRSS"):
+                    sums[1] += int(line.split()[1]) / 1024
+        except (FileNotFoundError, ProcessLookupError):
+            continue  # it ended between two reads
+    return sums[0], sums[1]
+
+
+def commands(folder: Path, tp: int, pp: int) -> dict[str, tuple[Path, list[str]]]:
+    """What is run, by name, with the folder that each writes."""
+    hf, megatron, back = folder / "hf", folder / "megatron", folder / "back"
+    convert = [sys.executable, str(ROOT / "convert.py"), "--quiet", "--model-type", "GPT"]
+    sizes = ["--target-tensor-parallel-size", str(tp), "--target-pipeline-parallel-size", str(pp)]
+    script = [sys.executable, str(ROOT / "convert_mlm_to_hf_checkpoint.py"), "--quiet"]
+    dirs = ["--load-dir", str(hf), "--save-dir", str(megatron)]
+    return {
+        "cp": (folder / "cp", ["cp", "-r", str(hf), str(folder / "cp")]),
+        "HF to Megatron": (megatron, [*convert, "--loader", "llama_mistral", "--saver", "mcore", *dirs, *sizes]),
+        "Megatron to HF": (back, [*script, "--load-path", str(megatron), "--save-path", str(back)]),
+    }
+
+
+def main() -> None:
+    """Make the model if it is not there, run all commands alternately, print a Markdown table of medians."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    for name, default in {"layers": 16, "hidden": 2048, "runs": 5, "tp": 2, "pp": 2}.items():
+        parser.add_argument(f"--{name}", type=int, default=default)
+    args = parser.parse_args()
+    if not (args.folder / "hf" / "config.json").exists():
+        make = [sys.executable, str(Path(__file__).with_name("make_model.py"))]
+        subprocess.run([*make, str(args.folder / "hf"), str(args.layers), str(args.hidden)], check=True)
+    size = sum(path.stat().st_size for path in (args.folder / "hf").iterdir())
+    runs: dict[str, list[Measured]] = {}
+    for number in range(args.runs + 1):  # the first warms the page cache
+        for name, (output, command) in commands(args.folder, args.tp, args.pp).items():
+            shutil.rmtree(output, ignore_errors=True)
+            measured = measure(command)
+            if number:
+                runs.setdefault(name, []).append(measured)
+    print(f"{size / 1e9:.2f} GB, tp={args.tp}, pp={args.pp}, {args.runs} runs, median (least-most)\n")
+    print("| run | wall s | CPU s | wall / cp | anonymous MiB | total MiB |\n|---|---|---|---|---|---|")
+    for name, measurements in runs.items():
+        walls = [measured.wall for measured in measurements]
+        ratios = [measured.wall / copied.wall for measured, copied in zip(measurements, runs["cp"], strict=True)]
+        wall = f"{statistics.median(walls):.2f} ({min(walls):.2f}-{max(walls):.2f})"
+        ratio = f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
+        rest = [statistics.median(row[index] for row in measurements) for index in (1, 2, 3)]
+        print(f"| {name} | {wall} | {rest[0]:.2f} | {ratio} | {rest[1]:.0f} | {rest[2]:.0f} |")
+
+
+if __name__ == "__main__":
+    main()

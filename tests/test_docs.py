@@ -1,0 +1,128 @@
+"""The documentation is true: its commands run, its example table works, its links lead somewhere."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_converters import families
+from megatron_converters.families.base import Family
+from tests.conversions import different, hf_tensors, hf_to_megatron, megatron_to_hf
+from tests.oracle.hf import make_model
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCUMENTS = (
+    "README.md",
+    "CONTRIBUTING.md",
+    "docs/architecture.md",
+    "docs/adding-a-family.md",
+    "scripts/bench/README.md",
+)
+_BLOCK = re.compile(r"^```bash\n(.*?)^```", re.MULTILINE | re.DOTALL)
+_LINK = re.compile(r"\]\((?!https?:)([^)#]+)")
+#: Commands that cannot run inside the test suite that they start, or have a test of their own.
+_ELSEWHERE = ("scripts/test.sh", "scripts/quickstart.sh")
+
+
+def commands() -> list[str]:
+    blocks = [block for name in DOCUMENTS for block in _BLOCK.findall((ROOT / name).read_text())]
+    return [block for block in blocks if not any(name in block for name in _ELSEWHERE)]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    root = tmp_path_factory.mktemp("docs")
+    folder = make_model("llama3.1", root / "hf", dtype="bfloat16")
+    return folder, hf_to_megatron(folder, root / "megatron", tp=2, pp=2)
+
+
+def run(command: str, environment: dict[str, str]) -> str:
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", command],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+@pytest.mark.parametrize("command", commands(), ids=lambda command: " ".join(command.split())[:60])
+def test_commands_run_as_written(command: str, model: tuple[Path, Path], tmp_path: Path) -> None:
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    (programs / "python").symlink_to(sys.executable)
+    environment = {"HF": str(model[0]), "MEG": str(model[1]), "OUT": str(tmp_path / "out")}
+    environment["PATH"] = f"{programs}{os.pathsep}{os.environ['PATH']}"
+    run(command, environment)
+    assert any((tmp_path / "out").iterdir())
+
+
+@pytest.mark.slow
+def test_quickstart(tmp_path: Path) -> None:
+    shown = run(f"bash scripts/quickstart.sh {tmp_path / 'demo'}", {"PYTHON": sys.executable})
+    assert "bit-equal" in shown or "equal" in shown
+    assert (tmp_path / "demo/megatron/iter_0000001/mp_rank_01_001/model_optim_rng.pt").exists()
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_links_lead_somewhere(name: str) -> None:
+    for target in _LINK.findall((ROOT / name).read_text()):
+        assert ((ROOT / name).parent / target).exists(), target
+
+
+def test_the_example_family_converts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The table of docs/adding-a-family.md, on a Qwen2 (a Llama with a QKV bias) under the example's names."""
+    (code,) = re.findall(
+        r"^```python\n(.*?)^```", (ROOT / "docs/adding-a-family.md").read_text(), re.MULTILINE | re.DOTALL
+    )
+    namespace: dict[str, Family] = {}
+    exec(code, namespace)  # noqa: S102 - the documentation's own example
+    monkeypatch.setitem(families.FAMILIES, "example", namespace["FAMILY"])
+    folder = make_model("qwen2", tmp_path / "hf")
+    as_example(folder)
+    checkpoint = hf_to_megatron(folder, tmp_path / "megatron", tp=2, pp=2)
+    back = megatron_to_hf(checkpoint, tmp_path / "back")
+    assert different(hf_tensors(folder), hf_tensors(back)) == []
+    assert "model.layers.3.norm_2.weight" in hf_tensors(back)
+
+
+def as_example(folder: Path) -> None:
+    import json
+
+    from safetensors.torch import save_file
+
+    config = json.loads((folder / "config.json").read_text())
+    config["n_layers"] = config.pop("num_hidden_layers")
+    for key in ("use_sliding_window", "sliding_window", "max_window_layers", "layer_types"):
+        config.pop(key, None)
+    config |= {"architectures": ["ExampleForCausalLM"], "model_type": "example"}
+    (folder / "config.json").write_text(json.dumps(config))
+    renamed = {
+        name.replace("input_layernorm", "norm_1").replace("post_attention_layernorm", "norm_2"): tensor
+        for name, tensor in hf_tensors(folder).items()
+    }
+    save_file(renamed, folder / "model.safetensors")
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
+def test_the_project_speaks_of_itself_alone() -> None:
+    """No tracked file names places or tools outside the project."""
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    forbidden = re.compile(
+        "|".join(("/".join(("", "work", "")), "".join(("..", "/sha", "red")), "/".join(("", "opt", "dev"))))
+    )
+    for name in listed.stdout.split():
+        path = ROOT / name
+        if path.is_file():
+            assert not forbidden.search(path.read_text(encoding="utf-8", errors="ignore")), name
