@@ -6,17 +6,17 @@ import argparse
 from functools import partial
 from typing import Any
 
-from megatron_converters.options import add_megatron_source_arguments, open_megatron_source
+from megatron_converters.options import add_core_loader_arguments, open_core_loader
 from megatron_converters.plugins import add_common_arguments, run_loader
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare this loader's options."""
     group = parser.add_argument_group(title="Megatron core loader")
-    add_megatron_source_arguments(group)
+    add_core_loader_arguments(group)
     add_common_arguments(group)
 
 
 def load_checkpoint(queue: Any, args: argparse.Namespace) -> None:
     """Send the model in --load-dir over the queue."""
-    run_loader(queue, args, partial(open_megatron_source, args))
+    run_loader(queue, args, partial(open_core_loader, args))

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import multiprocessing
 import queue as queues
+from contextlib import suppress
 from typing import Any
 
 from .errors import ConversionError
 
+#: Seconds that a partner which does not read is given.
+_PATIENCE = 2.0
 #: Seconds between looks at whether the partner is alive.
 _POLL = 0.5
 
@@ -26,6 +29,12 @@ def send(queue: Any, message: Any) -> None:
             return
 
 
+def tell(queue: Any, message: Any) -> None:
+    """Put a message if there is room for it soon. On the way out a partner that is stuck or gone must not hold us."""
+    with suppress(queues.Full):
+        queue.put(message, timeout=_PATIENCE)
+
+
 def check_saver(queue: Any) -> None:
     """Raise if this process started a saver and none is alive any more."""
     # active_children() also reaps, so a dead saver is missed for one poll at most.
@@ -38,18 +47,30 @@ def _had_child() -> bool:
     return multiprocessing.parent_process() is None
 
 
+_LOADER_GONE = "the loader ended before it had sent the whole model; nothing was saved"
+
+
+def _only_read(queue: Any) -> None:
+    """Close this process's own end for writing: else the pipe stays open without the loader, half a message in it."""
+    writer = getattr(queue, "_writer", None)
+    if writer is not None and not writer.closed:
+        writer.close()
+
+
 def receive(queue: Any) -> Any:
     """The next message; raises if the loader is gone or says that it stopped."""
     parent = multiprocessing.parent_process()
+    if parent is not None:
+        _only_read(queue)
     while True:
         try:
             message = queue.get(timeout=_POLL)
         except queues.Empty:
-            if parent is not None and not parent.is_alive():
-                raise ConversionError(
-                    "the loader ended before it had sent the whole model; nothing was saved"
-                ) from None
-            continue
+            if parent is None or parent.is_alive():
+                continue
+            raise ConversionError(_LOADER_GONE) from None
+        except (EOFError, OSError) as error:
+            raise ConversionError(_LOADER_GONE) from error
         if isinstance(message, str) and message == "exit":
             raise ConversionError("the loader stopped; see its message above. Nothing was saved")
         return message

@@ -10,16 +10,21 @@ import argparse
 import importlib
 import importlib.util
 import multiprocessing
+import queue as queues
 import sys
 import types
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
-from .errors import ConversionError, UsageError
+from .endpoints.queue_names import DONE
+from .errors import ConversionError, Interrupted, UsageError
 from .plugins import fail
 
 #: Names that stock and Habana's tools give to the same plugins.
 _ALIASES = {"loader": {"mcore": "core", "megatron": "core"}, "saver": {"core": "mcore", "megatron": "mcore"}}
+#: Seconds to wait for a message that the saver has left unread.
+_LAST_LOOK = 0.05
 #: Seconds that a saver has to clean up after the loader failed.
 _GRACE = 5.0
 
@@ -30,6 +35,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         _main(sys.argv[1:] if argv is None else argv)
     except ConversionError as error:
         fail("convert", error)
+    except KeyboardInterrupt:
+        fail("convert", Interrupted())
 
 
 def _main(argv: Sequence[str]) -> None:
@@ -49,14 +56,26 @@ def _main(argv: Sequence[str]) -> None:
     process.start()
     try:
         loader.load_checkpoint(queue, args)
+        process.join()
     except BaseException:
         _end(process)
         raise
-    process.join()
+    finally:
+        queue.cancel_join_thread()  # the saver has ended: nobody will read what is still buffered
+    if process.exitcode == 0 and _unread(queue):
+        raise ConversionError("the saver ended before it had received the whole model, although with exit code 0")
     if process.exitcode != 0:
-        queue.cancel_join_thread()
         kind = UsageError if process.exitcode == UsageError.exit_code else ConversionError
         raise kind(f"the saver ended with {_describe(process.exitcode)}; nothing was saved")
+
+
+def _unread(queue: Any) -> bool:
+    """Whether messages are left; a second "done", as some stock loaders send, is none."""
+    with suppress(queues.Empty):
+        while queue.get(timeout=_LAST_LOOK) == DONE:
+            pass
+        return True
+    return False
 
 
 def _base_parser() -> argparse.ArgumentParser:

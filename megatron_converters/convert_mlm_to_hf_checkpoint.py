@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 from .dtypes import dtype_named
 from .endpoints.base import convert
-from .errors import ConversionError
-from .options import add_hf_target_arguments, add_megatron_source_arguments, open_hf_target, open_megatron_source
+from .errors import ConversionError, Interrupted
+from .options import add_checkpoint_arguments, add_hf_target_arguments, open_checkpoint, open_hf_target
 from .plugins import add_common_arguments, fail, say
 from .progress import make_progress
 
@@ -19,7 +19,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = _parser().parse_args(sys.argv[1:] if argv is None else argv)
     try:
         dtype = dtype_named(args.target_params_dtype) if args.target_params_dtype else None
-        source = open_megatron_source(args)
+        source = open_checkpoint(args)
         say(
             args,
             f"loading {source.origin.described} ({source.spec.family}, tp={source.parallel.tp}, pp={source.parallel.pp})",
@@ -28,6 +28,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             say(args, line)
     except ConversionError as error:
         fail("convert_mlm_to_hf_checkpoint", error)
+    except KeyboardInterrupt:
+        fail("convert_mlm_to_hf_checkpoint", Interrupted())
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -47,7 +49,12 @@ def _parser() -> argparse.ArgumentParser:
         default=None,
         help="Type to write; the checkpoint's by default.",
     )
-    add_megatron_source_arguments(parser)
+    parser.add_argument(
+        "--save-capacity-bins",
+        action="store_true",
+        help="Accepted for compatibility; dense models have no capacity bins.",
+    )
+    add_checkpoint_arguments(parser)
     add_hf_target_arguments(parser)
     add_common_arguments(parser)
     return parser

@@ -36,6 +36,9 @@ class DType(Sealed):
     def __reduce__(self) -> tuple[Any, ...]:
         return _received, (self.name,)
 
+    def __copy__(self) -> DType:
+        return self
+
     def __deepcopy__(self, _: Any) -> DType:
         return self
 

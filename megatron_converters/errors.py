@@ -20,6 +20,15 @@ class UsageError(ConversionError):
     exit_code = 2
 
 
+class Interrupted(ConversionError):
+    """The user stopped the run (exit code as shells give it for SIGINT)."""
+
+    exit_code = 130
+
+    def __init__(self) -> None:
+        super().__init__("interrupted before the end")
+
+
 def raise_all(what: str, problems: Iterable[str], limit: int = 50) -> None:
     """Raise one `ConversionError` that lists every problem (the first `limit` of them, then a count); nothing if none."""
     listed = list(problems)

@@ -149,11 +149,18 @@ class Executor:
 
     def _submit(self, function: Callable[..., None], *args: Any) -> None:
         self._room.acquire()
-        future = self._pool.submit(function, *args)
+        future = self._pool.submit(self._run, function, *args)
         future.add_done_callback(lambda _: self._room.release())
         done = [future for future in self._futures if future.done()]
         self._raise_failure(done)
         self._futures = [*(future for future in self._futures if future not in done), future]
+
+    def _run(self, function: Callable[..., None], *args: Any) -> None:
+        try:
+            function(*args)
+        except BaseException:
+            self._stop.set()  # all that is queued would be thrown away
+            raise
 
     @staticmethod
     def _raise_failure(futures: Sequence[Future[None]]) -> None:

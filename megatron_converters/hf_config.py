@@ -46,6 +46,8 @@ def read_json(path: Path) -> dict[str, Any]:
 def family_of_config(config: Mapping[str, Any]) -> Family:
     """The family that config.json names by `architectures` or, failing that, `model_type`."""
     architectures = config.get("architectures") or []
+    if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
+        raise ConversionError(f"config.json has architectures={architectures!r}; it must be a list of names")
     for family in FAMILIES.values():
         if family.architecture in architectures or (
             not architectures and family.model_type == config.get("model_type")

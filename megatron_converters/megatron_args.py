@@ -13,7 +13,7 @@ from typing import Any
 from .dtypes import DType
 from .errors import ConversionError
 from .parallel import Parallel
-from .spec import ModelSpec, RopeScaling
+from .spec import ModelSpec, RopeScaling, number
 
 #: spec field ↔ attribute, where they correspond one to one.
 _ROWS = {
@@ -37,6 +37,13 @@ _FIXED: dict[str, tuple[Any, str]] = {
     "apply_layernorm_1p": (False, "norms around 1"),
     "layernorm_zero_centered_gamma": (False, "norms around 1"),
     "squared_relu": (False, "squared ReLU"),
+    "quick_geglu": (False, "a quick GELU"),
+    "softmax_type": ("vanilla", "attention sinks"),
+    "attention_output_gate": (False, "gated attention outputs"),
+    "no_rope_freq": (None, "layers without rotary embeddings"),
+    "window_attn_skip_freq": (None, "a sliding window on some layers only"),
+    "apply_residual_connection_post_layernorm": (False, "residuals taken after the norms"),
+    "heterogeneous_layers_config_path": (None, "layers that differ in shape"),
     "multi_latent_attention": (False, "multi-latent attention"),
     "num_experts": (None, "a mixture of experts"),
     "mtp_num_layers": (None, "multi-token prediction layers"),
@@ -66,6 +73,10 @@ def inexpressible(spec: ModelSpec) -> list[str]:
         reasons.append(
             "a bias on only one of the attention output and the MLP: Megatron-LM's --add-bias-linear means both"
         )
+    if scaling is not None and scaling.kind == "linear" and not float(scaling.factor).is_integer():
+        reasons.append(
+            f"linear RoPE scaling by {scaling.factor}: Megatron-LM's --rotary-seq-len-interpolation-factor is a whole number"
+        )
     if not float(spec.rotary_base).is_integer():
         reasons.append(f"a rotary base of {spec.rotary_base}: Megatron-LM's --rotary-base is a whole number")
     return reasons
@@ -75,12 +86,11 @@ def spec_fields(args: argparse.Namespace) -> dict[str, Any]:
     """The `ModelSpec` fields that `args` decides: all but family, dtype and vocab_size."""
     values = vars(args)
     _refuse_unsupported(values)
-    missing = [
-        name for name in ("num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size") if not values.get(name)
-    ]
+    needed = ("num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size", "max_position_embeddings")
+    missing = [name for name in needed if type(values.get(name)) is not int or values[name] < 1]
     if missing:
         raise ConversionError(
-            f"the checkpoint's args lack {', '.join(missing)}; give a reference model with --hf-config DIR"
+            f"the checkpoint's args have no sound {', '.join(missing)}; give a reference model with --hf-config DIR"
         )
     fields = {field: values[name] for field, name in _ROWS.items() if values.get(name) is not None}
     heads = fields["num_attention_heads"]
@@ -90,7 +100,7 @@ def spec_fields(args: argparse.Namespace) -> dict[str, Any]:
         **fields,
         "num_query_groups": values.get("num_query_groups") or heads if values.get("group_query_attention") else heads,
         "norm_epsilon": _norm_epsilon(values),
-        "rotary_base": float(values.get("rotary_base") or 10000),
+        "rotary_base": number(values.get("rotary_base") or 10000, "rotary_base"),
         "rope_scaling": _rope_scaling(values),
         "tied": not values.get("untie_embeddings_and_output_weights", False),
         "qkv_bias": linear_bias or bool(values.get("add_qkv_bias", False)),
@@ -111,7 +121,8 @@ def _refuse_unsupported(values: Mapping[str, Any]) -> None:
 
 
 def _norm_epsilon(values: Mapping[str, Any]) -> float:
-    found = {float(values[name]) for name in ("norm_epsilon", "layernorm_epsilon") if values.get(name) is not None}
+    names = [name for name in ("norm_epsilon", "layernorm_epsilon") if values.get(name) is not None]
+    found = {number(values[name], name) for name in names}
     if len(found) > 1:
         raise ConversionError(
             f"the checkpoint's args have norm_epsilon={values['norm_epsilon']} and "
@@ -127,26 +138,28 @@ def _rope_scaling(values: Mapping[str, Any]) -> RopeScaling | None:
             raise ConversionError(
                 "the checkpoint's args have both llama3 and linear RoPE scaling; no supported model has"
             )
-        return RopeScaling("llama3", float(values.get("rope_scaling_factor") or _MEGATRON_LLAMA3.factor))
-    return RopeScaling("linear", float(linear)) if linear else None
+        factor = values.get("rope_scaling_factor") or _MEGATRON_LLAMA3.factor
+        return RopeScaling("llama3", number(factor, "rope_scaling_factor"))
+    return RopeScaling("linear", number(linear, "rotary_seq_len_interpolation_factor")) if linear else None
 
 
 def _window(value: Any) -> int | None:
     """Megatron's window counts the positions to the left, Hugging Face's the position itself too."""
     if value is None:
         return None
-    left, right = (int(part) for part in (value.split(",") if isinstance(value, str) else value))
-    if left < 0 or right != 0:
+    parts = value.split(",") if isinstance(value, str) else value
+    sizes = [str(part).strip() for part in parts] if isinstance(parts, (list, tuple)) else []
+    if len(sizes) != 2 or not sizes[0].isdecimal() or sizes[1] != "0":
         raise ConversionError(
             f"the checkpoint's args have window_size={value!r}; only a causal window (N, 0) is supported"
         )
-    return left + 1
+    return int(sizes[0]) + 1
 
 
 def model_args(spec: ModelSpec) -> dict[str, Any]:
     """The attributes that say what the model is, complete for `--use-checkpoint-args` of Megatron-LM 0.8 to 0.19."""
     scaling = spec.rope_scaling
-    base = spec.rotary_base
+    linear = scaling.factor if scaling is not None and scaling.kind == "linear" else None
     return {
         **{name: getattr(spec, field) for field, name in _ROWS.items()},
         **{name: value for name, (value, _) in _FIXED.items()},
@@ -155,12 +168,10 @@ def model_args(spec: ModelSpec) -> dict[str, Any]:
         "group_query_attention": spec.num_query_groups != spec.num_attention_heads,
         "norm_epsilon": spec.norm_epsilon,  # up to 0.15
         "layernorm_epsilon": spec.norm_epsilon,  # from 0.16 on
-        "rotary_base": int(base) if float(base).is_integer() else base,
+        "rotary_base": _whole(spec.rotary_base),
         "use_rope_scaling": scaling is not None and scaling.kind == "llama3",
         "rope_scaling_factor": scaling.factor if scaling is not None and scaling.kind == "llama3" else 8.0,
-        "rotary_seq_len_interpolation_factor": scaling.factor
-        if scaling is not None and scaling.kind == "linear"
-        else None,
+        "rotary_seq_len_interpolation_factor": None if linear is None else _whole(linear),
         "untie_embeddings_and_output_weights": not spec.tied,
         "add_bias_linear": spec.proj_bias and spec.mlp_bias,
         "add_qkv_bias": spec.qkv_bias,
@@ -177,6 +188,11 @@ def model_args(spec: ModelSpec) -> dict[str, Any]:
         "openai_gelu": False,
         "use_legacy_models": False,
     }
+
+
+def _whole(value: float) -> float:
+    """An int where it is one: Megatron-LM parses these options with `int`."""
+    return int(value) if float(value).is_integer() else value
 
 
 #: Attributes of a training run that a conversion starts anew; a source's own values win over these.

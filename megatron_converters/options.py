@@ -13,6 +13,7 @@ from .endpoints.megatron_source import MegatronReadOptions, MegatronSource
 from .endpoints.megatron_target import MegatronOptions, MegatronTarget
 from .endpoints.meta_source import MetaSource
 from .errors import UsageError
+from .hf_config import read_json
 from .margs_json import margs_from_json
 from .parallel import PipelineSplit
 from .plugins import add_argument, folder
@@ -38,10 +39,26 @@ def byte_size(text: str) -> int:
     return int(match[1]) * _UNITS[match[2]]
 
 
+def positive(text: str) -> int:
+    """A whole number above 0, as an argument."""
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
+    return int(text)
+
+
 def add_dtype_arguments(parser: Any) -> None:
     """--bf16 and --fp16."""
     add_argument(parser, "--bf16", action="store_true", help="Write bfloat16; without it the source's dtype is kept.")
     add_argument(parser, "--fp16", action="store_true", help="Write float16; without it the source's dtype is kept.")
+
+
+def _add_margs_argument(parser: Any) -> None:
+    add_argument(
+        parser,
+        "--source-margs-file",
+        default=None,
+        help="source_megatron_args.json with training arguments to take over.",
+    )
 
 
 def add_hf_source_arguments(parser: Any) -> None:
@@ -52,13 +69,19 @@ def add_hf_source_arguments(parser: Any) -> None:
     add_argument(
         parser, "--checkpoint-type", default="hf", choices=["meta", "hf"], help="Type of the source; hf by default."
     )
-    add_argument(parser, "--true-vocab-size", type=int, default=None, help=f"{unneeded} Another value is an error.")
+    add_argument(
+        parser, "--true-vocab-size", type=positive, default=None, help=f"{unneeded} Another value is an error."
+    )
     add_argument(parser, "--vocab-file", default=None, help=unneeded)
     add_argument(
         parser, "--tokenizer-model", default=None, help="Tokenizer to record in args; by default the folder itself."
     )
     add_argument(
-        parser, "--make-vocab-size-divisible-by", type=int, default=None, help="Vocabulary padding; 128 by default."
+        parser,
+        "--make-vocab-size-divisible-by",
+        type=positive,
+        default=None,
+        help="Vocabulary padding; 128 by default.",
     )
     add_argument(
         parser,
@@ -67,12 +90,7 @@ def add_hf_source_arguments(parser: Any) -> None:
         choices=_IMPLS,
         help="Accepted for compatibility; not needed.",
     )
-    add_argument(
-        parser,
-        "--source-margs-file",
-        default=None,
-        help="source_megatron_args.json with training arguments to take over.",
-    )
+    _add_margs_argument(parser)
     add_argument(
         parser, "--untie", action="store_true", help="Keep a stored lm_head apart although config.json ties it."
     )
@@ -115,9 +133,8 @@ def _model_size_family(name: str | None) -> str | None:
     raise UsageError(f"--model-size {name} is no known name; leave it out, config.json says what the model is")
 
 
-def add_megatron_source_arguments(parser: Any) -> None:
-    """Options of loaders that read a Megatron-LM checkpoint."""
-    add_dtype_arguments(parser)
+def add_checkpoint_arguments(parser: Any) -> None:
+    """Options of everything that reads a Megatron-LM checkpoint."""
     add_argument(parser, "--ckpt-dir-name", default=None, help="Folder to read (iter_0000008) instead of the latest.")
     add_argument(
         parser,
@@ -126,9 +143,18 @@ def add_megatron_source_arguments(parser: Any) -> None:
         help="Reference model folder: configuration and tokenizer are taken from it.",
     )
     add_argument(
-        parser, "--true-vocab-size", type=int, default=None, help="Vocabulary without padding, where args lack it."
+        parser, "--true-vocab-size", type=positive, default=None, help="Vocabulary without padding, where args lack it."
     )
-    add_argument(parser, "--vocab-file", default=None, help="Accepted for compatibility; use --true-vocab-size.")
+
+
+def add_core_loader_arguments(parser: Any) -> None:
+    """Options of the loader plugin that reads a Megatron-LM checkpoint."""
+    add_dtype_arguments(parser)
+    _add_margs_argument(parser)
+    add_checkpoint_arguments(parser)
+    add_argument(
+        parser, "--vocab-file", default=None, help="JSON vocabulary; its length is the vocabulary without padding."
+    )
     add_argument(
         parser,
         "--position-embedding-type",
@@ -144,32 +170,55 @@ def add_megatron_source_arguments(parser: Any) -> None:
         help="Accepted for compatibility; the names in the checkpoint say it.",
     )
     add_argument(
-        parser, "--make-vocab-size-divisible-by", type=int, default=None, help="Vocabulary padding of the output."
+        parser, "--make-vocab-size-divisible-by", type=positive, default=None, help="Vocabulary padding of the output."
     )
 
 
-def open_megatron_source(args: argparse.Namespace) -> MegatronSource:
+def open_checkpoint(args: argparse.Namespace) -> MegatronSource:
     """The checkpoint of --load-dir."""
-    if getattr(args, "position_embedding_type", None) == "learned_absolute":
-        raise UsageError(
-            "--position-embedding-type learned_absolute disagrees with the checkpoint: only rope is supported"
-        )
     reference = folder(args.hf_config) if args.hf_config is not None else None
     options = MegatronReadOptions(args.ckpt_dir_name, reference, args.true_vocab_size)
     return MegatronSource(folder(args.load_dir), options)
+
+
+def open_core_loader(args: argparse.Namespace) -> MegatronSource:
+    """The checkpoint of --load-dir, with what the loader's further options say."""
+    if args.position_embedding_type == "learned_absolute":
+        raise UsageError(
+            "--position-embedding-type learned_absolute disagrees with the checkpoint: only rope is supported"
+        )
+    if args.vocab_file is not None:
+        vocab = len(read_json(Path(args.vocab_file)))
+        if args.true_vocab_size not in (None, vocab):
+            raise UsageError(
+                f"--true-vocab-size {args.true_vocab_size} disagrees with the {vocab} tokens of --vocab-file"
+            )
+        args.true_vocab_size = vocab
+    source = open_checkpoint(args)
+    if args.source_margs_file is not None:
+        source.origin.margs = margs_from_json(Path(args.source_margs_file))
+    return source
 
 
 def add_megatron_target_arguments(parser: Any) -> None:
     """Options of savers that write a Megatron-LM checkpoint."""
     default = "by default the source's, or 1"
     add_argument(
-        parser, "--target-tensor-parallel-size", type=int, default=None, help=f"Tensor-parallel size; {default}."
+        parser, "--target-tensor-parallel-size", type=positive, default=None, help=f"Tensor-parallel size; {default}."
     )
     add_argument(
-        parser, "--target-pipeline-parallel-size", type=int, default=None, help=f"Pipeline-parallel size; {default}."
+        parser,
+        "--target-pipeline-parallel-size",
+        type=positive,
+        default=None,
+        help=f"Pipeline-parallel size; {default}.",
     )
     add_argument(
-        parser, "--target-expert-parallel-size", type=int, default=1, help="Expert-parallel size; 1 for dense models."
+        parser,
+        "--target-expert-parallel-size",
+        type=positive,
+        default=1,
+        help="Expert-parallel size; 1 for dense models.",
     )
     add_argument(
         parser,
@@ -179,9 +228,11 @@ def add_megatron_target_arguments(parser: Any) -> None:
         help="Whose parameter names to write.",
     )
     add_argument(
-        parser, "--decoder-first-pipeline-num-layers", type=int, default=None, help="Layers on the first stage."
+        parser, "--decoder-first-pipeline-num-layers", type=positive, default=None, help="Layers on the first stage."
     )
-    add_argument(parser, "--decoder-last-pipeline-num-layers", type=int, default=None, help="Layers on the last stage.")
+    add_argument(
+        parser, "--decoder-last-pipeline-num-layers", type=positive, default=None, help="Layers on the last stage."
+    )
     counted = "Count the {} as a layer when stages are cut."
     add_argument(
         parser, "--account-for-embedding-in-pipeline-split", action="store_true", help=counted.format("embedding")

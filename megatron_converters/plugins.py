@@ -8,17 +8,16 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from .channel import send
+from .channel import tell
 from .dtypes import DType, dtype_named
 from .endpoints.base import Source, Target, convert
 from .endpoints.queue_names import EXIT
 from .endpoints.queue_source import QueueSource
 from .endpoints.queue_target import QueueTarget
-from .errors import ConversionError, UsageError
+from .errors import ConversionError, Interrupted, UsageError
 from .progress import Silent, make_progress
 
 
@@ -63,10 +62,13 @@ def run_loader(queue: Any, args: argparse.Namespace, open_source: Callable[[], S
         )
         convert(source, target, wanted_dtype_of(args), Silent())
     except ConversionError as error:
-        _tell_saver(queue)
+        tell(queue, EXIT)
         fail("loader", error)
+    except KeyboardInterrupt:
+        tell(queue, EXIT)
+        fail("loader", Interrupted())
     except BaseException:
-        _tell_saver(queue)
+        tell(queue, EXIT)
         raise
 
 
@@ -78,6 +80,8 @@ def run_saver(queue: Any, args: argparse.Namespace, open_target: Callable[[], Ta
             say(args, line)
     except ConversionError as error:
         fail("saver", error)
+    except KeyboardInterrupt:
+        fail("saver", Interrupted())
 
 
 def say(args: argparse.Namespace, line: str) -> None:
@@ -94,11 +98,6 @@ def fail(who: str, error: ConversionError) -> None:
     sys.stderr.write(f"{who}: error: {error}\n")
     sys.stderr.flush()
     raise SystemExit(error.exit_code)
-
-
-def _tell_saver(queue: Any) -> None:
-    with suppress(ConversionError):  # the saver is gone already; the first error is the one to show
-        send(queue, EXIT)
 
 
 def folder(path: str) -> Path:

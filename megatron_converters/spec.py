@@ -13,6 +13,13 @@ from .dtypes import DType, dtype_named
 from .errors import ConversionError
 
 
+def number(value: Any, name: str) -> float:
+    """The value of a field called `name`, which must be a number: configurations are written by hand, too."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ConversionError(f"{name} is {value!r}; it must be a number")
+    return float(value)
+
+
 @dataclass(frozen=True)
 class RopeScaling:
     """How rotary frequencies are stretched. `kind` is "llama3" or "linear"; the last three belong to llama3 alone."""
@@ -59,6 +66,14 @@ class ModelSpec:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ConversionError(f"{name} is {value!r}; it must be a whole number above 0")
+        for name in ("norm_epsilon", "rotary_base", "initializer_range", "attention_dropout"):
+            number(getattr(self, name), name)
+        for name in ("tied", "qkv_bias", "proj_bias", "mlp_bias", "qk_norm"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConversionError(f"{name} is {getattr(self, name)!r}; it must be true or false")
+        window = self.sliding_window
+        if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 1):
+            raise ConversionError(f"sliding_window is {window!r}; it must be a whole number above 0, or null for none")
         if self.num_attention_heads % self.num_query_groups:
             raise ConversionError(
                 f"{self.num_attention_heads} attention heads cannot share {self.num_query_groups} query groups evenly"

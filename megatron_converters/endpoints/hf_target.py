@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..dtypes import DType
-from ..errors import ConversionError
+from ..errors import ConversionError, UsageError
 from ..execute import Executor, Target
 from ..families import FAMILIES
 from ..hf_config import config_for
@@ -30,6 +30,14 @@ _NAME = "hf"
 _INDEX = "model.safetensors.index.json"
 #: Written last: a folder without them is not a model to anyone.
 _LAST = (_INDEX, "config.json")
+#: What makes a folder a model to transformers, what names the other files first.
+_OLD = (
+    "config.json",
+    "*.safetensors.index.json",
+    "pytorch_model*.index.json",
+    "model*.safetensors",
+    "pytorch_model*.bin",
+)
 _LLAMA2_VOCABULARY, _LLAMA3_VOCABULARY = 32000, 128256
 
 
@@ -89,6 +97,7 @@ class HFTarget:
     def prepare(self, spec: ModelSpec, origin: Origin, dtype_of: Callable[[Ref], DType]) -> int:
         """Write what is small and lay out the shards, in a hidden folder beside their final place."""
         self._refuse_existing()
+        _check_model_type(self._options.source_model_type, spec)
         self._spec = dataclasses.replace(spec, dtype=dtype_of(Ref(SLOTS["word_embeddings"])))
         self._origin = origin
         self._config, self._changed = config_for(self._spec, origin.hf_config)
@@ -141,7 +150,7 @@ class HFTarget:
             self._staging.discard()
 
     def _refuse_existing(self) -> None:
-        found = [name for name in ("config.json", _INDEX, "model.safetensors") if (self._dir / name).exists()]
+        found = [path.name for path in self._old_files()]
         if found and not self._options.overwrite:
             raise ConversionError(
                 f"{self._dir} already holds a model ({', '.join(found)}); save elsewhere or pass --overwrite"
@@ -149,9 +158,11 @@ class HFTarget:
 
     def _remove_old(self) -> None:
         """Take away an older model's files, what names the others first, so that no mixture is ever complete."""
-        for pattern in (*_LAST, "*.index.json", "model*.safetensors", "pytorch_model*.bin"):
-            for path in self._dir.glob(pattern):
-                path.unlink()
+        for path in self._old_files():
+            path.unlink()
+
+    def _old_files(self) -> list[Path]:
+        return [path for pattern in _OLD for path in sorted(self._dir.glob(pattern))]
 
     def _write_assets(self, folder: Path) -> list[str]:
         origin, options = self._origin, self._options
@@ -175,6 +186,14 @@ class HFTarget:
             explicit=options.tokenizer is not None,
         )
         return notes
+
+
+def _check_model_type(given: str | None, spec: ModelSpec) -> None:
+    """Mistral has no name among Habana's, and its tokenizer is of Llama 2's kind."""
+    if given is not None and (given == "mixtral" or spec.family not in ("llama", "mistral")):
+        raise UsageError(
+            f"--source-model-type {given} disagrees with the checkpoint, which holds a {spec.family} model"
+        )
 
 
 def _token_family(spec: ModelSpec) -> str | None:

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from ..errors import ConversionError
 from ..layouts import Layout
 from ..slots import SLOTS, Scope
-from ..spec import ModelSpec, RopeScaling
+from ..spec import ModelSpec, RopeScaling, number
 
 Config = Mapping[str, Any]
 REQUIRED = object()
@@ -107,14 +107,16 @@ class Rope:
     keys: tuple[str, ...] = ("rope_theta", "rope_scaling", "rope_parameters")
 
     def read(self, config: Config) -> dict[str, Any]:
-        table = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+        table = config.get("rope_scaling") or config.get("rope_parameters") or {}  # where both are, as transformers
+        if not isinstance(table, dict):
+            raise ConversionError(f"config.json has {table!r} for its rotary embeddings; it must be an object or null")
         kind = str(table.get("rope_type") or table.get("type") or "default")
         theta = table.get("rope_theta", config.get("rope_theta")) or self.default_theta
         if table.get("partial_rotary_factor", 1.0) != 1.0:
             raise ConversionError(
                 "config.json rotates a part of each head only (partial_rotary_factor); that is not supported"
             )
-        return {"rotary_base": float(theta), "rope_scaling": _read_scaling(kind, table)}
+        return {"rotary_base": number(theta, "rope_theta"), "rope_scaling": _read_scaling(kind, table)}
 
     def write(self, spec: ModelSpec) -> dict[str, Any]:
         base = int(spec.rotary_base) if float(spec.rotary_base).is_integer() else spec.rotary_base
@@ -128,17 +130,17 @@ def _read_scaling(kind: str, table: dict[str, Any]) -> RopeScaling | None:
     if kind == "default":
         return None
     if kind == "linear":
-        return RopeScaling("linear", float(_needed(table, "factor", kind)))
+        return RopeScaling("linear", _needed(table, "factor", kind))
     if kind == "llama3":
         factor, low, high, original = (_needed(table, key, kind) for key in _LLAMA3_KEYS)
-        return RopeScaling("llama3", float(factor), float(low), float(high), int(original))
+        return RopeScaling("llama3", factor, low, high, int(original))
     raise ConversionError(f"config.json has RoPE scaling of type {kind!r}; supported are default, linear and llama3")
 
 
-def _needed(table: dict[str, Any], key: str, kind: str) -> Any:
+def _needed(table: dict[str, Any], key: str, kind: str) -> float:
     if key not in table:
         raise ConversionError(f"config.json has RoPE scaling of type {kind!r} without {key}")
-    return table[key]
+    return number(table[key], key)
 
 
 def _write_scaling(scaling: RopeScaling | None) -> dict[str, Any] | None:

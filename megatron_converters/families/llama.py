@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from ..layouts import GATED, GROUPED_QKV, SAME
-from .base import Family, Fixed, HFEntry, Rope, Row, Rule
+from .base import Config, Family, Fixed, HFEntry, Rope, Row, Rule
 
 _LAYER = "model.layers.{layer}."
 _ATTENTION = _LAYER + "self_attn."
@@ -36,7 +38,6 @@ SIZES: tuple[Rule, ...] = (
     Row("hidden_size", "hidden_size"),
     Row("ffn_hidden_size", "intermediate_size"),
     Row("num_attention_heads", "num_attention_heads"),
-    Row("num_query_groups", "num_key_value_heads", lambda config: config["num_attention_heads"]),
     Row("vocab_size", "vocab_size"),
     Row("initializer_range", "initializer_range", 0.02),
     Row("attention_dropout", "attention_dropout", 0.0),
@@ -44,6 +45,18 @@ SIZES: tuple[Rule, ...] = (
     Row("norm_epsilon", "rms_norm_eps", 1e-6),
     Fixed("hidden_act", "silu"),
 )
+
+
+def query_groups(absent: int | None = None) -> Rule:
+    """`num_key_value_heads`: null means one group for each head; so does absence, unless the class has a default."""
+
+    def default(config: Config) -> Any:
+        null = absent is None or "num_key_value_heads" in config
+        return config["num_attention_heads"] if null else absent
+
+    return Row("num_query_groups", "num_key_value_heads", default)
+
+
 DERIVED_HEAD_DIM = Row("kv_channels", "head_dim", lambda config: config["hidden_size"] // config["num_attention_heads"])
 
 FAMILY = Family(
@@ -53,6 +66,7 @@ FAMILY = Family(
     tensors={**DENSE, **QKV_BIAS, **PROJ_BIAS, **MLP_BIAS},
     rules=(
         *SIZES,
+        query_groups(),
         DERIVED_HEAD_DIM,
         Rope(),
         Row("max_position_embeddings", "max_position_embeddings", 2048),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .base import Family, Rope, Row, Window
-from .llama import DENSE, DERIVED_HEAD_DIM, SIZES
+from .llama import DENSE, DERIVED_HEAD_DIM, SIZES, query_groups
 
 FAMILY = Family(
     name="mistral",
@@ -12,6 +12,7 @@ FAMILY = Family(
     tensors=DENSE,
     rules=(
         *SIZES,
+        query_groups(absent=8),
         DERIVED_HEAD_DIM,
         Rope(),
         Window(default=4096),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .base import Family, Implied, Rope, Row, SwitchedWindow
-from .llama import DENSE, DERIVED_HEAD_DIM, PROJ_BIAS, QK_NORM, QKV_BIAS, SIZES
+from .llama import DENSE, DERIVED_HEAD_DIM, PROJ_BIAS, QK_NORM, QKV_BIAS, SIZES, query_groups
 
 QWEN2 = Family(
     name="qwen2",
@@ -12,6 +12,7 @@ QWEN2 = Family(
     tensors={**DENSE, **QKV_BIAS},
     rules=(
         *SIZES,
+        query_groups(absent=32),
         DERIVED_HEAD_DIM,
         Rope(),
         SwitchedWindow(),
@@ -27,6 +28,7 @@ QWEN3 = Family(
     tensors={**DENSE, **QKV_BIAS, **PROJ_BIAS, **QK_NORM},
     rules=(
         *SIZES,
+        query_groups(absent=32),
         Row("kv_channels", "head_dim", 128),
         Rope(),
         SwitchedWindow(),

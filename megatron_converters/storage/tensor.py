@@ -6,7 +6,6 @@ import math
 import mmap
 import os
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -53,14 +52,22 @@ def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(reversed(strides))
 
 
-@cache
+#: By path: which file it was, by device, inode, bytes and time of change, and its mapping.
+_MAPPINGS: dict[str, tuple[tuple[int, ...], mmap.mmap]] = {}
+
+
 def mapped(path: str) -> mmap.mmap:
-    """The file, mapped read-only once per process."""
+    """The file, mapped read-only once per process, and anew where it was replaced or changed since."""
     try:
         fd = os.open(path, os.O_RDONLY)
     except OSError as error:
         raise ConversionError(f"cannot open {path}: {error.strerror}") from error
     try:
-        return mmap.mmap(fd, 0, access=mmap.ACCESS_READ)
+        status = os.fstat(fd)
+        identity = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+        known = _MAPPINGS.get(path)
+        if known is None or known[0] != identity:
+            known = _MAPPINGS[path] = identity, mmap.mmap(fd, 0, access=mmap.ACCESS_READ)
+        return known[1]
     finally:
         os.close(fd)
