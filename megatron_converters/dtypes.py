@@ -89,8 +89,11 @@ def _received(name: str) -> Any:
     return BY_NAME[name] if receives_ours() else BY_NAME[name].torch
 
 
-def cast(source: npt.NDArray[Any], source_dtype: DType, target: npt.NDArray[Any], target_dtype: DType) -> None:
-    """Write the values of `source` (carrier array, any strides) into `target`, rounding to nearest even as torch does."""
+def cast(source: npt.NDArray[Any], source_dtype: DType, target: npt.NDArray[Any], target_dtype: DType) -> bool:
+    """Write the values of `source` (carrier array, any strides) into `target`, rounding to nearest even as torch does.
+
+    Returns whether every finite value stayed finite.
+    """
     import torch
 
     def view(array: npt.NDArray[Any], dtype: DType) -> Any:
@@ -98,4 +101,6 @@ def cast(source: npt.NDArray[Any], source_dtype: DType, target: npt.NDArray[Any]
         return torch.from_numpy(signed).view(dtype.torch)
 
     # A copy, since torch warns of arrays that it cannot write to, as mapped sources are; chunks are small.
-    view(target, target_dtype).copy_(view(np.array(source, order="C"), source_dtype))
+    values, result = view(np.array(source, order="C"), source_dtype), view(target, target_dtype)
+    result.copy_(values)
+    return bool((torch.isfinite(result) | ~torch.isfinite(values)).all())

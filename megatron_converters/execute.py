@@ -86,18 +86,21 @@ def _place(target: Array, dtype: DType, source: Array, gather: Gather, start: in
     stretches = list(islice(runs(wanted), _MAX_RUNS + 1))
     if len(stretches) > _MAX_RUNS:
         chosen = wanted >= 0
-        target[chosen] = _converted(source[wanted[chosen]], source_dtype, dtype)
+        target[chosen] = _converted(source[wanted[chosen]], source_dtype, dtype, gather.source.where)
         return
     for position, first, length in stretches:
         part = source[first : first + length]
-        target[position : position + length] = _converted(part, source_dtype, dtype)
+        target[position : position + length] = _converted(part, source_dtype, dtype, gather.source.where)
 
 
-def _converted(part: Array, source: DType, target: DType) -> Array:
+def _converted(part: Array, source: DType, target: DType, where: str) -> Array:
     if source == target:
         return part
     result = np.empty(part.shape, target.carrier)
-    cast(part, source, result, target)
+    if not cast(part, source, result, target):
+        raise ConversionError(
+            f"{where} holds values beyond the range of {target}; keep its dtype or convert to bfloat16"
+        )
     return result
 
 

@@ -146,8 +146,8 @@ def config_for(spec: ModelSpec, base: Mapping[str, Any] | None) -> tuple[dict[st
     dtype_key = "dtype" if "dtype" in base else "torch_dtype"
     config[dtype_key] = spec.dtype.name
     changed = [
-        f"{key}: {base.get(key)} -> {config.get(key)}"
+        f"{key}: {base.get(key, 'absent')} -> {config.get(key, 'absent')}"
         for key in sorted({*base, *config})
-        if base.get(key) != config.get(key)
+        if base.get(key, "absent") != config.get(key, "absent")
     ]
     return config, changed

@@ -265,7 +265,7 @@ def flags(spec: ModelSpec, args: Mapping[str, Any]) -> list[str]:
         "--hidden-dropout": 0.0,
         "--qk-layernorm": spec.qk_norm,
         "--use-rope-scaling": args["use_rope_scaling"],
-        "--rope-scaling-factor": args["rope_scaling_factor"] if args["use_rope_scaling"] else None,
+        "--rope-scaling-factor": args["rope_scaling_factor"] if _stretched(spec) else None,
         "--rotary-seq-len-interpolation-factor": args["rotary_seq_len_interpolation_factor"],
         "--window-size": None if window is None else ",".join(map(str, window)),
         "--bf16": args["bf16"],
@@ -284,12 +284,32 @@ def flags(spec: ModelSpec, args: Mapping[str, Any]) -> list[str]:
     return shown
 
 
-def flag_warnings(spec: ModelSpec) -> list[str]:
-    """What a user must know beyond the flags."""
+def _stretched(spec: ModelSpec) -> bool:
+    """Whether llama3 scaling has another factor than the one that Megatron-LM takes by default."""
     scaling = spec.rope_scaling
-    if scaling is not None and scaling.kind == "llama3" and scaling.factor != _MEGATRON_LLAMA3.factor:
-        return [
-            f"RoPE scaling factor {scaling.factor:g}: Megatron-LM up to 0.19 accepts --rope-scaling-factor but its "
-            "pretrain_gpt.py builds the model with 8; pass rope_scaling_factor to GPTModel in your model provider"
-        ]
-    return []
+    return scaling is not None and scaling.kind == "llama3" and scaling.factor != _MEGATRON_LLAMA3.factor
+
+
+#: Flags that older releases of Megatron-LM do not know, and the first that does (training/arguments.py of each tag).
+_SINCE = {
+    "--decoder-first-pipeline-num-layers": "0.9",
+    "--decoder-last-pipeline-num-layers": "0.9",
+    "--use-rope-scaling": "0.10",
+    "--rope-scaling-factor": "0.11",
+    "--account-for-embedding-in-pipeline-split": "0.11",
+    "--account-for-loss-in-pipeline-split": "0.11",
+    "--window-size": "0.15",
+}
+
+
+def flag_warnings(spec: ModelSpec, shown: list[str]) -> list[str]:
+    """What a user must know beyond the flags that are shown."""
+    names = [flag.split()[0] for flag in shown]
+    warnings = [f"{name} exists from Megatron-LM {_SINCE[name]} on" for name in names if name in _SINCE]
+    if _stretched(spec) and spec.rope_scaling is not None:
+        warnings.append(
+            f"warning: RoPE scaling factor {spec.rope_scaling.factor:g}: Megatron-LM up to 0.19 accepts "
+            "--rope-scaling-factor but its pretrain_gpt.py builds the model with 8; pass rope_scaling_factor to GPTModel "
+            "in your model provider"
+        )
+    return warnings

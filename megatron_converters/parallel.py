@@ -12,7 +12,7 @@ from functools import lru_cache
 import numpy as np
 
 from .errors import ConversionError
-from .layouts import RowMap
+from .layouts import RowMap, interned
 from .slots import Shard, Slot
 from .spec import ModelSpec
 
@@ -93,7 +93,7 @@ def stage_layers(num_layers: int, pp: int, split: PipelineSplit) -> tuple[int, .
         return _explicit_stages(num_layers, pp, split)
     total = num_layers + split.embedding + split.loss
     if total % pp or total // pp - (split.embedding + (split.loss if pp == 1 else 0)) < 0:
-        raise ConversionError(_uneven(num_layers, pp, total))
+        raise ConversionError(_uneven(num_layers, pp, total, suggest=split == EVEN))
     stages = [total // pp] * pp
     stages[0] -= split.embedding
     stages[-1] -= split.loss
@@ -115,10 +115,10 @@ def _explicit_stages(num_layers: int, pp: int, split: PipelineSplit) -> tuple[in
     return head + middle + tail
 
 
-def _uneven(num_layers: int, pp: int, total: int) -> str:
+def _uneven(num_layers: int, pp: int, total: int, suggest: bool) -> str:
     fitting = [size for size in range(1, num_layers + 1) if total % size == 0]
     last = num_layers - (pp - 1) * -(-num_layers // pp)
-    remedy = f" or --decoder-last-pipeline-num-layers {last}" if pp > 1 and last > 0 else ""
+    remedy = f" or --decoder-last-pipeline-num-layers {last}" if suggest and pp > 1 and last > 0 else ""
     return f"{num_layers} layers cannot be cut evenly over pp={pp}; use pp {_any_of(fitting)}{remedy}"
 
 
@@ -161,7 +161,7 @@ def cut(slot: Slot, spec: ModelSpec, tp: int, rank: int, padded: int) -> Cut:
 
 @lru_cache(maxsize=256)
 def _all_rows(rows: int) -> RowMap:
-    return np.arange(rows, dtype=np.int64)
+    return interned(np.arange(rows, dtype=np.int64))
 
 
 def _share(slot: Slot, size: int, ways: int) -> int:

@@ -103,6 +103,8 @@ def _plain(handle: TensorHandle) -> StoredTensor | None:
 
 def _writable_view(data: StoredTensor) -> np.ndarray[Any, Any]:
     """A private mapping, since torch expects to be allowed to write; writes never reach the file."""
+    start = data.offset - data.offset % mmap.ALLOCATIONGRANULARITY  # only its own pages: writable ones count as memory
+    length = data.offset + data.nbytes - start
     with open(data.path, "rb") as file:
-        private = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    return np.ndarray(data.shape, data.dtype.carrier, private, data.offset)
+        private = mmap.mmap(file.fileno(), length, access=mmap.ACCESS_COPY, offset=start)
+    return np.ndarray(data.shape, data.dtype.carrier, private, data.offset - start)

@@ -69,10 +69,10 @@ def read_tensors(folder: Path) -> dict[str, StoredTensor]:
     """Every tensor of the folder by name, from an index or a single file, safetensors preferred."""
     for single in _SINGLE:
         index = folder / f"{single}.index.json"
-        if index.exists():
-            return _read_sharded(folder, index)
         if (folder / single).exists():
             return _read_file(folder / single)
+        if index.exists():
+            return _read_sharded(folder, index)
     shards = sorted(path.name for path in folder.glob("*.safetensors"))
     hint = f"; it has {', '.join(shards)}, but the index of these shards is missing" if shards else ""
     raise ConversionError(f"{folder} has none of {', '.join(_SINGLE)} nor an index of shards{hint}")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import shlex
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -120,12 +121,14 @@ class MegatronTarget:
         """Complete every file, show the directory under its name, then point the tracker at it."""
         for file in self._files.values():
             file.close()
-        text = self._flags_text()
+        shown = flags(self._spec, self._args)
+        text = " \\\n  ".join([f"--load {shlex.quote(str(self._dir))}", *shown]) + "\n"
         staging = opened(self._staging)
         (staging.path / FLAGS_FILE).write_text(text, encoding="utf-8")
         staging.move_to(self._dir / self._name)
         write_text(self._dir / TRACKER, "release" if self._options.release else str(self._iteration))
-        return [self._summary(), *self._origin.notes, *self._warnings, f"pretrain_gpt.py needs:\n{text}".rstrip()]
+        warnings = [*self._warnings, *flag_warnings(self._spec, shown)]
+        return [self._summary(), *self._origin.notes, *warnings, f"pretrain_gpt.py needs:\n{text}".rstrip()]
 
     def abort(self) -> None:
         """Remove the hidden directory."""
@@ -141,7 +144,7 @@ class MegatronTarget:
                 "Megatron-LM cannot express this model (pass --allow-inexpressible to convert the weights all the same):",
                 reasons,
             )
-        return [f"warning: Megatron-LM will not compute {reason}" for reason in reasons] + flag_warnings(spec)
+        return [f"warning: Megatron-LM will not compute {reason}" for reason in reasons]
 
     def _refuse_existing(self) -> None:
         if self._options.overwrite:
@@ -237,9 +240,6 @@ class MegatronTarget:
             f"(tp={self._parallel.tp}, pp={self._parallel.pp}, layers {'+'.join(map(str, self._parallel.stages))}) "
             f"to {self._dir / self._name}; {padding} rows of vocabulary padding repeat the last of {self._spec.vocab_size}"
         )
-
-    def _flags_text(self) -> str:
-        return " \\\n  ".join([f"--load {self._dir}", *flags(self._spec, self._args)]) + "\n"
 
 
 def _resolve_padding(share: Cut, vocab: int) -> RowMap:

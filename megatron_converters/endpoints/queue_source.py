@@ -59,8 +59,9 @@ class QueueSource:
             self._dtypes: dict[str, str] | None = ours["dtypes"]
         else:
             self._dtypes = None
+            _check_metadata(metadata)
             self._begin("embeddings")
-            self.spec = _stock_spec(metadata, self._peek("word embeddings"))
+            self.spec = _stock_spec(metadata, _memory_tensor(self._peek("word embeddings"), "the word embeddings"))
             self.origin = _stock_origin(metadata)
 
     def dtype_of(self, ref: Ref) -> DType:
@@ -150,7 +151,22 @@ def _memory_tensor(value: Any, where: str) -> TensorData:
     return MemoryTensor(dtype, tuple(value.shape), values)
 
 
-def _stock_spec(metadata: Any, embeddings: Any) -> ModelSpec:
+#: Attributes of a stock loader's metadata that say what the model is.
+_METADATA = (
+    "model_type num_layers hidden_size num_attention_heads max_position_embeddings position_embedding_type swiglu "
+    "linear_bias norm_has_bias output_layer true_vocab_size make_vocab_size_divisible_by iteration checkpoint_args"
+).split()
+
+
+def _check_metadata(metadata: Any) -> None:
+    if isinstance(metadata, (str, dict)):
+        raise ConversionError("the loader sent a message of weights where the model's metadata were due")
+    missing = [name for name in _METADATA if not hasattr(metadata, name)]
+    if missing:
+        raise ConversionError(f"the loader's metadata lack {', '.join(missing)}, which Megatron-LM's own loaders send")
+
+
+def _stock_spec(metadata: Any, embeddings: TensorData) -> ModelSpec:
     """What Megatron-LM's own loaders say about a model, in metadata and the source's arguments."""
     if metadata.model_type != "GPT":
         raise ConversionError(f"the loader sends a {metadata.model_type} model; only GPT is supported")
@@ -171,7 +187,7 @@ def _stock_spec(metadata: Any, embeddings: Any) -> ModelSpec:
     args.untie_embeddings_and_output_weights = metadata.output_layer
     if metadata.norm_has_bias:
         raise ConversionError("the loader sends norms with a bias; no supported model has them")
-    dtype = BY_NAME[str(embeddings.dtype).removeprefix("torch.")]
+    dtype = embeddings.dtype
     vocab = metadata.true_vocab_size or embeddings.shape[0]
     return infer_family({**spec_fields(args), "vocab_size": vocab, "dtype": dtype})
 

@@ -110,6 +110,8 @@ class Rope:
         table = config.get("rope_scaling") or config.get("rope_parameters") or {}  # where both are, as transformers
         if not isinstance(table, dict):
             raise ConversionError(f"config.json has {table!r} for its rotary embeddings; it must be an object or null")
+        if any(isinstance(value, dict) for value in table.values()):
+            raise ConversionError("config.json has rotary embeddings that differ by layer type; that is not supported")
         kind = str(table.get("rope_type") or table.get("type") or "default")
         theta = table.get("rope_theta", config.get("rope_theta")) or self.default_theta
         if table.get("partial_rotary_factor", 1.0) != 1.0:

@@ -1,0 +1,356 @@
+"""config.json against transformers' own config classes: defaults, spellings, refusals, and the way back."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_converters.dtypes import dtype_named
+from megatron_converters.errors import ConversionError
+from megatron_converters.families import FAMILIES
+from megatron_converters.hf_config import (
+    config_for,
+    config_of_spec,
+    differences,
+    family_of_config,
+    infer_family,
+    read_json,
+    spec_of_config,
+)
+from megatron_converters.spec import ModelSpec, RopeScaling
+from tests.tiny import tiny_spec
+
+SIZES = {
+    "vocab_size": 32,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 32,
+}
+LLAMA3 = RopeScaling("llama3", 32.0, 1.0, 4.0, 8192)
+LLAMA3_TABLE = {
+    "factor": 32.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+def config(model_type: str = "llama", **fields: Any) -> dict[str, Any]:
+    return {"architectures": [FAMILIES[model_type].architecture], "model_type": model_type, **SIZES, **fields}
+
+
+def spec_of(model_type: str = "llama", **fields: Any) -> ModelSpec:
+    return spec_of_config(config(model_type, **fields))
+
+
+def theirs(values: dict[str, Any]) -> Any:
+    """transformers' config object of a config.json."""
+    from transformers import AutoConfig
+
+    plain = json.loads(json.dumps(values))
+    return AutoConfig.for_model(**plain)
+
+
+def facts(found: Any) -> dict[str, Any]:
+    """What transformers' config object says, in our words."""
+    layers = found.num_hidden_layers
+    types = getattr(found, "layer_types", None)
+    if types is None:
+        types = ["full_attention" if getattr(found, "sliding_window", None) is None else "sliding_attention"] * layers
+    start = types.index("sliding_attention") if "sliding_attention" in types else None
+    rope = dict(found.rope_parameters)
+    scaling = {key: value for key, value in rope.items() if key not in ("rope_theta", "rope_type", "type")}
+    return {
+        "num_layers": layers,
+        "hidden_size": found.hidden_size,
+        "ffn_hidden_size": found.intermediate_size,
+        "num_attention_heads": found.num_attention_heads,
+        "num_query_groups": found.num_key_value_heads,
+        "kv_channels": getattr(found, "head_dim", found.hidden_size // found.num_attention_heads),
+        "vocab_size": found.vocab_size,
+        "max_position_embeddings": found.max_position_embeddings,
+        "norm_epsilon": found.rms_norm_eps,
+        "rotary_base": rope["rope_theta"],
+        "rope_scaling": None if rope["rope_type"] == "default" else RopeScaling(rope["rope_type"], **scaling),
+        "tied": found.tie_word_embeddings,
+        "qkv_bias": found.model_type == "qwen2" or getattr(found, "attention_bias", False),
+        "proj_bias": getattr(found, "attention_bias", False),
+        "mlp_bias": getattr(found, "mlp_bias", False),
+        "qk_norm": found.model_type == "qwen3",
+        "sliding_window": None if start is None else found.sliding_window,
+        "sliding_window_from": 0 if start is None else start,
+        "initializer_range": found.initializer_range,
+        "attention_dropout": found.attention_dropout,
+    }
+
+
+def ours(spec: ModelSpec) -> dict[str, Any]:
+    return {name: value for name, value in vars(spec).items() if name not in ("family", "dtype")}
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_absent_keys_mean_what_they_mean_to_transformers(model_type: str) -> None:
+    assert ours(spec_of(model_type)) == facts(theirs(config(model_type)))
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_the_class_s_own_default_config_is_read(model_type: str) -> None:
+    default = theirs({"model_type": model_type})
+    written = {**default.to_dict(), "architectures": [FAMILIES[model_type].architecture]}
+    assert ours(spec_of_config(written)) == facts(default)
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "llama 2": {"num_key_value_heads": None, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5},
+    "llama 3.2": {
+        "rope_theta": 500000.0,
+        "rope_scaling": {"rope_type": "llama3", **LLAMA3_TABLE},
+        "tie_word_embeddings": True,
+        "max_position_embeddings": 131072,
+        "head_dim": 64,
+    },
+    "linear, old spelling": {"rope_scaling": {"type": "linear", "factor": 4}, "rope_theta": 1e6},
+    "linear, new spelling": {"rope_parameters": {"rope_type": "linear", "factor": 2.5, "rope_theta": 7e4}},
+    "default, new spelling": {"rope_parameters": {"rope_type": "default", "rope_theta": 7e4}},
+    "both spellings": {
+        "rope_theta": 5e5,
+        "rope_scaling": {"type": "linear", "factor": 2.0},
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+    },
+    "theta in both": {"rope_theta": 9.0, "rope_parameters": {"rope_type": "default", "rope_theta": 7.0}},
+    "empty rope": {"rope_theta": 1e6, "rope_scaling": None, "rope_parameters": {}},
+    "biases": {"attention_bias": True, "mlp_bias": True},
+    "attention bias": {"attention_bias": True},
+    "groups": {"num_key_value_heads": 4, "head_dim": 24},
+}
+QWEN_CASES: dict[str, dict[str, Any]] = {
+    "window off": {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 1},
+    "window on": {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1},
+    "window everywhere": {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 0},
+    "window nowhere": {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 3},
+    "window by default": {"use_sliding_window": True, "max_window_layers": 2},
+    "window null": {"use_sliding_window": True, "sliding_window": None, "max_window_layers": 0},
+    "layer types": {
+        "use_sliding_window": True,
+        "sliding_window": 16,
+        "max_window_layers": 0,
+        "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
+    },
+    "all full": {
+        "use_sliding_window": True,
+        "sliding_window": 16,
+        "max_window_layers": 0,
+        "layer_types": ["full_attention"] * 3,
+    },
+}
+ALL_CASES = [
+    *(("llama", name, fields) for name, fields in CASES.items()),
+    *(("mistral", f"window {window}", {"sliding_window": window}) for window in (None, 1, 4096)),
+    *((family, name, fields) for family in ("qwen2", "qwen3") for name, fields in QWEN_CASES.items()),
+    ("qwen3", "biases", {"attention_bias": True}),
+]
+
+
+@pytest.mark.parametrize(
+    ("model_type", "name", "fields"), ALL_CASES, ids=[f"{case[0]} {case[1]}" for case in ALL_CASES]
+)
+def test_configs_mean_what_they_mean_to_transformers_and_so_do_ours(
+    model_type: str, name: str, fields: dict[str, Any]
+) -> None:
+    values = config(model_type, **fields)
+    spec = spec_of_config(values)
+    assert ours(spec) == facts(theirs(values))
+    written = config_of_spec(spec)
+    assert ours(spec) == facts(theirs(written))
+    assert spec_of_config(written) == spec
+    again = {**theirs(written).to_dict(), "architectures": written["architectures"]}
+    assert spec_of_config(again) == spec  # what transformers 5 saves of it
+
+
+@pytest.mark.parametrize("kind", ["default", "linear", "llama3"])
+def test_both_spellings_of_rope_are_one_spec(kind: str) -> None:
+    table = {"default": {}, "linear": {"factor": 3.0}, "llama3": LLAMA3_TABLE}[kind]
+    old = {"rope_theta": 5e5, "rope_scaling": {"rope_type": kind, **table}}
+    older = {"rope_theta": 5e5, "rope_scaling": {"type": kind, **table}}
+    new = {"rope_parameters": {"rope_type": kind, "rope_theta": 5e5, **table}}
+    specs = [spec_of(**fields) for fields in (old, older, new)]
+    assert specs[0] == specs[1] == specs[2]
+    expected = {"default": None, "linear": RopeScaling("linear", 3.0), "llama3": LLAMA3}[kind]
+    assert (specs[0].rope_scaling, specs[0].rotary_base) == (expected, 5e5)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "fields", "message"),
+    [
+        (
+            "llama",
+            {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
+            r"type 'yarn'; supported are default, linear",
+        ),
+        ("llama", {"rope_scaling": {"type": "dynamic", "factor": 4.0}}, "type 'dynamic'"),
+        ("llama", {"rope_parameters": {"rope_type": "longrope", "factor": 4.0}}, "type 'longrope'"),
+        ("llama", {"rope_scaling": {"type": "linear"}}, "type 'linear' without factor"),
+        ("llama", {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "'llama3' without low_freq_factor"),
+        ("llama", {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+        ("llama", {"partial_rotary_factor": 0.5}, "does not know: partial_rotary_factor"),
+        ("llama", {"hidden_act": "gelu"}, "hidden_act='gelu'; only 'silu'"),
+        ("llama", {"quantization_config": {"bits": 4}}, "quantization_config"),
+        (
+            "llama",
+            {"query_multiplier": 2.0, "attn_clip": 8},
+            "attn_clip, query_multiplier; .*--ignore-config-fields attn_clip,q",
+        ),
+        ("llama", {"sliding_window": 8}, "does not know: sliding_window"),
+        ("llama", {"layer_types": ["full_attention", "sliding_attention"]}, "does not know: layer_types"),
+        ("mistral", {"attention_bias": True}, "does not know: attention_bias"),
+        ("mistral", {"sliding_window": 0}, "sliding_window is 0"),
+        ("qwen2", {"attention_bias": True}, "does not know: attention_bias"),
+        (
+            "qwen2",
+            {"use_sliding_window": True, "layer_types": ["sliding_attention", "full_attention"] * 2},
+            "mixes full",
+        ),
+        ("llama", {"num_attention_heads": None}, "no num_attention_heads"),
+        ("llama", {"vocab_size": 0}, "vocab_size is 0"),
+        ("llama", {"hidden_size": 64.0}, "hidden_size is 64.0"),
+        ("llama", {"num_hidden_layers": "3"}, "num_layers is '3'"),
+        ("llama", {"num_key_value_heads": 5}, "32 attention heads cannot share 5 query groups"),
+        ("llama", {"rms_norm_eps": "1e-5"}, "norm_epsilon is '1e-5'; it must be a number"),
+        ("llama", {"tie_word_embeddings": "false"}, "tied is 'false'; it must be true or false"),
+        ("llama", {"torch_dtype": "float7"}, "unknown dtype 'float7'"),
+    ],
+)
+def test_what_cannot_be_converted_is_refused(model_type: str, fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConversionError, match=message):
+        spec_of(model_type, **fields)
+
+
+def test_a_field_that_the_user_vouches_for_is_ignored() -> None:
+    values = config(query_multiplier=2.0, attn_clip=8)
+    assert spec_of_config(values, ["query_multiplier", "attn_clip"]) == spec_of()
+    with pytest.raises(ConversionError, match="does not know: attn_clip;"):
+        spec_of_config(values, ["query_multiplier"])
+
+
+def test_fields_that_say_nothing_are_no_obstacle() -> None:
+    assert spec_of(query_multiplier=None, use_qk_clip=False, layer_types=["full_attention"] * 3) == spec_of()
+
+
+def test_dtypes_are_read_in_both_spellings() -> None:
+    assert spec_of().dtype.name == "float32"
+    assert spec_of(torch_dtype="bfloat16").dtype.name == "bfloat16"
+    assert spec_of(dtype="float16").dtype.name == "float16"
+
+
+def test_families_are_found_by_architecture_then_by_model_type() -> None:
+    assert family_of_config({"architectures": ["Qwen3ForCausalLM"], "model_type": "llama"}).name == "qwen3"
+    assert family_of_config({"model_type": "mistral"}).name == "mistral"
+    assert family_of_config({"model_type": "qwen2", "architectures": []}).name == "qwen2"
+    for unknown in ({"architectures": ["GPT2LMHeadModel"], "model_type": "llama"}, {"model_type": "gpt2"}, {}):
+        with pytest.raises(ConversionError, match="not supported; supported are LlamaForCausalLM, MistralForCausalLM"):
+            family_of_config(unknown)
+
+
+def test_what_a_family_cannot_say_is_refused() -> None:
+    with pytest.raises(ConversionError, match="the llama architecture cannot express qk_norm: True, not False"):
+        config_of_spec(tiny_spec(qk_norm=True))
+    with pytest.raises(ConversionError, match=r"mistral .* sliding_window_from: 1, not 0"):
+        config_of_spec(tiny_spec(family="mistral", sliding_window=8, sliding_window_from=1))
+
+
+@pytest.mark.parametrize(
+    ("fields", "family"),
+    [
+        ({}, "llama"),
+        ({"tied": True, "kv_channels": 6, "rope_scaling": LLAMA3}, "llama"),
+        ({"qkv_bias": True, "proj_bias": True, "mlp_bias": True}, "llama"),
+        ({"qkv_bias": True, "proj_bias": True}, "llama"),
+        ({"sliding_window": 16}, "mistral"),
+        ({"qkv_bias": True}, "qwen2"),
+        ({"qkv_bias": True, "sliding_window": 16, "sliding_window_from": 1}, "qwen2"),
+        ({"qk_norm": True}, "qwen3"),
+        ({"qk_norm": True, "qkv_bias": True, "proj_bias": True}, "qwen3"),
+    ],
+)
+def test_the_first_family_that_can_express_a_model_is_inferred(fields: dict[str, Any], family: str) -> None:
+    spec = tiny_spec(**fields)
+    without_family = {name: value for name, value in vars(spec).items() if name != "family"}
+    assert infer_family(without_family) == dataclasses.replace(spec, family=family)
+
+
+def test_a_model_of_no_family_is_refused_with_every_reason() -> None:
+    fields = {name: value for name, value in vars(tiny_spec(qk_norm=True, mlp_bias=True)).items() if name != "family"}
+    with pytest.raises(ConversionError, match=r"llama .* qk_norm.*mistral .*qwen2 .*qwen3 .* mlp_bias"):
+        infer_family(fields)
+
+
+def test_differences_are_named() -> None:
+    one, other = tiny_spec(), tiny_spec(tied=True, dtype=dtype_named("bf16"))
+    assert differences(one, other) == ["dtype: float32, not bfloat16", "tied: False, not True"]
+    assert differences(one, one) == []
+
+
+def test_config_for_keeps_what_a_base_says_and_lists_what_changes() -> None:
+    base = config(
+        num_key_value_heads=4,
+        max_position_embeddings=131072,
+        rope_parameters={"rope_type": "llama3", "rope_theta": 5e5, **LLAMA3_TABLE},
+        eos_token_id=[1, 2],
+        custom=None,
+        dtype="float32",
+        head_dim=2,
+    )
+    spec = spec_of_config(base)
+    assert config_for(spec, base) == (base, [])
+    changed, changes = config_for(dataclasses.replace(spec, vocab_size=30, dtype=dtype_named("bf16"), tied=True), base)
+    assert changed == {**base, "vocab_size": 30, "dtype": "bfloat16", "tie_word_embeddings": True}
+    assert changes == ["dtype: float32 -> bfloat16", "tie_word_embeddings: absent -> True", "vocab_size: 32 -> 30"]
+    assert "torch_dtype" not in changed
+    other_rope = dataclasses.replace(spec, rotary_base=1e4, rope_scaling=None)
+    changed, _ = config_for(other_rope, base)
+    assert "rope_parameters" not in changed  # a stale table would win over rope_theta
+    assert spec_of_config(changed) == other_rope
+    assert facts(theirs(changed))["rotary_base"] == 1e4
+
+
+def test_config_for_changes_a_window_that_is_only_a_default() -> None:
+    base = config("mistral")
+    spec = dataclasses.replace(spec_of_config(base), sliding_window=None)
+    changed, _ = config_for(spec, base)
+    assert changed["sliding_window"] is None
+    assert spec_of_config(changed) == spec
+
+
+def test_config_for_without_a_base_is_the_whole_config() -> None:
+    spec = tiny_spec()
+    assert config_for(spec, None) == (config_of_spec(spec), [])
+    assert config_of_spec(spec)["torch_dtype"] == "float32"
+
+
+def test_specs_survive_json() -> None:
+    for spec in (tiny_spec(), tiny_spec(rope_scaling=LLAMA3, sliding_window=3, dtype=dtype_named("bf16"))):
+        assert ModelSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "is missing"),
+        ("{", "cannot read"),
+        ("[1]", "holds a list"),
+        ('"x"', "holds a str"),
+        (b"\xff\xfe", "cannot read"),
+    ],
+)
+def test_broken_json_is_named(tmp_path: Path, content: str | bytes | None, message: str) -> None:
+    path = tmp_path / "config.json"
+    if content is not None:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ConversionError, match=message) as caught:
+        read_json(path)
+    assert str(path) in str(caught.value)

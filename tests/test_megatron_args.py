@@ -1,0 +1,320 @@
+"""args ↔ spec: every field both ways, what Megatron-LM cannot say, and the flags that it needs."""
+
+from __future__ import annotations
+
+import argparse
+import enum
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from megatron_converters.dtypes import DType, dtype_named
+from megatron_converters.errors import ConversionError
+from megatron_converters.megatron_args import (
+    RUN_DEFAULTS,
+    flag_warnings,
+    flags,
+    inexpressible,
+    layout_args,
+    model_args,
+    plain_args,
+    spec_fields,
+)
+from megatron_converters.parallel import PipelineSplit, parallel_for
+from megatron_converters.spec import ModelSpec, RopeScaling
+from tests.tiny import tiny_spec
+
+CASES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "sizes": {
+        "num_layers": 3,
+        "hidden_size": 10,
+        "ffn_hidden_size": 6,
+        "num_attention_heads": 6,
+        "num_query_groups": 3,
+        "kv_channels": 12,
+        "max_position_embeddings": 77,
+    },
+    "no groups": {"num_query_groups": 4},
+    "one group": {"num_query_groups": 1},
+    "epsilon": {"norm_epsilon": 1e-6},
+    "base": {"rotary_base": 500000.0},
+    "llama3 rope": {"rope_scaling": RopeScaling("llama3", 8.0, 1.0, 4.0, 8192)},
+    "llama3.2 rope": {"rope_scaling": RopeScaling("llama3", 32.0, 1.0, 4.0, 8192)},
+    "linear rope": {"rope_scaling": RopeScaling("linear", 2.0)},
+    "tied": {"tied": True},
+    "qkv bias": {"qkv_bias": True},
+    "all biases": {"qkv_bias": True, "proj_bias": True, "mlp_bias": True},
+    "qk norm": {"qk_norm": True},
+    "window": {"sliding_window": 4096},
+    "window of one": {"sliding_window": 1},
+    "training": {"initializer_range": 0.006, "attention_dropout": 0.1},
+}
+
+
+def all_args(spec: ModelSpec, impl: str = "local", tp: int = 1, pp: int = 1, **split: Any) -> dict[str, Any]:
+    parallel = parallel_for(spec, tp, pp, PipelineSplit(**split))
+    return {**RUN_DEFAULTS, **model_args(spec), **layout_args(parallel, 128, 128, impl)}
+
+
+def back(args: dict[str, Any], spec: ModelSpec) -> ModelSpec:
+    return ModelSpec(
+        **spec_fields(argparse.Namespace(**args)), family="llama", dtype=spec.dtype, vocab_size=spec.vocab_size
+    )
+
+
+@pytest.mark.parametrize("fields", CASES.values(), ids=CASES)
+def test_a_spec_survives_args(fields: dict[str, Any]) -> None:
+    spec = tiny_spec(**fields)
+    assert inexpressible(spec) == []
+    assert back(all_args(spec), spec) == spec
+
+
+def test_the_cases_change_every_field() -> None:
+    changed = {name for fields in CASES.values() for name in fields}
+    decided_elsewhere = {"family", "dtype", "vocab_size", "sliding_window_from"}
+    assert changed == vars(tiny_spec()).keys() - decided_elsewhere
+
+
+def test_args_in_megatron_s_words() -> None:
+    """Each value as Megatron-LM's `parse_args` and `validate_args` would leave it."""
+    args = all_args(
+        tiny_spec(rotary_base=500000.0, qkv_bias=True, sliding_window=4096, dtype=dtype_named("bf16")), tp=2, pp=2
+    )
+    expected = {
+        "num_layers": 2,
+        "hidden_size": 8,
+        "ffn_hidden_size": 4,
+        "num_attention_heads": 4,
+        "num_query_groups": 2,
+        "group_query_attention": True,
+        "kv_channels": 2,
+        "normalization": "RMSNorm",
+        "norm_epsilon": 1e-5,
+        "layernorm_epsilon": 1e-5,
+        "position_embedding_type": "rope",
+        "rotary_base": 500000,
+        "rotary_percent": 1.0,
+        "use_rope_scaling": False,
+        "rotary_seq_len_interpolation_factor": None,
+        "swiglu": True,
+        "untie_embeddings_and_output_weights": True,
+        "add_bias_linear": False,
+        "add_qkv_bias": True,
+        "qk_layernorm": False,
+        "window_size": (4095, 0),  # positions to the left; Hugging Face's window counts the position itself too
+        "params_dtype": dtype_named("bf16"),
+        "bf16": True,
+        "fp16": False,
+        "vocab_size": 5,
+        "padded_vocab_size": 128,
+        "make_vocab_size_divisible_by": 128,
+        "tensor_model_parallel_size": 2,
+        "pipeline_model_parallel_size": 2,
+        "world_size": 4,
+    }
+    assert {name: args[name] for name in expected} == expected
+    assert isinstance(args["rotary_base"], int)
+    assert "tokenizer_type" not in args  # it would override the user's
+    half = all_args(tiny_spec(dtype=dtype_named("fp16")))
+    assert (half["bf16"], half["fp16"], half["params_dtype"].name) == (False, True, "float16")
+
+
+@pytest.mark.parametrize("fields", CASES.values(), ids=CASES)
+def test_args_hold_plain_values_and_dtypes_alone(fields: dict[str, Any]) -> None:
+    args = all_args(tiny_spec(**fields))
+    assert plain_args(args) == args
+    allowed = (bool, int, float, str, type(None), DType)
+    assert {name for name, value in args.items() if type(value) not in allowed} <= {"window_size"}
+    assert [type(value) for value in args["window_size"] or ()] in ([], [int, int])
+
+
+class Colour(enum.IntEnum):
+    RED = 1
+
+
+def test_plain_args_leaves_out_what_weights_only_loading_refuses() -> None:
+    plain = {"a": [1, (2.0, None)], "b": {"c": [True]}, 3: "x", "d": dtype_named("bf16"), "e": {}}
+    other = {"enum": Colour.RED, "list": [1, Colour.RED], "dict": {"x": object()}, "key": {(1,): 2}, "set": {1}}
+    assert plain_args({**plain, **other}) == plain  # type: ignore[dict-item]
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        (
+            {"rope_scaling": RopeScaling("llama3", 8.0, 2.0, 4.0, 8192)},
+            "2.0, 4.0 and 8192: Megatron-LM has 1.0, 4.0 and 8192",
+        ),
+        ({"rope_scaling": RopeScaling("llama3", 8.0, 1.0, 8.0, 8192)}, "1.0, 8.0 and 8192"),
+        ({"rope_scaling": RopeScaling("llama3", 8.0, 1.0, 4.0, 4096)}, "1.0, 4.0 and 4096"),
+        ({"rope_scaling": RopeScaling("linear", 2.5)}, "linear RoPE scaling by 2.5"),
+        ({"sliding_window": 8, "sliding_window_from": 1}, "a sliding window from layer 1 on only"),
+        ({"proj_bias": True}, "a bias on only one of"),
+        ({"mlp_bias": True}, "a bias on only one of"),
+        ({"rotary_base": 10000.5}, "a rotary base of 10000.5"),
+    ],
+)
+def test_what_megatron_cannot_express(fields: dict[str, Any], reason: str) -> None:
+    (found,) = inexpressible(tiny_spec(**fields))
+    assert reason in found
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"position_embedding_type": "learned_absolute"}, "not rotary"),
+        ({"position_embedding_type": "yarn"}, "not rotary"),
+        ({"normalization": "LayerNorm"}, "not RMSNorm"),
+        ({"swiglu": False}, "without SwiGLU"),
+        ({"rotary_percent": 0.5}, "partly rotated"),
+        ({"rotary_interleaved": True}, "interleaved"),
+        ({"apply_layernorm_1p": True}, "norms around 1"),
+        ({"squared_relu": True}, "squared ReLU"),
+        ({"quick_geglu": True}, "quick GELU"),
+        ({"multi_latent_attention": True}, "latent"),
+        ({"num_experts": 8}, "mixture"),
+        ({"mtp_num_layers": 1}, "multi-token"),
+        ({"no_rope_freq": 4}, "without rotary"),
+        ({"window_attn_skip_freq": 2, "window_size": (7, 0)}, "some layers only"),
+        ({"softmax_type": "learnable"}, "sinks"),
+        ({"norm_epsilon": 1e-6}, "norm_epsilon=1e-06 and layernorm_epsilon=1e-05; .*--hf-config"),
+        ({"window_size": (7, 7)}, r"window_size=\(7, 7\)"),
+        ({"window_size": (-1, 0)}, "window_size"),
+        ({"use_rope_scaling": True, "rotary_seq_len_interpolation_factor": 2}, "both llama3 and linear"),
+        ({"num_layers": None}, "no sound num_layers; .*--hf-config"),
+        ({"max_position_embeddings": None}, "no sound max_position_embeddings"),
+    ],
+)
+def test_args_of_models_that_are_not_supported_are_refused(change: dict[str, Any], message: str) -> None:
+    args = {**all_args(tiny_spec()), **change}
+    with pytest.raises(ConversionError, match=message):
+        spec_fields(argparse.Namespace(**args))
+
+
+@pytest.mark.parametrize(
+    ("change", "field", "value"),
+    [
+        ({"window_size": "4095,0"}, "sliding_window", 4096),
+        ({"window_size": [4095, 0]}, "sliding_window", 4096),
+        ({"window_size": (0, 0)}, "sliding_window", 1),
+        ({"group_query_attention": False, "num_query_groups": 1}, "num_query_groups", 4),
+        ({"group_query_attention": True, "num_query_groups": None}, "num_query_groups", 4),
+        ({"kv_channels": None}, "kv_channels", 2),
+        ({"norm_epsilon": None, "layernorm_epsilon": 1e-6}, "norm_epsilon", 1e-6),
+        ({"norm_epsilon": None, "layernorm_epsilon": None}, "norm_epsilon", 1e-5),
+        ({"rotary_base": None}, "rotary_base", 10000.0),
+        (
+            {"position_embedding_type": "learned_absolute", "use_rotary_position_embeddings": True},
+            "rotary_base",
+            10000.0,
+        ),
+        (
+            {"use_rope_scaling": True, "rope_scaling_factor": None},
+            "rope_scaling",
+            RopeScaling("llama3", 8.0, 1.0, 4.0, 8192),
+        ),
+        ({"add_bias_linear": True}, "mlp_bias", True),
+        ({"add_bias_linear": True, "add_qkv_bias": False}, "qkv_bias", True),  # Megatron's QKV has a bias by either
+    ],
+)
+def test_args_of_other_versions(change: dict[str, Any], field: str, value: Any) -> None:
+    args = {**all_args(tiny_spec()), **change}
+    assert spec_fields(argparse.Namespace(**args))[field] == value
+
+
+def test_sparse_args_mean_megatron_s_defaults() -> None:
+    needed = ("num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size", "max_position_embeddings")
+    fields = spec_fields(argparse.Namespace(**dict.fromkeys(needed, 8)))
+    spec = ModelSpec(**fields, family="llama", dtype=dtype_named("bf16"), vocab_size=9)
+    assert (spec.tied, spec.mlp_bias, spec.kv_channels, spec.num_query_groups) == (True, True, 1, 8)
+
+
+BASE_FLAGS = [
+    *("--use-checkpoint-args", "--no-load-optim", "--no-load-rng", "--norm-epsilon 1e-05", "--attention-dropout 0.0"),
+    *("--hidden-dropout 0.0", "--transformer-impl local", "--make-vocab-size-divisible-by 128"),
+    *("--tensor-model-parallel-size 1", "--pipeline-model-parallel-size 1"),
+]
+
+
+@pytest.mark.parametrize(
+    ("fields", "more"),
+    [
+        ({}, []),
+        ({"qk_norm": True}, ["--qk-layernorm"]),
+        (
+            {"rope_scaling": RopeScaling("llama3", 8.0, 1.0, 4.0, 8192)},
+            ["--use-rope-scaling"],
+        ),
+        (
+            {"rope_scaling": RopeScaling("llama3", 32.0, 1.0, 4.0, 8192)},
+            ["--use-rope-scaling", "--rope-scaling-factor 32.0"],
+        ),
+        ({"rope_scaling": RopeScaling("linear", 2.0)}, ["--rotary-seq-len-interpolation-factor 2"]),
+        ({"sliding_window": 4096}, ["--window-size 4095,0"]),
+        ({"dtype": dtype_named("bf16")}, ["--bf16"]),
+        ({"dtype": dtype_named("fp16")}, ["--fp16"]),
+    ],
+)
+def test_flags(fields: dict[str, Any], more: list[str]) -> None:
+    spec = tiny_spec(**fields)
+    assert sorted(flags(spec, all_args(spec))) == sorted([*BASE_FLAGS, *more])
+
+
+@pytest.mark.parametrize(
+    ("split", "more"),
+    [
+        ({"first": 1}, ["--decoder-first-pipeline-num-layers 1"]),
+        ({"last": 2}, ["--decoder-last-pipeline-num-layers 2"]),
+        (
+            {"embedding": True, "loss": True},
+            ["--account-for-embedding-in-pipeline-split", "--account-for-loss-in-pipeline-split"],
+        ),
+    ],
+)
+def test_flags_of_uneven_stages(split: dict[str, Any], more: list[str]) -> None:
+    spec = tiny_spec(num_layers=4)
+    found = flags(spec, all_args(spec, "transformer_engine", tp=2, pp=2, **split))
+    assert set(found) - set(BASE_FLAGS) == {
+        *more,
+        "--transformer-impl transformer_engine",
+        "--tensor-model-parallel-size 2",
+        "--pipeline-model-parallel-size 2",
+    }
+
+
+def test_flags_with_a_value_parse_as_megatron_parses_them() -> None:
+    """The types of these options in Megatron-LM core_v0.16.1, training/arguments.py."""
+    types = {"--rotary-seq-len-interpolation-factor": int, "--rope-scaling-factor": float, "--norm-epsilon": float}
+    types |= {"--attention-dropout": float, "--make-vocab-size-divisible-by": int, "--tensor-model-parallel-size": int}
+    parser = argparse.ArgumentParser()
+    for name, kind in types.items():
+        parser.add_argument(name, type=kind)
+    for scaling in (RopeScaling("linear", 4.0), RopeScaling("llama3", 32.0)):
+        spec = tiny_spec(rope_scaling=scaling)
+        words = " ".join(flags(spec, all_args(spec))).split()
+        parsed, _ = parser.parse_known_args(words)
+        assert parsed.rotary_seq_len_interpolation_factor == (4 if scaling.kind == "linear" else None)
+
+
+def test_a_rope_factor_that_megatron_s_scripts_ignore_is_warned_of() -> None:
+    (warning,) = flag_warnings(tiny_spec(rope_scaling=RopeScaling("llama3", 32.0)), [])
+    assert warning.startswith("warning: RoPE scaling factor 32:")
+    for quiet in (None, RopeScaling("llama3", 8.0), RopeScaling("linear", 32.0)):
+        assert flag_warnings(tiny_spec(rope_scaling=quiet), []) == []
+
+
+def test_flags_that_older_releases_lack_are_named() -> None:
+    spec = tiny_spec(sliding_window=8)
+    (note,) = flag_warnings(spec, flags(spec, all_args(spec)))
+    assert note == "--window-size exists from Megatron-LM 0.15 on"
+
+
+def test_the_layout_says_how_the_checkpoint_is_cut() -> None:
+    spec = tiny_spec(num_layers=3)
+    args = layout_args(parallel_for(spec, 2, 2, PipelineSplit(first=1)), 256, 64, "local")
+    said = SimpleNamespace(**args)
+    assert (said.tensor_model_parallel_size, said.pipeline_model_parallel_size, said.world_size) == (2, 2, 4)
+    assert (said.decoder_first_pipeline_num_layers, said.decoder_last_pipeline_num_layers) == (1, None)
+    assert (said.padded_vocab_size, said.make_vocab_size_divisible_by, said.ckpt_format) == (256, 64, "torch")

@@ -1,0 +1,281 @@
+"""Cuts against rows and columns written out by hand; pipeline stages and padding against Megatron-LM."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+
+import pytest
+
+from megatron_converters.errors import ConversionError
+from megatron_converters.parallel import Parallel, PipelineSplit, cut, padded_vocab, parallel_for, stage_layers
+from megatron_converters.slots import SLOTS, Shard
+from megatron_converters.spec import ModelSpec
+from tests.tiny import tiny_spec
+
+
+def rows_of(slot: str, tp: int, spec: ModelSpec | None = None, padded: int = 8) -> list[list[int]]:
+    """The slot's rows that each rank holds."""
+    return [cut(SLOTS[slot], spec or tiny_spec(), tp, rank, padded).rows.tolist() for rank in range(tp)]
+
+
+@pytest.mark.parametrize(
+    ("tp", "expected"),
+    [
+        (1, [[0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15]]),
+        (2, [[0, 1, 2, 3, 4, 5, 6, 7], [8, 9, 10, 11, 12, 13, 14, 15]]),  # a query group each
+        (4, [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11], [12, 13, 14, 15]]),  # tp > groups: plain chunks
+    ],
+)
+@pytest.mark.parametrize("slot", ["qkv", "qkv_bias"])
+def test_column_cut(slot: str, tp: int, expected: list[list[int]]) -> None:
+    assert rows_of(slot, tp) == expected
+    share = cut(SLOTS[slot], tiny_spec(), tp, tp - 1, 8)
+    assert (share.col, share.padding) == (0, 0)
+    assert share.shape == ((len(expected[0]),) if slot == "qkv_bias" else (len(expected[0]), 8))
+
+
+@pytest.mark.parametrize(
+    ("tp", "expected"),
+    [
+        (1, [[0, 1, 2, 3, 4, 5, 6, 7]]),
+        (2, [[0, 1, 4, 5], [2, 3, 6, 7]]),  # gate rows 0-3, up rows 4-7: each rank holds its gate above its up
+        (4, [[0, 4], [1, 5], [2, 6], [3, 7]]),
+    ],
+)
+@pytest.mark.parametrize("slot", ["fc1", "fc1_bias"])
+def test_blocks_are_cut_each_on_its_own(slot: str, tp: int, expected: list[list[int]]) -> None:
+    assert rows_of(slot, tp) == expected
+
+
+@pytest.mark.parametrize(("slot", "columns"), [("proj", {1: 8, 2: 4, 4: 2}), ("fc2", {1: 4, 2: 2, 4: 1})])
+@pytest.mark.parametrize("tp", [1, 2, 4])
+def test_row_cut_keeps_all_rows_and_some_columns(slot: str, columns: dict[int, int], tp: int) -> None:
+    shares = [cut(SLOTS[slot], tiny_spec(), tp, rank, 8) for rank in range(tp)]
+    assert [share.shape for share in shares] == [(8, columns[tp])] * tp
+    assert [share.col for share in shares] == [rank * columns[tp] for rank in range(tp)]
+    assert all(share.rows.tolist() == [0, 1, 2, 3, 4, 5, 6, 7] for share in shares)
+
+
+@pytest.mark.parametrize("slot", ["input_norm", "mlp_norm", "final_norm", "proj_bias", "fc2_bias"])
+def test_replicated_slots_are_whole_on_every_rank(slot: str) -> None:
+    for rank in range(4):
+        share = cut(SLOTS[slot], tiny_spec(), 4, rank, 8)
+        assert (share.shape, share.col, share.rows.tolist()) == ((8,), 0, [0, 1, 2, 3, 4, 5, 6, 7])
+    assert cut(SLOTS["q_norm"], tiny_spec(qk_norm=True), 2, 1, 8).shape == (2,)  # one head's dimension
+
+
+def test_vocabulary_padding_follows_the_last_row() -> None:
+    """5 rows padded to 12."""
+    for slot in ("word_embeddings", "output_layer"):
+        assert rows_of(slot, 1, padded=12) == [[0, 1, 2, 3, 4, -1, -1, -1, -1, -1, -1, -1]]
+        assert rows_of(slot, 2, padded=12) == [[0, 1, 2, 3, 4, -1], [-1] * 6]
+        assert rows_of(slot, 4, padded=12) == [[0, 1, 2], [3, 4, -1], [-1] * 3, [-1] * 3]
+        assert [cut(SLOTS[slot], tiny_spec(), 4, rank, 12).padding for rank in range(4)] == [0, 1, 3, 3]
+
+
+def test_every_slot_has_the_cut_that_megatron_core_gives_it() -> None:
+    """ColumnParallelLinear cuts dim 0 with its bias, RowParallelLinear dim 1 and not its bias; norms are whole."""
+    assert {name: slot.shard for name, slot in SLOTS.items()} == {
+        "word_embeddings": Shard.COLUMN,
+        "output_layer": Shard.COLUMN,
+        "qkv": Shard.COLUMN,
+        "qkv_bias": Shard.COLUMN,
+        "fc1": Shard.COLUMN,
+        "fc1_bias": Shard.COLUMN,
+        "proj": Shard.ROW,
+        "fc2": Shard.ROW,
+        "proj_bias": Shard.REPLICATED,
+        "fc2_bias": Shard.REPLICATED,
+        "input_norm": Shard.REPLICATED,
+        "mlp_norm": Shard.REPLICATED,
+        "q_norm": Shard.REPLICATED,
+        "k_norm": Shard.REPLICATED,
+        "final_norm": Shard.REPLICATED,
+    }
+    assert {name for name, slot in SLOTS.items() if slot.blocks == 2} == {"fc1", "fc1_bias"}
+    assert {name for name, slot in SLOTS.items() if slot.vocab} == {"word_embeddings", "output_layer"}
+
+
+@pytest.mark.parametrize(
+    ("vocab", "divisor", "tp", "padded"),
+    [
+        *((32000, 128, 1, 32000), (32000, 128, 2, 32000), (32000, 128, 8, 32768), (128256, 128, 8, 129024)),
+        *((151936, 128, 4, 152064), (1, 1, 1, 1), (199, 16, 4, 256), (5, 1, 4, 8), (256, 128, 2, 256)),
+    ],
+)
+def test_padded_vocabulary(vocab: int, divisor: int, tp: int, padded: int) -> None:
+    assert padded_vocab(vocab, divisor, tp) == padded
+
+
+def test_padded_vocabulary_is_megatron_s_formula() -> None:
+    """`_vocab_size_with_padding` of core_v0.8.0 counts up one by one."""
+    random_ = random.Random(0)
+    for _ in range(200):
+        vocab, divisor, tp = random_.randint(1, 3000), random_.choice([1, 3, 16, 128]), random_.choice([1, 2, 3, 8])
+        after, multiple = vocab, divisor * tp
+        while (after % multiple) != 0:
+            after += 1
+        assert padded_vocab(vocab, divisor, tp) == after
+
+
+#: Run apart, so that no other test finds megatron imported. Reads cases and writes, for each, the layers that megatron-core
+#: builds on each stage, or null where it refuses.
+_MEGATRON_STAGES = """
+import json, sys
+from types import SimpleNamespace
+from megatron.core.transformer.transformer_block import get_num_layers_to_build
+
+def stages(layers, pp, first, last, embedding, loss):
+    config = SimpleNamespace(
+        num_layers=layers,
+        pipeline_model_parallel_size=pp,
+        pipeline_model_parallel_layout=None,
+        virtual_pipeline_model_parallel_size=None,
+        num_layers_in_first_pipeline_stage=first,
+        num_layers_in_last_pipeline_stage=last,
+        account_for_embedding_in_pipeline_split=embedding,
+        account_for_loss_in_pipeline_split=loss,
+    )
+    try:
+        return [get_num_layers_to_build(config, None, rank) for rank in range(pp)]
+    except AssertionError:
+        return None
+
+json.dump([stages(*case) for case in json.load(sys.stdin)], sys.stdout)
+"""
+
+
+def megatron_stages(cases: list[tuple[int, int, PipelineSplit]]) -> list[list[int] | None]:
+    """What megatron-core builds; None where it refuses, or would silently build more or fewer layers than asked."""
+    plain = [(layers, pp, split.first, split.last, split.embedding, split.loss) for layers, pp, split in cases]
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", _MEGATRON_STAGES],
+        input=json.dumps(plain),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    built: list[list[int] | None] = json.loads(run.stdout)
+    return [
+        stages if stages is not None and sum(stages) == layers and min(stages) >= 0 else None
+        for stages, (layers, _, _) in zip(built, cases, strict=True)
+    ]
+
+
+def random_split(random_: random.Random, layers: int) -> PipelineSplit:
+    kind = random_.choice(["even", "flags", "ends", "both"])
+    ends = [random_.choice([None, random_.randint(1, layers)]) for _ in range(2)]
+    flags = [random_.random() < 0.5 for _ in range(2)]
+    return PipelineSplit(
+        *(ends if kind in ("ends", "both") else (None, None)), *(flags if kind in ("flags", "both") else (False, False))
+    )
+
+
+@pytest.mark.slow
+def test_pipeline_stages_are_megatron_core_s() -> None:
+    random_ = random.Random(0)
+    cases = []
+    for _ in range(3000):
+        layers, pp = random_.randint(1, 24), random_.randint(1, 8)
+        cases.append((layers, pp, random_split(random_, layers)))
+    accepted = 0
+    for (layers, pp, split), expected in zip(cases, megatron_stages(cases), strict=True):
+        try:
+            stages = list(stage_layers(layers, pp, split))
+        except ConversionError:
+            one_stage_with_an_end = pp == 1 and (split.first, split.last) != (None, None)
+            assert expected is None or one_stage_with_an_end, (layers, pp, split, expected)
+        else:
+            assert stages == expected, (layers, pp, split)
+            accepted += 1
+    assert accepted > 600
+
+
+@pytest.mark.parametrize(
+    ("layers", "pp", "split", "stages"),
+    [
+        (8, 4, PipelineSplit(), (2, 2, 2, 2)),
+        (7, 2, PipelineSplit(first=3), (3, 4)),
+        (7, 2, PipelineSplit(last=2), (5, 2)),
+        (10, 4, PipelineSplit(first=1, last=3), (1, 3, 3, 3)),
+        (3, 2, PipelineSplit(first=1, last=2), (1, 2)),
+        (6, 4, PipelineSplit(embedding=True, loss=True), (1, 2, 2, 1)),
+        (7, 4, PipelineSplit(embedding=True), (1, 2, 2, 2)),
+        (7, 4, PipelineSplit(loss=True), (2, 2, 2, 1)),
+        (1, 3, PipelineSplit(embedding=True, loss=True), (0, 1, 0)),
+        (5, 1, PipelineSplit(embedding=True, loss=True), (5,)),
+    ],
+)
+def test_stages(layers: int, pp: int, split: PipelineSplit, stages: tuple[int, ...]) -> None:
+    assert stage_layers(layers, pp, split) == stages
+
+
+@pytest.mark.parametrize(
+    ("layers", "pp", "split", "message"),
+    [
+        (7, 2, PipelineSplit(), r"7 layers cannot be cut evenly over pp=2; use pp 1 or 7 or .*last.*-layers 3"),
+        (4, 8, PipelineSplit(), r"use pp 1, 2 or 4$"),
+        (6, 2, PipelineSplit(first=7), "cannot be cut into 2 pipeline stages"),
+        (6, 2, PipelineSplit(first=2, last=3), "the 0 stages between must share 1 layers"),
+        (6, 1, PipelineSplit(first=6), "cannot be cut into 1 pipeline stages"),
+        (6, 2, PipelineSplit(first=0), "cannot be cut"),
+        (6, 4, PipelineSplit(first=1, last=2), "the 2 stages between must share 3 layers"),
+        (6, 2, PipelineSplit(first=3, loss=True), "give one or the other"),
+    ],
+)
+def test_stages_that_cannot_be(layers: int, pp: int, split: PipelineSplit, message: str) -> None:
+    with pytest.raises(ConversionError, match=message):
+        stage_layers(layers, pp, split)
+
+
+def test_places_of_layers() -> None:
+    parallel = Parallel(1, (1, 0, 3))
+    assert [parallel.place(layer) for layer in range(4)] == [(0, 0), (2, 0), (2, 1), (2, 2)]
+    with pytest.raises(ConversionError, match="layer 4 is beyond the 4 layers"):
+        parallel.place(4)
+
+
+def test_directories_of_ranks() -> None:
+    assert Parallel(2, (4,)).directory(1, 0) == "mp_rank_01"
+    assert Parallel(2, (4, 4)).directory(1, 0) == "mp_rank_01_000"
+    assert Parallel(128, (1,) * 12).directory(107, 11) == "mp_rank_107_011"
+
+
+@pytest.mark.parametrize(
+    ("fields", "tp", "message"),
+    [
+        ({}, 3, r"4 attention heads of 2 in 2 query groups and an MLP of 4 cannot be cut over tp=3; use tp 1, 2 or 4"),
+        ({}, 8, "use tp 1, 2 or 4"),
+        ({"ffn_hidden_size": 6}, 4, "use tp 1 or 2$"),
+        (
+            {"num_attention_heads": 12, "num_query_groups": 4, "ffn_hidden_size": 12, "kv_channels": 6},
+            6,
+            "use tp 1, 2, 4 or 12$",
+        ),
+        # The packed QKV has 6 rows, which 4 ranks cannot share.
+        ({"num_query_groups": 1, "kv_channels": 1}, 4, "use tp 1 or 2$"),
+        ({}, 0, "at least 1"),
+    ],
+)
+def test_tensor_parallel_sizes_that_cannot_be_name_those_that_can(
+    fields: dict[str, int], tp: int, message: str
+) -> None:
+    with pytest.raises(ConversionError, match=message):
+        parallel_for(tiny_spec(**fields), tp, 1)
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4, 8])
+def test_more_ranks_than_query_groups_are_allowed_where_groups_divide_them(tp: int) -> None:
+    spec = tiny_spec(num_attention_heads=8, num_query_groups=2, ffn_hidden_size=8)
+    assert parallel_for(spec, tp, 2).stages == (1, 1)
+    assert [row for rows in rows_of("qkv", tp, spec) for row in rows] == list(range(24))
+
+
+def test_a_cut_that_does_not_divide_is_refused() -> None:
+    with pytest.raises(ConversionError, match="fc2: 4 cannot be cut 3 ways"):
+        cut(SLOTS["fc2"], tiny_spec(), 3, 0, 8)
+    with pytest.raises(ConversionError, match="word_embeddings: 8 cannot be cut 3 ways"):
+        cut(SLOTS["word_embeddings"], tiny_spec(), 3, 0, 8)
