@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import multiprocessing
 import queue as queues
+import time
 from contextlib import suppress
 from typing import Any
 
 from .errors import ConversionError
+from .progress import Progress
 
 #: Seconds that a partner which does not read is given.
 _PATIENCE = 2.0
@@ -45,6 +47,37 @@ def check_saver(queue: Any) -> None:
 
 def _had_child() -> bool:
     return multiprocessing.parent_process() is None
+
+
+class Watched:
+    """Progress that looks now and then whether the loader is alive, since a saver of ours copies long after the last message."""
+
+    def __init__(self, shown: Progress) -> None:
+        self._shown = shown
+        self._looked = time.monotonic()
+
+    def start(self, total: int) -> None:
+        """Begin to count towards `total` bytes."""
+        self._shown.start(total)
+
+    def __call__(self, count: int) -> None:
+        """Add bytes; raises if the loader is gone. Called from several threads."""
+        now = time.monotonic()
+        if now - self._looked >= _POLL:
+            self._looked = now
+            check_loader()
+        self._shown(count)
+
+    def stop(self) -> None:
+        """Show the last figure."""
+        self._shown.stop()
+
+
+def check_loader() -> None:
+    """Raise if the process that started this one is gone."""
+    parent = multiprocessing.parent_process()
+    if parent is not None and not parent.is_alive():
+        raise ConversionError("the loader ended before its model was saved; nothing was saved")
 
 
 _LOADER_GONE = "the loader ended before it had sent the whole model; nothing was saved"

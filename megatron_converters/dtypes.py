@@ -30,6 +30,11 @@ class DType(Sealed):
     safetensors: str
     storage: str | None
 
+    @property
+    def floating(self) -> bool:
+        """Whether weights can have it as it is; 8-bit floats need scales that no slot has."""
+        return self.name in ("float64", "float32", "float16", "bfloat16")
+
     def __str__(self) -> str:
         return self.name
 

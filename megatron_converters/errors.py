@@ -20,6 +20,10 @@ class UsageError(ConversionError):
     exit_code = 2
 
 
+class Unclear(ConversionError):
+    """A source does not say something that a reference can say."""
+
+
 class Interrupted(ConversionError):
     """The user stopped the run (exit code as shells give it for SIGINT)."""
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from .dtypes import DType
-from .errors import ConversionError
+from .errors import ConversionError, Unclear
 from .parallel import Parallel
 from .spec import ModelSpec, RopeScaling, number
 
@@ -89,7 +89,7 @@ def spec_fields(args: argparse.Namespace) -> dict[str, Any]:
     needed = ("num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size", "max_position_embeddings")
     missing = [name for name in needed if type(values.get(name)) is not int or values[name] < 1]
     if missing:
-        raise ConversionError(
+        raise Unclear(
             f"the checkpoint's args have no sound {', '.join(missing)}; give a reference model with --hf-config DIR"
         )
     fields = {field: values[name] for field, name in _ROWS.items() if values.get(name) is not None}
@@ -124,7 +124,7 @@ def _norm_epsilon(values: Mapping[str, Any]) -> float:
     names = [name for name in ("norm_epsilon", "layernorm_epsilon") if values.get(name) is not None]
     found = {number(values[name], name) for name in names}
     if len(found) > 1:
-        raise ConversionError(
+        raise Unclear(
             f"the checkpoint's args have norm_epsilon={values['norm_epsilon']} and "
             f"layernorm_epsilon={values['layernorm_epsilon']}; say which is right with --hf-config DIR"
         )

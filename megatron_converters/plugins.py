@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .channel import tell
+from .channel import Watched, tell
 from .dtypes import DType, dtype_named
 from .endpoints.base import Source, Target, convert
 from .endpoints.queue_names import EXIT
@@ -76,7 +76,8 @@ def run_saver(queue: Any, args: argparse.Namespace, open_target: Callable[[], Ta
     """Save what comes over the queue; on failure nothing stays behind that looks complete."""
     try:
         source = QueueSource(queue, checking=getattr(args, "checking", True))
-        for line in convert(source, open_target(), None, make_progress(getattr(args, "quiet", False))):
+        progress = Watched(make_progress(getattr(args, "quiet", False)))
+        for line in convert(source, open_target(), None, progress):
             say(args, line)
     except ConversionError as error:
         fail("saver", error)

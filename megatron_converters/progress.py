@@ -5,10 +5,18 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from typing import Any, TextIO
+from typing import Any, Protocol, TextIO
 
 #: Seconds between plain lines.
 _INTERVAL = 10.0
+
+
+class Progress(Protocol):
+    """Told of bytes as they are written, from several threads."""
+
+    def start(self, total: int) -> None: ...
+    def __call__(self, count: int) -> None: ...
+    def stop(self) -> None: ...
 
 
 class Silent:
@@ -86,7 +94,7 @@ class Bar:
             self._bar.close()
 
 
-def make_progress(quiet: bool) -> Silent | Lines | Bar:
+def make_progress(quiet: bool) -> Progress:
     """What fits: nothing if quiet, a bar on a terminal, lines otherwise."""
     if quiet:
         return Silent()

@@ -123,8 +123,13 @@ def _cached(name: str) -> Path:
         raise _NoTokenizer(f"{name} is neither a path nor in the local Hugging Face cache") from None
 
 
+def tokenizer_files(folder: Path) -> list[Path]:
+    """The files of a folder that belong to its tokenizer."""
+    return [path for pattern in _FILES for path in sorted(folder.glob(pattern)) if path.is_file()]
+
+
 def _copy_folder(folder: Path, out_dir: Path, vocab_size: int) -> list[str]:
-    names = [path.relative_to(folder) for pattern in _FILES for path in sorted(folder.glob(pattern)) if path.is_file()]
+    names = [path.relative_to(folder) for path in tokenizer_files(folder)]
     if _VOCABULARIES.isdisjoint(map(str, names)):
         raise _NoTokenizer(f"{folder} holds none")
     if Path("tokenizer.json") in names:

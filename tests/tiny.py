@@ -39,5 +39,3 @@ def piece(values: npt.NDArray[Any], rows: Sequence[int], col: int = 0, dtype: st
     """A stored part: `values` in the carrier type of `dtype`, `rows` the slot's row of each of its rows."""
     data = MemoryTensor(dtype_named(dtype), values.shape, values)
     return Piece(data, np.array(rows, np.int64), col, where or f"rows {list(rows)} from column {col}")
-
-

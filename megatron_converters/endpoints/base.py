@@ -12,6 +12,7 @@ from ..errors import ConversionError
 from ..execute import Executor
 from ..parallel import Parallel
 from ..plan import Piece, Sources
+from ..progress import Progress
 from ..slots import Ref, refs
 from ..spec import ModelSpec
 
@@ -69,20 +70,16 @@ class Target(Protocol):
         ...
 
 
-class Progress(Protocol):
-    """Told of bytes as they are written, from several threads."""
-
-    def start(self, total: int) -> None: ...
-    def __call__(self, count: int) -> None: ...
-    def stop(self) -> None: ...
-
-
 def wanted_dtype(source: Callable[[Ref], DType], override: DType | None) -> Callable[[Ref], DType]:
-    """The dtype to write: the source's, unless `override` asks for another; integers are never changed."""
+    """The dtype to write: the source's, unless `override` asks for another. Raises where weights are no floats."""
 
     def dtype_of(ref: Ref) -> DType:
         stored = source(ref)
-        return override if override is not None and stored.name.startswith(("float", "bfloat")) else stored
+        if not stored.floating:
+            raise ConversionError(
+                f"{ref} is stored as {stored}, which is no plain floating-point type; convert it first"
+            )
+        return stored if override is None else override
 
     return dtype_of
 

@@ -22,7 +22,7 @@ from ..spec import ModelSpec
 from ..staging import Staging, check_space, opened
 from ..storage import safetensors
 from ..storage.output import Layout, OutputFile
-from ..tokenizer import generation_config, token_ids, write_tokenizer
+from ..tokenizer import generation_config, token_ids, tokenizer_files, write_tokenizer
 from .base import Origin
 from .hf_source import part_names, part_shapes
 
@@ -30,6 +30,7 @@ _NAME = "hf"
 _INDEX = "model.safetensors.index.json"
 #: Written last: a folder without them is not a model to anyone.
 _LAST = (_INDEX, "config.json")
+_GENERATION, _MARGS = "generation_config.json", "source_megatron_args.json"
 #: What makes a folder a model to transformers, what names the other files first.
 _OLD = (
     "config.json",
@@ -158,8 +159,11 @@ class HFTarget:
 
     def _remove_old(self) -> None:
         """Take away an older model's files, what names the others first, so that no mixture is ever complete."""
-        for path in self._old_files():
-            path.unlink()
+        beside = [self._dir / name for name in (_GENERATION, _MARGS)]
+        if tokenizer_files(opened(self._staging).path):  # an older tokenizer stays only where there is no newer one
+            beside += tokenizer_files(self._dir)
+        for path in [*self._old_files(), *beside]:
+            path.unlink(missing_ok=True)
 
     def _old_files(self) -> list[Path]:
         return [path for pattern in _OLD for path in sorted(self._dir.glob(pattern))]
@@ -174,9 +178,9 @@ class HFTarget:
             _write_json(folder / _INDEX, index)
         generation = generation_config(self._model_type) if options.instruct else origin.generation_config
         if generation is not None:
-            _write_json(folder / "generation_config.json", generation)
+            _write_json(folder / _GENERATION, generation)
         if origin.margs is not None:
-            _write_json(folder / "source_megatron_args.json", margs_to_json(origin.margs))
+            _write_json(folder / _MARGS, margs_to_json(origin.margs))
         notes += write_tokenizer(
             options.tokenizer or origin.tokenizer,
             folder,

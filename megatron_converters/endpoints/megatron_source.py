@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..dtypes import DType
-from ..errors import ConversionError, UsageError, raise_all
+from ..errors import ConversionError, Unclear, UsageError, raise_all
 from ..hf_config import differences, family_of_config, infer_family, read_json, spec_of_config
 from ..megatron_args import spec_fields
 from ..megatron_names import DIALECTS, EXTRA_STATE_SUFFIX, LOCAL
@@ -108,13 +108,11 @@ class MegatronSource:
         if left_out:
             notes.append(f"left out of the conversion: {', '.join(sorted(left_out))} (optimizer and training state)")
         reference = options.hf_config
-        hf_config = read_json(reference / "config.json") if reference else getattr(args, "hf_config", None)
-        generation = reference / "generation_config.json" if reference else None
         iteration = first.get("iteration")
         self.origin = Origin(
             described=str(self._dir),
-            hf_config=hf_config if isinstance(hf_config, dict) else None,
-            generation_config=read_json(generation) if generation is not None and generation.exists() else None,
+            hf_config=_beside(args, "hf_config", reference, "config.json"),
+            generation_config=_beside(args, "hf_generation_config", reference, "generation_config.json"),
             tokenizer=str(reference) if reference else getattr(args, "tokenizer_model", None),
             margs=args,
             iteration=iteration if isinstance(iteration, int) else None,
@@ -312,9 +310,20 @@ def _reference(folder: Path, args: argparse.Namespace, dtype: DType, vocab: int 
         raise UsageError(
             f"--true-vocab-size {vocab} disagrees with vocab_size {spec.vocab_size} of {folder / 'config.json'}"
         )
-    fields = {**spec_fields(args), "vocab_size": spec.vocab_size, "dtype": dtype}
+    try:
+        fields = {**spec_fields(args), "vocab_size": spec.vocab_size, "dtype": dtype}
+    except Unclear as error:
+        return spec, [f"taken from {folder} alone, since {error}"]
     said = ModelSpec(family=spec.family, **fields)
     return spec, [f"taken from {folder}: {difference} of the args" for difference in differences(spec, said)]
+
+
+def _beside(args: argparse.Namespace, name: str, reference: Path | None, file: str) -> dict[str, Any] | None:
+    """A configuration from the reference if there is one, else as a conversion recorded it in args."""
+    if reference is not None:
+        return read_json(reference / file) if (reference / file).exists() else None
+    recorded = getattr(args, name, None)
+    return recorded if isinstance(recorded, dict) else None
 
 
 def _vocab_size(args: argparse.Namespace, padded: int, given: int | None) -> tuple[int, list[str]]:

@@ -184,9 +184,8 @@ class MegatronTarget:
             "tokenizer_model": tokenizer,
             "iteration": self._iteration,
         }
-        if self._origin.hf_config is not None:
-            args["hf_config"] = self._origin.hf_config
-        return args
+        recorded = {"hf_config": self._origin.hf_config, "hf_generation_config": self._origin.generation_config}
+        return {**args, **{name: value for name, value in recorded.items() if value is not None}}
 
     def _tree(self, tp: int, pp: int) -> dict[str, Any]:
         model: OrderedDict[str, Any] = OrderedDict()

@@ -10,13 +10,14 @@ import numpy as np
 import numpy.typing as npt
 
 from .. import __version__
-from ..channel import receive
+from ..channel import check_loader, receive
 from ..dtypes import BY_NAME, DType
 from ..errors import ConversionError, raise_all
 from ..handover import receive_ours
 from ..hf_config import infer_family
 from ..layouts import RowMap, interned, row_maps
 from ..megatron_args import spec_fields
+from ..parallel import Parallel
 from ..plan import Piece, Sources, TensorData
 from ..slots import Ref
 from ..spec import ModelSpec
@@ -84,8 +85,9 @@ class QueueSource:
         return Sources(tuple(pieces))
 
     def close(self) -> None:
-        """The messages must end here."""
+        """The messages must end here, and the loader be there to tell the user."""
         self._end()
+        check_loader()
         last = receive(self._queue)
         if last != DONE:
             held = last.get("name") if isinstance(last, dict) else last
@@ -204,4 +206,9 @@ def _stock_origin(metadata: Any) -> Origin:
         tokenizer=getattr(args, "tokenizer_model", None),
         margs=args,
         iteration=metadata.iteration,
+        parallel=Parallel(_previous(metadata, "tensor"), (0,) * _previous(metadata, "pipeline")),
     )
+
+
+def _previous(metadata: Any, kind: str) -> int:
+    return int(getattr(metadata, f"previous_{kind}_parallel_size", None) or 1)

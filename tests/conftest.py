@@ -1,0 +1,45 @@
+"""What all tests share: the oracle's fixtures, and tiny models that are made once a session."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch: tests run side by side, and so do the processes that they start
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.helpers import convert, succeeded
+from tests.oracle.fixtures import megatron_pool, pytest_collection_modifyitems  # noqa: F401 - pytest finds them here
+
+
+@pytest.fixture(scope="session")
+def hf_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`hf_model(family, **options of make_model)`: a folder to read, not to change, made at the first call."""
+    from tests.oracle.hf import make_model
+
+    @cache
+    def make(family: str, **options: Any) -> Path:
+        return make_model(family, tmp_path_factory.mktemp("hf") / family, **options)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def megatron_model(
+    hf_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., tuple[Path, Path]]:
+    """`megatron_model(family, tp, pp)`: a model's folder and its checkpoint by our converter, not to be changed."""
+
+    @cache
+    def make(family: str, tp: int = 2, pp: int = 2, **options: Any) -> tuple[Path, Path]:
+        source, target = hf_model(family, **options), tmp_path_factory.mktemp("megatron") / family
+        sizes = ("--target-tensor-parallel-size", tp, "--target-pipeline-parallel-size", pp)
+        succeeded(convert("--load-dir", source, "--save-dir", target, *sizes))
+        return source, target
+
+    return make
