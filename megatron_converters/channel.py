@@ -11,7 +11,7 @@ import time
 from contextlib import suppress
 from typing import Any
 
-from .errors import ConversionError
+from .errors import ConversionError, UsageError
 from .progress import Progress
 
 #: Seconds that a partner which does not read is given.
@@ -43,6 +43,16 @@ def check_saver(queue: Any) -> None:
     if _had_child() and not multiprocessing.active_children():
         queue.cancel_join_thread()  # nobody will read what is still buffered; do not wait for it at exit
         raise ConversionError("the saver ended before it had received the whole model; see its message above")
+
+
+def check_exit(saver: Any) -> None:
+    """Wait for a saver's process to end; raise if it did not end well, with its kind of exit code."""
+    saver.join()
+    code = saver.exitcode
+    if code != 0:
+        kind = UsageError if code == UsageError.exit_code else ConversionError
+        how = f"signal {-code}" if code < 0 else f"exit code {code}"
+        raise kind(f"the saver ended with {how}; nothing was saved")
 
 
 def _had_child() -> bool:

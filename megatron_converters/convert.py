@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
+from .channel import check_exit
 from .endpoints.queue_names import DONE
 from .errors import ConversionError, Interrupted, UsageError
 from .plugins import fail
@@ -64,9 +65,7 @@ def _main(argv: Sequence[str]) -> None:
         queue.cancel_join_thread()  # the saver has ended: nobody will read what is still buffered
     if process.exitcode == 0 and _unread(queue):
         raise ConversionError("the saver ended before it had received the whole model, although with exit code 0")
-    if process.exitcode != 0:
-        kind = UsageError if process.exitcode == UsageError.exit_code else ConversionError
-        raise kind(f"the saver ended with {_describe(process.exitcode)}; nothing was saved")
+    check_exit(process)
 
 
 def _unread(queue: Any) -> bool:
@@ -148,10 +147,6 @@ def _end(process: Any) -> None:
         process.join(_GRACE)
         process.kill()
         process.join()
-
-
-def _describe(code: int | None) -> str:
-    return f"signal {-code}" if code is not None and code < 0 else f"exit code {code}"
 
 
 if __name__ == "__main__":

@@ -300,12 +300,24 @@ _SINCE = {
     "--account-for-loss-in-pipeline-split": "0.11",
     "--window-size": "0.15",
 }
+#: The release from which a pretrain_gpt.py also builds the model as the flag says; earlier ones parse and ignore it.
+_HEEDED_SINCE = {"--rotary-seq-len-interpolation-factor": "0.19"}
 
 
-def flag_warnings(spec: ModelSpec, shown: list[str]) -> list[str]:
-    """What a user must know beyond the flags that are shown."""
+def flag_warnings(spec: ModelSpec, shown: list[str], tp: int = 1) -> list[str]:
+    """What a user must know beyond the flags that are shown, for a checkpoint cut over `tp`."""
     names = [flag.split()[0] for flag in shown]
     warnings = [f"{name} exists from Megatron-LM {_SINCE[name]} on" for name in names if name in _SINCE]
+    warnings += [
+        f"warning: {name}: the pretrain_gpt.py of Megatron-LM before {_HEEDED_SINCE[name]} accepts it but builds the "
+        "model without; pass seq_len_interpolation_factor to GPTModel in your model provider"
+        for name in names
+        if name in _HEEDED_SINCE
+    ]
+    if tp > spec.num_query_groups:
+        warnings.append(
+            f"tensor-parallel {tp} over {spec.num_query_groups} query groups needs Megatron-LM 0.16 or later"
+        )
     if _stretched(spec) and spec.rope_scaling is not None:
         warnings.append(
             f"warning: RoPE scaling factor {spec.rope_scaling.factor:g}: Megatron-LM up to 0.19 accepts "

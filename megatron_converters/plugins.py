@@ -6,12 +6,13 @@ A plugin file declares its options and makes one call here, so that it works und
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .channel import Watched, tell
+from .channel import Watched, check_exit, tell
 from .dtypes import DType, dtype_named
 from .endpoints.base import Source, Target, convert
 from .endpoints.queue_names import EXIT
@@ -52,6 +53,7 @@ def wanted_dtype_of(args: argparse.Namespace) -> DType | None:
 
 def run_loader(queue: Any, args: argparse.Namespace, open_source: Callable[[], Source]) -> None:
     """Send a source over the queue; on failure tell the saver, say why and exit."""
+    savers = multiprocessing.active_children()
     try:
         if args.model_type != "GPT":
             raise UsageError(f"--model-type {args.model_type} cannot be converted; only GPT can")
@@ -61,6 +63,8 @@ def run_loader(queue: Any, args: argparse.Namespace, open_source: Callable[[], S
             queue, model_type=args.model_type, divisor=getattr(args, "make_vocab_size_divisible_by", None)
         )
         convert(source, target, wanted_dtype_of(args), Silent())
+        for saver in savers:  # Megatron-LM's own convert.py ends with 0 whatever becomes of its saver
+            check_exit(saver)
     except ConversionError as error:
         tell(queue, EXIT)
         fail("loader", error)

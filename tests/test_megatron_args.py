@@ -301,6 +301,9 @@ def test_flags_with_a_value_parse_as_megatron_parses_them() -> None:
 def test_a_rope_factor_that_megatron_s_scripts_ignore_is_warned_of() -> None:
     (warning,) = flag_warnings(tiny_spec(rope_scaling=RopeScaling("llama3", 32.0)), [])
     assert warning.startswith("warning: RoPE scaling factor 32:")
+    linear = tiny_spec(rope_scaling=RopeScaling("linear", 4.0))
+    (warning,) = flag_warnings(linear, flags(linear, all_args(linear)))
+    assert warning.startswith("warning: --rotary-seq-len-interpolation-factor:")
     for quiet in (None, RopeScaling("llama3", 8.0), RopeScaling("linear", 32.0)):
         assert flag_warnings(tiny_spec(rope_scaling=quiet), []) == []
 
@@ -309,6 +312,13 @@ def test_flags_that_older_releases_lack_are_named() -> None:
     spec = tiny_spec(sliding_window=8)
     (note,) = flag_warnings(spec, flags(spec, all_args(spec)))
     assert note == "--window-size exists from Megatron-LM 0.15 on"
+
+
+def test_more_ranks_than_query_groups_are_said_to_need_a_release() -> None:
+    spec = tiny_spec()
+    assert flag_warnings(spec, [], spec.num_query_groups) == []
+    (note,) = flag_warnings(spec, [], 2 * spec.num_query_groups)
+    assert note.endswith("needs Megatron-LM 0.16 or later")
 
 
 def test_the_layout_says_how_the_checkpoint_is_cut() -> None:

@@ -127,7 +127,7 @@ class MegatronTarget:
         (staging.path / FLAGS_FILE).write_text(text, encoding="utf-8")
         staging.move_to(self._dir / self._name)
         write_text(self._dir / TRACKER, "release" if self._options.release else str(self._iteration))
-        warnings = [*self._warnings, *flag_warnings(self._spec, shown)]
+        warnings = [*self._warnings, *flag_warnings(self._spec, shown, self._parallel.tp)]
         return [self._summary(), *self._origin.notes, *warnings, f"pretrain_gpt.py needs:\n{text}".rstrip()]
 
     def abort(self) -> None:
