@@ -59,7 +59,9 @@ def run(command: str, environment: dict[str, str]) -> str:
 def test_commands_run_as_written(command: str, model: tuple[Path, Path], tmp_path: Path) -> None:
     programs = tmp_path / "bin"
     programs.mkdir()
-    (programs / "python").symlink_to(sys.executable)
+    python = programs / "python"  # a link would lose the virtual environment
+    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    python.chmod(0o755)
     environment = {"HF": str(model[0]), "MEG": str(model[1]), "OUT": str(tmp_path / "out")}
     environment["PATH"] = f"{programs}{os.pathsep}{os.environ['PATH']}"
     run(command, environment)
