@@ -102,4 +102,6 @@ def extra_state(dialect: str, expert_layout: str, spec: ModelSpec, layer: int, e
 
 #: Modules of the last stage that own one.
 LAST_EXTRA_STATE = {"local": ("output_layer",), "transformer_engine": ("decoder.final_layernorm", "output_layer")}
+#: Buffers of Habana's routers that say how a run was balanced; they are no part of the model.
+CAPACITY_BINS = ".router.capacity_bins."
 EXTRA_STATE_SUFFIX = "_extra_state"

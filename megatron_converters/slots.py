@@ -59,6 +59,8 @@ class Slot:
     blocks: int = 1
     vocab: bool = False
     layers: Layers = Layers.ALL
+    #: Never rounded below what the source holds, since small differences change which expert is chosen.
+    keeps_precision: bool = False
     #: One tensor for each expert; cut by expert-tensor instead of tensor parallelism.
     expert: bool = False
 
@@ -163,7 +165,7 @@ _ALL = (
     Slot("fc2", _LAYER, _ROW, _hidden, _ffn, layers=_DENSE),
     Slot("fc2_bias", _LAYER, _REPLICATED, _hidden, present=lambda spec: spec.mlp_bias, layers=_DENSE),
     Slot("moe_norm", _LAYER, _REPLICATED, _hidden, layers=_MOE),
-    Slot("router", _LAYER, _REPLICATED, _experts, _hidden, layers=_MOE),
+    Slot("router", _LAYER, _REPLICATED, _experts, _hidden, layers=_MOE, keeps_precision=True),
     Slot("expert_fc1", _LAYER, _COLUMN, _expert_gate_and_up, _hidden, blocks=2, layers=_MOE, expert=True),
     Slot("expert_fc2", _LAYER, _ROW, _hidden, _expert_ffn, layers=_MOE, expert=True),
     Slot("shared_fc1", _LAYER, _COLUMN, _shared_gate_and_up, _hidden, present=_has_shared, blocks=2, layers=_MOE),

@@ -17,7 +17,7 @@ from ..dtypes import DType
 from ..errors import ConversionError, Unclear, UsageError, raise_all
 from ..hf_config import differences, family_of_config, infer_family, read_json, spec_of_config
 from ..megatron_args import spec_fields
-from ..megatron_names import EXTRA_STATE_SUFFIX, LOCAL, keys
+from ..megatron_names import CAPACITY_BINS, EXTRA_STATE_SUFFIX, LOCAL, keys
 from ..parallel import Parallel, PipelineSplit, Rank, homes, parallel_for
 from ..plan import Piece, Sources
 from ..slots import Ref, refs
@@ -108,6 +108,9 @@ class MegatronSource:
             notes.append(
                 f"{padded - spec.vocab_size} rows of vocabulary padding are left out (vocabulary {spec.vocab_size})"
             )
+        bins = sum(CAPACITY_BINS in key for file in self._ranks.values() for key in file.tensors)
+        if bins:
+            notes.append(f"{bins} capacity-bin buffers are left out; they belong to one run at these sizes")
         if left_out:
             notes.append(f"left out of the conversion: {', '.join(sorted(left_out))} (optimizer and training state)")
         reference = options.hf_config
@@ -191,7 +194,7 @@ class MegatronSource:
             (rank, key)
             for rank, file in self._ranks.items()
             for key in file.tensors
-            if not key.endswith(EXTRA_STATE_SUFFIX)
+            if not key.endswith(EXTRA_STATE_SUFFIX) and CAPACITY_BINS not in key
         }
         pieces: dict[Ref, tuple[Piece, ...]] = {}
         replicas: dict[Ref, tuple[Piece, ...]] = {}
