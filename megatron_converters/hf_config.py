@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -105,8 +106,11 @@ def config_of_spec(spec: ModelSpec) -> dict[str, Any]:
 def infer_family(fields: Mapping[str, Any]) -> ModelSpec:
     """The spec with the first family whose config.json can express these fields (all of `ModelSpec` but `family`)."""
     reasons = []
-    for name in FAMILIES:
-        spec = ModelSpec(family=name, **fields)
+    choices = [fields]
+    if fields.get("num_experts") and not fields.get("dense_layers"):  # the size of a dense MLP then says nothing
+        choices.append({**fields, "ffn_hidden_size": fields["moe_ffn_hidden_size"]})
+    for choice, name in itertools.product(choices, FAMILIES):
+        spec = ModelSpec(family=name, **choice)
         try:
             config_of_spec(spec)
         except ConversionError as error:

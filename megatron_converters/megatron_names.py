@@ -61,6 +61,10 @@ EXPERTS = {
     },
 }
 
+#: Megatron-LM's older grouped experts, one tensor for all of a rank (`GroupedMLP` up to core_v0.18); read only. It is the
+#: experts' transposed matrices one after the other, under the shapes [hidden, experts * rows] and [experts * columns, hidden].
+STACKED_EXPERTS = {"expert_fc1": _MLP + "experts.weight1", "expert_fc2": _MLP + "experts.weight2"}
+
 _ATTENTION_LINEARS = (_ATTENTION + "linear_proj", _ATTENTION + "linear_qkv")
 _MLP_LINEARS = (_MLP + "linear_fc1", _MLP + "linear_fc2")
 _SHARED_LINEARS = (_MLP + "shared_experts.linear_fc1", _MLP + "shared_experts.linear_fc2")
@@ -78,7 +82,7 @@ _EXPERT_LINEARS = {
 
 def keys(slot: str, layer: int | None, expert: int | None, global_expert: int | None) -> tuple[str, ...]:
     """Every key that a slot may have in a checkpoint: `layer` and `expert` are numbers on the rank."""
-    tables = EXPERTS.values() if slot in EXPERTS["sequential"] else DIALECTS.values()
+    tables = [*EXPERTS.values(), STACKED_EXPERTS] if slot in STACKED_EXPERTS else DIALECTS.values()
     numbers = {"layer": layer, "expert": expert, "global_expert": global_expert}
     return tuple(dict.fromkeys(table[slot].format(**numbers) for table in tables))
 

@@ -13,7 +13,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from .errors import ConversionError
+from .errors import ConversionError, UsageError
 from .layouts import RowMap, interned
 from .slots import Ref, Scope, Shard, Slot
 from .spec import ModelSpec
@@ -134,7 +134,7 @@ def parallel_for(
     stages = stage_layers(spec.num_layers, pp, split)
     if not spec.num_experts:
         if ep != 1:
-            raise ConversionError(f"ep={ep}: a dense model has no experts to spread; use 1")
+            raise UsageError(f"--target-expert-parallel-size {ep}: a dense model has no experts to spread; use 1")
         return Parallel(tp, stages, split, etp=tp)
     return _with_experts(spec, Parallel(tp, stages, split, ep, tp if etp is None else etp))
 

@@ -89,7 +89,7 @@ class ModelSpec:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ConversionError(f"{name} is {value!r}; it must be a whole number above 0")
-        for name in ("norm_epsilon", "rotary_base", "initializer_range", "attention_dropout"):
+        for name in ("norm_epsilon", "rotary_base", "initializer_range", "attention_dropout", "moe_aux_loss_coeff"):
             number(getattr(self, name), name)
         for name in ("tied", "qkv_bias", "proj_bias", "mlp_bias", "qk_norm"):
             if not isinstance(getattr(self, name), bool):

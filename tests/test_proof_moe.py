@@ -12,8 +12,9 @@ import torch
 
 from megatron_converters.errors import ConversionError
 from tests.conversions import different, hf_tensors, hf_to_megatron, megatron_to_hf, reshard
+from tests.oracle.args import megatron_args
 from tests.oracle.hf import hf_logits, make_model, sample_tokens
-from tests.oracle.pool import MegatronPool
+from tests.oracle.pool import MegatronPool, write_checkpoint
 
 TOKENS = sample_tokens()
 VOCABULARY = 199
@@ -97,6 +98,30 @@ def test_reshard_equals_direct_conversion(models: Models, tmp_path: Path, family
         theirs = torch.load(file, weights_only=False)["model"]
         assert list(ours) == list(theirs)
         assert all(theirs[key] is None or torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+#: Checkpoints that real megatron-core modules write: arguments, and whose names.
+REAL: dict[str, tuple[dict[str, Any], str]] = {
+    "sequential, fused norms": ({"moe_grouped_gemm": False}, "transformer_engine"),
+    "sequential": ({"moe_grouped_gemm": False}, "local"),
+    "grouped": ({"moe_grouped_gemm": True}, "transformer_engine"),
+    "stacked": ({"moe_grouped_gemm": True}, "local"),
+}
+
+
+@pytest.mark.parametrize(("tp", "pp", "ep", "etp"), GRIDS)
+@pytest.mark.parametrize("name", REAL)
+def test_checkpoint_of_real_megatron_modules_to_hf(
+    megatron_pool: MegatronPool, tmp_path: Path, name: str, tp: int, pp: int, ep: int, etp: int
+) -> None:
+    more, impl = REAL[name]
+    sizes = {"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp}
+    sizes |= {"expert_model_parallel_size": ep, "expert_tensor_parallel_size": etp}
+    experts = {"num_experts": 8, "moe_ffn_hidden_size": 48, "moe_router_topk": 2, "moe_layer_freq": 1}
+    args = megatron_args(**sizes, **experts, **more, transformer_impl=impl)
+    wanted = write_checkpoint(megatron_pool, tmp_path / "megatron", args, seed=3, tokens=TOKENS)
+    back = megatron_to_hf(tmp_path / "megatron", tmp_path / "hf")
+    assert float((hf_logits(back, TOKENS) - wanted[..., :VOCABULARY]).abs().max()) < TOLERANCE
 
 
 Content = dict[str, Any]

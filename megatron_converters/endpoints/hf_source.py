@@ -158,24 +158,25 @@ _StoredPart = tuple[str, StoredTensor | None, RowMap, tuple[int, ...]]
 def _stored_parts(family: Family, ref: Ref, spec: ModelSpec, tensors: Mapping[str, StoredTensor]) -> list[_StoredPart]:
     """Name, tensor if it is there, rows in the slot and expected shape of each stored part."""
     entry = family.tensors.get(ref.slot.name)
-    if entry is not None and entry.fused is not None and ref.expert is not None:
-        name = entry.fused.format(layer=ref.layer)
-        if name in tensors:
-            shape = ref.slot.shape(spec)
-            (rows,) = row_maps(SAME, ref.slot, spec)
-            return [(name, _one_expert(tensors[name], ref.expert, (spec.num_experts, *shape)), rows, shape)]
+    fused = "" if entry is None or entry.fused is None else entry.fused.format(layer=ref.layer)
+    if fused in tensors:
+        data, shape = tensors[fused], ref.slot.shape(spec)
+        if ref.expert is not None:
+            data, shape = _one_expert(data, ref.expert, (spec.num_experts, *shape))
+        (rows,) = row_maps(SAME, ref.slot, spec)
+        return [(fused, data, rows, shape)]
     names = part_names(family, ref)
     maps = row_maps(family.tensors[ref.slot.name].layout, ref.slot, spec)
     shapes = part_shapes(family, ref, spec)
     return [(name, tensors.get(name), rows, shape) for name, rows, shape in zip(names, maps, shapes, strict=True)]
 
 
-def _one_expert(stack: StoredTensor, expert: int, shape: tuple[int, ...]) -> StoredTensor:
-    """An expert's matrix within a stack of them; the stack itself if it has another shape, to be reported."""
+def _one_expert(stack: StoredTensor, expert: int, shape: tuple[int, ...]) -> tuple[StoredTensor, tuple[int, ...]]:
+    """An expert's matrix within a stack of `shape`, and its own shape; unchanged where the stack has another, to be reported."""
     if stack.shape != shape:
-        return stack
+        return stack, shape
     offset = stack.offset + expert * stack.strides[0] * stack.dtype.itemsize
-    return StoredTensor(stack.path, offset, stack.dtype, stack.shape[1:], stack.strides[1:])
+    return StoredTensor(stack.path, offset, stack.dtype, stack.shape[1:], stack.strides[1:]), shape[1:]
 
 
 def _tied_copy(spec: ModelSpec, family: Family, tensors: Mapping[str, StoredTensor]) -> tuple[Piece, ...]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,18 +18,19 @@ from ..dtypes import DType
 from ..errors import ConversionError, Unclear, UsageError, raise_all
 from ..hf_config import differences, family_of_config, infer_family, read_json, spec_of_config
 from ..megatron_args import spec_fields
-from ..megatron_names import CAPACITY_BINS, EXTRA_STATE_SUFFIX, LOCAL, keys
+from ..megatron_names import CAPACITY_BINS, EXTRA_STATE_SUFFIX, LOCAL, STACKED_EXPERTS, keys
 from ..parallel import Parallel, PipelineSplit, Rank, homes, parallel_for
 from ..plan import Piece, Sources
 from ..slots import Ref, refs
 from ..spec import ModelSpec
 from ..storage import torch_zip
-from ..storage.tensor import StoredTensor
+from ..storage.tensor import StoredTensor, contiguous_strides
 from .base import Origin, first_dtype
 from .megatron_target import FILE, TRACKER
 
 #: Any layout's name of an expert's first linear.
-_EXPERT_FC1 = re.compile(r"\.experts\..*linear_fc1[._]weight\d*$")
+_EXPERT_FC1 = re.compile(r"\.experts\.(.*linear_fc1[._]weight\d*|weight1)$")
+_STACKED = tuple(name.rpartition("}")[2] for name in STACKED_EXPERTS.values())
 _RANK = re.compile(r"mp_rank_\d{2,}(_\d{3,})*$")
 _EMBEDDINGS = "word_embeddings"
 #: Top-level entries of a checkpoint that are not left-out state.
@@ -236,12 +238,23 @@ class MegatronSource:
         unused.discard((rank, key))
         share = self.parallel.share(ref.slot, self.spec, rank, self._padded)
         data = file.tensors[key]
+        if ref.expert is not None and key.endswith(_STACKED):
+            data = _one_of_stack(data, ref.expert, self.spec.num_experts // self.parallel.ep, share.shape)
         if data.shape != share.shape:
             problems.append(
                 f"{file.where}: {key} ({ref}) has shape {list(data.shape)}; the args mean {list(share.shape)}"
             )
             return None
         return Piece(data, share.rows, share.col, f"{file.where}: {key}")
+
+
+def _one_of_stack(stack: StoredTensor, expert: int, experts: int, shape: tuple[int, ...]) -> StoredTensor:
+    """A view of one expert's matrix, stored transposed; the stack itself if its size is another, to be reported."""
+    rows, cols = shape
+    if math.prod(stack.shape) != experts * rows * cols or stack.strides != contiguous_strides(stack.shape):
+        return stack
+    offset = stack.offset + expert % experts * rows * cols * stack.dtype.itemsize
+    return StoredTensor(stack.path, offset, stack.dtype, shape, (1, rows))
 
 
 def _args_of(content: Mapping[str, Any], where: Path) -> argparse.Namespace:
@@ -277,8 +290,9 @@ def _parallel_of(args: argparse.Namespace, first: Mapping[str, Any], where: Path
 def _expert_tensor_parallel(values: Mapping[str, Any], model: Any, where: Path, tp: int) -> int:
     """From the experts' shapes: stock savers record 1 whatever they do, and old ones nothing."""
     size = values.get("moe_ffn_hidden_size") or values.get("ffn_hidden_size") or 0
+    local = (values["num_experts"] or 1) // (values.get("expert_model_parallel_size") or 1)
     stored = [
-        value.shape[0]
+        value.shape[1] // max(local, 1) if key.endswith(_STACKED) else value.shape[0]
         for key, value in (model.items() if isinstance(model, Mapping) else ())
         if isinstance(value, StoredTensor) and _EXPERT_FC1.search(key) and len(value.shape) == 2
     ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..layouts import GATED, SAME
-from .base import DenseLayers, Experts, Family, HFEntry, Implied, NormedChoice, Rope, Row, SwitchedWindow, Window
+from .base import DenseLayers, Experts, Family, HFEntry, Implied, NormedChoice, NoWindow, Rope, Row, Window
 from .llama import DENSE, DERIVED_HEAD_DIM, PROJ_BIAS, QK_NORM, QKV_BIAS, SIZES, query_groups
 
 _LAYER = "model.layers.{layer}."
@@ -31,7 +31,7 @@ MIXTRAL = Family(
     tensors={
         **_ATTENTION,
         **_NORM,
-        "router": HFEntry(SAME, (_MIXTRAL + "gate.weight",)),
+        "router": HFEntry(SAME, (_MIXTRAL + "gate.weight",), _MLP + "gate.weight"),
         "expert_fc1": HFEntry(
             GATED, (_MIXTRAL + "experts.{expert}.w1.weight", _MIXTRAL + "experts.{expert}.w3.weight"), _FUSED_FC1
         ),
@@ -55,7 +55,7 @@ MIXTRAL = Family(
 
 _QWEN_ROWS = (
     Rope(),
-    SwitchedWindow(),
+    NoWindow(),
     DenseLayers(),
     NormedChoice(),
     Row("max_position_embeddings", "max_position_embeddings", 32768),
