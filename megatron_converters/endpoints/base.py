@@ -70,20 +70,16 @@ class Target(Protocol):
         ...
 
 
-def wanted_dtype(source: Source, override: DType | None) -> Callable[[Ref], DType]:
-    """The dtype to write: the source's, unless `override` asks for another. Raises where weights are no floats.
-
-    A router that is wider than the model is meant to be; it stays so.
-    """
+def wanted_dtype(source: Callable[[Ref], DType], override: DType | None) -> Callable[[Ref], DType]:
+    """The dtype to write: the source's, unless `override` asks for another. Raises where weights are no floats."""
 
     def dtype_of(ref: Ref) -> DType:
-        stored = source.dtype_of(ref)
+        stored = source(ref)
         if not stored.floating:
             raise ConversionError(
                 f"{ref} is stored as {stored}, which is no plain floating-point type; convert it first"
             )
-        kept = ref.slot.keeps_precision and stored.itemsize > source.spec.dtype.itemsize
-        return stored if override is None or kept else override
+        return stored if override is None else override
 
     return dtype_of
 
@@ -93,7 +89,7 @@ def convert(source: Source, target: Target, override: DType | None, progress: Pr
     executor: Executor | None = None
     try:
         spec = source.spec
-        total = target.prepare(spec, source.origin, wanted_dtype(source, override))
+        total = target.prepare(spec, source.origin, wanted_dtype(source.dtype_of, override))
         progress.start(total)
         executor = Executor(progress)
         for ref in refs(spec):
