@@ -43,6 +43,11 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def write_json(path: Path, value: Any) -> None:
+    """Write a value as Hugging Face writes its configurations: indented, UTF-8."""
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
 def family_of_config(config: Mapping[str, Any]) -> Family:
     """The family that config.json names by `architectures` or, failing that, `model_type`."""
     architectures = config.get("architectures") or []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 from . import tokenizer_rebuild
 from .errors import ConversionError
-from .hf_config import read_json
+from .hf_config import read_json, write_json
 
 #: What a tokenizer may consist of, beside a model's weights and configuration.
 _FILES = (
@@ -146,7 +145,7 @@ def _write_file(path: Path, out_dir: Path, vocab_size: int, model_type: str | No
         size = _size_of_json(path)
         _check_size(path, size, vocab_size)
         shutil.copyfile(path, out_dir / "tokenizer.json")
-        _write_json(out_dir / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"})
+        write_json(out_dir / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"})
         return [f"copied the tokenizer {path} ({size} tokens); it names no begin and end tokens"]
     if tokenizer_rebuild.is_tiktoken(head):
         rebuilt = tokenizer_rebuild.from_tiktoken(path, model_type, instruct)
@@ -155,7 +154,7 @@ def _write_file(path: Path, out_dir: Path, vocab_size: int, model_type: str | No
     size = rebuilt.tokenizer.get_vocab_size(with_added_tokens=True)
     _check_size(path, size, vocab_size)
     rebuilt.tokenizer.save(str(out_dir / "tokenizer.json"))
-    _write_json(out_dir / "tokenizer_config.json", rebuilt.config)
+    write_json(out_dir / "tokenizer_config.json", rebuilt.config)
     return [f"made the tokenizer of {path}, {rebuilt.description} ({size} tokens)"]
 
 
@@ -185,7 +184,3 @@ def _size_of_json(path: Path) -> int:
         return int(max([*indices, *added])) + 1
     except (KeyError, TypeError, ValueError):
         raise ConversionError(f"{path} is not a tokenizer.json: it has no model with a vocabulary") from None
-
-
-def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from ..dtypes import DType
 from ..errors import ConversionError, UsageError
 from ..execute import Executor, Target
 from ..families import FAMILIES
-from ..hf_config import config_for
+from ..hf_config import config_for, write_json
 from ..layouts import row_maps
 from ..margs_json import margs_to_json
 from ..plan import Sources
@@ -172,15 +170,15 @@ class HFTarget:
         origin, options = self._origin, self._options
         notes = [*origin.notes]
         notes += [f"config.json differs from the reference in {change}" for change in self._changed]
-        _write_json(folder / "config.json", self._config)
+        write_json(folder / "config.json", self._config)
         if len(self._files) > 1:
             index = {"metadata": {"total_size": self._total}, "weight_map": dict(sorted(self._file_of.items()))}
-            _write_json(folder / _INDEX, index)
+            write_json(folder / _INDEX, index)
         generation = generation_config(self._model_type) if options.instruct else origin.generation_config
         if generation is not None:
-            _write_json(folder / _GENERATION, generation)
+            write_json(folder / _GENERATION, generation)
         if origin.margs is not None:
-            _write_json(folder / _MARGS, margs_to_json(origin.margs))
+            write_json(folder / _MARGS, margs_to_json(origin.margs))
         notes += write_tokenizer(
             options.tokenizer or origin.tokenizer,
             folder,
@@ -211,7 +209,3 @@ def _token_family(spec: ModelSpec) -> str | None:
 
 def _layout(shard: list[_Part]) -> Layout:
     return safetensors.layout({part.name: (part.dtype, part.shape) for part in shard}, {"format": "pt"})
-
-
-def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
