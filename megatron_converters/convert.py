@@ -129,7 +129,7 @@ def load_plugin(kind: str, name: str) -> types.ModuleType:
     )
 
 
-_OURS = {"loader": "llama_mistral and core", "saver": "mcore and hf"}
+_OURS = {"loader": "llama_mistral, mixtral_hf, hf and core", "saver": "mcore and hf"}
 
 
 def _exists(module: str) -> bool:

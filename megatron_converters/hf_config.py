@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -24,6 +25,7 @@ HARMLESS = frozenset(
     max_length min_length model_type no_repeat_ngram_size num_beam_groups num_beams num_return_sequences
     output_attentions output_hidden_states output_scores pad_token_id prefix pretraining_tp problem_type pruned_heads
     remove_invalid_values repetition_penalty return_dict return_dict_in_generate sep_token_id suppress_tokens
+    output_router_logits router_jitter_noise
     task_specific_params temperature tf_legacy_loss tie_encoder_decoder tokenizer_class top_k top_p torch_dtype
     torchscript transformers_version typical_p unsloth_fixed unsloth_version use_bfloat16 use_cache
     """.split()
@@ -109,8 +111,11 @@ def config_of_spec(spec: ModelSpec) -> dict[str, Any]:
 def infer_family(fields: Mapping[str, Any]) -> ModelSpec:
     """The spec with the first family whose config.json can express these fields (all of `ModelSpec` but `family`)."""
     reasons = []
-    for name in FAMILIES:
-        spec = ModelSpec(family=name, **fields)
+    choices = [fields]
+    if fields.get("num_experts") and not fields.get("dense_layers"):  # the size of a dense MLP then says nothing
+        choices.append({**fields, "ffn_hidden_size": fields["moe_ffn_hidden_size"]})
+    for choice, name in itertools.product(choices, FAMILIES):
+        spec = ModelSpec(family=name, **choice)
         try:
             config_of_spec(spec)
         except ConversionError as error:

@@ -45,7 +45,10 @@ _FIXED: dict[str, tuple[Any, str]] = {
     "apply_residual_connection_post_layernorm": (False, "residuals taken after the norms"),
     "heterogeneous_layers_config_path": (None, "layers that differ in shape"),
     "multi_latent_attention": (False, "multi-latent attention"),
-    "num_experts": (None, "a mixture of experts"),
+    "moe_router_score_function": ("softmax", "another score function than softmax"),
+    "moe_router_enable_expert_bias": (False, "a bias of the router's choice"),
+    "moe_router_topk_scaling_factor": (None, "scaled expert outputs"),
+    "moe_router_num_groups": (None, "a choice limited to groups of experts"),
     "mtp_num_layers": (None, "multi-token prediction layers"),
 }
 #: What Megatron-LM's llama3 RoPE scaling has built in (core/models/common/embeddings/rotary_pos_embedding.py).
@@ -98,6 +101,7 @@ def spec_fields(args: argparse.Namespace) -> dict[str, Any]:
     linear_bias = bool(values.get("add_bias_linear", True))
     return {
         **fields,
+        **_expert_fields(values, fields),
         "num_query_groups": values.get("num_query_groups") or heads if values.get("group_query_attention") else heads,
         "norm_epsilon": _norm_epsilon(values),
         "rotary_base": number(values.get("rotary_base") or 10000, "rotary_base"),
@@ -107,6 +111,59 @@ def spec_fields(args: argparse.Namespace) -> dict[str, Any]:
         "proj_bias": linear_bias,
         "mlp_bias": linear_bias,
         "sliding_window": _window(values.get("window_size")),
+    }
+
+
+def _expert_fields(values: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
+    """What args say about experts; nothing for a dense model."""
+    experts = values.get("num_experts")
+    if not experts:
+        return {}
+    return {
+        "num_experts": experts,
+        "moe_ffn_hidden_size": values.get("moe_ffn_hidden_size") or fields["ffn_hidden_size"],
+        "moe_router_topk": values.get("moe_router_topk") or 2,
+        "moe_router_pre_softmax": bool(values.get("moe_router_pre_softmax", False)),
+        "moe_aux_loss_coeff": number(values.get("moe_aux_loss_coeff") or 0.0, "moe_aux_loss_coeff"),
+        "shared_ffn_hidden_size": values.get("moe_shared_expert_intermediate_size") or 0,
+        "shared_gate": bool(values.get("moe_shared_expert_gate", False)),
+        "dense_layers": _dense_layers(values.get("moe_layer_freq", 1), fields["num_layers"]),
+    }
+
+
+def _dense_layers(freq: Any, layers: int) -> tuple[int, ...]:
+    """Layers without experts: of every N only the first has them, or a list of 0 and 1 says (core/models/gpt, layer specs)."""
+    if isinstance(freq, int) and freq > 0:
+        return tuple(layer for layer in range(layers) if layer % freq)
+    if isinstance(freq, list) and len(freq) == layers:
+        return tuple(layer for layer, kind in enumerate(freq) if not kind)
+    raise ConversionError(
+        f"the checkpoint's args have moe_layer_freq={freq!r}; it must be a number or a list of {layers}"
+    )
+
+
+def expert_args(spec: ModelSpec, parallel: Parallel, expert_layout: str) -> dict[str, Any]:
+    """The attributes of a mixture of experts and how its checkpoint is cut; for a dense model, that it is none."""
+    if not spec.num_experts:
+        return {"num_experts": None, "moe_grouped_gemm": False}
+    moe = [int(spec.is_moe(layer)) for layer in range(spec.num_layers)]
+    return {
+        "num_experts": spec.num_experts,
+        "moe_ffn_hidden_size": spec.moe_ffn_hidden_size,
+        "moe_router_topk": spec.moe_router_topk,
+        "moe_router_pre_softmax": spec.moe_router_pre_softmax,
+        "moe_aux_loss_coeff": spec.moe_aux_loss_coeff,
+        "moe_router_load_balancing_type": "aux_loss",
+        "moe_shared_expert_intermediate_size": spec.shared_ffn_hidden_size or None,
+        "moe_shared_expert_gate": spec.shared_gate,
+        "moe_layer_freq": 1 if all(moe) else moe,
+        "moe_grouped_gemm": expert_layout == "grouped",
+        "moe_dynamic_hpu": expert_layout == "dynamic",
+        "moe_token_dispatcher_type": "alltoall",
+        # Megatron-LM trains experts with tensor parallelism only together with sequence parallelism.
+        "sequence_parallel": parallel.tp > 1,
+        "expert_model_parallel_size": parallel.ep,
+        "expert_tensor_parallel_size": parallel.etp,
     }
 
 
@@ -259,6 +316,12 @@ def flags(spec: ModelSpec, args: Mapping[str, Any]) -> list[str]:
         "--account-for-loss-in-pipeline-split": args["account_for_loss_in_pipeline_split"],
     }
     window = args["window_size"]
+    expert_flags = {
+        "--moe-shared-expert-gate": spec.shared_gate,
+        "--moe-aux-loss-coeff": spec.moe_aux_loss_coeff or None,
+        "--expert-tensor-parallel-size": args["expert_tensor_parallel_size"],
+        "--sequence-parallel": args["sequence_parallel"],
+    }
     model_flags = {
         "--norm-epsilon": spec.norm_epsilon,
         "--attention-dropout": spec.attention_dropout,
@@ -276,7 +339,7 @@ def flags(spec: ModelSpec, args: Mapping[str, Any]) -> list[str]:
         "--pipeline-model-parallel-size": args["pipeline_model_parallel_size"],
     }
     shown: list[str] = ["--use-checkpoint-args", "--no-load-optim", "--no-load-rng"]
-    for name, value in {**model_flags, **split_flags}.items():
+    for name, value in {**model_flags, **split_flags, **(expert_flags if spec.num_experts else {})}.items():
         if value is True:
             shown.append(name)
         elif value is not None and value is not False:

@@ -7,6 +7,10 @@ Transformer Engine 2.14.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+from .spec import ModelSpec
+
 _LAYER = "decoder.layers.{layer}."
 _ATTENTION = _LAYER + "self_attention."
 _MLP = _LAYER + "mlp."
@@ -25,6 +29,11 @@ LOCAL = {
     "fc1_bias": _MLP + "linear_fc1.bias",
     "fc2": _MLP + "linear_fc2.weight",
     "fc2_bias": _MLP + "linear_fc2.bias",
+    "moe_norm": _LAYER + "pre_mlp_layernorm.weight",
+    "router": _MLP + "router.weight",
+    "shared_fc1": _MLP + "shared_experts.linear_fc1.weight",
+    "shared_fc2": _MLP + "shared_experts.linear_fc2.weight",
+    "shared_gate": _MLP + "shared_experts.gate_weight",
     "final_norm": "decoder.final_layernorm.weight",
     "output_layer": "output_layer.weight",
 }
@@ -35,15 +44,68 @@ TRANSFORMER_ENGINE = {
 }
 DIALECTS = {"local": LOCAL, "transformer_engine": TRANSFORMER_ENGINE}
 
-_LINEARS = (_ATTENTION + "linear_proj", _ATTENTION + "linear_qkv", _MLP + "linear_fc1", _MLP + "linear_fc2")
-#: Modules with an `_extra_state`: by dialect, those of each layer and those of the last stage.
-EXTRA_STATE = {
-    "local": (_LINEARS, ("output_layer",)),
-    "transformer_engine": ((_ATTENTION + "core_attention", *_LINEARS), ("decoder.final_layernorm", "output_layer")),
+#: Names of experts by layout: `{expert}` is the number on the rank, `{global_expert}` that in the model. Sequential and
+#: grouped are Megatron-LM's (core/transformer/moe/experts.py), dynamic is Habana's.
+EXPERTS = {
+    "sequential": {
+        "expert_fc1": _MLP + "experts.local_experts.{expert}.linear_fc1.weight",
+        "expert_fc2": _MLP + "experts.local_experts.{expert}.linear_fc2.weight",
+    },
+    "grouped": {
+        "expert_fc1": _MLP + "experts.linear_fc1.weight{expert}",
+        "expert_fc2": _MLP + "experts.linear_fc2.weight{expert}",
+    },
+    "dynamic": {
+        "expert_fc1": _MLP + "experts.local_expert_{global_expert}_linear_fc1_weight",
+        "expert_fc2": _MLP + "experts.local_expert_{global_expert}_linear_fc2_weight",
+    },
 }
-#: Further modules with an `_extra_state` when query and key are normed.
-QK_NORM_EXTRA_STATE = {
-    "local": (),
-    "transformer_engine": (_ATTENTION + "q_layernorm", _ATTENTION + "k_layernorm"),
+
+#: Megatron-LM's older grouped experts, one tensor for all of a rank (`GroupedMLP` up to core_v0.18); read only. It is the
+#: experts' transposed matrices one after the other, under the shapes [hidden, experts * rows] and [experts * columns, hidden].
+STACKED_EXPERTS = {"expert_fc1": _MLP + "experts.weight1", "expert_fc2": _MLP + "experts.weight2"}
+
+_ATTENTION_LINEARS = (_ATTENTION + "linear_proj", _ATTENTION + "linear_qkv")
+_MLP_LINEARS = (_MLP + "linear_fc1", _MLP + "linear_fc2")
+_SHARED_LINEARS = (_MLP + "shared_experts.linear_fc1", _MLP + "shared_experts.linear_fc2")
+_TE_ATTENTION = (_ATTENTION + "core_attention",)
+_TE_QK_NORMS = (_ATTENTION + "q_layernorm", _ATTENTION + "k_layernorm")
+_EXPERT_LINEARS = {
+    "sequential": (
+        _MLP + "experts.local_experts.{expert}.linear_fc1",
+        _MLP + "experts.local_experts.{expert}.linear_fc2",
+    ),
+    "grouped": (_MLP + "experts.linear_fc1", _MLP + "experts.linear_fc2"),
+    "dynamic": (),
 }
+
+
+def keys(slot: str, layer: int | None, expert: int | None, global_expert: int | None) -> tuple[str, ...]:
+    """Every key that a slot may have in a checkpoint: `layer` and `expert` are numbers on the rank."""
+    tables = [*EXPERTS.values(), STACKED_EXPERTS] if slot in STACKED_EXPERTS else DIALECTS.values()
+    numbers = {"layer": layer, "expert": expert, "global_expert": global_expert}
+    return tuple(dict.fromkeys(table[slot].format(**numbers) for table in tables))
+
+
+def extra_state(dialect: str, expert_layout: str, spec: ModelSpec, layer: int, experts: int) -> Iterator[str]:
+    """Modules of a layer that own an `_extra_state`, `{layer}` left open; `layer` counts over all stages."""
+    engine = dialect == "transformer_engine"
+    yield from (*(_TE_ATTENTION if engine else ()), *_ATTENTION_LINEARS)
+    if engine and spec.qk_norm:
+        yield from _TE_QK_NORMS
+    if not spec.is_moe(layer):
+        yield from _MLP_LINEARS
+        return
+    if engine:
+        yield _LAYER + "pre_mlp_layernorm"
+    if spec.shared_ffn_hidden_size:
+        yield from _SHARED_LINEARS
+    for expert in range(experts if expert_layout == "sequential" else 1):
+        yield from (name.replace("{expert}", str(expert)) for name in _EXPERT_LINEARS[expert_layout])
+
+
+#: Modules of the last stage that own one.
+LAST_EXTRA_STATE = {"local": ("output_layer",), "transformer_engine": ("decoder.final_layernorm", "output_layer")}
+#: Buffers of Habana's routers that say how a run was balanced; they are no part of the model.
+CAPACITY_BINS = ".router.capacity_bins."
 EXTRA_STATE_SUFFIX = "_extra_state"

@@ -15,12 +15,14 @@ from .endpoints.meta_source import MetaSource
 from .errors import UsageError
 from .hf_config import read_json
 from .margs_json import margs_from_json
+from .megatron_names import EXPERTS
 from .parallel import PipelineSplit
 from .plugins import add_argument, folder
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 #: Families that a stock --model-size name may mean, by how it begins.
 _MODEL_SIZES = {
+    "mixtral": "mixtral",
     "llama": "llama",
     "yi": "llama",
     "mistral": "mistral",
@@ -216,9 +218,24 @@ def add_megatron_target_arguments(parser: Any) -> None:
     add_argument(
         parser,
         "--target-expert-parallel-size",
+        "--target-expert-paralell-size",  # the spelling of Habana's documentation
         type=positive,
-        default=1,
-        help="Expert-parallel size; 1 for dense models.",
+        default=None,
+        help=f"Expert-parallel size; {default}.",
+    )
+    add_argument(
+        parser,
+        "--target-expert-tensor-parallel-size",
+        type=positive,
+        default=None,
+        help="Tensor-parallel size of experts; by default that of the rest.",
+    )
+    add_argument(
+        parser,
+        "--expert-layout",
+        choices=sorted(EXPERTS),
+        default=None,
+        help="How experts are stored: grouped (default with transformer_engine), sequential (with local), dynamic (Habana).",
     )
     add_argument(
         parser,
@@ -249,10 +266,6 @@ def add_megatron_target_arguments(parser: Any) -> None:
 
 def open_megatron_target(args: argparse.Namespace) -> MegatronTarget:
     """The checkpoint to write in --save-dir."""
-    if args.target_expert_parallel_size != 1:
-        raise UsageError(
-            f"--target-expert-parallel-size {args.target_expert_parallel_size}: a dense model has no experts to spread; use 1"
-        )
     split = PipelineSplit(
         args.decoder_first_pipeline_num_layers,
         args.decoder_last_pipeline_num_layers,
@@ -262,6 +275,9 @@ def open_megatron_target(args: argparse.Namespace) -> MegatronTarget:
     options = MegatronOptions(
         tp=args.target_tensor_parallel_size,
         pp=args.target_pipeline_parallel_size,
+        ep=args.target_expert_parallel_size,
+        etp=args.target_expert_tensor_parallel_size,
+        expert_layout=args.expert_layout,
         split=split,
         impl=args.saver_transformer_impl,
         divisor=getattr(args, "make_vocab_size_divisible_by", None),

@@ -6,14 +6,16 @@ Sources: Megatron-LM core_v0.16.1, `get_num_layers_to_build` (core/transformer/t
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 
-from .errors import ConversionError
+from .errors import ConversionError, UsageError
 from .layouts import RowMap, interned
-from .slots import Shard, Slot
+from .slots import Ref, Scope, Shard, Slot
 from .spec import ModelSpec
 
 
@@ -32,12 +34,24 @@ EVEN = PipelineSplit()
 
 
 @dataclass(frozen=True)
+class Rank:
+    """A rank's numbers in the tensor-, pipeline-, expert- and expert-tensor-parallel groups."""
+
+    tp: int
+    pp: int
+    ep: int = 0
+    etp: int = 0
+
+
+@dataclass(frozen=True)
 class Parallel:
     """Sizes of the parallel groups and the layers of each pipeline stage, in order."""
 
     tp: int
     stages: tuple[int, ...]
     split: PipelineSplit = EVEN
+    ep: int = 1
+    etp: int = 1
 
     @property
     def pp(self) -> int:
@@ -52,13 +66,63 @@ class Parallel:
             layer -= count
         raise ConversionError(f"layer {layer + sum(self.stages)} is beyond the {sum(self.stages)} layers of the model")
 
-    def directory(self, tp: int, pp: int) -> str:
-        """The directory of one rank."""
-        return f"mp_rank_{tp:02d}" if self.pp == 1 else f"mp_rank_{tp:02d}_{pp:03d}"
+    def ranks(self, stage: int) -> tuple[Rank, ...]:
+        """The ranks of a stage that have a file: one for each pair of tensor- and expert-parallel numbers that occurs.
+
+        Source: Megatron-LM core_v0.16.1, `RankGenerator` in core/parallel_state.py and `get_checkpoint_name`.
+        """
+        count = math.lcm(self.tp, self.etp * self.ep)
+        found = [Rank(r % self.tp, stage, r // self.etp % self.ep, r % self.etp) for r in range(count)]
+        return tuple(dict.fromkeys(found))
+
+    def directory(self, rank: Rank) -> str:
+        """The directory of one rank. With one pipeline stage, the last number is the expert-parallel one."""
+        pp = "" if self.pp == 1 else f"_{rank.pp:03d}"
+        ep = "" if self.ep == 1 else f"_{rank.ep:03d}"
+        return f"mp_rank_{rank.tp:02d}{pp}{ep}"
+
+    def holds(self, rank: Rank, expert: int | None, experts: int) -> bool:
+        """Whether a rank holds an expert, or a tensor that belongs to none."""
+        return expert is None or expert // (experts // self.ep) == rank.ep
+
+    def local_expert(self, expert: int | None, experts: int) -> int | None:
+        """An expert's number on the rank that holds it."""
+        return None if expert is None else expert % (experts // self.ep)
+
+    def share(self, slot: Slot, spec: ModelSpec, rank: Rank, padded: int) -> Cut:
+        """A rank's share of a slot that it holds."""
+        ways, index = (self.etp, rank.etp) if slot.expert else (self.tp, rank.tp)
+        return cut(slot, spec, ways, index, padded)
+
+    def share_number(self, slot: Slot, rank: Rank) -> int:
+        """Equal for ranks that hold the same share."""
+        return 0 if not slot.shard.cuts else rank.etp if slot.expert else rank.tp
 
 
-def parallel_for(spec: ModelSpec, tp: int, pp: int, split: PipelineSplit = EVEN) -> Parallel:
-    """Check that tp and pp can cut this model and say how; the error names the sizes that can."""
+def homes(ref: Ref, spec: ModelSpec, parallel: Parallel) -> Iterator[tuple[int, str, int | None]]:
+    """Where a ref lies: pipeline stage, the slot as which it lies there, and the layer's number on the stage.
+
+    Tied embeddings also end the last stage, as its output layer.
+    """
+    last = parallel.pp - 1
+    if ref.layer is not None:
+        stage, local = parallel.place(ref.layer)
+        yield stage, ref.slot.name, local
+    elif ref.slot.scope is Scope.FIRST:
+        yield 0, ref.slot.name, None
+        if spec.tied and last > 0:
+            yield last, "output_layer", None
+    else:
+        yield last, ref.slot.name, None
+
+
+def parallel_for(
+    spec: ModelSpec, tp: int, pp: int, split: PipelineSplit = EVEN, ep: int = 1, etp: int | None = None
+) -> Parallel:
+    """Check that these sizes can cut this model and say how; the error names the sizes that can.
+
+    `etp` is `tp` where it is None.
+    """
     if tp < 1 or pp < 1:
         raise ConversionError(f"tensor- and pipeline-parallel sizes must be at least 1, not {tp} and {pp}")
     if not _tp_fits(spec, tp):
@@ -67,7 +131,30 @@ def parallel_for(spec: ModelSpec, tp: int, pp: int, split: PipelineSplit = EVEN)
             f"{spec.num_attention_heads} attention heads of {spec.kv_channels} in {spec.num_query_groups} query groups "
             f"and an MLP of {spec.ffn_hidden_size} cannot be cut over tp={tp}; use tp {_any_of(fitting)}"
         )
-    return Parallel(tp, stage_layers(spec.num_layers, pp, split), split)
+    stages = stage_layers(spec.num_layers, pp, split)
+    if not spec.num_experts:
+        if ep != 1:
+            raise UsageError(f"--target-expert-parallel-size {ep}: a dense model has no experts to spread; use 1")
+        return Parallel(tp, stages, split, etp=tp)
+    return _with_experts(spec, Parallel(tp, stages, split, ep, tp if etp is None else etp))
+
+
+def _with_experts(spec: ModelSpec, parallel: Parallel) -> Parallel:
+    experts, ep, etp = spec.num_experts, parallel.ep, parallel.etp
+    if ep < 1 or etp < 1 or experts % ep:
+        fitting = [size for size in range(1, experts + 1) if experts % size == 0]
+        raise ConversionError(f"{experts} experts cannot be spread over ep={ep}; use ep {_any_of(fitting)}")
+    if spec.moe_ffn_hidden_size % etp:
+        raise ConversionError(f"experts with an MLP of {spec.moe_ffn_hidden_size} cannot be cut over etp={etp}")
+    if spec.shared_ffn_hidden_size % parallel.tp:
+        raise ConversionError(f"shared experts of {spec.shared_ffn_hidden_size} cannot be cut over tp={parallel.tp}")
+    ranks = parallel.ranks(0)
+    if len({(rank.tp, rank.ep) for rank in ranks}) != len(ranks):
+        raise ConversionError(
+            f"tp={parallel.tp} and ep={ep} with etp={etp}: several ranks would share one mp_rank_* directory, whose name has "
+            "no expert-tensor number; use an etp that divides tp"
+        )
+    return parallel
 
 
 def _tp_fits(spec: ModelSpec, tp: int) -> bool:

@@ -34,6 +34,14 @@ class Scope(Enum):
     LAST = "last"
 
 
+class Layers(Enum):
+    """The layers that have a slot."""
+
+    ALL = "all"
+    DENSE = "dense"
+    MOE = "mixture of experts"
+
+
 def _always(_: ModelSpec) -> bool:
     return True
 
@@ -50,6 +58,11 @@ class Slot:
     present: Callable[[ModelSpec], bool] = _always
     blocks: int = 1
     vocab: bool = False
+    layers: Layers = Layers.ALL
+    #: Never rounded below what the source holds, since small differences change which expert is chosen.
+    keeps_precision: bool = False
+    #: One tensor for each expert; cut by expert-tensor instead of tensor parallelism.
+    expert: bool = False
 
     def shape(self, spec: ModelSpec) -> tuple[int, ...]:
         """The whole tensor's shape in elements."""
@@ -62,13 +75,18 @@ class Slot:
 
 @dataclass(frozen=True)
 class Ref:
-    """One tensor of one model: the only address that endpoints exchange. `layer` counts from 0 over all stages."""
+    """One tensor of one model: the only address that endpoints exchange.
+
+    `layer` counts from 0 over all stages, `expert` over all ranks.
+    """
 
     slot: Slot
     layer: int | None = None
+    expert: int | None = None
 
     def __str__(self) -> str:
-        return self.slot.name if self.layer is None else f"layer {self.layer} {self.slot.name}"
+        where = "" if self.layer is None else f"layer {self.layer} "
+        return where + ("" if self.expert is None else f"expert {self.expert} ") + self.slot.name
 
 
 def _hidden(spec: ModelSpec) -> int:
@@ -99,8 +117,38 @@ def _gate_and_up(spec: ModelSpec) -> int:
     return 2 * spec.ffn_hidden_size
 
 
+def _experts(spec: ModelSpec) -> int:
+    return spec.num_experts
+
+
+def _expert_ffn(spec: ModelSpec) -> int:
+    return spec.moe_ffn_hidden_size
+
+
+def _expert_gate_and_up(spec: ModelSpec) -> int:
+    return 2 * spec.moe_ffn_hidden_size
+
+
+def _shared_ffn(spec: ModelSpec) -> int:
+    return spec.shared_ffn_hidden_size
+
+
+def _shared_gate_and_up(spec: ModelSpec) -> int:
+    return 2 * spec.shared_ffn_hidden_size
+
+
+def _one(_: ModelSpec) -> int:
+    return 1
+
+
+def _has_shared(spec: ModelSpec) -> bool:
+    return spec.shared_ffn_hidden_size > 0
+
+
 _FIRST, _LAYER, _LAST = Scope.FIRST, Scope.LAYER, Scope.LAST
 _COLUMN, _ROW, _REPLICATED = Shard.COLUMN, Shard.ROW, Shard.REPLICATED
+
+_DENSE, _MOE = Layers.DENSE, Layers.MOE
 
 _ALL = (
     Slot("word_embeddings", _FIRST, _COLUMN, _vocab, _hidden, vocab=True),
@@ -111,11 +159,18 @@ _ALL = (
     Slot("k_norm", _LAYER, _REPLICATED, _head, present=lambda spec: spec.qk_norm),
     Slot("proj", _LAYER, _ROW, _hidden, _query),
     Slot("proj_bias", _LAYER, _REPLICATED, _hidden, present=lambda spec: spec.proj_bias),
-    Slot("mlp_norm", _LAYER, _REPLICATED, _hidden),
-    Slot("fc1", _LAYER, _COLUMN, _gate_and_up, _hidden, blocks=2),
-    Slot("fc1_bias", _LAYER, _COLUMN, _gate_and_up, present=lambda spec: spec.mlp_bias, blocks=2),
-    Slot("fc2", _LAYER, _ROW, _hidden, _ffn),
-    Slot("fc2_bias", _LAYER, _REPLICATED, _hidden, present=lambda spec: spec.mlp_bias),
+    Slot("mlp_norm", _LAYER, _REPLICATED, _hidden, layers=_DENSE),
+    Slot("fc1", _LAYER, _COLUMN, _gate_and_up, _hidden, blocks=2, layers=_DENSE),
+    Slot("fc1_bias", _LAYER, _COLUMN, _gate_and_up, present=lambda spec: spec.mlp_bias, blocks=2, layers=_DENSE),
+    Slot("fc2", _LAYER, _ROW, _hidden, _ffn, layers=_DENSE),
+    Slot("fc2_bias", _LAYER, _REPLICATED, _hidden, present=lambda spec: spec.mlp_bias, layers=_DENSE),
+    Slot("moe_norm", _LAYER, _REPLICATED, _hidden, layers=_MOE),
+    Slot("router", _LAYER, _REPLICATED, _experts, _hidden, layers=_MOE, keeps_precision=True),
+    Slot("expert_fc1", _LAYER, _COLUMN, _expert_gate_and_up, _hidden, blocks=2, layers=_MOE, expert=True),
+    Slot("expert_fc2", _LAYER, _ROW, _hidden, _expert_ffn, layers=_MOE, expert=True),
+    Slot("shared_fc1", _LAYER, _COLUMN, _shared_gate_and_up, _hidden, present=_has_shared, blocks=2, layers=_MOE),
+    Slot("shared_fc2", _LAYER, _ROW, _hidden, _shared_ffn, present=_has_shared, layers=_MOE),
+    Slot("shared_gate", _LAYER, _REPLICATED, _one, _hidden, present=lambda spec: spec.shared_gate, layers=_MOE),
     Slot("final_norm", _LAST, _REPLICATED, _hidden),
     Slot("output_layer", _LAST, _COLUMN, _vocab, _hidden, present=lambda spec: not spec.tied, vocab=True),
 )
@@ -127,5 +182,10 @@ def refs(spec: ModelSpec) -> Iterator[Ref]:
     present = [slot for slot in _ALL if slot.present(spec)]
     yield from (Ref(slot) for slot in present if slot.scope is Scope.FIRST)
     for layer in range(spec.num_layers):
-        yield from (Ref(slot, layer) for slot in present if slot.scope is Scope.LAYER)
+        absent = Layers.DENSE if spec.is_moe(layer) else Layers.MOE
+        for slot in present:
+            if slot.scope is Scope.LAYER and slot.layers is not absent:
+                yield from (
+                    Ref(slot, layer, expert) for expert in (range(spec.num_experts) if slot.expert else (None,))
+                )
     yield from (Ref(slot) for slot in present if slot.scope is Scope.LAST)

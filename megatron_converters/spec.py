@@ -58,15 +58,38 @@ class ModelSpec:
     sliding_window_from: int = 0
     initializer_range: float = 0.02
     attention_dropout: float = 0.0
+    #: 0 for a dense model. What follows belongs to a mixture of experts.
+    num_experts: int = 0
+    moe_ffn_hidden_size: int = 0
+    moe_router_topk: int = 0
+    #: Softmax over all experts before the choice, as opposed to over the chosen.
+    moe_router_pre_softmax: bool = False
+    moe_aux_loss_coeff: float = 0.0
+    shared_ffn_hidden_size: int = 0
+    shared_gate: bool = False
+    #: Layers with a dense MLP, in order.
+    dense_layers: tuple[int, ...] = ()
+
+    def is_moe(self, layer: int) -> bool:
+        """Whether a layer has experts instead of a dense MLP."""
+        return self.num_experts > 0 and layer not in self.dense_layers
 
     def __post_init__(self) -> None:
         """Refuse sizes that no model can have, so that later arithmetic need not doubt them."""
-        positive = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups")
+        positive: tuple[str, ...] = (
+            "num_layers",
+            "hidden_size",
+            "ffn_hidden_size",
+            "num_attention_heads",
+            "num_query_groups",
+        )
+        if self.num_experts:
+            positive += ("num_experts", "moe_ffn_hidden_size", "moe_router_topk")
         for name in (*positive, "kv_channels", "vocab_size", "max_position_embeddings"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ConversionError(f"{name} is {value!r}; it must be a whole number above 0")
-        for name in ("norm_epsilon", "rotary_base", "initializer_range", "attention_dropout"):
+        for name in ("norm_epsilon", "rotary_base", "initializer_range", "attention_dropout", "moe_aux_loss_coeff"):
             number(getattr(self, name), name)
         for name in ("tied", "qkv_bias", "proj_bias", "mlp_bias", "qk_norm"):
             if not isinstance(getattr(self, name), bool):
@@ -91,6 +114,7 @@ class ModelSpec:
             **{
                 **values,
                 "dtype": dtype_named(values["dtype"]),
+                "dense_layers": tuple(values["dense_layers"]),
                 "rope_scaling": RopeScaling(**scaling) if scaling else None,
             }
         )

@@ -36,10 +36,10 @@ def commands() -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
     root = tmp_path_factory.mktemp("docs")
     folder = make_model("llama3.1", root / "hf", dtype="bfloat16")
-    return folder, hf_to_megatron(folder, root / "megatron", tp=2, pp=2)
+    return folder, hf_to_megatron(folder, root / "megatron", tp=2, pp=2), make_model("mixtral", root / "moe")
 
 
 def run(command: str, environment: dict[str, str]) -> str:
@@ -56,13 +56,13 @@ def run(command: str, environment: dict[str, str]) -> str:
 
 
 @pytest.mark.parametrize("command", commands(), ids=lambda command: " ".join(command.split())[:60])
-def test_commands_run_as_written(command: str, model: tuple[Path, Path], tmp_path: Path) -> None:
+def test_commands_run_as_written(command: str, model: tuple[Path, Path, Path], tmp_path: Path) -> None:
     programs = tmp_path / "bin"
     programs.mkdir()
     python = programs / "python"  # a link would lose the virtual environment
     python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
     python.chmod(0o755)
-    environment = {"HF": str(model[0]), "MEG": str(model[1]), "OUT": str(tmp_path / "out")}
+    environment = {"HF": str(model[0]), "MEG": str(model[1]), "OUT": str(tmp_path / "out"), "MOE": str(model[2])}
     environment["PATH"] = f"{programs}{os.pathsep}{os.environ['PATH']}"
     run(command, environment)
     assert any((tmp_path / "out").iterdir())

@@ -31,6 +31,7 @@ SIZES = {
     "num_hidden_layers": 3,
     "num_attention_heads": 32,
 }
+EXPERTS = {"num_experts": 4, "moe_ffn_hidden_size": 6, "moe_router_topk": 2}
 LLAMA3 = RopeScaling("llama3", 32.0, 1.0, 4.0, 8192)
 LLAMA3_TABLE = {
     "factor": 32.0,
@@ -71,21 +72,43 @@ def facts(found: Any) -> dict[str, Any]:
         "ffn_hidden_size": found.intermediate_size,
         "num_attention_heads": found.num_attention_heads,
         "num_query_groups": found.num_key_value_heads,
-        "kv_channels": getattr(found, "head_dim", found.hidden_size // found.num_attention_heads),
+        "kv_channels": getattr(found, "head_dim", None) or found.hidden_size // found.num_attention_heads,
         "vocab_size": found.vocab_size,
         "max_position_embeddings": found.max_position_embeddings,
         "norm_epsilon": found.rms_norm_eps,
         "rotary_base": rope["rope_theta"],
         "rope_scaling": None if rope["rope_type"] == "default" else RopeScaling(rope["rope_type"], **scaling),
         "tied": found.tie_word_embeddings,
-        "qkv_bias": found.model_type == "qwen2" or getattr(found, "attention_bias", False),
+        "qkv_bias": found.model_type == "qwen2"
+        or getattr(found, "attention_bias", False)
+        or getattr(found, "qkv_bias", False),
         "proj_bias": getattr(found, "attention_bias", False),
         "mlp_bias": getattr(found, "mlp_bias", False),
-        "qk_norm": found.model_type == "qwen3",
+        "qk_norm": found.model_type in ("qwen3", "qwen3_moe"),
         "sliding_window": None if start is None else found.sliding_window,
         "sliding_window_from": 0 if start is None else start,
         "initializer_range": found.initializer_range,
         "attention_dropout": found.attention_dropout,
+        **expert_facts(found),
+    }
+
+
+def expert_facts(found: Any) -> dict[str, Any]:
+    """The same of experts; which layers have them is `Qwen3MoeDecoderLayer.__init__`'s condition."""
+    mixture = found.model_type in ("mixtral", "qwen2_moe", "qwen3_moe")
+    mixtral = found.model_type == "mixtral"
+    step, listed = getattr(found, "decoder_sparse_step", 1), getattr(found, "mlp_only_layers", [])
+    layers = range(found.num_hidden_layers)
+    sparse = [layer for layer in layers if layer not in listed and (layer + 1) % step == 0]
+    return {
+        "num_experts": found.num_experts if mixture else 0,
+        "moe_ffn_hidden_size": (found.intermediate_size if mixtral else found.moe_intermediate_size) if mixture else 0,
+        "moe_router_topk": found.num_experts_per_tok if mixture else 0,
+        "moe_router_pre_softmax": mixture and not mixtral and not found.norm_topk_prob,
+        "moe_aux_loss_coeff": found.router_aux_loss_coef if mixture else 0.0,
+        "shared_ffn_hidden_size": getattr(found, "shared_expert_intermediate_size", 0),
+        "shared_gate": found.model_type == "qwen2_moe",
+        "dense_layers": tuple(layer for layer in layers if layer not in sparse),
     }
 
 
@@ -148,11 +171,33 @@ QWEN_CASES: dict[str, dict[str, Any]] = {
         "layer_types": ["full_attention"] * 3,
     },
 }
+MIXTRAL_CASES: dict[str, dict[str, Any]] = {
+    "8x7B": {"num_local_experts": 8, "num_experts_per_tok": 2, "num_key_value_heads": 8, "sliding_window": None},
+    "sizes": {"num_local_experts": 6, "num_experts_per_tok": 3, "head_dim": 24, "sliding_window": 16},
+    "aux loss": {"router_aux_loss_coef": 0.02, "output_router_logits": True, "router_jitter_noise": 0.0},
+}
+QWEN_MOE_CASES: dict[str, dict[str, Any]] = {
+    "normed choice": {"norm_topk_prob": True, "num_experts_per_tok": 3},
+    "plain choice": {"norm_topk_prob": False, "moe_intermediate_size": 24, "router_aux_loss_coef": 0.02},
+    "dense layers": {"mlp_only_layers": [0, 2]},
+    "every second": {"decoder_sparse_step": 2},
+    "every second but": {"decoder_sparse_step": 2, "num_hidden_layers": 8, "mlp_only_layers": [3]},
+    "all dense": {"mlp_only_layers": [0, 1, 2]},
+    "window off": {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 1},
+}
 ALL_CASES = [
     *(("llama", name, fields) for name, fields in CASES.items()),
     *(("mistral", f"window {window}", {"sliding_window": window}) for window in (None, 1, 4096)),
     *((family, name, fields) for family in ("qwen2", "qwen3") for name, fields in QWEN_CASES.items()),
     ("qwen3", "biases", {"attention_bias": True}),
+    *(("mixtral", name, fields) for name, fields in MIXTRAL_CASES.items()),
+    *((family, name, fields) for family in ("qwen2_moe", "qwen3_moe") for name, fields in QWEN_MOE_CASES.items()),
+    ("qwen2_moe", "sizes", {"num_experts": 6, "shared_expert_intermediate_size": 40}),
+    ("qwen2_moe", "no bias", {"qkv_bias": False}),
+    ("qwen3_moe", "older spelling", {"num_experts": 6}),
+    ("qwen3_moe", "newer spelling", {"num_local_experts": 6}),
+    ("qwen3_moe", "both spellings", {"num_experts": 6, "num_local_experts": 6}),
+    ("qwen3_moe", "biases", {"attention_bias": True, "head_dim": 24}),
 ]
 
 
@@ -223,6 +268,19 @@ def test_both_spellings_of_rope_are_one_spec(kind: str) -> None:
         ("llama", {"rms_norm_eps": "1e-5"}, "norm_epsilon is '1e-5'; it must be a number"),
         ("llama", {"tie_word_embeddings": "false"}, "tied is 'false'; it must be true or false"),
         ("llama", {"torch_dtype": "float7"}, "unknown dtype 'float7'"),
+        ("llama", {"num_local_experts": 8}, "does not know: num_local_experts"),
+        ("mixtral", {"num_local_experts": "8"}, "num_experts is '8'"),
+        ("mixtral", {"num_experts_per_tok": 0}, "moe_router_topk is 0"),
+        ("mixtral", {"router_aux_loss_coef": "0.1"}, "moe_aux_loss_coeff is '0.1'; it must be a number"),
+        ("qwen3_moe", {"num_experts": 8, "num_local_experts": 4}, r"they differ: \[8, 4\]"),
+        ("qwen3_moe", {"num_experts": [8]}, r"num_experts is \[8\]"),
+        ("qwen3_moe", {"norm_topk_prob": "false"}, "norm_topk_prob is 'false'; it must be true or false"),
+        ("qwen3_moe", {"mlp_only_layers": 3}, "mlp_only_layers=3"),
+        ("qwen3_moe", {"decoder_sparse_step": "2"}, "decoder_sparse_step='2'"),
+        ("qwen3_moe", {"num_hidden_layers": "3"}, "num_layers is '3'"),
+        ("qwen3_moe", {"use_sliding_window": True, "sliding_window": 16}, "switches on a sliding window"),
+        ("qwen2_moe", {"use_sliding_window": True}, "switches on a sliding window"),
+        ("qwen2_moe", {"layer_types": ["sliding_attention", "full_attention"]}, "switches on a sliding window"),
     ],
 )
 def test_what_cannot_be_converted_is_refused(model_type: str, fields: dict[str, Any], message: str) -> None:
@@ -259,6 +317,12 @@ def test_families_are_found_by_architecture_then_by_model_type() -> None:
 def test_what_a_family_cannot_say_is_refused() -> None:
     with pytest.raises(ConversionError, match="the llama architecture cannot express qk_norm: True, not False"):
         config_of_spec(tiny_spec(qk_norm=True))
+    with pytest.raises(ConversionError, match=r"the llama architecture cannot express num_experts: 4, not 0;"):
+        config_of_spec(tiny_spec(**EXPERTS))
+    with pytest.raises(
+        ConversionError, match=r"the mixtral architecture cannot express .*dense_layers: \(1,\), not \(\)"
+    ):
+        config_of_spec(tiny_spec(family="mixtral", **EXPERTS, dense_layers=(1,)))
     with pytest.raises(ConversionError, match=r"mistral .* sliding_window_from: 1, not 0"):
         config_of_spec(tiny_spec(family="mistral", sliding_window=8, sliding_window_from=1))
 
@@ -275,6 +339,12 @@ def test_what_a_family_cannot_say_is_refused() -> None:
         ({"qkv_bias": True, "sliding_window": 16, "sliding_window_from": 1}, "qwen2"),
         ({"qk_norm": True}, "qwen3"),
         ({"qk_norm": True, "qkv_bias": True, "proj_bias": True}, "qwen3"),
+        ({**EXPERTS, "moe_ffn_hidden_size": 4}, "mixtral"),
+        ({**EXPERTS, "moe_ffn_hidden_size": 4, "sliding_window": 16}, "mixtral"),
+        ({**EXPERTS, "qkv_bias": True, "shared_ffn_hidden_size": 12, "shared_gate": True}, "qwen2_moe"),
+        ({**EXPERTS, "shared_ffn_hidden_size": 12, "shared_gate": True, "dense_layers": (1,)}, "qwen2_moe"),
+        ({**EXPERTS, "qk_norm": True, "moe_router_pre_softmax": True}, "qwen3_moe"),
+        ({**EXPERTS, "qk_norm": True, "dense_layers": (0,)}, "qwen3_moe"),
     ],
 )
 def test_the_first_family_that_can_express_a_model_is_inferred(fields: dict[str, Any], family: str) -> None:
@@ -333,7 +403,8 @@ def test_config_for_without_a_base_is_the_whole_config() -> None:
 
 
 def test_specs_survive_json() -> None:
-    for spec in (tiny_spec(), tiny_spec(rope_scaling=LLAMA3, sliding_window=3, dtype=dtype_named("bf16"))):
+    rope = tiny_spec(rope_scaling=LLAMA3, sliding_window=3, dtype=dtype_named("bf16"))
+    for spec in (tiny_spec(), rope, tiny_spec(**EXPERTS, num_layers=3, dense_layers=(0, 2))):
         assert ModelSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
 
 

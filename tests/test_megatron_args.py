@@ -13,6 +13,7 @@ from megatron_converters.dtypes import DType, dtype_named
 from megatron_converters.errors import ConversionError
 from megatron_converters.megatron_args import (
     RUN_DEFAULTS,
+    expert_args,
     flag_warnings,
     flags,
     inexpressible,
@@ -25,6 +26,7 @@ from megatron_converters.parallel import PipelineSplit, parallel_for
 from megatron_converters.spec import ModelSpec, RopeScaling
 from tests.tiny import tiny_spec
 
+MOE = {"num_experts": 8, "moe_ffn_hidden_size": 6, "moe_router_topk": 3}
 CASES: dict[str, dict[str, Any]] = {
     "plain": {},
     "sizes": {
@@ -50,12 +52,19 @@ CASES: dict[str, dict[str, Any]] = {
     "window": {"sliding_window": 4096},
     "window of one": {"sliding_window": 1},
     "training": {"initializer_range": 0.006, "attention_dropout": 0.1},
+    "experts": MOE,
+    "experts chosen before softmax": {**MOE, "moe_router_pre_softmax": False},
+    "experts chosen after softmax": {**MOE, "moe_router_pre_softmax": True, "moe_aux_loss_coeff": 0.01},
+    "shared expert": {**MOE, "shared_ffn_hidden_size": 10, "shared_gate": False},
+    "gated shared expert": {**MOE, "shared_ffn_hidden_size": 10, "shared_gate": True},
+    "some layers dense": {**MOE, "num_layers": 5, "dense_layers": (0, 3)},
 }
 
 
 def all_args(spec: ModelSpec, impl: str = "local", tp: int = 1, pp: int = 1, **split: Any) -> dict[str, Any]:
     parallel = parallel_for(spec, tp, pp, PipelineSplit(**split))
-    return {**RUN_DEFAULTS, **model_args(spec), **layout_args(parallel, 128, 128, impl)}
+    layout = {**layout_args(parallel, 128, 128, impl), **expert_args(spec, parallel, "sequential")}
+    return {**RUN_DEFAULTS, **model_args(spec), **layout}
 
 
 def back(args: dict[str, Any], spec: ModelSpec) -> ModelSpec:
@@ -126,8 +135,10 @@ def test_args_hold_plain_values_and_dtypes_alone(fields: dict[str, Any]) -> None
     args = all_args(tiny_spec(**fields))
     assert plain_args(args) == args
     allowed = (bool, int, float, str, type(None), DType)
-    assert {name for name, value in args.items() if type(value) not in allowed} <= {"window_size"}
+    assert {name for name, value in args.items() if type(value) not in allowed} <= {"window_size", "moe_layer_freq"}
     assert [type(value) for value in args["window_size"] or ()] in ([], [int, int])
+    freq = args.get("moe_layer_freq", 1)
+    assert type(freq) is int or {type(value) for value in freq} == {int}
 
 
 class Colour(enum.IntEnum):
@@ -174,7 +185,14 @@ def test_what_megatron_cannot_express(fields: dict[str, Any], reason: str) -> No
         ({"squared_relu": True}, "squared ReLU"),
         ({"quick_geglu": True}, "quick GELU"),
         ({"multi_latent_attention": True}, "latent"),
-        ({"num_experts": 8}, "mixture"),
+        ({"moe_router_score_function": "sigmoid"}, "score function"),
+        ({"moe_router_enable_expert_bias": True}, "a bias of the router"),
+        ({"moe_router_topk_scaling_factor": 2.5}, "scaled expert outputs"),
+        ({"moe_router_num_groups": 2}, "groups of experts"),
+        ({"num_experts": 8, "moe_layer_freq": [1]}, r"moe_layer_freq=\[1\]; it must be a number or a list of 2"),
+        ({"num_experts": 8, "moe_layer_freq": 0}, "moe_layer_freq=0"),
+        ({"num_experts": 8, "moe_layer_freq": "[1]*2"}, "moe_layer_freq="),
+        ({"num_experts": 8, "moe_aux_loss_coeff": "much"}, "moe_aux_loss_coeff is 'much'; it must be a number"),
         ({"mtp_num_layers": 1}, "multi-token"),
         ({"no_rope_freq": 4}, "without rotary"),
         ({"window_attn_skip_freq": 2, "window_size": (7, 0)}, "some layers only"),
@@ -215,6 +233,12 @@ def test_args_of_models_that_are_not_supported_are_refused(change: dict[str, Any
             "rope_scaling",
             RopeScaling("llama3", 8.0, 1.0, 4.0, 8192),
         ),
+        ({"num_experts": 8}, "moe_ffn_hidden_size", 4),
+        ({"num_experts": 8}, "moe_router_topk", 2),
+        ({"num_experts": 8}, "dense_layers", ()),
+        ({"num_experts": 8, "num_layers": 5, "moe_layer_freq": 2}, "dense_layers", (1, 3)),
+        ({"num_experts": 8, "num_layers": 5, "moe_layer_freq": 3}, "dense_layers", (1, 2, 4)),
+        ({"num_experts": 8, "moe_layer_freq": [0, 1]}, "dense_layers", (0,)),
         ({"add_bias_linear": True}, "mlp_bias", True),
         ({"add_bias_linear": True, "add_qkv_bias": False}, "qkv_bias", True),  # Megatron's QKV has a bias by either
     ],
@@ -255,6 +279,11 @@ BASE_FLAGS = [
         ({"sliding_window": 4096}, ["--window-size 4095,0"]),
         ({"dtype": dtype_named("bf16")}, ["--bf16"]),
         ({"dtype": dtype_named("fp16")}, ["--fp16"]),
+        (MOE, ["--expert-tensor-parallel-size 1"]),
+        (
+            {**MOE, "shared_ffn_hidden_size": 10, "shared_gate": True, "moe_aux_loss_coeff": 0.01},
+            ["--expert-tensor-parallel-size 1", "--moe-shared-expert-gate", "--moe-aux-loss-coeff 0.01"],
+        ),
     ],
 )
 def test_flags(fields: dict[str, Any], more: list[str]) -> None:

@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from tests.oracle import by_hand, checkpoint
 from tests.oracle.args import megatron_args
+from tests.oracle.checkpoint import Grid, Rank
 from tests.oracle.errors import OracleError
 from tests.oracle.hf import FAMILIES, hf_logits, make_model, sample_tokens
 from tests.oracle.pool import MegatronPool, write_checkpoint
@@ -29,7 +30,7 @@ def difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 
 def edit(root: Path, change: Callable[[dict[str, Any]], object], tp_rank: int = 0) -> None:
     """Apply `change` to the dict of one rank of a checkpoint with PP 1."""
-    path = checkpoint.rank_file(root / "iter_0000001", tp_rank, 0, 1)
+    path = checkpoint.rank_file(root / "iter_0000001", Grid(), Rank(tp_rank))
     content = checkpoint.load_rank(path)
     change(content)
     torch.save(content, path)
@@ -135,30 +136,15 @@ def test_ranks_concatenated_are_the_same_model(megatron_pool: MegatronPool, tmp_
     args = megatron_args(transformer_impl=impl, tensor_model_parallel_size=4, add_bias_linear=True)
     expected = write_checkpoint(megatron_pool, tmp_path / "tp4", args, seed=5, tokens=TOKENS)
     directory = tmp_path / "tp4" / "iter_0000001"
-    ranks = [
-        torch.load(checkpoint.rank_file(directory, rank, 0, 1), weights_only=False, pickle_module=_enums_as_stand_ins())
-        for rank in range(4)
-    ]
+    ranks = [checkpoint.load_trusted(checkpoint.rank_file(directory, Grid(tp=4), Rank(rank))) for rank in range(4)]
     state = {key: _concatenated(key, [rank["model"][key] for rank in ranks]) for key in ranks[0]["model"]}
-    path = checkpoint.rank_file(tmp_path / "tp1" / "iter_0000001", 0, 0, 1)
+    path = checkpoint.rank_file(tmp_path / "tp1" / "iter_0000001", Grid(), Rank())
     path.parent.mkdir(parents=True)
     whole = megatron_args(transformer_impl=impl, add_bias_linear=True, make_vocab_size_divisible_by=64)
     del whole.exit_signal
     torch.save({"args": whole, "checkpoint_version": 3.0, "iteration": 1, "model": state}, path)
     checkpoint.write_tracker(tmp_path / "tp1", 1)
     torch.testing.assert_close(megatron_pool.logits(tmp_path / "tp1", TOKENS), expected, atol=1e-5, rtol=0)
-
-
-def _enums_as_stand_ins() -> Any:
-    """A pickle module for torch.load that needs no megatron: its enums become plain objects."""
-    import pickle
-    import types
-
-    class Unpickler(pickle.Unpickler):
-        def find_class(self, module: str, name: str) -> Any:
-            return (lambda *_: None) if module.startswith("megatron") else super().find_class(module, name)
-
-    return types.SimpleNamespace(Unpickler=Unpickler, load=pickle.load, __name__="pickle")
 
 
 def _concatenated(key: str, parts: list[Any]) -> Any:
@@ -231,7 +217,7 @@ def test_an_argument_left_out_is_named(megatron_pool: MegatronPool, tmp_path: Pa
 
 def test_a_damaged_file_is_named(megatron_pool: MegatronPool, tmp_path: Path, llama: Path) -> None:
     root = by_hand.convert(llama, tmp_path, tp=2)
-    path = checkpoint.rank_file(root / "iter_0000001", 1, 0, 1)
+    path = checkpoint.rank_file(root / "iter_0000001", Grid(tp=2), Rank(1))
     path.write_bytes(path.read_bytes()[:5000])
     with pytest.raises(OracleError, match=r"mp_rank_01/model_optim_rng\.pt"):
         megatron_pool.logits(root, TOKENS)

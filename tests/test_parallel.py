@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from megatron_converters.errors import ConversionError
-from megatron_converters.parallel import Parallel, PipelineSplit, cut, padded_vocab, parallel_for, stage_layers
+from megatron_converters.parallel import Parallel, PipelineSplit, Rank, cut, padded_vocab, parallel_for, stage_layers
 from megatron_converters.slots import SLOTS, Shard
 from megatron_converters.spec import ModelSpec
 from tests.tiny import tiny_spec
@@ -94,8 +94,16 @@ def test_every_slot_has_the_cut_that_megatron_core_gives_it() -> None:
         "q_norm": Shard.REPLICATED,
         "k_norm": Shard.REPLICATED,
         "final_norm": Shard.REPLICATED,
+        "moe_norm": Shard.REPLICATED,
+        "router": Shard.REPLICATED,
+        "expert_fc1": Shard.COLUMN,
+        "expert_fc2": Shard.ROW,
+        "shared_fc1": Shard.COLUMN,
+        "shared_fc2": Shard.ROW,
+        "shared_gate": Shard.REPLICATED,
     }
-    assert {name for name, slot in SLOTS.items() if slot.blocks == 2} == {"fc1", "fc1_bias"}
+    assert {name for name, slot in SLOTS.items() if slot.blocks == 2} == {"fc1", "fc1_bias", "expert_fc1", "shared_fc1"}
+    assert {name for name, slot in SLOTS.items() if slot.expert} == {"expert_fc1", "expert_fc2"}
     assert {name for name, slot in SLOTS.items() if slot.vocab} == {"word_embeddings", "output_layer"}
 
 
@@ -239,9 +247,9 @@ def test_places_of_layers() -> None:
 
 
 def test_directories_of_ranks() -> None:
-    assert Parallel(2, (4,)).directory(1, 0) == "mp_rank_01"
-    assert Parallel(2, (4, 4)).directory(1, 0) == "mp_rank_01_000"
-    assert Parallel(128, (1,) * 12).directory(107, 11) == "mp_rank_107_011"
+    assert Parallel(2, (4,)).directory(Rank(1, 0)) == "mp_rank_01"
+    assert Parallel(2, (4, 4)).directory(Rank(1, 0)) == "mp_rank_01_000"
+    assert Parallel(128, (1,) * 12).directory(Rank(107, 11)) == "mp_rank_107_011"
 
 
 @pytest.mark.parametrize(

@@ -70,16 +70,20 @@ class Target(Protocol):
         ...
 
 
-def wanted_dtype(source: Callable[[Ref], DType], override: DType | None) -> Callable[[Ref], DType]:
-    """The dtype to write: the source's, unless `override` asks for another. Raises where weights are no floats."""
+def wanted_dtype(source: Source, override: DType | None) -> Callable[[Ref], DType]:
+    """The dtype to write: the source's, unless `override` asks for another. Raises where weights are no floats.
+
+    A router that is wider than the model is meant to be; it stays so.
+    """
 
     def dtype_of(ref: Ref) -> DType:
-        stored = source(ref)
+        stored = source.dtype_of(ref)
         if not stored.floating:
             raise ConversionError(
                 f"{ref} is stored as {stored}, which is no plain floating-point type; convert it first"
             )
-        return stored if override is None else override
+        kept = ref.slot.keeps_precision and stored.itemsize > source.spec.dtype.itemsize
+        return stored if override is None or kept else override
 
     return dtype_of
 
@@ -89,7 +93,7 @@ def convert(source: Source, target: Target, override: DType | None, progress: Pr
     executor: Executor | None = None
     try:
         spec = source.spec
-        total = target.prepare(spec, source.origin, wanted_dtype(source.dtype_of, override))
+        total = target.prepare(spec, source.origin, wanted_dtype(source, override))
         progress.start(total)
         executor = Executor(progress)
         for ref in refs(spec):

@@ -37,6 +37,24 @@ class TensorHandle:
         return _received, (self.shape, self.dtype.name, tuple(_pack(piece) for piece in self.pieces))
 
 
+class StackedHandle:
+    """One handle for each expert; any other process than ours receives them as one tensor with a first dimension more."""
+
+    def __init__(self, handles: Sequence[TensorHandle] = ()) -> None:
+        self.handles = list(handles)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _received_stack, (tuple(self.handles),)
+
+
+def _received_stack(handles: tuple[Any, ...]) -> Any:
+    if receives_ours():
+        return StackedHandle(handles)
+    import torch
+
+    return torch.stack(handles)
+
+
 def part_of(pieces: Sequence[Piece], rows: RowMap, whole_rows: int) -> list[Piece]:
     """The pieces of a slot seen from one of its parts, whose row i is the slot's `rows[i]`."""
     place = np.full(whole_rows + 1, -1, np.int64)  # the last entry stays -1, for padding

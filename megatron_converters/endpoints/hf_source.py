@@ -12,7 +12,7 @@ from ..errors import ConversionError, raise_all
 from ..families import FAMILIES
 from ..families.base import Family
 from ..hf_config import read_json, spec_of_config
-from ..layouts import row_maps
+from ..layouts import SAME, RowMap, row_maps
 from ..plan import Piece, Sources
 from ..slots import SLOTS, Ref, refs
 from ..spec import ModelSpec
@@ -118,7 +118,7 @@ def part_names(family: Family, ref: Ref) -> tuple[str, ...]:
         entry = family.tensors[ref.slot.name]
     except KeyError:
         raise ConversionError(f"the {family.name} family has no name for {ref}") from None
-    return tuple(name.format(layer=ref.layer) for name in entry.names)
+    return tuple(name.format(layer=ref.layer, expert=ref.expert) for name in entry.names)
 
 
 def part_shapes(family: Family, ref: Ref, spec: ModelSpec) -> list[tuple[int, ...]]:
@@ -137,11 +137,9 @@ def _match(
     if spec.tied:
         unused -= set(part_names(family, Ref(SLOTS["output_layer"])))
     for ref in refs(spec):
-        maps = row_maps(family.tensors[ref.slot.name].layout, ref.slot, spec)
         parts = []
-        for name, rows, shape in zip(part_names(family, ref), maps, part_shapes(family, ref, spec), strict=True):
+        for name, data, rows, shape in _stored_parts(family, ref, spec, tensors):
             unused.discard(name)
-            data = tensors.get(name)
             if data is None:
                 problems.append(f"{name} ({ref}) is missing")
             elif data.shape != shape:
@@ -152,6 +150,33 @@ def _match(
     problems += [f"{name} is no tensor of the {family.name} family with this config.json" for name in sorted(unused)]
     raise_all(f"{folder}: the tensors are not those of the model that config.json describes", problems)
     return pieces
+
+
+_StoredPart = tuple[str, StoredTensor | None, RowMap, tuple[int, ...]]
+
+
+def _stored_parts(family: Family, ref: Ref, spec: ModelSpec, tensors: Mapping[str, StoredTensor]) -> list[_StoredPart]:
+    """Name, tensor if it is there, rows in the slot and expected shape of each stored part."""
+    entry = family.tensors.get(ref.slot.name)
+    fused = "" if entry is None or entry.fused is None else entry.fused.format(layer=ref.layer)
+    if fused in tensors:
+        data, shape = tensors[fused], ref.slot.shape(spec)
+        if ref.expert is not None:
+            data, shape = _one_expert(data, ref.expert, (spec.num_experts, *shape))
+        (rows,) = row_maps(SAME, ref.slot, spec)
+        return [(fused, data, rows, shape)]
+    names = part_names(family, ref)
+    maps = row_maps(family.tensors[ref.slot.name].layout, ref.slot, spec)
+    shapes = part_shapes(family, ref, spec)
+    return [(name, tensors.get(name), rows, shape) for name, rows, shape in zip(names, maps, shapes, strict=True)]
+
+
+def _one_expert(stack: StoredTensor, expert: int, shape: tuple[int, ...]) -> tuple[StoredTensor, tuple[int, ...]]:
+    """An expert's matrix within a stack of `shape`, and its own shape; unchanged where the stack has another, to be reported."""
+    if stack.shape != shape:
+        return stack, shape
+    offset = stack.offset + expert * stack.strides[0] * stack.dtype.itemsize
+    return StoredTensor(stack.path, offset, stack.dtype, stack.shape[1:], stack.strides[1:]), shape[1:]
 
 
 def _tied_copy(spec: ModelSpec, family: Family, tensors: Mapping[str, StoredTensor]) -> tuple[Piece, ...]:

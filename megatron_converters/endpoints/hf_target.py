@@ -192,7 +192,7 @@ class HFTarget:
 
 def _check_model_type(given: str | None, spec: ModelSpec) -> None:
     """Mistral has no name among Habana's, and its tokenizer is of Llama 2's kind."""
-    if given is not None and (given == "mixtral" or spec.family not in ("llama", "mistral")):
+    if given is not None and spec.family not in (("mixtral",) if given == "mixtral" else ("llama", "mistral")):
         raise UsageError(
             f"--source-model-type {given} disagrees with the checkpoint, which holds a {spec.family} model"
         )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,18 +18,21 @@ from ..dtypes import DType
 from ..errors import ConversionError, Unclear, UsageError, raise_all
 from ..hf_config import differences, family_of_config, infer_family, read_json, spec_of_config
 from ..megatron_args import spec_fields
-from ..megatron_names import DIALECTS, EXTRA_STATE_SUFFIX, LOCAL
-from ..parallel import Parallel, PipelineSplit, cut, parallel_for
+from ..megatron_names import CAPACITY_BINS, EXTRA_STATE_SUFFIX, LOCAL, STACKED_EXPERTS, keys
+from ..parallel import Parallel, PipelineSplit, Rank, homes, parallel_for
 from ..plan import Piece, Sources
-from ..slots import Ref, Scope, refs
+from ..slots import Ref, refs
 from ..spec import ModelSpec
 from ..storage import torch_zip
-from ..storage.tensor import StoredTensor
+from ..storage.tensor import StoredTensor, contiguous_strides
 from .base import Origin, first_dtype
 from .megatron_target import FILE, TRACKER
 
+#: Any layout's name of an expert's first linear.
+_EXPERT_FC1 = re.compile(r"\.experts\.(.*linear_fc1[._]weight\d*|weight1)$")
+_STACKED = tuple(name.rpartition("}")[2] for name in STACKED_EXPERTS.values())
 _RANK = re.compile(r"mp_rank_\d{2,}(_\d{3,})*$")
-_EMBEDDINGS, _OUTPUT = "word_embeddings", "output_layer"
+_EMBEDDINGS = "word_embeddings"
 #: Top-level entries of a checkpoint that are not left-out state.
 _EXPECTED_ENTRIES = frozenset(
     {"args", "model", "checkpoint_version", "iteration", "num_floating_point_operations_so_far"}
@@ -46,7 +50,7 @@ class MegatronReadOptions:
 
 
 @dataclass(frozen=True)
-class _Rank:
+class _RankFile:
     """One rank's file: its name for messages, and its tensors by key."""
 
     where: str
@@ -94,10 +98,11 @@ class MegatronSource:
             )
         first = self._read_file(self._first_rank())
         args = _args_of(first, self._dir)
-        self.parallel, self._ranks, left_out = self._read_ranks(args)
+        self.parallel, self._ranks, left_out = self._read_ranks(args, first)
         padded = self._padded_vocab()
         spec, notes = _describe(args, padded, self._embedding_dtype(), options)
-        self.parallel = parallel_for(spec, self.parallel.tp, self.parallel.pp, self.parallel.split)
+        sizes = self.parallel
+        self.parallel = parallel_for(spec, sizes.tp, sizes.pp, sizes.split, sizes.ep, sizes.etp)
         self.spec = spec
         self._padded = padded
         self._pieces, self._replicas = self._match()
@@ -105,6 +110,9 @@ class MegatronSource:
             notes.append(
                 f"{padded - spec.vocab_size} rows of vocabulary padding are left out (vocabulary {spec.vocab_size})"
             )
+        bins = sum(CAPACITY_BINS in key for file in self._ranks.values() for key in file.tensors)
+        if bins:
+            notes.append(f"{bins} capacity-bin buffers are left out; they belong to one run at these sizes")
         if left_out:
             notes.append(f"left out of the conversion: {', '.join(sorted(left_out))} (optimizer and training state)")
         reference = options.hf_config
@@ -148,17 +156,20 @@ class MegatronSource:
             raise ConversionError(f"{path} holds a {type(content).__name__}, not a checkpoint")
         return content
 
-    def _read_ranks(self, args: argparse.Namespace) -> tuple[Parallel, dict[tuple[int, int], _Rank], set[str]]:
-        parallel = _parallel_of(args, self._dir)
-        wanted = {parallel.directory(tp, pp): (tp, pp) for pp in range(parallel.pp) for tp in range(parallel.tp)}
+    def _read_ranks(
+        self, args: argparse.Namespace, first: Mapping[str, Any]
+    ) -> tuple[Parallel, dict[Rank, _RankFile], set[str]]:
+        parallel = _parallel_of(args, first, self._dir)
+        stages = range(parallel.pp)
+        wanted = {parallel.directory(rank): rank for stage in stages for rank in parallel.ranks(stage)}
         present = {path.name for path in _listing(self._dir) if _RANK.match(path.name)}
         problems = [f"{name} is missing" for name in sorted(wanted.keys() - present)]
         problems += [f"{name} is there, but the args mean other ranks" for name in sorted(present - wanted.keys())]
-        raise_all(f"{self._dir}: the args say tp={parallel.tp}, pp={parallel.pp}, but", problems)
+        raise_all(f"{self._dir}: the args say tp={parallel.tp}, pp={parallel.pp}, ep={parallel.ep}, but", problems)
         ranks, left_out = {}, set()
         for name, rank in wanted.items():
             content = self._read_file(name)
-            ranks[rank] = _Rank(name, _model_of(content, self._dir / name))
+            ranks[rank] = _RankFile(name, _model_of(content, self._dir / name))
             left_out |= {
                 str(key)
                 for key, value in content.items()
@@ -167,16 +178,16 @@ class MegatronSource:
         return parallel, ranks, left_out
 
     def _padded_vocab(self) -> int:
-        shapes = []
-        for tp in range(self.parallel.tp):
-            data = self._ranks[tp, 0].tensors.get(LOCAL[_EMBEDDINGS])
+        rows: dict[int, int] = {}
+        for rank in self.parallel.ranks(0):
+            data = self._ranks[rank].tensors.get(LOCAL[_EMBEDDINGS])
             if data is None or len(data.shape) != 2:
-                raise ConversionError(f"{self._ranks[tp, 0].where}: {LOCAL[_EMBEDDINGS]} is missing or no matrix")
-            shapes.append(data.shape[0])
-        return sum(shapes)
+                raise ConversionError(f"{self._ranks[rank].where}: {LOCAL[_EMBEDDINGS]} is missing or no matrix")
+            rows[rank.tp] = data.shape[0]
+        return sum(rows.values())
 
     def _embedding_dtype(self) -> DType:
-        return self._ranks[0, 0].tensors[LOCAL[_EMBEDDINGS]].dtype
+        return self._ranks[self.parallel.ranks(0)[0]].tensors[LOCAL[_EMBEDDINGS]].dtype
 
     def _match(self) -> tuple[dict[Ref, tuple[Piece, ...]], dict[Ref, tuple[Piece, ...]]]:
         """Pieces and replicas of every ref; missing, extra and misshapen tensors are listed together."""
@@ -185,62 +196,65 @@ class MegatronSource:
             (rank, key)
             for rank, file in self._ranks.items()
             for key in file.tensors
-            if not key.endswith(EXTRA_STATE_SUFFIX)
+            if not key.endswith(EXTRA_STATE_SUFFIX) and CAPACITY_BINS not in key
         }
         pieces: dict[Ref, tuple[Piece, ...]] = {}
         replicas: dict[Ref, tuple[Piece, ...]] = {}
         for ref in refs(self.spec):
-            for number, (stage, names) in enumerate(self._homes(ref)):
-                found = self._shares(ref, stage, names, unused, problems)
-                primary = len(found) if ref.slot.shard.cuts else 1
-                if number == 0:
-                    pieces[ref] = found[:primary]
-                    replicas[ref] = found[primary:]
-                else:
-                    replicas[ref] += found
-        problems += [f"{self._ranks[rank].where}: {key} is no tensor of this model" for rank, key in sorted(unused)]
+            shares: dict[int, Piece] = {}
+            copies: list[Piece] = []
+            for rank, names in self._homes(ref):
+                piece = self._piece(ref, rank, names, unused, problems)
+                share = self.parallel.share_number(ref.slot, rank)
+                if piece is not None and shares.setdefault(share, piece) is not piece:
+                    copies.append(piece)
+            pieces[ref], replicas[ref] = tuple(shares.values()), tuple(copies)
+        problems += [
+            f"{self._ranks[rank].where}: {key} is no tensor of this model" for rank, key in sorted(unused, key=str)
+        ]
         raise_all(f"{self._dir}: the tensors are not those of the model that the args describe", problems)
         return pieces, replicas
 
-    def _homes(self, ref: Ref) -> Iterator[tuple[int, tuple[str, ...]]]:
-        """The stages that hold a slot, with the keys it may have there."""
-        last = self.parallel.pp - 1
-        if ref.layer is not None:
-            stage, local = self.parallel.place(ref.layer)
-            yield stage, _names(ref.slot.name, local)
-        elif ref.slot.scope is Scope.FIRST:
-            yield 0, _names(ref.slot.name)
-            if ref.slot.name == _EMBEDDINGS and self.spec.tied and last > 0:
-                yield last, _names(_OUTPUT)
-        else:
-            yield last, _names(ref.slot.name)
+    def _homes(self, ref: Ref) -> Iterator[tuple[Rank, tuple[str, ...]]]:
+        """The ranks that hold a ref, with the keys that it may have there."""
+        experts = self.spec.num_experts
+        local = self.parallel.local_expert(ref.expert, experts)
+        for stage, slot, layer in homes(ref, self.spec, self.parallel):
+            names = keys(slot, layer, local, ref.expert)
+            for rank in self.parallel.ranks(stage):
+                if self.parallel.holds(rank, ref.expert, experts):
+                    yield rank, names
 
-    def _shares(
-        self, ref: Ref, stage: int, names: Sequence[str], unused: set[tuple[tuple[int, int], str]], problems: list[str]
-    ) -> tuple[Piece, ...]:
-        found = []
-        for tp in range(self.parallel.tp):
-            file = self._ranks[tp, stage]
-            keys = [name for name in names if name in file.tensors]
-            if len(keys) != 1:
-                problems.append(
-                    f"{file.where}: {ref}: {' and '.join(keys) + ' are both there' if keys else names[0] + ' is missing'}"
-                )
-                continue
-            unused.discard(((tp, stage), keys[0]))
-            share = cut(ref.slot, self.spec, self.parallel.tp, tp, self._padded)
-            data = file.tensors[keys[0]]
-            if data.shape != share.shape:
-                problems.append(
-                    f"{file.where}: {keys[0]} ({ref}) has shape {list(data.shape)}; the args mean {list(share.shape)}"
-                )
-                continue
-            found.append(Piece(data, share.rows, share.col, f"{file.where}: {keys[0]}"))
-        return tuple(found)
+    def _piece(
+        self, ref: Ref, rank: Rank, names: Sequence[str], unused: set[tuple[Rank, str]], problems: list[str]
+    ) -> Piece | None:
+        file = self._ranks[rank]
+        present = [name for name in names if name in file.tensors]
+        if len(present) != 1:
+            fault = f"{' and '.join(present)} are both there" if present else f"{names[0]} is missing"
+            problems.append(f"{file.where}: {ref}: {fault}")
+            return None
+        (key,) = present
+        unused.discard((rank, key))
+        share = self.parallel.share(ref.slot, self.spec, rank, self._padded)
+        data = file.tensors[key]
+        if ref.expert is not None and key.endswith(_STACKED):
+            data = _one_of_stack(data, ref.expert, self.spec.num_experts // self.parallel.ep, share.shape)
+        if data.shape != share.shape:
+            problems.append(
+                f"{file.where}: {key} ({ref}) has shape {list(data.shape)}; the args mean {list(share.shape)}"
+            )
+            return None
+        return Piece(data, share.rows, share.col, f"{file.where}: {key}")
 
 
-def _names(slot: str, layer: int | None = None) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(names[slot].format(layer=layer) for names in DIALECTS.values()))
+def _one_of_stack(stack: StoredTensor, expert: int, experts: int, shape: tuple[int, ...]) -> StoredTensor:
+    """A view of one expert's matrix, stored transposed; the stack itself if its size is another, to be reported."""
+    rows, cols = shape
+    if math.prod(stack.shape) != experts * rows * cols or stack.strides != contiguous_strides(stack.shape):
+        return stack
+    offset = stack.offset + expert % experts * rows * cols * stack.dtype.itemsize
+    return StoredTensor(stack.path, offset, stack.dtype, shape, (1, rows))
 
 
 def _args_of(content: Mapping[str, Any], where: Path) -> argparse.Namespace:
@@ -252,13 +266,11 @@ def _args_of(content: Mapping[str, Any], where: Path) -> argparse.Namespace:
     return args
 
 
-def _parallel_of(args: argparse.Namespace, where: Path) -> Parallel:
+def _parallel_of(args: argparse.Namespace, first: Mapping[str, Any], where: Path) -> Parallel:
     """Sizes from args; the stages are counted later, when the number of layers is known to be sound."""
     values = vars(args)
     if (values.get("virtual_pipeline_model_parallel_size") or 1) > 1:
         raise ConversionError(f"{where} has virtual pipeline stages; this version does not read them")
-    if (values.get("expert_model_parallel_size") or 1) > 1 or values.get("num_experts"):
-        raise ConversionError(f"{where} holds a mixture of experts; this version does not read them")
     sizes = [values.get(name) for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size")]
     if any(not isinstance(size, int) or size < 1 for size in sizes):
         raise ConversionError(f"{where}: the args have no sound tensor- and pipeline-parallel sizes: {sizes}")
@@ -269,7 +281,26 @@ def _parallel_of(args: argparse.Namespace, where: Path) -> Parallel:
         bool(values.get("account_for_loss_in_pipeline_split")),
     )
     tp, pp = (int(size or 0) for size in sizes)
-    return Parallel(tp, (0,) * pp, split)
+    if not values.get("num_experts"):
+        return Parallel(tp, (0,) * pp, split, etp=tp)
+    ep = values.get("expert_model_parallel_size") or 1
+    return Parallel(tp, (0,) * pp, split, ep, _expert_tensor_parallel(values, first.get("model"), where, tp))
+
+
+def _expert_tensor_parallel(values: Mapping[str, Any], model: Any, where: Path, tp: int) -> int:
+    """From the experts' shapes: stock savers record 1 whatever they do, and old ones nothing."""
+    size = values.get("moe_ffn_hidden_size") or values.get("ffn_hidden_size") or 0
+    local = (values["num_experts"] or 1) // (values.get("expert_model_parallel_size") or 1)
+    stored = [
+        value.shape[1] // max(local, 1) if key.endswith(_STACKED) else value.shape[0]
+        for key, value in (model.items() if isinstance(model, Mapping) else ())
+        if isinstance(value, StoredTensor) and _EXPERT_FC1.search(key) and len(value.shape) == 2
+    ]
+    if not stored:  # this stage has dense layers alone
+        return int(values.get("expert_tensor_parallel_size") or tp)
+    if not isinstance(size, int) or 2 * size % stored[0]:
+        raise ConversionError(f"{where}: experts have {stored[0]} rows of gate and up, but the args say 2 x {size}")
+    return 2 * size // stored[0]
 
 
 def _model_of(content: Mapping[str, Any], where: Path) -> Mapping[str, StoredTensor]:

@@ -24,6 +24,7 @@ from ..layouts import RowMap
 from ..margs_json import inheritable
 from ..megatron_args import (
     RUN_DEFAULTS,
+    expert_args,
     flag_warnings,
     flags,
     inexpressible,
@@ -31,10 +32,10 @@ from ..megatron_args import (
     model_args,
     plain_args,
 )
-from ..megatron_names import DIALECTS, EXTRA_STATE, EXTRA_STATE_SUFFIX, QK_NORM_EXTRA_STATE
-from ..parallel import EVEN, Cut, Parallel, PipelineSplit, cut, padded_vocab, parallel_for
+from ..megatron_names import DIALECTS, EXPERTS, EXTRA_STATE_SUFFIX, LAST_EXTRA_STATE, extra_state
+from ..parallel import EVEN, Cut, Parallel, PipelineSplit, Rank, homes, padded_vocab, parallel_for
 from ..plan import Sources
-from ..slots import SLOTS, Ref, Scope, refs
+from ..slots import SLOTS, Ref, refs
 from ..spec import ModelSpec
 from ..staging import Staging, check_space, opened, write_text
 from ..storage import torch_zip
@@ -47,7 +48,7 @@ FLAGS_FILE = "pretrain_gpt_flags.txt"
 _DEFAULT_DIVISOR = 128
 _CHECKPOINT_VERSION = 3.0
 _DEFAULT_SEQ_LENGTH = 4096
-_EMBEDDINGS, _OUTPUT = "word_embeddings", "output_layer"
+_EMBEDDINGS = "word_embeddings"
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,11 @@ class MegatronOptions:
 
     tp: int | None = None
     pp: int | None = None
+    ep: int | None = None
+    etp: int | None = None
     split: PipelineSplit = EVEN
+    #: "sequential", "grouped" or "dynamic"; None means what current Megatron-LM trains fastest.
+    expert_layout: str | None = None
     impl: str = "transformer_engine"
     divisor: int | None = None
     release: bool = False
@@ -81,7 +86,7 @@ class MegatronTarget:
         self._dir = save_dir
         self._options = options
         self._staging: Staging | None = None
-        self._files: dict[tuple[int, int], OutputFile] = {}
+        self._files: dict[Rank, OutputFile] = {}
         self._written = 0
 
     def prepare(self, spec: ModelSpec, origin: Origin, dtype_of: Callable[[Ref], DType]) -> int:
@@ -94,28 +99,27 @@ class MegatronTarget:
         self._name = "release" if self._options.release else f"iter_{self._iteration:07d}"
         self._refuse_existing()
         self._parallel = self._choose_parallel()
+        default_layout = "grouped" if self._options.impl == "transformer_engine" else "sequential"
+        self._expert_layout = self._options.expert_layout or default_layout
         self._divisor = self._choose_divisor()
         self._padded = padded_vocab(spec.vocab_size, self._divisor, self._parallel.tp)
         self._args = self._make_args()
-        ranks = [(tp, pp) for pp in range(self._parallel.pp) for tp in range(self._parallel.tp)]
-        layouts = {rank: torch_zip.layout(FILE, self._tree(*rank)) for rank in ranks}
+        layouts = {rank: torch_zip.layout(FILE, self._tree(rank, places)) for rank, places in self._places().items()}
         check_space(self._dir, sum(layout.nbytes for layout in layouts.values()))
         self._staging = staging = Staging(self._dir, self._name)
         for rank, layout in layouts.items():
-            folder = staging.path / self._parallel.directory(*rank)
+            folder = staging.path / self._parallel.directory(rank)
             folder.mkdir()
             self._files[rank] = layout.create(folder / FILE)
         return sum(nbytes for layout in layouts.values() for _, nbytes in layout.regions.values())
 
     def write(self, ref: Ref, sources: Sources, executor: Executor) -> None:
         """Fill the slot's share on every rank that holds it."""
-        for pp, key in self._homes(ref):
-            for tp in range(self._parallel.tp):
-                share = self._cut(ref, tp)
-                rows = _resolve_padding(share, self._spec.vocab_size)
-                target = Target(self._files[tp, pp], key, self._dtype_of(ref), share.shape, rows, share.col)
-                executor.fill(target, sources.pieces)
-                self._written += 1
+        for rank, place in self._homes(ref):
+            rows = _resolve_padding(place.cut, self._spec.vocab_size)
+            target = Target(self._files[rank], place.key, self._dtype_of(ref), place.cut.shape, rows, place.cut.col)
+            executor.fill(target, sources.pieces)
+            self._written += 1
 
     def commit(self) -> list[str]:
         """Complete every file, show the directory under its name, then point the tracker at it."""
@@ -159,12 +163,13 @@ class MegatronTarget:
             )
 
     def _choose_parallel(self) -> Parallel:
-        source = self._origin.parallel
-        tp = self._options.tp or (source.tp if source else 1)
-        pp = self._options.pp or (source.pp if source else 1)
-        keeps_stages = source is not None and pp == source.pp and self._options.split == EVEN
-        split = source.split if source is not None and keeps_stages else self._options.split
-        return parallel_for(self._spec, tp, pp, split)
+        source, options = self._origin.parallel, self._options
+        tp = options.tp or (source.tp if source else 1)
+        pp = options.pp or (source.pp if source else 1)
+        ep = options.ep or (source.ep if source else 1)
+        keeps_stages = source is not None and pp == source.pp and options.split == EVEN
+        split = source.split if source is not None and keeps_stages else options.split
+        return parallel_for(self._spec, tp, pp, split, ep, options.etp)
 
     def _choose_divisor(self) -> int:
         inherited = getattr(self._origin.margs, "make_vocab_size_divisible_by", None)
@@ -179,6 +184,7 @@ class MegatronTarget:
             **inherited,
             **model_args(self._spec),
             **layout_args(self._parallel, self._padded, self._divisor, self._options.impl),
+            **expert_args(self._spec, self._parallel, self._expert_layout),
             "seq_length": seq_length,
             "encoder_seq_length": seq_length,
             "tokenizer_model": tokenizer,
@@ -187,11 +193,11 @@ class MegatronTarget:
         recorded = {"hf_config": self._origin.hf_config, "hf_generation_config": self._origin.generation_config}
         return {**args, **{name: value for name, value in recorded.items() if value is not None}}
 
-    def _tree(self, tp: int, pp: int) -> dict[str, Any]:
+    def _tree(self, rank: Rank, places: list[_Place]) -> dict[str, Any]:
         model: OrderedDict[str, Any] = OrderedDict()
-        for place in self._places(tp, pp):
+        for place in places:
             model[place.key] = torch_zip.NewTensor(place.key, self._dtype_of(place.ref), place.cut.shape)
-        model.update(dict.fromkeys(self._extra_state(pp)))
+        model.update(dict.fromkeys(self._extra_state(rank.pp)))
         return {
             "args": argparse.Namespace(**self._args),
             "checkpoint_version": _CHECKPOINT_VERSION,
@@ -200,45 +206,47 @@ class MegatronTarget:
             "num_floating_point_operations_so_far": 0,
         }
 
-    def _places(self, tp: int, pp: int) -> Iterator[_Place]:
+    def _places(self) -> dict[Rank, list[_Place]]:
+        """What each rank holds, in the order of its layers."""
+        places: dict[Rank, list[_Place]] = {}
         for ref in refs(self._spec):
-            for stage, key in self._homes(ref):
-                if stage == pp:
-                    yield _Place(ref, key, self._cut(ref, tp))
+            for rank, place in self._homes(ref):
+                places.setdefault(rank, []).append(place)
+        return places
 
-    def _homes(self, ref: Ref) -> Iterator[tuple[int, str]]:
-        """The pipeline stages that hold a slot and its key there; tied embeddings also end the last stage."""
-        names = DIALECTS[self._options.impl]
-        last = self._parallel.pp - 1
-        if ref.layer is not None:
-            stage, local = self._parallel.place(ref.layer)
-            yield stage, names[ref.slot.name].format(layer=local)
-        elif ref.slot.scope is Scope.FIRST:
-            yield 0, names[ref.slot.name]
-            if ref.slot.name == _EMBEDDINGS and self._spec.tied and last > 0:
-                yield last, names[_OUTPUT]
-        else:
-            yield last, names[ref.slot.name]
-
-    def _cut(self, ref: Ref, tp: int) -> Cut:
-        return cut(ref.slot, self._spec, self._parallel.tp, tp, self._padded)
+    def _homes(self, ref: Ref) -> Iterator[tuple[Rank, _Place]]:
+        """The ranks that hold a ref, with its key and share there."""
+        parallel, experts = self._parallel, self._spec.num_experts
+        names = {**DIALECTS[self._options.impl], **EXPERTS[self._expert_layout]}
+        local = parallel.local_expert(ref.expert, experts)
+        for stage, slot, layer in homes(ref, self._spec, parallel):
+            key = names[slot].format(layer=layer, expert=local, global_expert=ref.expert)
+            for rank in parallel.ranks(stage):
+                if parallel.holds(rank, ref.expert, experts):
+                    yield rank, _Place(ref, key, parallel.share(ref.slot, self._spec, rank, self._padded))
 
     def _extra_state(self, pp: int) -> Iterator[str]:
-        of_layer, of_last = EXTRA_STATE[self._options.impl]
-        if self._spec.qk_norm:
-            of_layer += QK_NORM_EXTRA_STATE[self._options.impl]
-        for layer in range(self._parallel.stages[pp]):
-            yield from (f"{module.format(layer=layer)}.{EXTRA_STATE_SUFFIX}" for module in of_layer)
-        if pp == self._parallel.pp - 1:
-            yield from (f"{module}.{EXTRA_STATE_SUFFIX}" for module in of_last)
+        parallel, impl = self._parallel, self._options.impl
+        before = sum(parallel.stages[:pp])
+        experts = self._spec.num_experts // parallel.ep
+        for layer in range(parallel.stages[pp]):
+            for module in extra_state(impl, self._expert_layout, self._spec, before + layer, experts):
+                yield f"{module.format(layer=layer)}.{EXTRA_STATE_SUFFIX}"
+        if pp == parallel.pp - 1:
+            yield from (f"{module}.{EXTRA_STATE_SUFFIX}" for module in LAST_EXTRA_STATE[impl])
 
     def _summary(self) -> str:
         padding = self._padded - self._spec.vocab_size
         return (
             f"wrote {self._written} tensors once each on {len(self._files)} rank(s) "
-            f"(tp={self._parallel.tp}, pp={self._parallel.pp}, layers {'+'.join(map(str, self._parallel.stages))}) "
+            f"({_sizes(self._parallel)}, layers {'+'.join(map(str, self._parallel.stages))}) "
             f"to {self._dir / self._name}; {padding} rows of vocabulary padding repeat the last of {self._spec.vocab_size}"
         )
+
+
+def _sizes(parallel: Parallel) -> str:
+    experts = f", ep={parallel.ep}, etp={parallel.etp}" if parallel.ep > 1 or parallel.etp != parallel.tp else ""
+    return f"tp={parallel.tp}, pp={parallel.pp}{experts}"
 
 
 def _resolve_padding(share: Cut, vocab: int) -> RowMap:

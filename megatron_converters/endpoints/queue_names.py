@@ -1,7 +1,7 @@
 """The messages of Megatron-LM's loader/saver protocol: which slot travels in which message, under which keys.
 
 Source: Megatron-LM core_v0.17.1, tools/checkpoint/{convert,loader_base,saver_base}.py. The protocol has no names for query
-and key norms; those here are ours, so models with them need our loader and our saver.
+and key norms and for shared experts; those here are ours, so models with them need our loader and our saver.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ class QueueEntry:
     message: str
     layout: Layout
     keys: tuple[str, ...]
+    #: The keys hold a part of every expert, stacked along a first dimension.
+    stacked: bool = False
 
 
 _LAYER = "transformer layer {layer}"
@@ -36,6 +38,13 @@ ENTRIES = {
     "fc1_bias": QueueEntry(_LAYER, GATED, ("mlp l0 bias W", "mlp l0 bias V")),
     "fc2": QueueEntry(_LAYER, SAME, ("mlp l1 weight",)),
     "fc2_bias": QueueEntry(_LAYER, SAME, ("mlp l1 bias",)),
+    "moe_norm": QueueEntry(_LAYER, SAME, ("post norm weight",)),
+    "router": QueueEntry(_LAYER, SAME, ("router weight",)),
+    "expert_fc1": QueueEntry(_LAYER, GATED, ("mlp l0 weight W", "mlp l0 weight V"), stacked=True),
+    "expert_fc2": QueueEntry(_LAYER, SAME, ("mlp l1 weight",), stacked=True),
+    "shared_fc1": QueueEntry(_LAYER, GATED, ("shared mlp l0 weight W", "shared mlp l0 weight V")),
+    "shared_fc2": QueueEntry(_LAYER, SAME, ("shared mlp l1 weight",)),
+    "shared_gate": QueueEntry(_LAYER, SAME, ("shared gate weight",)),
     "final_norm": QueueEntry("final norm", SAME, ("weight",)),
     "output_layer": QueueEntry("output layer", SAME, ("weight",)),
 }

@@ -22,7 +22,7 @@ from ..plan import Piece, Sources, TensorData
 from ..slots import Ref
 from ..spec import ModelSpec
 from .base import Origin
-from .handles import TensorHandle
+from .handles import StackedHandle, TensorHandle
 from .queue_names import DONE, ENTRIES, message_name
 
 
@@ -79,9 +79,10 @@ class QueueSource:
         shape = ref.slot.shape(self.spec)
         pieces: list[Piece] = []
         for key, rows in zip(entry.keys, row_maps(entry.layout, ref.slot, self.spec), strict=True):
-            pieces += self._pieces(
-                f"message {name!r}: {key}", self._take(key, name), rows, (rows.size, *shape[1:]), ref
-            )
+            where, value = f"message {name!r}: {key}", self._take(key, name)
+            if entry.stacked:
+                value = _one_expert(where, value, ref.expert or 0, self.spec.num_experts)
+            pieces += self._pieces(where, value, rows, (rows.size, *shape[1:]), ref)
         return Sources(tuple(pieces))
 
     def close(self) -> None:
@@ -136,6 +137,17 @@ class QueueSource:
         return value
 
 
+def _one_expert(where: str, stack: Any, expert: int, experts: int) -> Any:
+    """One expert's tensor of those that travel together."""
+    if isinstance(stack, StackedHandle):
+        stack, shape = stack.handles, (len(stack.handles), 0, 0)
+    else:
+        shape = tuple(getattr(stack, "shape", ()))
+    if len(shape) != 3 or shape[0] != experts:
+        raise ConversionError(f"{where} has shape {list(shape)}; expected one matrix for each of {experts} experts")
+    return stack[expert]
+
+
 def _in_slot(piece: Piece, rows: RowMap) -> Piece:
     """A piece of a part, seen from the slot: `rows` gives the slot's row of each of the part's rows."""
     return Piece(piece.data, interned(np.where(piece.rows >= 0, rows[piece.rows], -1)), piece.col, piece.where)
@@ -172,9 +184,8 @@ def _stock_spec(metadata: Any, embeddings: TensorData) -> ModelSpec:
     """What Megatron-LM's own loaders say about a model, in metadata and the source's arguments."""
     if metadata.model_type != "GPT":
         raise ConversionError(f"the loader sends a {metadata.model_type} model; only GPT is supported")
-    if getattr(metadata, "num_experts", None):
-        raise ConversionError("the loader sends a mixture of experts; this version does not save them")
     args = argparse.Namespace(**vars(metadata.checkpoint_args))
+    args.num_experts = getattr(metadata, "num_experts", None)
     for name in (
         "num_layers",
         "hidden_size",

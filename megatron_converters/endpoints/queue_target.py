@@ -14,12 +14,13 @@ from ..errors import ConversionError
 from ..execute import Executor
 from ..layouts import row_maps
 from ..margs_json import inheritable
-from ..megatron_args import RUN_DEFAULTS, model_args, plain_args
+from ..megatron_args import RUN_DEFAULTS, expert_args, model_args, plain_args
+from ..parallel import Parallel
 from ..plan import Sources
 from ..slots import SLOTS, Ref, refs
 from ..spec import ModelSpec
 from .base import Origin
-from .handles import TensorHandle, part_of
+from .handles import StackedHandle, TensorHandle, part_of
 from .queue_names import DONE, ENTRIES, message_name
 
 #: Where a stock saver expects sizes that no model decides.
@@ -55,7 +56,11 @@ class QueueTarget:
         rows, cols = ref.slot.matrix(self._spec)
         for key, part in zip(entry.keys, row_maps(entry.layout, ref.slot, self._spec), strict=True):
             shape = (part.size,) if ref.slot.cols is None else (part.size, cols)
-            self._message[key] = TensorHandle(shape, self._dtype_of(ref), part_of(sources.pieces, part, rows))
+            handle = TensorHandle(shape, self._dtype_of(ref), part_of(sources.pieces, part, rows))
+            if entry.stacked:
+                self._message.setdefault(key, StackedHandle()).handles.append(handle)
+            else:
+                self._message[key] = handle
 
     def commit(self) -> list[str]:
         """Send the last message and "done"."""
@@ -77,7 +82,14 @@ class QueueTarget:
         inherited = plain_args(inheritable(origin.margs))
         divisor = self._divisor or inherited.get("make_vocab_size_divisible_by")
         checkpoint_args = argparse.Namespace(
-            **{**RUN_DEFAULTS, **inherited, **model_args(spec), "sequence_parallel": False, "params_dtype": dtype}
+            **{
+                **RUN_DEFAULTS,
+                **inherited,
+                **model_args(spec),
+                **expert_args(spec, Parallel(1, (spec.num_layers,)), "sequential"),
+                "sequence_parallel": False,
+                "params_dtype": dtype,
+            }
         )
         return types.SimpleNamespace(
             model_type=self._model_type,
@@ -104,6 +116,7 @@ class QueueTarget:
             consumed_train_samples=0,
             consumed_valid_samples=0,
             megatron_converters=self._ours(origin),
+            **({"num_experts": spec.num_experts} if spec.num_experts else {}),
         )
 
     def _ours(self, origin: Origin) -> dict[str, Any]:

@@ -21,10 +21,15 @@ REQUIRED = object()
 
 @dataclass(frozen=True)
 class HFEntry:
-    """Hugging Face tensor names of a slot's parts, in the layout's order; `{layer}` stands for the layer number."""
+    """Hugging Face tensor names of a slot's parts, in the layout's order; `{layer}` and `{expert}` stand for numbers.
+
+    `fused` names the one tensor that files hold instead where transformers 5 saved it as it is in memory, in the slot's own
+    layout: of a slot of experts all of them, [experts, rows, columns]; of another the slot.
+    """
 
     layout: Layout
     names: tuple[str, ...]
+    fused: str | None = None
 
 
 class Rule(Protocol):
@@ -196,6 +201,77 @@ class SwitchedWindow:
 
 
 @dataclass(frozen=True)
+class NoWindow:
+    """Qwen's window, which must be off: in mixtures of experts transformers gives it to other layers than in dense models."""
+
+    keys: tuple[str, ...] = ("use_sliding_window", "sliding_window", "max_window_layers", "layer_types")
+
+    def read(self, config: Config) -> dict[str, Any]:
+        if config.get("use_sliding_window") or "sliding_attention" in (config.get("layer_types") or ()):
+            raise ConversionError(
+                "config.json switches on a sliding window; that is not supported for Qwen's mixtures of experts"
+            )
+        return {"sliding_window": None}
+
+    def write(self, _: ModelSpec) -> dict[str, Any]:
+        return {"use_sliding_window": False, "sliding_window": None}
+
+
+@dataclass(frozen=True)
+class DenseLayers:
+    """Qwen's layers without experts: those listed, and all but every `decoder_sparse_step`-th."""
+
+    keys: tuple[str, ...] = ("mlp_only_layers", "decoder_sparse_step")
+
+    def read(self, config: Config) -> dict[str, Any]:
+        listed, step = config.get("mlp_only_layers") or [], config.get("decoder_sparse_step") or 1
+        if not isinstance(listed, list) or not isinstance(step, int) or step < 1:
+            raise ConversionError(
+                f"config.json has mlp_only_layers={listed!r} and decoder_sparse_step={step!r}; "
+                "they must be a list of layers and a whole number above 0"
+            )
+        count = config.get("num_hidden_layers")
+        layers = range(count if isinstance(count, int) else 0)  # the spec refuses another
+        return {"dense_layers": tuple(layer for layer in layers if layer in listed or (layer + 1) % step)}
+
+    def write(self, spec: ModelSpec) -> dict[str, Any]:
+        return {"mlp_only_layers": list(spec.dense_layers), "decoder_sparse_step": 1}
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The number of experts under its older and its newer key."""
+
+    default: int
+    keys: tuple[str, ...] = ("num_experts", "num_local_experts")
+
+    def read(self, config: Config) -> dict[str, Any]:
+        found = [config[key] for key in self.keys if config.get(key) is not None]
+        if any(value != found[0] for value in found):
+            raise ConversionError(f"config.json has num_experts and num_local_experts, but they differ: {found}")
+        return {"num_experts": found[0] if found else self.default}
+
+    def write(self, spec: ModelSpec) -> dict[str, Any]:
+        return {"num_experts": spec.num_experts}
+
+
+@dataclass(frozen=True)
+class NormedChoice:
+    """`norm_topk_prob`: probabilities normed over the chosen experts are a softmax over the chosen alone."""
+
+    keys: tuple[str, ...] = ("norm_topk_prob",)
+
+    def read(self, config: Config) -> dict[str, Any]:
+        normed = config.get("norm_topk_prob") or False
+        if not isinstance(normed, bool):
+            raise ConversionError(f"norm_topk_prob is {normed!r}; it must be true or false")
+        return {"moe_router_pre_softmax": not normed}
+
+    def write(self, spec: ModelSpec) -> dict[str, Any]:
+        return {"norm_topk_prob": not spec.moe_router_pre_softmax}
+
+
+@dataclass(frozen=True)
 class Family:
     """One Hugging Face architecture: names, layouts and config rules. Checked when built."""
 
@@ -210,6 +286,6 @@ class Family:
     def __post_init__(self) -> None:
         """Refuse a table that names an unknown slot or a layer name without its place holder."""
         for slot, entry in self.tensors.items():
-            layered = SLOTS[slot].scope is Scope.LAYER
-            if any(("{layer}" in name) != layered for name in entry.names):
-                raise ValueError(f"family {self.name}: the names of {slot} and its scope disagree about {{layer}}")
+            for place, wanted in (("{layer}", SLOTS[slot].scope is Scope.LAYER), ("{expert}", SLOTS[slot].expert)):
+                if any((place in name) != wanted for name in entry.names):
+                    raise ValueError(f"family {self.name}: the names of {slot} and its scope disagree about {place}")

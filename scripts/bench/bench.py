@@ -1,6 +1,6 @@
 """Time conversions of a random Llama against `cp` of the same bytes, alternating in one run, and sample their memory.
 
-    python scripts/bench/bench.py FOLDER [--layers 16] [--hidden 2048] [--runs 5] [--tp 2] [--pp 2]
+    python scripts/bench/bench.py FOLDER [--layers 16] [--hidden 2048] [--experts 0] [--runs 5] [--tp 2] [--pp 2] [--ep 1]
 
 16 layers of 2048 are 1.1 billion parameters, 2.2 GB. Quote ratios: a machine's speed drifts, and `cp` drifts with it.
 Anonymous memory is what the processes hold of their own (RssAnon of all together); total memory also counts pages of
@@ -70,16 +70,17 @@ def _memory(session: int) -> tuple[float, float]:
     return sums[0], sums[1]
 
 
-def commands(folder: Path, tp: int, pp: int) -> dict[str, tuple[Path, list[str]]]:
+def commands(folder: Path, tp: int, pp: int, ep: int) -> dict[str, tuple[Path, list[str]]]:
     """What is run, by name, with the folder that each writes."""
     hf, megatron, back = folder / "hf", folder / "megatron", folder / "back"
     convert = [sys.executable, str(ROOT / "convert.py"), "--quiet", "--model-type", "GPT"]
     sizes = ["--target-tensor-parallel-size", str(tp), "--target-pipeline-parallel-size", str(pp)]
+    sizes += ["--target-expert-parallel-size", str(ep)]
     script = [sys.executable, str(ROOT / "convert_mlm_to_hf_checkpoint.py"), "--quiet"]
     dirs = ["--load-dir", str(hf), "--save-dir", str(megatron)]
     return {
         "cp": (folder / "cp", ["cp", "-r", str(hf), str(folder / "cp")]),
-        "HF to Megatron": (megatron, [*convert, "--loader", "llama_mistral", "--saver", "mcore", *dirs, *sizes]),
+        "HF to Megatron": (megatron, [*convert, "--loader", "hf", "--saver", "mcore", *dirs, *sizes]),
         "Megatron to HF": (back, [*script, "--load-path", str(megatron), "--save-path", str(back)]),
     }
 
@@ -88,21 +89,22 @@ def main() -> None:
     """Make the model if it is not there, run all commands alternately, print a Markdown table of medians."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    for name, default in {"layers": 16, "hidden": 2048, "runs": 5, "tp": 2, "pp": 2}.items():
+    for name, default in {"layers": 16, "hidden": 2048, "experts": 0, "runs": 5, "tp": 2, "pp": 2, "ep": 1}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     args = parser.parse_args()
     if not (args.folder / "hf" / "config.json").exists():
         make = [sys.executable, str(Path(__file__).with_name("make_model.py"))]
-        subprocess.run([*make, str(args.folder / "hf"), str(args.layers), str(args.hidden)], check=True)
+        sizes = map(str, (args.layers, args.hidden, args.experts))
+        subprocess.run([*make, str(args.folder / "hf"), *sizes], check=True)
     size = sum(path.stat().st_size for path in (args.folder / "hf").iterdir())
     runs: dict[str, list[Measured]] = {}
     for number in range(args.runs + 1):  # the first warms the page cache
-        for name, (output, command) in commands(args.folder, args.tp, args.pp).items():
+        for name, (output, command) in commands(args.folder, args.tp, args.pp, args.ep).items():
             shutil.rmtree(output, ignore_errors=True)
             measured = measure(command)
             if number:
                 runs.setdefault(name, []).append(measured)
-    print(f"{size / 1e9:.2f} GB, tp={args.tp}, pp={args.pp}, {args.runs} runs, median (least-most)\n")
+    print(f"{size / 1e9:.2f} GB, tp={args.tp}, pp={args.pp}, ep={args.ep}, {args.runs} runs, median (least-most)\n")
     print("| run | wall s | CPU s | wall / cp | anonymous MiB | total MiB |\n|---|---|---|---|---|---|")
     for name, measurements in runs.items():
         walls = [measured.wall for measured in measurements]

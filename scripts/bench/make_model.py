@@ -1,4 +1,7 @@
-"""Make a bf16 Llama of random bits for benchmarks, shard by shard: python make_model.py FOLDER LAYERS HIDDEN [SHARDS]."""
+"""Make a bf16 Llama or Mixtral of random bits for benchmarks, shard by shard.
+
+python make_model.py FOLDER LAYERS HIDDEN EXPERTS    (no experts: a Llama)
+"""
 
 from __future__ import annotations
 
@@ -10,12 +13,28 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-_VOCABULARY, _HEAD_DIM, _GROUPS = 32000, 64, 8
+_VOCABULARY, _HEAD_DIM, _GROUPS, _SHARDS = 32000, 64, 8, 3
 
 
-def shapes(layers: int, hidden: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+def mlp_shapes(hidden: int, experts: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Names and shapes of a layer's MLP, or of its router and experts."""
+    ffn = 4 * hidden
+    if not experts:
+        yield from {
+            "mlp.gate_proj": (ffn, hidden),
+            "mlp.up_proj": (ffn, hidden),
+            "mlp.down_proj": (hidden, ffn),
+        }.items()
+        return
+    yield "block_sparse_moe.gate", (experts, hidden)
+    for expert in range(experts):
+        for name, shape in {"w1": (ffn, hidden), "w2": (hidden, ffn), "w3": (ffn, hidden)}.items():
+            yield f"block_sparse_moe.experts.{expert}.{name}", shape
+
+
+def shapes(layers: int, hidden: int, experts: int) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Names and shapes of all tensors, in the order of the files."""
-    key, ffn = _GROUPS * _HEAD_DIM, 4 * hidden
+    key = _GROUPS * _HEAD_DIM
     yield "model.embed_tokens.weight", (_VOCABULARY, hidden)
     for layer in range(layers):
         prefix = f"model.layers.{layer}."
@@ -26,24 +45,22 @@ def shapes(layers: int, hidden: int) -> Iterator[tuple[str, tuple[int, ...]]]:
             "self_attn.k_proj": (key, hidden),
             "self_attn.v_proj": (key, hidden),
             "self_attn.o_proj": (hidden, hidden),
-            "mlp.gate_proj": (ffn, hidden),
-            "mlp.up_proj": (ffn, hidden),
-            "mlp.down_proj": (hidden, ffn),
+            **dict(mlp_shapes(hidden, experts)),
         }.items():
             yield f"{prefix}{name}.weight", shape
     yield "model.norm.weight", (hidden,)
     yield "lm_head.weight", (_VOCABULARY, hidden)
 
 
-def write(folder: Path, layers: int, hidden: int, shards: int) -> None:
+def write(folder: Path, layers: int, hidden: int, experts: int) -> None:
     """Save the model; random bits are cheap to make as repeated stretches of one noise."""
     folder.mkdir(parents=True)
     noise = torch.randn(1 << 24, generator=torch.Generator().manual_seed(0)).bfloat16()
-    names = list(shapes(layers, hidden))
-    per_shard = -(-len(names) // shards)
+    names = list(shapes(layers, hidden, experts))
+    per_shard = -(-len(names) // _SHARDS)
     weight_map = {}
-    for shard in range(shards):
-        file = f"model-{shard + 1:05d}-of-{shards:05d}.safetensors"
+    for shard in range(_SHARDS):
+        file = f"model-{shard + 1:05d}-of-{_SHARDS:05d}.safetensors"
         tensors = {}
         for index, (name, shape) in enumerate(names[shard * per_shard : (shard + 1) * per_shard]):
             count = torch.Size(shape).numel()
@@ -57,8 +74,8 @@ def write(folder: Path, layers: int, hidden: int, shards: int) -> None:
     }
     (folder / "model.safetensors.index.json").write_text(json.dumps(index_file))
     config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+        "architectures": ["MixtralForCausalLM" if experts else "LlamaForCausalLM"],
+        "model_type": "mixtral" if experts else "llama",
         "hidden_size": hidden,
         "intermediate_size": 4 * hidden,
         "num_hidden_layers": layers,
@@ -69,9 +86,10 @@ def write(folder: Path, layers: int, hidden: int, shards: int) -> None:
         "rope_theta": 500000.0,
         "max_position_embeddings": 8192,
         "torch_dtype": "bfloat16",
+        **({"num_local_experts": experts, "num_experts_per_tok": 2} if experts else {}),
     }
     (folder / "config.json").write_text(json.dumps(config))
 
 
 if __name__ == "__main__":
-    write(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]) if len(sys.argv) > 4 else 3)
+    write(Path(sys.argv[1]), *map(int, sys.argv[2:5]))

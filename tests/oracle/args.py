@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 from argparse import Namespace
 from typing import Any
@@ -44,6 +45,25 @@ _DEFAULTS: dict[str, Any] = dict(
     softmax_type="vanilla",
     multi_latent_attention=False,
     num_experts=None,
+    moe_layer_freq=1,
+    moe_ffn_hidden_size=None,
+    moe_shared_expert_intermediate_size=None,
+    moe_shared_expert_gate=False,
+    moe_shared_expert_overlap=False,
+    moe_grouped_gemm=False,
+    moe_use_legacy_grouped_gemm=False,
+    moe_router_topk=2,
+    moe_router_pre_softmax=False,
+    moe_router_score_function="softmax",
+    moe_router_enable_expert_bias=False,
+    moe_router_topk_scaling_factor=None,
+    moe_router_num_groups=None,
+    moe_router_group_topk=None,
+    moe_router_dtype=None,
+    moe_router_load_balancing_type="aux_loss",
+    moe_aux_loss_coeff=0.0,
+    moe_token_dispatcher_type="allgather",
+    moe_latent_size=None,
     attention_dropout=0.0,
     hidden_dropout=0.0,
     vocab_size=199,
@@ -56,7 +76,7 @@ _DEFAULTS: dict[str, Any] = dict(
     virtual_pipeline_model_parallel_size=None,
     context_parallel_size=1,
     expert_model_parallel_size=1,
-    expert_tensor_parallel_size=1,
+    expert_tensor_parallel_size=None,
     sequence_parallel=False,
     decoder_first_pipeline_num_layers=None,
     decoder_last_pipeline_num_layers=None,
@@ -86,7 +106,8 @@ _DEFAULTS: dict[str, Any] = dict(
 def megatron_args(**overrides: Any) -> Namespace:
     """Args of a small Llama-like model, those that Megatron-LM derives included; `overrides` are argument names.
 
-    `num_query_groups=None` is multi-head attention; `params_dtype` is the dtype that `write_checkpoint` stores.
+    `num_query_groups=None` is multi-head attention, `expert_tensor_parallel_size=None` that of TP. `params_dtype` is
+    the dtype that `write_checkpoint` stores.
     """
     unknown = overrides.keys() - _DEFAULTS.keys()
     if unknown:
@@ -96,8 +117,12 @@ def megatron_args(**overrides: Any) -> Namespace:
     args.num_query_groups = args.num_query_groups or 1  # Megatron-LM's default where attention is not grouped
     args.kv_channels = args.kv_channels or args.hidden_size // args.num_attention_heads
     args.norm_epsilon = args.layernorm_epsilon
-    args.data_parallel_size = 1
-    args.world_size = args.tensor_model_parallel_size * args.pipeline_model_parallel_size
+    tp, pp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
+    args.expert_tensor_parallel_size = args.expert_tensor_parallel_size or tp
+    if args.num_experts:
+        args.moe_ffn_hidden_size = args.moe_ffn_hidden_size or args.ffn_hidden_size
+    args.data_parallel_size = math.lcm(tp, args.expert_tensor_parallel_size * args.expert_model_parallel_size) // tp
+    args.world_size = args.data_parallel_size * tp * pp
     multiple = args.make_vocab_size_divisible_by * args.tensor_model_parallel_size
     args.padded_vocab_size = -(-args.vocab_size // multiple) * multiple
     return args

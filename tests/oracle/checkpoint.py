@@ -2,19 +2,55 @@
 
 from __future__ import annotations
 
+import math
 import pickle
-import re
+import types
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from .errors import OracleError
 
 _TRACKER = "latest_checkpointed_iteration.txt"
-_RANK_NAME = re.compile(r"mp_rank_(\d{2})(?:_(\d{3}))?")
+_FILE = "model_optim_rng.pt"
+
+
+class Rank(NamedTuple):
+    """A process's place along each axis of a `Grid`."""
+
+    tp: int = 0
+    pp: int = 0
+    ep: int = 0
+    etp: int = 0
+
+
+class Grid(NamedTuple):
+    """How many ways a model is cut: tensor, pipeline, expert parallel, and tensor parallel inside the experts."""
+
+    tp: int = 1
+    pp: int = 1
+    ep: int = 1
+    etp: int = 1
+
+    @classmethod
+    def of(cls, args: Namespace) -> Grid:
+        """The sizes that `args` name; a model without experts has ETP equal to TP, whatever its args say."""
+        try:
+            tp, pp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
+            experts, etp = getattr(args, "num_experts", None), getattr(args, "expert_tensor_parallel_size", None)
+            ep = args.expert_model_parallel_size if experts else 1
+        except AttributeError as error:
+            raise OracleError(f"args lack {error.name}") from error
+        return cls(tp, pp, ep, (experts and etp) or tp)
+
+    def ranks(self) -> Iterator[Rank]:
+        """The ranks of one replica, each with a file of its own: not all combinations where ETP is not TP."""
+        for stage in range(self.pp):
+            for rank in range(math.lcm(self.tp, self.ep * self.etp)):
+                yield Rank(rank % self.tp, stage, rank // self.etp % self.ep, rank % self.etp)
 
 
 def iteration_directory(root: Path) -> Path:
@@ -28,22 +64,40 @@ def write_tracker(root: Path, iteration: int) -> None:
     (root / _TRACKER).write_text(str(iteration))
 
 
-def rank_file(directory: Path, tp_rank: int, pp_rank: int, pp_size: int) -> Path:
-    """A rank's file in an iteration's folder (Megatron-LM `get_checkpoint_name`, without expert parallelism)."""
-    stage = f"_{pp_rank:03d}" if pp_size > 1 else ""
-    return directory / f"mp_rank_{tp_rank:02d}{stage}" / "model_optim_rng.pt"
+def rank_file(directory: Path, grid: Grid, rank: Rank) -> Path:
+    """A rank's file in an iteration's folder (Megatron-LM `get_checkpoint_name`, which does not know of ETP)."""
+    stage = f"_{rank.pp:03d}" if grid.pp > 1 else ""
+    experts = f"_{rank.ep:03d}" if grid.ep > 1 else ""
+    return directory / f"mp_rank_{rank.tp:02d}{stage}{experts}" / _FILE
 
 
-def parallel_sizes(directory: Path) -> tuple[int, int]:
-    """Tensor- and pipeline-parallel size by the folder's names, which must be exactly one full grid."""
-    names = {path.name for path in directory.iterdir() if path.is_dir()}
-    found = [match for match in map(_RANK_NAME.fullmatch, names) if match]
-    tp_size = 1 + max((int(match[1]) for match in found), default=-1)
-    pp_size = 1 + max((int(match[2] or 0) for match in found), default=-1)
-    grid = {rank_file(directory, tp, pp, pp_size).parent.name for tp in range(tp_size) for pp in range(pp_size)}
-    if not names or names != grid:
-        raise OracleError(f"{directory}: folders {sorted(names)} are not a full grid of ranks {sorted(grid)}")
-    return tp_size, pp_size
+def check_grid(grid: Grid) -> None:
+    """Refuse sizes with which ranks that hold different experts' parts would have one file name."""
+    names = [rank_file(Path(), grid, rank) for rank in grid.ranks()]
+    if len(names) > len(set(names)):
+        raise OracleError(
+            f"{grid}: ranks of the experts' tensor parallelism share a file in Megatron-LM's legacy format"
+        )
+
+
+def read_grid(directory: Path, more_globals: Sequence[Any] = ()) -> Grid:
+    """The parallel sizes by the args of the first file; the folders must be exactly the ranks that they name.
+
+    Names alone do not tell: `mp_rank_00_001` is a pipeline stage or an expert-parallel rank.
+    """
+    names = sorted(path.name for path in directory.iterdir() if path.is_dir())
+    if not names:
+        raise OracleError(f"{directory}: no folder of a rank")
+    first = directory / names[0] / _FILE
+    args = load_rank(first, more_globals).get("args")
+    if not isinstance(args, Namespace):
+        raise OracleError(f"{first}: args is a {type(args).__name__}, not an argparse.Namespace")
+    grid = Grid.of(args)
+    check_grid(grid)
+    expected = sorted(rank_file(directory, grid, rank).parent.name for rank in grid.ranks())
+    if names != expected:
+        raise OracleError(f"{directory}: folders {names} are not a full grid {grid} of ranks {expected}")
+    return grid
 
 
 def load_rank(path: Path, more_globals: Sequence[Any] = ()) -> dict[str, Any]:
@@ -56,8 +110,20 @@ def load_rank(path: Path, more_globals: Sequence[Any] = ()) -> dict[str, Any]:
     return content
 
 
-def check_rank(content: dict[str, Any], path: Path, tp_size: int, pp_size: int) -> list[str]:
-    """What is wrong with a rank's dict apart from its model; sizes are those of the folder names."""
+def load_trusted(path: Path) -> dict[str, Any]:
+    """A rank's dict as Megatron-LM itself writes it, read without megatron: its enums become None."""
+
+    class Unpickler(pickle.Unpickler):
+        def find_class(self, module: str, name: str) -> Any:
+            return (lambda *_: None) if module.startswith("megatron") else super().find_class(module, name)
+
+    module = types.SimpleNamespace(Unpickler=Unpickler, load=pickle.load, __name__="pickle")
+    content: dict[str, Any] = torch.load(path, weights_only=False, pickle_module=module)
+    return content
+
+
+def check_rank(content: dict[str, Any], path: Path, grid: Grid) -> list[str]:
+    """What is wrong with a rank's dict apart from its model; `grid` is that of the folder."""
     problems = [
         f"{path}: no {key!r}" for key in ("args", "checkpoint_version", "iteration", "model") if key not in content
     ]
@@ -68,8 +134,9 @@ def check_rank(content: dict[str, Any], path: Path, tp_size: int, pp_size: int) 
         return [f"{path}: args is a {type(args).__name__}, not an argparse.Namespace"]
     expected = {
         "checkpoint_version": (content["checkpoint_version"], 3.0),
-        "args.tensor_model_parallel_size": (getattr(args, "tensor_model_parallel_size", None), tp_size),
-        "args.pipeline_model_parallel_size": (getattr(args, "pipeline_model_parallel_size", None), pp_size),
+        "args.tensor_model_parallel_size": (getattr(args, "tensor_model_parallel_size", None), grid.tp),
+        "args.pipeline_model_parallel_size": (getattr(args, "pipeline_model_parallel_size", None), grid.pp),
+        "args.expert_model_parallel_size": (getattr(args, "expert_model_parallel_size", 1), grid.ep),
         "args.norm_epsilon": (getattr(args, "norm_epsilon", None), getattr(args, "layernorm_epsilon", None)),
     }
     if folder != "release":
@@ -80,9 +147,16 @@ def check_rank(content: dict[str, Any], path: Path, tp_size: int, pp_size: int) 
     return problems + _dtype_problems(content["model"], getattr(args, "params_dtype", None), path)
 
 
-def _dtype_problems(model: dict[str, Any], params_dtype: torch.dtype | None, path: Path) -> list[str]:
+def stored_dtype(key: str, params_dtype: torch.dtype) -> torch.dtype:
+    """What a model of `params_dtype` stores `key` in: Megatron-LM keeps the bias of the experts' choice in float32."""
+    return torch.float32 if key.endswith(".router.expert_bias") else params_dtype
+
+
+def _dtype_problems(model: dict[str, Any], params_dtype: Any, path: Path) -> list[str]:
     return [
         f"{path}: {key} is {value.dtype} but args.params_dtype is {params_dtype}"
         for key, value in model.items()
-        if isinstance(value, torch.Tensor) and value.is_floating_point() and value.dtype != params_dtype
+        if isinstance(value, torch.Tensor)
+        and value.is_floating_point()
+        and value.dtype != stored_dtype(key, params_dtype)
     ]

@@ -15,17 +15,18 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from . import transformer_engine_standin
+from . import grouped_gemm_standin, transformer_engine_standin
 
 
 def prepare() -> None:
-    """Make this process fit for megatron-core on a CPU: one thread, no compiler, a Transformer Engine of torch code."""
+    """Make this process fit for megatron-core on a CPU: one thread, no compiler, stand-ins for CUDA packages."""
     os.environ["TORCHDYNAMO_DISABLE"] = "1"  # megatron's jit_fuser is torch.compile: minutes of compiling for nothing
     if sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # the host's name need not resolve
     warnings.filterwarnings("ignore")  # megatron warns of every fusion that a CPU lacks
     torch.set_num_threads(1)
     transformer_engine_standin.install()
+    grouped_gemm_standin.install()
     torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment,return-value]
 
     from megatron.core.tensor_parallel.random import CudaRNGStatesTracker

@@ -38,6 +38,21 @@ _LLAMA3 = _LLAMA | dict(rope_parameters=_rope(5e5))
 _MISTRAL = _LLAMA | dict(model_type="mistral", sliding_window=None)
 _QWEN2 = _LLAMA | dict(model_type="qwen2", rms_norm_eps=1e-6, rope_parameters=_rope(1e6))
 _QWEN3 = _QWEN2 | dict(model_type="qwen3", head_dim=16)
+_MIXTRAL = _MISTRAL | dict(model_type="mixtral", num_local_experts=8, num_experts_per_tok=2)
+_QWEN2_MOE = _QWEN2 | dict(
+    model_type="qwen2_moe",
+    num_experts=8,
+    num_experts_per_tok=2,
+    moe_intermediate_size=48,
+    shared_expert_intermediate_size=80,
+    norm_topk_prob=False,
+)
+_QWEN3_MOE = _QWEN3 | dict(
+    model_type="qwen3_moe", num_experts=8, num_experts_per_tok=2, moe_intermediate_size=48, norm_topk_prob=True
+)
+_OLMOE = _LLAMA | dict(
+    model_type="olmoe", num_experts=8, num_experts_per_tok=2, intermediate_size=48, norm_topk_prob=False
+)
 _LONG = dict(max_position_embeddings=131072, head_dim=32)  # long wavelengths: a scaled RoPE must show
 
 FAMILIES: Mapping[str, Mapping[str, Any]] = {
@@ -54,7 +69,17 @@ FAMILIES: Mapping[str, Mapping[str, Any]] = {
     "qwen3": _QWEN3,
     "qwen3-tied": _QWEN3 | dict(tie_word_embeddings=True),
 }
-"""What distinguishes each family, in `config.json`'s words (transformers 5)."""
+"""What distinguishes each dense family, in `config.json`'s words (transformers 5)."""
+
+MOE_FAMILIES: Mapping[str, Mapping[str, Any]] = {
+    "mixtral": _MIXTRAL,
+    "qwen2-moe": _QWEN2_MOE,
+    "qwen3-moe": _QWEN3_MOE,
+    "qwen3-moe-dense-layers": _QWEN3_MOE | dict(mlp_only_layers=[2]),
+    "qwen3-moe-sparse-step": _QWEN3_MOE | dict(decoder_sparse_step=2),
+    "olmoe": _OLMOE,
+}
+"""The same of the families with a mixture of experts."""
 
 
 def make_model(
@@ -66,21 +91,27 @@ def make_model(
     max_shard_size: int | str = "5GB",
     weights: str = "safetensors",
     legacy_config: bool = False,
+    fused_experts: bool = False,
     **config_overrides: Any,
 ) -> Path:
-    """Write a random model of `family` (a key of `FAMILIES`) into `directory`, and return it; a seed decides the bytes.
+    """Write a random model of `family` into `directory`, and return it; a seed decides the bytes.
 
+    `family` is a key of `FAMILIES` or `MOE_FAMILIES`.
     `max_shard_size` is bytes or text such as "100KB". `weights` is "safetensors" or "bin" (`pytorch_model*.bin`).
     `legacy_config` rewrites `config.json` as transformers 4 wrote it (`rope_theta`, `rope_scaling`, `torch_dtype`).
+    `fused_experts` keeps each layer's experts as the two 3-D tensors that transformers 5 holds in memory; without it the
+    files have the per-expert names of the published models.
     `config_overrides` are fields of the model's config.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.for_model(**{**_SIZES, **FAMILIES[family], "dtype": dtype, **config_overrides})
+    config = AutoConfig.for_model(
+        **{**_SIZES, **{**FAMILIES, **MOE_FAMILIES}[family], "dtype": dtype, **config_overrides}
+    )
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     _randomise(model, seed)
     model.to(getattr(torch, dtype))
-    model.save_pretrained(directory, max_shard_size=max_shard_size)
+    model.save_pretrained(directory, max_shard_size=max_shard_size, save_original_format=not fused_experts)
     if weights == "bin":
         _safetensors_to_bin(directory)
     if legacy_config:
@@ -113,7 +144,8 @@ def hf_logits(directory: Path, tokens: torch.Tensor) -> torch.Tensor:
 def _randomise(model: torch.nn.Module, seed: int) -> None:
     """Give every parameter values that matter: untouched norms (1) and biases (0) would hide mistakes.
 
-    Queries and keys are larger than the rest, so that attention is far from uniform and a wrong RoPE or window shows.
+    Queries and keys are larger than the rest, so that attention is far from uniform and a wrong RoPE or window shows;
+    so are routers and gates, so that experts are chosen clearly, and biases.
     """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -121,7 +153,7 @@ def _randomise(model: torch.nn.Module, seed: int) -> None:
             noise = torch.randn(parameter.shape, generator=generator)
             if name.endswith("norm.weight"):
                 parameter.copy_(1 + 0.3 * noise)
-            elif name.endswith(".bias"):
+            elif name.endswith((".bias", "gate.weight")):
                 parameter.copy_(0.3 * noise)
             else:
                 parameter.copy_((0.2 if "q_proj" in name or "k_proj" in name else 0.05) * noise)
@@ -149,5 +181,7 @@ def _as_transformers_4(path: Path) -> None:
     config["rope_theta"] = rope.pop("rope_theta")
     config["rope_scaling"] = None if rope["rope_type"] == "default" else rope
     config["torch_dtype"] = config.pop("dtype")
+    if config["model_type"] == "qwen3_moe":
+        config["num_experts"] = config.pop("num_local_experts")
     config["transformers_version"] = "4.51.0"
     path.write_text(json.dumps(config, indent=2))

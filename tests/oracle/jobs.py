@@ -13,49 +13,59 @@ import torch
 import torch.distributed as dist
 
 from . import checkpoint
+from .checkpoint import Grid, Rank
 from .errors import OracleError
 
 Shard = tuple[int, torch.Tensor] | None
 """A tensor-parallel rank and its part of the logits; None where another rank already gives it."""
 
-_GRIDS: dict[tuple[int, int], dict[str, Any]] = {}
+_GRIDS: dict[Grid, dict[str, Any]] = {}
 _RANKS_OWN = {"rank", "local_rank"}  # arguments that rightly differ between the files of a checkpoint
 
 
-def read_logits(root: Path, tokens: torch.Tensor, impl: str | None, by_megatron: bool) -> Shard:
+def read_logits(
+    directory: Path,
+    tokens: torch.Tensor,
+    wanted: dict[str, int],
+    impl: str | None,
+    by_megatron: bool,
+    qk_norm_over_heads: bool,
+) -> Shard:
     """Load this rank's file into the model that its args describe, and run it."""
     from . import megatron
 
-    directory = checkpoint.iteration_directory(root)
-    tp_size, pp_size = checkpoint.parallel_sizes(directory)
-    tp_rank, pp_rank = _parallel(tp_size, pp_size)
-    path = checkpoint.rank_file(directory, tp_rank, pp_rank, pp_size)
+    allowed = _megatron_globals() if by_megatron else ()
+    grid = checkpoint.read_grid(directory, allowed)
+    if grid != grid._replace(**wanted):
+        raise OracleError(f"{directory} holds {grid}, not {wanted}")
+    mine = _parallel(grid)
+    path = checkpoint.rank_file(directory, grid, mine)
     content: dict[str, Any] = {}
     try:
-        content = checkpoint.load_rank(path, _megatron_globals() if by_megatron else ())
-        problems = checkpoint.check_rank(content, path, tp_size, pp_size)
+        content = checkpoint.load_rank(path, allowed)
+        problems = checkpoint.check_rank(content, path, grid)
     except OracleError as error:
         problems = [str(error)]
     _agree(problems)
     _agree(_different_args(content["args"]))
-    model = megatron.build(content["args"], impl)
+    model = megatron.build(content["args"], impl, qk_norm_over_heads)
     problem = megatron.load(model, content["model"], str(path))
     _agree([problem] if problem else [])
+    _agree(_different_copies(megatron.fingerprints(model)))
     return _shard(megatron.logits(model, tokens))
 
 
 def write_and_run(root: Path, args: Namespace, seed: int, iteration: int, tokens: torch.Tensor) -> Shard:
     """Build random modules, save them as Megatron-LM's `save_checkpoint` does, and run them."""
-    from megatron.core import parallel_state
-
     from . import megatron
 
-    pp_size = args.pipeline_model_parallel_size
-    tp_rank, pp_rank = _parallel(args.tensor_model_parallel_size, pp_size)
+    grid = Grid.of(args)
+    checkpoint.check_grid(grid)
+    mine = _parallel(grid)
     model = megatron.build(args)
     megatron.randomise(model, seed, args.params_dtype)
-    if parallel_state.get_data_parallel_rank() == 0:
-        path = checkpoint.rank_file(root / f"iter_{iteration:07d}", tp_rank, pp_rank, pp_size)
+    path = checkpoint.rank_file(root / f"iter_{iteration:07d}", grid, mine)
+    if _gather(path).index(path) == dist.get_rank():  # the first of those that hold the same
         path.parent.mkdir(parents=True)
         torch.save(_rank_content(model, args, iteration), path)
     dist.barrier()
@@ -74,7 +84,7 @@ def _rank_content(model: torch.nn.Module, args: Namespace, iteration: int) -> di
     state = model.state_dict()
     for key, value in state.items():
         if isinstance(value, torch.Tensor) and value.is_floating_point():
-            state[key] = value.to(args.params_dtype)
+            state[key] = value.to(checkpoint.stored_dtype(key, args.params_dtype))
     return {
         "args": args,
         "checkpoint_version": 3.0,
@@ -84,23 +94,35 @@ def _rank_content(model: torch.nn.Module, args: Namespace, iteration: int) -> di
     }
 
 
-def _parallel(tp_size: int, pp_size: int) -> tuple[int, int]:
-    """Cut the pool's processes into this grid; this process's tensor- and pipeline-parallel rank.
+def _parallel(grid: Grid) -> Rank:
+    """Cut the pool's processes into this grid; this process's rank in it.
 
     megatron keeps its groups in module variables. They are kept per grid and put back: groups made anew for each job
     would be threads and sockets that nothing frees.
     """
     from megatron.core import parallel_state
 
-    if dist.get_world_size() % (tp_size * pp_size):
-        raise OracleError(f"TP {tp_size} x PP {pp_size} does not fit {dist.get_world_size()} processes")
-    if (tp_size, pp_size) not in _GRIDS:
+    world = dist.get_world_size()
+    if world % (grid.tp * grid.pp) or world % (grid.etp * grid.ep * grid.pp):
+        raise OracleError(f"{grid} does not fit {world} processes")
+    if grid not in _GRIDS:
         parallel_state.destroy_model_parallel()
-        parallel_state.initialize_model_parallel(tp_size, pp_size, create_gloo_process_groups=False)
+        parallel_state.initialize_model_parallel(
+            grid.tp,
+            grid.pp,
+            expert_model_parallel_size=grid.ep,
+            expert_tensor_parallel_size=grid.etp,
+            create_gloo_process_groups=False,
+        )
         state = {name: value for name, value in vars(parallel_state).items() if re.fullmatch("_[A-Z_]+", name)}
-        _GRIDS[tp_size, pp_size] = state
-    vars(parallel_state).update(_GRIDS[tp_size, pp_size])
-    return parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_pipeline_model_parallel_rank()
+        _GRIDS[grid] = state
+    vars(parallel_state).update(_GRIDS[grid])
+    return Rank(
+        parallel_state.get_tensor_model_parallel_rank(),
+        parallel_state.get_pipeline_model_parallel_rank(),
+        parallel_state.get_expert_model_parallel_rank(),
+        parallel_state.get_expert_tensor_parallel_rank(),
+    )
 
 
 def _shard(logits: torch.Tensor | None) -> Shard:
@@ -122,6 +144,14 @@ def _different_args(args: Namespace) -> list[str]:
     everyone = _gather({name: value for name, value in vars(args).items() if name not in _RANKS_OWN})
     names = {name for each in everyone for name in each if each.get(name) != everyone[0].get(name)}
     return [f"args differ between ranks: {', '.join(sorted(names))}"] if names else []
+
+
+def _different_copies(fingerprints: list[tuple[str, tuple[int, ...], int]]) -> list[str]:
+    """Parameters that ranks hold in common and that differ; logits come from one copy, so they would not tell."""
+    first: dict[tuple[str, tuple[int, ...]], int] = {}
+    everything = [entry for each in _gather(fingerprints) for entry in each]
+    names = {name for name, part, crc in everything if first.setdefault((name, part), crc) != crc}
+    return [f"ranks that share {name} hold different values" for name in sorted(names)]
 
 
 def _agree(problems: Sequence[str]) -> None:

@@ -44,21 +44,24 @@ class MegatronPool:
         *,
         tp: int | None = None,
         pp: int | None = None,
+        ep: int | None = None,
+        etp: int | None = None,
         impl: str | None = None,
         by_megatron: bool = False,
+        qk_norm_over_heads: bool = False,
     ) -> torch.Tensor:
         """float32 [B, S, padded vocabulary] of the checkpoint in `root` for long [B, S] tokens.
 
-        The model is built from the checkpoint's args alone and loaded strictly. `tp` and `pp` are what the folder
-        should hold. `impl` overrides `args.transformer_impl`, as the user's `--transformer-impl` does. `by_megatron`
+        The model is built from the checkpoint's args alone and loaded strictly. `tp`, `pp`, `ep` and `etp` are what
+        the folder should hold. `impl` overrides `args.transformer_impl`, as the user's `--transformer-impl` does. `by_megatron`
         allows the enums that Megatron-LM stores in args; otherwise a file may hold Namespace and tensors alone.
-        Raises OracleError with every missing, unexpected or misshapen key.
+        `qk_norm_over_heads` builds OLMoE's attention, which megatron-core lacks.
+        Raises OracleError with every missing, unexpected or misshapen key, and every tensor whose copies in several
+        ranks' files differ.
         """
-        found = checkpoint.parallel_sizes(checkpoint.iteration_directory(root))
-        wanted = (tp or found[0], pp or found[1])
-        if found != wanted:
-            raise OracleError(f"{root} holds TP {found[0]} PP {found[1]}, not TP {wanted[0]} PP {wanted[1]}")
-        return _joined(self.run(jobs.read_logits, root, tokens, impl, by_megatron))
+        directory = checkpoint.iteration_directory(root)
+        wanted = {name: size for name, size in (("tp", tp), ("pp", pp), ("ep", ep), ("etp", etp)) if size}
+        return _joined(self.run(jobs.read_logits, directory, tokens, wanted, impl, by_megatron, qk_norm_over_heads))
 
     def run(self, job: Callable[..., T], *args: Any) -> list[T]:
         """What `job(*args)` returns on each rank; `job` is a module's function. Raises OracleError if a rank fails."""

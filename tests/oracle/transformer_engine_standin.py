@@ -2,8 +2,8 @@
 
 megatron-core's own wrapper classes (`megatron/core/extensions/transformer_engine.py`, 0.16) are used unchanged; they
 subclass the ones here. Constructor arguments and state-dict names (`weight`, `bias`, `layer_norm_weight`,
-`layer_norm_bias`, `_extra_state`) are those of Transformer Engine 2. Arguments about fp8, overlap and random state are
-accepted and mean nothing on a CPU. Later modules (grouped linear for experts) are added to `_PYTORCH`.
+`layer_norm_bias`, `weight0` … of grouped experts, `_extra_state`) are those of Transformer Engine 2. Arguments about
+fp8, overlap and random state are accepted and mean nothing on a CPU.
 """
 
 from __future__ import annotations
@@ -185,7 +185,36 @@ class DotProductAttention(_ExtraState):
 
 
 class GroupedLinear(_ExtraState):
-    """Not needed by dense models; megatron-core subclasses it when it is imported."""
+    """One linear layer for each of `num_gemms` experts, `weight0`, `weight1`, …, each applied to its own rows.
+
+    megatron-core gives features already cut over the tensor-parallel group, except where that group is this rank alone.
+    """
+
+    def __init__(
+        self,
+        num_gemms: int,
+        in_features: int,
+        out_features: int,
+        *,
+        bias: bool = True,
+        tp_size: int = 1,
+        params_dtype: torch.dtype = torch.float32,
+        **_: Any,
+    ):
+        super().__init__()
+        if bias or tp_size > 1:
+            raise NotImplementedError("the stand-in's grouped linear has no bias and no tensor parallelism of its own")
+        self.num_gemms = num_gemms
+        for gemm in range(num_gemms):
+            weight = torch.zeros(out_features, in_features, dtype=params_dtype)
+            self.register_parameter(f"weight{gemm}", torch.nn.Parameter(weight))
+
+    def init_fp8_metadata(self, num_gemms: int = 1) -> None:
+        """megatron-core calls it before a load; fp8 is off."""
+
+    def forward(self, x: torch.Tensor, m_splits: list[int], is_first_microbatch: bool | None = None) -> torch.Tensor:
+        parts = x.split(m_splits)
+        return torch.cat([F.linear(part, getattr(self, f"weight{gemm}")) for gemm, part in enumerate(parts)])
 
 
 def _normalise(
