@@ -378,7 +378,7 @@ SPOILT: dict[str, tuple[Callable[[Messages], object], str]] = {
     "done too early": (lambda messages: messages.insert(4, "done"), "'done'"),
     "more than the model has": (lambda messages: messages.insert(-2, {"name": "pooler"}), "'pooler'"),
     "another kind of model": (lambda messages: setattr(messages[0], "model_type", "BERT"), "BERT"),
-    "experts": (lambda messages: setattr(messages[0], "num_experts", 8), "experts"),
+    "experts without a router": (lambda messages: setattr(messages[0], "num_experts", 8), "router weight"),
     "norms with bias": (lambda messages: setattr(messages[0], "norm_has_bias", True), "bias"),
     "no arguments": (lambda messages: delattr(messages[0], "checkpoint_args"), "checkpoint_args"),
     "no metadata": (lambda messages: messages.pop(0), "metadata"),
