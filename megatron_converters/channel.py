@@ -11,7 +11,7 @@ import time
 from contextlib import suppress
 from typing import Any
 
-from .errors import ConversionError, UsageError
+from .errors import ConversionError, Stopped, UsageError
 from .progress import Progress
 
 #: Seconds that a partner which does not read is given.
@@ -87,7 +87,7 @@ def check_loader() -> None:
     """Raise if the process that started this one is gone."""
     parent = multiprocessing.parent_process()
     if parent is not None and not parent.is_alive():
-        raise ConversionError("the loader ended before its model was saved; nothing was saved")
+        raise Stopped("the loader ended before its model was saved; nothing was saved")
 
 
 _LOADER_GONE = "the loader ended before it had sent the whole model; nothing was saved"
@@ -111,9 +111,9 @@ def receive(queue: Any) -> Any:
         except queues.Empty:
             if parent is None or parent.is_alive():
                 continue
-            raise ConversionError(_LOADER_GONE) from None
+            raise Stopped(_LOADER_GONE) from None
         except (EOFError, OSError) as error:
-            raise ConversionError(_LOADER_GONE) from error
+            raise Stopped(_LOADER_GONE) from error
         if isinstance(message, str) and message == "exit":
             raise ConversionError("the loader stopped; see its message above. Nothing was saved")
         return message

@@ -6,8 +6,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from .conversion import convert
 from .dtypes import dtype_named
-from .endpoints.base import convert
 from .errors import ConversionError, Interrupted
 from .options import add_checkpoint_arguments, add_hf_target_arguments, open_checkpoint, open_hf_target
 from .plugins import add_common_arguments, fail, say
@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             args,
             f"loading {source.origin.described} ({source.spec.family}, tp={source.parallel.tp}, pp={source.parallel.pp})",
         )
-        for line in convert(source, open_hf_target(args), dtype, make_progress(args.quiet)):
+        for line in convert(source, open_hf_target(args), dtype, make_progress(args.quiet), restart=args.restart):
             say(args, line)
     except ConversionError as error:
         fail("convert_mlm_to_hf_checkpoint", error)

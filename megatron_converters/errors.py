@@ -12,6 +12,8 @@ class ConversionError(Exception):
     """
 
     exit_code = 1
+    #: What follows the message, where more is known of how to go on.
+    hint = ""
 
 
 class UsageError(ConversionError):
@@ -24,7 +26,15 @@ class Unclear(ConversionError):
     """A source does not say something that a reference can say."""
 
 
-class Interrupted(ConversionError):
+class Stopped(ConversionError):
+    """Something outside ended the run. What is finished is kept, since the same command can go on from there."""
+
+
+class DiskError(Stopped):
+    """The disk is full or fails."""
+
+
+class Interrupted(Stopped):
     """The user stopped the run (exit code as shells give it for SIGINT)."""
 
     exit_code = 130

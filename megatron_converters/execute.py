@@ -1,14 +1,16 @@
-"""Run a plan: fill each target tensor a chunk at a time from views of its sources, and compare copies that must agree.
+"""Fill each target tensor a chunk at a time from views of its sources, and compare copies that must agree.
 
-Memory is one buffer a thread, whatever the model's size. Threads help since copying, checksums and writing release the GIL.
+Memory is one buffer a lane, whatever the model's size. A file belongs to one lane, since two threads that write into one file
+wait for each other; lanes help since copying, checksums and writing release the interpreter.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import os
+import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
@@ -18,29 +20,21 @@ import numpy.typing as npt
 from .dtypes import DType, cast
 from .errors import ConversionError
 from .layouts import RowMap, runs
-from .plan import Gather, Piece, Planner, as_matrix
+from .outline import Fill
+from .plan import Gather, Piece, Planner, Sources, as_matrix
+from .slots import Ref
+from .spec import ModelSpec
 from .storage.output import OutputFile
 
 #: Bytes gathered and written at a time: large enough to amortise calls, small enough to stay in a core's cache.
 CHUNK_BYTES = 1 << 20
 #: Chunks with more runs than this are gathered by index instead of run by run.
 _MAX_RUNS = 32
-_THREADS = 2
-_QUEUED = 64
+_MAX_LANES = 4
+#: Fills that may wait in a lane: enough to reach beyond one file of a few GB, so that other lanes find theirs.
+_AHEAD = 1024
 
 Array = npt.NDArray[Any]
-
-
-@dataclass(frozen=True, eq=False)
-class Target:
-    """A tensor to fill: its place in a laid-out file, and the slot's row of each of its rows (padding resolved)."""
-
-    file: OutputFile
-    name: str
-    dtype: DType
-    shape: tuple[int, ...]
-    rows: RowMap
-    col: int
 
 
 def gather_chunks(gathers: Sequence[Gather], shape: tuple[int, int], dtype: DType) -> Iterator[tuple[int, Array]]:
@@ -57,6 +51,32 @@ def gather_chunks(gathers: Sequence[Gather], shape: tuple[int, int], dtype: DTyp
             for gather, source in sources:
                 _place(direct[:, gather.target_cols], dtype, source[:, gather.source_cols], gather, start, stop)
         yield start, direct
+
+
+def transposed_chunks(gathers: Sequence[Gather], shape: tuple[int, int], dtype: DType) -> Iterator[tuple[int, Array]]:
+    """As `gather_chunks` for the transposed target: (first column, array [columns, rows]); `shape` is not transposed."""
+    rows, cols = shape
+    step = max(1, CHUNK_BYTES // (rows * dtype.itemsize))
+    for start in range(0, cols, step):
+        stop = min(start + step, cols)
+        some = [part for gather in gathers for part in _columns(gather, start, stop)]
+        result = np.empty((rows, stop - start), dtype.carrier)
+        for first, chunk in gather_chunks(some, result.shape, dtype):
+            result[first : first + chunk.shape[0]] = chunk
+        yield start, np.ascontiguousarray(result.T)
+
+
+def _columns(gather: Gather, start: int, stop: int) -> Iterator[Gather]:
+    """What a gather gives to the target's columns from `start` to `stop`."""
+    left, right = max(start, gather.target_cols.start), min(stop, gather.target_cols.stop)
+    if left < right:
+        shift = gather.source_cols.start - gather.target_cols.start
+        yield dataclasses.replace(
+            gather,
+            source_cols=slice(left + shift, right + shift),
+            target_cols=slice(left - start, right - start),
+            whole_width=False,
+        )
 
 
 def _matrix(piece: Piece) -> Array:
@@ -114,71 +134,107 @@ def materialise(planner: Planner, pieces: Sequence[Piece], shape: tuple[int, ...
     return result.reshape(shape)
 
 
-@dataclass
-class Executor:
-    """Fills targets on a few threads. `progress(bytes)` is called from them as bytes are written.
+def _default_lanes() -> int:
+    # A job may be given fewer CPUs than the machine has.
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(_MAX_LANES, cpus)
 
-    The first failure stops the rest and is raised by the next `fill` or by `finish`.
+
+class Executor:
+    """Fills and compares in a few lanes. `progress(bytes)` is called from them as bytes are written, `filled(file)` when all
+    tensors of a file are.
+
+    The first failure stops the rest and is raised by the next `fill` or `compare` or by `finish`.
     """
 
-    progress: Callable[[int], None] = lambda _: None
-    planner: Planner = field(default_factory=Planner)
-
-    def __post_init__(self) -> None:
-        self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="fill")
-        self._room = threading.Semaphore(_QUEUED)
-        self._futures: list[Future[None]] = []
+    def __init__(
+        self,
+        progress: Callable[[int], None] = lambda _: None,
+        filled: Callable[[OutputFile], None] = lambda _: None,
+        lanes: int | None = None,
+    ) -> None:
+        self.planner = Planner()
+        self._progress, self._filled = progress, filled
         self._stop = threading.Event()
+        self._failure: BaseException | None = None
+        self._lock = threading.Lock()
+        self._lane_of: dict[OutputFile, int] = {}
+        self._lanes = [queue.Queue[Callable[[], None] | None](_AHEAD) for _ in range(lanes or _default_lanes())]
+        self._threads = [threading.Thread(target=self._serve, args=(lane,), daemon=True) for lane in self._lanes]
+        for thread in self._threads:
+            thread.start()
 
-    def fill(self, target: Target, pieces: Sequence[Piece]) -> None:
-        """Queue one tensor; waits while many are queued."""
-        gathers = self.planner.compose(target.rows, target.col, as_matrix(target.shape)[1], pieces)
-        self._submit(self._fill, target, gathers)
+    def check(self, ref: Ref, spec: ModelSpec, sources: Sources, *, replicas: bool = True) -> None:
+        """Raise unless the pieces cover the slot once; queue the comparison of the copies that must agree with them."""
+        self.planner.check_cover(ref, spec, sources)
+        for replica in sources.replicas if replicas else ():
+            self.compare(replica, sources.pieces, str(ref))
+
+    def plan(self, fill: Fill, pieces: Sequence[Piece]) -> list[Gather]:
+        """What each piece gives to one tensor, or to a part of it."""
+        return self.planner.compose(fill.rows, fill.col, as_matrix(fill.shape)[1], pieces)
+
+    def fill(self, file: OutputFile, fill: Fill, gathers: Sequence[Gather]) -> None:
+        """Queue one tensor of `file`, or a part of it. Waits while many are queued."""
+        lane = self._lane_of.setdefault(file, len(self._lane_of) % len(self._lanes))
+        self._submit(lane, lambda: self._fill(file, fill, gathers))
 
     def compare(self, replica: Piece, pieces: Sequence[Piece], what: str) -> None:
         """Queue a check that a further copy of a tensor equals the pieces, bit for bit."""
         gathers = self.planner.compose(replica.rows, replica.col, replica.cols, pieces)
-        self._submit(self._compare, replica, gathers, what)
+        # Of lanes with equal queues the last: it is the least likely to be filling a file.
+        shortest = min(reversed(range(len(self._lanes))), key=lambda lane: self._lanes[lane].qsize())
+        self._submit(shortest, lambda: self._compare(replica, gathers, what))
 
     def finish(self) -> None:
         """Wait for all that is queued; raise the first failure."""
-        self._pool.shutdown(wait=True)
-        self._raise_failure(self._futures)
+        self._end()
+        self._raise_failure()
 
     def cancel(self) -> None:
         """Stop as soon as the chunks in flight are done; raises nothing."""
         self._stop.set()
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._end()
 
-    def _submit(self, function: Callable[..., None], *args: Any) -> None:
-        self._room.acquire()
-        future = self._pool.submit(self._run, function, *args)
-        future.add_done_callback(lambda _: self._room.release())
-        done = [future for future in self._futures if future.done()]
-        self._raise_failure(done)
-        self._futures = [*(future for future in self._futures if future not in done), future]
+    def _end(self) -> None:
+        for lane, thread in zip(self._lanes, self._threads, strict=True):
+            if thread.is_alive():
+                lane.put(None)
+        for thread in self._threads:
+            thread.join()
 
-    def _run(self, function: Callable[..., None], *args: Any) -> None:
+    def _submit(self, lane: int, task: Callable[[], None]) -> None:
+        self._raise_failure()
+        self._lanes[lane].put(task)
+
+    def _raise_failure(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+
+    def _serve(self, lane: queue.Queue[Callable[[], None] | None]) -> None:
+        while (task := lane.get()) is not None:
+            if not self._stop.is_set():  # else all that is queued would be thrown away
+                self._run(task)
+
+    def _run(self, task: Callable[[], None]) -> None:
         try:
-            function(*args)
-        except BaseException:
-            self._stop.set()  # all that is queued would be thrown away
-            raise
+            task()
+        except BaseException as error:  # noqa: BLE001 - raised again where the executor is used
+            with self._lock:
+                self._failure = self._failure or error
+            self._stop.set()
 
-    @staticmethod
-    def _raise_failure(futures: Sequence[Future[None]]) -> None:
-        for future in futures:
-            if not future.cancelled():
-                future.result()
-
-    def _fill(self, target: Target, gathers: Sequence[Gather]) -> None:
-        shape = as_matrix(target.shape)
-        row_bytes = shape[1] * target.dtype.itemsize
-        for start, chunk in gather_chunks(gathers, shape, target.dtype):
+    def _fill(self, file: OutputFile, fill: Fill, gathers: Sequence[Gather]) -> None:
+        shape = as_matrix(fill.shape)
+        chunks = transposed_chunks if fill.transposed else gather_chunks
+        line_bytes = shape[0 if fill.transposed else 1] * fill.dtype.itemsize
+        for line, chunk in chunks(gathers, shape, fill.dtype):
             if self._stop.is_set():
                 return
-            target.file.write(target.name, start * row_bytes, chunk)
-            self.progress(chunk.nbytes)
+            file.write(fill.name, fill.start + line * line_bytes, chunk)
+            self._progress(chunk.nbytes)
+        if file.filled:
+            self._filled(file)
 
     def _compare(self, replica: Piece, gathers: Sequence[Gather], what: str) -> None:
         stored = _matrix(replica)

@@ -12,6 +12,7 @@ from typing import Any
 
 from .dtypes import DType
 from .errors import ConversionError, Unclear
+from .megatron_names import STACKED
 from .parallel import Parallel
 from .spec import ModelSpec, RopeScaling, number
 
@@ -157,7 +158,8 @@ def expert_args(spec: ModelSpec, parallel: Parallel, expert_layout: str) -> dict
         "moe_shared_expert_intermediate_size": spec.shared_ffn_hidden_size or None,
         "moe_shared_expert_gate": spec.shared_gate,
         "moe_layer_freq": 1 if all(moe) else moe,
-        "moe_grouped_gemm": expert_layout == "grouped",
+        "moe_grouped_gemm": expert_layout in ("grouped", STACKED),
+        "moe_use_legacy_grouped_gemm": expert_layout == STACKED,
         "moe_dynamic_hpu": expert_layout == "dynamic",
         "moe_token_dispatcher_type": "alltoall",
         # Megatron-LM trains experts with tensor parallelism only together with sequence parallelism.
@@ -317,6 +319,7 @@ def flags(spec: ModelSpec, args: Mapping[str, Any]) -> list[str]:
     }
     window = args["window_size"]
     expert_flags = {
+        "--moe-use-legacy-grouped-gemm": args.get("moe_use_legacy_grouped_gemm"),
         "--moe-shared-expert-gate": spec.shared_gate,
         "--moe-aux-loss-coeff": spec.moe_aux_loss_coeff or None,
         "--expert-tensor-parallel-size": args["expert_tensor_parallel_size"],

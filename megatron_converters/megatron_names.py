@@ -44,6 +44,9 @@ TRANSFORMER_ENGINE = {
 }
 DIALECTS = {"local": LOCAL, "transformer_engine": TRANSFORMER_ENGINE}
 
+#: Megatron-LM's older grouped experts (`GroupedMLP` up to core_v0.18): one tensor for all of a rank. It is the experts'
+#: transposed matrices one after the other, under the shapes [hidden, experts * rows] and [experts * columns, hidden].
+STACKED = "stacked"
 #: Names of experts by layout: `{expert}` is the number on the rank, `{global_expert}` that in the model. Sequential and
 #: grouped are Megatron-LM's (core/transformer/moe/experts.py), dynamic is Habana's.
 EXPERTS = {
@@ -59,11 +62,8 @@ EXPERTS = {
         "expert_fc1": _MLP + "experts.local_expert_{global_expert}_linear_fc1_weight",
         "expert_fc2": _MLP + "experts.local_expert_{global_expert}_linear_fc2_weight",
     },
+    STACKED: {"expert_fc1": _MLP + "experts.weight1", "expert_fc2": _MLP + "experts.weight2"},
 }
-
-#: Megatron-LM's older grouped experts, one tensor for all of a rank (`GroupedMLP` up to core_v0.18); read only. It is the
-#: experts' transposed matrices one after the other, under the shapes [hidden, experts * rows] and [experts * columns, hidden].
-STACKED_EXPERTS = {"expert_fc1": _MLP + "experts.weight1", "expert_fc2": _MLP + "experts.weight2"}
 
 _ATTENTION_LINEARS = (_ATTENTION + "linear_proj", _ATTENTION + "linear_qkv")
 _MLP_LINEARS = (_MLP + "linear_fc1", _MLP + "linear_fc2")
@@ -77,12 +77,13 @@ _EXPERT_LINEARS = {
     ),
     "grouped": (_MLP + "experts.linear_fc1", _MLP + "experts.linear_fc2"),
     "dynamic": (),
+    STACKED: (),
 }
 
 
 def keys(slot: str, layer: int | None, expert: int | None, global_expert: int | None) -> tuple[str, ...]:
     """Every key that a slot may have in a checkpoint: `layer` and `expert` are numbers on the rank."""
-    tables = [*EXPERTS.values(), STACKED_EXPERTS] if slot in STACKED_EXPERTS else DIALECTS.values()
+    tables = EXPERTS.values() if slot in EXPERTS[STACKED] else DIALECTS.values()
     numbers = {"layer": layer, "expert": expert, "global_expert": global_expert}
     return tuple(dict.fromkeys(table[slot].format(**numbers) for table in tables))
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .endpoints.hf_source import HFSource
-from .endpoints.hf_target import HFOptions, HFTarget
+from .endpoints.hf_target import FUSED, SEPARATE, HFOptions, HFTarget
 from .endpoints.megatron_source import MegatronReadOptions, MegatronSource
 from .endpoints.megatron_target import MegatronOptions, MegatronTarget
 from .endpoints.meta_source import MetaSource
@@ -235,7 +235,8 @@ def add_megatron_target_arguments(parser: Any) -> None:
         "--expert-layout",
         choices=sorted(EXPERTS),
         default=None,
-        help="How experts are stored: grouped (default with transformer_engine), sequential (with local), dynamic (Habana).",
+        help="How experts are stored: grouped (default with transformer_engine), sequential (with local), stacked (weight1 and "
+        "weight2 of older Megatron-LM), dynamic (Habana).",
     )
     add_argument(
         parser,
@@ -304,6 +305,13 @@ def add_hf_target_arguments(parser: Any) -> None:
     )
     add_argument(
         parser,
+        "--expert-layout",
+        choices=[SEPARATE, FUSED],
+        default=SEPARATE,
+        help="Experts as separate tensors, as in published models, or fused as transformers 5 holds them in memory.",
+    )
+    add_argument(
+        parser,
         "--source-model-type",
         default=None,
         choices=["llama2", "llama3", "llama3.1", "mixtral"],
@@ -319,5 +327,6 @@ def open_hf_target(args: argparse.Namespace) -> HFTarget:
         tokenizer=args.tokenizer_model,
         instruct=args.instruct,
         source_model_type=args.source_model_type,
+        expert_layout=args.expert_layout,
     )
     return HFTarget(Path(args.save_dir), options)

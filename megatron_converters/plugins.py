@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from .channel import Watched, check_exit, tell
+from .conversion import convert, stream
 from .dtypes import DType, dtype_named
-from .endpoints.base import Source, Target, convert
+from .endpoints.base import Source, Target
 from .endpoints.queue_names import EXIT
 from .endpoints.queue_source import QueueSource
 from .endpoints.queue_target import QueueTarget
 from .errors import ConversionError, Interrupted, UsageError
-from .progress import Silent, make_progress
+from .progress import make_progress
 
 
 def add_argument(parser: Any, *names: str, **options: Any) -> None:
@@ -35,6 +36,12 @@ def add_common_arguments(parser: Any) -> None:
     """Options that either side reads and stock convert.py lacks."""
     add_argument(parser, "--quiet", action="store_true", help="Print errors and warnings only.")
     add_argument(parser, "--overwrite", action="store_true", help="Replace a model or checkpoint in --save-dir.")
+    add_argument(
+        parser,
+        "--restart",
+        action="store_true",
+        help="Throw away what an interrupted run has finished, instead of going on from it.",
+    )
     add_argument(
         parser,
         "--megatron-path",
@@ -62,7 +69,7 @@ def run_loader(queue: Any, args: argparse.Namespace, open_source: Callable[[], S
         target = QueueTarget(
             queue, model_type=args.model_type, divisor=getattr(args, "make_vocab_size_divisible_by", None)
         )
-        convert(source, target, wanted_dtype_of(args), Silent())
+        stream(source, target, wanted_dtype_of(args))
         for saver in savers:  # Megatron-LM's own convert.py ends with 0 whatever becomes of its saver
             check_exit(saver)
     except ConversionError as error:
@@ -81,7 +88,7 @@ def run_saver(queue: Any, args: argparse.Namespace, open_target: Callable[[], Ta
     try:
         source = QueueSource(queue, checking=getattr(args, "checking", True))
         progress = Watched(make_progress(getattr(args, "quiet", False)))
-        for line in convert(source, open_target(), None, progress):
+        for line in convert(source, open_target(), None, progress, restart=getattr(args, "restart", False)):
             say(args, line)
     except ConversionError as error:
         fail("saver", error)
@@ -100,7 +107,7 @@ def say(args: argparse.Namespace, line: str) -> None:
 
 def fail(who: str, error: ConversionError) -> None:
     """Say why, without a traceback, and exit with the error's code."""
-    sys.stderr.write(f"{who}: error: {error}\n")
+    sys.stderr.write(f"{who}: error: {error}{error.hint}\n")
     sys.stderr.flush()
     raise SystemExit(error.exit_code)
 

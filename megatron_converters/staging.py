@@ -1,4 +1,8 @@
-"""Write under another name, show when complete: a killed or failed run never looks like a finished one."""
+"""Write under another name, show when complete: a killed or failed run never looks like a finished one, and can go on.
+
+SAVE_DIR/.NAME.incomplete/files/     what will be shown, under its final names
+SAVE_DIR/.NAME.incomplete/state/     what the run is, and which files are finished (`journal.py`)
+"""
 
 from __future__ import annotations
 
@@ -12,11 +16,17 @@ from .errors import ConversionError
 
 
 class Staging:
-    """A hidden folder beside the final place, locked, so that two runs never write into one."""
+    """A hidden folder beside the final place; locked by the process that leads, so that two runs never write into one."""
 
     def __init__(self, save_dir: Path, name: str) -> None:
-        """An empty folder; what a killed run left in it is removed. Raises if a living run holds it."""
+        """Only says where; `open` makes it."""
         self.path = save_dir / f".{name}.incomplete"
+        self.files = self.path / "files"
+        self.state = self.path / "state"
+        self._lock = -1
+
+    def open(self) -> None:
+        """Make the folder if there is none, and lock it. Raises if a living run holds it."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(self.path, os.O_RDONLY)
@@ -27,12 +37,35 @@ class Staging:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            os.close(self._lock)
+            self._unlock()
             raise ConversionError(
                 f"another conversion is writing to {self.path}; wait for it or save elsewhere"
             ) from None
+        if not self.path.exists():  # a run that held the lock until now has ended and taken the folder away
+            self._unlock()
+            self.open()
+
+    @property
+    def held(self) -> bool:
+        """Whether this process has opened the folder and not left it."""
+        return self._lock >= 0
+
+    def empty(self) -> None:
+        """Remove what an earlier run left, and make the two folders."""
         for entry in self.path.iterdir():
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        self.files.mkdir()
+        self.state.mkdir()
+
+    def keep_only(self, finished: Sequence[str]) -> None:
+        """Remove all files but those of these paths: what is not finished is written anew."""
+        kept = {self.files / path for path in finished}
+        for path in [path for path in self.files.rglob("*") if path.is_file() and path not in kept]:
+            path.unlink()
+
+    def leave(self) -> None:
+        """Let another run have the folder, and go on from it."""
+        self._unlock()
 
     def discard(self) -> None:
         """Remove the folder; nothing if it is gone."""
@@ -40,22 +73,25 @@ class Staging:
         self._unlock()
 
     def move_to(self, final: Path) -> None:
-        """Show the folder under its final name, in one step; an older one there is removed first."""
+        """Show the files as a folder of their own, in one step; what was there before is removed afterwards.
+
+        Nothing if an interrupted run has shown them already.
+        """
+        if not self.files.exists():
+            return
+        old = self.path / "replaced"
         if final.exists():
-            shutil.rmtree(final)
-        os.replace(self.path, final)
+            os.replace(final, old)
+        os.replace(self.files, final)
         sync_folder(final.parent)
-        self._unlock()
 
     def move_into(self, final: Path, last: Sequence[str]) -> None:
-        """Move the entries into an existing folder, those named `last` at the end, and remove this one."""
-        for name in sorted(os.listdir(self.path), key=lambda name: (name in last, name)):
+        """Move the files into an existing folder, those named `last` at the end."""
+        for name in sorted(os.listdir(self.files), key=lambda name: (name in last, name)):
             if (final / name).is_dir():
                 shutil.rmtree(final / name)
-            os.replace(self.path / name, final / name)
-        self.path.rmdir()
+            os.replace(self.files / name, final / name)
         sync_folder(final)
-        self._unlock()
 
     def _unlock(self) -> None:
         lock, self._lock = self._lock, -1
@@ -63,24 +99,22 @@ class Staging:
             os.close(lock)
 
 
-def opened(staging: Staging | None) -> Staging:
-    """The staging of a target that was prepared."""
-    if staging is None:
-        raise RuntimeError("prepare comes before commit")
-    return staging
-
-
 def check_space(folder: Path, needed: int) -> None:
     """Raise if the file system of `folder` (or its nearest parent that exists) has fewer than `needed` bytes free."""
-    existing = folder
-    while not existing.exists():
-        existing = existing.parent
-    status = os.statvfs(existing)
-    free = status.f_bavail * status.f_frsize
+    free = free_space(folder)
     if needed > free:
         raise ConversionError(
             f"{folder} needs {needed / 1e9:.2f} GB, but its file system has {free / 1e9:.2f} GB free; make room or save elsewhere"
         )
+
+
+def free_space(folder: Path) -> int:
+    """Bytes free for this user on the file system of `folder` or its nearest parent that exists."""
+    existing = folder.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    status = os.statvfs(existing)
+    return status.f_bavail * status.f_frsize
 
 
 def sync_folder(folder: Path) -> None:

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from megatron_converters.conversion import convert
 from megatron_converters.dtypes import DType
-from megatron_converters.endpoints.base import Source, Target, convert
+from megatron_converters.endpoints.base import Source, Target
 from megatron_converters.endpoints.hf_source import HFSource
 from megatron_converters.endpoints.hf_target import HFOptions, HFTarget
 from megatron_converters.endpoints.megatron_source import MegatronReadOptions, MegatronSource

@@ -599,7 +599,13 @@ def test_overwriting_a_model_leaves_nothing_of_it(meg: Path, sharded: Path) -> N
     options = ("--load-path", meg, "--save-path", target, "--target-params-dtype", "bf16", "--overwrite")
     succeeded(convert_back(*options))
     names = sorted(path.name for path in target.iterdir())
-    mine = ["config.json", "generation_config.json", "model.safetensors", "source_megatron_args.json"]
+    mine = [
+        "config.json",
+        "conversion.json",
+        "generation_config.json",
+        "model.safetensors",
+        "source_megatron_args.json",
+    ]
     assert names == ["README.md", *mine]
     generation = (target / "generation_config.json").read_text()
     assert json.loads(generation) == json.loads((sharded / "generation_config.json").read_text())
@@ -714,7 +720,7 @@ STAGES = {
     "first bytes": ("pwrite", 0, "True"),
     "midway": ("pwrite", 5, "True"),
     "flush": ("fsync", 0, "True"),
-    "rename": ("replace", 0, "True"),
+    "record": ("replace", 0, "True"),
 }
 
 
@@ -737,9 +743,14 @@ def test_the_disk_fills_up(direction: str, stage: str, hf: Path, meg: Path, tmp_
 
 def test_the_tracker_cannot_be_written(hf: Path, tmp_path: Path) -> None:
     (tmp_path / "site").mkdir()
-    code = FULL_DISK.format(function="replace", count=1, condition="True")
+    code = FULL_DISK.format(function="replace", count=0, condition=f"{TRACKER!r} in str(args[1])")
     (tmp_path / "site" / "sitecustomize.py").write_text(code)
     target = tmp_path / "out"
     run = convert("--load-dir", hf, "--save-dir", target, env={"PYTHONPATH": str(tmp_path / "site")})
     refused(run, os.strerror(errno.ENOSPC))
-    assert [path.name for path in target.iterdir()] == ["iter_0000001"]  # complete, but not what Megatron-LM would load
+    # Complete, but not what Megatron-LM would load; the same command makes it so.
+    assert sorted(path.name for path in target.iterdir()) == [".iter_0000001.incomplete", "iter_0000001"]
+    before = (target / "iter_0000001" / "mp_rank_00" / RANK_FILE).stat()
+    succeeded(convert("--load-dir", hf, "--save-dir", target))
+    assert sorted(path.name for path in target.iterdir()) == ["iter_0000001", TRACKER]
+    assert (target / "iter_0000001" / "mp_rank_00" / RANK_FILE).stat() == before

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
-from concurrent.futures import wait
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,14 @@ import pytest
 import torch
 
 from megatron_converters import execute
-from megatron_converters.dtypes import dtype_named
+from megatron_converters.dtypes import DType, dtype_named
 from megatron_converters.endpoints.queue_source import MemoryTensor
 from megatron_converters.errors import ConversionError
-from megatron_converters.execute import Executor, Target, materialise
+from megatron_converters.execute import Executor, materialise
+from megatron_converters.outline import Fill
 from megatron_converters.plan import Piece, Planner
 from megatron_converters.storage import safetensors
+from megatron_converters.storage.output import OutputFile
 from tests.tiny import piece
 
 Array = npt.NDArray[Any]
@@ -36,6 +38,21 @@ def numbers(*shape: int) -> Array:
     return RANDOM.integers(0, 2**63, shape, dtype=np.uint64)
 
 
+def put(
+    executor: Executor,
+    file: OutputFile,
+    name: str,
+    dtype: DType,
+    shape: tuple[int, ...],
+    rows: Array,
+    col: int,
+    pieces: list[Piece],
+    **more: Any,
+) -> None:
+    fill = Fill(file.path, name, dtype, shape, rows, col, **more)
+    executor.fill(file, fill, executor.plan(fill, pieces))
+
+
 def filled(
     path: Path, rows: list[int], shape: tuple[int, ...], pieces: list[Piece], col: int = 0, dtype: str = "int64"
 ) -> Array:
@@ -43,7 +60,7 @@ def filled(
     target_dtype = dtype_named(dtype)
     file = safetensors.lay_out(path, {"t": (target_dtype, shape)}, {})
     executor = Executor()
-    executor.fill(Target(file, "t", target_dtype, shape, np.array(rows, np.int64), col), pieces)
+    put(executor, file, "t", target_dtype, shape, np.array(rows, np.int64), col, pieces)
     executor.finish()
     file.close()
     return safetensors.read(path).tensors["t"].array()
@@ -200,8 +217,7 @@ def test_a_failure_is_raised_by_a_later_fill_and_stops_what_is_queued(tmp_path: 
     executor = Executor()
     with pytest.raises(OSError, match="the disk is gone"):
         for i in range(1000):
-            target = Target(file, str(i), good.data.dtype, (2, 2), np.arange(2), 0)
-            executor.fill(target, [failing() if i == 3 else good])
+            put(executor, file, str(i), good.data.dtype, (2, 2), np.arange(2), 0, [failing() if i == 3 else good])
     executor.cancel()
     with pytest.raises(ConversionError, match="is incomplete"):
         file.close()
@@ -219,10 +235,11 @@ def test_the_first_failure_stops_tensors_that_are_being_filled(tmp_path: Path, m
         failed.wait(10)
 
     file = safetensors.lay_out(tmp_path / "t", {"large": (good.data.dtype, (500, 2))}, {})
-    executor = Executor(progress)
-    executor.fill(Target(file, "large", good.data.dtype, (500, 2), np.arange(500), 0), [good])
+    executor = Executor(progress, lanes=2)
+    put(executor, file, "large", good.data.dtype, (500, 2), np.arange(500), 0, [good])
     executor.compare(failing(), [good], "replica")
-    wait(executor._futures[1:], timeout=10)
+    while not executor._stop.is_set():
+        time.sleep(0.001)
     failed.set()
     with pytest.raises(OSError, match="the disk is gone"):
         executor.finish()
@@ -242,7 +259,7 @@ def test_cancel_stops_within_a_tensor_and_raises_nothing(tmp_path: Path, monkeyp
     good = piece(numbers(500, 2), range(500))
     file = safetensors.lay_out(tmp_path / "t", {"large": (good.data.dtype, (500, 2))}, {})
     executor = Executor(progress)
-    executor.fill(Target(file, "large", good.data.dtype, (500, 2), np.arange(500), 0), [good])
+    put(executor, file, "large", good.data.dtype, (500, 2), np.arange(500), 0, [good])
     assert begun.wait(10)
     executor._stop.set()  # as cancel() does, which would wait for the thread that waits for us
     go_on.set()
@@ -256,8 +273,8 @@ def test_progress_counts_every_byte_once(tmp_path: Path, chunk_bytes: int) -> No
     good = piece(numbers(9, 3), range(9))
     file = safetensors.lay_out(tmp_path / "t", {"a": (good.data.dtype, (9, 3)), "b": (good.data.dtype, (4, 3))}, {})
     executor = Executor(counted.append)
-    executor.fill(Target(file, "a", good.data.dtype, (9, 3), np.arange(9), 0), [good])
-    executor.fill(Target(file, "b", good.data.dtype, (4, 3), np.arange(4), 0), [good])
+    put(executor, file, "a", good.data.dtype, (9, 3), np.arange(9), 0, [good])
+    put(executor, file, "b", good.data.dtype, (4, 3), np.arange(4), 0, [good])
     executor.finish()
     file.close()
     assert sum(counted) == (9 + 4) * 3 * 8
@@ -270,7 +287,7 @@ def test_many_tensors_on_several_threads(tmp_path: Path) -> None:
     file = safetensors.lay_out(tmp_path / "t", {str(i): (source.data.dtype, (2, 2)) for i in range(150)}, {})
     executor = Executor()
     for i in range(150):
-        executor.fill(Target(file, str(i), source.data.dtype, (2, 2), np.array([i, 299 - i]), 0), [source])
+        put(executor, file, str(i), source.data.dtype, (2, 2), np.array([i, 299 - i]), 0, [source])
     executor.finish()
     file.close()
     tensors = safetensors.read(tmp_path / "t").tensors

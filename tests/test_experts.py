@@ -22,7 +22,7 @@ from megatron_converters.endpoints.hf_source import HFSource
 from megatron_converters.endpoints.queue_source import QueueSource
 from megatron_converters.endpoints.queue_target import QueueTarget
 from megatron_converters.errors import ConversionError, UsageError
-from megatron_converters.execute import Executor, materialise
+from megatron_converters.execute import materialise
 from megatron_converters.handover import receive_ours, receives_ours
 from megatron_converters.megatron_args import expert_args
 from megatron_converters.megatron_names import extra_state, keys
@@ -294,6 +294,7 @@ def test_args_of_experts_in_megatron_s_words() -> None:
         "moe_shared_expert_gate": True,
         "moe_layer_freq": [1, 0, 1],
         "moe_grouped_gemm": True,
+        "moe_use_legacy_grouped_gemm": False,
         "moe_dynamic_hpu": False,
         "moe_token_dispatcher_type": "alltoall",
         "sequence_parallel": True,
@@ -514,10 +515,10 @@ def stock_queue(hf_model: HFModel) -> Iterator[Any]:
     receive_ours(False)
     source, sent = HFSource(hf_model("mixtral", **SMALL)), queue.Queue[Any]()
     target = QueueTarget(sent, model_type="GPT", divisor=128)
-    target.prepare(source.spec, source.origin, source.dtype_of)
+    target.begin(source.spec, source.origin, source.dtype_of)
     for ref in refs(source.spec):
-        target.write(ref, source.read(ref), no_executor())
-    target.commit()
+        target.write(ref, source.read(ref))
+    target.end()
     received = queue.Queue[Any]()
     while not sent.empty():
         message = pickle.loads(pickle.dumps(sent.get()))
@@ -526,11 +527,6 @@ def stock_queue(hf_model: HFModel) -> Iterator[Any]:
         received.put(message)
     yield received
     receive_ours(before)
-
-
-def no_executor() -> Executor:
-    """The queue's target fills no bytes and asks for none."""
-    return None  # type: ignore[return-value]
 
 
 def test_a_stock_saver_receives_stacks_and_a_stock_loader_s_stacks_are_read(

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_converters.endpoints.hf_source import part_names, part_shapes
+from megatron_converters.endpoints.hf_names import part_names, parts_of
 from megatron_converters.endpoints.queue_names import ENTRIES, message_name
 from megatron_converters.errors import ConversionError
 from megatron_converters.families import FAMILIES
@@ -82,11 +82,7 @@ def test_names_and_shapes_are_those_of_the_files_that_transformers_saves(
 def ours(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     """The names and shapes that the spec's family gives a model's parts."""
     family = FAMILIES[spec.family]
-    found = {
-        part: shape
-        for ref in refs(spec)
-        for part, shape in zip(part_names(family, ref), part_shapes(family, ref, spec), strict=True)
-    }
+    found = {part.name: part.shape for ref in refs(spec) for part in parts_of(family, ref, spec, fused=False)}
     if spec.tied:
         found["lm_head.weight"] = found["model.embed_tokens.weight"]
     return found

@@ -1,20 +1,21 @@
-"""What every endpoint offers, and the loop that joins two of them."""
+"""What every endpoint offers."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 from ..dtypes import DType
 from ..errors import ConversionError
-from ..execute import Executor
+from ..outline import Fill, Outline
 from ..parallel import Parallel
 from ..plan import Piece, Sources
-from ..progress import Progress
-from ..slots import Ref, refs
+from ..slots import Ref
 from ..spec import ModelSpec
+from ..staging import Staging
 
 
 @dataclass
@@ -29,6 +30,20 @@ class Origin:
     iteration: int | None = None
     parallel: Parallel | None = None
     notes: list[str] = field(default_factory=list)
+    #: Tensors of the source that are left out, and why.
+    ignored: list[str] = field(default_factory=list)
+    #: The source's files by path: bytes, and time of change in nanoseconds. None for what came as messages.
+    identity: dict[str, list[int]] | None = None
+
+
+def identity_of(folder: Path, paths: Iterable[str | Path]) -> dict[str, list[int]]:
+    """Each file's bytes and time of change, by its path within `folder`."""
+    found = {}
+    for path in sorted({Path(path) for path in paths}):
+        status = path.stat()
+        inside = path.relative_to(folder) if path.is_relative_to(folder) else path
+        found[str(inside)] = [status.st_size, status.st_mtime_ns]
+    return found
 
 
 class Source(Protocol):
@@ -51,22 +66,35 @@ class Source(Protocol):
 
 
 class Target(Protocol):
-    """A model to write. After `prepare`, each ref is written once; then `commit`, or `abort` after any failure."""
+    """Files to write. `prepare` first, which touches nothing; `assets`, all fills, `clear` and `show` follow in this order."""
 
-    def prepare(self, spec: ModelSpec, origin: Origin, dtype_of: Callable[[Ref], DType]) -> int:
-        """Check that the model can be written and lay out the files; returns the bytes to be filled."""
+    save_dir: Path
+
+    def prepare(self, spec: ModelSpec, origin: Origin, dtype_of: Callable[[Ref], DType]) -> Outline:
+        """Check that the model can be written, and say to the byte which files will be."""
         ...
 
-    def write(self, ref: Ref, sources: Sources, executor: Executor) -> None:
-        """Write one tensor of the model."""
+    def refuse_existing(self) -> None:
+        """Raise if there is something at the final place that may not be replaced."""
         ...
 
-    def commit(self) -> list[str]:
-        """Make the result complete and visible, as the last step; returns what to tell the user."""
+    def assets(self, folder: Path) -> None:
+        """Write the small files into the folder where the others are being filled."""
         ...
 
-    def abort(self) -> None:
-        """Remove what was written, so that nothing looks complete."""
+    def fills(self, ref: Ref) -> Iterator[Fill]:
+        """Where one tensor of the model goes."""
+        ...
+
+    def clear(self, staging: Staging) -> None:
+        """Take away what the complete files replace, as far as they will not do so themselves."""
+        ...
+
+    def show(self, staging: Staging) -> list[str]:
+        """Move the complete files to their final place, what makes them a model to readers last; returns what to tell the user.
+
+        Goes on where a run that was killed meanwhile has stopped.
+        """
         ...
 
 
@@ -86,34 +114,6 @@ def wanted_dtype(source: Source, override: DType | None) -> Callable[[Ref], DTyp
         return stored if override is None or kept else override
 
     return dtype_of
-
-
-def convert(source: Source, target: Target, override: DType | None, progress: Progress) -> list[str]:
-    """Write every tensor of `source` to `target`; all or nothing. Returns what to tell the user."""
-    executor: Executor | None = None
-    try:
-        spec = source.spec
-        total = target.prepare(spec, source.origin, wanted_dtype(source, override))
-        progress.start(total)
-        executor = Executor(progress)
-        for ref in refs(spec):
-            sources = source.read(ref)
-            executor.planner.check_cover(ref, spec, sources)
-            for replica in sources.replicas:
-                executor.compare(replica, sources.pieces, str(ref))
-            target.write(ref, sources, executor)
-        executor.finish()
-        source.close()
-        return target.commit()
-    except BaseException as error:
-        if executor is not None:
-            executor.cancel()
-        target.abort()
-        if isinstance(error, OSError):
-            raise ConversionError(f"cannot write {error.filename or 'the output'}: {error.strerror}") from error
-        raise
-    finally:
-        progress.stop()
 
 
 def first_dtype(pieces: tuple[Piece, ...]) -> DType:

@@ -12,13 +12,14 @@ from ..errors import ConversionError, raise_all
 from ..families import FAMILIES
 from ..families.base import Family
 from ..hf_config import read_json, spec_of_config
-from ..layouts import SAME, RowMap, row_maps
+from ..layouts import row_maps
 from ..plan import Piece, Sources
 from ..slots import SLOTS, Ref, refs
 from ..spec import ModelSpec
 from ..storage import safetensors, torch_zip
 from ..storage.tensor import StoredTensor
-from .base import Origin, first_dtype
+from .base import Origin, first_dtype, identity_of
+from .hf_names import fused_name, part_names, parts_of
 
 #: Index files and single files, in the order of preference of `from_pretrained`.
 _SINGLE = ("model.safetensors", "pytorch_model.bin")
@@ -37,6 +38,7 @@ class HFSource:
         family = FAMILIES[spec.family]
         self._pieces = _match(folder, spec, family, tensors)
         self._replicas = _tied_copy(spec, family, tensors)
+        files = {data.path for data in tensors.values()} | {folder / "config.json"}
         self.spec = dataclasses.replace(spec, dtype=first_dtype(self._pieces[Ref(SLOTS["word_embeddings"])]))
         generation = folder / "generation_config.json"
         self.origin = Origin(
@@ -44,6 +46,8 @@ class HFSource:
             hf_config=config,
             generation_config=read_json(generation) if generation.exists() else None,
             tokenizer=str(folder) if _has_tokenizer(folder) else None,
+            ignored=[f"{name} (no weight)" for name in sorted(tensors) if name.endswith(family.ignored_suffixes)],
+            identity=identity_of(folder, files),
         )
 
     def dtype_of(self, ref: Ref) -> DType:
@@ -112,21 +116,6 @@ def _read_file(path: Path) -> dict[str, StoredTensor]:
     return dict(state)
 
 
-def part_names(family: Family, ref: Ref) -> tuple[str, ...]:
-    """The Hugging Face names of a slot's parts."""
-    try:
-        entry = family.tensors[ref.slot.name]
-    except KeyError:
-        raise ConversionError(f"the {family.name} family has no name for {ref}") from None
-    return tuple(name.format(layer=ref.layer, expert=ref.expert) for name in entry.names)
-
-
-def part_shapes(family: Family, ref: Ref, spec: ModelSpec) -> list[tuple[int, ...]]:
-    """The shapes of a slot's parts."""
-    maps = row_maps(family.tensors[ref.slot.name].layout, ref.slot, spec)
-    return [(rows.size, *ref.slot.shape(spec)[1:]) for rows in maps]
-
-
 def _match(
     folder: Path, spec: ModelSpec, family: Family, tensors: Mapping[str, StoredTensor]
 ) -> dict[Ref, tuple[Piece, ...]]:
@@ -137,46 +126,22 @@ def _match(
     if spec.tied:
         unused -= set(part_names(family, Ref(SLOTS["output_layer"])))
     for ref in refs(spec):
-        parts = []
-        for name, data, rows, shape in _stored_parts(family, ref, spec, tensors):
-            unused.discard(name)
+        found = []
+        for part in parts_of(family, ref, spec, fused=fused_name(family, ref) in tensors):
+            unused.discard(part.name)
+            data = tensors.get(part.name)
             if data is None:
-                problems.append(f"{name} ({ref}) is missing")
-            elif data.shape != shape:
-                problems.append(f"{name} ({ref}) has shape {list(data.shape)}; config.json means {list(shape)}")
+                problems.append(f"{part.name} ({ref}) is missing")
+            elif data.shape != part.stored_shape:
+                problems.append(
+                    f"{part.name} ({ref}) has shape {list(data.shape)}; config.json means {list(part.stored_shape)}"
+                )
             else:
-                parts.append(Piece(data, rows, 0, f"{Path(data.path).name}: {name}"))
-        pieces[ref] = tuple(parts)
+                found.append(Piece(part.of(data), part.rows, 0, f"{Path(data.path).name}: {part.name}"))
+        pieces[ref] = tuple(found)
     problems += [f"{name} is no tensor of the {family.name} family with this config.json" for name in sorted(unused)]
     raise_all(f"{folder}: the tensors are not those of the model that config.json describes", problems)
     return pieces
-
-
-_StoredPart = tuple[str, StoredTensor | None, RowMap, tuple[int, ...]]
-
-
-def _stored_parts(family: Family, ref: Ref, spec: ModelSpec, tensors: Mapping[str, StoredTensor]) -> list[_StoredPart]:
-    """Name, tensor if it is there, rows in the slot and expected shape of each stored part."""
-    entry = family.tensors.get(ref.slot.name)
-    fused = "" if entry is None or entry.fused is None else entry.fused.format(layer=ref.layer)
-    if fused in tensors:
-        data, shape = tensors[fused], ref.slot.shape(spec)
-        if ref.expert is not None:
-            data, shape = _one_expert(data, ref.expert, (spec.num_experts, *shape))
-        (rows,) = row_maps(SAME, ref.slot, spec)
-        return [(fused, data, rows, shape)]
-    names = part_names(family, ref)
-    maps = row_maps(family.tensors[ref.slot.name].layout, ref.slot, spec)
-    shapes = part_shapes(family, ref, spec)
-    return [(name, tensors.get(name), rows, shape) for name, rows, shape in zip(names, maps, shapes, strict=True)]
-
-
-def _one_expert(stack: StoredTensor, expert: int, shape: tuple[int, ...]) -> tuple[StoredTensor, tuple[int, ...]]:
-    """An expert's matrix within a stack of `shape`, and its own shape; unchanged where the stack has another, to be reported."""
-    if stack.shape != shape:
-        return stack, shape
-    offset = stack.offset + expert * stack.strides[0] * stack.dtype.itemsize
-    return StoredTensor(stack.path, offset, stack.dtype, stack.shape[1:], stack.strides[1:]), shape[1:]
 
 
 def _tied_copy(spec: ModelSpec, family: Family, tensors: Mapping[str, StoredTensor]) -> tuple[Piece, ...]:

@@ -3,28 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..dtypes import DType
 from ..errors import ConversionError, UsageError
-from ..execute import Executor, Target
 from ..families import FAMILIES
 from ..hf_config import config_for, write_json
-from ..layouts import row_maps
 from ..margs_json import margs_to_json
-from ..plan import Sources
+from ..outline import Fill, Outline
 from ..slots import SLOTS, Ref, refs
 from ..spec import ModelSpec
-from ..staging import Staging, check_space, opened
+from ..staging import Staging
 from ..storage import safetensors
-from ..storage.output import Layout, OutputFile
+from ..storage.output import Layout
 from ..tokenizer import generation_config, token_ids, tokenizer_files, write_tokenizer
 from .base import Origin
-from .hf_source import part_names, part_shapes
+from .hf_names import Part, parts_of
 
 _NAME = "hf"
+#: One tensor for each part of each expert, as in published models, or what transformers 5 holds in memory.
+SEPARATE, FUSED = "separate", "fused"
 _INDEX = "model.safetensors.index.json"
 #: Written last: a folder without them is not a model to anyone.
 _LAST = (_INDEX, "config.json")
@@ -49,27 +50,26 @@ class HFOptions:
     tokenizer: str | None = None
     instruct: bool = False
     source_model_type: str | None = None
+    expert_layout: str = SEPARATE
 
 
 @dataclass(frozen=True)
-class _Part:
-    """One tensor of the folder."""
+class _Stored:
+    """One tensor of the folder, and how many parts fill it."""
 
     name: str
     dtype: DType
     shape: tuple[int, ...]
+    parts: int
 
     @property
     def nbytes(self) -> int:
-        size = self.dtype.itemsize
-        for length in self.shape:
-            size *= length
-        return size
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
-def split_shards(parts: list[_Part], limit: int) -> dict[str, list[_Part]]:
+def split_shards(parts: list[_Stored], limit: int) -> dict[str, list[_Stored]]:
     """Files by name, in order: each takes tensors until the next would exceed `limit` bytes, as huggingface_hub does."""
-    shards: list[list[_Part]] = [[]]
+    shards: list[list[_Stored]] = [[]]
     size = 0
     for part in parts:
         if shards[-1] and size + part.nbytes > limit:
@@ -86,92 +86,87 @@ class HFTarget:
     """A Hugging Face folder that appears in `save_dir` when it is complete."""
 
     def __init__(self, save_dir: Path, options: HFOptions) -> None:
-        self._dir = save_dir
+        self.save_dir = save_dir
         self._options = options
-        self._staging: Staging | None = None
-        self._files: dict[str, OutputFile] = {}
         self._file_of: dict[str, str] = {}
-        self._dtypes: dict[str, DType] = {}
+        self._notes: list[str] = []
 
-    def prepare(self, spec: ModelSpec, origin: Origin, dtype_of: Callable[[Ref], DType]) -> int:
-        """Write what is small and lay out the shards, in a hidden folder beside their final place."""
-        self._refuse_existing()
+    def prepare(self, spec: ModelSpec, origin: Origin, dtype_of: Callable[[Ref], DType]) -> Outline:
+        """Lay out the shards."""
         _check_model_type(self._options.source_model_type, spec)
         self._spec = dataclasses.replace(spec, dtype=dtype_of(Ref(SLOTS["word_embeddings"])))
+        self._family = FAMILIES[spec.family]
         self._origin = origin
+        self._dtype_of = dtype_of
         self._config, self._changed = config_for(self._spec, origin.hf_config)
         self._model_type = self._options.source_model_type or _token_family(self._spec)
         if origin.hf_config is None or self._options.instruct:
             self._config.update(token_ids(self._model_type, self._options.instruct))
-        family = FAMILIES[spec.family]
-        parts = [
-            _Part(name, dtype_of(ref), shape)
-            for ref in refs(spec)
-            for name, shape in zip(part_names(family, ref), part_shapes(family, ref, spec), strict=True)
-        ]
-        shards = split_shards(parts, self._options.max_shard_size)
-        layouts = {file: _layout(shard) for file, shard in shards.items()}
-        check_space(self._dir, sum(layout.nbytes for layout in layouts.values()))
-        self._staging = staging = Staging(self._dir, _NAME)
-        for file, layout in layouts.items():
-            self._files[file] = layout.create(staging.path / file)
-            self._file_of.update(dict.fromkeys(layout.regions, file))
-        self._dtypes = {part.name: part.dtype for part in parts}
-        self._total = sum(part.nbytes for part in parts)
-        self._notes = self._write_assets(staging.path)
-        return self._total
+        stored: dict[str, _Stored] = {}
+        for ref in refs(spec):
+            for part in self._parts(ref):
+                tensor = _Stored(part.name, dtype_of(ref), part.stored_shape, part.count)
+                if stored.setdefault(part.name, tensor) != tensor:
+                    raise ConversionError(
+                        f"{ref} is {tensor.dtype}, but others in {part.name} are {stored[part.name].dtype}; "
+                        "give one dtype for all, or write experts as separate tensors"
+                    )
+        shards = split_shards(list(stored.values()), self._options.max_shard_size)
+        self._file_of = {tensor.name: file for file, shard in shards.items() for tensor in shard}
+        self._total = sum(tensor.nbytes for tensor in stored.values())
+        options = {
+            **dataclasses.asdict(self._options),
+            "overwrite": None,
+            "format": "hf",
+            "dtype": self._spec.dtype.name,
+        }
+        return Outline(_NAME, {file: _layout(shard) for file, shard in shards.items()}, options)
 
-    def write(self, ref: Ref, sources: Sources, executor: Executor) -> None:
-        """Fill the tensors of one slot."""
-        family = FAMILIES[self._spec.family]
-        maps = row_maps(family.tensors[ref.slot.name].layout, ref.slot, self._spec)
-        shapes = part_shapes(family, ref, self._spec)
-        for name, rows, shape in zip(part_names(family, ref), maps, shapes, strict=True):
-            file = self._files[self._file_of[name]]
-            executor.fill(Target(file, name, self._dtypes[name], shape, rows, 0), sources.pieces)
-
-    def commit(self) -> list[str]:
-        """Complete the files and move them into place, index and config last."""
-        for file in self._files.values():
-            file.close()
-        self._remove_old()
-        opened(self._staging).move_into(self._dir, _LAST)
-        return [
-            f"wrote {len(self._file_of)} tensors ({self._total / 1e9:.3f} GB) in {len(self._files)} file(s) to {self._dir}",
-            *self._notes,
-        ]
-
-    def abort(self) -> None:
-        """Remove the hidden folder."""
-        for file in self._files.values():
-            file.discard()
-        if self._staging is not None:
-            self._staging.discard()
-
-    def _refuse_existing(self) -> None:
+    def refuse_existing(self) -> None:
+        """A model in the folder is replaced only when that is asked for."""
         found = [path.name for path in self._old_files()]
         if found and not self._options.overwrite:
             raise ConversionError(
-                f"{self._dir} already holds a model ({', '.join(found)}); save elsewhere or pass --overwrite"
+                f"{self.save_dir} already holds a model ({', '.join(found)}); save elsewhere or pass --overwrite"
             )
 
-    def _remove_old(self) -> None:
+    def fills(self, ref: Ref) -> Iterator[Fill]:
+        """The tensors of one slot."""
+        for part in self._parts(ref):
+            dtype = self._dtype_of(ref)
+            start = part.index * math.prod(part.shape) * dtype.itemsize
+            yield Fill(self._file_of[part.name], part.name, dtype, part.shape, part.rows, 0, start)
+
+    def clear(self, staging: Staging) -> None:
         """Take away an older model's files, what names the others first, so that no mixture is ever complete."""
-        beside = [self._dir / name for name in (_GENERATION, _MARGS)]
-        if tokenizer_files(opened(self._staging).path):  # an older tokenizer stays only where there is no newer one
-            beside += tokenizer_files(self._dir)
+        beside = [self.save_dir / name for name in (_GENERATION, _MARGS)]
+        if tokenizer_files(staging.files):  # an older tokenizer stays only where there is no newer one
+            beside += tokenizer_files(self.save_dir)
         for path in [*self._old_files(), *beside]:
             path.unlink(missing_ok=True)
 
-    def _old_files(self) -> list[Path]:
-        return [path for pattern in _OLD for path in sorted(self._dir.glob(pattern))]
+    def show(self, staging: Staging) -> list[str]:
+        """Move the files into place, index and config last."""
+        staging.move_into(self.save_dir, _LAST)
+        count = len(set(self._file_of.values()))
+        return [
+            f"wrote {len(self._file_of)} tensors ({self._total / 1e9:.3f} GB) in {count} file(s) to {self.save_dir}",
+            *self._notes,
+        ]
 
-    def _write_assets(self, folder: Path) -> list[str]:
+    def _parts(self, ref: Ref) -> list[Part]:
+        return parts_of(self._family, ref, self._spec, fused=self._options.expert_layout == FUSED)
+
+    def _old_files(self) -> list[Path]:
+        return [path for pattern in _OLD for path in sorted(self.save_dir.glob(pattern))]
+
+    def assets(self, folder: Path) -> None:
+        """Write configuration, index, training arguments and tokenizer."""
         origin, options = self._origin, self._options
         notes = [*origin.notes]
         notes += [f"config.json differs from the reference in {change}" for change in self._changed]
         write_json(folder / "config.json", self._config)
-        if len(self._files) > 1:
+        if len(set(self._file_of.values())) > 1:
             index = {"metadata": {"total_size": self._total}, "weight_map": dict(sorted(self._file_of.items()))}
             write_json(folder / _INDEX, index)
         generation = generation_config(self._model_type) if options.instruct else origin.generation_config
@@ -187,7 +182,7 @@ class HFTarget:
             instruct=options.instruct,
             explicit=options.tokenizer is not None,
         )
-        return notes
+        self._notes = notes
 
 
 def _check_model_type(given: str | None, spec: ModelSpec) -> None:
@@ -207,5 +202,6 @@ def _token_family(spec: ModelSpec) -> str | None:
     return "llama2" if spec.vocab_size == _LLAMA2_VOCABULARY else None
 
 
-def _layout(shard: list[_Part]) -> Layout:
-    return safetensors.layout({part.name: (part.dtype, part.shape) for part in shard}, {"format": "pt"})
+def _layout(shard: list[_Stored]) -> Layout:
+    layout = safetensors.layout({tensor.name: (tensor.dtype, tensor.shape) for tensor in shard}, {"format": "pt"})
+    return dataclasses.replace(layout, parts={tensor.name: tensor.parts for tensor in shard if tensor.parts > 1})

@@ -18,19 +18,19 @@ from ..dtypes import DType
 from ..errors import ConversionError, Unclear, UsageError, raise_all
 from ..hf_config import differences, family_of_config, infer_family, read_json, spec_of_config
 from ..megatron_args import spec_fields
-from ..megatron_names import CAPACITY_BINS, EXTRA_STATE_SUFFIX, LOCAL, STACKED_EXPERTS, keys
+from ..megatron_names import CAPACITY_BINS, EXPERTS, EXTRA_STATE_SUFFIX, LOCAL, STACKED, keys
 from ..parallel import Parallel, PipelineSplit, Rank, homes, parallel_for
 from ..plan import Piece, Sources
 from ..slots import Ref, refs
 from ..spec import ModelSpec
 from ..storage import torch_zip
 from ..storage.tensor import StoredTensor, contiguous_strides
-from .base import Origin, first_dtype
+from .base import Origin, first_dtype, identity_of
 from .megatron_target import FILE, TRACKER
 
 #: Any layout's name of an expert's first linear.
 _EXPERT_FC1 = re.compile(r"\.experts\.(.*linear_fc1[._]weight\d*|weight1)$")
-_STACKED = tuple(name.rpartition("}")[2] for name in STACKED_EXPERTS.values())
+_STACKED = tuple(name.rpartition("}")[2] for name in EXPERTS[STACKED].values())
 _RANK = re.compile(r"mp_rank_\d{2,}(_\d{3,})*$")
 _EMBEDDINGS = "word_embeddings"
 #: Top-level entries of a checkpoint that are not left-out state.
@@ -126,6 +126,7 @@ class MegatronSource:
             iteration=iteration if isinstance(iteration, int) else None,
             parallel=self.parallel,
             notes=notes,
+            identity=identity_of(self._dir, [self._dir / file.where / FILE for file in self._ranks.values()]),
         )
 
     def dtype_of(self, ref: Ref) -> DType:

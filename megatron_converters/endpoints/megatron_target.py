@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import shlex
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -19,7 +20,6 @@ import numpy as np
 
 from ..dtypes import DType
 from ..errors import ConversionError, raise_all
-from ..execute import Executor, Target
 from ..layouts import RowMap
 from ..margs_json import inheritable
 from ..megatron_args import (
@@ -32,14 +32,14 @@ from ..megatron_args import (
     model_args,
     plain_args,
 )
-from ..megatron_names import DIALECTS, EXPERTS, EXTRA_STATE_SUFFIX, LAST_EXTRA_STATE, extra_state
+from ..megatron_names import DIALECTS, EXPERTS, EXTRA_STATE_SUFFIX, LAST_EXTRA_STATE, STACKED, extra_state
+from ..outline import Fill, Outline
 from ..parallel import EVEN, Cut, Parallel, PipelineSplit, Rank, homes, padded_vocab, parallel_for
-from ..plan import Sources
-from ..slots import SLOTS, Ref, refs
+from ..slots import SLOTS, Ref, Shard, refs
 from ..spec import ModelSpec
-from ..staging import Staging, check_space, opened, write_text
+from ..staging import Staging, write_text
 from ..storage import torch_zip
-from ..storage.output import OutputFile
+from ..storage.output import Layout
 from .base import Origin
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -60,7 +60,7 @@ class MegatronOptions:
     ep: int | None = None
     etp: int | None = None
     split: PipelineSplit = EVEN
-    #: "sequential", "grouped" or "dynamic"; None means what current Megatron-LM trains fastest.
+    #: A key of `megatron_names.EXPERTS`; None means what current Megatron-LM trains fastest.
     expert_layout: str | None = None
     impl: str = "transformer_engine"
     divisor: int | None = None
@@ -70,26 +70,34 @@ class MegatronOptions:
     tokenizer: str | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Place:
-    """A slot, or a tied copy of it, on one rank."""
+    """A slot, or a tied copy of it, on one rank; of experts that share a tensor the `index`-th of `count`."""
 
     ref: Ref
     key: str
     cut: Cut
+    index: int = 0
+    count: int = 1
+    transposed: bool = False
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """The shape of the whole tensor. Megatron-LM gives stacks of transposed matrices only two dimensions."""
+        if not self.transposed:
+            return self.cut.shape
+        rows, cols = self.cut.shape
+        return (cols, self.count * rows) if self.ref.slot.shard is Shard.COLUMN else (self.count * cols, rows)
 
 
 class MegatronTarget:
     """A checkpoint directory that appears in `save_dir` when it is complete, the tracker file last."""
 
     def __init__(self, save_dir: Path, options: MegatronOptions) -> None:
-        self._dir = save_dir
+        self.save_dir = save_dir
         self._options = options
-        self._staging: Staging | None = None
-        self._files: dict[Rank, OutputFile] = {}
-        self._written = 0
 
-    def prepare(self, spec: ModelSpec, origin: Origin, dtype_of: Callable[[Ref], DType]) -> int:
+    def prepare(self, spec: ModelSpec, origin: Origin, dtype_of: Callable[[Ref], DType]) -> Outline:
         """Check what Megatron-LM can express and how the model can be cut; lay out every rank's file."""
         self._warnings = self._check_expressible(spec)
         self._spec = dataclasses.replace(spec, dtype=dtype_of(Ref(SLOTS[_EMBEDDINGS])))
@@ -97,49 +105,79 @@ class MegatronTarget:
         self._dtype_of = dtype_of
         self._iteration = 1 if origin.iteration is None else origin.iteration
         self._name = "release" if self._options.release else f"iter_{self._iteration:07d}"
-        self._refuse_existing()
         self._parallel = self._choose_parallel()
         default_layout = "grouped" if self._options.impl == "transformer_engine" else "sequential"
         self._expert_layout = self._options.expert_layout or default_layout
         self._divisor = self._choose_divisor()
         self._padded = padded_vocab(spec.vocab_size, self._divisor, self._parallel.tp)
         self._args = self._make_args()
-        layouts = {rank: torch_zip.layout(FILE, self._tree(rank, places)) for rank, places in self._places().items()}
-        check_space(self._dir, sum(layout.nbytes for layout in layouts.values()))
-        self._staging = staging = Staging(self._dir, self._name)
-        for rank, layout in layouts.items():
-            folder = staging.path / self._parallel.directory(rank)
-            folder.mkdir()
-            self._files[rank] = layout.create(folder / FILE)
-        return sum(nbytes for layout in layouts.values() for _, nbytes in layout.regions.values())
+        files = {self._file(rank): self._layout(rank, places) for rank, places in self._places().items()}
+        self._tensors = sum(len(layout.regions) for layout in files.values())
+        options = {
+            **dataclasses.asdict(self._options),
+            "overwrite": None,
+            "format": "megatron",
+            "dtype": self._spec.dtype.name,
+        }
+        sizes = dataclasses.asdict(self._parallel)
+        return Outline(self._name, files, {**options, "parallel": sizes, "expert_layout": self._expert_layout})
 
-    def write(self, ref: Ref, sources: Sources, executor: Executor) -> None:
-        """Fill the slot's share on every rank that holds it."""
+    def refuse_existing(self) -> None:
+        """Neither a checkpoint of this name nor the tracker is replaced unless that is asked for."""
+        if self._options.overwrite:
+            return
+        if (self.save_dir / self._name).exists():
+            raise ConversionError(f"{self.save_dir / self._name} already exists; save elsewhere or pass --overwrite")
+        if (self.save_dir / TRACKER).exists():
+            current = (self.save_dir / TRACKER).read_text(encoding="utf-8", errors="replace").strip()
+            raise ConversionError(
+                f"{self.save_dir / TRACKER} points at {current!r}, and saving {self._name} there would redirect it; "
+                "save elsewhere or pass --overwrite"
+            )
+
+    def assets(self, folder: Path) -> None:
+        """Write the flags that training needs."""
+        (folder / FLAGS_FILE).write_text(self._flags_text(), encoding="utf-8")
+
+    def fills(self, ref: Ref) -> Iterator[Fill]:
+        """The slot's share on every rank that holds it."""
+        dtype = self._dtype_of(ref)
         for rank, place in self._homes(ref):
             rows = _resolve_padding(place.cut, self._spec.vocab_size)
-            target = Target(self._files[rank], place.key, self._dtype_of(ref), place.cut.shape, rows, place.cut.col)
-            executor.fill(target, sources.pieces)
-            self._written += 1
+            start = place.index * math.prod(place.cut.shape) * dtype.itemsize
+            yield Fill(
+                self._file(rank),
+                place.key,
+                dtype,
+                place.cut.shape,
+                rows,
+                place.cut.col,
+                start,
+                place.transposed,
+                place.cut.padding,
+            )
 
-    def commit(self) -> list[str]:
-        """Complete every file, show the directory under its name, then point the tracker at it."""
-        for file in self._files.values():
-            file.close()
+    def clear(self, staging: Staging) -> None:
+        """Nothing: the directory is replaced as a whole."""
+
+    def show(self, staging: Staging) -> list[str]:
+        """Show the directory under its name, then point the tracker at it."""
+        staging.move_to(self.save_dir / self._name)
+        write_text(self.save_dir / TRACKER, "release" if self._options.release else str(self._iteration))
         shown = flags(self._spec, self._args)
-        text = " \\\n  ".join([f"--load {shlex.quote(str(self._dir))}", *shown]) + "\n"
-        staging = opened(self._staging)
-        (staging.path / FLAGS_FILE).write_text(text, encoding="utf-8")
-        staging.move_to(self._dir / self._name)
-        write_text(self._dir / TRACKER, "release" if self._options.release else str(self._iteration))
         warnings = [*self._warnings, *flag_warnings(self._spec, shown, self._parallel.tp)]
-        return [self._summary(), *self._origin.notes, *warnings, f"pretrain_gpt.py needs:\n{text}".rstrip()]
+        return [
+            self._summary(),
+            *self._origin.notes,
+            *warnings,
+            f"pretrain_gpt.py needs:\n{self._flags_text()}".rstrip(),
+        ]
 
-    def abort(self) -> None:
-        """Remove the hidden directory."""
-        for file in self._files.values():
-            file.discard()
-        if self._staging is not None:
-            self._staging.discard()
+    def _flags_text(self) -> str:
+        return " \\\n  ".join([f"--load {shlex.quote(str(self.save_dir))}", *flags(self._spec, self._args)]) + "\n"
+
+    def _file(self, rank: Rank) -> str:
+        return f"{self._parallel.directory(rank)}/{FILE}"
 
     def _check_expressible(self, spec: ModelSpec) -> list[str]:
         reasons = inexpressible(spec)
@@ -149,18 +187,6 @@ class MegatronTarget:
                 reasons,
             )
         return [f"warning: Megatron-LM will not compute {reason}" for reason in reasons]
-
-    def _refuse_existing(self) -> None:
-        if self._options.overwrite:
-            return
-        if (self._dir / self._name).exists():
-            raise ConversionError(f"{self._dir / self._name} already exists; save elsewhere or pass --overwrite")
-        if (self._dir / TRACKER).exists():
-            current = (self._dir / TRACKER).read_text(encoding="utf-8", errors="replace").strip()
-            raise ConversionError(
-                f"{self._dir / TRACKER} points at {current!r}, and saving {self._name} there would redirect it; "
-                "save elsewhere or pass --overwrite"
-            )
 
     def _choose_parallel(self) -> Parallel:
         source, options = self._origin.parallel, self._options
@@ -193,18 +219,24 @@ class MegatronTarget:
         recorded = {"hf_config": self._origin.hf_config, "hf_generation_config": self._origin.generation_config}
         return {**args, **{name: value for name, value in recorded.items() if value is not None}}
 
-    def _tree(self, rank: Rank, places: list[_Place]) -> dict[str, Any]:
+    def _layout(self, rank: Rank, places: list[_Place]) -> Layout:
         model: OrderedDict[str, Any] = OrderedDict()
         for place in places:
-            model[place.key] = torch_zip.NewTensor(place.key, self._dtype_of(place.ref), place.cut.shape)
+            tensor = torch_zip.NewTensor(place.key, self._dtype_of(place.ref), place.stored_shape)
+            if model.setdefault(place.key, tensor) != tensor:
+                raise ConversionError(
+                    f"{place.ref} is {tensor.dtype}, but others in {place.key} are not; give one dtype"
+                )
         model.update(dict.fromkeys(self._extra_state(rank.pp)))
-        return {
+        tree = {
             "args": argparse.Namespace(**self._args),
             "checkpoint_version": _CHECKPOINT_VERSION,
             "iteration": self._iteration,
             "model": model,
             "num_floating_point_operations_so_far": 0,
         }
+        parts = {place.key: place.count for place in places if place.count > 1}
+        return dataclasses.replace(torch_zip.layout(FILE, tree), parts=parts)
 
     def _places(self) -> dict[Rank, list[_Place]]:
         """What each rank holds, in the order of its layers."""
@@ -219,11 +251,13 @@ class MegatronTarget:
         parallel, experts = self._parallel, self._spec.num_experts
         names = {**DIALECTS[self._options.impl], **EXPERTS[self._expert_layout]}
         local = parallel.local_expert(ref.expert, experts)
+        stacked = ref.expert is not None and self._expert_layout == STACKED
+        stack = (local or 0, experts // parallel.ep, True) if stacked else (0, 1, False)
         for stage, slot, layer in homes(ref, self._spec, parallel):
             key = names[slot].format(layer=layer, expert=local, global_expert=ref.expert)
             for rank in parallel.ranks(stage):
                 if parallel.holds(rank, ref.expert, experts):
-                    yield rank, _Place(ref, key, parallel.share(ref.slot, self._spec, rank, self._padded))
+                    yield rank, _Place(ref, key, parallel.share(ref.slot, self._spec, rank, self._padded), *stack)
 
     def _extra_state(self, pp: int) -> Iterator[str]:
         parallel, impl = self._parallel, self._options.impl
@@ -237,10 +271,11 @@ class MegatronTarget:
 
     def _summary(self) -> str:
         padding = self._padded - self._spec.vocab_size
+        ranks = sum(len(self._parallel.ranks(stage)) for stage in range(self._parallel.pp))
         return (
-            f"wrote {self._written} tensors once each on {len(self._files)} rank(s) "
+            f"wrote {self._tensors} tensors once each on {ranks} rank(s) "
             f"({_sizes(self._parallel)}, layers {'+'.join(map(str, self._parallel.stages))}) "
-            f"to {self._dir / self._name}; {padding} rows of vocabulary padding repeat the last of {self._spec.vocab_size}"
+            f"to {self.save_dir / self._name}; {padding} rows of vocabulary padding repeat the last of {self._spec.vocab_size}"
         )
 
 

@@ -20,7 +20,7 @@ from ..slots import Ref, Shard, refs
 from ..spec import ModelSpec, RopeScaling
 from ..storage import torch_zip
 from ..storage.tensor import StoredTensor
-from .base import Origin, first_dtype
+from .base import Origin, first_dtype, identity_of
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,8 @@ class MetaSource:
             (str(path) for path in (folder / "tokenizer.model", folder.parent / "tokenizer.model") if path.exists()),
             None,
         )
-        self.origin = Origin(described=str(folder), tokenizer=tokenizer)
+        identity = identity_of(folder, [folder / "params.json", *files])
+        self.origin = Origin(described=str(folder), tokenizer=tokenizer, identity=identity)
 
     def dtype_of(self, ref: Ref) -> DType:
         """The dtype in the files."""

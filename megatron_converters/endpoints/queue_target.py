@@ -11,7 +11,6 @@ from .. import __version__
 from ..channel import send
 from ..dtypes import DType
 from ..errors import ConversionError
-from ..execute import Executor
 from ..layouts import row_maps
 from ..margs_json import inheritable
 from ..megatron_args import RUN_DEFAULTS, expert_args, model_args, plain_args
@@ -37,16 +36,15 @@ class QueueTarget:
         self._true_vocab_size = true_vocab_size
         self._message: dict[str, Any] = {}
 
-    def prepare(self, spec: ModelSpec, origin: Origin, dtype_of: Callable[[Ref], DType]) -> int:
-        """Send the metadata. No bytes are filled on this side."""
+    def begin(self, spec: ModelSpec, origin: Origin, dtype_of: Callable[[Ref], DType]) -> None:
+        """Send the metadata."""
         missing = sorted({ref.slot.name for ref in refs(spec)} - ENTRIES.keys())
         if missing:
             raise ConversionError(f"the queue has no message for {', '.join(missing)}")
         self._spec, self._dtype_of = spec, dtype_of
         send(self._queue, self._metadata(origin))
-        return 0
 
-    def write(self, ref: Ref, sources: Sources, executor: Executor) -> None:
+    def write(self, ref: Ref, sources: Sources) -> None:
         """Add a tensor to its message; a message is sent when the next begins."""
         name = message_name(ref)
         if self._message.get("name", name) != name:
@@ -62,14 +60,10 @@ class QueueTarget:
             else:
                 self._message[key] = handle
 
-    def commit(self) -> list[str]:
+    def end(self) -> None:
         """Send the last message and "done"."""
         self._flush()
         send(self._queue, DONE)
-        return []
-
-    def abort(self) -> None:
-        """Nothing is kept on this side; the plugin tells the saver."""
 
     def _flush(self) -> None:
         if self._message:

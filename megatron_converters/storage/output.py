@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import errno
 import os
-import zlib
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy.typing as npt
 
-from ..errors import ConversionError, raise_all
+from ..errors import ConversionError, DiskError, raise_all
+from .checksum import combined, crc32
 
 Pieces = Iterable[tuple[int, bytes]]
 
@@ -21,15 +22,15 @@ Pieces = Iterable[tuple[int, bytes]]
 class Layout:
     """What a file will hold, decided without touching the disk.
 
-    `regions` gives each tensor's (offset, bytes); `finish` takes each tensor's CRC-32 (zeros unless `checksums`) and
-    gives the rest of the file as (offset, bytes). It is written last, so that a file left by a killed run never reads
-    as a complete one.
+    `regions` gives each tensor's (offset, bytes); `finish` takes each tensor's CRC-32 and gives the rest of the file as
+    (offset, bytes). It is written last, so that a file left by a killed run never reads as a complete one.
+    `parts` names the tensors that are filled as so many equal parts, each on its own, one after the other in the file.
     """
 
     nbytes: int
     regions: Mapping[str, tuple[int, int]]
     finish: Callable[[Mapping[str, int]], Pieces]
-    checksums: bool
+    parts: Mapping[str, int] = field(default_factory=dict)
 
     def create(self, path: str | os.PathLike[str]) -> OutputFile:
         """The file at its full size, to be filled; replaces an existing one."""
@@ -37,8 +38,11 @@ class Layout:
 
 
 @dataclass
-class _Region:
+class _Part:
+    """A stretch of a tensor, `start` counting from the tensor's first byte."""
+
     offset: int
+    start: int
     nbytes: int
     filled: int = 0
     crc: int = 0
@@ -51,7 +55,9 @@ class OutputFile:
         self.path = os.fspath(path)
         self.nbytes = layout.nbytes
         self._layout = layout
-        self._regions = {name: _Region(offset, nbytes) for name, (offset, nbytes) in layout.regions.items()}
+        self._tensors = {name: _parts(*region, layout.parts.get(name, 1)) for name, region in layout.regions.items()}
+        self._open_parts = sum(part.nbytes > 0 for parts in self._tensors.values() for part in parts)
+        self._lock = threading.Lock()
         self._fd = -1
         try:
             with self._disk_errors("the file"):
@@ -65,26 +71,43 @@ class OutputFile:
     def write(self, name: str, start: int, data: memoryview | npt.NDArray[Any]) -> None:
         """Write C-contiguous `data` at byte `start` of the tensor `name`.
 
-        Calls for one name come in ascending order without gaps, from one thread at a time; different names may be
-        written by different threads. Raises `ConversionError` for a breach of this and for a full or failing disk.
+        Calls for one part of a tensor come in ascending order without gaps, from one thread at a time; other parts and
+        tensors may be written by other threads. Raises `ConversionError` for a breach of this and for a full or failing disk.
         """
-        region = self._regions.get(name)
-        if region is None:
+        parts = self._tensors.get(name)
+        if parts is None:
             raise ConversionError(f"{self.path} was laid out without a tensor called {name}")
         if data.nbytes == 0:
             return
+        part = parts[min(start // max(parts[0].nbytes, 1), len(parts) - 1)]
         stop = start + data.nbytes
-        if start != region.filled or stop > region.nbytes:
+        if start != part.start + part.filled or stop > part.start + part.nbytes:
             raise ConversionError(
-                f"{self.path}: bytes {start} to {stop} of {name} ({region.nbytes} bytes) do not follow on the "
-                f"{region.filled} bytes written before"
+                f"{self.path}: bytes {start} to {stop} of {name} do not follow on the "
+                f"{part.start + part.filled} bytes written before, or exceed its {part.start + part.nbytes}"
             )
         view = (data if isinstance(data, memoryview) else data.data).cast("B")
         with self._disk_errors(name):
-            self._put(view, region.offset + start)
-        if self._layout.checksums:
-            region.crc = zlib.crc32(view, region.crc)
-        region.filled = stop
+            self._put(view, part.offset + part.filled)
+        part.crc = crc32(view, part.crc)
+        part.filled += data.nbytes
+        if part.filled == part.nbytes:
+            with self._lock:
+                self._open_parts -= 1
+
+    @property
+    def closed(self) -> bool:
+        """Whether the file is complete or discarded."""
+        return self._fd < 0
+
+    @property
+    def filled(self) -> bool:
+        """Whether every tensor is written completely."""
+        return self._open_parts == 0
+
+    def checksums(self) -> dict[str, int]:
+        """The CRC-32 of each tensor, of what has been written of it."""
+        return {name: combined([(part.crc, part.filled) for part in parts]) for name, parts in self._tensors.items()}
 
     def close(self) -> None:
         """Complete the file, flush it to the disk and close it; closing it again does nothing.
@@ -96,13 +119,13 @@ class OutputFile:
         raise_all(
             f"{self.path} is incomplete:",
             (
-                f"{name}: {region.filled} of {region.nbytes} bytes written"
-                for name, region in self._regions.items()
-                if region.filled != region.nbytes
+                f"{name}: {sum(part.filled for part in parts)} of {sum(part.nbytes for part in parts)} bytes written"
+                for name, parts in self._tensors.items()
+                if any(part.filled != part.nbytes for part in parts)
             ),
         )
         with self._disk_errors("its directory"):
-            for offset, data in self._layout.finish({name: region.crc for name, region in self._regions.items()}):
+            for offset, data in self._layout.finish(self.checksums()):
                 self._put(memoryview(data), offset)
             os.fsync(self._fd)
             fd, self._fd = self._fd, -1
@@ -129,4 +152,11 @@ class OutputFile:
         except OSError as error:
             full = error.errno in (errno.ENOSPC, errno.EDQUOT)
             remedy = f"; {self.nbytes} bytes are needed there, free some or choose another disk" if full else ""
-            raise ConversionError(f"cannot write {what} to {self.path}: {error.strerror}{remedy}") from error
+            raise DiskError(f"cannot write {what} to {self.path}: {error.strerror}{remedy}") from error
+
+
+def _parts(offset: int, nbytes: int, count: int) -> list[_Part]:
+    if nbytes % count:
+        raise ConversionError(f"{nbytes} bytes cannot be filled as {count} equal parts")
+    each = nbytes // count
+    return [_Part(offset + start, start, each) for start in range(0, nbytes, each)] if each else [_Part(offset, 0, 0)]

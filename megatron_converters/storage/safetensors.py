@@ -74,7 +74,7 @@ def layout(tensors: Mapping[str, tuple[DType, tuple[int, ...]]], metadata: Mappi
     data_start = _LENGTH_BYTES + len(encoded)
     regions = {name: (data_start + start, nbytes) for name, (start, nbytes) in spans.items()}
     start_of_file = len(encoded).to_bytes(_LENGTH_BYTES, "little") + encoded
-    return Layout(data_start + end, regions, lambda _: [(0, start_of_file)], checksums=False)
+    return Layout(data_start + end, regions, lambda _: [(0, start_of_file)])
 
 
 def lay_out(

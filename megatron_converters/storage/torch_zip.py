@@ -85,7 +85,7 @@ def layout(path: str | os.PathLike[str], tree: Any) -> Layout:
     regions = {
         tensor.name: (archive.offsets[name], tensor.numel * tensor.dtype.itemsize) for name, tensor in tensor_of.items()
     }
-    return Layout(archive.nbytes, regions, finish, checksums=True)
+    return Layout(archive.nbytes, regions, finish)
 
 
 def lay_out(path: str | os.PathLike[str], tree: Any) -> OutputFile:

@@ -1,0 +1,153 @@
+"""What a run is and what it has finished, kept while it lasts; and the manifest, `conversion.json`, that remains.
+
+The manifest says for each tensor of each file which slots it holds, which source tensors they came from, and the CRC-32 of its
+bytes, so that the files can be checked later without the source. It holds no time and no host: equal runs write equal ones.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from . import __version__
+from .endpoints.base import Origin
+from .errors import ConversionError
+from .outline import Fill, Outline
+from .plan import Gather
+from .slots import Ref
+from .staging import Staging, write_text
+
+MANIFEST = "conversion.json"
+_RUN, _COMPLETE, _CLEARED, _FINISHED = "run.json", "complete", "cleared", "finished"
+_SHOWN_DIFFERENCES = 10
+
+Entries = dict[str, dict[str, Any]]
+
+
+def describe_run(outline: Outline, origin: Origin) -> dict[str, Any]:
+    """What decides every byte of the output: two runs with equal descriptions write the same files."""
+    files = {
+        file: {"bytes": layout.nbytes, "structure": outline.structure(file)} for file, layout in outline.files.items()
+    }
+    run = {
+        "tool": f"megatron-converters {__version__}",
+        "source": {"path": os.path.abspath(origin.described), "files": origin.identity},
+        "options": outline.options,
+        "files": files,
+    }
+    plain: dict[str, Any] = json.loads(json.dumps(run))  # as it is read back, to be compared with that
+    return plain
+
+
+def tensor_entry(entries: Entries, ref: Ref, fill: Fill, gathers: list[Gather]) -> None:
+    """Add to the entries of a file what one fill gives to one of its tensors."""
+    sources = dict.fromkeys(gather.source.where for gather in gathers)
+    dtypes = {str(gather.source.data.dtype) for gather in gathers} - {str(fill.dtype)}
+    entry = entries.setdefault(fill.name, {"holds": [], "from": [], "dtype": str(fill.dtype)})
+    entry["holds"].append(str(ref))
+    entry["from"] += [where for where in sources if where not in entry["from"][-len(sources) :]]
+    if dtypes:
+        entry["cast from"] = sorted(dtypes)
+    if fill.padding:
+        entry["padding rows"] = fill.padding
+
+
+@dataclass(frozen=True)
+class Journal:
+    """The state folder of a staging."""
+
+    folder: Path
+
+    def begin(self, run: Mapping[str, Any]) -> None:
+        """Record what this run is."""
+        _write(self.folder / _RUN, run)
+
+    def run(self) -> dict[str, Any] | None:
+        """What the run is that left this folder; None if it left nothing that can be read."""
+        return _read(self.folder / _RUN)
+
+    def finish(self, file: str, nbytes: int, tensors: Mapping[str, Any]) -> None:
+        """Record a file that is complete on the disk."""
+        _write(self._entry(file), {"file": file, "bytes": nbytes, "tensors": tensors})
+
+    def finished(self) -> dict[str, dict[str, Any]]:
+        """The finished files' records, by path."""
+        found = filter(None, map(_read, sorted((self.folder / _FINISHED).glob("*.json"))))
+        return {record["file"]: record for record in found}
+
+    @property
+    def complete(self) -> bool:
+        """Whether a run had finished all files; what it began to move is then in part at its final place."""
+        return (self.folder / _COMPLETE).exists()
+
+    @property
+    def cleared(self) -> bool:
+        """Whether what the files replace is gone, so that whatever is at the final place is new."""
+        return (self.folder / _CLEARED).exists()
+
+    def mark_complete(self) -> None:
+        """Record that all files are finished."""
+        (self.folder / _COMPLETE).touch()
+
+    def mark_cleared(self) -> None:
+        """Record that what the files replace is gone."""
+        (self.folder / _CLEARED).touch()
+
+    def _entry(self, file: str) -> Path:
+        return self.folder / _FINISHED / (file.replace("/", "~") + ".json")
+
+
+def write_manifest(path: Path, run: Mapping[str, Any], finished: Mapping[str, Any], origin: Origin) -> None:
+    """Write `conversion.json` for a finished run."""
+    files = {file: {**run["files"][file], "tensors": finished[file]["tensors"]} for file in run["files"]}
+    _write(path, {**run, "notes": origin.notes, "ignored": origin.ignored, "files": files})
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest at `path`."""
+    manifest = _read(path)
+    if manifest is None or not isinstance(manifest.get("files"), dict):
+        raise ConversionError(f"{path} is missing or damaged; only an output with its {MANIFEST} can be checked alone")
+    return manifest
+
+
+def differences(old: Any, new: Any, place: str = "") -> list[str]:
+    """Where two descriptions of runs differ, as `place: old, not new`."""
+    if old == new:
+        return []
+    if isinstance(old, dict) and isinstance(new, dict):
+        found = []
+        for key in sorted({*old, *new}):
+            found += differences(old.get(key), new.get(key), f"{place} {key}".strip())
+        return found
+    return [f"{place}: {old}, not {new}"]
+
+
+def refuse_other(staging: Staging, old: Mapping[str, Any], new: Mapping[str, Any], finished: int) -> None:
+    """Raise if an unfinished run with finished files is not the one that is asked for."""
+    found = differences(old, new)
+    if not found:
+        return
+    shown = "\n".join(f"  - {difference}" for difference in found[:_SHOWN_DIFFERENCES])
+    more = f"\n  - … and {len(found) - _SHOWN_DIFFERENCES} more" if len(found) > _SHOWN_DIFFERENCES else ""
+    raise ConversionError(
+        f"{staging.path} holds {finished} finished file(s) of another run, which had\n{shown}{more}\n"
+        "repeat that run to finish it, or pass --restart to throw its files away"
+    )
+
+
+def _write(path: Path, value: Any) -> None:
+    path.parent.mkdir(exist_ok=True)
+    write_text(path, json.dumps(value, ensure_ascii=False, indent=1) + "\n")
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # a run that was killed while it wrote its first state
+        return None
+    return value if isinstance(value, dict) else None

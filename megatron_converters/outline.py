@@ -1,0 +1,57 @@
+"""What a conversion will write, decided before anything is written: files to the byte, and what fills each tensor."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from .dtypes import DType
+from .layouts import RowMap
+from .storage.output import Layout
+
+
+@dataclass(frozen=True, eq=False)
+class Fill:
+    """A tensor of an output file, or one part of it that begins at byte `start`, as rows and columns of a slot.
+
+    `rows[i]` is the slot's row of row i and `col` the slot's first column. Where `transposed`, the slot's rows are columns of
+    the file: `shape` is then what the part would be without that. `padding` counts the rows at the end that repeat another.
+    """
+
+    file: str
+    name: str
+    dtype: DType
+    shape: tuple[int, ...]
+    rows: RowMap
+    col: int
+    start: int = 0
+    transposed: bool = False
+    padding: int = 0
+
+
+@dataclass(frozen=True)
+class Outline:
+    """A target's files by path within the folder that will be shown as `name`, and the options that decided them."""
+
+    name: str
+    files: Mapping[str, Layout]
+    options: Mapping[str, Any]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on the disk, all files together."""
+        return sum(layout.nbytes for layout in self.files.values())
+
+    def tensor_bytes(self, file: str) -> int:
+        """Bytes of one file's tensors."""
+        return sum(nbytes for _, nbytes in self.files[file].regions.values())
+
+    def structure(self, file: str) -> str:
+        """A digest of all that a file holds beside its tensors: names, shapes, dtypes, arguments."""
+        layout = self.files[file]
+        digest = hashlib.sha256()
+        for offset, data in layout.finish(dict.fromkeys(layout.regions, 0)):
+            digest.update(b"%d:" % offset + data)
+        return digest.hexdigest()[:16]
