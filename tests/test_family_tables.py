@@ -111,6 +111,7 @@ def test_every_slot_that_a_config_can_ask_for_is_named() -> None:
             **EXPERT_FIELDS, qkv_bias=True, shared_ffn_hidden_size=4, shared_gate=True, dense_layers=(1,)
         ),
         "qwen3_moe": dict(**EXPERT_FIELDS, qkv_bias=True, proj_bias=True, qk_norm=True, dense_layers=(1,)),
+        "olmoe": dict(**EXPERT_FIELDS, qkv_bias=True, proj_bias=True, qk_norm=True, qk_norm_over_heads=True),
     }
     assert asked.keys() == FAMILIES.keys()
     for name, fields in asked.items():
