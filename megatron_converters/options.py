@@ -7,6 +7,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from . import capacity_bins
+from .endpoints.base import Origin
 from .endpoints.hf_source import HFSource
 from .endpoints.hf_target import HFOptions, HFTarget
 from .endpoints.megatron_source import MegatronReadOptions, MegatronSource
@@ -123,7 +125,19 @@ def open_hf_source(args: argparse.Namespace) -> HFSource | MetaSource:
         source.origin.margs = margs_from_json(Path(args.source_margs_file))
     if args.tokenizer_model is not None:
         source.origin.tokenizer = args.tokenizer_model
+    _add_bins(source.origin, args)
     return source
+
+
+def _add_bins(origin: Origin, args: argparse.Namespace) -> None:
+    """The capacity bins beside the model, if the saver's --load-capacity-bins asks for them."""
+    path = Path(args.load_dir) / capacity_bins.FILE
+    if getattr(args, "load_capacity_bins", False):
+        origin.capacity_bins = capacity_bins.read(path)
+    elif path.exists():
+        origin.notes.append(
+            f"{path} is left out; a saver of Megatron-LM checkpoints takes it with --load-capacity-bins"
+        )
 
 
 def _model_size_family(name: str | None) -> str | None:
@@ -228,7 +242,8 @@ def add_megatron_target_arguments(parser: Any) -> None:
         "--target-expert-tensor-parallel-size",
         type=positive,
         default=None,
-        help="Tensor-parallel size of experts; by default that of the rest.",
+        help="Tensor-parallel size of experts; by default the source's if it has one of its own that goes with the target's "
+        "sizes, else that of the rest.",
     )
     add_argument(
         parser,
@@ -262,6 +277,12 @@ def add_megatron_target_arguments(parser: Any) -> None:
         action="store_true",
         help="Convert although Megatron-LM's arguments cannot express all of the model; warns what it will not compute.",
     )
+    add_argument(
+        parser,
+        "--load-capacity-bins",
+        action="store_true",
+        help="Restore Habana's capacity bins, from capacity_bins.pt of a Hugging Face folder; for the same parallel sizes alone.",
+    )
 
 
 def open_megatron_target(args: argparse.Namespace) -> MegatronTarget:
@@ -284,6 +305,7 @@ def open_megatron_target(args: argparse.Namespace) -> MegatronTarget:
         release=args.release,
         overwrite=args.overwrite,
         allow_inexpressible=args.allow_inexpressible,
+        load_capacity_bins=args.load_capacity_bins,
         tokenizer=getattr(args, "tokenizer_model", None),
     )
     return MegatronTarget(Path(args.save_dir), options)
@@ -309,6 +331,12 @@ def add_hf_target_arguments(parser: Any) -> None:
         choices=["llama2", "llama3", "llama3.1", "mixtral"],
         help="Special tokens of a Llama 3 tokenizer rebuilt from a tiktoken file; the architecture comes from args.",
     )
+    add_argument(
+        parser,
+        "--save-capacity-bins",
+        action="store_true",
+        help="Keep the capacity bins of Habana's routers in capacity_bins.pt.",
+    )
 
 
 def open_hf_target(args: argparse.Namespace) -> HFTarget:
@@ -319,5 +347,6 @@ def open_hf_target(args: argparse.Namespace) -> HFTarget:
         tokenizer=args.tokenizer_model,
         instruct=args.instruct,
         source_model_type=args.source_model_type,
+        save_capacity_bins=args.save_capacity_bins,
     )
     return HFTarget(Path(args.save_dir), options)

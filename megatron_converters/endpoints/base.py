@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from ..capacity_bins import CapacityBins
 from ..dtypes import DType
 from ..errors import ConversionError
 from ..execute import Executor
@@ -28,6 +29,7 @@ class Origin:
     margs: argparse.Namespace | None = None
     iteration: int | None = None
     parallel: Parallel | None = None
+    capacity_bins: CapacityBins | None = None
     notes: list[str] = field(default_factory=list)
 
 

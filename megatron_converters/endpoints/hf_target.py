@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from .. import capacity_bins
 from ..dtypes import DType
 from ..errors import ConversionError, UsageError
 from ..execute import Executor, Target
@@ -49,6 +50,7 @@ class HFOptions:
     tokenizer: str | None = None
     instruct: bool = False
     source_model_type: str | None = None
+    save_capacity_bins: bool = False
 
 
 @dataclass(frozen=True)
@@ -157,7 +159,7 @@ class HFTarget:
 
     def _remove_old(self) -> None:
         """Take away an older model's files, what names the others first, so that no mixture is ever complete."""
-        beside = [self._dir / name for name in (_GENERATION, _MARGS)]
+        beside = [self._dir / name for name in (_GENERATION, _MARGS, capacity_bins.FILE)]
         if tokenizer_files(opened(self._staging).path):  # an older tokenizer stays only where there is no newer one
             beside += tokenizer_files(self._dir)
         for path in [*self._old_files(), *beside]:
@@ -179,6 +181,7 @@ class HFTarget:
             write_json(folder / _GENERATION, generation)
         if origin.margs is not None:
             write_json(folder / _MARGS, margs_to_json(origin.margs))
+        notes += self._write_bins(folder)
         notes += write_tokenizer(
             options.tokenizer or origin.tokenizer,
             folder,
@@ -188,6 +191,17 @@ class HFTarget:
             explicit=options.tokenizer is not None,
         )
         return notes
+
+    def _write_bins(self, folder: Path) -> list[str]:
+        bins, parallel, wanted = self._origin.capacity_bins, self._origin.parallel, self._options.save_capacity_bins
+        if bins is None:
+            return ["warning: there are no capacity bins to save"] if wanted else []
+        if not wanted:
+            return [capacity_bins.left_out(bins, "--save-capacity-bins")]
+        if parallel is not None:
+            capacity_bins.check(bins, self._spec, parallel)
+        capacity_bins.write(bins, folder / capacity_bins.FILE)
+        return [f"{len(bins.tensors)} capacity-bin buffers are in {capacity_bins.FILE}"]
 
 
 def _check_model_type(given: str | None, spec: ModelSpec) -> None:
