@@ -36,6 +36,7 @@ setup(
     package_data={"megatron_converters": ["py.typed"]},
     entry_points={
         "console_scripts": [
+            "megatron-converters = megatron_converters.cli:main",
             "megatron-convert = megatron_converters.convert:main",
             "megatron-convert-mlm-to-hf = megatron_converters.convert_mlm_to_hf_checkpoint:main",
         ]

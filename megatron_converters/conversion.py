@@ -8,6 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
+
 from .crew import ALONE, Crew, share
 from .dtypes import DType
 from .endpoints.base import Source, Target, wanted_dtype
@@ -174,7 +176,15 @@ class _Run:
             place = self._staging.files / path
             place.parent.mkdir(parents=True, exist_ok=True)
             file = self._open[path] = self._outline.files[path].create(place)
+            self._give(file, path)
         return file
+
+    def _give(self, file: OutputFile, path: str) -> None:
+        """Write the small tensors of a file that belong to no slot."""
+        for name, data in self._outline.given.get(path, {}).items():
+            file.write(name, 0, np.ascontiguousarray(data.array()))
+            self._progress(data.nbytes)
+            self._entries.setdefault(path, {})[name] = {"holds": [], "from": [data.path], "dtype": str(data.dtype)}
 
     def _finish(self, file: OutputFile) -> None:
         """Complete a file and record it; called once its last tensor is written, from the lane that wrote it."""

@@ -49,11 +49,6 @@ def _parser() -> argparse.ArgumentParser:
         default=None,
         help="Type to write; the checkpoint's by default.",
     )
-    parser.add_argument(
-        "--save-capacity-bins",
-        action="store_true",
-        help="Accepted for compatibility; dense models have no capacity bins.",
-    )
     add_checkpoint_arguments(parser)
     add_hf_target_arguments(parser)
     add_common_arguments(parser)

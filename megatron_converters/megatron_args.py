@@ -25,6 +25,7 @@ _ROWS = {
     "kv_channels": "kv_channels",
     "max_position_embeddings": "max_position_embeddings",
     "qk_norm": "qk_layernorm",
+    "qk_norm_over_heads": "qk_layernorm_over_heads",  # ours: Megatron-LM has no such norm
     "initializer_range": "init_method_std",
     "attention_dropout": "attention_dropout",
 }
@@ -47,7 +48,7 @@ _FIXED: dict[str, tuple[Any, str]] = {
     "heterogeneous_layers_config_path": (None, "layers that differ in shape"),
     "multi_latent_attention": (False, "multi-latent attention"),
     "moe_router_score_function": ("softmax", "another score function than softmax"),
-    "moe_router_enable_expert_bias": (False, "a bias of the router's choice"),
+    "moe_router_enable_expert_bias": (False, "a bias of the router's choice (mlp.router.expert_bias)"),
     "moe_router_topk_scaling_factor": (None, "scaled expert outputs"),
     "moe_router_num_groups": (None, "a choice limited to groups of experts"),
     "mtp_num_layers": (None, "multi-token prediction layers"),
@@ -80,6 +81,11 @@ def inexpressible(spec: ModelSpec) -> list[str]:
     if scaling is not None and scaling.kind == "linear" and not float(scaling.factor).is_integer():
         reasons.append(
             f"linear RoPE scaling by {scaling.factor}: Megatron-LM's --rotary-seq-len-interpolation-factor is a whole number"
+        )
+    if spec.qk_norm and spec.qk_norm_over_heads:
+        reasons.append(
+            "query and key norms over all heads together: Megatron-LM's --qk-layernorm norms each head by itself, and refuses "
+            "these norms' sizes; give the model an attention of your own"
         )
     if not float(spec.rotary_base).is_integer():
         reasons.append(f"a rotary base of {spec.rotary_base}: Megatron-LM's --rotary-base is a whole number")
@@ -167,6 +173,30 @@ def expert_args(spec: ModelSpec, parallel: Parallel, expert_layout: str) -> dict
         "expert_model_parallel_size": parallel.ep,
         "expert_tensor_parallel_size": parallel.etp,
     }
+
+
+#: `moe_router_dtype` of a router that is stored in these, wider than the model.
+_ROUTER_DTYPES = {"float32": "fp32", "float64": "fp64"}
+
+
+def router_args(spec: ModelSpec, router: DType | None) -> dict[str, Any]:
+    """The attributes of a router stored in `router` where that is wider than the model; nothing for another, or None.
+
+    Both decide in what experts are chosen: `moe_router_dtype` is Megatron-LM's from 0.12 on, `moe_router_fp32` Habana's.
+    """
+    if router is None or router.itemsize <= spec.dtype.itemsize:
+        return {}
+    return {"moe_router_dtype": _ROUTER_DTYPES[router.name], "moe_router_fp32": True}
+
+
+def router_warnings(spec: ModelSpec, router: DType | None) -> list[str]:
+    """What Megatron-LM makes of such a router's weights (core/transformer/moe/router.py, `reset_parameters`)."""
+    if not router_args(spec, router):
+        return []
+    return [
+        f"warning: the router is stored in {router}, but Megatron-LM holds it in {spec.dtype} like the rest and rounds it as it "
+        "loads; --moe-router-dtype makes it compute in the wider type"
+    ]
 
 
 def _refuse_unsupported(values: Mapping[str, Any]) -> None:
@@ -323,6 +353,7 @@ def flags(spec: ModelSpec, args: Mapping[str, Any]) -> list[str]:
         "--moe-shared-expert-gate": spec.shared_gate,
         "--moe-aux-loss-coeff": spec.moe_aux_loss_coeff or None,
         "--expert-tensor-parallel-size": args["expert_tensor_parallel_size"],
+        "--moe-router-dtype": args.get("moe_router_dtype"),
         "--sequence-parallel": args["sequence_parallel"],
     }
     model_flags = {
@@ -362,6 +393,7 @@ _SINCE = {
     "--decoder-last-pipeline-num-layers": "0.9",
     "--use-rope-scaling": "0.10",
     "--rope-scaling-factor": "0.11",
+    "--moe-router-dtype": "0.12",
     "--account-for-embedding-in-pipeline-split": "0.11",
     "--account-for-loss-in-pipeline-split": "0.11",
     "--window-size": "0.15",

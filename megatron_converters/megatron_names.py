@@ -7,6 +7,7 @@ Transformer Engine 2.14.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 from .spec import ModelSpec
@@ -105,8 +106,16 @@ def extra_state(dialect: str, expert_layout: str, spec: ModelSpec, layer: int, e
         yield from (name.replace("{expert}", str(expert)) for name in _EXPERT_LINEARS[expert_layout])
 
 
+def capacity_bins_key(layer: int, name: str) -> str:
+    """A capacity-bin buffer's key on its rank; `layer` counts there."""
+    return _CAPACITY_BINS.format(layer=layer, name=name)
+
+
 #: Modules of the last stage that own one.
 LAST_EXTRA_STATE = {"local": ("output_layer",), "transformer_engine": ("decoder.final_layernorm", "output_layer")}
+_CAPACITY_BINS = _MLP + "router.capacity_bins.{name}"
 #: Buffers of Habana's routers that say how a run was balanced; they are no part of the model.
-CAPACITY_BINS = ".router.capacity_bins."
+CAPACITY_BINS = re.compile(
+    re.escape(_CAPACITY_BINS).replace(r"\{layer\}", r"(?P<layer>\d+)").replace(r"\{name\}", r"(?P<name>[a-z_.]+)")
+)
 EXTRA_STATE_SUFFIX = "_extra_state"

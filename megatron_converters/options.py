@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
+from . import capacity_bins
+from .endpoints.base import Origin
 from .endpoints.hf_source import HFSource
 from .endpoints.hf_target import FUSED, SEPARATE, HFOptions, HFTarget
 from .endpoints.megatron_source import MegatronReadOptions, MegatronSource
@@ -123,7 +126,19 @@ def open_hf_source(args: argparse.Namespace) -> HFSource | MetaSource:
         source.origin.margs = margs_from_json(Path(args.source_margs_file))
     if args.tokenizer_model is not None:
         source.origin.tokenizer = args.tokenizer_model
+    _add_bins(source.origin, args)
     return source
+
+
+def _add_bins(origin: Origin, args: argparse.Namespace) -> None:
+    """The capacity bins beside the model, if the saver's --load-capacity-bins asks for them."""
+    path = Path(args.load_dir) / capacity_bins.FILE
+    if getattr(args, "load_capacity_bins", False):
+        origin.capacity_bins = capacity_bins.read(path)
+    elif path.exists():
+        origin.notes.append(
+            f"{path} is left out; a saver of Megatron-LM checkpoints takes it with --load-capacity-bins"
+        )
 
 
 def _model_size_family(name: str | None) -> str | None:
@@ -206,11 +221,17 @@ def add_megatron_target_arguments(parser: Any) -> None:
     """Options of savers that write a Megatron-LM checkpoint."""
     default = "by default the source's, or 1"
     add_argument(
-        parser, "--target-tensor-parallel-size", type=positive, default=None, help=f"Tensor-parallel size; {default}."
+        parser,
+        "--target-tensor-parallel-size",
+        "--tp",
+        type=positive,
+        default=None,
+        help=f"Tensor-parallel size; {default}.",
     )
     add_argument(
         parser,
         "--target-pipeline-parallel-size",
+        "--pp",
         type=positive,
         default=None,
         help=f"Pipeline-parallel size; {default}.",
@@ -219,6 +240,7 @@ def add_megatron_target_arguments(parser: Any) -> None:
         parser,
         "--target-expert-parallel-size",
         "--target-expert-paralell-size",  # the spelling of Habana's documentation
+        "--ep",
         type=positive,
         default=None,
         help=f"Expert-parallel size; {default}.",
@@ -226,18 +248,13 @@ def add_megatron_target_arguments(parser: Any) -> None:
     add_argument(
         parser,
         "--target-expert-tensor-parallel-size",
+        "--etp",
         type=positive,
         default=None,
-        help="Tensor-parallel size of experts; by default that of the rest.",
+        help="Tensor-parallel size of experts; by default the source's if it has one of its own that goes with the target's "
+        "sizes, else that of the rest.",
     )
-    add_argument(
-        parser,
-        "--expert-layout",
-        choices=sorted(EXPERTS),
-        default=None,
-        help="How experts are stored: grouped (default with transformer_engine), sequential (with local), stacked (weight1 and "
-        "weight2 of older Megatron-LM), dynamic (Habana).",
-    )
+    add_expert_layout_argument(parser, tuple(EXPERTS))
     add_argument(
         parser,
         "--saver-transformer-impl",
@@ -263,6 +280,38 @@ def add_megatron_target_arguments(parser: Any) -> None:
         action="store_true",
         help="Convert although Megatron-LM's arguments cannot express all of the model; warns what it will not compute.",
     )
+    add_argument(
+        parser,
+        "--load-capacity-bins",
+        action="store_true",
+        help="Restore Habana's capacity bins, from capacity_bins.pt of a Hugging Face folder; for the same parallel sizes alone.",
+    )
+
+
+#: How experts can be stored, in the words of help; the first of each format is its default.
+_EXPERT_LAYOUTS = {
+    "grouped": "grouped weights (with transformer_engine)",
+    "sequential": "one module for each expert (with local)",
+    "stacked": "weight1 and weight2 of older Megatron-LM",
+    "dynamic": "Habana's",
+    SEPARATE: "separate tensors, as published models have",
+    FUSED: "3-D tensors, as transformers 5 holds them in memory",
+}
+
+
+def add_expert_layout_argument(parser: Any, layouts: Sequence[str]) -> None:
+    """--expert-layout for a target that has these."""
+    words = "; ".join(f"{name}: {_EXPERT_LAYOUTS[name]}" for name in layouts)
+    add_argument(
+        parser, "--expert-layout", choices=list(layouts), default=None, help=f"How experts are stored. {words}."
+    )
+
+
+def _expert_layout(args: argparse.Namespace, layouts: Collection[str], format_name: str) -> str | None:
+    layout: str | None = args.expert_layout
+    if layout is not None and layout not in layouts:
+        raise UsageError(f"--expert-layout {layout}: {format_name} has {', '.join(layouts)}")
+    return layout
 
 
 def open_megatron_target(args: argparse.Namespace) -> MegatronTarget:
@@ -278,13 +327,14 @@ def open_megatron_target(args: argparse.Namespace) -> MegatronTarget:
         pp=args.target_pipeline_parallel_size,
         ep=args.target_expert_parallel_size,
         etp=args.target_expert_tensor_parallel_size,
-        expert_layout=args.expert_layout,
+        expert_layout=_expert_layout(args, EXPERTS, "a Megatron-LM checkpoint"),
         split=split,
         impl=args.saver_transformer_impl,
         divisor=getattr(args, "make_vocab_size_divisible_by", None),
         release=args.release,
         overwrite=args.overwrite,
         allow_inexpressible=args.allow_inexpressible,
+        load_capacity_bins=args.load_capacity_bins,
         tokenizer=getattr(args, "tokenizer_model", None),
     )
     return MegatronTarget(Path(args.save_dir), options)
@@ -303,19 +353,19 @@ def add_hf_target_arguments(parser: Any) -> None:
         default=False,
         help="The model is instruction-tuned: write its end-of-turn token, chat template and generation_config.json.",
     )
-    add_argument(
-        parser,
-        "--expert-layout",
-        choices=[SEPARATE, FUSED],
-        default=SEPARATE,
-        help="Experts as separate tensors, as in published models, or fused as transformers 5 holds them in memory.",
-    )
+    add_expert_layout_argument(parser, (SEPARATE, FUSED))
     add_argument(
         parser,
         "--source-model-type",
         default=None,
         choices=["llama2", "llama3", "llama3.1", "mixtral"],
         help="Special tokens of a Llama 3 tokenizer rebuilt from a tiktoken file; the architecture comes from args.",
+    )
+    add_argument(
+        parser,
+        "--save-capacity-bins",
+        action="store_true",
+        help="Keep the capacity bins of Habana's routers in capacity_bins.pt.",
     )
 
 
@@ -327,6 +377,7 @@ def open_hf_target(args: argparse.Namespace) -> HFTarget:
         tokenizer=args.tokenizer_model,
         instruct=args.instruct,
         source_model_type=args.source_model_type,
-        expert_layout=args.expert_layout,
+        expert_layout=_expert_layout(args, (SEPARATE, FUSED), "a Hugging Face folder") or SEPARATE,
+        save_capacity_bins=args.save_capacity_bins,
     )
     return HFTarget(Path(args.save_dir), options)

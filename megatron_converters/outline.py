@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from .dtypes import DType
 from .layouts import RowMap
 from .storage.output import Layout
+from .storage.tensor import StoredTensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,11 +34,15 @@ class Fill:
 
 @dataclass(frozen=True)
 class Outline:
-    """A target's files by path within the folder that will be shown as `name`, and the options that decided them."""
+    """A target's files by path within the folder that will be shown as `name`, and the options that decided them.
+
+    `given` has, by file and name, small tensors that belong to no slot and are copied as they are.
+    """
 
     name: str
     files: Mapping[str, Layout]
     options: Mapping[str, Any]
+    given: Mapping[str, Mapping[str, StoredTensor]] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:

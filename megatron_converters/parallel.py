@@ -135,6 +135,8 @@ def parallel_for(
     if not spec.num_experts:
         if ep != 1:
             raise UsageError(f"--target-expert-parallel-size {ep}: a dense model has no experts to spread; use 1")
+        if etp not in (None, 1, tp):
+            raise UsageError(f"--target-expert-tensor-parallel-size {etp}: a dense model has no experts to cut; use 1")
         return Parallel(tp, stages, split, etp=tp)
     return _with_experts(spec, Parallel(tp, stages, split, ep, tp if etp is None else etp))
 
@@ -148,13 +150,28 @@ def _with_experts(spec: ModelSpec, parallel: Parallel) -> Parallel:
         raise ConversionError(f"experts with an MLP of {spec.moe_ffn_hidden_size} cannot be cut over etp={etp}")
     if spec.shared_ffn_hidden_size % parallel.tp:
         raise ConversionError(f"shared experts of {spec.shared_ffn_hidden_size} cannot be cut over tp={parallel.tp}")
-    ranks = parallel.ranks(0)
-    if len({(rank.tp, rank.ep) for rank in ranks}) != len(ranks):
+    if not _own_directories(parallel):
         raise ConversionError(
             f"tp={parallel.tp} and ep={ep} with etp={etp}: several ranks would share one mp_rank_* directory, whose name has "
             "no expert-tensor number; use an etp that divides tp"
         )
     return parallel
+
+
+def _own_directories(parallel: Parallel) -> bool:
+    """Whether no two ranks that hold different shares have one `mp_rank_*` directory."""
+    ranks = parallel.ranks(0)
+    return len({(rank.tp, rank.ep) for rank in ranks}) == len(ranks)
+
+
+def kept_etp(source: Parallel | None, tp: int, ep: int) -> int | None:
+    """The source's expert-tensor-parallel size if it has one of its own and these sizes allow it; else None, which means `tp`.
+
+    One that equals the source's `tp` is Megatron-LM's default, and follows the new `tp`.
+    """
+    if source is None or source.etp == source.tp or not _own_directories(Parallel(tp, (0,), ep=ep, etp=source.etp)):
+        return None
+    return source.etp
 
 
 def _tp_fits(spec: ModelSpec, tp: int) -> bool:

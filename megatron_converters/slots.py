@@ -97,8 +97,12 @@ def _vocab(spec: ModelSpec) -> int:
     return spec.vocab_size
 
 
-def _head(spec: ModelSpec) -> int:
-    return spec.kv_channels
+def _query_norm(spec: ModelSpec) -> int:
+    return _query(spec) if spec.qk_norm_over_heads else spec.kv_channels
+
+
+def _key_norm(spec: ModelSpec) -> int:
+    return spec.num_query_groups * spec.kv_channels if spec.qk_norm_over_heads else spec.kv_channels
 
 
 def _query(spec: ModelSpec) -> int:
@@ -155,8 +159,8 @@ _ALL = (
     Slot("input_norm", _LAYER, _REPLICATED, _hidden),
     Slot("qkv", _LAYER, _COLUMN, _qkv, _hidden),
     Slot("qkv_bias", _LAYER, _COLUMN, _qkv, present=lambda spec: spec.qkv_bias),
-    Slot("q_norm", _LAYER, _REPLICATED, _head, present=lambda spec: spec.qk_norm),
-    Slot("k_norm", _LAYER, _REPLICATED, _head, present=lambda spec: spec.qk_norm),
+    Slot("q_norm", _LAYER, _REPLICATED, _query_norm, present=lambda spec: spec.qk_norm),
+    Slot("k_norm", _LAYER, _REPLICATED, _key_norm, present=lambda spec: spec.qk_norm),
     Slot("proj", _LAYER, _ROW, _hidden, _query),
     Slot("proj_bias", _LAYER, _REPLICATED, _hidden, present=lambda spec: spec.proj_bias),
     Slot("mlp_norm", _LAYER, _REPLICATED, _hidden, layers=_DENSE),

@@ -20,6 +20,10 @@ def number(value: Any, name: str) -> float:
     return float(value)
 
 
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 @dataclass(frozen=True)
 class RopeScaling:
     """How rotary frequencies are stretched. `kind` is "llama3" or "linear"; the last three belong to llama3 alone."""
@@ -53,6 +57,8 @@ class ModelSpec:
     proj_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
+    #: The query and key norms span all heads together (OLMoE) instead of each head by itself.
+    qk_norm_over_heads: bool = False
     sliding_window: int | None = None
     #: First layer with the sliding window (Qwen's `max_window_layers`); 0 means every layer.
     sliding_window_from: int = 0
@@ -87,20 +93,35 @@ class ModelSpec:
             positive += ("num_experts", "moe_ffn_hidden_size", "moe_router_topk")
         for name in (*positive, "kv_channels", "vocab_size", "max_position_embeddings"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            if not _whole(value) or value < 1:
                 raise ConversionError(f"{name} is {value!r}; it must be a whole number above 0")
         for name in ("norm_epsilon", "rotary_base", "initializer_range", "attention_dropout", "moe_aux_loss_coeff"):
             number(getattr(self, name), name)
-        for name in ("tied", "qkv_bias", "proj_bias", "mlp_bias", "qk_norm"):
+        norms = ("qk_norm", "qk_norm_over_heads")
+        for name in ("tied", "qkv_bias", "proj_bias", "mlp_bias", *norms, "moe_router_pre_softmax", "shared_gate"):
             if not isinstance(getattr(self, name), bool):
                 raise ConversionError(f"{name} is {getattr(self, name)!r}; it must be true or false")
         window = self.sliding_window
-        if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 1):
+        if window is not None and (not _whole(window) or window < 1):
             raise ConversionError(f"sliding_window is {window!r}; it must be a whole number above 0, or null for none")
         if self.num_attention_heads % self.num_query_groups:
             raise ConversionError(
                 f"{self.num_attention_heads} attention heads cannot share {self.num_query_groups} query groups evenly"
             )
+        self._check_experts()
+
+    def _check_experts(self) -> None:
+        shared, dense = self.shared_ffn_hidden_size, self.dense_layers
+        if not _whole(shared) or shared < 0:
+            raise ConversionError(
+                f"shared_ffn_hidden_size is {shared!r}; it must be a whole number above 0, or 0 for none"
+            )
+        if self.num_experts and self.moe_router_topk > self.num_experts:
+            raise ConversionError(
+                f"moe_router_topk is {self.moe_router_topk}, but there are {self.num_experts} experts"
+            )
+        if not all(_whole(layer) and 0 <= layer < self.num_layers for layer in dense):
+            raise ConversionError(f"dense_layers is {list(dense)}; they must be layers from 0 to {self.num_layers - 1}")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values only, for JSON and for the queue's metadata."""

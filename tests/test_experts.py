@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from megatron_converters.dtypes import BY_NAME
 from megatron_converters.endpoints.handles import StackedHandle, TensorHandle
 from megatron_converters.endpoints.hf_source import HFSource
+from megatron_converters.endpoints.megatron_target import MegatronOptions, MegatronTarget
 from megatron_converters.endpoints.queue_source import QueueSource
 from megatron_converters.endpoints.queue_target import QueueTarget
 from megatron_converters.errors import ConversionError, UsageError
@@ -26,11 +27,11 @@ from megatron_converters.execute import materialise
 from megatron_converters.handover import receive_ours, receives_ours
 from megatron_converters.megatron_args import expert_args
 from megatron_converters.megatron_names import extra_state, keys
-from megatron_converters.parallel import Rank, parallel_for
+from megatron_converters.parallel import Rank, kept_etp, parallel_for
 from megatron_converters.plan import Piece, Planner
 from megatron_converters.slots import SLOTS, Ref, refs
 from megatron_converters.storage import safetensors
-from tests.conversions import hf_to_megatron, megatron_to_hf, reshard
+from tests.conversions import hf_to_megatron, megatron_to_hf, reshard, run
 from tests.helpers import (
     RANK_FILE,
     TRACKER,
@@ -132,6 +133,70 @@ def test_sizes_that_cannot_cut_experts(fields: dict[str, int], sizes: tuple[int,
 def test_a_dense_model_has_no_experts_to_spread() -> None:
     with pytest.raises(UsageError, match=r"^--target-expert-parallel-size 2: a dense model has no experts"):
         parallel_for(tiny_spec(), 2, 1, ep=2)
+
+
+@pytest.mark.parametrize("etp", [1, 2])
+def test_a_dense_model_has_no_experts_to_cut(etp: int) -> None:
+    assert parallel_for(tiny_spec(), 2, 1, etp=etp) == parallel_for(tiny_spec(), 2, 1)
+    with pytest.raises(
+        UsageError, match=r"^--target-expert-tensor-parallel-size 4: a dense model has no experts to cut"
+    ):
+        parallel_for(tiny_spec(), 2, 1, etp=4)
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "kept"),
+    [
+        ((2, 1, 1), (2, 1), 1),
+        ((2, 1, 1), (4, 2), 1),
+        ((4, 1, 2), (4, 2), 2),
+        ((4, 1, 2), (2, 1), 2),
+        ((4, 1, 2), (1, 1), 1),  # two expert-tensor ranks would share a directory
+        ((4, 2, 2), (8, 2), 2),
+        ((2, 2, 2), (4, 1), 4),  # that of the source is Megatron-LM's default
+        ((1, 1, 1), (4, 1), 4),
+    ],
+)
+def test_resharding_keeps_an_expert_tensor_parallel_size_of_its_own(
+    source: tuple[int, int, int], target: tuple[int, int], kept: int
+) -> None:
+    tp, ep, etp = source
+    before = parallel_for(tiny_spec(**FIELDS), tp, 1, ep=ep, etp=etp)
+    assert (kept_etp(before, *target) or target[0]) == kept
+    assert kept_etp(None, *target) is None
+
+
+def test_a_checkpoint_s_expert_tensor_parallel_size_stays_with_other_stages(hf_model: HFModel, tmp_path: Path) -> None:
+    source = hf_model("mixtral", **SMALL)
+    meg = hf_to_megatron(source, tmp_path / "meg", tp=2, ep=2, etp=1)
+    args = args_of(reshard(meg, tmp_path / "pp", pp=2))
+    assert (args.tensor_model_parallel_size, args.expert_tensor_parallel_size) == (2, 1)
+    args = args_of(reshard(meg, tmp_path / "etp", etp=2))
+    assert args.expert_tensor_parallel_size == 2
+    dense = hf_to_megatron(hf_model("llama2"), tmp_path / "dense", tp=4)
+    assert args_of(reshard(dense, tmp_path / "tp 2", tp=2)).expert_tensor_parallel_size == 2
+    with pytest.raises(UsageError, match="a dense model has no experts to cut"):
+        reshard(dense, tmp_path / "no", tp=4, etp=2)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"shared_gate": "yes"}, "shared_gate is 'yes'; it must be true or false"),
+        ({"moe_router_pre_softmax": 1}, "moe_router_pre_softmax is 1; it must be true or false"),
+        ({"qk_norm_over_heads": None}, "qk_norm_over_heads is None; it must be true or false"),
+        ({"moe_router_topk": 9}, "moe_router_topk is 9, but there are 8 experts"),
+        ({"shared_ffn_hidden_size": -1}, "shared_ffn_hidden_size is -1; it must be a whole number"),
+        ({"shared_ffn_hidden_size": 4.0}, "shared_ffn_hidden_size is 4.0"),
+        ({"shared_ffn_hidden_size": True}, "shared_ffn_hidden_size is True"),
+        ({"dense_layers": (0, 2)}, r"dense_layers is \[0, 2\]; they must be layers from 0 to 1"),
+        ({"dense_layers": (-1,)}, r"dense_layers is \[-1\]"),
+        ({"dense_layers": ("0",)}, r"dense_layers is \['0'\]"),
+    ],
+)
+def test_no_model_has_such_experts(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConversionError, match=message):
+        tiny_spec(**{**FIELDS, **fields})
 
 
 # --- which expert lies where, and how it is cut
@@ -463,6 +528,42 @@ def test_checkpoints_with_other_experts_than_args_say(
         megatron_to_hf(meg, tmp_path / "hf")
 
 
+@pytest.mark.parametrize("said", [True, False], ids=["in args", "by its tensor alone"])
+def test_a_bias_of_the_router_s_choice_is_refused_by_name(said: bool, hf_model: HFModel, tmp_path: Path) -> None:
+    meg = hf_to_megatron(hf_model("mixtral", **SMALL), tmp_path / "meg")
+    content = rank_content(meg)
+    content["args"].moe_router_enable_expert_bias = said
+    content["model"]["decoder.layers.1.mlp.router.expert_bias"] = torch.zeros(4)
+    edit_rank(meg, "mp_rank_00", **content)
+    with pytest.raises(ConversionError, match=r"mlp\.router\.expert_bias"):
+        megatron_to_hf(meg, tmp_path / "hf")
+
+
+def test_a_router_in_float32_stays_so_and_is_recorded(hf_model: HFModel, tmp_path: Path) -> None:
+    """Megatron-LM routes in float32 if `moe_router_dtype` says so, and has no place for float32 weights in a bfloat16 model."""
+    source, meg = hf_model("mixtral", **SMALL), tmp_path / "meg"
+    gate = "model.layers.0.block_sparse_moe.gate.weight"
+    told = run(HFSource(source), MegatronTarget(meg, MegatronOptions(ep=2)), BY_NAME["bfloat16"])
+    assert not hasattr(args_of(meg), "moe_router_dtype")
+    assert rank_content(meg, "mp_rank_00_001")["model"]["decoder.layers.0.mlp.router.weight"].dtype == torch.bfloat16
+
+    def cast(tensors: dict[str, torch.Tensor]) -> None:
+        tensors.update({name: value.bfloat16() for name, value in tensors.items() if not name.endswith("gate.weight")})
+
+    mixed = changed(source, tmp_path / "mixed", cast)
+    told = run(HFSource(mixed), MegatronTarget(tmp_path / "wide", MegatronOptions(ep=2)))
+    model = rank_content(tmp_path / "wide", "mp_rank_00_001")["model"]
+    assert torch.equal(model["decoder.layers.0.mlp.router.weight"], hf_tensors(source)[gate])
+    args = args_of(tmp_path / "wide")
+    assert (args.moe_router_dtype, args.moe_router_fp32, args.params_dtype) == ("fp32", True, torch.bfloat16)
+    flags = (tmp_path / "wide" / "iter_0000001" / "pretrain_gpt_flags.txt").read_text()
+    assert "--moe-router-dtype fp32" in flags
+    assert any(line.startswith("warning: the router is stored in float32") for line in told)
+    same_tensors(hf_tensors(megatron_to_hf(tmp_path / "wide", tmp_path / "back")), hf_tensors(mixed))
+    again = reshard(tmp_path / "wide", tmp_path / "again", ep=1)
+    assert args_of(again).moe_router_dtype == "fp32"
+
+
 def fc2_of(model: dict[str, Any]) -> torch.Tensor:
     tensor: torch.Tensor = model["decoder.layers.0.mlp.experts.linear_fc2.weight0"]
     return tensor
@@ -549,6 +650,45 @@ def test_a_stock_saver_receives_stacks_and_a_stock_loader_s_stacks_are_read(
     for piece, part in ((gate, "w1"), (up, "w3"), (read[Ref(SLOTS["expert_fc2"], 1, 3)][0], "w2")):
         found = torch.from_numpy(np.array(piece.data.array()).view(np.float32))
         assert torch.equal(found, tensors[f"model.layers.1.block_sparse_moe.experts.3.{part}.weight"])
+
+
+def fuse_gate_and_up(received: Any, tensors: dict[str, torch.Tensor]) -> None:
+    """Messages as Habana's loader_mixtral_hf sends them without CUDA: its experts hold cat([w1, w3]), and it stacks them."""
+    for layer in range(2):
+        expert = f"model.layers.{layer}.block_sparse_moe.experts."
+        parts = [[tensors[f"{expert}{number}.{part}.weight"] for part in ("w1", "w3")] for number in range(4)]
+        message = received.queue[2 + layer]
+        del message["mlp l0 weight W"], message["mlp l0 weight V"]
+        message["mlp l0 weight"] = torch.stack([torch.cat(pair) for pair in parts])
+
+
+def test_habana_s_fused_stacks_are_read(stock_queue: Any, hf_model: HFModel, tmp_path: Path) -> None:
+    tensors = hf_tensors(hf_model("mixtral", **SMALL))
+    fuse_gate_and_up(stock_queue, tensors)
+    vars(stock_queue.queue[0]).update(previous_expert_tensor_parallel_size=1, previous_expert_model_parallel_size=2)
+    run(QueueSource(stock_queue), MegatronTarget(tmp_path / "meg", MegatronOptions(tp=2, impl="local")))
+    found = {path.parent.name for path in (tmp_path / "meg").glob(f"*/*/{RANK_FILE}")}
+    assert found == RANKS[2, 1, 2, 2].keys()
+    same_tensors(hf_tensors(megatron_to_hf(tmp_path / "meg", tmp_path / "hf")), tensors)
+
+
+@pytest.mark.parametrize("shape", [(4, 112, 64), (4, 64, 224)], ids=["gate alone", "transposed"])
+def test_a_fused_stack_of_another_shape_is_named(shape: tuple[int, ...], stock_queue: Any, hf_model: HFModel) -> None:
+    fuse_gate_and_up(stock_queue, hf_tensors(hf_model("mixtral", **SMALL)))
+    stock_queue.queue[2]["mlp l0 weight"] = torch.zeros(shape)
+    source = QueueSource(stock_queue)
+    message = f"mlp l0 weight has shape {list(shape[1:])}, expected [224, 64] for layer 0 expert 0 expert_fc1"
+    with pytest.raises(ConversionError, match=re.escape(message)):
+        for ref in refs(source.spec):
+            source.read(ref)
+
+
+def test_fused_and_split_stacks_together_are_refused(stock_queue: Any) -> None:
+    stock_queue.queue[2]["mlp l0 weight"] = torch.zeros(4, 224, 64)
+    source = QueueSource(stock_queue)
+    with pytest.raises(ConversionError, match=r"does not have:\n  - 'mlp l0 weight V'\n  - 'mlp l0 weight W'"):
+        for ref in refs(source.spec):
+            source.read(ref)
 
 
 @pytest.mark.parametrize(("shape", "said"), [((3, 64, 112), "[3, 64, 112]"), ((64, 112), "[64, 112]")])

@@ -16,7 +16,7 @@ from megatron_converters.families import FAMILIES
 from megatron_converters.families.base import Family, HFEntry
 from megatron_converters.hf_config import read_json, spec_of_config
 from megatron_converters.layouts import GATED, GROUPED_QKV, SAME
-from megatron_converters.megatron_names import DIALECTS, EXPERTS
+from megatron_converters.megatron_names import DIALECTS, EXPERTS, STACKED
 from megatron_converters.slots import SLOTS, Layers, Ref, Scope, refs
 from megatron_converters.spec import ModelSpec
 from tests.helpers import hf_tensors
@@ -107,6 +107,7 @@ def test_every_slot_that_a_config_can_ask_for_is_named() -> None:
             **EXPERT_FIELDS, qkv_bias=True, shared_ffn_hidden_size=4, shared_gate=True, dense_layers=(1,)
         ),
         "qwen3_moe": dict(**EXPERT_FIELDS, qkv_bias=True, proj_bias=True, qk_norm=True, dense_layers=(1,)),
+        "olmoe": dict(**EXPERT_FIELDS, qkv_bias=True, proj_bias=True, qk_norm=True, qk_norm_over_heads=True),
     }
     assert asked.keys() == FAMILIES.keys()
     for name, fields in asked.items():
@@ -119,7 +120,10 @@ def test_every_slot_has_a_megatron_name_and_a_message() -> None:
     for table in (dialect | experts for dialect in DIALECTS.values() for experts in EXPERTS.values()):
         assert table.keys() == SLOTS.keys()
         assert all(("{layer}" in name) == (SLOTS[slot].scope is Scope.LAYER) for slot, name in table.items())
-        assert all(("expert}" in name) == SLOTS[slot].expert for slot, name in table.items())
+        stacked = EXPERTS[STACKED].items()
+        assert all(
+            ("expert}" in name) == (SLOTS[slot].expert and (slot, name) not in stacked) for slot, name in table.items()
+        )
         for together in TOGETHER:
             names = [table[slot] for slot in together]
             assert len(set(names)) == len(names)

@@ -84,7 +84,8 @@ def facts(found: Any) -> dict[str, Any]:
         or getattr(found, "qkv_bias", False),
         "proj_bias": getattr(found, "attention_bias", False),
         "mlp_bias": getattr(found, "mlp_bias", False),
-        "qk_norm": found.model_type in ("qwen3", "qwen3_moe"),
+        "qk_norm": found.model_type in ("qwen3", "qwen3_moe", "olmoe"),
+        "qk_norm_over_heads": found.model_type == "olmoe",  # OlmoeAttention's norms have the size of all heads
         "sliding_window": None if start is None else found.sliding_window,
         "sliding_window_from": 0 if start is None else start,
         "initializer_range": found.initializer_range,
@@ -95,14 +96,15 @@ def facts(found: Any) -> dict[str, Any]:
 
 def expert_facts(found: Any) -> dict[str, Any]:
     """The same of experts; which layers have them is `Qwen3MoeDecoderLayer.__init__`'s condition."""
-    mixture = found.model_type in ("mixtral", "qwen2_moe", "qwen3_moe")
+    mixture = found.model_type in ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe")
     mixtral = found.model_type == "mixtral"
+    one_size = found.model_type in ("mixtral", "olmoe")
     step, listed = getattr(found, "decoder_sparse_step", 1), getattr(found, "mlp_only_layers", [])
     layers = range(found.num_hidden_layers)
     sparse = [layer for layer in layers if layer not in listed and (layer + 1) % step == 0]
     return {
         "num_experts": found.num_experts if mixture else 0,
-        "moe_ffn_hidden_size": (found.intermediate_size if mixtral else found.moe_intermediate_size) if mixture else 0,
+        "moe_ffn_hidden_size": (found.intermediate_size if one_size else found.moe_intermediate_size) if mixture else 0,
         "moe_router_topk": found.num_experts_per_tok if mixture else 0,
         "moe_router_pre_softmax": mixture and not mixtral and not found.norm_topk_prob,
         "moe_aux_loss_coeff": found.router_aux_loss_coef if mixture else 0.0,
@@ -194,10 +196,13 @@ ALL_CASES = [
     *((family, name, fields) for family in ("qwen2_moe", "qwen3_moe") for name, fields in QWEN_MOE_CASES.items()),
     ("qwen2_moe", "sizes", {"num_experts": 6, "shared_expert_intermediate_size": 40}),
     ("qwen2_moe", "no bias", {"qkv_bias": False}),
-    ("qwen3_moe", "older spelling", {"num_experts": 6}),
-    ("qwen3_moe", "newer spelling", {"num_local_experts": 6}),
-    ("qwen3_moe", "both spellings", {"num_experts": 6, "num_local_experts": 6}),
+    ("qwen3_moe", "older spelling", {"num_experts": 16}),
+    ("qwen3_moe", "newer spelling", {"num_local_experts": 16}),
+    ("qwen3_moe", "both spellings", {"num_experts": 16, "num_local_experts": 16}),
     ("qwen3_moe", "biases", {"attention_bias": True, "head_dim": 24}),
+    ("olmoe", "1B-7B", {"clip_qkv": None, "norm_topk_prob": False, "rope_theta": 10000.0, "rope_scaling": None}),
+    ("olmoe", "normed choice", {"norm_topk_prob": True, "num_experts": 16, "num_experts_per_tok": 3}),
+    ("olmoe", "biases and groups", {"attention_bias": True, "num_key_value_heads": 4, "router_aux_loss_coef": 0.02}),
 ]
 
 
@@ -270,6 +275,8 @@ def test_both_spellings_of_rope_are_one_spec(kind: str) -> None:
         ("llama", {"torch_dtype": "float7"}, "unknown dtype 'float7'"),
         ("llama", {"num_local_experts": 8}, "does not know: num_local_experts"),
         ("mixtral", {"num_local_experts": "8"}, "num_experts is '8'"),
+        ("mixtral", {"num_local_experts": 1}, "moe_router_topk is 2, but there are 1 experts"),
+        ("olmoe", {"clip_qkv": 8.0}, "clip_qkv=8.0; only None can be converted"),
         ("mixtral", {"num_experts_per_tok": 0}, "moe_router_topk is 0"),
         ("mixtral", {"router_aux_loss_coef": "0.1"}, "moe_aux_loss_coeff is '0.1'; it must be a number"),
         ("qwen3_moe", {"num_experts": 8, "num_local_experts": 4}, r"they differ: \[8, 4\]"),

@@ -20,6 +20,8 @@ from megatron_converters.megatron_args import (
     layout_args,
     model_args,
     plain_args,
+    router_args,
+    router_warnings,
     spec_fields,
 )
 from megatron_converters.parallel import PipelineSplit, parallel_for
@@ -83,7 +85,15 @@ def test_a_spec_survives_args(fields: dict[str, Any]) -> None:
 def test_the_cases_change_every_field() -> None:
     changed = {name for fields in CASES.values() for name in fields}
     decided_elsewhere = {"family", "dtype", "vocab_size", "sliding_window_from"}
-    assert changed == vars(tiny_spec()).keys() - decided_elsewhere
+    inexpressible_yet_kept = {"qk_norm_over_heads"}
+    assert changed == vars(tiny_spec()).keys() - decided_elsewhere - inexpressible_yet_kept
+
+
+def test_norms_over_all_heads_survive_args_although_megatron_lacks_them() -> None:
+    for over_heads in (False, True):
+        spec = tiny_spec(qk_norm=True, qk_norm_over_heads=over_heads)
+        assert bool(inexpressible(spec)) == over_heads
+        assert back(all_args(spec), spec) == spec
 
 
 def test_args_in_megatron_s_words() -> None:
@@ -165,6 +175,7 @@ def test_plain_args_leaves_out_what_weights_only_loading_refuses() -> None:
         ({"proj_bias": True}, "a bias on only one of"),
         ({"mlp_bias": True}, "a bias on only one of"),
         ({"rotary_base": 10000.5}, "a rotary base of 10000.5"),
+        ({"qk_norm": True, "qk_norm_over_heads": True}, "query and key norms over all heads together"),
     ],
 )
 def test_what_megatron_cannot_express(fields: dict[str, Any], reason: str) -> None:
@@ -186,7 +197,7 @@ def test_what_megatron_cannot_express(fields: dict[str, Any], reason: str) -> No
         ({"quick_geglu": True}, "quick GELU"),
         ({"multi_latent_attention": True}, "latent"),
         ({"moe_router_score_function": "sigmoid"}, "score function"),
-        ({"moe_router_enable_expert_bias": True}, "a bias of the router"),
+        ({"moe_router_enable_expert_bias": True}, r"a bias of the router's choice \(mlp.router.expert_bias\)"),
         ({"moe_router_topk_scaling_factor": 2.5}, "scaled expert outputs"),
         ({"moe_router_num_groups": 2}, "groups of experts"),
         ({"num_experts": 8, "moe_layer_freq": [1]}, r"moe_layer_freq=\[1\]; it must be a number or a list of 2"),
@@ -253,6 +264,31 @@ def test_sparse_args_mean_megatron_s_defaults() -> None:
     fields = spec_fields(argparse.Namespace(**dict.fromkeys(needed, 8)))
     spec = ModelSpec(**fields, family="llama", dtype=dtype_named("bf16"), vocab_size=9)
     assert (spec.tied, spec.mlp_bias, spec.kv_channels, spec.num_query_groups) == (True, True, 1, 8)
+
+
+@pytest.mark.parametrize(
+    ("model", "router", "recorded"),
+    [
+        ("bf16", "fp32", "fp32"),
+        ("fp16", "float64", "fp64"),
+        ("fp32", "float64", "fp64"),
+        ("bf16", "bf16", None),
+        ("bf16", "fp16", None),
+        ("fp32", "fp32", None),
+        ("bf16", None, None),
+    ],
+)
+def test_a_router_wider_than_the_model_is_recorded(model: str, router: str | None, recorded: str | None) -> None:
+    spec, stored = tiny_spec(**MOE, dtype=dtype_named(model)), None if router is None else dtype_named(router)
+    assert router_args(spec, stored) == (
+        {} if recorded is None else {"moe_router_dtype": recorded, "moe_router_fp32": True}
+    )
+    warnings = router_warnings(spec, stored)
+    assert len(warnings) == (recorded is not None)
+    assert all(f"stored in {stored}, but Megatron-LM holds it in {spec.dtype}" in warning for warning in warnings)
+    shown = flags(spec, {**all_args(spec), **router_args(spec, stored)})
+    assert [flag for flag in shown if "router" in flag] == ([f"--moe-router-dtype {recorded}"] if recorded else [])
+    assert flag_warnings(spec, shown) == (["--moe-router-dtype exists from Megatron-LM 0.12 on"] if recorded else [])
 
 
 BASE_FLAGS = [

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from ..capacity_bins import CapacityBins
 from ..dtypes import DType
 from ..errors import ConversionError
 from ..outline import Fill, Outline
@@ -29,6 +30,7 @@ class Origin:
     margs: argparse.Namespace | None = None
     iteration: int | None = None
     parallel: Parallel | None = None
+    capacity_bins: CapacityBins | None = None
     notes: list[str] = field(default_factory=list)
     #: Tensors of the source that are left out, and why.
     ignored: list[str] = field(default_factory=list)

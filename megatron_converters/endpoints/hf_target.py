@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from .. import capacity_bins
 from ..dtypes import DType
 from ..errors import ConversionError, UsageError
 from ..families import FAMILIES
@@ -51,6 +52,7 @@ class HFOptions:
     instruct: bool = False
     source_model_type: str | None = None
     expert_layout: str = SEPARATE
+    save_capacity_bins: bool = False
 
 
 @dataclass(frozen=True)
@@ -139,7 +141,7 @@ class HFTarget:
 
     def clear(self, staging: Staging) -> None:
         """Take away an older model's files, what names the others first, so that no mixture is ever complete."""
-        beside = [self.save_dir / name for name in (_GENERATION, _MARGS)]
+        beside = [self.save_dir / name for name in (_GENERATION, _MARGS, capacity_bins.FILE)]
         if tokenizer_files(staging.files):  # an older tokenizer stays only where there is no newer one
             beside += tokenizer_files(self.save_dir)
         for path in [*self._old_files(), *beside]:
@@ -174,6 +176,7 @@ class HFTarget:
             write_json(folder / _GENERATION, generation)
         if origin.margs is not None:
             write_json(folder / _MARGS, margs_to_json(origin.margs))
+        notes += self._write_bins(folder)
         notes += write_tokenizer(
             options.tokenizer or origin.tokenizer,
             folder,
@@ -183,6 +186,17 @@ class HFTarget:
             explicit=options.tokenizer is not None,
         )
         self._notes = notes
+
+    def _write_bins(self, folder: Path) -> list[str]:
+        bins, parallel, wanted = self._origin.capacity_bins, self._origin.parallel, self._options.save_capacity_bins
+        if bins is None:
+            return ["warning: there are no capacity bins to save"] if wanted else []
+        if not wanted:
+            return [capacity_bins.left_out(bins, "--save-capacity-bins")]
+        if parallel is not None:
+            capacity_bins.check(bins, self._spec, parallel)
+        capacity_bins.write(bins, folder / capacity_bins.FILE)
+        return [f"{len(bins.tensors)} capacity-bin buffers are in {capacity_bins.FILE}"]
 
 
 def _check_model_type(given: str | None, spec: ModelSpec) -> None:

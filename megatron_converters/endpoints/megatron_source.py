@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..capacity_bins import of_ranks
 from ..dtypes import DType
 from ..errors import ConversionError, Unclear, UsageError, raise_all
 from ..hf_config import differences, family_of_config, infer_family, read_json, spec_of_config
@@ -110,9 +111,6 @@ class MegatronSource:
             notes.append(
                 f"{padded - spec.vocab_size} rows of vocabulary padding are left out (vocabulary {spec.vocab_size})"
             )
-        bins = sum(CAPACITY_BINS in key for file in self._ranks.values() for key in file.tensors)
-        if bins:
-            notes.append(f"{bins} capacity-bin buffers are left out; they belong to one run at these sizes")
         if left_out:
             notes.append(f"left out of the conversion: {', '.join(sorted(left_out))} (optimizer and training state)")
         reference = options.hf_config
@@ -125,6 +123,9 @@ class MegatronSource:
             margs=args,
             iteration=iteration if isinstance(iteration, int) else None,
             parallel=self.parallel,
+            capacity_bins=of_ranks(
+                str(self._dir), self.parallel, {rank: file.tensors for rank, file in self._ranks.items()}
+            ),
             notes=notes,
             identity=identity_of(self._dir, [self._dir / file.where / FILE for file in self._ranks.values()]),
         )
@@ -197,7 +198,7 @@ class MegatronSource:
             (rank, key)
             for rank, file in self._ranks.items()
             for key in file.tensors
-            if not key.endswith(EXTRA_STATE_SUFFIX) and CAPACITY_BINS not in key
+            if not key.endswith(EXTRA_STATE_SUFFIX) and not CAPACITY_BINS.fullmatch(key)
         }
         pieces: dict[Ref, tuple[Piece, ...]] = {}
         replicas: dict[Ref, tuple[Piece, ...]] = {}

@@ -10,7 +10,7 @@ import dataclasses
 import math
 import shlex
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -18,8 +18,10 @@ from typing import Any
 
 import numpy as np
 
+from .. import capacity_bins
+from ..capacity_bins import CapacityBins
 from ..dtypes import DType
-from ..errors import ConversionError, raise_all
+from ..errors import ConversionError, UsageError, raise_all
 from ..layouts import RowMap
 from ..margs_json import inheritable
 from ..megatron_args import (
@@ -31,15 +33,18 @@ from ..megatron_args import (
     layout_args,
     model_args,
     plain_args,
+    router_args,
+    router_warnings,
 )
 from ..megatron_names import DIALECTS, EXPERTS, EXTRA_STATE_SUFFIX, LAST_EXTRA_STATE, STACKED, extra_state
 from ..outline import Fill, Outline
-from ..parallel import EVEN, Cut, Parallel, PipelineSplit, Rank, homes, padded_vocab, parallel_for
+from ..parallel import EVEN, Cut, Parallel, PipelineSplit, Rank, homes, kept_etp, padded_vocab, parallel_for
 from ..slots import SLOTS, Ref, Shard, refs
 from ..spec import ModelSpec
 from ..staging import Staging, write_text
 from ..storage import torch_zip
 from ..storage.output import Layout
+from ..storage.tensor import StoredTensor
 from .base import Origin
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -67,6 +72,7 @@ class MegatronOptions:
     release: bool = False
     overwrite: bool = False
     allow_inexpressible: bool = False
+    load_capacity_bins: bool = False
     tokenizer: str | None = None
 
 
@@ -110,6 +116,8 @@ class MegatronTarget:
         self._expert_layout = self._options.expert_layout or default_layout
         self._divisor = self._choose_divisor()
         self._padded = padded_vocab(spec.vocab_size, self._divisor, self._parallel.tp)
+        self._bins = self._choose_bins()
+        self._router = _widest(dtype_of(ref) for ref in refs(spec) if ref.slot.keeps_precision)
         self._args = self._make_args()
         files = {self._file(rank): self._layout(rank, places) for rank, places in self._places().items()}
         self._tensors = sum(len(layout.regions) for layout in files.values())
@@ -119,8 +127,10 @@ class MegatronTarget:
             "format": "megatron",
             "dtype": self._spec.dtype.name,
         }
-        sizes = dataclasses.asdict(self._parallel)
-        return Outline(self._name, files, {**options, "parallel": sizes, "expert_layout": self._expert_layout})
+        ranks = [rank for stage in range(self._parallel.pp) for rank in self._parallel.ranks(stage)]
+        given = {self._file(rank): self._bins_on(rank) for rank in ranks}
+        options |= {"parallel": dataclasses.asdict(self._parallel), "expert_layout": self._expert_layout}
+        return Outline(self._name, files, options, given)
 
     def refuse_existing(self) -> None:
         """Neither a checkpoint of this name nor the tracker is replaced unless that is asked for."""
@@ -166,15 +176,20 @@ class MegatronTarget:
         write_text(self.save_dir / TRACKER, "release" if self._options.release else str(self._iteration))
         shown = flags(self._spec, self._args)
         warnings = [*self._warnings, *flag_warnings(self._spec, shown, self._parallel.tp)]
+        warnings += router_warnings(self._spec, self._router)
         return [
             self._summary(),
             *self._origin.notes,
+            *self._bins_note(),
             *warnings,
             f"pretrain_gpt.py needs:\n{self._flags_text()}".rstrip(),
         ]
 
     def _flags_text(self) -> str:
-        return " \\\n  ".join([f"--load {shlex.quote(str(self.save_dir))}", *flags(self._spec, self._args)]) + "\n"
+        shown = flags(self._spec, self._args)
+        if self._bins is not None:
+            shown.append(f"--moe-capacity-bins-num {self._bins.count}")
+        return " \\\n  ".join([f"--load {shlex.quote(str(self.save_dir))}", *shown]) + "\n"
 
     def _file(self, rank: Rank) -> str:
         return f"{self._parallel.directory(rank)}/{FILE}"
@@ -195,11 +210,32 @@ class MegatronTarget:
         ep = options.ep or (source.ep if source else 1)
         keeps_stages = source is not None and pp == source.pp and options.split == EVEN
         split = source.split if source is not None and keeps_stages else options.split
-        return parallel_for(self._spec, tp, pp, split, ep, options.etp)
+        etp = options.etp or (kept_etp(source, tp, ep) if self._spec.num_experts else None)
+        return parallel_for(self._spec, tp, pp, split, ep, etp)
 
     def _choose_divisor(self) -> int:
         inherited = getattr(self._origin.margs, "make_vocab_size_divisible_by", None)
         return self._options.divisor or inherited or _DEFAULT_DIVISOR
+
+    def _choose_bins(self) -> CapacityBins | None:
+        bins = self._origin.capacity_bins
+        if not self._options.load_capacity_bins:
+            return None
+        if bins is None:
+            raise UsageError(f"--load-capacity-bins: {self._origin.described} gives no capacity bins; leave it out")
+        capacity_bins.check(bins, self._spec, self._parallel)
+        return bins
+
+    def _bins_on(self, rank: Rank) -> dict[str, StoredTensor]:
+        return {} if self._bins is None else dict(self._bins.on(rank, self._parallel))
+
+    def _bins_note(self) -> list[str]:
+        bins = self._origin.capacity_bins
+        if bins is None:
+            return []
+        if self._bins is None:
+            return [capacity_bins.left_out(bins, "--load-capacity-bins")]
+        return [f"{len(bins.tensors)} capacity-bin buffers of {bins.where} are kept"]
 
     def _make_args(self) -> dict[str, Any]:
         inherited = plain_args(inheritable(self._origin.margs))
@@ -211,6 +247,8 @@ class MegatronTarget:
             **model_args(self._spec),
             **layout_args(self._parallel, self._padded, self._divisor, self._options.impl),
             **expert_args(self._spec, self._parallel, self._expert_layout),
+            **router_args(self._spec, self._router),
+            **({} if self._bins is None else {"moe_capacity_bins_num": self._bins.count}),
             "seq_length": seq_length,
             "encoder_seq_length": seq_length,
             "tokenizer_model": tokenizer,
@@ -227,6 +265,8 @@ class MegatronTarget:
                 raise ConversionError(
                     f"{place.ref} is {tensor.dtype}, but others in {place.key} are not; give one dtype"
                 )
+        for key, data in self._bins_on(rank).items():
+            model[key] = torch_zip.NewTensor(key, data.dtype, data.shape)
         model.update(dict.fromkeys(self._extra_state(rank.pp)))
         tree = {
             "args": argparse.Namespace(**self._args),
@@ -277,6 +317,10 @@ class MegatronTarget:
             f"({_sizes(self._parallel)}, layers {'+'.join(map(str, self._parallel.stages))}) "
             f"to {self.save_dir / self._name}; {padding} rows of vocabulary padding repeat the last of {self._spec.vocab_size}"
         )
+
+
+def _widest(dtypes: Iterable[DType]) -> DType | None:
+    return max(dtypes, key=lambda dtype: dtype.itemsize, default=None)
 
 
 def _sizes(parallel: Parallel) -> str:

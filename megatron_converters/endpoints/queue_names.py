@@ -6,7 +6,9 @@ and key norms and for shared experts; those here are ours, so models with them n
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from ..layouts import GATED, SAME, Layout
 from ..slots import Ref
@@ -21,6 +23,12 @@ class QueueEntry:
     keys: tuple[str, ...]
     #: The keys hold a part of every expert, stacked along a first dimension.
     stacked: bool = False
+    #: The one key that a loader may send instead, with the slot in its own layout; read only.
+    fused: str | None = None
+
+    def received(self, message: Mapping[str, Any]) -> tuple[Layout, tuple[str, ...]]:
+        """The layout and the keys in which a message holds the slot."""
+        return (SAME, (self.fused,)) if self.fused is not None and self.fused in message else (self.layout, self.keys)
 
 
 _LAYER = "transformer layer {layer}"
@@ -40,7 +48,10 @@ ENTRIES = {
     "fc2_bias": QueueEntry(_LAYER, SAME, ("mlp l1 bias",)),
     "moe_norm": QueueEntry(_LAYER, SAME, ("post norm weight",)),
     "router": QueueEntry(_LAYER, SAME, ("router weight",)),
-    "expert_fc1": QueueEntry(_LAYER, GATED, ("mlp l0 weight W", "mlp l0 weight V"), stacked=True),
+    # Habana's loader sends gate above up in one where there is no CUDA (1.24.0, tools/checkpoint/loader_mixtral_hf.py).
+    "expert_fc1": QueueEntry(
+        _LAYER, GATED, ("mlp l0 weight W", "mlp l0 weight V"), stacked=True, fused="mlp l0 weight"
+    ),
     "expert_fc2": QueueEntry(_LAYER, SAME, ("mlp l1 weight",), stacked=True),
     "shared_fc1": QueueEntry(_LAYER, GATED, ("shared mlp l0 weight W", "shared mlp l0 weight V")),
     "shared_fc2": QueueEntry(_LAYER, SAME, ("shared mlp l1 weight",)),

@@ -76,9 +76,10 @@ class QueueSource:
             self._end()
             self._begin(name)
         entry = ENTRIES[ref.slot.name]
+        layout, keys = entry.received(self._message)
         shape = ref.slot.shape(self.spec)
         pieces: list[Piece] = []
-        for key, rows in zip(entry.keys, row_maps(entry.layout, ref.slot, self.spec), strict=True):
+        for key, rows in zip(keys, row_maps(layout, ref.slot, self.spec), strict=True):
             where, value = f"message {name!r}: {key}", self._take(key, name)
             if entry.stacked:
                 value = _one_expert(where, value, ref.expert or 0, self.spec.num_experts)
@@ -217,9 +218,12 @@ def _stock_origin(metadata: Any) -> Origin:
         tokenizer=getattr(args, "tokenizer_model", None),
         margs=args,
         iteration=metadata.iteration,
-        parallel=Parallel(_previous(metadata, "tensor"), (0,) * _previous(metadata, "pipeline")),
+        parallel=_previous_parallel(metadata),
     )
 
 
-def _previous(metadata: Any, kind: str) -> int:
-    return int(getattr(metadata, f"previous_{kind}_parallel_size", None) or 1)
+def _previous_parallel(metadata: Any) -> Parallel:
+    """The source's sizes as far as the loader names them: those of experts only Habana's does."""
+    kinds = ("tensor", "pipeline", "expert_model", "expert_tensor")
+    tp, pp, ep, etp = (getattr(metadata, f"previous_{kind}_parallel_size", None) for kind in kinds)
+    return Parallel(int(tp or 1), (0,) * int(pp or 1), ep=int(ep or 1), etp=int(etp or tp or 1))

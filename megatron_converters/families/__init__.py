@@ -5,10 +5,10 @@ from __future__ import annotations
 from .base import Family
 from .llama import FAMILY as LLAMA
 from .mistral import FAMILY as MISTRAL
-from .moe import MIXTRAL, QWEN2_MOE, QWEN3_MOE
+from .moe import MIXTRAL, OLMOE, QWEN2_MOE, QWEN3_MOE
 from .qwen import QWEN2, QWEN3
 
 #: In the order in which a checkpoint that names no family is matched: the first that can express it is taken.
 FAMILIES: dict[str, Family] = {
-    family.name: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, MIXTRAL, QWEN2_MOE, QWEN3_MOE)
+    family.name: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, MIXTRAL, QWEN2_MOE, QWEN3_MOE, OLMOE)
 }

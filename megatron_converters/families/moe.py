@@ -1,9 +1,9 @@
-"""Mixtures of experts: Mixtral, Qwen2-MoE (a shared expert with its gate) and Qwen3-MoE, as transformers has them."""
+"""Mixtures of experts: Mixtral, Qwen2-MoE (a shared expert with its gate), Qwen3-MoE and OLMoE, as transformers has them."""
 
 from __future__ import annotations
 
 from ..layouts import GATED, SAME
-from .base import DenseLayers, Experts, Family, HFEntry, Implied, NormedChoice, NoWindow, Rope, Row, Window
+from .base import DenseLayers, Experts, Family, Fixed, HFEntry, Implied, NormedChoice, NoWindow, Rope, Row, Window
 from .llama import DENSE, DERIVED_HEAD_DIM, PROJ_BIAS, QK_NORM, QKV_BIAS, SIZES, query_groups
 
 _LAYER = "model.layers.{layer}."
@@ -105,5 +105,30 @@ QWEN3_MOE = Family(
         Row("moe_router_topk", "num_experts_per_tok", 8),
         Row("moe_ffn_hidden_size", "moe_intermediate_size", 768),
         Implied("qk_norm", True),
+    ),
+)
+
+OLMOE = Family(
+    name="olmoe",
+    model_type="olmoe",
+    architecture="OlmoeForCausalLM",
+    tensors={**_ATTENTION, **QKV_BIAS, **PROJ_BIAS, **QK_NORM, **_EXPERTS},
+    rules=(
+        *SIZES,
+        query_groups(),
+        DERIVED_HEAD_DIM,
+        Rope(),
+        NormedChoice(),
+        Fixed("clip_qkv", None),
+        Row("max_position_embeddings", "max_position_embeddings", 4096),
+        Row("norm_epsilon", "rms_norm_eps", 1e-5),
+        Row("qkv_bias", "attention_bias", False),
+        Row("proj_bias", "attention_bias", False),
+        Experts(64),
+        Row("moe_router_topk", "num_experts_per_tok", 8),
+        Row("moe_ffn_hidden_size", "intermediate_size"),
+        Row("moe_aux_loss_coeff", "router_aux_loss_coef", 0.01),
+        Implied("qk_norm", True),
+        Implied("qk_norm_over_heads", True),
     ),
 )

@@ -1,0 +1,57 @@
+"""`megatron-converters VERB …`: one command over every format. A verb's module is imported when it is asked for."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+import types
+from collections.abc import Sequence
+
+from . import __version__
+from .errors import ConversionError, Interrupted
+from .plugins import fail
+
+#: Verb: module in `verbs`, one line of help.
+VERBS = {
+    "convert": "Convert a model from any format to any other, or cut a checkpoint differently.",
+}
+_PROG = "megatron-converters"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run a verb; exits with its code: 0 done and equal, 1 failed or different, 2 wrong usage."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    parser = _parser(arguments)
+    args = parser.parse_args(arguments)
+    try:
+        code = _module(args.verb).run(args)
+    except ConversionError as error:
+        fail(_PROG, error)
+    except KeyboardInterrupt:
+        fail(_PROG, Interrupted())
+    raise SystemExit(code)
+
+
+def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=_PROG,
+        description="Move language models between Hugging Face and Megatron-LM checkpoints, on a CPU, without building a model.",
+        epilog="Formats are recognised by what a folder holds. `megatron-converters VERB --help` shows a verb's options.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"{_PROG} {__version__}")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    for verb, line in VERBS.items():
+        sub = verbs.add_parser(verb, help=line, description=line, allow_abbrev=False)
+        if verb in arguments:
+            _module(verb).add_arguments(sub)
+    return parser
+
+
+def _module(verb: str) -> types.ModuleType:
+    return importlib.import_module(f"{__package__}.verbs.{verb}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,74 @@
+"""Which format a folder has, by what it holds, and the source that reads it."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+from .endpoints.base import Source
+from .endpoints.megatron_target import TRACKER
+from .errors import UsageError
+from .options import open_checkpoint, open_hf_source
+from .plugins import folder
+
+HF, META, MEGATRON = "hf", "meta", "megatron"
+#: Format: files of which one says that a folder has it.
+_SIGNS = {
+    HF: ("config.json", "*.safetensors", "pytorch_model*.bin"),
+    META: ("consolidated.*.pth",),
+    MEGATRON: (TRACKER, "mp_rank_*", ".metadata"),
+}
+
+
+def format_of(path: Path) -> str:
+    """The format of a folder; raises where it is none or could be two."""
+    found = [name for name, signs in _SIGNS.items() if any(next(path.glob(sign), None) for sign in signs)]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise UsageError(f"{path} could be {' or '.join(found)}; say which with --from")
+    signs = "; ".join(f"{name}: {', '.join(signs)}" for name, signs in _SIGNS.items())
+    raise UsageError(f"{path} is of no known format; a folder needs one of {signs}")
+
+
+def add_reading_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options that say more about a source than it does itself."""
+    group = parser.add_argument_group("reading")
+    group.add_argument("--from", dest="source_format", choices=list(_SIGNS), default=None, help="Format of the source.")
+    group.add_argument(
+        "--ckpt-dir-name", default=None, help="Megatron: folder to read (iter_0000008) instead of the latest."
+    )
+    group.add_argument(
+        "--hf-config",
+        default=None,
+        help="Megatron: reference model folder; configuration and tokenizer are taken from it.",
+    )
+    group.add_argument(
+        "--true-vocab-size", type=int, default=None, help="Megatron: vocabulary without padding, where args lack it."
+    )
+    group.add_argument(
+        "--untie", action="store_true", help="Hugging Face: keep a stored lm_head although config.json ties it."
+    )
+    group.add_argument(
+        "--ignore-config-fields", default="", help="Hugging Face: comma-separated unknown config.json fields to ignore."
+    )
+    group.add_argument(
+        "--source-margs-file", default=None, help="source_megatron_args.json with arguments to take over."
+    )
+
+
+def open_any(path: str, args: argparse.Namespace) -> tuple[str, Source]:
+    """The format and the source of a folder. `args` are those of `add_reading_arguments`; what it lacks has its default."""
+    found = args.source_format or format_of(folder(path))
+    given = {**vars(args), "load_dir": path, "checkpoint_type": META if found == META else HF}
+    return found, _OPENERS[found](argparse.Namespace(**{**_UNSAID, **given}))
+
+
+#: Options of the loaders that the verbs do not repeat.
+_UNSAID = {"model_size": None, "vocab_file": None, "tokenizer_model": None}
+_OPENERS: dict[str, Callable[[argparse.Namespace], Source]] = {
+    HF: open_hf_source,
+    META: open_hf_source,
+    MEGATRON: open_checkpoint,
+}
