@@ -22,7 +22,7 @@ TOLERANCE = 1e-4
 SEEN = 1e-3
 FAMILIES = ("mixtral", "qwen2-moe", "qwen3-moe", "qwen3-moe-dense-layers")
 #: Tensor-, pipeline-, expert- and expert-tensor-parallel sizes.
-GRIDS = ((1, 1, 1, 1), (2, 1, 2, 2), (2, 1, 2, 1), (1, 2, 2, 1))
+GRIDS = ((1, 1, 1, 1), (2, 1, 1, 2), (1, 1, 2, 1), (2, 1, 2, 2), (1, 2, 2, 1), (2, 1, 2, 1), (1, 1, 4, 1), (2, 2, 1, 2))
 STORED = (("local", "sequential"), ("transformer_engine", "sequential"), ("transformer_engine", "grouped"))
 
 Models = dict[str, tuple[Path, torch.Tensor]]

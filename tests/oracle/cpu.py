@@ -19,7 +19,7 @@ from . import grouped_gemm_standin, transformer_engine_standin
 
 
 def prepare() -> None:
-    """Make this process fit for megatron-core on a CPU: one thread, no compiler, stand-ins for CUDA packages."""
+    """Make this process fit for megatron-core on a CPU: one thread, no compiler, few groups, stand-ins for CUDA packages."""
     os.environ["TORCHDYNAMO_DISABLE"] = "1"  # megatron's jit_fuser is torch.compile: minutes of compiling for nothing
     if sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # the host's name need not resolve
@@ -33,6 +33,26 @@ def prepare() -> None:
 
     # Forks the CUDA generator around dropout, which these models run without.
     CudaRNGStatesTracker.fork = lambda self, name="": nullcontext()
+    _share_groups()
+
+
+def _share_groups() -> None:
+    """Let megatron have one process group for each set of ranks, whatever it is for and however often it is made anew.
+
+    megatron makes some 17 groups a process for each set of parallel sizes, and most have the same ranks as another.
+    Each would be 3 threads and 5 sockets that nothing frees. Every process asks for the same ones in the same order.
+    """
+    from megatron.core import parallel_state
+
+    make, made = parallel_state.create_group, {}
+
+    def create_group(ranks: Sequence[int], **options: Any) -> Any:
+        key = tuple(ranks)
+        if key not in made:
+            made[key] = make(ranks, **options)
+        return made[key]
+
+    parallel_state.create_group = create_group
 
 
 class cuda_is_cpu(TorchFunctionMode):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +18,6 @@ from .errors import OracleError
 Shard = tuple[int, torch.Tensor] | None
 """A tensor-parallel rank and its part of the logits; None where another rank already gives it."""
 
-_GRIDS: dict[Grid, dict[str, Any]] = {}
 _RANKS_OWN = {"rank", "local_rank"}  # arguments that rightly differ between the files of a checkpoint
 
 
@@ -95,28 +93,20 @@ def _rank_content(model: torch.nn.Module, args: Namespace, iteration: int) -> di
 
 
 def _parallel(grid: Grid) -> Rank:
-    """Cut the pool's processes into this grid; this process's rank in it.
-
-    megatron keeps its groups in module variables. They are kept per grid and put back: groups made anew for each job
-    would be threads and sockets that nothing frees.
-    """
+    """Cut the pool's processes into this grid; this process's rank in it."""
     from megatron.core import parallel_state
 
     world = dist.get_world_size()
     if world % (grid.tp * grid.pp) or world % (grid.etp * grid.ep * grid.pp):
         raise OracleError(f"{grid} does not fit {world} processes")
-    if grid not in _GRIDS:
-        parallel_state.destroy_model_parallel()
-        parallel_state.initialize_model_parallel(
-            grid.tp,
-            grid.pp,
-            expert_model_parallel_size=grid.ep,
-            expert_tensor_parallel_size=grid.etp,
-            create_gloo_process_groups=False,
-        )
-        state = {name: value for name, value in vars(parallel_state).items() if re.fullmatch("_[A-Z_]+", name)}
-        _GRIDS[grid] = state
-    vars(parallel_state).update(_GRIDS[grid])
+    parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(
+        grid.tp,
+        grid.pp,
+        expert_model_parallel_size=grid.ep,
+        expert_tensor_parallel_size=grid.etp,
+        create_gloo_process_groups=False,
+    )
     return Rank(
         parallel_state.get_tensor_model_parallel_rank(),
         parallel_state.get_pipeline_model_parallel_rank(),
