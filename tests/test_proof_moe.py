@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_converters.endpoints.hf_target import FUSED, HFOptions, HFTarget
+from megatron_converters.endpoints.megatron_source import MegatronSource
 from megatron_converters.errors import ConversionError
-from tests.conversions import different, hf_tensors, hf_to_megatron, megatron_to_hf, reshard
+from tests.conversions import different, hf_tensors, hf_to_megatron, megatron_to_hf, reshard, run
 from tests.oracle.args import megatron_args
 from tests.oracle.hf import hf_logits, make_model, sample_tokens
 from tests.oracle.pool import MegatronPool, write_checkpoint
@@ -23,7 +25,12 @@ SEEN = 1e-3
 FAMILIES = ("mixtral", "qwen2-moe", "qwen3-moe", "qwen3-moe-dense-layers")
 #: Tensor-, pipeline-, expert- and expert-tensor-parallel sizes.
 GRIDS = ((1, 1, 1, 1), (2, 1, 1, 2), (1, 1, 2, 1), (2, 1, 2, 2), (1, 2, 2, 1), (2, 1, 2, 1), (1, 1, 4, 1), (2, 2, 1, 2))
-STORED = (("local", "sequential"), ("transformer_engine", "sequential"), ("transformer_engine", "grouped"))
+STORED = (
+    ("local", "sequential"),
+    ("transformer_engine", "sequential"),
+    ("transformer_engine", "grouped"),
+    ("local", "stacked"),
+)
 
 Models = dict[str, tuple[Path, torch.Tensor]]
 
@@ -58,7 +65,7 @@ def test_megatron_computes_what_transformers_computes(
     assert float((got - wanted).abs().max()) < TOLERANCE
 
 
-LAYOUTS = ("sequential", "grouped", "dynamic")
+LAYOUTS = ("sequential", "grouped", "stacked", "dynamic")
 
 
 def legal(tp: int, ep: int, etp: int) -> bool:
@@ -82,6 +89,18 @@ def test_every_size_and_layout_comes_back_exactly(
         checkpoint = hf_to_megatron(folder, target / "megatron", **options)
         back = megatron_to_hf(checkpoint, target / "hf")
         assert different(hf_tensors(folder), hf_tensors(back)) == [], options
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_fused_experts_are_what_transformers_saves(models: Models, tmp_path: Path, family: str) -> None:
+    folder, wanted = models[family]
+    fused = make_model(family, tmp_path / "fused", fused_experts=True)
+    checkpoint = hf_to_megatron(folder, tmp_path / "megatron", tp=2, ep=2)
+    options = HFOptions(expert_layout=FUSED, max_shard_size=100_000)
+    run(MegatronSource(checkpoint), HFTarget(tmp_path / "back", options))
+    assert len(list((tmp_path / "back").glob("*.safetensors"))) > 1
+    assert different(hf_tensors(fused), hf_tensors(tmp_path / "back")) == []
+    assert torch.equal(hf_logits(tmp_path / "back", TOKENS), wanted)
 
 
 @pytest.mark.parametrize("family", ["qwen2-moe", "qwen3-moe-dense-layers"])
