@@ -60,10 +60,10 @@ def _had_child() -> bool:
 
 
 class Watched:
-    """Progress that looks now and then whether the loader is alive, since a saver of ours copies long after the last message."""
+    """Progress that looks now and then whether the process that started this one is alive, since copying takes long."""
 
-    def __init__(self, shown: Progress) -> None:
-        self._shown = shown
+    def __init__(self, shown: Progress, parent: str = "loader") -> None:
+        self._shown, self._parent = shown, parent
         self._looked = time.monotonic()
 
     def start(self, total: int) -> None:
@@ -71,11 +71,11 @@ class Watched:
         self._shown.start(total)
 
     def __call__(self, count: int) -> None:
-        """Add bytes; raises if the loader is gone. Called from several threads."""
+        """Add bytes; raises if that process is gone. Called from several threads."""
         now = time.monotonic()
         if now - self._looked >= _POLL:
             self._looked = now
-            check_loader()
+            check_parent(self._parent)
         self._shown(count)
 
     def stop(self) -> None:
@@ -83,11 +83,11 @@ class Watched:
         self._shown.stop()
 
 
-def check_loader() -> None:
+def check_parent(what: str = "loader") -> None:
     """Raise if the process that started this one is gone."""
     parent = multiprocessing.parent_process()
     if parent is not None and not parent.is_alive():
-        raise Stopped("the loader ended before its model was saved; nothing was saved")
+        raise Stopped(f"the {what} ended before its model was saved; nothing was saved")
 
 
 _LOADER_GONE = "the loader ended before it had sent the whole model; nothing was saved"

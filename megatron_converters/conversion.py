@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 
-from .crew import ALONE, Crew, share
+from .crew import ALONE, Crew, agree, meet, share
 from .dtypes import DType
 from .endpoints.base import Source, Target, wanted_dtype
 from .endpoints.queue_target import QueueTarget
 from .errors import ConversionError, DiskError, Interrupted, Stopped
 from .execute import Executor
-from .journal import MANIFEST, Entries, Journal, describe_run, refuse_other, tensor_entry, write_manifest
+from .journal import (
+    MANIFEST,
+    Entries,
+    Journal,
+    describe_run,
+    is_output_of,
+    refuse_other,
+    size_of,
+    tensor_entry,
+    write_manifest,
+)
 from .outline import Outline
 from .progress import Progress
 from .slots import refs
@@ -24,6 +35,8 @@ from .staging import Staging, check_space
 from .storage.output import OutputFile
 
 T = TypeVar("T")
+#: Seconds that a network file system may take to show what another machine has written.
+_PATIENCE = 60.0
 
 
 def convert(
@@ -78,43 +91,61 @@ class _Run:
         self._crew, self._progress = crew, progress
         self._staging = Staging(target.save_dir, outline.name)
         self._journal = Journal(self._staging.state)
+        self._description = describe_run(outline, source.origin)
         self._begun = False
-        self._mine: set[str] = set()
+        self._session = ""
         self._open: dict[str, OutputFile] = {}
         self._entries: dict[str, Entries] = {}
 
     def work(self, restart: bool) -> list[str]:
+        """All steps, each together with the other processes; returns what to tell the user."""
         try:
-            self._step(partial(self._begin, restart), leader_only=True)
+            agree(self._crew, self._together(lambda: self._description), "conversion")
+            if self._led(self._complete_already):
+                return self._led(lambda: [f"{self._target.shown()} is complete already; nothing to do"])
+            finished, self._session = self._led(partial(self._begin, restart))
             self._begun = True
-            self._step(self._take_share)
-            self._step(self._copy)
-            return self._step(self._end, leader_only=True) or []
+            self._together(self._see_folder)
+            done = self._together(partial(self._copy, self._take_share(finished)))
+            lines = self._led(partial(self._end, set(finished).union(*done)))
         except BaseException as error:
             for file in self._open.values():
-                file.discard()
+                if not file.closed:
+                    file.discard()
             reason = Interrupted() if isinstance(error, KeyboardInterrupt) else error
             if self._crew.rank == 0:
                 self._give_up(reason)
             raise reason from error
         finally:
             self._progress.stop()
+        return lines
 
-    def _step(self, action: Callable[[], T], leader_only: bool = False) -> T | None:
-        """Do something and wait for the others; a failure of one is a failure of all."""
+    def _together(self, action: Callable[[], T]) -> list[T]:
+        """Do something and wait for the others; returns what each has got. A failure of one is a failure of all."""
         result: T | None = None
         failure: BaseException | None = None
         try:
-            if not leader_only or self._crew.rank == 0:
-                result = action()
+            result = action()
         except BaseException as error:  # noqa: BLE001 - raised again by `meet`
             failure = error
-        self._crew.meet(failure)
-        return result
+        return meet(self._crew, result, failure)
 
-    def _begin(self, restart: bool) -> None:
-        """Open the hidden folder, anew or where the same run has stopped."""
-        run = describe_run(self._outline, self._source.origin)
+    def _led(self, action: Callable[[], T]) -> T:
+        """Do something in the first process alone; returns in all of them what it has got."""
+        return cast("T", self._together(lambda: action() if self._crew.rank == 0 else None)[0])
+
+    def _complete_already(self) -> bool:
+        """Whether this very run has been completed before, so that repeating a command is no error."""
+        folder = self._target.shown()
+        if folder is None or self._source.origin.identity is None or not is_output_of(folder, self._description):
+            return False
+        if self._staging.path.exists():  # killed while it cleaned up
+            self._staging.open()
+            self._staging.discard()
+        return True
+
+    def _begin(self, restart: bool) -> tuple[list[str], str]:
+        """Open the hidden folder, anew or where the same run has stopped; returns the files that are finished, and whose it is."""
         if not self._staging.path.exists():
             self._target.refuse_existing()
             check_space(self._target.save_dir, self._outline.nbytes)
@@ -123,35 +154,44 @@ class _Run:
         if restart or old is None or old["source"]["files"] is None or not finished:
             self._target.refuse_existing()
             self._staging.empty()
-            self._journal.begin(run)
+            self._journal.begin(self._description)
             finished = {}
         else:
-            refuse_other(self._staging, old, run, len(finished))
+            refuse_other(self._staging, old, self._description, len(finished))
             if self._journal.complete:
-                return
+                return list(finished), self._journal.take()
             self._target.refuse_existing()
             self._staging.keep_only(list(finished))
         left = self._outline.files.keys() - finished.keys()
         check_space(self._target.save_dir, sum(self._outline.files[file].nbytes for file in left))
         self._target.assets(self._staging.files)
+        return list(finished), self._journal.take()
+
+    def _see_folder(self) -> None:
+        """Raise in a process that does not see what the first one has made."""
+        if self._journal.run() != self._description:
+            raise ConversionError(
+                f"process {self._crew.rank} does not see {self._staging.path}, which process 0 has made; all must share that folder"
+            )
 
     def _finished(self) -> dict[str, dict[str, Any]]:
         """The records of files that an earlier run has finished, and that are there."""
         found = self._journal.finished()
         if self._journal.complete:
             return found
-        return {file: record for file, record in found.items() if _size(self._staging.files / file) == record["bytes"]}
+        return {
+            file: record for file, record in found.items() if size_of(self._staging.files / file) == record["bytes"]
+        }
 
-    def _take_share(self) -> None:
-        """Decide which files this process fills; a step of its own, since a file that is finished meanwhile would change it."""
-        finished = self._finished()
+    def _take_share(self, finished: list[str]) -> set[str]:
+        """The files that this process fills."""
         left = {file: self._outline.tensor_bytes(file) for file in self._outline.files if file not in finished}
-        self._mine = share(left, self._crew)
-        self._progress.start(sum(left[file] for file in self._mine))
+        mine = share(left, self._crew)
+        self._progress.start(sum(left[file] for file in mine))
+        return mine
 
-    def _copy(self) -> None:
-        """Fill this process's share of the files."""
-        mine = self._mine
+    def _copy(self, mine: set[str]) -> list[str]:
+        """Fill these files; returns them."""
         executor = Executor(self._progress, self._finish)
         try:
             for number, ref in enumerate(refs(self._source.spec)):
@@ -169,6 +209,7 @@ class _Run:
         self._source.close()
         for path in sorted(mine):  # a file without tensors is finished by nobody else; one with gaps says so here
             self._finish(self._file(path))
+        return sorted(mine)
 
     def _file(self, path: str) -> OutputFile:
         file = self._open.get(path)
@@ -195,17 +236,18 @@ class _Run:
         tensors = self._entries.pop(path, {})
         for name, checksum in file.checksums().items():
             tensors[name]["crc32"] = f"{checksum:08x}"
+        if self._journal.session() != self._session:  # this process is what is left of a run that another one continues
+            raise Stopped(f"another run has taken over {self._staging.path}")
         self._journal.finish(path, file.nbytes, tensors)
 
-    def _end(self) -> list[str]:
+    def _end(self, done: set[str]) -> list[str]:
         """Show the result, once every file is finished."""
         if not self._journal.complete:
-            finished = self._finished()
+            finished = self._records(done)
             lost = sorted(self._outline.files.keys() - finished.keys())
             if lost:
                 raise ConversionError(f"{', '.join(lost)} should be finished and are not; run the same command again")
-            run = describe_run(self._outline, self._source.origin)
-            write_manifest(self._staging.files / MANIFEST, run, finished, self._source.origin)
+            write_manifest(self._staging.files / MANIFEST, self._description, finished, self._source.origin)
             self._journal.mark_complete()
         if not self._journal.cleared:
             self._target.clear(self._staging)
@@ -213,6 +255,15 @@ class _Run:
         lines = self._target.show(self._staging)
         self._staging.discard()
         return lines
+
+    def _records(self, done: set[str]) -> dict[str, dict[str, Any]]:
+        """The records of finished files. Those of other machines may take a while to be seen here."""
+        deadline = time.monotonic() + (_PATIENCE if self._crew.size > 1 else 0.0)
+        while True:
+            finished = self._finished()
+            if done <= finished.keys() or time.monotonic() >= deadline:
+                return finished
+            time.sleep(1.0)
 
     def _give_up(self, error: BaseException) -> None:
         """Leave nothing, but what the same run can use when it is started again."""
@@ -228,10 +279,3 @@ class _Run:
         if of_this_run and isinstance(error, ConversionError):
             count = f"{len(finished)} of {len(self._outline.files)}"
             error.hint = f"; {count} files are finished and kept, run the same command again to go on"
-
-
-def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except OSError:
-        return -1

@@ -2,18 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, NoReturn, Protocol
+
+from .errors import ConversionError, Stopped
+
+
+class Word(NamedTuple):
+    """What a process says when they meet: its result, or why it failed; `resumable` as in `errors.Stopped`."""
+
+    value: Any = None
+    failure: str | None = None
+    resumable: bool = False
 
 
 class Crew(Protocol):
     """`rank` of `size` processes that see the same source and the same target folder."""
 
-    rank: int
-    size: int
+    @property
+    def rank(self) -> int: ...
+    @property
+    def size(self) -> int: ...
 
-    def meet(self, failure: BaseException | None = None) -> None:
-        """Wait for the others; raises in all of them if any brings a failure, or is gone."""
+    def exchange(self, word: Word) -> list[Word]:
+        """Wait for the others; returns everybody's word, by rank. Raises `Stopped` if one of them is gone."""
+        ...
+
+    def close(self) -> None:
+        """Leave the crew."""
         ...
 
 
@@ -23,13 +39,43 @@ class Alone:
     rank = 0
     size = 1
 
-    def meet(self, failure: BaseException | None = None) -> None:
-        """Raise the failure, if there is one."""
-        if failure is not None:
-            raise failure
+    def exchange(self, word: Word) -> list[Word]:
+        """Its own word."""
+        return [word]
+
+    def close(self) -> None:
+        """Nothing."""
 
 
 ALONE = Alone()
+
+
+def meet(crew: Crew, value: Any, failure: BaseException | None) -> list[Any]:
+    """Everybody's values, by rank; raises in all processes if one of them brings a failure."""
+    resumable = isinstance(failure, (Stopped, OSError, KeyboardInterrupt))
+    text = None if failure is None else str(failure) or type(failure).__name__
+    words = crew.exchange(Word(value, text, resumable))
+    if failure is not None:
+        raise failure
+    for rank, word in enumerate(words):
+        if word.failure is not None:
+            _raise_other(rank, word)
+    return [word.value for word in words]
+
+
+def _raise_other(rank: int, word: Word) -> NoReturn:
+    kind = Stopped if word.resumable else ConversionError
+    raise kind(f"process {rank} of the conversion failed: {word.failure}")
+
+
+def agree(crew: Crew, values: Sequence[Any], what: str) -> None:
+    """Raise unless all processes gave the same value."""
+    odd = [str(rank) for rank, value in enumerate(values) if value != values[0]]
+    if odd:
+        raise ConversionError(
+            f"process {', '.join(odd)} of {crew.size} sees another {what} than process 0; start all of them with the same "
+            "command on the same files"
+        )
 
 
 def share(files: Mapping[str, int], crew: Crew) -> set[str]:

@@ -43,12 +43,15 @@ class Interrupted(Stopped):
         super().__init__("interrupted before the end")
 
 
-def raise_all(what: str, problems: Iterable[str], limit: int = 50) -> None:
-    """Raise one `ConversionError` that lists every problem (the first `limit` of them, then a count); nothing if none."""
+def raise_all(what: str, problems: Iterable[str], limit: int = 50, remedy: str | None = None) -> None:
+    """Raise one `ConversionError` that lists every problem (the first `limit` of them, then a count); nothing if none.
+
+    `remedy` is a last line that says what to do.
+    """
     listed = list(problems)
     if not listed:
         return
     lines = [f"  - {problem}" for problem in listed[:limit]]
     if len(listed) > limit:
         lines.append(f"  - … and {len(listed) - limit} more")
-    raise ConversionError("\n".join([what, *lines]))
+    raise ConversionError("\n".join([what, *lines, *([remedy] if remedy else [])]))

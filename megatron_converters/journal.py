@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 
 from . import __version__
 from .endpoints.base import Origin
-from .errors import ConversionError
+from .errors import ConversionError, raise_all
 from .outline import Fill, Outline
 from .plan import Gather
 from .slots import Ref
@@ -23,6 +24,7 @@ from .staging import Staging, write_text
 
 MANIFEST = "conversion.json"
 _RUN, _COMPLETE, _CLEARED, _FINISHED = "run.json", "complete", "cleared", "finished"
+_SESSION = "session"
 _SHOWN_DIFFERENCES = 10
 
 Entries = dict[str, dict[str, Any]]
@@ -70,6 +72,19 @@ class Journal:
         """What the run is that left this folder; None if it left nothing that can be read."""
         return _read(self.folder / _RUN)
 
+    def take(self) -> str:
+        """Make the folder this run's, and no other's that may still be writing; returns the mark that says so."""
+        mark = secrets.token_hex(8)
+        write_text(self.folder / _SESSION, mark)
+        return mark
+
+    def session(self) -> str | None:
+        """The mark of the run whose folder it is; None if there is none."""
+        try:
+            return (self.folder / _SESSION).read_text(encoding="utf-8")
+        except OSError:
+            return None
+
     def finish(self, file: str, nbytes: int, tensors: Mapping[str, Any]) -> None:
         """Record a file that is complete on the disk."""
         _write(self._entry(file), {"file": file, "bytes": nbytes, "tensors": tensors})
@@ -107,6 +122,19 @@ def write_manifest(path: Path, run: Mapping[str, Any], finished: Mapping[str, An
     _write(path, {**run, "notes": origin.notes, "ignored": origin.ignored, "files": files})
 
 
+def is_output_of(folder: Path, run: Mapping[str, Any]) -> bool:
+    """Whether a folder is the complete output of this run: its manifest says so, and the files are there."""
+    manifest = _read(folder / MANIFEST)
+    if manifest is None or not isinstance(manifest.get("files"), dict):
+        return False
+    files = {file: {**entry, "tensors": None} for file, entry in manifest["files"].items()}
+    wanted = {file: {**entry, "tensors": None} for file, entry in run["files"].items()}
+    same = files == wanted and all(manifest.get(key) == run[key] for key in run.keys() - {"files"})
+    return same and all(
+        (folder / file).is_file() and (folder / file).stat().st_size == run["files"][file]["bytes"] for file in wanted
+    )
+
+
 def read_manifest(path: Path) -> dict[str, Any]:
     """The manifest at `path`."""
     manifest = _read(path)
@@ -129,15 +157,25 @@ def differences(old: Any, new: Any, place: str = "") -> list[str]:
 
 def refuse_other(staging: Staging, old: Mapping[str, Any], new: Mapping[str, Any], finished: int) -> None:
     """Raise if an unfinished run with finished files is not the one that is asked for."""
-    found = differences(old, new)
+    causes = [key for key in new if key != "files"]  # other files follow from these, and say less
+    found = [line for key in causes for line in differences(old.get(key), new[key], key)]
+    found = found or differences(old.get("files"), new["files"], "files")
     if not found:
         return
-    shown = "\n".join(f"  - {difference}" for difference in found[:_SHOWN_DIFFERENCES])
-    more = f"\n  - … and {len(found) - _SHOWN_DIFFERENCES} more" if len(found) > _SHOWN_DIFFERENCES else ""
-    raise ConversionError(
-        f"{staging.path} holds {finished} finished file(s) of another run, which had\n{shown}{more}\n"
-        "repeat that run to finish it, or pass --restart to throw its files away"
+    raise_all(
+        f"{staging.path} holds {finished} finished file(s) of another run, which differs in",
+        found,
+        _SHOWN_DIFFERENCES,
+        "repeat that run to finish it, or pass --restart to throw its files away",
     )
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a file, -1 where there is none."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return -1
 
 
 def _write(path: Path, value: Any) -> None:

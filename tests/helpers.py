@@ -67,6 +67,16 @@ def convert_back(*options: Any, **more: Any) -> Run:
     return finished(start(BACK, *options, **more))
 
 
+def start_verb(*options: Any, **more: Any) -> Any:
+    """The process of `python -m megatron_converters …`."""
+    return start(Path("-m"), "megatron_converters", *options, **{"cwd": ROOT, **more})
+
+
+def verb(*options: Any, **more: Any) -> Run:
+    """`python -m megatron_converters …`."""
+    return finished(start_verb(*options, **more))
+
+
 def succeeded(run: Run) -> Run:
     """Exit code 0 and nothing that looks like an accident."""
     assert run.code == 0, run

@@ -76,6 +76,10 @@ class Target(Protocol):
         """Check that the model can be written, and say to the byte which files will be."""
         ...
 
+    def shown(self) -> Path | None:
+        """The folder of a complete output at the final place; None where there is none, or it is to be replaced."""
+        ...
+
     def refuse_existing(self) -> None:
         """Raise if there is something at the final place that may not be replaced."""
         ...

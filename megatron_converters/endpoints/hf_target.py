@@ -124,6 +124,11 @@ class HFTarget:
         }
         return Outline(_NAME, {file: _layout(shard) for file, shard in shards.items()}, options)
 
+    def shown(self) -> Path | None:
+        """The folder itself, once its configuration is there."""
+        there = (self.save_dir / "config.json").exists() and not self._options.overwrite
+        return self.save_dir if there else None
+
     def refuse_existing(self) -> None:
         """A model in the folder is replaced only when that is asked for."""
         found = [path.name for path in self._old_files()]

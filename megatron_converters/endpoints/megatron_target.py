@@ -132,14 +132,26 @@ class MegatronTarget:
         options |= {"parallel": dataclasses.asdict(self._parallel), "expert_layout": self._expert_layout}
         return Outline(self._name, files, options, given)
 
+    def shown(self) -> Path | None:
+        """The directory that the tracker points at, if it is this one."""
+        there = self._tracked() == self._tracker_text() and not self._options.overwrite
+        return self.save_dir / self._name if there else None
+
+    def _tracked(self) -> str | None:
+        path = self.save_dir / TRACKER
+        return path.read_text(encoding="utf-8", errors="replace").strip() if path.is_file() else None
+
+    def _tracker_text(self) -> str:
+        return "release" if self._options.release else str(self._iteration)
+
     def refuse_existing(self) -> None:
         """Neither a checkpoint of this name nor the tracker is replaced unless that is asked for."""
         if self._options.overwrite:
             return
         if (self.save_dir / self._name).exists():
             raise ConversionError(f"{self.save_dir / self._name} already exists; save elsewhere or pass --overwrite")
-        if (self.save_dir / TRACKER).exists():
-            current = (self.save_dir / TRACKER).read_text(encoding="utf-8", errors="replace").strip()
+        current = self._tracked()
+        if current is not None:
             raise ConversionError(
                 f"{self.save_dir / TRACKER} points at {current!r}, and saving {self._name} there would redirect it; "
                 "save elsewhere or pass --overwrite"
@@ -173,7 +185,7 @@ class MegatronTarget:
     def show(self, staging: Staging) -> list[str]:
         """Show the directory under its name, then point the tracker at it."""
         staging.move_to(self.save_dir / self._name)
-        write_text(self.save_dir / TRACKER, "release" if self._options.release else str(self._iteration))
+        write_text(self.save_dir / TRACKER, self._tracker_text())
         shown = flags(self._spec, self._args)
         warnings = [*self._warnings, *flag_warnings(self._spec, shown, self._parallel.tp)]
         warnings += router_warnings(self._spec, self._router)

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .. import __version__
-from ..channel import check_loader, receive
+from ..channel import check_parent, receive
 from ..dtypes import BY_NAME, DType
 from ..errors import ConversionError, raise_all
 from ..handover import receive_ours
@@ -89,7 +89,7 @@ class QueueSource:
     def close(self) -> None:
         """The messages must end here, and the loader be there to tell the user."""
         self._end()
-        check_loader()
+        check_parent()
         last = receive(self._queue)
         if last != DONE:
             held = last.get("name") if isinstance(last, dict) else last

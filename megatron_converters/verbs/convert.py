@@ -4,15 +4,27 @@ from __future__ import annotations
 
 import argparse
 
+from .. import team
+from ..channel import Watched
+from ..cluster import crew_of_environment
 from ..conversion import convert
+from ..crew import ALONE, Crew
+from ..errors import UsageError
+from ..options import positive
 from ..plugins import say
-from ..progress import make_progress
+from ..progress import Silent, make_progress
 from .job import add_job_arguments, job_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's options."""
     add_job_arguments(parser)
+    parser.add_argument(
+        "--workers",
+        type=positive,
+        default=1,
+        help="Processes on this machine. On several, start the same command under torchrun or srun instead.",
+    )
     parser.add_argument(
         "--restart",
         action="store_true",
@@ -23,11 +35,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Convert; 0 if the output is complete."""
-    job = job_of(args)
-    say(
-        args,
-        f"reading {job.source.origin.described} ({job.source_format}, {job.source.spec.family}), writing {job.target_format}",
-    )
-    for line in convert(job.source, job.target, job.dtype, make_progress(args.quiet), restart=args.restart):
+    crew = crew_of_environment()
+    if args.workers > 1 and crew.size > 1:
+        raise UsageError("--workers is for one machine; under torchrun or srun, let them start more processes")
+    try:
+        lines = team.run(args.workers, work, args) if args.workers > 1 else work(crew, args)
+    finally:
+        crew.close()
+    for line in lines if crew.rank == 0 else []:
         say(args, line)
     return 0
+
+
+def work(crew: Crew, args: argparse.Namespace) -> list[str]:
+    """One process's part; returns what to tell the user."""
+    job = job_of(args)
+    if crew.rank == 0:
+        origin, spec = job.source.origin, job.source.spec
+        among = f", {crew.size} processes" if crew is not ALONE else ""
+        say(
+            args, f"reading {origin.described} ({job.source_format}, {spec.family}), writing {job.target_format}{among}"
+        )
+    progress = make_progress(args.quiet) if crew.rank == 0 else Watched(Silent(), "first process")
+    return convert(job.source, job.target, job.dtype, progress, restart=args.restart, crew=crew)

@@ -1,0 +1,324 @@
+"""A run that is killed, or runs out of disk, never looks complete; the same command finishes it, and the result is the same."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.helpers import ROOT, TRACKER, Run, convert, finished, refused, start, start_verb, succeeded, verb
+
+HFModel = Callable[..., Path]
+#: Source, what an undisturbed run makes of it, and the options.
+Job = tuple[Path, Path, tuple[str, ...]]
+SMALL = {"num_hidden_layers": 8}
+#: Ends the process at the n-th of the calls that change the disk, or counts them.
+KILLER = """
+import os, signal, sys
+limit = int(os.environ["KILL_AT"])
+calls = 0
+def counted(real):
+    def call(*args, **more):
+        global calls
+        calls += 1
+        if calls == limit:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if os.environ.get("CALLS"):
+            open(os.environ["CALLS"], "w").write(str(calls))
+        return real(*args, **more)
+    return call
+for name in ("pwrite", "fsync", "replace", "unlink", "mkdir", "ftruncate"):
+    setattr(os, name, counted(getattr(os, name)))
+"""
+FULL = """
+import errno, os
+left = int(os.environ["BYTES_LEFT"])
+real = os.pwrite
+def pwrite(fd, data, offset):
+    global left
+    left -= len(data)
+    if left < 0:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    return real(fd, data, offset)
+os.pwrite = pwrite
+"""
+SLOW = """
+import os, time
+real = os.{call}
+def slow(*args):
+    time.sleep({seconds})
+    return real(*args)
+os.{call} = slow
+"""
+DIRECTIONS = {
+    "HF to Megatron": ("--tp", "2", "--pp", "4"),
+    "Megatron to HF": ("--max-shard-size", "100KB"),
+}
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def not_a_model(folder: Path) -> None:
+    """No reader finds a model: a tracker and a configuration come last."""
+    assert not (folder / TRACKER).exists() and not (folder / "config.json").exists()
+
+
+def site(folder: Path, code: str, **env: Any) -> dict[str, str]:
+    """An environment in which Python runs `code` first."""
+    folder.mkdir(exist_ok=True)
+    (folder / "sitecustomize.py").write_text(code)
+    return {"PYTHONPATH": str(folder), **{name: str(value) for name, value in env.items()}}
+
+
+@pytest.fixture(scope="module", params=DIRECTIONS)
+def job(request: pytest.FixtureRequest, hf_model: HFModel, tmp_path_factory: pytest.TempPathFactory) -> Job:
+    """Source, the result of an undisturbed run, and its options. Results name their folder, so runs use one path."""
+    root = tmp_path_factory.mktemp("resume")
+    source = hf_model("llama2", **SMALL)
+    if request.param == "Megatron to HF":
+        succeeded(verb("convert", source, root / "megatron", "--tp", "2", "--pp", "2", "--quiet"))
+        source = root / "megatron"
+    options = DIRECTIONS[request.param]
+    succeeded(verb("convert", source, root / "out", *options))
+    (root / "out").rename(root / "whole")
+    return source, root / "whole", options
+
+
+@pytest.fixture(autouse=True)
+def _clean(request: pytest.FixtureRequest) -> Iterator[None]:
+    """What a failed test left must not fail the next."""
+    yield
+    if "job" in request.fixturenames:
+        shutil.rmtree(request.getfixturevalue("job")[1].parent / "out", ignore_errors=True)
+
+
+def attempt(job: Job, **more: Any) -> tuple[Path, Run]:
+    source, whole, options = job
+    return whole.parent / "out", verb("convert", source, whole.parent / "out", *options, **more)
+
+
+@pytest.mark.xdist_group("resume")
+@pytest.mark.parametrize("part", range(4))
+def test_kills_at_random_moments(job: Job, part: int, tmp_path: Path) -> None:
+    """Five moments each: twenty for each direction."""
+    _, whole, _ = job
+    env = site(tmp_path / "site", KILLER, KILL_AT=0, CALLS=tmp_path / "calls")
+    out, run = attempt(job, env=env)
+    succeeded(run)
+    assert tree(out) == tree(whole)
+    shutil.rmtree(out)
+    total = int((tmp_path / "calls").read_text())
+    assert total > 50
+    moments = random.Random(7).sample(range(1, total), 20)[part * 5 : part * 5 + 5]
+    kept = 0
+    for moment in moments:
+        out, run = attempt(job, env=site(tmp_path / "site", KILLER, KILL_AT=moment))
+        assert run.code == -signal.SIGKILL
+        seen = {name: data for name, data in tree(out).items() if not name.startswith(".")}
+        assert seen == tree(whole) or (
+            TRACKER not in seen and "config.json" not in seen
+        )  # shown, if killed at the very end
+        before = {path: path.stat().st_ino for path in out.rglob("*.pt")}
+        out, run = attempt(job)
+        succeeded(run)
+        kept += len({path.stat().st_ino for path in out.rglob("*.pt")} & set(before.values()))
+        assert tree(out) == tree(whole), f"killed at call {moment} of {total}"
+        assert not list(out.glob(".*"))
+        shutil.rmtree(out)
+
+
+@pytest.mark.xdist_group("resume")
+def test_a_full_disk_keeps_what_is_finished(job: Job, tmp_path: Path) -> None:
+    source, whole, options = job
+    size = sum(len(data) for name, data in tree(whole).items() if name.endswith((".pt", ".safetensors")))
+    out, run = attempt(job, env=site(tmp_path / "site", FULL, BYTES_LEFT=size * 3 // 4))
+    refused(run, os.strerror(28), "files are finished and kept, run the same command again to go on")
+    not_a_model(out)
+    files = [path for path in (out).rglob("files/**/*") if path.suffix in (".pt", ".safetensors")]
+    inodes = {path.stat().st_ino for path in files}
+    assert files
+    other = (*options, "--dtype", "bf16")
+    refused(
+        verb("convert", source, out, *other),
+        "finished file(s) of another run",
+        "options dtype: float32, not bfloat16",
+        "--restart",
+    )
+    out, run = attempt(job)
+    succeeded(run)
+    assert tree(out) == tree(whole)
+    assert inodes <= {path.stat().st_ino for path in out.rglob("*")}
+    shutil.rmtree(out)
+
+
+@pytest.mark.xdist_group("resume")
+def test_a_changed_source_is_refused_with_the_difference(hf_model: HFModel, tmp_path: Path) -> None:
+    source = shutil.copytree(hf_model("llama2", **SMALL), tmp_path / "hf")
+    options = ("convert", source, tmp_path / "out", "--tp", "2", "--pp", "4")
+    size = (source / "model.safetensors").stat().st_size
+    env = site(tmp_path / "site", FULL, BYTES_LEFT=size * 3 // 4)
+    refused(verb(*options, env=env), "are finished and kept")
+    os.utime(source / "model.safetensors", (1, 1))
+    refused(verb(*options), "source files model.safetensors", "--restart")
+    succeeded(verb(*options, "--restart", "--quiet"))
+    succeeded(verb("convert", source, tmp_path / "again", "--tp", "2", "--pp", "4", "--quiet"))
+    names = [name for name in tree(tmp_path / "again") if name.endswith(".pt")]
+    assert [tree(tmp_path / "out")[name] for name in names] == [tree(tmp_path / "again")[name] for name in names]
+
+
+@pytest.mark.xdist_group("resume")
+def test_the_queue_goes_on_too(hf_model: HFModel, tmp_path: Path) -> None:
+    source = hf_model("llama2", **SMALL)
+    options = ("--load-dir", source, "--save-dir", tmp_path / "out")
+    sizes = ("--target-tensor-parallel-size", 2, "--target-pipeline-parallel-size", 4)
+    size = (source / "model.safetensors").stat().st_size
+    run = convert(*options, *sizes, env=site(tmp_path / "site", FULL, BYTES_LEFT=size * 3 // 4))
+    refused(run, "files are finished and kept")
+    inodes = {path.stat().st_ino for path in tmp_path.rglob("files/*/*.pt")}
+    assert inodes
+    succeeded(convert(*options, *sizes))
+    assert inodes <= {path.stat().st_ino for path in (tmp_path / "out").rglob("*.pt")}
+
+
+@pytest.mark.xdist_group("resume")
+def test_an_error_of_the_source_keeps_nothing(hf_model: HFModel, tmp_path: Path) -> None:
+    """Repeating the command would not help."""
+    source = shutil.copytree(hf_model("llama3.2-tied", **SMALL), tmp_path / "hf")
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(source / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 1
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    refused(verb("convert", source, tmp_path / "out", "--tp", "2", "--pp", "4"), "lm_head.weight")
+    assert not list((tmp_path / "out").iterdir())
+
+
+# --- several processes
+
+
+@pytest.mark.xdist_group("resume")
+@pytest.mark.parametrize("workers", [2, 5])
+def test_workers_write_what_one_process_writes(job: Job, workers: int) -> None:
+    source, whole, options = job
+    out = whole.parent / "out"
+    succeeded(verb("convert", source, out, *options, "--workers", workers))
+    assert tree(out) == tree(whole)
+    shutil.rmtree(out)
+
+
+@pytest.mark.xdist_group("resume")
+def test_a_lost_worker_fails_the_run_and_the_next_goes_on(job: Job, tmp_path: Path) -> None:
+    source, whole, options = job
+    out = whole.parent / "out"
+    slow = SLOW.format(call="pwrite", seconds=0.1)
+    process = start_verb("convert", source, out, *options, "--workers", 3, env=site(tmp_path / "site", slow))
+    deadline = time.monotonic() + 20
+    while not list(out.rglob("files/**/*.*")) or len(workers := _children(process.pid)) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    os.kill(workers[-1], signal.SIGKILL)
+    run = finished(process)
+    refused(run, "worker", "signal 9")
+    not_a_model(out)
+    _, run = attempt(job)
+    succeeded(run)
+    assert tree(out) == tree(whole)
+    shutil.rmtree(out)
+
+
+def _children(pid: int) -> list[int]:
+    """The workers of a process, those that multiprocessing started for conversions."""
+    listed = subprocess.run(["ps", "-o", "pid=,args=", "--ppid", str(pid)], capture_output=True, text=True, check=False)
+    rows = [row.split(None, 1) for row in listed.stdout.splitlines()]
+    return [int(number) for number, command in rows if "spawn_main" in command]
+
+
+def _alive(pid: int) -> bool:
+    state = Path(f"/proc/{pid}/stat")
+    return state.exists() and state.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+@pytest.mark.xdist_group("resume")
+def test_workers_stop_when_the_first_process_is_gone(job: Job, tmp_path: Path) -> None:
+    source, whole, options = job
+    out = whole.parent / "out"
+    slow = SLOW.format(call="pwrite", seconds=0.1)
+    process = start_verb("convert", source, out, *options, "--workers", 3, env=site(tmp_path / "site", slow))
+    deadline = time.monotonic() + 20
+    while not list(out.rglob("files/**/*")) or len(workers := _children(process.pid)) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.kill()
+    while any(map(_alive, workers)):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    finished(process)
+    _, run = attempt(job)
+    succeeded(run)
+    assert tree(out) == tree(whole)
+    shutil.rmtree(out)
+
+
+@pytest.mark.xdist_group("resume")
+def test_torchrun_writes_what_one_process_writes(job: Job, tmp_path: Path) -> None:
+    """Two nodes on one machine."""
+    source, whole, options = job
+    out = whole.parent / "out"
+    command = [
+        "--nnodes",
+        "2",
+        "--nproc-per-node",
+        "2",
+        "--rdzv-backend",
+        "c10d",
+        "--rdzv-endpoint",
+        f"localhost:{_port()}",
+    ]
+    line = [
+        "-m",
+        "torch.distributed.run",
+        *command,
+        "-m",
+        "megatron_converters",
+        "convert",
+        source,
+        out,
+        *options,
+        "--quiet",
+    ]
+    nodes = [start(Path(line[0]), *line[1:], cwd=ROOT, env={"OMP_NUM_THREADS": "1"}) for _ in range(2)]
+    for node in nodes:
+        run = finished(node, 120)
+        assert run.code == 0, run
+    assert tree(out) == tree(whole)
+    shutil.rmtree(out)
+
+
+def _port() -> int:
+    import socket
+
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port: int = free.getsockname()[1]
+    return port
+
+
+def test_the_manifest_says_where_everything_came_from(job: Job) -> None:
+    _, whole, _ = job
+    manifest = json.loads(next(whole.rglob("conversion.json")).read_text())
+    tensors = [tensor for file in manifest["files"].values() for tensor in file["tensors"].values()]
+    assert all(tensor["holds"] and tensor["from"] and len(tensor["crc32"]) == 8 for tensor in tensors)
+    files = {path.name for path in whole.rglob("*") if path.suffix in (".pt", ".safetensors")}
+    assert {Path(file).name for file in manifest["files"]} == files
