@@ -15,6 +15,7 @@ from .plugins import fail
 #: Verb: module in `verbs`, one line of help.
 VERBS = {
     "convert": "Convert a model from any format to any other, or cut a checkpoint differently.",
+    "plan": "Say what a conversion would write, and need; writes nothing.",
 }
 _PROG = "megatron-converters"
 

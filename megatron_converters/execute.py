@@ -134,7 +134,8 @@ def materialise(planner: Planner, pieces: Sequence[Piece], shape: tuple[int, ...
     return result.reshape(shape)
 
 
-def _default_lanes() -> int:
+def default_lanes() -> int:
+    """Lanes of an executor that is not told how many."""
     # A job may be given fewer CPUs than the machine has.
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(_MAX_LANES, cpus)
@@ -159,7 +160,7 @@ class Executor:
         self._failure: BaseException | None = None
         self._lock = threading.Lock()
         self._lane_of: dict[OutputFile, int] = {}
-        self._lanes = [queue.Queue[Callable[[], None] | None](_AHEAD) for _ in range(lanes or _default_lanes())]
+        self._lanes = [queue.Queue[Callable[[], None] | None](_AHEAD) for _ in range(lanes or default_lanes())]
         self._threads = [threading.Thread(target=self._serve, args=(lane,), daemon=True) for lane in self._lanes]
         for thread in self._threads:
             thread.start()

@@ -110,11 +110,16 @@ def check_space(folder: Path, needed: int) -> None:
 
 def free_space(folder: Path) -> int:
     """Bytes free for this user on the file system of `folder` or its nearest parent that exists."""
+    status = os.statvfs(nearest(folder))
+    return status.f_bavail * status.f_frsize
+
+
+def nearest(folder: Path) -> Path:
+    """The folder, or the nearest parent that exists."""
     existing = folder.absolute()
     while not existing.exists():
         existing = existing.parent
-    status = os.statvfs(existing)
-    return status.f_bavail * status.f_frsize
+    return existing
 
 
 def sync_folder(folder: Path) -> None:

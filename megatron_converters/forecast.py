@@ -1,0 +1,134 @@
+"""What a conversion would write and need, found by going through it without filling anything."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .dtypes import DType
+from .endpoints.base import Source, Target, wanted_dtype
+from .errors import ConversionError
+from .execute import CHUNK_BYTES, default_lanes
+from .plan import Planner, as_matrix
+from .slots import refs
+from .staging import free_space, nearest
+
+#: Bytes written to measure a rate, and the most time that it may take.
+_SAMPLE_BYTES = 256 << 20
+_SAMPLE_SECONDS = 2.0
+#: Memory of Python, numpy and the plan itself (scripts/bench measures it), and of a lane's buffers.
+_BASE_BYTES = 48 << 20
+_LANE_BYTES = 3 * CHUNK_BYTES
+#: torch, which is imported only to cast.
+_TORCH_BYTES = 200 << 20
+
+
+@dataclass
+class FilePlan:
+    """One file to be written. `tensor_bytes` without the file's own structure; `padding_rows` repeat another row."""
+
+    tensors: int
+    nbytes: int
+    tensor_bytes: int
+    padding_rows: int = 0
+
+
+@dataclass
+class Forecast:
+    """What `plan` says. Sizes in bytes, `seconds` None where no rate could be measured."""
+
+    files: dict[str, FilePlan]
+    nbytes: int
+    free: int
+    memory: int
+    source_tensors: int
+    target_tensors: int
+    casts: dict[str, int]
+    padding_rows: int
+    ignored: list[str]
+    notes: list[str]
+    #: What stands at the final place and may not be replaced.
+    obstacle: str | None = None
+    rate: float | None = None
+    seconds: float | None = None
+    dtypes: dict[str, int] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return dataclasses.asdict(self)
+
+
+def forecast(source: Source, target: Target, dtype: DType | None, workers: int = 1) -> Forecast:
+    """Go through the whole conversion, checking that each tensor is covered once; nothing is written."""
+    outline = target.prepare(source.spec, source.origin, wanted_dtype(source, dtype))
+    files = {file: FilePlan(0, layout.nbytes, outline.tensor_bytes(file)) for file, layout in outline.files.items()}
+    read: set[str] = set()
+    casts: Counter[str] = Counter()
+    dtypes: Counter[str] = Counter()
+    planner = Planner()
+    for ref in refs(source.spec):
+        sources = source.read(ref)
+        planner.check_cover(ref, source.spec, sources)
+        read.update(piece.where for piece in (*sources.pieces, *sources.replicas))
+        for fill in target.fills(ref):
+            planner.compose(fill.rows, fill.col, as_matrix(fill.shape)[1], sources.pieces)
+            files[fill.file].padding_rows += fill.padding
+            dtypes[str(fill.dtype)] += 1
+            if sources.dtype != fill.dtype:
+                casts[f"{sources.dtype} to {fill.dtype}"] += 1
+    for file, layout in outline.files.items():
+        files[file].tensors = len(layout.regions)
+    try:
+        target.refuse_existing()
+        obstacle = None
+    except ConversionError as error:
+        obstacle = str(error)
+    return Forecast(
+        files=files,
+        nbytes=outline.nbytes,
+        free=free_space(target.save_dir),
+        memory=workers * (_BASE_BYTES + default_lanes() * _LANE_BYTES + (_TORCH_BYTES if casts else 0)),
+        source_tensors=len(read),
+        target_tensors=sum(plan.tensors for plan in files.values()),
+        casts=dict(casts),
+        padding_rows=sum(plan.padding_rows for plan in files.values()),
+        ignored=source.origin.ignored,
+        notes=source.origin.notes,
+        obstacle=obstacle,
+        dtypes=dict(dtypes),
+    )
+
+
+def measure(result: Forecast, source: Source, save_dir: Path) -> None:
+    """Add the time that it should take, from a short copy of the source into a file without a name, which leaves nothing."""
+    rate = _rate(source, nearest(save_dir))
+    if rate:
+        result.rate, result.seconds = rate, result.nbytes / rate
+
+
+def _rate(source: Source, folder: Path) -> float | None:
+    """Bytes a second, reading the source's first tensors and writing them there; None where that is not possible."""
+    try:
+        fd = os.open(folder, os.O_TMPFILE | os.O_WRONLY)
+    except (AttributeError, OSError):  # not every system and file system has files without a name
+        return None
+    try:
+        begun, done = time.monotonic(), 0
+        for ref in refs(source.spec):
+            for piece in source.read(ref).pieces:
+                data = piece.data.array()
+                rows = max(1, CHUNK_BYTES // max(data[:1].nbytes, 1))
+                for start in range(0, data.shape[0], rows):
+                    done += os.pwrite(fd, data[start : start + rows].tobytes(), done)
+                    if done >= _SAMPLE_BYTES or time.monotonic() - begun > _SAMPLE_SECONDS:
+                        return done / max(time.monotonic() - begun, 1e-6)
+        return done / max(time.monotonic() - begun, 1e-6)
+    except OSError:  # a disk that is full: the plan says so in bytes
+        return None
+    finally:
+        os.close(fd)

@@ -1,0 +1,73 @@
+"""`plan SRC DST`: a conversion that writes nothing."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+
+from ..forecast import Forecast, forecast, measure
+from ..options import positive
+from .job import Job, add_job_arguments, job_of
+
+_SHOWN_FILES = 64
+_SHOWN_IGNORED = 20
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the verb's options."""
+    add_job_arguments(parser)
+    parser.add_argument("--workers", type=positive, default=1, help="Processes that the conversion would have.")
+    parser.add_argument(
+        "--no-measure", action="store_true", help="Do not measure a rate; the time is then not estimated."
+    )
+    parser.add_argument("--json", action="store_true", help="Print one JSON object.")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the plan; 0 if the conversion is possible, 1 if something is in its way."""
+    job = job_of(args)
+    result = forecast(job.source, job.target, job.dtype, args.workers)
+    if not args.no_measure:
+        measure(result, job.source, job.target.save_dir)
+    text = json.dumps(result.to_json(), indent=1, ensure_ascii=False) if args.json else "\n".join(_lines(job, result))
+    sys.stdout.write(text + "\n")
+    return 0 if result.nbytes <= result.free and not result.obstacle else 1
+
+
+def _lines(job: Job, result: Forecast) -> Iterator[str]:
+    spec, origin = job.source.spec, job.source.origin
+    yield f"from  {origin.described} ({job.source_format}, {spec.family}, {spec.num_layers} layers)"
+    yield f"to    {job.target.save_dir} ({job.target_format})"
+    yield ""
+    width = max(map(len, result.files))
+    yield f"{'file':{width}}  tensors  {'bytes':>16}  padding rows"
+    for file, plan in list(result.files.items())[:_SHOWN_FILES]:
+        yield f"{file:{width}}  {plan.tensors:7d}  {plan.nbytes:16,d}  {plan.padding_rows:12d}"
+    if len(result.files) > _SHOWN_FILES:
+        yield f"… and {len(result.files) - _SHOWN_FILES} more files (--json lists all)"
+    yield ""
+    yield f"{result.source_tensors} source tensors, each read once, make {result.target_tensors} in {len(result.files)} file(s)"
+    for cast, count in result.casts.items():
+        yield f"{count} are cast from {cast}"
+    if result.padding_rows:
+        yield f"{result.padding_rows} rows of vocabulary padding repeat the last row"
+    for ignored in result.ignored[:_SHOWN_IGNORED]:
+        yield f"left out: {ignored}"
+    if len(result.ignored) > _SHOWN_IGNORED:
+        yield f"… and {len(result.ignored) - _SHOWN_IGNORED} more are left out (--json lists all)"
+    yield from result.notes
+    if result.obstacle:
+        yield f"obstacle: {result.obstacle}"
+    room = "enough" if result.nbytes <= result.free else "NOT ENOUGH"
+    yield f"disk    {result.nbytes / 1e9:.2f} GB needed, {result.free / 1e9:.2f} GB free: {room}"
+    yield f"memory  about {result.memory / 1e9:.2f} GB, besides file pages that the system takes back when it needs them"
+    if result.seconds is not None and result.rate is not None:
+        yield f"time    about {_duration(result.seconds)} at the measured {result.rate / 1e9:.2f} GB/s of one process"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
