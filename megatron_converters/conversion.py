@@ -192,7 +192,7 @@ class _Run:
 
     def _copy(self, mine: set[str]) -> list[str]:
         """Fill these files; returns them."""
-        executor = Executor(self._progress, self._finish)
+        executor = Executor(self._progress, self._finish, files=len(mine))
         try:
             for number, ref in enumerate(refs(self._source.spec)):
                 sources = self._source.read(ref)
@@ -208,7 +208,8 @@ class _Run:
             raise
         self._source.close()
         for path in sorted(mine):  # a file without tensors is finished by nobody else; one with gaps says so here
-            self._finish(self._file(path))
+            if not self._file(path).closed:
+                self._finish(self._file(path))
         return sorted(mine)
 
     def _file(self, path: str) -> OutputFile:
@@ -229,8 +230,6 @@ class _Run:
 
     def _finish(self, file: OutputFile) -> None:
         """Complete a file and record it; called once its last tensor is written, from the lane that wrote it."""
-        if file.closed:
-            return
         file.close()
         path = str(Path(file.path).relative_to(self._staging.files))
         tensors = self._entries.pop(path, {})

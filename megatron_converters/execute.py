@@ -1,12 +1,13 @@
 """Fill each target tensor a chunk at a time from views of its sources, and compare copies that must agree.
 
-Memory is one buffer a lane, whatever the model's size. A file belongs to one lane, since two threads that write into one file
-wait for each other; lanes help since copying, checksums and writing release the interpreter.
+Memory is one buffer a lane, whatever the model's size. A file has a lane of its own where there are enough files, since two threads
+that write into one file wait for each other; lanes help since copying, checksums and writing release the interpreter.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 import queue
 import threading
@@ -142,9 +143,9 @@ def default_lanes() -> int:
 
 
 class Executor:
-    """Fills and compares in a few lanes. `progress(bytes)` is called from them as bytes are written, `filled(file)` when all
-    tensors of a file are.
+    """Fills and compares in a few lanes, for a run that writes so many `files`.
 
+    `progress(bytes)` is called from the lanes as bytes are written, `filled(file)` when all tensors of a file are.
     The first failure stops the rest and is raised by the next `fill` or `compare` or by `finish`.
     """
 
@@ -152,6 +153,8 @@ class Executor:
         self,
         progress: Callable[[int], None] = lambda _: None,
         filled: Callable[[OutputFile], None] = lambda _: None,
+        *,
+        files: int = 1,
         lanes: int | None = None,
     ) -> None:
         self.planner = Planner()
@@ -159,8 +162,9 @@ class Executor:
         self._stop = threading.Event()
         self._failure: BaseException | None = None
         self._lock = threading.Lock()
-        self._lane_of: dict[OutputFile, int] = {}
+        self._files: dict[OutputFile, tuple[int, Iterator[int]]] = {}
         self._lanes = [queue.Queue[Callable[[], None] | None](_AHEAD) for _ in range(lanes or default_lanes())]
+        self._width = max(1, len(self._lanes) // max(files, 1))
         self._threads = [threading.Thread(target=self._serve, args=(lane,), daemon=True) for lane in self._lanes]
         for thread in self._threads:
             thread.start()
@@ -177,8 +181,14 @@ class Executor:
 
     def fill(self, file: OutputFile, fill: Fill, gathers: Sequence[Gather]) -> None:
         """Queue one tensor of `file`, or a part of it. Waits while many are queued."""
-        lane = self._lane_of.setdefault(file, len(self._lane_of) % len(self._lanes))
-        self._submit(lane, lambda: self._fill(file, fill, gathers))
+        self._submit(self._lane_of(file), lambda: self._fill(file, fill, gathers))
+
+    def _lane_of(self, file: OutputFile) -> int:
+        """A file's own lane, or the next of its lanes where there are more than files."""
+        if file not in self._files:
+            self._files[file] = len(self._files) * self._width, itertools.cycle(range(self._width))
+        first, turn = self._files[file]
+        return (first + next(turn)) % len(self._lanes)
 
     def compare(self, replica: Piece, pieces: Sequence[Piece], what: str) -> None:
         """Queue a check that a further copy of a tensor equals the pieces, bit for bit."""
@@ -234,7 +244,7 @@ class Executor:
                 return
             file.write(fill.name, fill.start + line * line_bytes, chunk)
             self._progress(chunk.nbytes)
-        if file.filled:
+        if file.claim():
             self._filled(file)
 
     def _compare(self, replica: Piece, gathers: Sequence[Gather], what: str) -> None:

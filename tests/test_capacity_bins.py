@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from megatron_converters import capacity_bins
-from megatron_converters.endpoints.base import convert as endpoints_convert
+from megatron_converters.conversion import convert as endpoints_convert
 from megatron_converters.endpoints.hf_source import HFSource
 from megatron_converters.endpoints.hf_target import HFOptions, HFTarget
 from megatron_converters.endpoints.megatron_source import MegatronReadOptions, MegatronSource

@@ -16,6 +16,8 @@ from ..errors import ConversionError, DiskError, raise_all
 from .checksum import combined, crc32
 
 Pieces = Iterable[tuple[int, bytes]]
+#: After so many bytes the disk is told to begin: it then writes while the next are copied, and the flush at the end is short.
+_AHEAD_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,10 @@ class OutputFile:
         self._tensors = {name: _parts(*region, layout.parts.get(name, 1)) for name, region in layout.regions.items()}
         self._open_parts = sum(part.nbytes > 0 for parts in self._tensors.values() for part in parts)
         self._lock = threading.Lock()
+        # The system makes writers of one file wait in turn, spinning; this way the others can gather meanwhile.
+        self._turn = threading.Lock()
+        self._claimed = False
+        self._unsent = (self.nbytes, 0, 0)  # first offset, end and bytes of what was written since
         self._fd = -1
         try:
             with self._disk_errors("the file"):
@@ -88,7 +94,9 @@ class OutputFile:
             )
         view = (data if isinstance(data, memoryview) else data.data).cast("B")
         with self._disk_errors(name):
-            self._put(view, part.offset + part.filled)
+            with self._turn:
+                self._put(view, part.offset + part.filled)
+            self._send(part.offset + part.filled, len(view))
         part.crc = crc32(view, part.crc)
         part.filled += data.nbytes
         if part.filled == part.nbytes:
@@ -100,10 +108,12 @@ class OutputFile:
         """Whether the file is complete or discarded."""
         return self._fd < 0
 
-    @property
-    def filled(self) -> bool:
-        """Whether every tensor is written completely."""
-        return self._open_parts == 0
+    def claim(self) -> bool:
+        """Whether every tensor is written completely; true for the first caller alone, who is to close the file."""
+        with self._lock:
+            first = self._open_parts == 0 and not self._claimed
+            self._claimed = self._claimed or first
+        return first
 
     def checksums(self) -> dict[str, int]:
         """The CRC-32 of each tensor, of what has been written of it."""
@@ -144,6 +154,17 @@ class OutputFile:
         done = os.pwrite(self._fd, view, offset)
         while done < len(view):
             done += os.pwrite(self._fd, view[done:], offset + done)
+
+    def _send(self, offset: int, nbytes: int) -> None:
+        """Have the disk begin with what is written, now and then."""
+        with self._lock:
+            first, end, count = self._unsent
+            first, end, count = min(first, offset), max(end, offset + nbytes), count + nbytes
+            full = count >= _AHEAD_BYTES
+            self._unsent = (self.nbytes, 0, 0) if full else (first, end, count)
+        if full and hasattr(os, "posix_fadvise"):
+            # On Linux this starts writing dirty pages and waits for none. Pages that are being written stay in memory.
+            os.posix_fadvise(self._fd, first, end - first, os.POSIX_FADV_DONTNEED)
 
     @contextmanager
     def _disk_errors(self, what: str) -> Iterator[None]:
