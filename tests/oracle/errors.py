@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from megatron_converters.errors import ConversionError
 
-class OracleError(AssertionError):
+
+class OracleError(ConversionError):
     """The checkpoint is not what the real megatron-core accepts; the message names the file and the key or argument."""

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_converters.logits import cpu
+
 from . import checkpoint
 from .checkpoint import Grid, Rank
 from .errors import OracleError
@@ -30,6 +32,8 @@ def read_logits(
     qk_norm_over_heads: bool,
 ) -> Shard:
     """Load this rank's file into the model that its args describe, and run it."""
+    from megatron_converters.logits import gpt
+
     from . import megatron
 
     allowed = _megatron_globals() if by_megatron else ()
@@ -50,11 +54,13 @@ def read_logits(
     problem = megatron.load(model, content["model"], str(path))
     _agree([problem] if problem else [])
     _agree(_different_copies(megatron.fingerprints(model)))
-    return _shard(megatron.logits(model, tokens))
+    return _shard(gpt.run(model, tokens))
 
 
 def write_and_run(root: Path, args: Namespace, seed: int, iteration: int, tokens: torch.Tensor) -> Shard:
     """Build random modules, save them as Megatron-LM's `save_checkpoint` does, and run them."""
+    from megatron_converters.logits import gpt
+
     from . import megatron
 
     grid = Grid.of(args)
@@ -63,13 +69,13 @@ def write_and_run(root: Path, args: Namespace, seed: int, iteration: int, tokens
     model = megatron.build(args)
     megatron.randomise(model, seed, args.params_dtype)
     path = checkpoint.rank_file(root / f"iter_{iteration:07d}", grid, mine)
-    if _gather(path).index(path) == dist.get_rank():  # the first of those that hold the same
+    if cpu.gathered(path).index(path) == dist.get_rank():  # the first of those that hold the same
         path.parent.mkdir(parents=True)
         torch.save(_rank_content(model, args, iteration), path)
     dist.barrier()
     if dist.get_rank() == 0:
         checkpoint.write_tracker(root, iteration)
-    return _shard(megatron.logits(model, tokens))
+    return _shard(gpt.run(model, tokens))
 
 
 def _rank_content(model: torch.nn.Module, args: Namespace, iteration: int) -> dict[str, Any]:
@@ -94,25 +100,11 @@ def _rank_content(model: torch.nn.Module, args: Namespace, iteration: int) -> di
 
 def _parallel(grid: Grid) -> Rank:
     """Cut the pool's processes into this grid; this process's rank in it."""
-    from megatron.core import parallel_state
-
     world = dist.get_world_size()
     if world % (grid.tp * grid.pp) or world % (grid.etp * grid.ep * grid.pp):
         raise OracleError(f"{grid} does not fit {world} processes")
-    parallel_state.destroy_model_parallel()
-    parallel_state.initialize_model_parallel(
-        grid.tp,
-        grid.pp,
-        expert_model_parallel_size=grid.ep,
-        expert_tensor_parallel_size=grid.etp,
-        create_gloo_process_groups=False,
-    )
-    return Rank(
-        parallel_state.get_tensor_model_parallel_rank(),
-        parallel_state.get_pipeline_model_parallel_rank(),
-        parallel_state.get_expert_model_parallel_rank(),
-        parallel_state.get_expert_tensor_parallel_rank(),
-    )
+    mine = cpu.cut(*grid)
+    return Rank(mine.tp, mine.pp, mine.ep, mine.etp)
 
 
 def _shard(logits: torch.Tensor | None) -> Shard:
@@ -131,7 +123,7 @@ def _megatron_globals() -> list[Any]:
 
 
 def _different_args(args: Namespace) -> list[str]:
-    everyone = _gather({name: value for name, value in vars(args).items() if name not in _RANKS_OWN})
+    everyone = cpu.gathered({name: value for name, value in vars(args).items() if name not in _RANKS_OWN})
     names = {name for each in everyone for name in each if each.get(name) != everyone[0].get(name)}
     return [f"args differ between ranks: {', '.join(sorted(names))}"] if names else []
 
@@ -139,19 +131,13 @@ def _different_args(args: Namespace) -> list[str]:
 def _different_copies(fingerprints: list[tuple[str, tuple[int, ...], int]]) -> list[str]:
     """Parameters that ranks hold in common and that differ; logits come from one copy, so they would not tell."""
     first: dict[tuple[str, tuple[int, ...]], int] = {}
-    everything = [entry for each in _gather(fingerprints) for entry in each]
+    everything = [entry for each in cpu.gathered(fingerprints) for entry in each]
     names = {name for name, part, crc in everything if first.setdefault((name, part), crc) != crc}
     return [f"ranks that share {name} hold different values" for name in sorted(names)]
 
 
 def _agree(problems: Sequence[str]) -> None:
     """Raise on every rank what any rank found, so that none is left waiting for another."""
-    found = dict.fromkeys(problem for rank in _gather(list(problems)) for problem in rank)
+    found = dict.fromkeys(problem for rank in cpu.gathered(list(problems)) for problem in rank)
     if found:
         raise OracleError("\n".join(found))
-
-
-def _gather(mine: Any) -> list[Any]:
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
-    return everyone

@@ -1,0 +1,120 @@
+"""megatron-core's GPTModel built from Megatron-LM's args and run on a CPU, in a process that `cpu.prepare` made fit."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_decoder_block_spec,
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+
+from ..errors import ConversionError
+from . import arguments
+from .cpu import cuda_is_cpu
+
+# What a CPU and a comparison in float32 need; none of it changes what the model computes.
+_ON_CPU: dict[str, Any] = dict(
+    params_dtype=torch.float32,
+    pipeline_dtype=torch.float32,
+    use_cpu_initialization=True,
+    gradient_accumulation_fusion=False,
+    bias_activation_fusion=False,
+    bias_dropout_fusion=False,
+    masked_softmax_fusion=False,
+    apply_rope_fusion=False,
+    persist_layer_norm=False,
+    hidden_dropout=0.0,
+    attention_dropout=0.0,
+    moe_token_dispatcher_type="allgather",  # the other ones want CUDA streams
+)
+
+
+def build(args: Namespace, initialise: bool = False) -> GPTModel:
+    """This rank's part of the model that `args` describes, float32, as Megatron-LM's `gpt_builder` builds it (0.16).
+
+    Without `initialise` parameters hold nothing, and lack megatron's attributes; a strict load then fills them all.
+    Raises `ConversionError` where arguments are missing.
+    """
+    required = (*arguments.CONFIG, *arguments.MODEL, *(arguments.CONFIG_WITH_EXPERTS if _experts(args) else ()))
+    missing = [name for name in required if not hasattr(args, name)]
+    if missing:
+        raise ConversionError(f"args lack {', '.join(missing)}")
+    if args.position_embedding_type != "rope":
+        raise ConversionError(f"args.position_embedding_type is {args.position_embedding_type!r}, not 'rope'")
+    config = _config(args, initialise)
+    with cuda_is_cpu():
+        model = GPTModel(
+            config,
+            _layer_spec(args, config),
+            vocab_size=args.padded_vocab_size,
+            max_sequence_length=args.max_position_embeddings,
+            pre_process=parallel_state.is_pipeline_first_stage(),
+            post_process=parallel_state.is_pipeline_last_stage(),
+            share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
+            position_embedding_type="rope",
+            rotary_percent=args.rotary_percent,
+            rotary_base=args.rotary_base,
+            rope_scaling=args.use_rope_scaling,
+            rope_scaling_factor=args.rope_scaling_factor,
+            seq_len_interpolation_factor=args.rotary_seq_len_interpolation_factor,
+        )
+    return model.eval()
+
+
+def run(model: GPTModel, tokens: torch.Tensor) -> torch.Tensor | None:
+    """Run the pipeline for long [B, S] tokens: this rank's float32 [B, S, padded vocabulary / TP] on the last stage."""
+    batch, length = tokens.shape
+    if not model.pre_process:
+        hidden = torch.empty(length, batch, model.config.hidden_size)
+        dist.recv(hidden, parallel_state.get_pipeline_model_parallel_prev_rank())
+        model.set_input_tensor(hidden)
+    with torch.no_grad(), cuda_is_cpu():
+        out: torch.Tensor = model(tokens, torch.arange(length).expand(batch, -1), attention_mask=None)
+    RotaryEmbedding.forward.cache_clear()  # its cache would keep every model of the process alive
+    if model.post_process:
+        return out
+    dist.send(out.contiguous(), parallel_state.get_pipeline_model_parallel_next_rank())
+    return None
+
+
+def _config(args: Namespace, initialise: bool) -> TransformerConfig:
+    """As Megatron-LM's `core_transformer_config_from_args` (0.16)."""
+    experts = _experts(args)
+    names: tuple[str, ...] = (*arguments.CONFIG, *arguments.OPTIONAL)
+    if experts:
+        names += (*arguments.CONFIG_WITH_EXPERTS, *arguments.OPTIONAL_WITH_EXPERTS)
+    fields = {name: getattr(args, name) for name in names if hasattr(args, name)}
+    fields |= {name: getattr(args, argument, None) for name, argument in arguments.RENAMED.items()}
+    if experts:
+        fields |= {"num_moe_experts": experts}
+    if args.swiglu:
+        fields |= dict(activation_func=F.silu, gated_linear_unit=True)
+    groups = args.num_query_groups if args.group_query_attention else None
+    return TransformerConfig(**fields, **_ON_CPU, num_query_groups=groups, perform_initialization=initialise)
+
+
+def _experts(args: Namespace) -> int:
+    return getattr(args, "num_experts", None) or 0
+
+
+def _layer_spec(args: Namespace, config: TransformerConfig) -> ModuleSpec | TransformerBlockSubmodules:
+    impl = args.transformer_impl
+    if impl not in ("local", "transformer_engine"):
+        raise ConversionError(f"transformer_impl {impl!r} is neither 'local' nor 'transformer_engine'")
+    if _experts(args):
+        return get_gpt_decoder_block_spec(config, impl == "transformer_engine", normalization=args.normalization)
+    if impl == "local":
+        return get_gpt_layer_local_spec(qk_layernorm=args.qk_layernorm, normalization=args.normalization)
+    return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=args.qk_layernorm)

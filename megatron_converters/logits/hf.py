@@ -1,0 +1,86 @@
+"""The logits of a Hugging Face folder, computed by transformers in a process of its own."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..endpoints.hf_source import read_tensors
+from ..errors import ConversionError, raise_all
+from ..families import FAMILIES
+from ..hf_config import read_json
+from .needs import need
+from .pool import Pool
+
+#: What transformers' loading may report of names that files hold although they are no weights.
+_NO_WEIGHTS = tuple({suffix for family in FAMILIES.values() for suffix in family.ignored_suffixes})
+
+
+class HFModel:
+    """A folder found readable; nothing is built yet."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises `ConversionError` where the folder is unsound or transformers is missing."""
+        need("torch", "torch")
+        need("transformers", "transformers")
+        self.path = path
+        config = read_json(path / "config.json")
+        vocab_size, window = config.get("vocab_size"), config.get("sliding_window")
+        if not isinstance(vocab_size, int) or vocab_size < 1:
+            raise ConversionError(f"{path / 'config.json'} has vocab_size={vocab_size!r}; it must be a number above 0")
+        self.vocab_size = vocab_size
+        self.window = window if isinstance(window, int) and config.get("use_sliding_window", True) else None
+        self.parameters = sum(math.prod(tensor.shape) for tensor in read_tensors(path).values())
+        self.processes = 1
+
+    def logits(self, tokens: npt.NDArray[np.int64], time_limit: float) -> npt.NDArray[np.float32]:
+        """Float32 [B, S, vocabulary] for tokens [B, S]. Raises `ConversionError` where transformers does not load it."""
+        with Pool(1, _stay_local, time_limit) as pool:
+            result: npt.NDArray[np.float32] = pool.run(_logits, self.path, tokens)[0]
+        return result
+
+
+def _stay_local(rank: int, size: int, folder: Path) -> None:
+    os.environ.update(HF_HUB_OFFLINE="1", CUDA_VISIBLE_DEVICES="")
+
+
+def _logits(folder: Path, tokens: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+    import torch
+    import transformers
+
+    dtype = "dtype" if _version(transformers) >= (4, 56) else "torch_dtype"
+    try:
+        model, report = transformers.AutoModelForCausalLM.from_pretrained(
+            folder,
+            attn_implementation="eager",
+            output_loading_info=True,
+            local_files_only=True,
+            trust_remote_code=False,
+            **{dtype: torch.float32},
+        )
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
+        raise ConversionError(f"transformers does not load {folder}: {error}") from error
+    raise_all(f"transformers does not load {folder}:", _problems(report))
+    with torch.inference_mode():
+        out: npt.NDArray[np.float32] = model.eval()(torch.from_numpy(tokens), use_cache=False).logits.float().numpy()
+    return out
+
+
+def _version(module: Any) -> tuple[int, ...]:
+    return tuple(int(part) for part in module.__version__.split(".")[:2])
+
+
+def _problems(report: dict[str, Any]) -> list[str]:
+    """What transformers says of each kind of fault: names of tensors, or tuples that begin with one."""
+    named = {kind: [str(key[0] if isinstance(key, tuple) else key) for key in keys] for kind, keys in report.items()}
+    return [
+        f"{kind.replace('_', ' ')}: {name}"
+        for kind, names in named.items()
+        for name in sorted(names)
+        if not name.endswith(_NO_WEIGHTS)
+    ]

@@ -1,0 +1,58 @@
+"""A rank's tensors under the names of megatron-core's local layers, which run without Transformer Engine.
+
+Only names change, and the older stacked experts are taken apart: no rule of sharding is applied, so that a wrong one shows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from ..megatron_names import CAPACITY_BINS, EXPERTS, EXTRA_STATE_SUFFIX, LOCAL, STACKED, keys
+from ..parallel import Parallel, Rank, homes
+from ..slots import SLOTS, Shard, refs
+from ..spec import ModelSpec
+
+State = dict[str, torch.Tensor]
+_ONE_BY_ONE = EXPERTS["sequential"]
+
+
+def with_local_names(state: State, spec: ModelSpec, parallel: Parallel, rank: Rank) -> State:
+    """The tensors renamed, experts one by one; those of unknown names keep them, for a strict load to refuse.
+
+    Extra states, which hold no part of the model, are left out, as are capacity bins.
+    """
+    renamed = {
+        key: value
+        for key, value in state.items()
+        if not key.endswith(EXTRA_STATE_SUFFIX) and not CAPACITY_BINS.fullmatch(key)
+    }
+    _unstack(renamed, spec, parallel, rank)
+    for stored, wanted in _names(spec, parallel, rank):
+        if stored in renamed and wanted not in renamed:
+            renamed[wanted] = renamed.pop(stored)
+    return renamed
+
+
+def _unstack(state: State, spec: ModelSpec, parallel: Parallel, rank: Rank) -> None:
+    """Replace each stack of a rank's experts by views of them: one after the other, transposed (see `STACKED`)."""
+    for slot, name in EXPERTS[STACKED].items():
+        for layer in range(parallel.stages[rank.pp]):
+            if (key := name.format(layer=layer)) not in state:
+                continue
+            whole = (-1, spec.hidden_size) if SLOTS[slot].shard is Shard.ROW else (spec.hidden_size, -1)
+            experts = state.pop(key).reshape(spec.num_experts // parallel.ep, *whole).transpose(1, 2)
+            state |= {_ONE_BY_ONE[slot].format(layer=layer, expert=number): one for number, one in enumerate(experts)}
+
+
+def _names(spec: ModelSpec, parallel: Parallel, rank: Rank) -> Iterator[tuple[str, str]]:
+    """For every tensor of a rank, each name that it may have and its local one."""
+    for ref in refs(spec):
+        if not parallel.holds(rank, ref.expert, spec.num_experts):
+            continue
+        expert = parallel.local_expert(ref.expert, spec.num_experts)
+        for stage, slot, layer in homes(ref, spec, parallel):
+            if stage == rank.pp:
+                wanted = (LOCAL if expert is None else _ONE_BY_ONE)[slot].format(layer=layer, expert=expert)
+                yield from ((stored, wanted) for stored in keys(slot, layer, expert, ref.expert) if stored != wanted)
