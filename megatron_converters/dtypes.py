@@ -127,4 +127,6 @@ def cast(source: npt.NDArray[Any], source_dtype: DType, target: npt.NDArray[Any]
     # A copy, since torch warns of arrays that it cannot write to, as mapped sources are; chunks are small.
     values, result = view(np.array(source, order="C"), source_dtype), view(target, target_dtype)
     result.copy_(values)
+    if source_dtype.itemsize == 1:  # torch has no isfinite of 8-bit floats; float32 holds them all
+        values = values.float()
     return bool((torch.isfinite(result) | ~torch.isfinite(values)).all())

@@ -120,6 +120,8 @@ def _recorded(folder: Path, name: str, entry: Any) -> _File:
         tensors = {key: _Recorded.of(value) for key, value in entry["tensors"].items()}
         if type(entry["bytes"]) is not int or type(entry["outside"]) is not str:
             raise ValueError("bytes or digest are none")
+        if any(tensor.offset + tensor.nbytes > entry["bytes"] for tensor in tensors.values()):
+            raise ValueError("a tensor ends beyond the file")
         return _File(name, str(folder / name), entry["bytes"], entry["outside"], tensors)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ConversionError(
@@ -145,8 +147,8 @@ def _look_at(file: _File) -> tuple[list[Fault], list[_Task]]:
             return [], as_written
     except FileNotFoundError:
         return [Fault(file.name, "", (), "is missing")], []
-    except OSError as error:
-        return [Fault(file.name, "", (), f"cannot be read: {error.strerror}")], []
+    except (OSError, EOFError) as error:  # the latter: cut while it is read
+        return [Fault(file.name, "", (), f"cannot be read: {error}")], []
     same_size = size == file.nbytes
     fault = "has other bytes beside its tensors" if same_size else f"has {size} bytes instead of {file.nbytes}"
     faults = [Fault(file.name, "", (), fault)]

@@ -65,7 +65,7 @@ def _report(args: argparse.Namespace, settings: dict[str, list[str]], comparison
         yield from _table(shown)
     if not args.all and len(differing) > len(shown):
         yield f"… and {len(differing) - len(shown)} more tensors that differ (--top N, --all)"
-    yield f"{len(differing)} of {len(ranked)} tensors that both have differ in their elements"
+    yield f"{len(differing)} of {len(ranked)} compared tensors differ in their elements"
 
 
 def _ranked(comparison: Comparison) -> list[Compared]:
