@@ -16,6 +16,8 @@ from .plugins import fail
 VERBS = {
     "convert": "Convert a model from any format to any other, or cut a checkpoint differently.",
     "plan": "Say what a conversion would write, and need; writes nothing.",
+    "verify": "Tell whether two folders hold the same model, or whether an output is as it was written.",
+    "diff": "Say what differs between two checkpoints: arguments, tensors, and by how much.",
 }
 _PROG = "megatron-converters"
 

@@ -233,11 +233,12 @@ class _Run:
         file.close()
         path = str(Path(file.path).relative_to(self._staging.files))
         tensors = self._entries.pop(path, {})
-        for name, checksum in file.checksums().items():
-            tensors[name]["crc32"] = f"{checksum:08x}"
+        checksums = file.checksums()
+        for name, region in self._outline.files[path].regions.items():
+            tensors[name] |= {"at": list(region), "crc32": f"{checksums[name]:08x}"}
         if self._journal.session() != self._session:  # this process is what is left of a run that another one continues
             raise Stopped(f"another run has taken over {self._staging.path}")
-        self._journal.finish(path, file.nbytes, tensors)
+        self._journal.finish(path, file.nbytes, self._outline.outside(path, checksums), tensors)
 
     def _end(self, done: set[str]) -> list[str]:
         """Show the result, once every file is finished."""

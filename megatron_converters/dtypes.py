@@ -94,6 +94,25 @@ def _received(name: str) -> Any:
     return BY_NAME[name] if receives_ours() else BY_NAME[name].torch
 
 
+#: Types that numpy has too, by their numpy names.
+_NUMPY = {
+    name: np.dtype(name) for name in ("float64", "float32", "float16", "int64", "int32", "int16", "int8", "uint8")
+}
+
+
+def values(array: npt.NDArray[Any], dtype: DType) -> npt.NDArray[np.float64]:
+    """The values of a carrier array as float64: exact but for whole numbers beyond 2**53. Imports torch for 8-bit floats alone."""
+    if dtype.name in _NUMPY:
+        return array.view(_NUMPY[dtype.name]).astype(np.float64)
+    single = np.empty(array.shape, np.uint32)
+    if dtype.name == "bfloat16":  # the upper half of a float32
+        np.left_shift(array, 16, out=single, dtype=np.uint32)
+    else:
+        cast(array, dtype, single, BY_NAME["float32"])
+    with np.errstate(invalid="ignore"):  # signalling NaNs
+        return single.view(np.float32).astype(np.float64)
+
+
 def cast(source: npt.NDArray[Any], source_dtype: DType, target: npt.NDArray[Any], target_dtype: DType) -> bool:
     """Write the values of `source` (carrier array, any strides) into `target`, rounding to nearest even as torch does.
 
@@ -108,4 +127,6 @@ def cast(source: npt.NDArray[Any], source_dtype: DType, target: npt.NDArray[Any]
     # A copy, since torch warns of arrays that it cannot write to, as mapped sources are; chunks are small.
     values, result = view(np.array(source, order="C"), source_dtype), view(target, target_dtype)
     result.copy_(values)
+    if source_dtype.itemsize == 1:  # torch has no isfinite of 8-bit floats; float32 holds them all
+        values = values.float()
     return bool((torch.isfinite(result) | ~torch.isfinite(values)).all())

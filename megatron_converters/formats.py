@@ -19,6 +19,7 @@ _SIGNS = {
     META: ("consolidated.*.pth",),
     MEGATRON: (TRACKER, "mp_rank_*", ".metadata"),
 }
+FORMATS = tuple(_SIGNS)
 
 
 def format_of(path: Path) -> str:
@@ -35,7 +36,7 @@ def format_of(path: Path) -> str:
 def add_reading_arguments(parser: argparse.ArgumentParser) -> None:
     """Options that say more about a source than it does itself."""
     group = parser.add_argument_group("reading")
-    group.add_argument("--from", dest="source_format", choices=list(_SIGNS), default=None, help="Format of the source.")
+    group.add_argument("--from", dest="source_format", choices=FORMATS, default=None, help="Format of the source.")
     group.add_argument(
         "--ckpt-dir-name", default=None, help="Megatron: folder to read (iter_0000008) instead of the latest."
     )

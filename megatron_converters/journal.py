@@ -1,7 +1,8 @@
 """What a run is and what it has finished, kept while it lasts; and the manifest, `conversion.json`, that remains.
 
-The manifest says for each tensor of each file which slots it holds, which source tensors they came from, and the CRC-32 of its
-bytes, so that the files can be checked later without the source. It holds no time and no host: equal runs write equal ones.
+The manifest says for each tensor of each file which slots it holds, which source tensors they came from, where it lies (first byte,
+bytes) and the CRC-32 of its bytes, and has a digest of the rest of the file, so that the files can be checked later without the
+source. It holds no time and no host: equal runs write equal ones.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ MANIFEST = "conversion.json"
 _RUN, _COMPLETE, _CLEARED, _FINISHED = "run.json", "complete", "cleared", "finished"
 _SESSION = "session"
 _SHOWN_DIFFERENCES = 10
+#: What is known of a file only once it is finished.
+_RESULTS = ("outside", "tensors")
 
 Entries = dict[str, dict[str, Any]]
 
@@ -85,9 +88,9 @@ class Journal:
         except OSError:
             return None
 
-    def finish(self, file: str, nbytes: int, tensors: Mapping[str, Any]) -> None:
-        """Record a file that is complete on the disk."""
-        _write(self._entry(file), {"file": file, "bytes": nbytes, "tensors": tensors})
+    def finish(self, file: str, nbytes: int, outside: str, tensors: Mapping[str, Any]) -> None:
+        """Record a file that is complete on the disk; `outside` is a digest of its bytes beside the tensors."""
+        _write(self._entry(file), {"file": file, "bytes": nbytes, "outside": outside, "tensors": tensors})
 
     def finished(self) -> dict[str, dict[str, Any]]:
         """The finished files' records, by path."""
@@ -118,7 +121,10 @@ class Journal:
 
 def write_manifest(path: Path, run: Mapping[str, Any], finished: Mapping[str, Any], origin: Origin) -> None:
     """Write `conversion.json` for a finished run."""
-    files = {file: {**run["files"][file], "tensors": finished[file]["tensors"]} for file in run["files"]}
+    files = {
+        file: {**described, **{key: finished[file][key] for key in _RESULTS}}
+        for file, described in run["files"].items()
+    }
     _write(path, {**run, "notes": origin.notes, "ignored": origin.ignored, "files": files})
 
 
@@ -127,8 +133,11 @@ def is_output_of(folder: Path, run: Mapping[str, Any]) -> bool:
     manifest = _read(folder / MANIFEST)
     if manifest is None or not isinstance(manifest.get("files"), dict):
         return False
-    files = {file: {**entry, "tensors": None} for file, entry in manifest["files"].items()}
-    wanted = {file: {**entry, "tensors": None} for file, entry in run["files"].items()}
+    files = {
+        file: {key: value for key, value in entry.items() if key not in _RESULTS}
+        for file, entry in manifest["files"].items()
+    }
+    wanted = run["files"]
     same = files == wanted and all(manifest.get(key) == run[key] for key in run.keys() - {"files"})
     return same and all(
         (folder / file).is_file() and (folder / file).stat().st_size == run["files"][file]["bytes"] for file in wanted

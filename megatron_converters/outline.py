@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from .dtypes import DType
 from .layouts import RowMap
+from .storage.checksum import digest
 from .storage.output import Layout
 from .storage.tensor import StoredTensor
 
@@ -56,7 +56,11 @@ class Outline:
     def structure(self, file: str) -> str:
         """A digest of all that a file holds beside its tensors: names, shapes, dtypes, arguments."""
         layout = self.files[file]
-        digest = hashlib.sha256()
-        for offset, data in layout.finish(dict.fromkeys(layout.regions, 0)):
-            digest.update(b"%d:" % offset + data)
-        return digest.hexdigest()[:16]
+        return digest(b"%d:" % offset + data for offset, data in layout.finish(dict.fromkeys(layout.regions, 0)))
+
+    def outside(self, file: str, checksums: Mapping[str, int]) -> str:
+        """A digest of the bytes that a finished file has beside its tensors, in their order, whose CRC-32s `checksums` gives.
+
+        It differs from `structure` in that it can be computed from the file: a zip's directory repeats its tensors' checksums.
+        """
+        return digest(data for _, data in sorted(self.files[file].finish(checksums)))

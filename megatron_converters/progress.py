@@ -35,8 +35,9 @@ class Silent:
 class Lines:
     """A line every few seconds with bytes, rate and time left; for logs, and where tqdm is not installed."""
 
-    def __init__(self, stream: TextIO) -> None:
+    def __init__(self, stream: TextIO, done: str = "copied") -> None:
         self._stream = stream
+        self._verb = done
         self._lock = threading.Lock()
         self._total = self._done = 0
         self._begun = self._shown = 0.0
@@ -66,7 +67,7 @@ class Lines:
         share = 100 * self._done / max(self._total, 1)
         done, total = self._done / 1e9, self._total / 1e9
         self._stream.write(
-            f"copied {done:.2f} of {total:.2f} GB ({share:.0f} %) at {rate / 1e9:.2f} GB/s, {left:.0f} s left\n"
+            f"{self._verb} {done:.2f} of {total:.2f} GB ({share:.0f} %) at {rate / 1e9:.2f} GB/s, {left:.0f} s left\n"
         )
         self._stream.flush()
 
@@ -74,14 +75,15 @@ class Lines:
 class Bar:
     """A tqdm bar."""
 
-    def __init__(self, tqdm: Any) -> None:
+    def __init__(self, tqdm: Any, doing: str = "copying") -> None:
         self._tqdm = tqdm
+        self._verb = doing
         self._bar: Any = None
         self._lock = threading.Lock()
 
     def start(self, total: int) -> None:
         """Show the bar for `total` bytes."""
-        self._bar = self._tqdm(total=total, unit="B", unit_scale=True, desc="copying")
+        self._bar = self._tqdm(total=total, unit="B", unit_scale=True, desc=self._verb)
 
     def __call__(self, count: int) -> None:
         """Add bytes; called from several threads."""
@@ -94,14 +96,14 @@ class Bar:
             self._bar.close()
 
 
-def make_progress(quiet: bool) -> Progress:
-    """What fits: nothing if quiet, a bar on a terminal, lines otherwise."""
+def make_progress(quiet: bool, doing: str = "copying", done: str = "copied") -> Progress:
+    """What fits: nothing if quiet, a bar on a terminal, lines otherwise. `doing` and `done` say what is done to the bytes."""
     if quiet:
         return Silent()
     if not sys.stderr.isatty():
-        return Lines(sys.stderr)
+        return Lines(sys.stderr, done)
     try:
         from tqdm import tqdm
     except ImportError:  # tqdm is a convenience; weights move without it
-        return Lines(sys.stderr)
-    return Bar(tqdm)
+        return Lines(sys.stderr, done)
+    return Bar(tqdm, doing)

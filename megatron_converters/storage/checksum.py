@@ -5,14 +5,15 @@ isal computes it as fast as memory is read (50 GB/s); zlib, which is always ther
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 try:
     from isal.isal_zlib import crc32
 except ImportError:  # isal only makes it faster
     from zlib import crc32
 
-__all__ = ["combined", "crc32", "of_file"]
+__all__ = ["blocks", "combined", "crc32", "digest", "of_file"]
 
 #: zip's polynomial, bits reversed (APPNOTE 4.4.7).
 _POLYNOMIAL = 0xEDB88320
@@ -28,17 +29,33 @@ def combined(parts: Sequence[tuple[int, int]]) -> int:
     return total
 
 
-def of_file(path: str, offset: int, nbytes: int, chunk: int = 1 << 20) -> int:
-    """The CRC-32 of a stretch of a file."""
-    value, left = 0, nbytes
+def digest(blocks: Iterable[bytes]) -> str:
+    """16 hexadecimal digits of the SHA-256 of the blocks' concatenation."""
+    total = hashlib.sha256()
+    for block in blocks:
+        total.update(block)
+    return total.hexdigest()[:16]
+
+
+def blocks(path: str, offset: int, nbytes: int, chunk: int = 1 << 20) -> Iterator[bytes]:
+    """A stretch of a file, `chunk` bytes at a time. Raises `EOFError` if the file ends before."""
+    left = nbytes
     with open(path, "rb", buffering=0) as file:
         file.seek(offset)
         while left:
             data = file.read(min(chunk, left))
             if not data:
                 raise EOFError(f"{path} ends {left} bytes early")
-            value = crc32(data, value)
+            yield data
             left -= len(data)
+
+
+def of_file(path: str, offset: int, nbytes: int, progress: Callable[[int], None] = lambda _: None) -> int:
+    """The CRC-32 of a stretch of a file. `progress` is told of bytes as they are read."""
+    value = 0
+    for data in blocks(path, offset, nbytes):
+        value = crc32(data, value)
+        progress(len(data))
     return value
 
 

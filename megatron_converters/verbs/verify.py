@@ -1,0 +1,151 @@
+"""`verify A B`: whether two folders of any formats hold the same model; `verify OUT`: whether an output is as it was written."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from ..compare import Comparison, Rules, compare
+from ..errors import UsageError
+from ..output_check import Checked, check_output, find_output
+from ..plugins import folder, say
+from ..progress import make_progress
+from .pair import Pair, add_pair_arguments, describe_pair, open_pair, say_pair
+
+_DEFAULT_LIMIT = 50
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the verb's options."""
+    parser.add_argument("a", metavar="A", help="Folder of any format; alone: an output to check against its manifest.")
+    parser.add_argument("b", metavar="B", nargs="?", default=None, help="Folder that should hold the same model.")
+    add_pair_arguments(parser)
+    parser.add_argument(
+        "--tolerance",
+        type=_tolerance,
+        default=0.0,
+        help="Largest difference between values; by default bits are compared.",
+    )
+    parser.add_argument(
+        "--ignore-dtype", action="store_true", help="Take tensors of different dtypes for equal if their values are."
+    )
+    parser.add_argument(
+        "--limit",
+        type=int,
+        default=_DEFAULT_LIMIT,
+        help=f"Differences to print, {_DEFAULT_LIMIT} by default; 0 for all.",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Compare; 0 if nothing differs."""
+    if args.b is not None:
+        return _verify_pair(args)
+    if args.tolerance or args.ignore_dtype:
+        raise UsageError("--tolerance and --ignore-dtype compare two folders; a manifest is compared byte by byte")
+    return _verify_output(args)
+
+
+def _verify_pair(args: argparse.Namespace) -> int:
+    pair = open_pair(args)
+    if not args.json:
+        say_pair(args, pair)
+    rules = Rules(tolerance=args.tolerance, ignore_dtype=args.ignore_dtype)
+    begun = time.monotonic()
+    comparison = compare(*pair.sources, rules, make_progress(args.quiet, "comparing", "compared"))
+    if args.json:
+        _print_json(_pair_json(pair, comparison))
+    else:
+        _say_all(args, list(_findings(comparison)), "different: ")
+        say(args, _pair_summary(comparison, time.monotonic() - begun))
+    return 0 if comparison.equal else 1
+
+
+def _verify_output(args: argparse.Namespace) -> int:
+    begun = time.monotonic()
+    where = find_output(folder(args.a), args.ckpt_dir_name)
+    checked = check_output(where, make_progress(args.quiet, "checking", "checked"))
+    if args.json:
+        _print_json(_output_json(checked))
+    else:
+        _say_all(args, [str(fault) for fault in checked.faults], "damaged: ")
+        say(args, _output_summary(checked, time.monotonic() - begun))
+    return 1 if checked.faults else 0
+
+
+def _findings(comparison: Comparison) -> Iterator[str]:
+    yield from comparison.spec
+    for tensor in comparison.different:
+        for finding in tensor.findings:
+            first, *rest = finding.lines()
+            yield "\n".join([f"{tensor.ref}: {first}", *rest])
+
+
+def _pair_summary(comparison: Comparison, seconds: float) -> str:
+    what = f"{len(comparison.tensors)} tensors, {_rate(comparison.nbytes, seconds)}"
+    padded = ", ".join(f"{count} of {name}" for name, count in zip("AB", comparison.padding, strict=True) if count)
+    beside = f"; rows of vocabulary padding not compared: {padded}" if padded else ""
+    if comparison.equal:
+        return f"EQUAL: {what}{beside}"
+    spec = f"{len(comparison.spec)} sizes or switches and " if comparison.spec else ""
+    return f"DIFFERENT: {spec}{len(comparison.different)} of {what}{beside}"
+
+
+def _output_summary(checked: Checked, seconds: float) -> str:
+    what = f"{checked.tensors} tensors in {checked.files} files of {checked.folder}, {_rate(checked.nbytes, seconds)}"
+    return f"DAMAGED: {len(checked.faults)} faults; checked {what}" if checked.faults else f"INTACT: {what}"
+
+
+def _rate(nbytes: int, seconds: float) -> str:
+    return f"{nbytes / 1e9:.3f} GB read in {seconds:.1f} s ({nbytes / 1e9 / max(seconds, 1e-3):.2f} GB/s)"
+
+
+def _pair_json(pair: Pair, comparison: Comparison) -> dict[str, Any]:
+    return {
+        "equal": comparison.equal,
+        **describe_pair(pair),
+        "tensors": len(comparison.tensors),
+        "bytes": comparison.nbytes,
+        "padding rows not compared": dict(zip("ab", comparison.padding, strict=True)),
+        "spec": comparison.spec,
+        "different": [tensor.to_json() for tensor in comparison.different],
+    }
+
+
+def _output_json(checked: Checked) -> dict[str, Any]:
+    faults = [
+        {"file": fault.file, "tensor": fault.tensor or None, "holds": list(fault.holds), "text": fault.text}
+        for fault in checked.faults
+    ]
+    return {
+        "intact": not faults,
+        "folder": str(checked.folder),
+        "files": checked.files,
+        "tensors": checked.tensors,
+        "bytes": checked.nbytes,
+        "faults": faults,
+    }
+
+
+def _say_all(args: argparse.Namespace, found: list[str], prefix: str) -> None:
+    shown = found if args.limit <= 0 else found[: args.limit]
+    for text in shown:
+        say(args, prefix + text)
+    if len(found) > len(shown):
+        say(args, f"… and {len(found) - len(shown)} more (--limit 0 prints all)")
+
+
+def _print_json(value: dict[str, Any]) -> None:
+    sys.stdout.write(json.dumps(value, ensure_ascii=False, indent=1, allow_nan=False) + "\n")
+
+
+def _tolerance(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value) or value < 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from 0 on")
+    return value
