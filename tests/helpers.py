@@ -151,3 +151,12 @@ def args_of(save_dir: Path, iteration: str = "iter_0000001") -> Namespace:
     first = sorted((save_dir / iteration).glob(f"mp_rank_00*/{RANK_FILE}"))[0]
     args: Namespace = rank_content(save_dir, first.parent.name, iteration)["args"]
     return args
+
+
+def small_disk(tmp_path: Path, megabytes: float) -> Path | None:
+    """A file system of this size, where the machine lets us mount one."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    size = f"size={int(megabytes * 1024)}k"
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", size, "tmpfs", folder], capture_output=True, check=False)
+    return folder if done.returncode == 0 else None

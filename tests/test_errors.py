@@ -34,6 +34,7 @@ from tests.helpers import (
     rank_content,
     refused,
     same_tensors,
+    small_disk,
     succeeded,
 )
 
@@ -644,15 +645,6 @@ def test_a_target_that_is_a_file(hf: Path, meg: Path) -> None:
 
 
 # --- the disk
-
-
-def small_disk(tmp_path: Path, megabytes: float) -> Path | None:
-    """A file system of this size, where the machine lets us mount one."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    size = f"size={int(megabytes * 1024)}k"
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", size, "tmpfs", folder], capture_output=True, check=False)
-    return folder if done.returncode == 0 else None
 
 
 def test_a_disk_that_is_too_small_is_found_before_writing(hf_model: HFModel, meg: Path, tmp_path: Path) -> None:

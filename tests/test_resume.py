@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from tests.helpers import ROOT, TRACKER, Run, convert, finished, refused, start, start_verb, succeeded, verb
+from tests.helpers import ROOT, TRACKER, Run, convert, finished, refused, small_disk, start, start_verb, succeeded, verb
 
 HFModel = Callable[..., Path]
 #: Source, what an undisturbed run makes of it, and the options.
@@ -161,6 +161,47 @@ def test_a_full_disk_keeps_what_is_finished(job: Job, tmp_path: Path) -> None:
     assert tree(out) == tree(whole)
     assert inodes <= {path.stat().st_ino for path in out.rglob("*")}
     shutil.rmtree(out)
+
+
+BALLAST = """
+import os
+real, left = os.pwrite, int(os.environ["BALLAST_AFTER"])
+def pwrite(fd, data, offset):
+    global left
+    left -= 1
+    if left == 0:
+        with open(os.environ["BALLAST"], "wb", buffering=0) as file:
+            try:
+                while True:
+                    file.write(bytes(4096))
+            except OSError:
+                pass  # the disk is full
+    return real(fd, data, offset)
+os.pwrite = pwrite
+"""
+
+
+@pytest.mark.xdist_group("resume")
+def test_a_disk_that_others_fill(hf_model: HFModel, tmp_path: Path) -> None:
+    """A real file system without room, as the system reports it."""
+    source = hf_model("llama2", **SMALL)
+    disk = small_disk(tmp_path, 16)
+    if disk is None:
+        pytest.skip("no file system can be mounted here")
+    try:
+        options = ("convert", source, disk / "out", "--tp", "2", "--pp", "4", "--quiet")
+        env = site(tmp_path / "site", BALLAST, BALLAST=disk / "ballast", BALLAST_AFTER=130)
+        refused(verb(*options, env=env), "No space left on device")
+        not_a_model(disk / "out")
+        (disk / "ballast").unlink()
+        succeeded(verb(*options))
+        succeeded(verb("convert", source, tmp_path / "out", *options[3:]))
+        ours, theirs = (tree(folder) for folder in (disk / "out", tmp_path / "out"))
+        assert {name: data for name, data in ours.items() if name.endswith(".pt")} == {
+            name: data for name, data in theirs.items() if name.endswith(".pt")
+        }
+    finally:
+        subprocess.run(["umount", disk], check=True)
 
 
 @pytest.mark.xdist_group("resume")

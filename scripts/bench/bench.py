@@ -1,6 +1,7 @@
 """Time conversions of a random Llama against `cp` of the same bytes, alternating in one run, and sample their memory.
 
     python scripts/bench/bench.py FOLDER [--layers 16] [--hidden 2048] [--experts 0] [--runs 5] [--tp 2] [--pp 2] [--ep 1]
+                                  [--workers 1]
 
 16 layers of 2048 are 1.1 billion parameters, 2.2 GB. Quote ratios: a machine's speed drifts, and `cp` drifts with it.
 Anonymous memory is what the processes hold of their own (RssAnon of all together); total memory also counts pages of
@@ -36,7 +37,9 @@ def measure(command: list[str]) -> Measured:
     """Run a command and sample the memory of its process group."""
     before = os.times()
     start = time.monotonic()
-    process = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command, cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
     anonymous = total = 0.0
     while process.poll() is None:
         sampled = _memory(process.pid)
@@ -44,8 +47,9 @@ def measure(command: list[str]) -> Measured:
         time.sleep(_SAMPLE_SECONDS)
     wall = time.monotonic() - start
     after = os.times()
+    said = process.communicate()[1].decode()
     if process.returncode:
-        sys.exit(f"{' '.join(command)} failed with {process.returncode}")
+        sys.exit(f"{' '.join(command)} failed with {process.returncode}: {said}")
     cpu = after.children_user + after.children_system - before.children_user - before.children_system
     return Measured(wall, cpu, anonymous, total)
 
@@ -70,16 +74,23 @@ def _memory(session: int) -> tuple[float, float]:
     return sums[0], sums[1]
 
 
-def commands(folder: Path, tp: int, pp: int, ep: int) -> dict[str, tuple[Path, list[str]]]:
-    """What is run, by name, with the folder that each writes."""
+def commands(folder: Path, tp: int, pp: int, ep: int, workers: int) -> dict[str, tuple[Path, list[str]]]:
+    """What is run, by name, with the folder that each writes. More workers than one are for the `convert` verb alone."""
     hf, megatron, back = folder / "hf", folder / "megatron", folder / "back"
     convert = [sys.executable, str(ROOT / "convert.py"), "--quiet", "--model-type", "GPT"]
     sizes = ["--target-tensor-parallel-size", str(tp), "--target-pipeline-parallel-size", str(pp)]
     sizes += ["--target-expert-parallel-size", str(ep)]
     script = [sys.executable, str(ROOT / "convert_mlm_to_hf_checkpoint.py"), "--quiet"]
     dirs = ["--load-dir", str(hf), "--save-dir", str(megatron)]
-    return {
-        "cp": (folder / "cp", ["cp", "-r", str(hf), str(folder / "cp")]),
+    copy = {"cp": (folder / "cp", ["cp", "-r", str(hf), str(folder / "cp")])}
+    if workers > 1:
+        verb = [sys.executable, "-m", "megatron_converters", "convert", "--quiet", "--workers", str(workers)]
+        short = ["--tp", str(tp), "--pp", str(pp), "--ep", str(ep)]
+        return copy | {
+            "HF to Megatron": (megatron, [*verb, str(hf), str(megatron), *short]),
+            "Megatron to HF": (back, [*verb, str(megatron), str(back)]),
+        }
+    return copy | {
         "HF to Megatron": (megatron, [*convert, "--loader", "hf", "--saver", "mcore", *dirs, *sizes]),
         "Megatron to HF": (back, [*script, "--load-path", str(megatron), "--save-path", str(back)]),
     }
@@ -89,9 +100,19 @@ def main() -> None:
     """Make the model if it is not there, run all commands alternately, print a Markdown table of medians."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    for name, default in {"layers": 16, "hidden": 2048, "experts": 0, "runs": 5, "tp": 2, "pp": 2, "ep": 1}.items():
+    for name, default in {
+        "layers": 16,
+        "hidden": 2048,
+        "experts": 0,
+        "runs": 5,
+        "tp": 2,
+        "pp": 2,
+        "ep": 1,
+        "workers": 1,
+    }.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     args = parser.parse_args()
+    args.folder = args.folder.absolute()
     if not (args.folder / "hf" / "config.json").exists():
         make = [sys.executable, str(Path(__file__).with_name("make_model.py"))]
         sizes = map(str, (args.layers, args.hidden, args.experts))
@@ -99,12 +120,14 @@ def main() -> None:
     size = sum(path.stat().st_size for path in (args.folder / "hf").iterdir())
     runs: dict[str, list[Measured]] = {}
     for number in range(args.runs + 1):  # the first warms the page cache
-        for name, (output, command) in commands(args.folder, args.tp, args.pp, args.ep).items():
+        for name, (output, command) in commands(args.folder, args.tp, args.pp, args.ep, args.workers).items():
             shutil.rmtree(output, ignore_errors=True)
             measured = measure(command)
             if number:
                 runs.setdefault(name, []).append(measured)
-    print(f"{size / 1e9:.2f} GB, tp={args.tp}, pp={args.pp}, ep={args.ep}, {args.runs} runs, median (least-most)\n")
+    print(
+        f"{size / 1e9:.2f} GB, tp={args.tp}, pp={args.pp}, ep={args.ep}, workers={args.workers}, {args.runs} runs, median (least-most)\n"
+    )
     print("| run | wall s | CPU s | wall / cp | anonymous MiB | total MiB |\n|---|---|---|---|---|---|")
     for name, measurements in runs.items():
         walls = [measured.wall for measured in measurements]
