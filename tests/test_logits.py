@@ -85,7 +85,8 @@ if __name__ == "__main__":
 def script(tmp_path: Path, text: str, *arguments: Any) -> Any:
     path = tmp_path / "script.py"
     path.write_text(text)
-    return start(path, *arguments, env={"PYTHONPATH": str(ROOT)})
+    (tmp_path / "temporary").mkdir()
+    return start(path, *arguments, env={"PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path / "temporary")})
 
 
 def test_a_script_compares_and_prints_nothing_else(llama: Path, tmp_path: Path) -> None:
@@ -357,6 +358,13 @@ def test_no_process_outlives_the_one_that_started_it(tmp_path: Path, number: sig
     os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)  # as a terminal does
     run = finished(process, timeout=10)  # returns when nobody holds its output
     assert "Traceback" not in run.err.replace("Traceback", "", 1), run.err  # at most its own
-    while any(psutil.pid_exists(pid) for pid in started):
+    while any(psutil.pid_exists(pid) for pid in started) or any((tmp_path / "temporary").iterdir()):
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def test_a_script_without_a_guard_is_told_so(tmp_path: Path) -> None:
+    text = POOL_SCRIPT.replace('__name__ == "__main__"', "True")
+    run = finished(script(tmp_path, text, tmp_path))
+    assert run.code == 1
+    assert "process 0 ended with exit code 1 before it began; a script must come here under" in run.err, run.err

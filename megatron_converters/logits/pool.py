@@ -8,6 +8,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
+import shutil
 import signal
 import tempfile
 import threading
@@ -99,11 +100,10 @@ class Pool:
             self._folder = None
 
     def _start(self) -> None:
-        self._folder = tempfile.TemporaryDirectory(prefix="megatron_converters_")
         with _interrupts_held():
             for rank in range(self.size):
                 ours, theirs = self._context.Pipe()
-                given = (theirs, self._setup, rank, self.size, Path(self._folder.name))
+                given = (theirs, self._setup, rank, self.size, self._shared())
                 # Of the process class that belongs to the context, which mypy does not know.
                 process = cast("Any", self._context).Process(target=_serve, args=given, daemon=True)
                 process.start()
@@ -137,12 +137,17 @@ class Pool:
         code = process.exitcode or 0
         how = f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
         why = " (most likely the machine ran out of memory)" if code == -signal.SIGKILL else ""
-        printed = self._log(rank).splitlines()[-_LAST_LINES:]
+        log = _log_file(self._shared(), rank)
+        if not log.exists():
+            why = f'{why} before it began; a script must come here under `if __name__ == "__main__":`'
+            return f"process {rank} {how}{why}"
+        printed = log.read_text(encoding="utf-8", errors="replace").splitlines()[-_LAST_LINES:]
         return "\n".join([f"process {rank} {how}{why}{'; its last words:' if printed else ''}", *printed])
 
-    def _log(self, rank: int) -> str:
-        path = _log_file(Path(self._folder.name if self._folder else ""), rank)
-        return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    def _shared(self) -> Path:
+        if self._folder is None:
+            self._folder = tempfile.TemporaryDirectory(prefix="megatron_converters_")
+        return Path(self._folder.name)
 
 
 @contextmanager
@@ -175,7 +180,7 @@ def _received(connection: Connection) -> _Reply | None:
 
 def _serve(connection: Connection, setup: Setup, rank: int, size: int, folder: Path) -> None:
     """A process of a pool: do the jobs that arrive until the other side is gone."""
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=_end_with_parent, args=(folder,), daemon=True).start()
     # Locks made under it leave no name in the system, which a process that is killed could not remove.
     multiprocessing.set_start_method("fork", force=True)
     _print_to(_log_file(folder, rank))
@@ -189,11 +194,12 @@ def _serve(connection: Connection, setup: Setup, rank: int, size: int, folder: P
         connection.send_bytes(pickle.dumps(reply))
 
 
-def _end_with_parent() -> None:
-    """End this process with the one that started it, whatever it is doing then."""
+def _end_with_parent(folder: Path) -> None:
+    """End this process with the one that started it, whatever it is doing then, and remove what that one cannot any more."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
+        shutil.rmtree(folder, ignore_errors=True)
         os._exit(1)
 
 
