@@ -1,16 +1,21 @@
-"""`verify A B`: whether two folders of any formats hold the same model; `verify OUT`: whether an output is as it was written."""
+"""`verify A B`: whether two folders of any formats hold the same model, with `--logits` whether they compute the same;
+`verify OUT`: whether an output is as it was written.
+"""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from ..compare import Comparison, Rules, compare
+from ..difference import finite
+from ..endpoints.megatron_source import MegatronReadOptions
 from ..errors import UsageError
 from ..output_check import Checked, check_output, find_output
 from ..plugins import folder, say
@@ -18,6 +23,14 @@ from ..progress import make_progress
 from .pair import Pair, add_pair_arguments, describe_pair, open_pair, say_pair
 
 _DEFAULT_LIMIT = 50
+#: What decides the tokens of a comparison of logits.
+_LOGITS = {
+    "seed": (0, "Seed of the random tokens"),
+    "batch": (2, "Sequences"),
+    "length": (128, "Tokens of each sequence"),
+}
+#: Options, as attributes, that only a comparison of tensors heeds.
+_OF_TENSORS = ("ignore_dtype", "source_format", "b_format", "untie", "ignore_config_fields", "source_margs_file")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,8 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tolerance",
         type=_tolerance,
-        default=0.0,
-        help="Largest difference between values; by default bits are compared.",
+        default=None,
+        help="Largest difference between values; by default bits are compared. Of logits: as a part of the largest one.",
     )
     parser.add_argument(
         "--ignore-dtype", action="store_true", help="Take tensors of different dtypes for equal if their values are."
@@ -40,22 +53,62 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=_DEFAULT_LIMIT,
         help=f"Differences to print, {_DEFAULT_LIMIT} by default; 0 for all.",
     )
+    logits = parser.add_argument_group("logits")
+    logits.add_argument(
+        "--logits", action="store_true", help="Build both models on this CPU in float32 and compare what they compute."
+    )
+    for name, (default, words) in _LOGITS.items():
+        logits.add_argument(f"--{name}", type=int, default=default, help=f"{words}; {default} by default.")
 
 
 def run(args: argparse.Namespace) -> int:
     """Compare; 0 if nothing differs."""
-    if args.b is not None:
-        return _verify_pair(args)
-    if args.tolerance or args.ignore_dtype:
-        raise UsageError("--tolerance and --ignore-dtype compare two folders; a manifest is compared byte by byte")
-    return _verify_output(args)
+    if args.b is None:
+        _refuse(
+            args, ("logits", "tolerance", *_OF_TENSORS), "compares two folders; a manifest is compared byte by byte"
+        )
+        return _verify_output(args)
+    if args.logits:
+        _refuse(args, _OF_TENSORS, "is for comparing tensors; leave it out with --logits")
+        return _verify_logits(args)
+    return _verify_pair(args)
+
+
+def _refuse(args: argparse.Namespace, names: Iterable[str], why: str) -> None:
+    """Raise if one of these options is given."""
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and value is not False and value != "":
+            option = {"source_format": "from", "b_format": "from-b"}.get(name, name.replace("_", "-"))
+            raise UsageError(f"--{option} {why}")
+
+
+def _verify_logits(args: argparse.Namespace) -> int:
+    from ..logits import compare_logits
+    from ..logits.compare import TOLERANCE
+
+    reference = folder(args.hf_config) if args.hf_config is not None else None
+    report = compare_logits(
+        folder(args.a),
+        folder(args.b),
+        seed=args.seed,
+        batch=args.batch,
+        length=args.length,
+        tolerance=TOLERANCE if args.tolerance is None else args.tolerance,
+        options=MegatronReadOptions(args.ckpt_dir_name, reference, args.true_vocab_size),
+    )
+    if args.json:
+        _print_json(finite({"equal": report.ok, **dataclasses.asdict(report)}))
+    else:
+        say(args, str(report))
+    return 0 if report.ok else 1
 
 
 def _verify_pair(args: argparse.Namespace) -> int:
     pair = open_pair(args)
     if not args.json:
         say_pair(args, pair)
-    rules = Rules(tolerance=args.tolerance, ignore_dtype=args.ignore_dtype)
+    rules = Rules(tolerance=args.tolerance or 0.0, ignore_dtype=args.ignore_dtype)
     begun = time.monotonic()
     comparison = compare(*pair.sources, rules, make_progress(args.quiet, "comparing", "compared"))
     if args.json:
