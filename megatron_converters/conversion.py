@@ -226,7 +226,11 @@ class _Run:
         for name, data in self._outline.given.get(path, {}).items():
             file.write(name, 0, np.ascontiguousarray(data.array()))
             self._progress(data.nbytes)
-            self._entries.setdefault(path, {})[name] = {"holds": [], "from": [data.path], "dtype": str(data.dtype)}
+            self._entries.setdefault(path, {})[name] = {
+                "holds": [],
+                "from": {data.path: "all"},
+                "dtype": str(data.dtype),
+            }
 
     def _finish(self, file: OutputFile) -> None:
         """Complete a file and record it; called once its last tensor is written, from the lane that wrote it."""

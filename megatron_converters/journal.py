@@ -15,9 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from . import __version__
 from .endpoints.base import Origin
 from .errors import ConversionError, raise_all
+from .layouts import RowMap
 from .outline import Fill, Outline
 from .plan import Gather
 from .slots import Ref
@@ -50,15 +53,51 @@ def describe_run(outline: Outline, origin: Origin) -> dict[str, Any]:
 
 def tensor_entry(entries: Entries, ref: Ref, fill: Fill, gathers: list[Gather]) -> None:
     """Add to the entries of a file what one fill gives to one of its tensors."""
-    sources = dict.fromkeys(gather.source.where for gather in gathers)
-    dtypes = {str(gather.source.data.dtype) for gather in gathers} - {str(fill.dtype)}
-    entry = entries.setdefault(fill.name, {"holds": [], "from": [], "dtype": str(fill.dtype)})
+    entry = entries.setdefault(fill.name, {"holds": [], "from": {}, "dtype": str(fill.dtype)})
     entry["holds"].append(str(ref))
-    entry["from"] += [where for where in sources if where not in entry["from"][-len(sources) :]]
+    for gather in gathers:
+        where, part = gather.source.where, _part(gather)
+        known = entry["from"].get(where)
+        entry["from"][where] = part if known is None else f"{known}; {part}"
+    dtypes = {str(gather.source.data.dtype) for gather in gathers} - {str(fill.dtype)}
     if dtypes:
         entry["cast from"] = sorted(dtypes)
+    if fill.transposed:
+        entry["transposed"] = True
     if fill.padding:
         entry["padding rows"] = fill.padding
+
+
+def _part(gather: Gather) -> str:
+    """Which rows and columns of its source a gather takes, and whether it keeps their order."""
+    rows, cols = _rows_taken(gather.rows, gather.source.data.shape[0]), gather.source_cols
+    whole = (cols.start, cols.stop) == (0, gather.source.cols)
+    return rows if whole else f"{rows}, columns {cols.start}-{cols.stop - 1}"
+
+
+#: By identity of the row map, which is held so that its identity stays: layers share their maps.
+_TAKEN: dict[tuple[int, int], tuple[str, RowMap]] = {}
+#: A model has some hundred distinct ones; the bound keeps memory flat if ever one has more.
+_MAX_TAKEN = 4096
+
+
+def _rows_taken(rows: RowMap, count: int) -> str:
+    key = (id(rows), count)
+    if key not in _TAKEN:
+        if len(_TAKEN) >= _MAX_TAKEN:
+            _TAKEN.clear()
+        taken = rows[rows >= 0]
+        first, last = int(taken.min()), int(taken.max())
+        order = (
+            ""
+            if bool((np.diff(taken) == 1).all())
+            else " rearranged"
+            if taken.size == last - first + 1
+            else " in parts"
+        )
+        whole = (first, last) == (0, count - 1)
+        _TAKEN[key] = ("all rows" if whole else f"rows {first}-{last}") + order, rows
+    return _TAKEN[key][0]
 
 
 @dataclass(frozen=True)

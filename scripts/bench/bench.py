@@ -125,9 +125,8 @@ def main() -> None:
             measured = measure(command)
             if number:
                 runs.setdefault(name, []).append(measured)
-    print(
-        f"{size / 1e9:.2f} GB, tp={args.tp}, pp={args.pp}, ep={args.ep}, workers={args.workers}, {args.runs} runs, median (least-most)\n"
-    )
+    sizes = f"tp={args.tp}, pp={args.pp}, ep={args.ep}, workers={args.workers}"
+    print(f"{size / 1e9:.2f} GB, {sizes}, {args.runs} runs, median (least-most)\n")
     print("| run | wall s | CPU s | wall / cp | anonymous MiB | total MiB |\n|---|---|---|---|---|---|")
     for name, measurements in runs.items():
         walls = [measured.wall for measured in measurements]
