@@ -6,6 +6,7 @@ SAVE_DIR/.NAME.incomplete/state/     what the run is, and which files are finish
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import shutil
@@ -13,6 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .errors import ConversionError
+
+_NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL}
 
 
 class Staging:
@@ -41,6 +44,10 @@ class Staging:
             raise ConversionError(
                 f"another conversion is writing to {self.path}; wait for it or save elsewhere"
             ) from None
+        except OSError as error:
+            # Some network file systems have no locks. The journal's mark of the run still keeps two from mixing.
+            if error.errno not in _NO_LOCKS:
+                raise
         if not self.path.exists():  # a run that held the lock until now has ended and taken the folder away
             self._unlock()
             self.open()

@@ -347,6 +347,52 @@ def test_torchrun_writes_what_one_process_writes(job: Job, tmp_path: Path) -> No
     shutil.rmtree(out)
 
 
+@pytest.mark.xdist_group("resume")
+def test_srun_writes_what_one_process_writes(job: Job) -> None:
+    """The variables that srun sets, without Slurm."""
+    source, whole, options = job
+    out = whole.parent / "out"
+    env = {"SLURM_STEP_NUM_TASKS": "3", "MASTER_ADDR": "localhost", "MASTER_PORT": str(_port())}
+    tasks = [
+        start_verb("convert", source, out, *options, "--quiet", env={**env, "SLURM_PROCID": str(rank)})
+        for rank in range(3)
+    ]
+    for task in tasks:
+        succeeded(finished(task, 120))
+    assert tree(out) == tree(whole)
+    shutil.rmtree(out)
+
+
+@pytest.mark.xdist_group("resume")
+def test_processes_with_different_commands_are_refused(job: Job) -> None:
+    source, whole, options = job
+    out = whole.parent / "out"
+    env = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(_port())}
+    more: tuple[tuple[str, ...], ...] = ((), ("--dtype", "bf16"))
+    tasks = [
+        start_verb("convert", source, out, *options, *more[rank], env={**env, "RANK": str(rank)}) for rank in range(2)
+    ]
+    for task in tasks:
+        refused(finished(task, 120), "sees another conversion than process 0")
+    assert not out.exists()
+
+
+def test_processes_without_a_meeting_place_are_told_so(job: Job) -> None:
+    source, whole, options = job
+    out = whole.parent / "nowhere"
+    run = verb("convert", source, out, *options, env={"RANK": "1", "WORLD_SIZE": "2"})
+    refused(run, "process 1 of 2", "MASTER_ADDR and MASTER_PORT", code=2)
+    run = verb("convert", source, out, *options, "--workers", 2, env={"RANK": "x", "WORLD_SIZE": "2"})
+    refused(run, "must be numbers", code=2)
+
+
+def test_a_file_system_without_locks_will_do(job: Job, tmp_path: Path) -> None:
+    source, _, options = job
+    code = "import errno, fcntl\ndef flock(*_):\n    raise OSError(errno.ENOSYS, 'no locks')\nfcntl.flock = flock\n"
+    succeeded(verb("convert", source, tmp_path / "out", *options, "--quiet", env=site(tmp_path / "site", code)))
+    assert not list((tmp_path / "out").glob(".*"))
+
+
 def _port() -> int:
     import socket
 
