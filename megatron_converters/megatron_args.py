@@ -1,4 +1,4 @@
-"""Megatron-LM's `args` Namespace ↔ `ModelSpec`, and the command-line flags that a checkpoint cannot restore.
+"""Megatron-LM's `args` Namespace ↔ `ModelSpec`.
 
 Attribute names: Megatron-LM core_v0.8.0 to core_v0.19.0, training/arguments.py and `load_args_from_checkpoint` in
 training/checkpointing.py. Only plain values and torch dtypes go into `args`, so that `weights_only` loading accepts them.
@@ -54,7 +54,7 @@ _FIXED: dict[str, tuple[Any, str]] = {
     "mtp_num_layers": (None, "multi-token prediction layers"),
 }
 #: What Megatron-LM's llama3 RoPE scaling has built in (core/models/common/embeddings/rotary_pos_embedding.py).
-_MEGATRON_LLAMA3 = RopeScaling("llama3", 8.0, 1.0, 4.0, 8192)
+MEGATRON_LLAMA3 = RopeScaling("llama3", 8.0, 1.0, 4.0, 8192)
 
 
 def inexpressible(spec: ModelSpec) -> list[str]:
@@ -227,7 +227,7 @@ def _rope_scaling(values: Mapping[str, Any]) -> RopeScaling | None:
             raise ConversionError(
                 "the checkpoint's args have both llama3 and linear RoPE scaling; no supported model has"
             )
-        factor = values.get("rope_scaling_factor") or _MEGATRON_LLAMA3.factor
+        factor = values.get("rope_scaling_factor") or MEGATRON_LLAMA3.factor
         return RopeScaling("llama3", number(factor, "rope_scaling_factor"))
     return RopeScaling("linear", number(linear, "rotary_seq_len_interpolation_factor")) if linear else None
 
@@ -337,89 +337,3 @@ def _plain(value: Any) -> bool:
     if isinstance(value, dict):
         return all(isinstance(key, (str, int)) and _plain(item) for key, item in value.items())
     return value is None or type(value) in (bool, int, float, str) or isinstance(value, DType)
-
-
-def flags(spec: ModelSpec, args: Mapping[str, Any]) -> list[str]:
-    """The `pretrain_gpt.py` flags that this model needs and `--use-checkpoint-args` does not restore in every version."""
-    split_flags = {
-        "--decoder-first-pipeline-num-layers": args["decoder_first_pipeline_num_layers"],
-        "--decoder-last-pipeline-num-layers": args["decoder_last_pipeline_num_layers"],
-        "--account-for-embedding-in-pipeline-split": args["account_for_embedding_in_pipeline_split"],
-        "--account-for-loss-in-pipeline-split": args["account_for_loss_in_pipeline_split"],
-    }
-    window = args["window_size"]
-    expert_flags = {
-        "--moe-use-legacy-grouped-gemm": args.get("moe_use_legacy_grouped_gemm"),
-        "--moe-shared-expert-gate": spec.shared_gate,
-        "--moe-aux-loss-coeff": spec.moe_aux_loss_coeff or None,
-        "--expert-tensor-parallel-size": args["expert_tensor_parallel_size"],
-        "--moe-router-dtype": args.get("moe_router_dtype"),
-        "--sequence-parallel": args["sequence_parallel"],
-    }
-    model_flags = {
-        "--norm-epsilon": spec.norm_epsilon,
-        "--attention-dropout": spec.attention_dropout,
-        "--hidden-dropout": 0.0,
-        "--qk-layernorm": spec.qk_norm,
-        "--use-rope-scaling": args["use_rope_scaling"],
-        "--rope-scaling-factor": args["rope_scaling_factor"] if _stretched(spec) else None,
-        "--rotary-seq-len-interpolation-factor": args["rotary_seq_len_interpolation_factor"],
-        "--window-size": None if window is None else ",".join(map(str, window)),
-        "--bf16": args["bf16"],
-        "--fp16": args["fp16"],
-        "--transformer-impl": args["transformer_impl"],
-        "--make-vocab-size-divisible-by": args["make_vocab_size_divisible_by"],
-        "--tensor-model-parallel-size": args["tensor_model_parallel_size"],
-        "--pipeline-model-parallel-size": args["pipeline_model_parallel_size"],
-    }
-    shown: list[str] = ["--use-checkpoint-args", "--no-load-optim", "--no-load-rng"]
-    for name, value in {**model_flags, **split_flags, **(expert_flags if spec.num_experts else {})}.items():
-        if value is True:
-            shown.append(name)
-        elif value is not None and value is not False:
-            shown.append(f"{name} {value}")
-    return shown
-
-
-def _stretched(spec: ModelSpec) -> bool:
-    """Whether llama3 scaling has another factor than the one that Megatron-LM takes by default."""
-    scaling = spec.rope_scaling
-    return scaling is not None and scaling.kind == "llama3" and scaling.factor != _MEGATRON_LLAMA3.factor
-
-
-#: Flags that older releases of Megatron-LM do not know, and the first that does (training/arguments.py of each tag).
-_SINCE = {
-    "--decoder-first-pipeline-num-layers": "0.9",
-    "--decoder-last-pipeline-num-layers": "0.9",
-    "--use-rope-scaling": "0.10",
-    "--rope-scaling-factor": "0.11",
-    "--moe-router-dtype": "0.12",
-    "--account-for-embedding-in-pipeline-split": "0.11",
-    "--account-for-loss-in-pipeline-split": "0.11",
-    "--window-size": "0.15",
-}
-#: The release from which a pretrain_gpt.py also builds the model as the flag says; earlier ones parse and ignore it.
-_HEEDED_SINCE = {"--rotary-seq-len-interpolation-factor": "0.19"}
-
-
-def flag_warnings(spec: ModelSpec, shown: list[str], tp: int = 1) -> list[str]:
-    """What a user must know beyond the flags that are shown, for a checkpoint cut over `tp`."""
-    names = [flag.split()[0] for flag in shown]
-    warnings = [f"{name} exists from Megatron-LM {_SINCE[name]} on" for name in names if name in _SINCE]
-    warnings += [
-        f"warning: {name}: the pretrain_gpt.py of Megatron-LM before {_HEEDED_SINCE[name]} accepts it but builds the "
-        "model without; pass seq_len_interpolation_factor to GPTModel in your model provider"
-        for name in names
-        if name in _HEEDED_SINCE
-    ]
-    if tp > spec.num_query_groups:
-        warnings.append(
-            f"tensor-parallel {tp} over {spec.num_query_groups} query groups needs Megatron-LM 0.16 or later"
-        )
-    if _stretched(spec) and spec.rope_scaling is not None:
-        warnings.append(
-            f"warning: RoPE scaling factor {spec.rope_scaling.factor:g}: Megatron-LM up to 0.19 accepts "
-            "--rope-scaling-factor but its pretrain_gpt.py builds the model with 8; pass rope_scaling_factor to GPTModel "
-            "in your model provider"
-        )
-    return warnings

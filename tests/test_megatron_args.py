@@ -14,8 +14,6 @@ from megatron_converters.errors import ConversionError
 from megatron_converters.megatron_args import (
     RUN_DEFAULTS,
     expert_args,
-    flag_warnings,
-    flags,
     inexpressible,
     layout_args,
     model_args,
@@ -24,6 +22,7 @@ from megatron_converters.megatron_args import (
     router_warnings,
     spec_fields,
 )
+from megatron_converters.megatron_flags import flag_warnings, flags
 from megatron_converters.parallel import PipelineSplit, parallel_for
 from megatron_converters.spec import ModelSpec, RopeScaling
 from tests.tiny import tiny_spec
@@ -286,7 +285,7 @@ def test_a_router_wider_than_the_model_is_recorded(model: str, router: str | Non
     warnings = router_warnings(spec, stored)
     assert len(warnings) == (recorded is not None)
     assert all(f"stored in {stored}, but Megatron-LM holds it in {spec.dtype}" in warning for warning in warnings)
-    shown = flags(spec, {**all_args(spec), **router_args(spec, stored)})
+    shown = flags({**all_args(spec), **router_args(spec, stored)})
     assert [flag for flag in shown if "router" in flag] == ([f"--moe-router-dtype {recorded}"] if recorded else [])
     assert flag_warnings(spec, shown) == (["--moe-router-dtype exists from Megatron-LM 0.12 on"] if recorded else [])
 
@@ -324,7 +323,7 @@ BASE_FLAGS = [
 )
 def test_flags(fields: dict[str, Any], more: list[str]) -> None:
     spec = tiny_spec(**fields)
-    assert sorted(flags(spec, all_args(spec))) == sorted([*BASE_FLAGS, *more])
+    assert sorted(flags(all_args(spec))) == sorted([*BASE_FLAGS, *more])
 
 
 @pytest.mark.parametrize(
@@ -340,7 +339,7 @@ def test_flags(fields: dict[str, Any], more: list[str]) -> None:
 )
 def test_flags_of_uneven_stages(split: dict[str, Any], more: list[str]) -> None:
     spec = tiny_spec(num_layers=4)
-    found = flags(spec, all_args(spec, "transformer_engine", tp=2, pp=2, **split))
+    found = flags(all_args(spec, "transformer_engine", tp=2, pp=2, **split))
     assert set(found) - set(BASE_FLAGS) == {
         *more,
         "--transformer-impl transformer_engine",
@@ -358,7 +357,7 @@ def test_flags_with_a_value_parse_as_megatron_parses_them() -> None:
         parser.add_argument(name, type=kind)
     for scaling in (RopeScaling("linear", 4.0), RopeScaling("llama3", 32.0)):
         spec = tiny_spec(rope_scaling=scaling)
-        words = " ".join(flags(spec, all_args(spec))).split()
+        words = " ".join(flags(all_args(spec))).split()
         parsed, _ = parser.parse_known_args(words)
         assert parsed.rotary_seq_len_interpolation_factor == (4 if scaling.kind == "linear" else None)
 
@@ -367,7 +366,7 @@ def test_a_rope_factor_that_megatron_s_scripts_ignore_is_warned_of() -> None:
     (warning,) = flag_warnings(tiny_spec(rope_scaling=RopeScaling("llama3", 32.0)), [])
     assert warning.startswith("warning: RoPE scaling factor 32:")
     linear = tiny_spec(rope_scaling=RopeScaling("linear", 4.0))
-    (warning,) = flag_warnings(linear, flags(linear, all_args(linear)))
+    (warning,) = flag_warnings(linear, flags(all_args(linear)))
     assert warning.startswith("warning: --rotary-seq-len-interpolation-factor:")
     for quiet in (None, RopeScaling("llama3", 8.0), RopeScaling("linear", 32.0)):
         assert flag_warnings(tiny_spec(rope_scaling=quiet), []) == []
@@ -375,7 +374,7 @@ def test_a_rope_factor_that_megatron_s_scripts_ignore_is_warned_of() -> None:
 
 def test_flags_that_older_releases_lack_are_named() -> None:
     spec = tiny_spec(sliding_window=8)
-    (note,) = flag_warnings(spec, flags(spec, all_args(spec)))
+    (note,) = flag_warnings(spec, flags(all_args(spec)))
     assert note == "--window-size exists from Megatron-LM 0.15 on"
 
 

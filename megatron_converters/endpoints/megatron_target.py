@@ -27,8 +27,6 @@ from ..margs_json import inheritable
 from ..megatron_args import (
     RUN_DEFAULTS,
     expert_args,
-    flag_warnings,
-    flags,
     inexpressible,
     layout_args,
     model_args,
@@ -36,6 +34,7 @@ from ..megatron_args import (
     router_args,
     router_warnings,
 )
+from ..megatron_flags import as_shell, flag_warnings, flags
 from ..megatron_names import DIALECTS, EXPERTS, EXTRA_STATE_SUFFIX, LAST_EXTRA_STATE, STACKED, extra_state
 from ..outline import Fill, Outline
 from ..parallel import EVEN, Cut, Parallel, PipelineSplit, Rank, homes, kept_etp, padded_vocab, parallel_for
@@ -186,7 +185,7 @@ class MegatronTarget:
         """Show the directory under its name, then point the tracker at it."""
         staging.move_to(self.save_dir / self._name)
         write_text(self.save_dir / TRACKER, self._tracker_text())
-        shown = flags(self._spec, self._args)
+        shown = flags(self._args)
         warnings = [*self._warnings, *flag_warnings(self._spec, shown, self._parallel.tp)]
         warnings += router_warnings(self._spec, self._router)
         return [
@@ -198,10 +197,10 @@ class MegatronTarget:
         ]
 
     def _flags_text(self) -> str:
-        shown = flags(self._spec, self._args)
+        shown = flags(self._args)
         if self._bins is not None:
             shown.append(f"--moe-capacity-bins-num {self._bins.count}")
-        return " \\\n  ".join([f"--load {shlex.quote(str(self.save_dir))}", *shown]) + "\n"
+        return as_shell([f"--load {shlex.quote(str(self.save_dir))}", *shown]) + "\n"
 
     def _file(self, rank: Rank) -> str:
         return f"{self._parallel.directory(rank)}/{FILE}"
