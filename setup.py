@@ -33,7 +33,7 @@ setup(
     python_requires=">=3.10",
     packages=[*find_packages(include=["megatron_converters", "megatron_converters.*"]), *PLUGINS],
     package_dir=PLUGINS,
-    package_data={"megatron_converters": ["py.typed"]},
+    package_data={"megatron_converters": ["py.typed"], "megatron_converters.shard_map": ["page.html", "tooltip.js"]},
     entry_points={
         "console_scripts": [
             "megatron-converters = megatron_converters.cli:main",

@@ -18,6 +18,8 @@ VERBS = {
     "plan": "Say what a conversion would write, and need; writes nothing.",
     "verify": "Tell whether two folders hold the same model, or whether an output is as it was written.",
     "diff": "Say what differs between two checkpoints: arguments, tensors, and by how much.",
+    "inspect": "Show what a folder holds: sizes, dtypes, parallel layout, files; as a page with a picture of the shards.",
+    "args": "Print the pretrain_gpt.py flags of a model or checkpoint.",
 }
 _PROG = "megatron-converters"
 

@@ -1,0 +1,302 @@
+"""A survey in words: sections of labelled rows for people, plain values for programs."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from . import capacity_bins
+from .families import FAMILIES
+from .formats import HF, MEGATRON, META
+from .parallel import EVEN, Parallel
+from .spec import ModelSpec, RopeScaling
+from .survey import Holding, Survey, count_parameters
+
+Rows = list[tuple[str, str]]
+_FORMATS = {HF: "Hugging Face", META: "Meta", MEGATRON: "Megatron-LM"}
+_UNITS = ("B", "KB", "MB", "GB", "TB", "PB")
+_NAMES = {"local": "Megatron-LM's local layers", "transformer_engine": "Transformer Engine"}
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading and what belongs under it."""
+
+    title: str
+    rows: Rows
+
+
+def size(nbytes: float) -> str:
+    """Bytes in decimal units, to three digits."""
+    for unit in _UNITS:
+        if nbytes < 999.5 or unit == _UNITS[-1]:
+            break
+        nbytes /= 1000
+    return f"{nbytes:.3g} {unit}" if nbytes < 999.5 else f"{nbytes:.0f} {unit}"
+
+
+def count(number: int, noun: str) -> str:
+    """A number with its noun, in the plural but for one."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def headline(found: Survey) -> str:
+    """The folder in one line."""
+    total, active = count_parameters(found.spec)
+    of_these = f" ({active:,} active)" if active != total else ""
+    return f"{found.origin.described}: {_FORMATS[found.kind]}, {found.spec.family}, {total:,} parameters{of_these}"
+
+
+def sections(found: Survey) -> list[Section]:
+    """All that there is to say, by heading, but for the files."""
+    return [
+        Section("model", list(_model(found.spec))),
+        *([Section("experts", list(_experts(found.spec)))] if found.spec.num_experts else []),
+        Section("weights", list(_weights(found))),
+        Section("layout", list(_layout(found))),
+        Section("beside the weights", list(_beside(found))),
+    ]
+
+
+def lines(found: Survey) -> Iterator[str]:
+    """The whole survey as aligned text."""
+    yield headline(found)
+    for section in sections(found):
+        yield ""
+        yield section.title
+        width = max(len(label) for label, _ in section.rows)
+        yield from (f"  {label:<{width}}  {value}" for label, value in section.rows)
+    yield ""
+    yield "files"
+    rows = [("", "tensors", "weights", "on the disk"), *file_rows(found)]
+    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    for name, *numbers in rows:
+        columns = (f"{number:>{width}}" for number, width in zip(numbers, widths[1:], strict=True))
+        yield f"  {name:<{widths[0]}}  {'  '.join(columns)}".rstrip()
+
+
+def file_rows(found: Survey) -> Iterator[tuple[str, str, str, str]]:
+    """Name, tensors, bytes of weights and bytes on the disk of each file; neighbours on a stage that are alike as one row."""
+
+    def alike(item: tuple[str, list[Holding]]) -> tuple[Any, ...]:
+        file, holdings = item
+        return found.stage(file), count_tensors(holdings), _nbytes(holdings), found.files[file] if found.cut else file
+
+    for (stage, tensors, nbytes, _), group in groupby(found.by_file.items(), alike):
+        files = [file for file, _ in group]
+        first, last = short(files[0]), short(files[-1])
+        name = first if len(files) == 1 else f"{first} to {last}"
+        about = [
+            *([f"{len(files)} alike"] if len(files) > 1 else []),
+            *([layers_of_stage(found.cut, stage)] if found.cut is not None and found.cut.pp > 1 else []),
+        ]
+        where = f"{name} ({', '.join(about)})" if about else name
+        yield where, f"{tensors:,}", size(nbytes), f"{found.files[files[0]]:,} B"
+
+
+def short(file: str) -> str:
+    """A file's name, or the folder's in which a rank has its file."""
+    path = Path(file)
+    return path.name if path.parent == Path() else str(path.parent)
+
+
+def count_tensors(holdings: Iterable[Holding]) -> int:
+    """Stored tensors: those that hold several slots count once."""
+    return len({(holding.file, holding.name) for holding in holdings})
+
+
+def layers_of_stage(parallel: Parallel, stage: int) -> str:
+    """The layers of a pipeline stage, counted over all stages."""
+    first = sum(parallel.stages[:stage])
+    last = first + parallel.stages[stage] - 1
+    return "no layers" if last < first else f"layer {first}" if last == first else f"layers {first} to {last}"
+
+
+def _nbytes(holdings: Iterable[Holding]) -> int:
+    return sum(holding.nbytes for holding in holdings)
+
+
+def _model(spec: ModelSpec) -> Iterator[tuple[str, str]]:
+    total, active = count_parameters(spec)
+    yield "architecture", f"{spec.family} ({FAMILIES[spec.family].architecture})"
+    yield "parameters", f"{total:,}"
+    if active != total:
+        yield "active for a token", f"{active:,}"
+    yield "layers", str(spec.num_layers)
+    yield "hidden size", str(spec.hidden_size)
+    yield "MLP size", str(spec.ffn_hidden_size)
+    yield (
+        "attention",
+        f"{spec.num_attention_heads} heads of {spec.kv_channels} in {count(spec.num_query_groups, 'query group')}",
+    )
+    yield "query and key norms", _norms(spec)
+    yield "biases", _biases(spec)
+    yield "vocabulary", str(spec.vocab_size)
+    yield "output layer", "tied to the embeddings" if spec.tied else "weights of its own"
+    yield "positions", str(spec.max_position_embeddings)
+    yield "rotary base", f"{spec.rotary_base:,.15g}".replace(",", "")
+    yield "rotary scaling", _scaling(spec.rope_scaling)
+    yield "sliding window", _window(spec)
+    yield "norm epsilon", f"{spec.norm_epsilon:g}"
+    yield "dtype", str(spec.dtype)
+
+
+def _norms(spec: ModelSpec) -> str:
+    if not spec.qk_norm:
+        return "none"
+    return "over all heads together" if spec.qk_norm_over_heads else "for each head"
+
+
+def _biases(spec: ModelSpec) -> str:
+    held = {"query, key and value": spec.qkv_bias, "attention output": spec.proj_bias, "MLP": spec.mlp_bias}
+    return ", ".join(name for name, present in held.items() if present) or "none"
+
+
+def _scaling(scaling: RopeScaling | None) -> str:
+    if scaling is None:
+        return "none"
+    if scaling.kind == "linear":
+        return f"linear, factor {scaling.factor:g}"
+    return (
+        f"{scaling.kind}, factor {scaling.factor:g}, low {scaling.low_freq_factor:g}, high {scaling.high_freq_factor:g}, "
+        f"from {scaling.original_max_position_embeddings} positions"
+    )
+
+
+def _window(spec: ModelSpec) -> str:
+    if spec.sliding_window is None:
+        return "none"
+    return f"{spec.sliding_window} positions" + (
+        f", from layer {spec.sliding_window_from} on" if spec.sliding_window_from else ""
+    )
+
+
+def _experts(spec: ModelSpec) -> Iterator[tuple[str, str]]:
+    yield "experts", f"{spec.num_experts}, of which {spec.moe_router_topk} for a token"
+    yield "MLP size of each", str(spec.moe_ffn_hidden_size)
+    shared = spec.shared_ffn_hidden_size
+    yield "shared expert", f"MLP size {shared}{', with a gate' if spec.shared_gate else ''}" if shared else "none"
+    yield "router's softmax", "over all experts" if spec.moe_router_pre_softmax else "over the chosen experts"
+    yield "auxiliary loss", f"{spec.moe_aux_loss_coeff:g}"
+    yield "layers without experts", ", ".join(map(str, spec.dense_layers)) or "none"
+
+
+def _weights(found: Survey) -> Iterator[tuple[str, str]]:
+    total = _nbytes(found.holdings)
+    yield "weights", f"{total:,} B ({size(total)}) in {count(count_tensors(found.holdings), 'tensor')}"
+    for dtype, held in _by_dtype(found).items():
+        yield f"of {dtype}", f"{_nbytes(held):,} B ({size(_nbytes(held))}) in {count(count_tensors(held), 'tensor')}"
+    copies = [holding for holding in found.holdings if holding.copy]
+    if copies:
+        yield (
+            "of these, copies",
+            f"{_nbytes(copies):,} B ({size(_nbytes(copies))}) in {count(count_tensors(copies), 'tensor')}",
+        )
+    padding = found.padded_vocab - found.spec.vocab_size
+    yield "vocabulary padding", f"{padding} rows (embeddings have {found.padded_vocab})" if padding else "none"
+
+
+def _by_dtype(found: Survey) -> dict[str, list[Holding]]:
+    by_dtype: dict[str, list[Holding]] = {}
+    for holding in found.holdings:
+        by_dtype.setdefault(str(holding.dtype), []).append(holding)
+    return by_dtype
+
+
+def _layout(found: Survey) -> Iterator[tuple[str, str]]:
+    yield "format", _FORMATS[found.kind]
+    parallel, names, experts = found.origin.parallel, found.names, found.expert_layout
+    if parallel is not None:
+        yield "tensor parallel", str(parallel.tp)
+        yield "pipeline parallel", _stages(parallel)
+        if found.spec.num_experts:
+            yield "expert parallel", str(parallel.ep)
+            yield "expert tensor parallel", str(parallel.etp)
+    if names is not None:
+        yield "names", f"{_NAMES[names]} ({names})"
+    if experts is not None:
+        yield "experts stored", experts
+    with_weights = len(found.by_file)
+    on_disk = sum(found.files[file] for file in found.by_file)
+    yield "files with weights", f"{with_weights:,}, {on_disk:,} B ({size(on_disk)})"
+
+
+def _stages(parallel: Parallel) -> str:
+    if parallel.pp == 1:
+        return "1"
+    runs = [(layers, len(list(group))) for layers, group in groupby(parallel.stages)]
+    shown = " + ".join(str(layers) if times == 1 else f"{times} x {layers}" for layers, times in runs)
+    split = parallel.split
+    counted = (
+        [name for name, on in (("embedding", split.embedding), ("loss", split.loss)) if on] if split != EVEN else []
+    )
+    return f"{parallel.pp} (layers {shown}{', counting the ' + ' and the '.join(counted) if counted else ''})"
+
+
+def _beside(found: Survey) -> Iterator[tuple[str, str]]:
+    origin = found.origin
+    yield "iteration", "none" if origin.iteration is None else str(origin.iteration)
+    yield "tokenizer", origin.tokenizer or "none"
+    if found.kind == MEGATRON:
+        yield "Hugging Face configuration", "recorded" if origin.hf_config else "none is recorded"
+    bins = origin.capacity_bins
+    notes = [*origin.notes, *([capacity_bins.left_out(bins, "--save-capacity-bins")] if bins is not None else [])]
+    yield from (("note", note) for note in notes)
+    yield from (("left out", name) for name in origin.ignored)
+
+
+def as_json(found: Survey) -> dict[str, Any]:
+    """The whole survey as JSON values; sizes in bytes, names of the model's fields as in `ModelSpec`."""
+    total, active = count_parameters(found.spec)
+    parallel, origin = found.origin.parallel, found.origin
+    return {
+        "path": origin.described,
+        "format": found.kind,
+        "model": found.spec.to_dict(),
+        "parameters": {"total": total, "active": active},
+        "weights": {
+            "bytes": _nbytes(found.holdings),
+            "tensors": count_tensors(found.holdings),
+            "copied_bytes": _nbytes(holding for holding in found.holdings if holding.copy),
+            "dtypes": {
+                dtype: {"bytes": _nbytes(held), "tensors": count_tensors(held)}
+                for dtype, held in _by_dtype(found).items()
+            },
+        },
+        "vocabulary": {"size": found.spec.vocab_size, "rows": found.padded_vocab},
+        "parallel": None
+        if parallel is None
+        else {
+            "tensor": parallel.tp,
+            "pipeline": parallel.pp,
+            "layers_of_stages": list(parallel.stages),
+            "expert": parallel.ep,
+            "expert_tensor": parallel.etp,
+        },
+        "names": found.names,
+        "expert_layout": found.expert_layout,
+        "iteration": origin.iteration,
+        "tokenizer": origin.tokenizer,
+        "notes": origin.notes,
+        "left_out": [*origin.ignored],
+        "files": [_file_json(found, file, held) for file, held in found.by_file.items()],
+    }
+
+
+def _file_json(found: Survey, file: str, held: list[Holding]) -> dict[str, Any]:
+    layers = sorted({holding.ref.layer for holding in held if holding.ref.layer is not None})
+    slots = Counter[str]()
+    for holding in held:
+        slots[holding.slot] += holding.nbytes
+    return {
+        "file": file,
+        "bytes": found.files[file],
+        "tensors": count_tensors(held),
+        "weight_bytes": _nbytes(held),
+        "layers": layers,
+        "slot_bytes": dict(slots),
+    }

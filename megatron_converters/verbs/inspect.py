@@ -1,0 +1,44 @@
+"""`inspect X`: what a folder holds, as text, as JSON, or as a page with a picture of the shards. Reads headers only."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from ..describe import as_json, lines
+from ..errors import UsageError
+from ..formats import add_reading_arguments, open_any
+from ..plugins import say
+from ..shard_map.page import page
+from ..staging import write_text
+from ..survey import survey
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the verb's options."""
+    parser.add_argument("folder", metavar="X", help="Folder to look at; its format is recognised.")
+    parser.add_argument("--json", action="store_true", help="Print one JSON object instead of text.")
+    parser.add_argument(
+        "--html", metavar="FILE", default=None, help="Write a page that stands alone, with the map of layers and ranks."
+    )
+    add_reading_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Look at the folder; 0 if it can be read."""
+    target = None if args.html is None else _writable(Path(args.html))
+    found = survey(*open_any(args.folder, args))
+    shown = [json.dumps(as_json(found), indent=2, ensure_ascii=False)] if args.json else lines(found)
+    for line in shown:
+        say(args, line)
+    if target is not None:
+        write_text(target, page(found))
+    return 0
+
+
+def _writable(path: Path) -> Path:
+    if path.is_dir() or not path.parent.is_dir():
+        fault = "is a folder" if path.is_dir() else f"cannot be made: there is no folder {path.parent}"
+        raise UsageError(f"--html {path} {fault}; name a file in a folder that exists")
+    return path
