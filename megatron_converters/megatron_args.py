@@ -7,15 +7,17 @@ training/checkpointing.py. Only plain values and torch dtypes go into `args`, so
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from .dtypes import DType
 from .errors import ConversionError, Unclear
 from .megatron_names import STACKED
 from .parallel import Parallel
+from .slots import Ref, refs
 from .spec import ModelSpec, RopeScaling, number
 
+_DEFAULT_SEQ_LENGTH = 4096
 #: spec field ↔ attribute, where they correspond one to one.
 _ROWS = {
     "num_layers": "num_layers",
@@ -179,6 +181,12 @@ def expert_args(spec: ModelSpec, parallel: Parallel, expert_layout: str) -> dict
 _ROUTER_DTYPES = {"float32": "fp32", "float64": "fp64"}
 
 
+def router_dtype(spec: ModelSpec, dtype_of: Callable[[Ref], DType]) -> DType | None:
+    """The widest type that a router has; None for a model without one."""
+    dtypes = (dtype_of(ref) for ref in refs(spec) if ref.slot.keeps_precision)
+    return max(dtypes, key=lambda dtype: dtype.itemsize, default=None)
+
+
 def router_args(spec: ModelSpec, router: DType | None) -> dict[str, Any]:
     """The attributes of a router stored in `router` where that is wider than the model; nothing for another, or None.
 
@@ -282,6 +290,12 @@ def model_args(spec: ModelSpec) -> dict[str, Any]:
 def _whole(value: float) -> float:
     """An int where it is one: Megatron-LM parses these options with `int`."""
     return int(value) if float(value).is_integer() else value
+
+
+def seq_length_of(spec: ModelSpec, inherited: Mapping[str, Any]) -> int:
+    """The length of sequences that a source was trained with, or what the model and a small memory allow."""
+    length: int = inherited.get("seq_length") or min(_DEFAULT_SEQ_LENGTH, spec.max_position_embeddings)
+    return length
 
 
 #: Attributes of a training run that a conversion starts anew; a source's own values win over these.

@@ -146,6 +146,8 @@ FLAGS = (
     Flag("--no-load-rng", _O, _switch, of="no_save_rng"),
 )
 _BY_NAME = {flag.name: flag for flag in FLAGS}
+#: Attributes that say how a checkpoint is cut, of which a model as such knows nothing.
+LAYOUT_ATTRIBUTES = frozenset(flag.attribute for flag in FLAGS if flag.group in (Group.LAYOUT, Group.EXPERT_LAYOUT))
 _OF_EXPERTS = (Group.EXPERTS, Group.EXPERT_LAYOUT)
 
 

@@ -158,6 +158,11 @@ def _write_file(path: Path, out_dir: Path, vocab_size: int, model_type: str | No
     return [f"made the tokenizer of {path}, {rebuilt.description} ({size} tokens)"]
 
 
+def is_rank_file(path: Path) -> bool:
+    """Whether a file holds tiktoken's ranks, as Llama 3's tokenizer.model does; raises where it cannot be read."""
+    return tokenizer_rebuild.is_tiktoken(_head(path))
+
+
 def _head(path: Path) -> bytes:
     try:
         with path.open("rb") as file:

@@ -1,84 +1,84 @@
-"""Hugging Face folders of published sizes: real headers, and files with holes for tensors."""
+"""Folders of published sizes with real headers and no weights: files of full length that take no room on the disk."""
 
 from __future__ import annotations
 
-import json
+import os
 from pathlib import Path
 from typing import Any
 
 from megatron_converters.dtypes import dtype_named
-from megatron_converters.endpoints.hf_names import parts_of
-from megatron_converters.families import FAMILIES
-from megatron_converters.hf_config import spec_of_config
-from megatron_converters.slots import refs
-from megatron_converters.storage import safetensors
+from megatron_converters.endpoints.base import Origin, Target
+from megatron_converters.endpoints.hf_target import HFOptions, HFTarget
+from megatron_converters.endpoints.megatron_target import TRACKER, MegatronOptions, MegatronTarget
+from megatron_converters.spec import ModelSpec, RopeScaling
 
-_SHARD_BYTES = 5 * 10**9
-LLAMA_405B = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "hidden_size": 16384,
-    "intermediate_size": 53248,
-    "num_hidden_layers": 126,
-    "num_attention_heads": 128,
-    "num_key_value_heads": 8,
-    "vocab_size": 128256,
-    "max_position_embeddings": 131072,
-    "rms_norm_eps": 1e-05,
-    "rope_theta": 500000.0,
-    "rope_scaling": {
-        "rope_type": "llama3",
-        "factor": 8.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192,
-    },
-    "torch_dtype": "bfloat16",
+_LLAMA3: dict[str, Any] = dict(
+    family="llama",
+    kv_channels=128,
+    num_query_groups=8,
+    vocab_size=128256,
+    max_position_embeddings=131072,
+    norm_epsilon=1e-5,
+    rotary_base=5e5,
+    rope_scaling=RopeScaling("llama3", 8.0),
+    dtype=dtype_named("bf16"),
+)
+_MIXTRAL: dict[str, Any] = _LLAMA3 | dict(
+    family="mixtral",
+    rope_scaling=None,
+    rotary_base=1e6,
+    num_experts=8,
+    moe_router_topk=2,
+    max_position_embeddings=32768,
+)
+
+
+def _sizes(base: dict[str, Any], layers: int, hidden: int, ffn: int, heads: int, **more: Any) -> ModelSpec:
+    sizes = dict(num_layers=layers, hidden_size=hidden, ffn_hidden_size=ffn, num_attention_heads=heads)
+    return ModelSpec(**{**base, **sizes, **more})
+
+
+#: The sizes in the published config.json of each.
+PUBLISHED = {
+    "Llama-3.2-1B": _sizes(
+        _LLAMA3, 16, 2048, 8192, 32, kv_channels=64, tied=True, rope_scaling=RopeScaling("llama3", 32.0)
+    ),
+    "Llama-3.1-8B": _sizes(_LLAMA3, 32, 4096, 14336, 32),
+    "Llama-3.1-70B": _sizes(_LLAMA3, 80, 8192, 28672, 64),
+    "Llama-3.1-405B": _sizes(_LLAMA3, 126, 16384, 53248, 128),
+    "Mixtral-8x7B": _sizes(_MIXTRAL, 32, 4096, 14336, 32, moe_ffn_hidden_size=14336, vocab_size=32000),
+    "Mixtral-8x22B": _sizes(_MIXTRAL, 56, 6144, 16384, 48, moe_ffn_hidden_size=16384, vocab_size=32768),
+    "Qwen3-30B-A3B": _sizes(
+        _MIXTRAL | dict(family="qwen3_moe", num_experts=128, moe_router_topk=8, num_query_groups=4, vocab_size=151936),
+        *(48, 2048, 6144, 32),
+        moe_ffn_hidden_size=768,
+        qk_norm=True,
+        norm_epsilon=1e-6,
+    ),
 }
-MIXTRAL_8X22B = {
-    "architectures": ["MixtralForCausalLM"],
-    "model_type": "mixtral",
-    "hidden_size": 6144,
-    "intermediate_size": 16384,
-    "num_hidden_layers": 56,
-    "num_attention_heads": 48,
-    "num_key_value_heads": 8,
-    "num_local_experts": 8,
-    "num_experts_per_tok": 2,
-    "vocab_size": 32768,
-    "max_position_embeddings": 65536,
-    "rms_norm_eps": 1e-05,
-    "rope_theta": 1000000.0,
-    "sliding_window": None,
-    "torch_dtype": "bfloat16",
-}
 
 
-def make_sparse(folder: Path, config: dict[str, Any]) -> Path:
-    """A folder of this configuration whose every tensor is zero and takes no room on the disk."""
-    folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(config))
-    spec = spec_of_config(config)
-    family, dtype = FAMILIES[spec.family], dtype_named(config["torch_dtype"])
-    shards: list[dict[str, Any]] = [{}]
-    size = 0
-    for ref in refs(spec):
-        for part in parts_of(family, ref, spec, fused=False):
-            nbytes = dtype.itemsize * part.rows.size * (part.shape[1] if len(part.shape) > 1 else 1)
-            if size + nbytes > _SHARD_BYTES:
-                shards.append({})
-                size = 0
-            shards[-1][part.name] = (dtype, part.shape)
-            size += nbytes
-    weight_map = {}
-    for number, shard in enumerate(shards, 1):
-        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        layout = safetensors.layout(shard, {"format": "pt"})
-        with open(folder / name, "wb") as file:
-            file.truncate(layout.nbytes)
-            for offset, data in layout.finish({}):
-                file.seek(offset)
-                file.write(data)
-        weight_map.update(dict.fromkeys(shard, name))
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+def sparse_hf(spec: ModelSpec, folder: Path, **options: Any) -> Path:
+    """A Hugging Face folder; `options` are those of HFOptions."""
+    folder.mkdir()
+    _write(HFTarget(folder, HFOptions(**options)), spec, folder)
     return folder
+
+
+def sparse_megatron(spec: ModelSpec, folder: Path, **options: Any) -> Path:
+    """A checkpoint; `options` are those of MegatronOptions."""
+    _write(MegatronTarget(folder, MegatronOptions(**options)), spec, folder / "iter_0000001")
+    (folder / TRACKER).write_text("1")
+    return folder
+
+
+def _write(target: Target, spec: ModelSpec, folder: Path) -> None:
+    outline = target.prepare(spec, Origin("nowhere"), lambda ref: spec.dtype)
+    for name, layout in outline.files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "wb") as file:
+            file.truncate(layout.nbytes)
+            for offset, data in layout.finish(dict.fromkeys(layout.regions, 0)):
+                os.pwrite(file.fileno(), data, offset)
+    target.assets(folder)

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from tests.helpers import ROOT, refused, succeeded, verb
-from tests.sparse import LLAMA_405B, MIXTRAL_8X22B, make_sparse
+from tests.sparse import PUBLISHED, sparse_hf
 
 HFModel = Callable[..., Path]
 
@@ -74,15 +74,15 @@ def test_what_is_in_the_way_is_said(hf_model: HFModel, tmp_path: Path) -> None:
 
 
 LARGE = {
-    "Llama-3.1-405B": (LLAMA_405B, ("--tp", 8, "--pp", 16, "--decoder-last-pipeline-num-layers", 6), 812),
-    "Mixtral-8x22B": (MIXTRAL_8X22B, ("--tp", 8, "--pp", 8, "--ep", 8, "--etp", 1), 282),
+    "Llama-3.1-405B": (("--tp", 8, "--pp", 16, "--decoder-last-pipeline-num-layers", 6), 812),
+    "Mixtral-8x22B": (("--tp", 8, "--pp", 8, "--ep", 8, "--etp", 1), 282),
 }
 
 
 @pytest.mark.parametrize("name", LARGE)
 def test_large_models_are_planned_in_seconds(name: str, tmp_path: Path) -> None:
-    config, options, gigabytes = LARGE[name]
-    source = make_sparse(tmp_path / "hf", config)
+    options, gigabytes = LARGE[name]
+    source = sparse_hf(PUBLISHED[name], tmp_path / "hf")
     begun = time.monotonic()
     planned = plan(source, tmp_path / "out", *options)
     assert time.monotonic() - begun < 20
@@ -119,7 +119,7 @@ def test_a_share_of_405b_needs_little_memory(tmp_path: Path) -> None:
     """One of 1008 workers fills the largest file, 1.3 GB; then it finds the others' files missing, which nobody fills here."""
     if os.statvfs(tmp_path).f_bavail * os.statvfs(tmp_path).f_frsize < 5e9:
         pytest.skip("needs 5 GB of disk")
-    source = make_sparse(tmp_path / "hf", LLAMA_405B)
+    source = sparse_hf(PUBLISHED["Llama-3.1-405B"], tmp_path / "hf")
     command = [sys.executable, "-c", SHARE, source, tmp_path / "out", 200 << 20]
     run = subprocess.run([str(part) for part in command], cwd=ROOT, capture_output=True, text=True, check=False)
     assert "should be finished and are not" in run.stderr, run.stderr[-2000:]

@@ -10,7 +10,7 @@ import dataclasses
 import math
 import shlex
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -32,7 +32,9 @@ from ..megatron_args import (
     model_args,
     plain_args,
     router_args,
+    router_dtype,
     router_warnings,
+    seq_length_of,
 )
 from ..megatron_flags import as_shell, flag_warnings, flags
 from ..megatron_names import DIALECTS, EXPERTS, EXTRA_STATE_SUFFIX, LAST_EXTRA_STATE, STACKED, extra_state
@@ -49,9 +51,8 @@ from .base import Origin
 TRACKER = "latest_checkpointed_iteration.txt"
 FILE = "model_optim_rng.pt"
 FLAGS_FILE = "pretrain_gpt_flags.txt"
-_DEFAULT_DIVISOR = 128
+DEFAULT_DIVISOR = 128
 _CHECKPOINT_VERSION = 3.0
-_DEFAULT_SEQ_LENGTH = 4096
 _EMBEDDINGS = "word_embeddings"
 
 
@@ -116,7 +117,7 @@ class MegatronTarget:
         self._divisor = self._choose_divisor()
         self._padded = padded_vocab(spec.vocab_size, self._divisor, self._parallel.tp)
         self._bins = self._choose_bins()
-        self._router = _widest(dtype_of(ref) for ref in refs(spec) if ref.slot.keeps_precision)
+        self._router = router_dtype(spec, dtype_of)
         self._args = self._make_args()
         files = {self._file(rank): self._layout(rank, places) for rank, places in self._places().items()}
         self._tensors = sum(len(layout.regions) for layout in files.values())
@@ -226,7 +227,7 @@ class MegatronTarget:
 
     def _choose_divisor(self) -> int:
         inherited = getattr(self._origin.margs, "make_vocab_size_divisible_by", None)
-        return self._options.divisor or inherited or _DEFAULT_DIVISOR
+        return self._options.divisor or inherited or DEFAULT_DIVISOR
 
     def _choose_bins(self) -> CapacityBins | None:
         bins = self._origin.capacity_bins
@@ -250,7 +251,7 @@ class MegatronTarget:
 
     def _make_args(self) -> dict[str, Any]:
         inherited = plain_args(inheritable(self._origin.margs))
-        seq_length = inherited.get("seq_length") or min(_DEFAULT_SEQ_LENGTH, self._spec.max_position_embeddings)
+        seq_length = seq_length_of(self._spec, inherited)
         tokenizer = self._options.tokenizer or self._origin.tokenizer or inherited.get("tokenizer_model")
         args = {
             **RUN_DEFAULTS,
@@ -328,10 +329,6 @@ class MegatronTarget:
             f"({_sizes(self._parallel)}, layers {'+'.join(map(str, self._parallel.stages))}) "
             f"to {self.save_dir / self._name}; {padding} rows of vocabulary padding repeat the last of {self._spec.vocab_size}"
         )
-
-
-def _widest(dtypes: Iterable[DType]) -> DType | None:
-    return max(dtypes, key=lambda dtype: dtype.itemsize, default=None)
 
 
 def _sizes(parallel: Parallel) -> str:

@@ -121,13 +121,13 @@ def grid(found: Survey) -> Grid:
     stages: dict[int, list[str]] = {}
     for file in found.by_file:
         stages.setdefault(found.stage(file), []).append(file)
-    detail = _detail(found.holdings)
-    panels = [
-        _panel(found, stage, groups, which, detail)
+    parts = [
+        (stage, groups, which)
         for stage, files in sorted(stages.items())
         for groups, which in _parts(files, *(_RANKS if found.cut else _FILES))
     ]
-    return Grid(tuple(panels), detail)
+    detail = _detail(found, [group for _, groups, _ in parts for group in groups])
+    return Grid(tuple(_panel(found, *part, detail) for part in parts), detail)
 
 
 def _parts(files: Sequence[str], noun: str, abreast: int, most: int) -> Iterator[tuple[list[Sequence[str]], str]]:
@@ -146,11 +146,14 @@ def _groups(items: Sequence[T], length: int) -> list[Sequence[T]]:
     return [items[start : start + length] for start in range(0, len(items), length)]
 
 
-def _detail(holdings: Sequence[Holding]) -> Detail:
-    if len(holdings) <= _MAX_OF_TENSORS:
+def _detail(found: Survey, groups: Iterable[Sequence[str]]) -> Detail:
+    if len(found.holdings) <= _MAX_OF_TENSORS:
         return Detail.TENSORS
-    of_kinds = {(holding.file, _row(holding), kind_of(holding.slot)) for holding in holdings}
-    return Detail.KINDS if len(of_kinds) <= _MAX_OF_KINDS else Detail.CELLS
+    of_kinds = sum(
+        len({(_row(holding), kind_of(holding.slot)) for file in group for holding in found.by_file[file]})
+        for group in groups
+    )
+    return Detail.KINDS if of_kinds <= _MAX_OF_KINDS else Detail.CELLS
 
 
 def _row(holding: Holding) -> str | int:

@@ -77,7 +77,7 @@ def _short(number: int) -> str:
 def _measure(drawn: Grid) -> str:
     words = f"A bar is as long as its cell has bytes; the longest stands for {size(drawn.largest)}."
     if drawn.detail is Detail.CELLS:
-        return f"{words} It has the colour of what it holds most of."
+        return f"{words} It is in the colour of what it holds most of. Point at one to see what it holds."
     return f"{words} Each part of a bar is {drawn.detail.value}. Point at one to see what it holds."
 
 
