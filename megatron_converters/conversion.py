@@ -18,7 +18,6 @@ from .endpoints.queue_target import QueueTarget
 from .errors import ConversionError, DiskError, Interrupted, Stopped
 from .execute import Executor
 from .journal import (
-    MANIFEST,
     Entries,
     Journal,
     describe_run,
@@ -251,7 +250,7 @@ class _Run:
             lost = sorted(self._outline.files.keys() - finished.keys())
             if lost:
                 raise ConversionError(f"{', '.join(lost)} should be finished and are not; run the same command again")
-            write_manifest(self._staging.files / MANIFEST, self._description, finished, self._source.origin)
+            write_manifest(self._staging.files, self._description, finished, self._source.origin)
             self._journal.mark_complete()
         if not self._journal.cleared:
             self._target.clear(self._staging)

@@ -25,6 +25,7 @@ from .outline import Fill, Outline
 from .plan import Gather
 from .slots import Ref
 from .staging import Staging, write_text
+from .storage.checksum import digest
 
 MANIFEST = "conversion.json"
 _RUN, _COMPLETE, _CLEARED, _FINISHED = "run.json", "complete", "cleared", "finished"
@@ -158,13 +159,19 @@ class Journal:
         return self.folder / _FINISHED / (file.replace("/", "~") + ".json")
 
 
-def write_manifest(path: Path, run: Mapping[str, Any], finished: Mapping[str, Any], origin: Origin) -> None:
-    """Write `conversion.json` for a finished run."""
+def write_manifest(folder: Path, run: Mapping[str, Any], finished: Mapping[str, Any], origin: Origin) -> None:
+    """Write `conversion.json` for a finished run into the folder of its files. Small files beside the weights get a digest."""
     files = {
         file: {**described, **{key: finished[file][key] for key in _RESULTS}}
         for file, described in run["files"].items()
     }
-    _write(path, {**run, "notes": origin.notes, "ignored": origin.ignored, "files": files})
+    beside = {
+        path.relative_to(folder).as_posix(): digest([path.read_bytes()])
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.relative_to(folder).as_posix() not in files
+    }
+    told = {"notes": origin.notes, "ignored": origin.ignored}
+    _write(folder / MANIFEST, {**run, **told, "beside": beside, "files": files})
 
 
 def is_output_of(folder: Path, run: Mapping[str, Any]) -> bool:

@@ -98,8 +98,10 @@ def find_output(path: Path, name: str | None) -> Path:
 
 def check_output(folder: Path, progress: Progress) -> Checked:
     """Compare every file of an output with the manifest in `folder`; raises `ConversionError` if that is missing or damaged."""
-    files = [_recorded(folder, name, entry) for name, entry in read_manifest(folder / MANIFEST)["files"].items()]
+    manifest = read_manifest(folder / MANIFEST)
+    files = [_recorded(folder, name, entry) for name, entry in manifest["files"].items()]
     faults = [Fault(name, "", (), f"is there, but not in {MANIFEST}") for name in _strangers(folder, files)]
+    faults += _beside(folder, manifest.get("beside"))
     tasks: list[_Task] = []
     for file in files:
         found, to_read = _look_at(file)
@@ -128,6 +130,22 @@ def _recorded(folder: Path, name: str, entry: Any) -> _File:
             f"{folder / MANIFEST}: the entry for {name} is damaged, or of an older version ({error!r}); "
             "compare the output with its source instead"
         ) from error
+
+
+def _beside(folder: Path, recorded: Any) -> Iterator[Fault]:
+    """Small files that are not as they were written: configuration, tokenizer, arguments."""
+    for name, value in (recorded if isinstance(recorded, dict) else {}).items():
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+            raise ConversionError(f"{folder / MANIFEST}: {name} lies outside the folder; the manifest is damaged")
+        try:
+            same = digest([(folder / name).read_bytes()]) == value
+        except OSError as error:
+            yield Fault(
+                name, "", (), "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read: {error}"
+            )
+        else:
+            if not same:
+                yield Fault(name, "", (), "is not as it was written")
 
 
 def _strangers(folder: Path, files: Iterable[_File]) -> list[str]:

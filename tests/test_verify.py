@@ -582,6 +582,17 @@ def test_any_damaged_byte_is_seen(outputs: tuple[Path, Path]) -> None:
         assert check_output(folder, Silent()).faults == []
 
 
+def test_a_small_file_that_changed_or_is_missing_is_named(outputs: tuple[Path, Path]) -> None:
+    megatron, hf = outputs
+    (hf / "config.json").write_text((hf / "config.json").read_text() + " ")
+    flags = next(megatron.rglob("pretrain_gpt_flags.txt"))
+    flags.unlink()
+    assert [str(fault) for fault in check_output(hf, Silent()).faults] == ["config.json is not as it was written"]
+    assert [str(fault) for fault in check_output(flags.parent, Silent()).faults] == [
+        "pretrain_gpt_flags.txt is missing"
+    ]
+
+
 def test_a_damaged_tensor_is_named_with_its_slots(
     outputs: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
