@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import shutil
 import statistics
 import subprocess
@@ -82,7 +83,9 @@ def commands(folder: Path, tp: int, pp: int, ep: int, workers: int) -> dict[str,
     sizes += ["--target-expert-parallel-size", str(ep)]
     script = [sys.executable, str(ROOT / "convert_mlm_to_hf_checkpoint.py"), "--quiet"]
     dirs = ["--load-dir", str(hf), "--save-dir", str(megatron)]
-    copy = {"cp": (folder / "cp", ["cp", "-r", str(hf), str(folder / "cp")])}
+    copied = folder / "cp"
+    flushed = f"cp -r {shlex.quote(str(hf))} {shlex.quote(str(copied))} && sync -f {shlex.quote(str(copied))}"
+    copy = {"cp": (copied, ["cp", "-r", str(hf), str(copied)]), "cp, flushed": (copied, ["sh", "-c", flushed])}
     if workers > 1:
         verb = [sys.executable, "-m", "megatron_converters", "convert", "--quiet", "--workers", str(workers)]
         short = ["--tp", str(tp), "--pp", str(pp), "--ep", str(ep)]
