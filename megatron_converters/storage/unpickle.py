@@ -23,9 +23,10 @@ from . import opcodes
 
 #: Python 2's names, which pickles of protocol 2 still use.
 _OLD_MODULES = {"__builtin__": "builtins", "copy_reg": "copyreg"}
-#: Modules whose classes become stand-ins: they occur in a Megatron checkpoint's `args` and states, and none is needed.
+#: Modules whose classes become stand-ins. They occur in a Megatron checkpoint's `args`, states and plans of distributed
+#: checkpoints; none of their behaviour is needed.
 _INERT_MODULES = ("megatron", "transformer_engine", "signal", "pathlib")
-_INERT_PREFIXES = ("megatron_",)
+_INERT_PREFIXES = ("megatron_", "torch.distributed.")
 _INERT_NAMES = {("_io", "BytesIO"), ("numpy", "ndarray"), ("torch", "Tensor"), ("torch.nn.parameter", "Parameter")}
 #: What damaged pickles make the unpickler, and the builders here, raise.
 _FAULTS = (
@@ -151,7 +152,7 @@ class _Unpickler(pickle.Unpickler):
 
 def _is_inert(module: str, name: str) -> bool:
     package = module.partition(".")[0]
-    return package in _INERT_MODULES or package.startswith(_INERT_PREFIXES) or (module, name) in _INERT_NAMES
+    return package in _INERT_MODULES or module.startswith(_INERT_PREFIXES) or (module, name) in _INERT_NAMES
 
 
 def _member(cls: Any, name: Any) -> StandIn:
