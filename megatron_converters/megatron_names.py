@@ -66,6 +66,19 @@ EXPERTS = {
     STACKED: {"expert_fc1": _MLP + "experts.weight1", "expert_fc2": _MLP + "experts.weight2"},
 }
 
+#: Keys of distributed checkpoints, whichever implementation wrote them; "{layer}." is absent where layers are stacked.
+DISTRIBUTED = {
+    **TRANSFORMER_ENGINE,
+    "expert_fc1": _MLP + "experts.experts.linear_fc1.weight",
+    "expert_fc2": _MLP + "experts.experts.linear_fc2.weight",
+}
+#: The local implementation renames every layer's norm before the MLP as if the MLP were dense
+#: (`sharded_state_dict_keys_map` of `get_gpt_layer_local_spec`).
+DISTRIBUTED_LOCAL = {**DISTRIBUTED, "moe_norm": DISTRIBUTED["mlp_norm"]}
+#: Where each expert has keys of its own (`singleton_local_shards`), its number follows this; gate and up are apart then.
+DISTRIBUTED_EXPERTS = "mlp.experts.experts."
+GATE_AND_UP = ("_w", "_v")
+
 _ATTENTION_LINEARS = (_ATTENTION + "linear_proj", _ATTENTION + "linear_qkv")
 _MLP_LINEARS = (_MLP + "linear_fc1", _MLP + "linear_fc2")
 _SHARED_LINEARS = (_MLP + "shared_experts.linear_fc1", _MLP + "shared_experts.linear_fc2")

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from . import capacity_bins
-from .endpoints.base import Origin
+from .endpoints.base import Origin, Source
 from .endpoints.hf_source import HFSource
 from .endpoints.hf_target import FUSED, SEPARATE, HFOptions, HFTarget
-from .endpoints.megatron_source import MegatronReadOptions, MegatronSource
+from .endpoints.megatron_common import MegatronReadOptions
 from .endpoints.megatron_target import MegatronOptions, MegatronTarget
 from .endpoints.meta_source import MetaSource
+from .endpoints.open_megatron import open_megatron
 from .errors import UsageError
 from .hf_config import read_json
 from .margs_json import margs_from_json
@@ -191,14 +192,14 @@ def add_core_loader_arguments(parser: Any) -> None:
     )
 
 
-def open_checkpoint(args: argparse.Namespace) -> MegatronSource:
-    """The checkpoint of --load-dir."""
+def open_checkpoint(args: argparse.Namespace) -> Source:
+    """The checkpoint of --load-dir, of whatever format."""
     reference = folder(args.hf_config) if args.hf_config is not None else None
     options = MegatronReadOptions(args.ckpt_dir_name, reference, args.true_vocab_size)
-    return MegatronSource(folder(args.load_dir), options)
+    return open_megatron(folder(args.load_dir), options)
 
 
-def open_core_loader(args: argparse.Namespace) -> MegatronSource:
+def open_core_loader(args: argparse.Namespace) -> Source:
     """The checkpoint of --load-dir, with what the loader's further options say."""
     if args.position_embedding_type == "learned_absolute":
         raise UsageError(

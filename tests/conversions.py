@@ -13,8 +13,9 @@ from megatron_converters.dtypes import DType
 from megatron_converters.endpoints.base import Source, Target
 from megatron_converters.endpoints.hf_source import HFSource
 from megatron_converters.endpoints.hf_target import HFOptions, HFTarget
-from megatron_converters.endpoints.megatron_source import MegatronReadOptions, MegatronSource
+from megatron_converters.endpoints.megatron_common import MegatronReadOptions
 from megatron_converters.endpoints.megatron_target import MegatronOptions, MegatronTarget
+from megatron_converters.endpoints.open_megatron import open_megatron
 from megatron_converters.progress import Silent
 
 
@@ -31,13 +32,13 @@ def hf_to_megatron(source: Path, target: Path, **options: Any) -> Path:
 
 def megatron_to_hf(source: Path, target: Path, **options: Any) -> Path:
     """`options` are those of MegatronReadOptions."""
-    run(MegatronSource(source, MegatronReadOptions(**options)), HFTarget(target, HFOptions()))
+    run(open_megatron(source, MegatronReadOptions(**options)), HFTarget(target, HFOptions()))
     return target
 
 
 def reshard(source: Path, target: Path, **options: Any) -> Path:
     """`options` are those of MegatronOptions."""
-    run(MegatronSource(source), MegatronTarget(target, MegatronOptions(**options)))
+    run(open_megatron(source), MegatronTarget(target, MegatronOptions(**options)))
     return target
 
 

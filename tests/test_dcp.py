@@ -26,7 +26,8 @@ from torch.distributed.checkpoint.metadata import (
 
 from megatron_converters.dtypes import BY_NAME
 from megatron_converters.errors import ConversionError
-from megatron_converters.execute import CHUNK_BYTES, Executor, Target
+from megatron_converters.execute import CHUNK_BYTES, Executor
+from megatron_converters.outline import Fill
 from megatron_converters.plan import Piece
 from megatron_converters.storage import dcp, safetensors
 from megatron_converters.storage.tensor import StoredTensor
@@ -141,7 +142,8 @@ def test_odd_addresses_are_copied_and_cast(tmp_path: Path, dtype: str) -> None:
     file = safetensors.lay_out(tmp_path / "a.safetensors", {"w": (target, (rows, 256))}, {})
     executor = Executor()
     numbers = np.arange(rows)
-    executor.fill(Target(file, "w", target, (rows, 256), numbers, 0), [Piece(data, numbers, 0, "w")])
+    fill = Fill("a.safetensors", "w", target, (rows, 256), numbers, 0)
+    executor.fill(file, fill, executor.plan(fill, [Piece(data, numbers, 0, "w")]))
     executor.finish()
     file.close()
     found = safetensors.read(tmp_path / "a.safetensors").tensors["w"].array().tobytes()

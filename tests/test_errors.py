@@ -438,9 +438,9 @@ def test_a_named_iteration_that_is_not_there(meg: Path) -> None:
     refused(back(meg, "--ckpt-dir-name", "iter_0000009"), "iter_0000009", "iter_0000001")
 
 
-def test_a_torch_dist_checkpoint(meg: Path) -> None:
+def test_a_distributed_checkpoint_that_was_not_finished(meg: Path) -> None:
     (meg / "iter_0000001" / ".metadata").touch()
-    refused(back(meg), "torch_dist", "mp_rank")
+    refused(back(meg), "no metadata.json", "--ckpt-format torch_dist")
 
 
 def test_a_reference_of_another_model(meg: Path, hf_model: HFModel) -> None:

@@ -7,6 +7,7 @@ pickle become stand-ins, whatever else they carry (megatron-core adds its plans)
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -64,6 +65,12 @@ class Index:
 
     tensors: Mapping[str, ChunkedTensor]
     objects: Mapping[str, Item]
+
+    @property
+    def files(self) -> set[str]:
+        """The files that hold them."""
+        chunks = (chunk.item for tensor in self.tensors.values() for chunk in tensor.chunks)
+        return {item.path for item in itertools.chain(chunks, self.objects.values())}
 
 
 def read_index(folder: Path) -> Index:

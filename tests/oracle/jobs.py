@@ -78,6 +78,36 @@ def write_and_run(root: Path, args: Namespace, seed: int, iteration: int, tokens
     return _shard(gpt.run(model, tokens))
 
 
+def write_distributed(
+    root: Path, args: Namespace, seed: int, iteration: int, tokens: torch.Tensor, metadata: dict[str, Any]
+) -> Shard:
+    """The same with `--ckpt-format torch_dist`, and with what an optimizer would add."""
+    from . import distributed, megatron
+
+    _parallel(Grid.of(args))
+    model = megatron.build(args)
+    megatron.randomise(model, seed, args.params_dtype)
+    args = copy.copy(args)
+    args.iteration = iteration
+    distributed.save(model, root / f"iter_{iteration:07d}", args, metadata)
+    if dist.get_rank() == 0:
+        checkpoint.write_tracker(root, iteration)
+    return _shard(megatron.logits(model, tokens))
+
+
+def read_distributed(directory: Path, tokens: torch.Tensor, sizes: dict[str, int], impl: str | None) -> Shard:
+    """Load a `torch_dist` checkpoint into the model that its args describe, at other sizes, and run it."""
+    from . import distributed, megatron
+
+    args = distributed.args_of(directory, sizes)
+    _parallel(Grid.of(args))
+    model = megatron.build(args, impl)
+    problem = distributed.load(model, directory)
+    _agree([problem] if problem else [])
+    _agree(_different_copies(megatron.fingerprints(model)))
+    return _shard(megatron.logits(model, tokens))
+
+
 def _rank_content(model: torch.nn.Module, args: Namespace, iteration: int) -> dict[str, Any]:
     from megatron.core.enums import ModelType
     from megatron.core.transformer.enums import AttnBackend
