@@ -20,7 +20,7 @@ from .errors import UsageError
 from .hf_config import read_json
 from .margs_json import margs_from_json
 from .megatron_names import EXPERTS
-from .parallel import PipelineSplit
+from .pipeline import PipelineSplit
 from .plugins import add_argument, folder
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
@@ -274,6 +274,27 @@ def add_megatron_target_arguments(parser: Any) -> None:
         parser, "--account-for-embedding-in-pipeline-split", action="store_true", help=counted.format("embedding")
     )
     add_argument(parser, "--account-for-loss-in-pipeline-split", action="store_true", help=counted.format("loss"))
+    virtual = "Several stages on each rank (interleaved pipeline): how many {}."
+    add_argument(
+        parser,
+        "--target-num-layers-per-virtual-pipeline-stage",
+        type=positive,
+        default=None,
+        help=virtual.format("layers each has"),
+    )
+    add_argument(
+        parser,
+        "--target-num-virtual-stages-per-pipeline-rank",
+        type=positive,
+        default=None,
+        help=virtual.format("they are"),
+    )
+    add_argument(
+        parser,
+        "--pipeline-model-parallel-layout",
+        default=None,
+        help="Every stage spelled out as in Megatron-LM, such as 'Et*3|(tt|)*6,L'.",
+    )
     add_argument(parser, "--release", action="store_true", help="Write a release directory instead of iter_0000001.")
     add_argument(
         parser,
@@ -322,6 +343,9 @@ def open_megatron_target(args: argparse.Namespace) -> MegatronTarget:
         args.decoder_last_pipeline_num_layers,
         args.account_for_embedding_in_pipeline_split,
         args.account_for_loss_in_pipeline_split,
+        args.target_num_virtual_stages_per_pipeline_rank,
+        args.target_num_layers_per_virtual_pipeline_stage,
+        args.pipeline_model_parallel_layout,
     )
     options = MegatronOptions(
         tp=args.target_tensor_parallel_size,

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from .endpoints.megatron_source import checkpoint_directory
+from .endpoints.megatron_common import checkpoint_directory
 from .endpoints.megatron_target import TRACKER
 from .errors import ConversionError
 from .execute import default_lanes

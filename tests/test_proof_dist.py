@@ -30,6 +30,7 @@ DENSE: dict[str, dict[str, Any]] = {
         "pipeline_model_parallel_size": 2,
         "decoder_first_pipeline_num_layers": 1,
     },
+    "virtual stages": {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2},
     "tied qwen3, TP2": {
         "qk_layernorm": True,
         "kv_channels": 32,

@@ -14,9 +14,11 @@ from ..dtypes import DType
 from ..errors import ConversionError, Unclear, UsageError
 from ..hf_config import differences, family_of_config, infer_family, read_json, spec_of_config
 from ..megatron_args import spec_fields
-from ..parallel import Parallel, PipelineSplit
+from ..parallel import Parallel
+from ..pipeline import PipelineSplit, stages_per_rank
 from ..spec import ModelSpec
 from ..storage import dcp
+from ..storage.unpickle import StandIn
 from .base import Origin
 from .megatron_target import TRACKER
 
@@ -25,8 +27,8 @@ FORMAT_FILE = "metadata.json"
 #: The folder of one rank in the `torch` format.
 RANK = re.compile(r"mp_rank_\d{2,}(_\d{3,})*$")
 #: Top-level entries of a checkpoint that are not left-out state.
-_EXPECTED_ENTRIES = frozenset(
-    {"args", "model", "checkpoint_version", "iteration", "num_floating_point_operations_so_far", "content_metadata"}
+_EXPECTED_ENTRIES = re.compile(
+    r"args|model\d*|checkpoint_version|iteration|num_floating_point_operations_so_far|content_metadata"
 )
 
 
@@ -114,30 +116,52 @@ def _reference(folder: Path, args: argparse.Namespace, dtype: DType, vocab: int 
 
 def parallel_of(args: argparse.Namespace, where: Path) -> Parallel:
     """Sizes from args, with the stages still uncounted and experts cut as the args say."""
+    tp, pp = (_size(args, f"{kind}_model_parallel_size", where) for kind in ("tensor", "pipeline"))
+    split = _split_of(args, where)
+    vpp = stages_per_rank(pp, split)
+    stages = (0,) * (pp * vpp)
+    if not getattr(args, "num_experts", None):
+        return Parallel(tp, stages, split, etp=tp, vpp=vpp)
+    ep = _size(args, "expert_model_parallel_size", where, absent=1)
+    etp = _size(args, "expert_tensor_parallel_size", where, absent=tp)
+    return Parallel(tp, stages, split, ep, etp, vpp)
+
+
+def _size(args: argparse.Namespace, name: str, where: Path, absent: int | None = None) -> int:
+    value = getattr(args, name, None)
+    if value is None and absent is not None:
+        return absent
+    if type(value) is not int or value < 1:
+        raise ConversionError(f"{where}: the args have no sound parallel sizes: {name} is {value!r}")
+    return value
+
+
+def _split_of(args: argparse.Namespace, where: Path) -> PipelineSplit:
+    """How the args spread layers over stages. Some versions keep the layout as an object that holds its text."""
     values = vars(args)
-    if (values.get("virtual_pipeline_model_parallel_size") or 1) > 1:
-        raise ConversionError(f"{where} has virtual pipeline stages; this version does not read them")
-    sizes = [values.get(name) for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size")]
-    if any(not isinstance(size, int) or size < 1 for size in sizes):
-        raise ConversionError(f"{where}: the args have no sound tensor- and pipeline-parallel sizes: {sizes}")
-    split = PipelineSplit(
+    layout = values.get("pipeline_model_parallel_layout")
+    if isinstance(layout, StandIn) and isinstance(layout.state, dict):
+        layout = layout.state.get("input_data")
+    if layout is not None and not isinstance(layout, str):
+        raise ConversionError(f"{where}: the args have a pipeline layout that is no text: {layout!r:.80}")
+    virtual = values.get("virtual_pipeline_model_parallel_size")
+    return PipelineSplit(
         values.get("decoder_first_pipeline_num_layers"),
         values.get("decoder_last_pipeline_num_layers"),
         bool(values.get("account_for_embedding_in_pipeline_split")),
         bool(values.get("account_for_loss_in_pipeline_split")),
+        None if virtual is None else _size(args, "virtual_pipeline_model_parallel_size", where),
+        layout=layout,
     )
-    tp, pp = (int(size or 0) for size in sizes)
-    if not values.get("num_experts"):
-        return Parallel(tp, (0,) * pp, split, etp=tp)
-    ep, etp = (values.get(f"expert_{kind}_parallel_size") for kind in ("model", "tensor"))
-    if any(size is not None and (not isinstance(size, int) or size < 1) for size in (ep, etp)):
-        raise ConversionError(f"{where}: the args have no sound expert-parallel sizes: {[ep, etp]}")
-    return Parallel(tp, (0,) * pp, split, ep or 1, etp or tp)
 
 
 def left_out_of(content: Mapping[Any, Any]) -> set[str]:
     """Entries of a checkpoint's top level that are not read and not empty."""
-    return {str(key) for key, value in content.items() if key not in _EXPECTED_ENTRIES and value not in (None, {}, [])}
+    return {
+        str(key)
+        for key, value in content.items()
+        if not _EXPECTED_ENTRIES.fullmatch(str(key)) and value not in (None, {}, [])
+    }
 
 
 def origin_of(

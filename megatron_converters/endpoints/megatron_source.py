@@ -41,7 +41,6 @@ from .megatron_target import FILE
 #: Any layout's name of an expert's first linear.
 _EXPERT_FC1 = re.compile(r"\.experts\.(.*linear_fc1[._]weight\d*|weight1)$")
 _STACKED = tuple(name.rpartition("}")[2] for name in EXPERTS[STACKED].values())
-_EMBEDDINGS = "word_embeddings"
 
 
 @dataclass(frozen=True)
@@ -60,6 +59,7 @@ class MegatronSource:
         first = self._read_file(self._first_rank())
         args = _args_of(first, self._dir)
         self.parallel, self._ranks, left_out = self._read_ranks(args, first)
+        self._embeddings = self.parallel.prefix(0) + LOCAL["word_embeddings"]
         padded = self._padded_vocab()
         spec, notes = describe(args, padded, self._embedding_dtype(), options)
         sizes = self.parallel
@@ -124,21 +124,21 @@ class MegatronSource:
         ranks, left_out = {}, set()
         for name, rank in wanted.items():
             content = self._read_file(name)
-            ranks[rank] = _RankFile(name, _model_of(content, self._dir / name))
+            ranks[rank] = _RankFile(name, _tensors_of(content, parallel, self._dir / name))
             left_out |= left_out_of(content)
         return parallel, ranks, left_out
 
     def _padded_vocab(self) -> int:
         rows: dict[int, int] = {}
         for rank in self.parallel.ranks(0):
-            data = self._ranks[rank].tensors.get(LOCAL[_EMBEDDINGS])
+            data = self._ranks[rank].tensors.get(self._embeddings)
             if data is None or len(data.shape) != 2:
-                raise ConversionError(f"{self._ranks[rank].where}: {LOCAL[_EMBEDDINGS]} is missing or no matrix")
+                raise ConversionError(f"{self._ranks[rank].where}: {self._embeddings} is missing or no matrix")
             rows[rank.tp] = data.shape[0]
         return sum(rows.values())
 
     def _embedding_dtype(self) -> DType:
-        return self._ranks[self.parallel.ranks(0)[0]].tensors[LOCAL[_EMBEDDINGS]].dtype
+        return self._ranks[self.parallel.ranks(0)[0]].tensors[self._embeddings].dtype
 
     def _match(self) -> tuple[dict[Ref, tuple[Piece, ...]], dict[Ref, tuple[Piece, ...]]]:
         """Pieces and replicas of every ref; missing, extra and misshapen tensors are listed together."""
@@ -172,6 +172,7 @@ class MegatronSource:
         local = self.parallel.local_expert(ref.expert, experts)
         for stage, slot, layer in homes(ref, self.spec, self.parallel):
             names = keys(slot, layer, local, ref.expert)
+            names = tuple(self.parallel.prefix(stage) + name for name in names)
             for rank in self.parallel.ranks(stage):
                 if self.parallel.holds(rank, ref.expert, experts):
                     yield rank, names
@@ -222,35 +223,44 @@ def _cut_as_stored(args: argparse.Namespace, first: Mapping[str, Any], where: Pa
     parallel, values = parallel_of(args, where), vars(args)
     if not values.get("num_experts"):
         return parallel
-    return dataclasses.replace(parallel, etp=_expert_tensor_parallel(values, first.get("model"), where, parallel.tp))
+    tensors = _tensors_of(first, parallel, where)
+    return dataclasses.replace(parallel, etp=_expert_tensor_parallel(values, tensors, parallel, where))
 
 
-def _expert_tensor_parallel(values: Mapping[str, Any], model: Any, where: Path, tp: int) -> int:
+def _expert_tensor_parallel(
+    values: Mapping[str, Any], tensors: Mapping[str, StoredTensor], parallel: Parallel, where: Path
+) -> int:
     """From the experts' shapes: stock savers record 1 whatever they do, and old ones nothing."""
     size = values.get("moe_ffn_hidden_size") or values.get("ffn_hidden_size") or 0
-    local = (values["num_experts"] or 1) // (values.get("expert_model_parallel_size") or 1)
+    local = max(values["num_experts"] // parallel.ep, 1)
     stored = [
-        value.shape[1] // max(local, 1) if key.endswith(_STACKED) else value.shape[0]
-        for key, value in (model.items() if isinstance(model, Mapping) else ())
-        if isinstance(value, StoredTensor) and _EXPERT_FC1.search(key) and len(value.shape) == 2
+        value.shape[1] // local if key.endswith(_STACKED) else value.shape[0]
+        for key, value in tensors.items()
+        if _EXPERT_FC1.search(key) and len(value.shape) == 2
     ]
     if not stored:  # this stage has dense layers alone
-        return int(values.get("expert_tensor_parallel_size") or tp)
+        return parallel.etp
     if not isinstance(size, int) or 2 * size % stored[0]:
         raise ConversionError(f"{where}: experts have {stored[0]} rows of gate and up, but the args say 2 x {size}")
     return 2 * size // stored[0]
 
 
-def _model_of(content: Mapping[str, Any], where: Path) -> Mapping[str, StoredTensor]:
-    model = content.get("model")
-    if not isinstance(model, Mapping):
-        held = ", ".join(map(str, content))
-        raise ConversionError(f"{where}: there is no 'model' entry; the file holds {held}")
-    odd = [
-        key
-        for key, value in model.items()
-        if not key.endswith(EXTRA_STATE_SUFFIX) and not isinstance(value, StoredTensor)
-    ]
+def _tensors_of(content: Mapping[str, Any], parallel: Parallel, where: Path) -> Mapping[str, StoredTensor]:
+    """The tensors of all models of a rank, by key; those of virtual stages after the model's prefix."""
+    tensors: dict[str, StoredTensor] = {}
+    odd = []
+    for number, entry in enumerate(parallel.entries):
+        model = content.get(entry)
+        if not isinstance(model, Mapping):
+            held = ", ".join(map(str, content))
+            why = f", though the args mean {parallel.vpp} virtual pipeline stages a rank" if parallel.vpp > 1 else ""
+            raise ConversionError(f"{where}: there is no {entry!r} entry{why}; the file holds {held}")
+        prefix = parallel.prefix(number * parallel.pp)
+        for key, value in model.items():
+            if isinstance(value, StoredTensor):
+                tensors[prefix + key] = value
+            elif not key.endswith(EXTRA_STATE_SUFFIX):
+                odd.append(prefix + key)
     if odd:
         raise ConversionError(f"{where}: model entries that are no tensors: {', '.join(odd[:20])}")
-    return {key: value for key, value in model.items() if isinstance(value, StoredTensor)}
+    return tensors

@@ -10,7 +10,7 @@ import dataclasses
 import math
 import shlex
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -39,7 +39,8 @@ from ..megatron_args import (
 from ..megatron_flags import as_shell, flag_warnings, flags
 from ..megatron_names import DIALECTS, EXPERTS, EXTRA_STATE_SUFFIX, LAST_EXTRA_STATE, STACKED, extra_state
 from ..outline import Fill, Outline
-from ..parallel import EVEN, Cut, Parallel, PipelineSplit, Rank, homes, kept_etp, padded_vocab, parallel_for
+from ..parallel import Cut, Parallel, Rank, homes, kept_etp, padded_vocab, parallel_for
+from ..pipeline import EVEN, PipelineSplit
 from ..slots import SLOTS, Ref, Shard, refs
 from ..spec import ModelSpec
 from ..staging import Staging, write_text
@@ -233,6 +234,10 @@ class MegatronTarget:
         bins = self._origin.capacity_bins
         if not self._options.load_capacity_bins:
             return None
+        if self._parallel.vpp > 1:
+            raise UsageError(
+                "--load-capacity-bins: Habana's checkpoints have no virtual pipeline stages; leave one out"
+            )
         if bins is None:
             raise UsageError(f"--load-capacity-bins: {self._origin.described} gives no capacity bins; leave it out")
         capacity_bins.check(bins, self._spec, self._parallel)
@@ -270,25 +275,34 @@ class MegatronTarget:
         return {**args, **{name: value for name, value in recorded.items() if value is not None}}
 
     def _layout(self, rank: Rank, places: list[_Place]) -> Layout:
-        model: OrderedDict[str, Any] = OrderedDict()
+        tensors: dict[str, torch_zip.NewTensor] = {}
         for place in places:
             tensor = torch_zip.NewTensor(place.key, self._dtype_of(place.ref), place.stored_shape)
-            if model.setdefault(place.key, tensor) != tensor:
+            if tensors.setdefault(place.key, tensor) != tensor:
                 raise ConversionError(
                     f"{place.ref} is {tensor.dtype}, but others in {place.key} are not; give one dtype"
                 )
         for key, data in self._bins_on(rank).items():
-            model[key] = torch_zip.NewTensor(key, data.dtype, data.shape)
-        model.update(dict.fromkeys(self._extra_state(rank.pp)))
+            tensors[key] = torch_zip.NewTensor(key, data.dtype, data.shape)
         tree = {
             "args": argparse.Namespace(**self._args),
             "checkpoint_version": _CHECKPOINT_VERSION,
             "iteration": self._iteration,
-            "model": model,
+            **self._models(rank, tensors),
             "num_floating_point_operations_so_far": 0,
         }
         parts = {place.key: place.count for place in places if place.count > 1}
         return dataclasses.replace(torch_zip.layout(FILE, tree), parts=parts)
+
+    def _models(self, rank: Rank, tensors: Mapping[str, torch_zip.NewTensor]) -> dict[str, OrderedDict[str, Any]]:
+        """The state dicts of a rank, one for each of its stages; `tensors` have the stage's prefix."""
+        parallel = self._parallel
+        models = {}
+        for entry, stage in zip(parallel.entries, range(rank.pp, len(parallel.stages), parallel.pp), strict=True):
+            prefix = parallel.prefix(stage)
+            mine = [(key.removeprefix(prefix), tensor) for key, tensor in tensors.items() if key.startswith(prefix)]
+            models[entry] = OrderedDict([*mine, *dict.fromkeys(self._extra_state(stage)).items()])
+        return models
 
     def _places(self) -> dict[Rank, list[_Place]]:
         """What each rank holds, in the order of its layers."""
@@ -306,19 +320,19 @@ class MegatronTarget:
         stacked = ref.expert is not None and self._expert_layout == STACKED
         stack = (local or 0, experts // parallel.ep, True) if stacked else (0, 1, False)
         for stage, slot, layer in homes(ref, self._spec, parallel):
-            key = names[slot].format(layer=layer, expert=local, global_expert=ref.expert)
+            key = parallel.prefix(stage) + names[slot].format(layer=layer, expert=local, global_expert=ref.expert)
             for rank in parallel.ranks(stage):
                 if parallel.holds(rank, ref.expert, experts):
                     yield rank, _Place(ref, key, parallel.share(ref.slot, self._spec, rank, self._padded), *stack)
 
-    def _extra_state(self, pp: int) -> Iterator[str]:
+    def _extra_state(self, stage: int) -> Iterator[str]:
         parallel, impl = self._parallel, self._options.impl
-        before = sum(parallel.stages[:pp])
+        before = sum(parallel.stages[:stage])
         experts = self._spec.num_experts // parallel.ep
-        for layer in range(parallel.stages[pp]):
+        for layer in range(parallel.stages[stage]):
             for module in extra_state(impl, self._expert_layout, self._spec, before + layer, experts):
                 yield f"{module.format(layer=layer)}.{EXTRA_STATE_SUFFIX}"
-        if pp == parallel.pp - 1:
+        if stage == len(parallel.stages) - 1:
             yield from (f"{module}.{EXTRA_STATE_SUFFIX}" for module in LAST_EXTRA_STATE[impl])
 
     def _summary(self) -> str:
@@ -333,7 +347,8 @@ class MegatronTarget:
 
 def _sizes(parallel: Parallel) -> str:
     experts = f", ep={parallel.ep}, etp={parallel.etp}" if parallel.ep > 1 or parallel.etp != parallel.tp else ""
-    return f"tp={parallel.tp}, pp={parallel.pp}{experts}"
+    virtual = f", vpp={parallel.vpp}" if parallel.vpp > 1 else ""
+    return f"tp={parallel.tp}, pp={parallel.pp}{virtual}{experts}"
 
 
 def _resolve_padding(share: Cut, vocab: int) -> RowMap:

@@ -40,7 +40,7 @@ FileSystemWriterAsync.write_preloaded_data_multiproc = staticmethod(_write_in_th
 filesystem_async._get_write_results_queue = queue.Queue
 
 
-def save(model: torch.nn.Module, directory: Path, args: Namespace, metadata: dict[str, Any]) -> None:
+def save(models: list[torch.nn.Module], directory: Path, args: Namespace, metadata: dict[str, Any]) -> None:
     """As Megatron-LM's `save_checkpoint` with `--ckpt-format torch_dist`; `metadata` says how keys are laid out.
 
     Parameters are stored in `args.params_dtype`; an optimizer's entries, with its names, in float32.
@@ -50,8 +50,9 @@ def save(model: torch.nn.Module, directory: Path, args: Namespace, metadata: dic
     dist.barrier()
     args = copy.copy(args)
     args.ckpt_format = "torch_dist"
-    sharded = model.sharded_state_dict(metadata={**metadata, "dp_cp_group": _data_parallel()})
-    for key, value in sharded.items():
+    sharded = _sharded(models, metadata)
+    entries = [(f"{name}.{key}", value) for name, state in sharded.items() for key, value in state.items()]
+    for key, value in entries:
         if isinstance(value, (ShardedTensor, ShardedTensorFactory)):
             value.data = value.data.detach().to(checkpoint.stored_dtype(key, args.params_dtype))
         if isinstance(value, ShardedTensor):
@@ -62,19 +63,19 @@ def save(model: torch.nn.Module, directory: Path, args: Namespace, metadata: dic
         "iteration": args.iteration,
         "num_floating_point_operations_so_far": 0,
         "opt_param_scheduler": {"num_steps": 8},
-        "model": sharded,
-        "optimizer": {key: _moment(value) for key, value in sharded.items() if isinstance(value, ShardedTensor)},
+        **sharded,
+        "optimizer": {key: _moment(value) for key, value in entries if isinstance(value, ShardedTensor)},
     }
     dist_checkpointing.save(state, str(directory), content_metadata=metadata)
 
 
-def load(model: torch.nn.Module, directory: Path) -> str | None:
+def load(models: list[torch.nn.Module], directory: Path) -> str | None:
     """Load this rank's part as Megatron-LM does; what is missing, surplus or misshapen, or None.
 
     Megatron-LM ignores surplus keys; here only surplus `_extra_state` is allowed.
     """
     metadata = dist_checkpointing.load_content_metadata(str(directory)) or {}
-    sharded = {"model": model.sharded_state_dict(metadata={**metadata, "dp_cp_group": _data_parallel()})}
+    sharded = _sharded(models, metadata)
     try:
         # megatron-core calls "missing" what the checkpoint has and the model does not ask for.
         state, surplus, absent = dist_checkpointing.load(sharded, str(directory), strict="return_all")
@@ -84,8 +85,16 @@ def load(model: torch.nn.Module, directory: Path) -> str | None:
     except (RuntimeError, ValueError, KeyError, dist_checkpointing.core.CheckpointingException) as error:
         return f"{directory}: {error}"
     # Transformer Engine's own attention does not miss its `_extra_state`, which megatron-core (0.15 on) no longer saves.
-    attention = {key: None for key in model.state_dict() if key.endswith("core_attention._extra_state")}
-    return megatron.load(model, {**attention, **state["model"]}, str(directory))
+    faults = []
+    for name, model in checkpoint.named_models(models).items():
+        attention = {key: None for key in model.state_dict() if key.endswith("core_attention._extra_state")}
+        faults.append(megatron.load(model, {**attention, **state[name]}, f"{directory}: {name}"))
+    return "\n".join(filter(None, faults)) or None
+
+
+def _sharded(models: list[torch.nn.Module], metadata: dict[str, Any]) -> dict[str, Any]:
+    said = {**metadata, "dp_cp_group": _data_parallel()}
+    return {name: model.sharded_state_dict(metadata=said) for name, model in checkpoint.named_models(models).items()}
 
 
 def args_of(directory: Path, sizes: dict[str, int]) -> Namespace:
