@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .endpoints.base import Source
-from .endpoints.megatron_target import DEFAULT_DIVISOR, TRACKER
+from .endpoints.megatron_checkpoint import DEFAULT_DIVISOR, TRACKER
 from .formats import MEGATRON
 from .margs_json import inheritable
 from .megatron_args import (

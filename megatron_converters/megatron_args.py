@@ -308,7 +308,9 @@ RUN_DEFAULTS: dict[str, Any] = {
 }
 
 
-def layout_args(parallel: Parallel, padded_vocab: int, divisor: int, impl: str) -> dict[str, Any]:
+def layout_args(
+    parallel: Parallel, padded_vocab: int, divisor: int, impl: str, ckpt_format: str = "torch"
+) -> dict[str, Any]:
     """The attributes that say how the checkpoint is cut. Expert sizes are those of a dense model."""
     split = parallel.split
     return {
@@ -332,8 +334,8 @@ def layout_args(parallel: Parallel, padded_vocab: int, divisor: int, impl: str) 
         "padded_vocab_size": padded_vocab,
         "make_vocab_size_divisible_by": divisor,
         "transformer_impl": impl,
-        "ckpt_format": "torch",
-        "use_dist_ckpt": False,
+        "ckpt_format": ckpt_format,
+        "use_dist_ckpt": ckpt_format != "torch",
         "use_distributed_optimizer": False,
         "no_save_optim": True,
         "no_save_rng": True,

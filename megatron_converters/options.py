@@ -12,8 +12,9 @@ from . import capacity_bins
 from .endpoints.base import Origin, Source
 from .endpoints.hf_source import HFSource
 from .endpoints.hf_target import FUSED, SEPARATE, HFOptions, HFTarget
+from .endpoints.megatron_checkpoint import MegatronOptions
 from .endpoints.megatron_common import MegatronReadOptions
-from .endpoints.megatron_target import MegatronOptions, MegatronTarget
+from .endpoints.megatron_target import MegatronTarget
 from .endpoints.meta_source import MetaSource
 from .endpoints.open_megatron import open_megatron
 from .errors import UsageError

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
+from .endpoints.megatron_checkpoint import TRACKER
 from .endpoints.megatron_common import checkpoint_directory
-from .endpoints.megatron_target import TRACKER
 from .errors import ConversionError
 from .execute import default_lanes
 from .journal import MANIFEST, read_manifest

@@ -13,8 +13,9 @@ from megatron_converters.dtypes import DType
 from megatron_converters.endpoints.base import Source, Target
 from megatron_converters.endpoints.hf_source import HFSource
 from megatron_converters.endpoints.hf_target import HFOptions, HFTarget
+from megatron_converters.endpoints.megatron_checkpoint import MegatronOptions
 from megatron_converters.endpoints.megatron_common import MegatronReadOptions
-from megatron_converters.endpoints.megatron_target import MegatronOptions, MegatronTarget
+from megatron_converters.endpoints.megatron_target import MegatronTarget
 from megatron_converters.endpoints.open_megatron import open_megatron
 from megatron_converters.progress import Silent
 

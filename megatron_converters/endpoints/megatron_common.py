@@ -20,7 +20,7 @@ from ..spec import ModelSpec
 from ..storage import dcp
 from ..storage.unpickle import StandIn
 from .base import Origin
-from .megatron_target import TRACKER
+from .megatron_checkpoint import TRACKER
 
 #: What a distributed checkpoint says of its format (core/dist_checkpointing/core.py).
 FORMAT_FILE = "metadata.json"
