@@ -124,6 +124,22 @@ def capacity_bins_key(layer: int, name: str) -> str:
     return _CAPACITY_BINS.format(layer=layer, name=name)
 
 
+def distributed_extra_state(spec: ModelSpec, layer: int) -> Iterator[str]:
+    """Modules of a layer whose `_extra_state` some release of megatron-core or the other asks a distributed checkpoint for,
+    `{layer}` left open; surplus ones are ignored. Those of experts are under `DISTRIBUTED_EXPERTS`.
+    """
+    yield from (*_TE_ATTENTION, *_ATTENTION_LINEARS)
+    if spec.qk_norm:
+        yield from _TE_QK_NORMS
+    if not spec.is_moe(layer):
+        yield from _MLP_LINEARS
+        return
+    yield _LAYER + "pre_mlp_layernorm"
+    if spec.shared_ffn_hidden_size:
+        yield from _SHARED_LINEARS
+    yield from (_LAYER + DISTRIBUTED_EXPERTS + linear for linear in ("linear_fc1", "linear_fc2"))
+
+
 #: Modules of the last stage that own one.
 LAST_EXTRA_STATE = {"local": ("output_layer",), "transformer_engine": ("decoder.final_layernorm", "output_layer")}
 _CAPACITY_BINS = _MLP + "router.capacity_bins.{name}"

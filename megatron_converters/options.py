@@ -12,11 +12,12 @@ from . import capacity_bins
 from .endpoints.base import Origin, Source
 from .endpoints.hf_source import HFSource
 from .endpoints.hf_target import FUSED, SEPARATE, HFOptions, HFTarget
-from .endpoints.megatron_checkpoint import MegatronOptions
+from .endpoints.megatron_checkpoint import CheckpointTarget, MegatronOptions
 from .endpoints.megatron_common import MegatronReadOptions
 from .endpoints.megatron_target import MegatronTarget
 from .endpoints.meta_source import MetaSource
 from .endpoints.open_megatron import open_megatron
+from .endpoints.torch_dist_target import TorchDistTarget
 from .errors import UsageError
 from .hf_config import read_json
 from .margs_json import margs_from_json
@@ -296,6 +297,13 @@ def add_megatron_target_arguments(parser: Any) -> None:
         default=None,
         help="Every stage spelled out as in Megatron-LM, such as 'Et*3|(tt|)*6,L'.",
     )
+    add_argument(
+        parser,
+        "--ckpt-format",
+        choices=sorted(_CHECKPOINTS),
+        default="torch",
+        help="Format of the checkpoint: a file for each rank (torch, the default), or chunks that any sizes load (torch_dist).",
+    )
     add_argument(parser, "--release", action="store_true", help="Write a release directory instead of iter_0000001.")
     add_argument(
         parser,
@@ -337,7 +345,10 @@ def _expert_layout(args: argparse.Namespace, layouts: Collection[str], format_na
     return layout
 
 
-def open_megatron_target(args: argparse.Namespace) -> MegatronTarget:
+_CHECKPOINTS: dict[str, type[CheckpointTarget]] = {kind.format: kind for kind in (MegatronTarget, TorchDistTarget)}
+
+
+def open_megatron_target(args: argparse.Namespace) -> CheckpointTarget:
     """The checkpoint to write in --save-dir."""
     split = PipelineSplit(
         args.decoder_first_pipeline_num_layers,
@@ -363,7 +374,7 @@ def open_megatron_target(args: argparse.Namespace) -> MegatronTarget:
         load_capacity_bins=args.load_capacity_bins,
         tokenizer=getattr(args, "tokenizer_model", None),
     )
-    return MegatronTarget(Path(args.save_dir), options)
+    return _CHECKPOINTS[args.ckpt_format](Path(args.save_dir), options)
 
 
 def add_hf_target_arguments(parser: Any) -> None:

@@ -118,11 +118,18 @@ def homes(ref: Ref, spec: ModelSpec, parallel: Parallel) -> Iterator[tuple[int, 
 
 
 def parallel_for(
-    spec: ModelSpec, tp: int, pp: int, split: PipelineSplit = EVEN, ep: int = 1, etp: int | None = None
+    spec: ModelSpec,
+    tp: int,
+    pp: int,
+    split: PipelineSplit = EVEN,
+    ep: int = 1,
+    etp: int | None = None,
+    *,
+    directories: bool = True,
 ) -> Parallel:
     """Check that these sizes can cut this model and say how; the error names the sizes that can.
 
-    `etp` is `tp` where it is None.
+    `etp` is `tp` where it is None. `directories` says that each rank needs an `mp_rank_*` directory of its own.
     """
     if tp < 1 or pp < 1:
         raise ConversionError(f"tensor- and pipeline-parallel sizes must be at least 1, not {tp} and {pp}")
@@ -140,10 +147,10 @@ def parallel_for(
         if etp not in (None, 1, tp):
             raise UsageError(f"--target-expert-tensor-parallel-size {etp}: a dense model has no experts to cut; use 1")
         return Parallel(tp, stages, split, etp=tp, vpp=vpp)
-    return _with_experts(spec, Parallel(tp, stages, split, ep, tp if etp is None else etp, vpp))
+    return _with_experts(spec, Parallel(tp, stages, split, ep, tp if etp is None else etp, vpp), directories)
 
 
-def _with_experts(spec: ModelSpec, parallel: Parallel) -> Parallel:
+def _with_experts(spec: ModelSpec, parallel: Parallel, directories: bool) -> Parallel:
     experts, ep, etp = spec.num_experts, parallel.ep, parallel.etp
     if ep < 1 or etp < 1 or experts % ep:
         fitting = [size for size in range(1, experts + 1) if experts % size == 0]
@@ -152,7 +159,7 @@ def _with_experts(spec: ModelSpec, parallel: Parallel) -> Parallel:
         raise ConversionError(f"experts with an MLP of {spec.moe_ffn_hidden_size} cannot be cut over etp={etp}")
     if spec.shared_ffn_hidden_size % parallel.tp:
         raise ConversionError(f"shared experts of {spec.shared_ffn_hidden_size} cannot be cut over tp={parallel.tp}")
-    if not _own_directories(parallel):
+    if directories and not _own_directories(parallel):
         raise ConversionError(
             f"tp={parallel.tp} and ep={ep} with etp={etp}: several ranks would share one mp_rank_* directory, whose name has "
             "no expert-tensor number; use an etp that divides tp"
@@ -225,6 +232,20 @@ def cut(slot: Slot, spec: ModelSpec, tp: int, rank: int, padded: int) -> Cut:
 @lru_cache(maxsize=256)
 def _all_rows(rows: int) -> RowMap:
     return interned(np.arange(rows, dtype=np.int64))
+
+
+@lru_cache(maxsize=4096)
+def boxes(slot: Slot, spec: ModelSpec, ways: int, index: int, padded: int) -> tuple[tuple[int, int, int, int], ...]:
+    """A rank's share as boxes of the whole tensor, padding included: first row, rows, first column, columns of each."""
+    rows, cols = slot.matrix(spec)
+    if slot.shard is Shard.ROW:
+        width = _share(slot, cols, ways)
+        return ((0, rows, index * width, width),)
+    if slot.shard is Shard.REPLICATED:
+        return ((0, rows, 0, cols),)
+    block = _share(slot, padded if slot.vocab else rows, slot.blocks)
+    share = _share(slot, block, ways)
+    return tuple((number * block + index * share, share, 0, cols) for number in range(slot.blocks))
 
 
 def _share(slot: Slot, size: int, ways: int) -> int:

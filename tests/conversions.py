@@ -17,6 +17,7 @@ from megatron_converters.endpoints.megatron_checkpoint import MegatronOptions
 from megatron_converters.endpoints.megatron_common import MegatronReadOptions
 from megatron_converters.endpoints.megatron_target import MegatronTarget
 from megatron_converters.endpoints.open_megatron import open_megatron
+from megatron_converters.endpoints.torch_dist_target import TorchDistTarget
 from megatron_converters.progress import Silent
 
 
@@ -28,6 +29,12 @@ def run(source: Source, target: Target, dtype: DType | None = None) -> list[str]
 def hf_to_megatron(source: Path, target: Path, **options: Any) -> Path:
     """`options` are those of MegatronOptions."""
     run(HFSource(source), MegatronTarget(target, MegatronOptions(**options)))
+    return target
+
+
+def hf_to_torch_dist(source: Path, target: Path, **options: Any) -> Path:
+    """`options` are those of MegatronOptions."""
+    run(HFSource(source), TorchDistTarget(target, MegatronOptions(**options)))
     return target
 
 

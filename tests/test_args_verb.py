@@ -95,6 +95,7 @@ STOCK: dict[str, tuple[str, Any, Any]] = {
     "--expert-tensor-parallel-size": ("expert_tensor_parallel_size", int, None),
     "--make-vocab-size-divisible-by": ("make_vocab_size_divisible_by", int, 128),
     "--padded-vocab-size": ("padded_vocab_size", int, None),
+    "--ckpt-format": ("ckpt_format", str, "torch_dist"),
     "--tokenizer-type": ("tokenizer_type", str, None),
     "--tokenizer-model": ("tokenizer_model", str, None),
     "--load": ("load", str, None),

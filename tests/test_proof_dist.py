@@ -1,16 +1,19 @@
-"""The proof for distributed checkpoints: what the real megatron-core saves comes back to Hugging Face bit by bit."""
+"""The proof for distributed checkpoints: what the real megatron-core saves comes back to Hugging Face bit by bit, and what we
+write it loads at any sizes and computes what transformers computes."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tests.conversions import different, hf_tensors, megatron_to_hf
+from tests.conversions import different, hf_tensors, hf_to_torch_dist, megatron_to_hf
 from tests.oracle.args import megatron_args
-from tests.oracle.hf import hf_logits, sample_tokens
+from tests.oracle.hf import FAMILIES, MOE_FAMILIES, hf_logits, make_model, sample_tokens
 from tests.oracle.pool import MegatronPool, write_checkpoint, write_distributed
 
 TOKENS = sample_tokens()
@@ -105,3 +108,77 @@ def test_experts_of_real_megatron_to_hf(
 def test_experts_with_keys_of_their_own(megatron_pool: MegatronPool, tmp_path: Path, grouped: bool) -> None:
     args = moe_args((2, 1, 2, 2), transformer_impl="transformer_engine", moe_grouped_gemm=grouped)
     check(megatron_pool, tmp_path, args, singleton_local_shards=True)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, torch.Tensor]]:
+    """A family's tiny model and the logits that transformers computes from it."""
+
+    @cache
+    def make(family: str) -> tuple[Path, torch.Tensor]:
+        folder = make_model(family, tmp_path_factory.mktemp("models") / family)
+        return folder, hf_logits(folder, TOKENS)
+
+    return make
+
+
+Models = Callable[[str], tuple[Path, torch.Tensor]]
+#: Sizes that the chunks are cut for, and sizes at which megatron-core loads them.
+CUTS = (
+    ({}, ({"tp": 2, "pp": 2}, {"pp": 4})),
+    ({"tp": 4, "pp": 1}, ({"tp": 2, "pp": 2},)),
+    ({"tp": 2, "pp": 2}, ({"tp": 4}, {})),
+)
+
+
+def check_loads(
+    pool: MegatronPool, root: Path, wanted: torch.Tensor, impl: str, sizes: Iterable[dict[str, int]]
+) -> None:
+    for at in sizes:
+        whole = {"tp": 1, "pp": 1, "ep": 1, "etp": 1, **at}
+        got = pool.distributed_logits(root, TOKENS, impl=impl, **whole)[..., :VOCABULARY]
+        assert float((got - wanted).abs().max()) < TOLERANCE, at
+
+
+@pytest.mark.parametrize("impl", ["local", "transformer_engine"])
+@pytest.mark.parametrize(("cut", "sizes"), CUTS, ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_megatron_loads_what_we_write(
+    megatron_pool: MegatronPool,
+    models: Models,
+    tmp_path: Path,
+    family: str,
+    cut: dict[str, int],
+    sizes: tuple[dict[str, int], ...],
+    impl: str,
+) -> None:
+    folder, wanted = models(family)
+    root = hf_to_torch_dist(folder, tmp_path / "torch_dist", impl=impl, **cut)
+    check_loads(megatron_pool, root, wanted, impl, sizes)
+    assert different(hf_tensors(folder), hf_tensors(megatron_to_hf(root, tmp_path / "hf"))) == []
+
+
+MOE_CUTS = (
+    ({}, ({"tp": 2, "ep": 2, "etp": 1}, {"pp": 2, "ep": 2})),
+    ({"tp": 2, "ep": 2, "etp": 2}, ({"tp": 2, "pp": 2, "etp": 2}, {"ep": 4})),
+    ({"tp": 1, "pp": 2, "ep": 2, "etp": 2}, ({"tp": 2, "ep": 2, "etp": 2},)),
+)
+
+
+@pytest.mark.parametrize(("impl", "layout"), [("transformer_engine", "grouped"), ("local", "sequential")])
+@pytest.mark.parametrize(("cut", "sizes"), MOE_CUTS, ids=str)
+@pytest.mark.parametrize("family", [family for family in MOE_FAMILIES if family != "olmoe"])
+def test_megatron_loads_experts_that_we_write(
+    megatron_pool: MegatronPool,
+    models: Models,
+    tmp_path: Path,
+    family: str,
+    cut: dict[str, int],
+    sizes: tuple[dict[str, int], ...],
+    impl: str,
+    layout: str,
+) -> None:
+    folder, wanted = models(family)
+    root = hf_to_torch_dist(folder, tmp_path / "torch_dist", impl=impl, expert_layout=layout, **cut)
+    check_loads(megatron_pool, root, wanted, impl, sizes)
+    assert different(hf_tensors(folder), hf_tensors(megatron_to_hf(root, tmp_path / "hf"))) == []

@@ -74,6 +74,8 @@ class CheckpointTarget(ABC):
 
     #: Megatron-LM's name of the format (`--ckpt-format`).
     format: ClassVar[str]
+    #: Whether each rank has an `mp_rank_*` directory of its own.
+    directories: ClassVar[bool] = True
 
     def __init__(self, save_dir: Path, options: MegatronOptions) -> None:
         self.save_dir = save_dir
@@ -198,7 +200,7 @@ class CheckpointTarget(ABC):
         keeps_stages = source is not None and pp == source.pp and options.split == EVEN
         split = source.split if source is not None and keeps_stages else options.split
         etp = options.etp or (kept_etp(source, tp, ep) if self._spec.num_experts else None)
-        return parallel_for(self._spec, tp, pp, split, ep, etp)
+        return parallel_for(self._spec, tp, pp, split, ep, etp, directories=self.directories)
 
     def _choose_divisor(self) -> int:
         inherited = getattr(self._origin.margs, "make_vocab_size_divisible_by", None)

@@ -271,6 +271,6 @@ def _sizes(args: argparse.Namespace, spec: ModelSpec, where: Path) -> tuple[Para
         return None, []
     try:
         sizes = parallel_of(args, where)
-        return parallel_for(spec, sizes.tp, sizes.pp, sizes.split, sizes.ep, sizes.etp), []
+        return parallel_for(spec, sizes.tp, sizes.pp, sizes.split, sizes.ep, sizes.etp, directories=False), []
     except ConversionError as error:
         return None, [f"the parallel sizes that it was written at are not taken over: {error}"]

@@ -39,6 +39,11 @@ class Layout:
         return OutputFile(path, self)
 
 
+def fixed(content: bytes) -> Layout:
+    """A file without tensors."""
+    return Layout(len(content), {}, lambda _: [(0, content)])
+
+
 @dataclass
 class _Part:
     """A stretch of a tensor, `start` counting from the tensor's first byte."""
