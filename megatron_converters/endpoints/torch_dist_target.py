@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -28,7 +29,7 @@ from ..parallel import boxes, homes
 from ..slots import Ref, refs
 from ..storage import dcp, dcp_layout, torch_zip
 from ..storage.dcp_layout import NewChunk, NewObject, Placed
-from ..storage.output import Layout, fixed
+from ..storage.output import Layout
 from ..storage.tensor import StoredTensor
 from .megatron_checkpoint import CheckpointTarget, sizes
 from .megatron_common import FORMAT_FILE
@@ -64,10 +65,6 @@ class TorchDistTarget(CheckpointTarget):
     directories = False
 
     def _lay_out(self) -> tuple[dict[str, Layout], dict[str, dict[str, StoredTensor]]]:
-        if self._options.load_capacity_bins or self._expert_layout == "dynamic":
-            raise UsageError(
-                "Habana's experts and capacity bins have no place in a torch_dist checkpoint; use --ckpt-format torch"
-            )
         ranks = (rank for stage in range(self._parallel.pp) for rank in self._parallel.ranks(stage))
         self._numbers = {rank: number for number, rank in enumerate(ranks)}
         self._stacked = len({self._spec.is_moe(layer) for layer in range(self._spec.num_layers)}) == 1
@@ -82,9 +79,19 @@ class TorchDistTarget(CheckpointTarget):
         self._chunks = [entry.item for entry in placed if isinstance(entry.item, NewChunk)]
         common = {**self._tree({}), "content_metadata": dict(_CONTENT)}
         files[COMMON_FILE] = torch_zip.layout(COMMON_FILE, common)
-        files[FORMAT_FILE] = fixed(json.dumps(_FORMAT).encode())
         files[dcp.METADATA] = dcp_layout.index(placed)
         return files, {}
+
+    def _choose_bins(self) -> None:
+        if self._options.load_capacity_bins or self._expert_layout == "dynamic":
+            raise UsageError(
+                "Habana's experts and capacity bins have no place in a torch_dist checkpoint; use --ckpt-format torch"
+            )
+
+    def assets(self, folder: Path) -> None:
+        """Write the flags that training needs, and the name of the format."""
+        super().assets(folder)
+        (folder / FORMAT_FILE).write_text(json.dumps(_FORMAT), encoding="utf-8")
 
     def fills(self, ref: Ref) -> Iterator[Fill]:
         """The slot's chunks."""

@@ -73,9 +73,12 @@ def lay_out(file: str, items: Sequence[NewChunk | NewObject]) -> tuple[Layout, l
         end = start + archive.nbytes
 
     def finish(crcs: Mapping[str, int]) -> Pieces:
+        end = 0
         for start, archive, name in parts:
+            yield end, bytes(start - end)
             for offset, data in archive.finish({} if name is None else {_ARCHIVE: crcs[name]}):
                 yield start + offset, data
+            end = start + archive.nbytes
 
     return Layout(end, regions, finish), placed
 
