@@ -15,15 +15,16 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from megatron_converters.capacity_bins import CapacityBins
-from megatron_converters.dtypes import dtype_named
+from megatron_converters.dtypes import DType, dtype_named
 from megatron_converters.endpoints import torch_dist_target
 from megatron_converters.endpoints.hf_source import HFSource
 from megatron_converters.endpoints.megatron_checkpoint import MegatronOptions
 from megatron_converters.endpoints.open_megatron import open_megatron
 from megatron_converters.endpoints.torch_dist_target import TorchDistTarget
-from megatron_converters.errors import UsageError
+from megatron_converters.errors import ConversionError, UsageError
 from megatron_converters.output_check import check_output
 from megatron_converters.progress import Silent
+from megatron_converters.slots import Ref
 from megatron_converters.storage import dcp, torch_zip
 from tests.conversions import different, hf_tensors, hf_to_megatron, hf_to_torch_dist, megatron_to_hf, reshard, run
 from tests.helpers import TRACKER, convert, convert_back, succeeded, verb
@@ -192,6 +193,18 @@ def test_what_is_habana_s_has_no_place(hf_model: HFModel, tmp_path: Path, option
         run(source, TorchDistTarget(tmp_path / "a", MegatronOptions(**options)))
 
 
+def test_layers_of_different_dtypes_cannot_be_one_tensor(hf_model: HFModel, tmp_path: Path) -> None:
+    source = HFSource(hf_model("llama3"))
+
+    def dtype_of(ref: Ref) -> DType:
+        return dtype_named("bfloat16" if str(ref) == "layer 2 input_norm" else "float32")
+
+    with pytest.raises(
+        ConversionError, match=r"layer 2 input_norm is bfloat16, but others in decoder\.layers\..* are float32"
+    ):
+        TorchDistTarget(tmp_path / "a", MegatronOptions()).prepare(source.spec, source.origin, dtype_of)
+
+
 def test_torch_s_own_tool_turns_it_into_one_file(hf_model: HFModel, tmp_path: Path) -> None:
     root = hf_to_torch_dist(hf_model("llama2"), tmp_path / "a", tp=2)
     dcp_to_torch_save(root / ITERATION, tmp_path / "one.pt")
@@ -199,8 +212,7 @@ def test_torch_s_own_tool_turns_it_into_one_file(hf_model: HFModel, tmp_path: Pa
     assert content["decoder.layers.mlp.linear_fc2.weight"].shape == (4, 64, 112)
 
 
-def test_a_model_without_a_source_on_disk(hf_model: HFModel, tmp_path: Path) -> None:
-    """Chunks of a stack are contiguous runs of the sources, so that the index needs no more than a name for each."""
+def test_preparing_touches_nothing(hf_model: HFModel, tmp_path: Path) -> None:
     target = TorchDistTarget(tmp_path, MegatronOptions(tp=2))
     source = HFSource(hf_model("llama3"))
     outline = target.prepare(source.spec, source.origin, source.dtype_of)

@@ -109,6 +109,7 @@ class TorchDistSource:
             common.get("iteration"),
             parallel=parallel,
             notes=notes,
+            ignored=[f"{key} (training state)" for key in self._index.tensors if _TRAINING.match(key)],
             identity=identity_of(self._dir, [self._dir / COMMON_FILE, self._dir / dcp.METADATA, *self._index.files]),
         )
 

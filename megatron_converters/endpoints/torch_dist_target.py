@@ -15,7 +15,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..errors import UsageError
+from ..dtypes import DType
+from ..errors import ConversionError, UsageError
 from ..layouts import RowMap, interned
 from ..megatron_names import (
     DISTRIBUTED,
@@ -106,9 +107,15 @@ class TorchDistTarget(CheckpointTarget):
     def _items(self) -> dict[int, list[NewChunk | NewObject]]:
         """What each rank writes."""
         items: dict[int, list[NewChunk | NewObject]] = {}
+        dtypes: dict[str, DType] = {}
         for ref in refs(self._spec):
             for share in self._shares(ref):
-                items.setdefault(share.rank, []).append(share.chunk)
+                chunk = share.chunk
+                items.setdefault(share.rank, []).append(chunk)
+                if dtypes.setdefault(chunk.key, chunk.dtype) != chunk.dtype:
+                    raise ConversionError(
+                        f"{ref} is {chunk.dtype}, but others in {chunk.key} are {dtypes[chunk.key]}; give one dtype"
+                    )
         stages = self._parallel.stages
         for layer in range(self._spec.num_layers):
             objects = items.setdefault(self._writer(self._parallel.place(layer)[0]), [])

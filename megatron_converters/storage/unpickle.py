@@ -12,7 +12,8 @@ import argparse
 import io
 import pickle
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 import numpy as np
@@ -61,6 +62,9 @@ class _SealedType(type):
         raise pickle.UnpicklingError(f"it alters the class {cls.__name__}")
 
 
+_NOTHING: Mapping[str, Any] = MappingProxyType({})
+
+
 class StandIn(metaclass=_SealedType):
     """An object whose class is unknown here: what the pickle says of it, and nothing of its behaviour."""
 
@@ -71,15 +75,15 @@ class StandIn(metaclass=_SealedType):
     def __new__(cls, *args: Any, **kwargs: Any) -> StandIn:
         self = super().__new__(cls)
         self.args = args
-        self.kwargs = kwargs
+        self.kwargs = kwargs or _NOTHING  # an index of a distributed checkpoint holds a million of these objects
         self.state = None
-        self.items = []
+        self.items = ()
         return self
 
     args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+    kwargs: Mapping[str, Any]
     state: Any
-    items: list[Any]
+    items: Sequence[Any]
 
     @property
     def value(self) -> Any:
@@ -90,10 +94,12 @@ class StandIn(metaclass=_SealedType):
         self.state = state
 
     def __setitem__(self, key: Any, value: Any) -> None:
-        self.items.append((key, value))
+        self.append((key, value))
 
     def append(self, value: Any) -> None:
         """Take an element of a list-like object."""
+        if not isinstance(self.items, list):
+            self.items = []
         self.items.append(value)
 
     def __repr__(self) -> str:
