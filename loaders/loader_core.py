@@ -1,4 +1,4 @@
-"""Loader plugin: Megatron-LM checkpoints of the torch format, at any tensor- and pipeline-parallel size."""
+"""Loader plugin: Megatron-LM checkpoints of the torch and torch_dist formats, at any parallel sizes."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .endpoints.base import Source
-from .endpoints.megatron_target import DEFAULT_DIVISOR, TRACKER
+from .endpoints.megatron_checkpoint import DEFAULT_DIVISOR, TRACKER
 from .formats import MEGATRON
 from .margs_json import inheritable
 from .megatron_args import (
@@ -65,7 +65,8 @@ def arguments(found: Survey, source: Source, folder: Path) -> tuple[dict[str, An
 
 def _layout(found: Survey, parallel: Parallel, own: Mapping[str, Any]) -> dict[str, Any]:
     impl = found.names or own.get("transformer_impl") or "transformer_engine"
-    layout = layout_args(parallel, found.padded_vocab, _divisor(found, parallel, own), impl)
+    ckpt_format = "torch_dist" if own.get("ckpt_format") == "torch_dist" else "torch"
+    layout = layout_args(parallel, found.padded_vocab, _divisor(found, parallel, own), impl, ckpt_format)
     return {**layout, **{name: bool(own.get(name)) for name in ("no_save_optim", "no_save_rng")}}
 
 

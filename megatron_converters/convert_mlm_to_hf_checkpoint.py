@@ -20,10 +20,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         dtype = dtype_named(args.target_params_dtype) if args.target_params_dtype else None
         source = open_checkpoint(args)
-        say(
-            args,
-            f"loading {source.origin.described} ({source.spec.family}, tp={source.parallel.tp}, pp={source.parallel.pp})",
-        )
+        parallel = source.origin.parallel
+        sizes = "" if parallel is None else f", tp={parallel.tp}, pp={parallel.pp}"
+        say(args, f"loading {source.origin.described} ({source.spec.family}{sizes})")
         for line in convert(source, open_hf_target(args), dtype, make_progress(args.quiet), restart=args.restart):
             say(args, line)
     except ConversionError as error:
@@ -35,12 +34,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="convert_mlm_to_hf_checkpoint.py",
-        description="Convert a Megatron-LM checkpoint of any tensor- and pipeline-parallel size to Hugging Face format.",
+        description="Convert a Megatron-LM checkpoint, torch or torch_dist, of any parallel sizes to Hugging Face format.",
         allow_abbrev=False,
         conflict_handler="resolve",
     )
     parser.add_argument(
-        "--load-path", dest="load_dir", required=True, help="Folder that holds iter_* or the mp_rank_* folders."
+        "--load-path", dest="load_dir", required=True, help="Folder that holds iter_*, or one of these."
     )
     parser.add_argument("--save-path", dest="save_dir", required=True, help="Folder to write to.")
     parser.add_argument(

@@ -12,7 +12,8 @@ from typing import Any
 from . import capacity_bins
 from .families import FAMILIES
 from .formats import HF, MEGATRON, META
-from .parallel import EVEN, Parallel
+from .parallel import Parallel
+from .pipeline import EVEN
 from .spec import ModelSpec, RopeScaling
 from .survey import Holding, Survey, count_parameters
 

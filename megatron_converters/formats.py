@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from .endpoints.base import Source
-from .endpoints.megatron_target import TRACKER
+from .endpoints.megatron_checkpoint import TRACKER
 from .errors import UsageError
 from .options import open_checkpoint, open_hf_source
 from .plugins import folder

@@ -308,16 +308,18 @@ RUN_DEFAULTS: dict[str, Any] = {
 }
 
 
-def layout_args(parallel: Parallel, padded_vocab: int, divisor: int, impl: str) -> dict[str, Any]:
+def layout_args(
+    parallel: Parallel, padded_vocab: int, divisor: int, impl: str, ckpt_format: str = "torch"
+) -> dict[str, Any]:
     """The attributes that say how the checkpoint is cut. Expert sizes are those of a dense model."""
     split = parallel.split
     return {
         "tensor_model_parallel_size": parallel.tp,
         "pipeline_model_parallel_size": parallel.pp,
         "transformer_pipeline_model_parallel_size": parallel.pp,
-        "virtual_pipeline_model_parallel_size": None,
-        "num_layers_per_virtual_pipeline_stage": None,
-        "pipeline_model_parallel_layout": None,
+        "virtual_pipeline_model_parallel_size": None if parallel.vpp == 1 else parallel.vpp,
+        **_virtual_args(parallel),
+        "pipeline_model_parallel_layout": split.layout,
         "context_parallel_size": 1,
         "expert_model_parallel_size": 1,
         "expert_tensor_parallel_size": parallel.tp,
@@ -332,12 +334,24 @@ def layout_args(parallel: Parallel, padded_vocab: int, divisor: int, impl: str) 
         "padded_vocab_size": padded_vocab,
         "make_vocab_size_divisible_by": divisor,
         "transformer_impl": impl,
-        "ckpt_format": "torch",
-        "use_dist_ckpt": False,
+        "ckpt_format": ckpt_format,
+        "use_dist_ckpt": ckpt_format != "torch",
         "use_distributed_optimizer": False,
         "no_save_optim": True,
         "no_save_rng": True,
     }
+
+
+def _virtual_args(parallel: Parallel) -> dict[str, Any]:
+    """How a user says the number of virtual stages: by their layers, or itself where ranks hold different numbers of layers."""
+    said = {"num_layers_per_virtual_pipeline_stage": None, "num_virtual_stages_per_pipeline_rank": None}
+    split = parallel.split
+    if parallel.vpp == 1 or split.layout is not None:
+        return said
+    if split.first is not None or split.last is not None:
+        return {**said, "num_virtual_stages_per_pipeline_rank": parallel.vpp}
+    layers = sum(parallel.stages) + split.embedding + split.loss
+    return {**said, "num_layers_per_virtual_pipeline_stage": layers // len(parallel.stages)}
 
 
 def plain_args(args: Mapping[str, Any]) -> dict[str, Any]:

@@ -66,6 +66,19 @@ EXPERTS = {
     STACKED: {"expert_fc1": _MLP + "experts.weight1", "expert_fc2": _MLP + "experts.weight2"},
 }
 
+#: Keys of distributed checkpoints, whichever implementation wrote them; "{layer}." is absent where layers are stacked.
+DISTRIBUTED = {
+    **TRANSFORMER_ENGINE,
+    "expert_fc1": _MLP + "experts.experts.linear_fc1.weight",
+    "expert_fc2": _MLP + "experts.experts.linear_fc2.weight",
+}
+#: The local implementation renames every layer's norm before the MLP as if the MLP were dense
+#: (`sharded_state_dict_keys_map` of `get_gpt_layer_local_spec`).
+DISTRIBUTED_LOCAL = {**DISTRIBUTED, "moe_norm": DISTRIBUTED["mlp_norm"]}
+#: Where each expert has keys of its own (`singleton_local_shards`), its number follows this; gate and up are apart then.
+DISTRIBUTED_EXPERTS = "mlp.experts.experts."
+GATE_AND_UP = ("_w", "_v")
+
 _ATTENTION_LINEARS = (_ATTENTION + "linear_proj", _ATTENTION + "linear_qkv")
 _MLP_LINEARS = (_MLP + "linear_fc1", _MLP + "linear_fc2")
 _SHARED_LINEARS = (_MLP + "shared_experts.linear_fc1", _MLP + "shared_experts.linear_fc2")
@@ -109,6 +122,22 @@ def extra_state(dialect: str, expert_layout: str, spec: ModelSpec, layer: int, e
 def capacity_bins_key(layer: int, name: str) -> str:
     """A capacity-bin buffer's key on its rank; `layer` counts there."""
     return _CAPACITY_BINS.format(layer=layer, name=name)
+
+
+def distributed_extra_state(spec: ModelSpec, layer: int) -> Iterator[str]:
+    """Modules of a layer whose `_extra_state` some release of megatron-core or the other asks a distributed checkpoint for,
+    `{layer}` left open; surplus ones are ignored. Those of experts are under `DISTRIBUTED_EXPERTS`.
+    """
+    yield from (*_TE_ATTENTION, *_ATTENTION_LINEARS)
+    if spec.qk_norm:
+        yield from _TE_QK_NORMS
+    if not spec.is_moe(layer):
+        yield from _MLP_LINEARS
+        return
+    yield _LAYER + "pre_mlp_layernorm"
+    if spec.shared_ffn_hidden_size:
+        yield from _SHARED_LINEARS
+    yield from (_LAYER + DISTRIBUTED_EXPERTS + linear for linear in ("linear_fc1", "linear_fc2"))
 
 
 #: Modules of the last stage that own one.

@@ -9,17 +9,20 @@ from pathlib import Path
 from typing import Any
 
 from . import capacity_bins
-from .endpoints.base import Origin
+from .endpoints.base import Origin, Source
 from .endpoints.hf_source import HFSource
 from .endpoints.hf_target import FUSED, SEPARATE, HFOptions, HFTarget
-from .endpoints.megatron_source import MegatronReadOptions, MegatronSource
-from .endpoints.megatron_target import MegatronOptions, MegatronTarget
+from .endpoints.megatron_checkpoint import CheckpointTarget, MegatronOptions
+from .endpoints.megatron_common import MegatronReadOptions
+from .endpoints.megatron_target import MegatronTarget
 from .endpoints.meta_source import MetaSource
+from .endpoints.open_megatron import open_megatron
+from .endpoints.torch_dist_target import TorchDistTarget
 from .errors import UsageError
 from .hf_config import read_json
 from .margs_json import margs_from_json
 from .megatron_names import EXPERTS
-from .parallel import PipelineSplit
+from .pipeline import PipelineSplit
 from .plugins import add_argument, folder
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
@@ -191,14 +194,14 @@ def add_core_loader_arguments(parser: Any) -> None:
     )
 
 
-def open_checkpoint(args: argparse.Namespace) -> MegatronSource:
-    """The checkpoint of --load-dir."""
+def open_checkpoint(args: argparse.Namespace) -> Source:
+    """The checkpoint of --load-dir, of whatever format."""
     reference = folder(args.hf_config) if args.hf_config is not None else None
     options = MegatronReadOptions(args.ckpt_dir_name, reference, args.true_vocab_size)
-    return MegatronSource(folder(args.load_dir), options)
+    return open_megatron(folder(args.load_dir), options)
 
 
-def open_core_loader(args: argparse.Namespace) -> MegatronSource:
+def open_core_loader(args: argparse.Namespace) -> Source:
     """The checkpoint of --load-dir, with what the loader's further options say."""
     if args.position_embedding_type == "learned_absolute":
         raise UsageError(
@@ -273,6 +276,34 @@ def add_megatron_target_arguments(parser: Any) -> None:
         parser, "--account-for-embedding-in-pipeline-split", action="store_true", help=counted.format("embedding")
     )
     add_argument(parser, "--account-for-loss-in-pipeline-split", action="store_true", help=counted.format("loss"))
+    virtual = "Several stages on each rank (interleaved pipeline): how many {}."
+    add_argument(
+        parser,
+        "--target-num-layers-per-virtual-pipeline-stage",
+        type=positive,
+        default=None,
+        help=virtual.format("layers each has"),
+    )
+    add_argument(
+        parser,
+        "--target-num-virtual-stages-per-pipeline-rank",
+        type=positive,
+        default=None,
+        help=virtual.format("they are"),
+    )
+    add_argument(
+        parser,
+        "--pipeline-model-parallel-layout",
+        default=None,
+        help="Every stage spelled out as in Megatron-LM, such as 'Et*3|(tt|)*6,L'.",
+    )
+    add_argument(
+        parser,
+        "--ckpt-format",
+        choices=sorted(_CHECKPOINTS),
+        default="torch",
+        help="Format of the checkpoint: a file for each rank (torch, the default), or chunks that any sizes load (torch_dist).",
+    )
     add_argument(parser, "--release", action="store_true", help="Write a release directory instead of iter_0000001.")
     add_argument(
         parser,
@@ -314,13 +345,19 @@ def _expert_layout(args: argparse.Namespace, layouts: Collection[str], format_na
     return layout
 
 
-def open_megatron_target(args: argparse.Namespace) -> MegatronTarget:
+_CHECKPOINTS: dict[str, type[CheckpointTarget]] = {kind.format: kind for kind in (MegatronTarget, TorchDistTarget)}
+
+
+def open_megatron_target(args: argparse.Namespace) -> CheckpointTarget:
     """The checkpoint to write in --save-dir."""
     split = PipelineSplit(
         args.decoder_first_pipeline_num_layers,
         args.decoder_last_pipeline_num_layers,
         args.account_for_embedding_in_pipeline_split,
         args.account_for_loss_in_pipeline_split,
+        args.target_num_virtual_stages_per_pipeline_rank,
+        args.target_num_layers_per_virtual_pipeline_stage,
+        args.pipeline_model_parallel_layout,
     )
     options = MegatronOptions(
         tp=args.target_tensor_parallel_size,
@@ -337,7 +374,7 @@ def open_megatron_target(args: argparse.Namespace) -> MegatronTarget:
         load_capacity_bins=args.load_capacity_bins,
         tokenizer=getattr(args, "tokenizer_model", None),
     )
-    return MegatronTarget(Path(args.save_dir), options)
+    return _CHECKPOINTS[args.ckpt_format](Path(args.save_dir), options)
 
 
 def add_hf_target_arguments(parser: Any) -> None:

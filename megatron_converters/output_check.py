@@ -7,14 +7,15 @@ read as its format says, to tell which tensors it lost, gained or moved.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from .endpoints.megatron_source import checkpoint_directory
-from .endpoints.megatron_target import TRACKER
+from .endpoints.megatron_checkpoint import TRACKER
+from .endpoints.megatron_common import checkpoint_directory
 from .errors import ConversionError
 from .execute import default_lanes
 from .journal import MANIFEST, read_manifest
@@ -22,6 +23,9 @@ from .progress import Progress
 from .storage import safetensors, torch_zip
 from .storage.checksum import blocks, digest, of_file
 from .storage.tensor import StoredTensor, contiguous_strides
+
+#: Entries of a rank's file that are models.
+_MODEL = re.compile(r"model\d*")
 
 
 @dataclass(frozen=True)
@@ -151,7 +155,8 @@ def _beside(folder: Path, recorded: Any) -> Iterator[Fault]:
 def _strangers(folder: Path, files: Iterable[_File]) -> list[str]:
     """Files that lie and end like those of the manifest, and are none of them: a reader would take them for parts of the model."""
     known = {file.name for file in files}
-    patterns = {"/".join(["*"] * (len(Path(name).parts) - 1) + [f"*{Path(name).suffix}"]) for name in known}
+    paths = [Path(name) for name in known if Path(name).suffix]
+    patterns = {"/".join(["*"] * (len(path.parts) - 1) + [f"*{path.suffix}"]) for path in paths}
     found = {path.relative_to(folder).as_posix() for pattern in patterns for path in folder.glob(pattern)}
     return sorted(found - known)
 
@@ -210,10 +215,16 @@ def _match(file: _File, found: Mapping[str, StoredTensor], faults: list[Fault]) 
 
 
 def _model_of_torch(path: str) -> Mapping[str, StoredTensor]:
+    """The tensors of a rank's models; those of virtual pipeline stages after the model's name, as the manifest has them."""
     content = torch_zip.read(path)
-    model = content.get("model") if isinstance(content, dict) else None
-    named = model if isinstance(model, Mapping) else {}
-    return {name: value for name, value in named.items() if isinstance(value, StoredTensor)}
+    entries = content.items() if isinstance(content, dict) else ()
+    models = [(name, model) for name, model in entries if _MODEL.fullmatch(str(name)) and isinstance(model, Mapping)]
+    return {
+        (key if name == "model" else f"{name}.{key}"): value
+        for name, model in models
+        for key, value in model.items()
+        if isinstance(value, StoredTensor)
+    }
 
 
 _READERS: dict[str, Callable[[str], Mapping[str, StoredTensor]]] = {

@@ -1,7 +1,7 @@
 """Tensor and pipeline parallelism as arithmetic: which rank holds which rows, columns and layers.
 
-Sources: Megatron-LM core_v0.16.1, `get_num_layers_to_build` (core/transformer/transformer_block.py),
-`vocab_size_with_padding` (training/tokenizer), `get_checkpoint_name` (training/checkpointing.py).
+Sources: Megatron-LM core_v0.16.1, `vocab_size_with_padding` (training/tokenizer), `get_checkpoint_name`
+(training/checkpointing.py).
 """
 
 from __future__ import annotations
@@ -15,22 +15,9 @@ import numpy as np
 
 from .errors import ConversionError, UsageError
 from .layouts import RowMap, interned
+from .pipeline import EVEN, PipelineSplit, any_of, stage_layers
 from .slots import Ref, Scope, Shard, Slot
 from .spec import ModelSpec
-
-
-@dataclass(frozen=True)
-class PipelineSplit:
-    """Megatron-LM's options for uneven stages; all unset means equal stages."""
-
-    first: int | None = None
-    last: int | None = None
-    embedding: bool = False
-    loss: bool = False
-
-
-#: Equal stages.
-EVEN = PipelineSplit()
 
 
 @dataclass(frozen=True)
@@ -45,21 +32,34 @@ class Rank:
 
 @dataclass(frozen=True)
 class Parallel:
-    """Sizes of the parallel groups and the layers of each pipeline stage, in order."""
+    """Sizes of the parallel groups and the layers of each pipeline stage, in the model's order.
+
+    With `vpp` virtual stages on each pipeline rank, rank p holds the stages p, p + pp, p + 2 pp, …: one model for each.
+    """
 
     tp: int
     stages: tuple[int, ...]
     split: PipelineSplit = EVEN
     ep: int = 1
     etp: int = 1
+    vpp: int = 1
 
     @property
     def pp(self) -> int:
         """Pipeline-parallel size."""
-        return len(self.stages)
+        return len(self.stages) // self.vpp
+
+    @property
+    def entries(self) -> tuple[str, ...]:
+        """The entries of a rank's file that hold its models, in the order of its stages."""
+        return ("model",) if self.vpp == 1 else tuple(f"model{number}" for number in range(self.vpp))
+
+    def prefix(self, stage: int) -> str:
+        """What tells a tensor of this stage from one of the same key in another model of its rank."""
+        return "" if self.vpp == 1 else f"{self.entries[stage // self.pp]}."
 
     def place(self, layer: int) -> tuple[int, int]:
-        """The pipeline stage of a layer and its number there."""
+        """The stage of a layer and its number there."""
         for stage, count in enumerate(self.stages):
             if layer < count:
                 return stage, layer
@@ -72,7 +72,8 @@ class Parallel:
         Source: Megatron-LM core_v0.16.1, `RankGenerator` in core/parallel_state.py and `get_checkpoint_name`.
         """
         count = math.lcm(self.tp, self.etp * self.ep)
-        found = [Rank(r % self.tp, stage, r // self.etp % self.ep, r % self.etp) for r in range(count)]
+        pp = stage % self.pp
+        found = [Rank(r % self.tp, pp, r // self.etp % self.ep, r % self.etp) for r in range(count)]
         return tuple(dict.fromkeys(found))
 
     def directory(self, rank: Rank) -> str:
@@ -100,11 +101,11 @@ class Parallel:
 
 
 def homes(ref: Ref, spec: ModelSpec, parallel: Parallel) -> Iterator[tuple[int, str, int | None]]:
-    """Where a ref lies: pipeline stage, the slot as which it lies there, and the layer's number on the stage.
+    """Where a ref lies: stage, the slot as which it lies there, and the layer's number on the stage.
 
     Tied embeddings also end the last stage, as its output layer.
     """
-    last = parallel.pp - 1
+    last = len(parallel.stages) - 1
     if ref.layer is not None:
         stage, local = parallel.place(ref.layer)
         yield stage, ref.slot.name, local
@@ -117,11 +118,18 @@ def homes(ref: Ref, spec: ModelSpec, parallel: Parallel) -> Iterator[tuple[int, 
 
 
 def parallel_for(
-    spec: ModelSpec, tp: int, pp: int, split: PipelineSplit = EVEN, ep: int = 1, etp: int | None = None
+    spec: ModelSpec,
+    tp: int,
+    pp: int,
+    split: PipelineSplit = EVEN,
+    ep: int = 1,
+    etp: int | None = None,
+    *,
+    directories: bool = True,
 ) -> Parallel:
     """Check that these sizes can cut this model and say how; the error names the sizes that can.
 
-    `etp` is `tp` where it is None.
+    `etp` is `tp` where it is None. `directories` says that each rank needs an `mp_rank_*` directory of its own.
     """
     if tp < 1 or pp < 1:
         raise ConversionError(f"tensor- and pipeline-parallel sizes must be at least 1, not {tp} and {pp}")
@@ -129,28 +137,29 @@ def parallel_for(
         fitting = [size for size in range(1, spec.num_attention_heads + 1) if _tp_fits(spec, size)]
         raise ConversionError(
             f"{spec.num_attention_heads} attention heads of {spec.kv_channels} in {spec.num_query_groups} query groups "
-            f"and an MLP of {spec.ffn_hidden_size} cannot be cut over tp={tp}; use tp {_any_of(fitting)}"
+            f"and an MLP of {spec.ffn_hidden_size} cannot be cut over tp={tp}; use tp {any_of(fitting)}"
         )
     stages = stage_layers(spec.num_layers, pp, split)
+    vpp = len(stages) // pp
     if not spec.num_experts:
         if ep != 1:
             raise UsageError(f"--target-expert-parallel-size {ep}: a dense model has no experts to spread; use 1")
         if etp not in (None, 1, tp):
             raise UsageError(f"--target-expert-tensor-parallel-size {etp}: a dense model has no experts to cut; use 1")
-        return Parallel(tp, stages, split, etp=tp)
-    return _with_experts(spec, Parallel(tp, stages, split, ep, tp if etp is None else etp))
+        return Parallel(tp, stages, split, etp=tp, vpp=vpp)
+    return _with_experts(spec, Parallel(tp, stages, split, ep, tp if etp is None else etp, vpp), directories)
 
 
-def _with_experts(spec: ModelSpec, parallel: Parallel) -> Parallel:
+def _with_experts(spec: ModelSpec, parallel: Parallel, directories: bool) -> Parallel:
     experts, ep, etp = spec.num_experts, parallel.ep, parallel.etp
     if ep < 1 or etp < 1 or experts % ep:
         fitting = [size for size in range(1, experts + 1) if experts % size == 0]
-        raise ConversionError(f"{experts} experts cannot be spread over ep={ep}; use ep {_any_of(fitting)}")
+        raise ConversionError(f"{experts} experts cannot be spread over ep={ep}; use ep {any_of(fitting)}")
     if spec.moe_ffn_hidden_size % etp:
         raise ConversionError(f"experts with an MLP of {spec.moe_ffn_hidden_size} cannot be cut over etp={etp}")
     if spec.shared_ffn_hidden_size % parallel.tp:
         raise ConversionError(f"shared experts of {spec.shared_ffn_hidden_size} cannot be cut over tp={parallel.tp}")
-    if not _own_directories(parallel):
+    if directories and not _own_directories(parallel):
         raise ConversionError(
             f"tp={parallel.tp} and ep={ep} with etp={etp}: several ranks would share one mp_rank_* directory, whose name has "
             "no expert-tensor number; use an etp that divides tp"
@@ -181,49 +190,6 @@ def _tp_fits(spec: ModelSpec, tp: int) -> bool:
     return not (
         spec.num_attention_heads % tp or spec.ffn_hidden_size % tp or qkv_rows % tp or (groups % tp and tp % groups)
     )
-
-
-def _any_of(sizes: list[int]) -> str:
-    return " or ".join(filter(None, [", ".join(map(str, sizes[:-1])), str(sizes[-1])]))
-
-
-def stage_layers(num_layers: int, pp: int, split: PipelineSplit) -> tuple[int, ...]:
-    """Layers on each pipeline stage, as Megatron-LM distributes them."""
-    if split.first is not None or split.last is not None:
-        if split.embedding or split.loss:
-            raise ConversionError(
-                "a number of layers for the first or last stage excludes account-for-embedding/loss; give one or the other"
-            )
-        return _explicit_stages(num_layers, pp, split)
-    total = num_layers + split.embedding + split.loss
-    if total % pp or total // pp - (split.embedding + (split.loss if pp == 1 else 0)) < 0:
-        raise ConversionError(_uneven(num_layers, pp, total, suggest=split == EVEN))
-    stages = [total // pp] * pp
-    stages[0] -= split.embedding
-    stages[-1] -= split.loss
-    return tuple(stages)
-
-
-def _explicit_stages(num_layers: int, pp: int, split: PipelineSplit) -> tuple[int, ...]:
-    ends = [count for count in (split.first, split.last) if count is not None]
-    middle_stages, middle_layers = pp - len(ends), num_layers - sum(ends)
-    even = middle_layers % middle_stages == 0 if middle_stages > 0 else middle_stages == 0 == middle_layers
-    if pp < 2 or middle_layers < 0 or min(ends) < 1 or not even:
-        raise ConversionError(
-            f"{num_layers} layers cannot be cut into {pp} pipeline stages with first={split.first} and last={split.last}: "
-            f"the {middle_stages} stages between must share {middle_layers} layers evenly"
-        )
-    middle = (middle_layers // middle_stages,) * middle_stages if middle_stages else ()
-    head = () if split.first is None else (split.first,)
-    tail = () if split.last is None else (split.last,)
-    return head + middle + tail
-
-
-def _uneven(num_layers: int, pp: int, total: int, suggest: bool) -> str:
-    fitting = [size for size in range(1, num_layers + 1) if total % size == 0]
-    last = num_layers - (pp - 1) * -(-num_layers // pp)
-    remedy = f" or --decoder-last-pipeline-num-layers {last}" if suggest and pp > 1 and last > 0 else ""
-    return f"{num_layers} layers cannot be cut evenly over pp={pp}; use pp {_any_of(fitting)}{remedy}"
 
 
 def padded_vocab(vocab: int, divisor: int, tp: int) -> int:
@@ -266,6 +232,20 @@ def cut(slot: Slot, spec: ModelSpec, tp: int, rank: int, padded: int) -> Cut:
 @lru_cache(maxsize=256)
 def _all_rows(rows: int) -> RowMap:
     return interned(np.arange(rows, dtype=np.int64))
+
+
+@lru_cache(maxsize=4096)
+def boxes(slot: Slot, spec: ModelSpec, ways: int, index: int, padded: int) -> tuple[tuple[int, int, int, int], ...]:
+    """A rank's share as boxes of the whole tensor, padding included: first row, rows, first column, columns of each."""
+    rows, cols = slot.matrix(spec)
+    if slot.shard is Shard.ROW:
+        width = _share(slot, cols, ways)
+        return ((0, rows, index * width, width),)
+    if slot.shard is Shard.REPLICATED:
+        return ((0, rows, 0, cols),)
+    block = _share(slot, padded if slot.vocab else rows, slot.blocks)
+    share = _share(slot, block, ways)
+    return tuple((number * block + index * share, share, 0, cols) for number in range(slot.blocks))
 
 
 def _share(slot: Slot, size: int, ways: int) -> int:

@@ -1,4 +1,4 @@
-"""Saver plugin: a Megatron-LM checkpoint of the torch format."""
+"""Saver plugin: a Megatron-LM checkpoint of the torch or the torch_dist format."""
 
 from __future__ import annotations
 

@@ -13,8 +13,11 @@ from megatron_converters.dtypes import DType
 from megatron_converters.endpoints.base import Source, Target
 from megatron_converters.endpoints.hf_source import HFSource
 from megatron_converters.endpoints.hf_target import HFOptions, HFTarget
-from megatron_converters.endpoints.megatron_source import MegatronReadOptions, MegatronSource
-from megatron_converters.endpoints.megatron_target import MegatronOptions, MegatronTarget
+from megatron_converters.endpoints.megatron_checkpoint import MegatronOptions
+from megatron_converters.endpoints.megatron_common import MegatronReadOptions
+from megatron_converters.endpoints.megatron_target import MegatronTarget
+from megatron_converters.endpoints.open_megatron import open_megatron
+from megatron_converters.endpoints.torch_dist_target import TorchDistTarget
 from megatron_converters.progress import Silent
 
 
@@ -29,15 +32,21 @@ def hf_to_megatron(source: Path, target: Path, **options: Any) -> Path:
     return target
 
 
+def hf_to_torch_dist(source: Path, target: Path, **options: Any) -> Path:
+    """`options` are those of MegatronOptions."""
+    run(HFSource(source), TorchDistTarget(target, MegatronOptions(**options)))
+    return target
+
+
 def megatron_to_hf(source: Path, target: Path, **options: Any) -> Path:
     """`options` are those of MegatronReadOptions."""
-    run(MegatronSource(source, MegatronReadOptions(**options)), HFTarget(target, HFOptions()))
+    run(open_megatron(source, MegatronReadOptions(**options)), HFTarget(target, HFOptions()))
     return target
 
 
 def reshard(source: Path, target: Path, **options: Any) -> Path:
     """`options` are those of MegatronOptions."""
-    run(MegatronSource(source), MegatronTarget(target, MegatronOptions(**options)))
+    run(open_megatron(source), MegatronTarget(target, MegatronOptions(**options)))
     return target
 
 

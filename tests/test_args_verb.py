@@ -17,7 +17,8 @@ from megatron_converters import cli
 from megatron_converters.dtypes import dtype_named
 from megatron_converters.megatron_args import expert_args, layout_args, model_args, router_args
 from megatron_converters.megatron_flags import FLAGS, all_flags, flag_warnings
-from megatron_converters.parallel import PipelineSplit, parallel_for
+from megatron_converters.parallel import parallel_for
+from megatron_converters.pipeline import PipelineSplit
 from tests.conversions import hf_to_megatron
 from tests.helpers import args_of, edit_rank
 from tests.sparse import PUBLISHED, sparse_hf, sparse_megatron
@@ -87,10 +88,14 @@ STOCK: dict[str, tuple[str, Any, Any]] = {
     "--decoder-last-pipeline-num-layers": ("decoder_last_pipeline_num_layers", int, None),
     "--account-for-embedding-in-pipeline-split": ("account_for_embedding_in_pipeline_split", True, False),
     "--account-for-loss-in-pipeline-split": ("account_for_loss_in_pipeline_split", True, False),
+    "--num-layers-per-virtual-pipeline-stage": ("num_layers_per_virtual_pipeline_stage", int, None),
+    "--num-virtual-stages-per-pipeline-rank": ("num_virtual_stages_per_pipeline_rank", int, None),
+    "--pipeline-model-parallel-layout": ("pipeline_model_parallel_layout", str, None),
     "--expert-model-parallel-size": ("expert_model_parallel_size", int, 1),
     "--expert-tensor-parallel-size": ("expert_tensor_parallel_size", int, None),
     "--make-vocab-size-divisible-by": ("make_vocab_size_divisible_by", int, 128),
     "--padded-vocab-size": ("padded_vocab_size", int, None),
+    "--ckpt-format": ("ckpt_format", str, "torch_dist"),
     "--tokenizer-type": ("tokenizer_type", str, None),
     "--tokenizer-model": ("tokenizer_model", str, None),
     "--load": ("load", str, None),

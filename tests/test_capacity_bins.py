@@ -16,11 +16,13 @@ from megatron_converters import capacity_bins
 from megatron_converters.conversion import convert as endpoints_convert
 from megatron_converters.endpoints.hf_source import HFSource
 from megatron_converters.endpoints.hf_target import HFOptions, HFTarget
-from megatron_converters.endpoints.megatron_source import MegatronReadOptions, MegatronSource
-from megatron_converters.endpoints.megatron_target import MegatronOptions, MegatronTarget
+from megatron_converters.endpoints.megatron_checkpoint import MegatronOptions
+from megatron_converters.endpoints.megatron_common import MegatronReadOptions
+from megatron_converters.endpoints.megatron_source import MegatronSource
+from megatron_converters.endpoints.megatron_target import MegatronTarget
 from megatron_converters.errors import ConversionError, UsageError
 from megatron_converters.handover import receive_ours, receives_ours
-from megatron_converters.parallel import PipelineSplit
+from megatron_converters.pipeline import PipelineSplit
 from megatron_converters.progress import Silent
 from tests.conversions import hf_to_megatron, run
 from tests.helpers import (

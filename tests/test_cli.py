@@ -439,6 +439,31 @@ def test_accounting_for_embedding_and_loss(hf_model: HFModel, tmp_path: Path) ->
     same_tensors(hf_tensors(back), hf_tensors(hf_model("llama2")))
 
 
+VIRTUAL = {
+    "--target-num-layers-per-virtual-pipeline-stage": 1,
+    "--target-num-virtual-stages-per-pipeline-rank": 2,
+    "--pipeline-model-parallel-layout": "Et|t|t|tL",
+}
+
+
+@pytest.mark.parametrize("option", VIRTUAL)
+def test_virtual_pipeline_stages(hf_model: HFModel, tmp_path: Path, option: str) -> None:
+    meg, back, even = tmp_path / "meg", tmp_path / "back", tmp_path / "even"
+    run = succeeded(convert("--load-dir", hf_model("llama2"), "--save-dir", meg, *sizes(1, 2), option, VIRTUAL[option]))
+    assert "(tp=1, pp=2, vpp=2, layers 1+1+1+1)" in run.out
+    content = rank_content(meg, "mp_rank_00_001")
+    assert "model" not in content
+    keys = [{key for key in content[model] if not key.endswith("_extra_state")} for model in ("model0", "model1")]
+    last = {"decoder.final_layernorm.weight", "output_layer.weight"}
+    assert keys[1] - keys[0] == last and len(keys[0]) == 6
+    succeeded(convert_back("--load-path", meg, "--save-path", back))
+    same_tensors(hf_tensors(back), hf_tensors(hf_model("llama2")))
+    succeeded(convert("--loader", "core", "--load-dir", meg, "--save-dir", even, *sizes(2, 1)))
+    assert args_of(even).virtual_pipeline_model_parallel_size is None
+    kept = succeeded(convert("--loader", "core", "--load-dir", meg, "--save-dir", tmp_path / "kept"))
+    assert "vpp=2" in kept.out
+
+
 def test_overwriting_replaces_a_checkpoint_in_full(hf_model: HFModel, tmp_path: Path) -> None:
     succeeded(convert("--load-dir", hf_model("llama2"), "--save-dir", tmp_path, *sizes(4, 2)))
     succeeded(convert("--load-dir", hf_model("qwen3"), "--save-dir", tmp_path, *sizes(2, 1), "--overwrite"))

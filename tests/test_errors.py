@@ -401,7 +401,11 @@ def test_the_ranks_hold_different_dtypes(meg: Path) -> None:
         ({"swiglu": False}, ("swiglu",)),
         ({"multi_latent_attention": True}, ("multi_latent_attention",)),
         ({"rotary_percent": 0.5}, ("rotary_percent",)),
-        ({"virtual_pipeline_model_parallel_size": 2}, ("virtual",)),
+        ({"virtual_pipeline_model_parallel_size": 2}, ("no 'model0' entry", "2 virtual pipeline stages")),
+        ({"virtual_pipeline_model_parallel_size": 0}, ("virtual_pipeline_model_parallel_size is 0",)),
+        ({"pipeline_model_parallel_layout": "Et|t|tL"}, ("has 3 stages", "pp=2 does not divide")),
+        ({"pipeline_model_parallel_layout": "Et|tttttL"}, ("it has 6 layers, the model 4",)),
+        ({"pipeline_model_parallel_layout": [["embedding"]]}, ("pipeline layout that is no text",)),
         ({"tensor_model_parallel_size": None}, ("tensor",)),
         ({"tensor_model_parallel_size": "2"}, ("tensor",)),
         ({"num_layers": None, "encoder_num_layers": None}, ("num_layers", "--hf-config")),
@@ -438,9 +442,9 @@ def test_a_named_iteration_that_is_not_there(meg: Path) -> None:
     refused(back(meg, "--ckpt-dir-name", "iter_0000009"), "iter_0000009", "iter_0000001")
 
 
-def test_a_torch_dist_checkpoint(meg: Path) -> None:
+def test_a_distributed_checkpoint_that_was_not_finished(meg: Path) -> None:
     (meg / "iter_0000001" / ".metadata").touch()
-    refused(back(meg), "torch_dist", "mp_rank")
+    refused(back(meg), "no metadata.json", "--ckpt-format torch_dist")
 
 
 def test_a_reference_of_another_model(meg: Path, hf_model: HFModel) -> None:

@@ -19,7 +19,8 @@ from safetensors.torch import load_file, save_file
 from megatron_converters.dtypes import BY_NAME
 from megatron_converters.endpoints.handles import StackedHandle, TensorHandle
 from megatron_converters.endpoints.hf_source import HFSource
-from megatron_converters.endpoints.megatron_target import MegatronOptions, MegatronTarget
+from megatron_converters.endpoints.megatron_checkpoint import MegatronOptions
+from megatron_converters.endpoints.megatron_target import MegatronTarget
 from megatron_converters.endpoints.queue_source import QueueSource
 from megatron_converters.endpoints.queue_target import QueueTarget
 from megatron_converters.errors import ConversionError, UsageError

@@ -222,7 +222,7 @@ def test_text_of_a_checkpoint(hf_model: HFModel, capsys: pytest.CaptureFixture[s
 
 
 def test_uneven_stages_are_spelled_out(hf_model: HFModel, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    from megatron_converters.parallel import PipelineSplit
+    from megatron_converters.pipeline import PipelineSplit
 
     folder = hf_to_megatron(hf_model("llama3"), tmp_path / "meg", pp=3, split=PipelineSplit(first=2))
     assert re.search(r"pipeline parallel +3 \(layers 2 \+ 2 x 1\)", inspect(capsys, folder))

@@ -18,7 +18,7 @@ import psutil
 import pytest
 import torch
 
-from megatron_converters.endpoints.megatron_source import MegatronReadOptions
+from megatron_converters.endpoints.megatron_common import MegatronReadOptions
 from megatron_converters.errors import ConversionError, UsageError
 from megatron_converters.families import FAMILIES
 from megatron_converters.hf_config import read_json, spec_of_config

@@ -23,7 +23,8 @@ from megatron_converters.megatron_args import (
     spec_fields,
 )
 from megatron_converters.megatron_flags import flag_warnings, flags
-from megatron_converters.parallel import PipelineSplit, parallel_for
+from megatron_converters.parallel import parallel_for
+from megatron_converters.pipeline import PipelineSplit
 from megatron_converters.spec import ModelSpec, RopeScaling
 from tests.tiny import tiny_spec
 
@@ -335,6 +336,9 @@ def test_flags(fields: dict[str, Any], more: list[str]) -> None:
             {"embedding": True, "loss": True},
             ["--account-for-embedding-in-pipeline-split", "--account-for-loss-in-pipeline-split"],
         ),
+        ({"virtual": 2}, ["--num-layers-per-virtual-pipeline-stage 1"]),
+        ({"per_virtual": 1}, ["--num-layers-per-virtual-pipeline-stage 1"]),
+        ({"layout": "Et|(t|)*2tL"}, ["--pipeline-model-parallel-layout 'Et|(t|)*2tL'"]),
     ],
 )
 def test_flags_of_uneven_stages(split: dict[str, Any], more: list[str]) -> None:
@@ -346,6 +350,31 @@ def test_flags_of_uneven_stages(split: dict[str, Any], more: list[str]) -> None:
         "--tensor-model-parallel-size 2",
         "--pipeline-model-parallel-size 2",
     }
+
+
+def test_flags_of_virtual_stages_on_uneven_ranks() -> None:
+    """Megatron-LM wants their number then, not their layers."""
+    spec = tiny_spec(num_layers=8)
+    found = flags(all_args(spec, pp=3, first=2, virtual=2, last=2))
+    assert "--num-virtual-stages-per-pipeline-rank 2" in found
+    assert not any("--num-layers-per-virtual" in flag for flag in found)
+    assert "--num-virtual-stages-per-pipeline-rank exists from Megatron-LM 0.11 on" in flag_warnings(spec, found)
+
+
+def test_virtual_stages_are_recorded_as_megatron_records_them() -> None:
+    spec = tiny_spec(num_layers=6)
+    for split, vpp, layers, layout in (
+        (PipelineSplit(), None, None, None),
+        (PipelineSplit(virtual=1), None, None, None),
+        (PipelineSplit(virtual=3), 3, 1, None),
+        (PipelineSplit(embedding=True, loss=True, virtual=2), 2, 2, None),
+        (PipelineSplit(layout="Et|t|tt|ttL"), 2, None, "Et|t|tt|ttL"),
+        (PipelineSplit(layout="Ettt|tttL"), None, None, "Ettt|tttL"),
+    ):
+        said = SimpleNamespace(**layout_args(parallel_for(spec, 1, 2, split), 128, 128, "local"))
+        assert said.virtual_pipeline_model_parallel_size == vpp
+        assert said.num_layers_per_virtual_pipeline_stage == layers
+        assert said.pipeline_model_parallel_layout == layout
 
 
 def test_flags_with_a_value_parse_as_megatron_parses_them() -> None:

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_converters.endpoints.megatron_target import MegatronOptions, MegatronTarget
+from megatron_converters.endpoints.megatron_checkpoint import MegatronOptions
+from megatron_converters.endpoints.megatron_target import MegatronTarget
 from megatron_converters.endpoints.meta_source import MetaSource
 from megatron_converters.errors import ConversionError
 from tests.conversions import different, hf_tensors, megatron_to_hf, run

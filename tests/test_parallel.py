@@ -1,16 +1,13 @@
-"""Cuts against rows and columns written out by hand; pipeline stages and padding against Megatron-LM."""
+"""Cuts against rows and columns written out by hand; padding against Megatron-LM."""
 
 from __future__ import annotations
 
-import json
 import random
-import subprocess
-import sys
 
 import pytest
 
 from megatron_converters.errors import ConversionError
-from megatron_converters.parallel import Parallel, PipelineSplit, Rank, cut, padded_vocab, parallel_for, stage_layers
+from megatron_converters.parallel import Parallel, Rank, cut, padded_vocab, parallel_for
 from megatron_converters.slots import SLOTS, Shard
 from megatron_converters.spec import ModelSpec
 from tests.tiny import tiny_spec
@@ -129,121 +126,21 @@ def test_padded_vocabulary_is_megatron_s_formula() -> None:
         assert padded_vocab(vocab, divisor, tp) == after
 
 
-#: Run apart, so that no other test finds megatron imported. Reads cases and writes, for each, the layers that megatron-core
-#: builds on each stage, or null where it refuses.
-_MEGATRON_STAGES = """
-import json, sys
-from types import SimpleNamespace
-from megatron.core.transformer.transformer_block import get_num_layers_to_build
-
-def stages(layers, pp, first, last, embedding, loss):
-    config = SimpleNamespace(
-        num_layers=layers,
-        pipeline_model_parallel_size=pp,
-        pipeline_model_parallel_layout=None,
-        virtual_pipeline_model_parallel_size=None,
-        num_layers_in_first_pipeline_stage=first,
-        num_layers_in_last_pipeline_stage=last,
-        account_for_embedding_in_pipeline_split=embedding,
-        account_for_loss_in_pipeline_split=loss,
-    )
-    try:
-        return [get_num_layers_to_build(config, None, rank) for rank in range(pp)]
-    except AssertionError:
-        return None
-
-json.dump([stages(*case) for case in json.load(sys.stdin)], sys.stdout)
-"""
-
-
-def megatron_stages(cases: list[tuple[int, int, PipelineSplit]]) -> list[list[int] | None]:
-    """What megatron-core builds; None where it refuses, or would silently build more or fewer layers than asked."""
-    plain = [(layers, pp, split.first, split.last, split.embedding, split.loss) for layers, pp, split in cases]
-    run = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", _MEGATRON_STAGES],
-        input=json.dumps(plain),
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    built: list[list[int] | None] = json.loads(run.stdout)
-    return [
-        stages if stages is not None and sum(stages) == layers and min(stages) >= 0 else None
-        for stages, (layers, _, _) in zip(built, cases, strict=True)
-    ]
-
-
-def random_split(random_: random.Random, layers: int) -> PipelineSplit:
-    kind = random_.choice(["even", "flags", "ends", "both"])
-    ends = [random_.choice([None, random_.randint(1, layers)]) for _ in range(2)]
-    flags = [random_.random() < 0.5 for _ in range(2)]
-    return PipelineSplit(
-        *(ends if kind in ("ends", "both") else (None, None)), *(flags if kind in ("flags", "both") else (False, False))
-    )
-
-
-@pytest.mark.slow
-def test_pipeline_stages_are_megatron_core_s() -> None:
-    random_ = random.Random(0)
-    cases = []
-    for _ in range(3000):
-        layers, pp = random_.randint(1, 24), random_.randint(1, 8)
-        cases.append((layers, pp, random_split(random_, layers)))
-    accepted = 0
-    for (layers, pp, split), expected in zip(cases, megatron_stages(cases), strict=True):
-        try:
-            stages = list(stage_layers(layers, pp, split))
-        except ConversionError:
-            one_stage_with_an_end = pp == 1 and (split.first, split.last) != (None, None)
-            assert expected is None or one_stage_with_an_end, (layers, pp, split, expected)
-        else:
-            assert stages == expected, (layers, pp, split)
-            accepted += 1
-    assert accepted > 600
-
-
-@pytest.mark.parametrize(
-    ("layers", "pp", "split", "stages"),
-    [
-        (8, 4, PipelineSplit(), (2, 2, 2, 2)),
-        (7, 2, PipelineSplit(first=3), (3, 4)),
-        (7, 2, PipelineSplit(last=2), (5, 2)),
-        (10, 4, PipelineSplit(first=1, last=3), (1, 3, 3, 3)),
-        (3, 2, PipelineSplit(first=1, last=2), (1, 2)),
-        (6, 4, PipelineSplit(embedding=True, loss=True), (1, 2, 2, 1)),
-        (7, 4, PipelineSplit(embedding=True), (1, 2, 2, 2)),
-        (7, 4, PipelineSplit(loss=True), (2, 2, 2, 1)),
-        (1, 3, PipelineSplit(embedding=True, loss=True), (0, 1, 0)),
-        (5, 1, PipelineSplit(embedding=True, loss=True), (5,)),
-    ],
-)
-def test_stages(layers: int, pp: int, split: PipelineSplit, stages: tuple[int, ...]) -> None:
-    assert stage_layers(layers, pp, split) == stages
-
-
-@pytest.mark.parametrize(
-    ("layers", "pp", "split", "message"),
-    [
-        (7, 2, PipelineSplit(), r"7 layers cannot be cut evenly over pp=2; use pp 1 or 7 or .*last.*-layers 3"),
-        (4, 8, PipelineSplit(), r"use pp 1, 2 or 4$"),
-        (6, 2, PipelineSplit(first=7), "cannot be cut into 2 pipeline stages"),
-        (6, 2, PipelineSplit(first=2, last=3), "the 0 stages between must share 1 layers"),
-        (6, 1, PipelineSplit(first=6), "cannot be cut into 1 pipeline stages"),
-        (6, 2, PipelineSplit(first=0), "cannot be cut"),
-        (6, 4, PipelineSplit(first=1, last=2), "the 2 stages between must share 3 layers"),
-        (6, 2, PipelineSplit(first=3, loss=True), "give one or the other"),
-    ],
-)
-def test_stages_that_cannot_be(layers: int, pp: int, split: PipelineSplit, message: str) -> None:
-    with pytest.raises(ConversionError, match=message):
-        stage_layers(layers, pp, split)
-
-
 def test_places_of_layers() -> None:
     parallel = Parallel(1, (1, 0, 3))
     assert [parallel.place(layer) for layer in range(4)] == [(0, 0), (2, 0), (2, 1), (2, 2)]
     with pytest.raises(ConversionError, match="layer 4 is beyond the 4 layers"):
         parallel.place(4)
+
+
+def test_virtual_stages_of_ranks() -> None:
+    """Rank p holds the stages p, p + pp, …"""
+    parallel = Parallel(1, (1, 2, 0, 3), vpp=2)
+    assert (parallel.pp, parallel.entries) == (2, ("model0", "model1"))
+    assert [parallel.place(layer) for layer in range(6)] == [(0, 0), (1, 0), (1, 1), (3, 0), (3, 1), (3, 2)]
+    assert [parallel.ranks(stage) for stage in range(4)] == [(Rank(0, 0),), (Rank(0, 1),)] * 2
+    assert [parallel.prefix(stage) for stage in range(4)] == ["model0.", "model0.", "model1.", "model1."]
+    assert Parallel(1, (3, 3)).entries == ("model",) and Parallel(1, (3, 3)).prefix(1) == ""
 
 
 def test_directories_of_ranks() -> None:

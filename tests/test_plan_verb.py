@@ -99,7 +99,8 @@ from megatron_converters import staging
 from megatron_converters.conversion import convert
 from megatron_converters.crew import Word
 from megatron_converters.endpoints.hf_source import HFSource
-from megatron_converters.endpoints.megatron_target import MegatronOptions, MegatronTarget
+from megatron_converters.endpoints.megatron_checkpoint import MegatronOptions
+from megatron_converters.endpoints.megatron_target import MegatronTarget
 from megatron_converters.progress import Silent
 
 staging.check_space.__globals__["free_space"] = lambda folder: 10**15

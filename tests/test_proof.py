@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_converters.parallel import PipelineSplit
+from megatron_converters.pipeline import PipelineSplit
 from tests.conversions import different, hf_tensors, hf_to_megatron, megatron_to_hf, reshard
 from tests.oracle.args import megatron_args
 from tests.oracle.hf import FAMILIES, hf_logits, make_model, sample_tokens
@@ -80,6 +80,52 @@ def test_uneven_pipeline_stages(
     checkpoint = hf_to_megatron(folder, tmp_path / "megatron", pp=pp, split=split)
     check(megatron_pool, checkpoint, hf_logits(folder, TOKENS), pp=pp)
     assert different(hf_tensors(folder), hf_tensors(megatron_to_hf(checkpoint, tmp_path / "back"))) == []
+
+
+VIRTUAL = {
+    "two each": (2, 8, PipelineSplit(virtual=2)),
+    "one layer each": (4, 8, PipelineSplit(per_virtual=1)),
+    "embedding and loss": (2, 6, PipelineSplit(embedding=True, loss=True, virtual=2)),
+    "uneven": (4, 10, PipelineSplit(first=4, last=2, virtual=2)),
+    "layout": (2, 5, PipelineSplit(layout="Et|t*2|,t|tL")),
+    "layout with a stage for the loss alone": (4, 5, PipelineSplit(layout="Et|tt|tt|L")),
+}
+
+
+@pytest.mark.parametrize("family", ["llama3", "llama3.2-tied"])
+@pytest.mark.parametrize(("pp", "layers", "split"), VIRTUAL.values(), ids=VIRTUAL)
+def test_virtual_stages_and_layouts(
+    megatron_pool: MegatronPool, tmp_path: Path, pp: int, layers: int, split: PipelineSplit, family: str
+) -> None:
+    folder = make_model(family, tmp_path / "hf", num_hidden_layers=layers)
+    impl = "transformer_engine" if pp == 2 else "local"
+    checkpoint = hf_to_megatron(folder, tmp_path / "megatron", pp=pp, split=split, impl=impl)
+    check(megatron_pool, checkpoint, hf_logits(folder, TOKENS), pp=pp)
+    assert different(hf_tensors(folder), hf_tensors(megatron_to_hf(checkpoint, tmp_path / "back"))) == []
+    plain = reshard(checkpoint, tmp_path / "plain", tp=2, pp=1, impl=impl)
+    assert different(hf_tensors(folder), hf_tensors(megatron_to_hf(plain, tmp_path / "again"))) == []
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(("pp", "layers", "split"), VIRTUAL.values(), ids=VIRTUAL)
+def test_virtual_stages_of_real_megatron_modules(
+    megatron_pool: MegatronPool, tmp_path: Path, pp: int, layers: int, split: PipelineSplit, tied: bool
+) -> None:
+    args = megatron_args(
+        num_layers=layers,
+        pipeline_model_parallel_size=pp,
+        tensor_model_parallel_size=4 // pp,
+        virtual_pipeline_model_parallel_size=2 if split.virtual else layers // pp if split.per_virtual else None,
+        pipeline_model_parallel_layout=split.layout,
+        decoder_first_pipeline_num_layers=split.first,
+        decoder_last_pipeline_num_layers=split.last,
+        account_for_embedding_in_pipeline_split=split.embedding,
+        account_for_loss_in_pipeline_split=split.loss,
+        untie_embeddings_and_output_weights=not tied,
+    )
+    wanted = write_checkpoint(megatron_pool, tmp_path / "megatron", args, seed=3, tokens=TOKENS)
+    back = megatron_to_hf(tmp_path / "megatron", tmp_path / "hf")
+    assert float((hf_logits(back, TOKENS) - wanted[..., :VOCABULARY]).abs().max()) < TOLERANCE
 
 
 @pytest.mark.parametrize("family", ["llama3.1", "qwen2-tied", "qwen3"])

@@ -62,7 +62,12 @@ os.{call} = slow
 DIRECTIONS = {
     "HF to Megatron": ("--tp", "2", "--pp", "4"),
     "Megatron to HF": ("--max-shard-size", "100KB"),
+    "HF to torch_dist": ("--tp", "2", "--pp", "4", "--ckpt-format", "torch_dist"),
 }
+
+
+#: How the files end that a manifest lists.
+WRITTEN = (".pt", ".safetensors", ".distcp", ".metadata")
 
 
 def tree(folder: Path) -> dict[str, bytes]:
@@ -142,11 +147,11 @@ def test_kills_at_random_moments(job: Job, part: int, tmp_path: Path) -> None:
 @pytest.mark.xdist_group("resume")
 def test_a_full_disk_keeps_what_is_finished(job: Job, tmp_path: Path) -> None:
     source, whole, options = job
-    size = sum(len(data) for name, data in tree(whole).items() if name.endswith((".pt", ".safetensors")))
+    size = sum(len(data) for name, data in tree(whole).items() if name.endswith(WRITTEN))
     out, run = attempt(job, env=site(tmp_path / "site", FULL, BYTES_LEFT=size * 3 // 4))
     refused(run, os.strerror(28), "files are finished and kept, run the same command again to go on")
     not_a_model(out)
-    files = [path for path in (out).rglob("files/**/*") if path.suffix in (".pt", ".safetensors")]
+    files = [path for path in (out).rglob("files/**/*") if path.name.endswith(WRITTEN)]
     inodes = {path.stat().st_ino for path in files}
     assert files
     other = (*options, "--dtype", "bf16")
@@ -407,5 +412,5 @@ def test_the_manifest_says_where_everything_came_from(job: Job) -> None:
     manifest = json.loads(next(whole.rglob("conversion.json")).read_text())
     tensors = [tensor for file in manifest["files"].values() for tensor in file["tensors"].values()]
     assert all(tensor["holds"] and tensor["from"] and len(tensor["crc32"]) == 8 for tensor in tensors)
-    files = {path.name for path in whole.rglob("*") if path.suffix in (".pt", ".safetensors")}
+    files = {path.name for path in whole.rglob("*") if path.name.endswith(WRITTEN)}
     assert {Path(file).name for file in manifest["files"]} == files

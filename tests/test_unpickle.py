@@ -107,6 +107,7 @@ def test_calls_are_refused(tmp_path: Path, protocol: int) -> None:
         ("collections", "OrderedDict.__reduce__"),
         ("megatronic", "anything"),
         ("megatron_converters.storage.unpickle.os", "system"),
+        ("torch.distributed.run", "main"),
     ],
 )
 def test_names_are_refused_or_inert(tmp_path: Path, module: str, attribute: str) -> None:
@@ -121,7 +122,7 @@ def test_names_are_refused_or_inert(tmp_path: Path, module: str, attribute: str)
         program(b"(", name(module, attribute), text(f"touch {marker}"), b"o"),
     ):
         path = archive(tmp_path / "a.pt", data)
-        if module.startswith("megatron_") and data[2:3] in (b"c", b"X"):
+        if module.startswith(("megatron_", "torch.distributed.")) and data[2:3] in (b"c", b"X"):
             assert isinstance(torch_zip.read(path), StandIn)
         else:
             with pytest.raises(ConversionError, match=REFUSED) as raised:

@@ -21,8 +21,9 @@ from megatron_converters.compare import Comparison, Rules, compare
 from megatron_converters.conversion import convert
 from megatron_converters.dtypes import dtype_named
 from megatron_converters.endpoints.hf_source import HFSource
+from megatron_converters.endpoints.megatron_checkpoint import MegatronOptions
 from megatron_converters.endpoints.megatron_source import MegatronSource
-from megatron_converters.endpoints.megatron_target import MegatronOptions, MegatronTarget
+from megatron_converters.endpoints.megatron_target import MegatronTarget
 from megatron_converters.output_check import check_output
 from megatron_converters.progress import Silent
 from megatron_converters.storage import safetensors, torch_zip

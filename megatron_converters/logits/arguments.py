@@ -21,6 +21,7 @@ CONFIG_WITH_EXPERTS = (
 #: Fields whose absence means Megatron-LM's default.
 OPTIONAL = (
     *("rotary_interleaved", "account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split"),
+    *("virtual_pipeline_model_parallel_size", "pipeline_model_parallel_layout"),
     *("window_attn_skip_freq", "apply_residual_connection_post_layernorm", "no_rope_freq", "softmax_type"),
 )
 #: The same, where a model has experts.

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from ..endpoints.megatron_source import MegatronReadOptions
+from ..endpoints.megatron_common import MegatronReadOptions
 from ..errors import ConversionError, UsageError
 from ..formats import HF, MEGATRON, format_of
 from . import memory

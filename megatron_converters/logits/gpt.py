@@ -41,8 +41,9 @@ _ON_CPU: dict[str, Any] = dict(
 )
 
 
-def build(args: Namespace, initialise: bool = False) -> GPTModel:
-    """This rank's part of the model that `args` describes, float32, as Megatron-LM's `gpt_builder` builds it (0.16).
+def build(args: Namespace, initialise: bool = False) -> list[GPTModel]:
+    """This rank's parts of the model that `args` describes, one for each of its virtual pipeline stages, float32, as
+    Megatron-LM's `gpt_builder` builds them (0.16).
 
     Without `initialise` parameters hold nothing, and lack megatron's attributes; a strict load then fills them all.
     Raises `ConversionError` where arguments are missing.
@@ -54,14 +55,21 @@ def build(args: Namespace, initialise: bool = False) -> GPTModel:
     if args.position_embedding_type != "rope":
         raise ConversionError(f"args.position_embedding_type is {args.position_embedding_type!r}, not 'rope'")
     config = _config(args, initialise)
+    vpp = config.virtual_pipeline_model_parallel_size
+    parallel_state.set_virtual_pipeline_model_parallel_world_size(vpp)
+    return [_stage(args, config, number) for number in (range(vpp) if vpp else [None])]
+
+
+def _stage(args: Namespace, config: TransformerConfig, number: int | None) -> GPTModel:
     with cuda_is_cpu():
         model = GPTModel(
             config,
-            _layer_spec(args, config),
+            _layer_spec(args, config, number),
             vocab_size=args.padded_vocab_size,
             max_sequence_length=args.max_position_embeddings,
-            pre_process=parallel_state.is_pipeline_first_stage(),
-            post_process=parallel_state.is_pipeline_last_stage(),
+            pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=number),
+            post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=number),
+            vp_stage=number,
             share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
             position_embedding_type="rope",
             rotary_percent=args.rotary_percent,
@@ -73,8 +81,12 @@ def build(args: Namespace, initialise: bool = False) -> GPTModel:
     return model.eval()
 
 
-def run(model: GPTModel, tokens: torch.Tensor) -> torch.Tensor | None:
+def run(models: list[GPTModel], tokens: torch.Tensor) -> torch.Tensor | None:
     """Run the pipeline for long [B, S] tokens: this rank's float32 [B, S, padded vocabulary / TP] on the last stage."""
+    return [_run(model, tokens) for model in models][-1]
+
+
+def _run(model: GPTModel, tokens: torch.Tensor) -> torch.Tensor | None:
     batch, length = tokens.shape
     if not model.pre_process:
         hidden = torch.empty(length, batch, model.config.hidden_size)
@@ -109,12 +121,15 @@ def _experts(args: Namespace) -> int:
     return getattr(args, "num_experts", None) or 0
 
 
-def _layer_spec(args: Namespace, config: TransformerConfig) -> ModuleSpec | TransformerBlockSubmodules:
+def _layer_spec(
+    args: Namespace, config: TransformerConfig, number: int | None
+) -> ModuleSpec | TransformerBlockSubmodules:
     impl = args.transformer_impl
     if impl not in ("local", "transformer_engine"):
         raise ConversionError(f"transformer_impl {impl!r} is neither 'local' nor 'transformer_engine'")
     if _experts(args):
-        return get_gpt_decoder_block_spec(config, impl == "transformer_engine", normalization=args.normalization)
+        engine = impl == "transformer_engine"
+        return get_gpt_decoder_block_spec(config, engine, normalization=args.normalization, vp_stage=number)
     if impl == "local":
         return get_gpt_layer_local_spec(qk_layernorm=args.qk_layernorm, normalization=args.normalization)
     return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=args.qk_layernorm)

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from ..endpoints.megatron_source import MegatronReadOptions, MegatronSource, checkpoint_directory
+from ..endpoints.megatron_common import MegatronReadOptions, checkpoint_directory, is_distributed
+from ..endpoints.megatron_source import MegatronSource
 from ..errors import ConversionError
 from ..megatron_args import expert_args, layout_args, model_args
 from ..parallel import Parallel
@@ -51,7 +52,17 @@ class MegatronModel:
 
     def __init__(self, path: Path, options: MegatronReadOptions) -> None:
         """Raises `ConversionError` where the checkpoint is unsound, cut too often, or megatron-core is missing."""
+        if is_distributed(checkpoint_directory(path, options.directory_name)):
+            raise ConversionError(
+                f"{path} is of the torch_dist format; its logits are those of a copy in the torch format: convert it first "
+                "(--loader core --saver mcore)"
+            )
         source = MegatronSource(path, options)
+        if source.parallel.vpp > 1:
+            raise ConversionError(
+                f"{path} has virtual pipeline stages; its logits are those of a copy without: convert it first "
+                f"(--loader core --saver mcore --target-pipeline-parallel-size {source.parallel.pp})"
+            )
         need("torch", "torch")
         need("megatron.core", "megatron-core")
         self.path = path

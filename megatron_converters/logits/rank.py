@@ -33,10 +33,10 @@ def logits(checkpoint: Checkpoint, tokens: npt.NDArray[np.int64]) -> Part | None
     file = checkpoint.folder / parallel.directory(rank) / FILE
     state = with_local_names(_read(file), checkpoint.spec, parallel, rank)
     args = Namespace(**checkpoint.args, padded_vocab_size=_vocabulary_rows(state) * parallel.tp)
-    model = gpt.build(args)
+    (model,) = gpt.build(args)
     problems = [problem for everyone in cpu.gathered(_load(model, state, file)) for problem in everyone]
     raise_all(f"megatron-core does not load {checkpoint.folder}:", problems)
-    out = gpt.run(model, torch.from_numpy(tokens))
+    out = gpt.run([model], torch.from_numpy(tokens))
     return None if out is None else Part(rank.tp, cpu.replica(), out.numpy())
 
 

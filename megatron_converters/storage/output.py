@@ -39,6 +39,11 @@ class Layout:
         return OutputFile(path, self)
 
 
+def fixed(content: bytes) -> Layout:
+    """A file without tensors."""
+    return Layout(len(content), {}, lambda _: [(0, content)])
+
+
 @dataclass
 class _Part:
     """A stretch of a tensor, `start` counting from the tensor's first byte."""
@@ -92,7 +97,8 @@ class OutputFile:
                 f"{self.path}: bytes {start} to {stop} of {name} do not follow on the "
                 f"{part.start + part.filled} bytes written before, or exceed its {part.start + part.nbytes}"
             )
-        view = (data if isinstance(data, memoryview) else data.data).cast("B")
+        # As bytes first: numpy hands out no plain view of elements at an odd address, as embedded archives have them.
+        view = data.cast("B") if isinstance(data, memoryview) else data.reshape(-1).view("u1").data
         with self._disk_errors(name):
             with self._turn:
                 self._put(view, part.offset + part.filled)

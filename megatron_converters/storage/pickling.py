@@ -33,11 +33,32 @@ class NewTensor:
         return math.prod(self.shape)
 
 
+@dataclass(frozen=True, eq=False)
+class Instance:
+    """An object of a class that is not here: unpickling makes one without a call to `__init__` and gives it `state`.
+
+    Two are never equal, so that they may be keys.
+    """
+
+    module: str
+    name: str
+    state: Any
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a function or class that is not here returns for these arguments."""
+
+    module: str
+    name: str
+    args: tuple[Any, ...]
+
+
 def dumps(tree: Any) -> tuple[bytes, list[NewTensor]]:
     """The pickle of `tree`, and its tensors in the order of their storages ("0", "1", …).
 
     The tree is made of dict, OrderedDict, argparse.Namespace, list, tuple, str, int, float, bool, None, `DType` (read
-    back as the torch dtype) and `NewTensor`. Anything else raises `ConversionError` with its place in the tree.
+    back as the torch dtype), `NewTensor`, `Instance` and `Call`. Anything else raises `ConversionError` with its place in the tree.
     """
     writer = _Writer()
     writer.save(tree, "")
@@ -130,6 +151,18 @@ class _Writer:
         self._items(vars(value), place)
         self.out += pickle.BUILD
 
+    def _instance(self, value: Instance, place: str) -> None:
+        self._global(value.module, value.name)
+        self.out += pickle.EMPTY_TUPLE + pickle.NEWOBJ
+        if value.state is not None:
+            self.save(value.state, place)
+            self.out += pickle.BUILD
+
+    def _call(self, value: Call, place: str) -> None:
+        self._global(value.module, value.name)
+        self.save(value.args, place)
+        self.out += pickle.REDUCE
+
     def _items(self, mapping: dict[Any, Any], place: str) -> None:
         self.out += pickle.MARK
         for key, value in mapping.items():
@@ -191,4 +224,6 @@ _SAVE: dict[type, Callable[[_Writer, Any, str], None]] = {
     argparse.Namespace: _Writer._namespace,
     DType: _Writer._dtype,
     NewTensor: _Writer._tensor,
+    Instance: _Writer._instance,
+    Call: _Writer._call,
 }

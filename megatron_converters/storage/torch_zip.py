@@ -8,16 +8,16 @@ from __future__ import annotations
 import os
 import pickle
 import struct
-import zipfile
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import Any
 
 from ..dtypes import BY_NAME, BY_STORAGE, DType
 from ..errors import ConversionError
 from ..sealed import Sealed
 from . import unpickle
+from .archive import BYTE_ORDER, PICKLE, Archive
 from .output import Layout, OutputFile, Pieces
 from .pickling import NewTensor, dumps
 from .source import file_size, open_source
@@ -25,15 +25,9 @@ from .tensor import StoredTensor
 from .unpickle import Builder, StandIn
 from .zip_layout import ALIGNMENT, Record, ZipLayout
 
-__all__ = ["NewTensor", "StandIn", "lay_out", "layout", "read"]
+__all__ = ["NewTensor", "StandIn", "lay_out", "layout", "read", "read_embedded"]
 
-_PICKLE = "data.pkl"
-_BYTE_ORDER = "byteorder"
 _SERIALIZATION_ID = ".data/serialization_id"
-_LOCAL_SIGNATURE = b"PK\3\4"
-_LOCAL_HEADER_BYTES = 30
-#: How a file of torch < 1.6 starts: a pickle of `torch.serialization.MAGIC_NUMBER`.
-_LEGACY_START = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"
 
 
 def read(path: str | os.PathLike[str]) -> Any:
@@ -46,8 +40,17 @@ def read(path: str | os.PathLike[str]) -> Any:
     """
     path = os.fspath(path)
     with open_source(path) as file:
-        archive = _Archive(path, file)
-        return unpickle.load(archive.pickle(), path, _NAMES, _Storages(archive).load)
+        return _read(Archive(path, file, 0, file_size(file)))
+
+
+def read_embedded(path: str, start: int, nbytes: int) -> Any:
+    """The same of an archive that lies inside a file, `nbytes` from byte `start` on; the file must be long enough."""
+    with open_source(path) as file:
+        return _read(Archive(path, file, start, nbytes))
+
+
+def _read(archive: Archive) -> Any:
+    return unpickle.load(archive.content(PICKLE), archive.where, _NAMES, _Storages(archive).load)
 
 
 def layout(path: str | os.PathLike[str], tree: Any) -> Layout:
@@ -64,10 +67,10 @@ def layout(path: str | os.PathLike[str], tree: Any) -> Layout:
             *(
                 Record(f"{folder}/{name}", len(content), content)
                 for name, content in (
-                    (_PICKLE, data),
+                    (PICKLE, data),
                     (".format_version", b"1"),
                     (".storage_alignment", b"%d" % ALIGNMENT),
-                    (_BYTE_ORDER, b"little"),
+                    (BYTE_ORDER, b"little"),
                 )
             ),
             *(Record(name, tensor.numel * tensor.dtype.itemsize) for name, tensor in tensor_of.items()),
@@ -98,75 +101,6 @@ def _serialization_id(data: bytes, crcs: Any) -> bytes:
     return b"%020d%020d" % (zlib.crc32(data), zlib.crc32(b"".join(struct.pack("<I", crc) for crc in crcs)))
 
 
-class _Archive:
-    """The directory of a `torch.save` file."""
-
-    def __init__(self, path: str, file: BinaryIO) -> None:
-        self.path = path
-        self._file = file
-        self._size = file_size(file)
-        infos = self._directory()
-        self._folder = infos[0].filename.partition("/")[0] if infos else ""
-        self._infos = {info.filename: info for info in infos}
-        if f"{self._folder}/{_PICKLE}" not in self._infos:
-            raise ConversionError(f"{path} is a zip file without {_PICKLE}, so torch.save did not write it")
-        order = self.content(_BYTE_ORDER) if f"{self._folder}/{_BYTE_ORDER}" in self._infos else b"little"
-        if order != b"little":
-            raise ConversionError(f"{path} was written on a big-endian machine; save it again on a little-endian one")
-
-    def _directory(self) -> list[zipfile.ZipInfo]:
-        try:
-            return zipfile.ZipFile(self._file).infolist()
-        except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error, OSError) as error:
-            self._file.seek(0)
-            start = self._file.read(len(_LEGACY_START))
-            if start.startswith(_LOCAL_SIGNATURE):
-                fault = "is truncated: the directory at its end is missing; copy it again"
-            elif start == _LEGACY_START:
-                fault = "has the format of torch < 1.6; load it with torch and save it again"
-            else:
-                fault = "is not a file of torch.save"
-            raise ConversionError(f"{self.path} {fault}") from error
-
-    def span(self, name: str) -> tuple[int, int]:
-        """Offset of a record's data in the file, and its bytes."""
-        info = self._infos.get(f"{self._folder}/{name}")
-        if info is None:
-            raise ConversionError(f"{self.path} lacks its record {name}; the file is damaged, copy it again")
-        if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
-            raise ConversionError(
-                f"{self.path} is compressed or encrypted ({name}), as torch.save never does; save it again with torch"
-            )
-        if not 0 <= info.header_offset < self._size:
-            raise ConversionError(f"{self.path} has no room for its record {name}; the file is damaged, copy it again")
-        # The local header repeats the name, and its extra field differs from the directory's (APPNOTE 4.3.7).
-        header = os.pread(self._file.fileno(), _LOCAL_HEADER_BYTES, info.header_offset)
-        if len(header) < _LOCAL_HEADER_BYTES or not header.startswith(_LOCAL_SIGNATURE):
-            raise ConversionError(
-                f"{self.path} has no record {name} where it should; the file is damaged, copy it again"
-            )
-        offset = info.header_offset + _LOCAL_HEADER_BYTES + sum(struct.unpack_from("<2H", header, 26))
-        if offset + info.file_size > self._size:
-            raise ConversionError(f"{self.path} ends within its record {name}; the file is damaged, copy it again")
-        return offset, info.file_size
-
-    def content(self, name: str) -> bytes:
-        """A record's bytes."""
-        offset, nbytes = self.span(name)
-        self._file.seek(offset)
-        data = self._file.read(nbytes)
-        # torch.serialization.set_crc32_options(False) leaves all checksums zero
-        if self._infos[f"{self._folder}/{name}"].CRC not in (0, zlib.crc32(data)):
-            raise ConversionError(
-                f"{self.path}: {name} does not match its checksum; the file is damaged, copy it again"
-            )
-        return data
-
-    def pickle(self) -> bytes:
-        """The pickle of the object."""
-        return self.content(_PICKLE)
-
-
 @dataclass(frozen=True)
 class _Storage(Sealed):
     """The data of one or more tensors: `offset` in the file, the element type that its class names, bytes."""
@@ -181,7 +115,7 @@ class _Storage(Sealed):
 class _Storages:
     """Storages by the persistent ids of a pickle, each looked up once."""
 
-    def __init__(self, archive: _Archive) -> None:
+    def __init__(self, archive: Archive) -> None:
         self._archive = archive
         self._loaded: dict[str, _Storage] = {}
 
@@ -258,13 +192,17 @@ def _layout_name(name: str) -> str:
     return name
 
 
-_NAMES: dict[tuple[str, str], Any] = {
+#: Torch's names that describe a tensor, and what they stand for: dtypes, shapes, devices.
+PLAIN_NAMES: dict[tuple[str, str], Any] = {
     **{("torch", name): dtype for name, dtype in BY_NAME.items()},
-    **{("torch", name): dtype for name, dtype in BY_STORAGE.items()},
-    ("torch.storage", "UntypedStorage"): BY_NAME["uint8"],  # its number of elements is in bytes
     ("torch", "Size"): Builder(tuple),
     ("torch", "device"): Builder(_device),
     ("torch.serialization", "_get_layout"): Builder(_layout_name),
+}
+_NAMES: dict[tuple[str, str], Any] = {
+    **PLAIN_NAMES,
+    **{("torch", name): dtype for name, dtype in BY_STORAGE.items()},
+    ("torch.storage", "UntypedStorage"): BY_NAME["uint8"],  # its number of elements is in bytes
     ("torch._utils", "_rebuild_tensor"): Builder(_tensor),
     ("torch._utils", "_rebuild_tensor_v2"): Builder(_tensor),
     ("torch._utils", "_rebuild_tensor_v3"): Builder(_untyped_tensor),

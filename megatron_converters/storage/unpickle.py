@@ -12,7 +12,8 @@ import argparse
 import io
 import pickle
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 import numpy as np
@@ -23,9 +24,10 @@ from . import opcodes
 
 #: Python 2's names, which pickles of protocol 2 still use.
 _OLD_MODULES = {"__builtin__": "builtins", "copy_reg": "copyreg"}
-#: Modules whose classes become stand-ins: they occur in a Megatron checkpoint's `args` and states, and none is needed.
+#: Modules whose classes become stand-ins. They occur in a Megatron checkpoint's `args`, states and plans of distributed
+#: checkpoints; none of their behaviour is needed.
 _INERT_MODULES = ("megatron", "transformer_engine", "signal", "pathlib")
-_INERT_PREFIXES = ("megatron_",)
+_INERT_PREFIXES = ("megatron_", "torch.distributed.")
 _INERT_NAMES = {("_io", "BytesIO"), ("numpy", "ndarray"), ("torch", "Tensor"), ("torch.nn.parameter", "Parameter")}
 #: What damaged pickles make the unpickler, and the builders here, raise.
 _FAULTS = (
@@ -60,6 +62,9 @@ class _SealedType(type):
         raise pickle.UnpicklingError(f"it alters the class {cls.__name__}")
 
 
+_NOTHING: Mapping[str, Any] = MappingProxyType({})
+
+
 class StandIn(metaclass=_SealedType):
     """An object whose class is unknown here: what the pickle says of it, and nothing of its behaviour."""
 
@@ -70,15 +75,15 @@ class StandIn(metaclass=_SealedType):
     def __new__(cls, *args: Any, **kwargs: Any) -> StandIn:
         self = super().__new__(cls)
         self.args = args
-        self.kwargs = kwargs
+        self.kwargs = kwargs or _NOTHING  # an index of a distributed checkpoint holds a million of these objects
         self.state = None
-        self.items = []
+        self.items = ()
         return self
 
     args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+    kwargs: Mapping[str, Any]
     state: Any
-    items: list[Any]
+    items: Sequence[Any]
 
     @property
     def value(self) -> Any:
@@ -89,10 +94,12 @@ class StandIn(metaclass=_SealedType):
         self.state = state
 
     def __setitem__(self, key: Any, value: Any) -> None:
-        self.items.append((key, value))
+        self.append((key, value))
 
     def append(self, value: Any) -> None:
         """Take an element of a list-like object."""
+        if not isinstance(self.items, list):
+            self.items = []
         self.items.append(value)
 
     def __repr__(self) -> str:
@@ -151,7 +158,7 @@ class _Unpickler(pickle.Unpickler):
 
 def _is_inert(module: str, name: str) -> bool:
     package = module.partition(".")[0]
-    return package in _INERT_MODULES or package.startswith(_INERT_PREFIXES) or (module, name) in _INERT_NAMES
+    return package in _INERT_MODULES or module.startswith(_INERT_PREFIXES) or (module, name) in _INERT_NAMES
 
 
 def _member(cls: Any, name: Any) -> StandIn:

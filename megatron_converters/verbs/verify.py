@@ -15,7 +15,7 @@ from typing import Any
 
 from ..compare import Comparison, Rules, compare
 from ..difference import finite
-from ..endpoints.megatron_source import MegatronReadOptions
+from ..endpoints.megatron_common import MegatronReadOptions
 from ..errors import UsageError
 from ..output_check import Checked, check_output, find_output
 from ..plugins import folder, say

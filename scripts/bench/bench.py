@@ -1,7 +1,7 @@
 """Time conversions of a random Llama against `cp` of the same bytes, alternating in one run, and sample their memory.
 
     python scripts/bench/bench.py FOLDER [--layers 16] [--hidden 2048] [--experts 0] [--runs 5] [--tp 2] [--pp 2] [--ep 1]
-                                  [--workers 1]
+                                  [--workers 1] [--ckpt-format torch]
 
 16 layers of 2048 are 1.1 billion parameters, 2.2 GB. Quote ratios: a machine's speed drifts, and `cp` drifts with it.
 Anonymous memory is what the processes hold of their own (RssAnon of all together); total memory also counts pages of
@@ -75,12 +75,14 @@ def _memory(session: int) -> tuple[float, float]:
     return sums[0], sums[1]
 
 
-def commands(folder: Path, tp: int, pp: int, ep: int, workers: int) -> dict[str, tuple[Path, list[str]]]:
+def commands(args: argparse.Namespace) -> dict[str, tuple[Path, list[str]]]:
     """What is run, by name, with the folder that each writes. More workers than one are for the `convert` verb alone."""
+    folder, workers, ckpt_format = args.folder, args.workers, args.ckpt_format
+    tp, pp, ep = args.tp, args.pp, args.ep
     hf, megatron, back = folder / "hf", folder / "megatron", folder / "back"
     convert = [sys.executable, str(ROOT / "convert.py"), "--quiet", "--model-type", "GPT"]
     sizes = ["--target-tensor-parallel-size", str(tp), "--target-pipeline-parallel-size", str(pp)]
-    sizes += ["--target-expert-parallel-size", str(ep)]
+    sizes += ["--target-expert-parallel-size", str(ep), "--ckpt-format", ckpt_format]
     script = [sys.executable, str(ROOT / "convert_mlm_to_hf_checkpoint.py"), "--quiet"]
     dirs = ["--load-dir", str(hf), "--save-dir", str(megatron)]
     copied = folder / "cp"
@@ -88,7 +90,7 @@ def commands(folder: Path, tp: int, pp: int, ep: int, workers: int) -> dict[str,
     copy = {"cp": (copied, ["cp", "-r", str(hf), str(copied)]), "cp, flushed": (copied, ["sh", "-c", flushed])}
     if workers > 1:
         verb = [sys.executable, "-m", "megatron_converters", "convert", "--quiet", "--workers", str(workers)]
-        short = ["--tp", str(tp), "--pp", str(pp), "--ep", str(ep)]
+        short = ["--tp", str(tp), "--pp", str(pp), "--ep", str(ep), "--ckpt-format", ckpt_format]
         return copy | {
             "HF to Megatron": (megatron, [*verb, str(hf), str(megatron), *short]),
             "Megatron to HF": (back, [*verb, str(megatron), str(back)]),
@@ -114,21 +116,22 @@ def main() -> None:
         "workers": 1,
     }.items():
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--ckpt-format", choices=["torch", "torch_dist"], default="torch")
     args = parser.parse_args()
     args.folder = args.folder.absolute()
     if not (args.folder / "hf" / "config.json").exists():
         make = [sys.executable, str(Path(__file__).with_name("make_model.py"))]
-        sizes = map(str, (args.layers, args.hidden, args.experts))
-        subprocess.run([*make, str(args.folder / "hf"), *sizes], check=True)
+        shape = map(str, (args.layers, args.hidden, args.experts))
+        subprocess.run([*make, str(args.folder / "hf"), *shape], check=True)
     size = sum(path.stat().st_size for path in (args.folder / "hf").iterdir())
     runs: dict[str, list[Measured]] = {}
     for number in range(args.runs + 1):  # the first warms the page cache
-        for name, (output, command) in commands(args.folder, args.tp, args.pp, args.ep, args.workers).items():
+        for name, (output, command) in commands(args).items():
             shutil.rmtree(output, ignore_errors=True)
             measured = measure(command)
             if number:
                 runs.setdefault(name, []).append(measured)
-    sizes = f"tp={args.tp}, pp={args.pp}, ep={args.ep}, workers={args.workers}"
+    sizes = f"tp={args.tp}, pp={args.pp}, ep={args.ep}, {args.ckpt_format}, workers={args.workers}"
     print(f"{size / 1e9:.2f} GB, {sizes}, {args.runs} runs, median (least-most)\n")
     print("| run | wall s | CPU s | wall / cp | anonymous MiB | total MiB |\n|---|---|---|---|---|---|")
     for name, measurements in runs.items():

@@ -8,12 +8,13 @@ import types
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
 from .errors import OracleError
 
+T = TypeVar("T")
 _TRACKER = "latest_checkpointed_iteration.txt"
 _FILE = "model_optim_rng.pt"
 
@@ -122,11 +123,16 @@ def load_trusted(path: Path) -> dict[str, Any]:
     return content
 
 
+def named_models(models: Sequence[T]) -> dict[str, T]:
+    """A rank's models under the names that they have in its file: several where it has virtual pipeline stages."""
+    return {"model" if len(models) == 1 else f"model{number}": model for number, model in enumerate(models)}
+
+
 def check_rank(content: dict[str, Any], path: Path, grid: Grid) -> list[str]:
     """What is wrong with a rank's dict apart from its model; `grid` is that of the folder."""
-    problems = [
-        f"{path}: no {key!r}" for key in ("args", "checkpoint_version", "iteration", "model") if key not in content
-    ]
+    problems = [f"{path}: no {key!r}" for key in ("args", "checkpoint_version", "iteration") if key not in content]
+    if not any(key.startswith("model") for key in content):
+        problems.append(f"{path}: no 'model'")
     if problems:
         return problems
     args, folder = content["args"], path.parent.parent.name
@@ -144,7 +150,9 @@ def check_rank(content: dict[str, Any], path: Path, grid: Grid) -> list[str]:
     problems = [
         f"{path}: {name} is {value!r}, not {wanted!r}" for name, (value, wanted) in expected.items() if value != wanted
     ]
-    return problems + _dtype_problems(content["model"], getattr(args, "params_dtype", None), path)
+    models = [value for key, value in content.items() if key.startswith("model")]
+    dtype = getattr(args, "params_dtype", None)
+    return problems + [problem for model in models for problem in _dtype_problems(model, dtype, path)]
 
 
 def stored_dtype(key: str, params_dtype: torch.dtype) -> torch.dtype:

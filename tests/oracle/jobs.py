@@ -50,11 +50,13 @@ def read_logits(
         problems = [str(error)]
     _agree(problems)
     _agree(_different_args(content["args"]))
-    model = megatron.build(content["args"], impl, qk_norm_over_heads)
-    problem = megatron.load(model, content["model"], str(path))
-    _agree([problem] if problem else [])
-    _agree(_different_copies(megatron.fingerprints(model)))
-    return _shard(gpt.run(model, tokens))
+    models = megatron.build(content["args"], impl, qk_norm_over_heads)
+    named = checkpoint.named_models(models)
+    _agree([f"{path}: no {name!r}" for name in named if name not in content])
+    faults = [megatron.load(model, content[name], f"{path}: {name}") for name, model in named.items()]
+    _agree([fault for fault in faults if fault])
+    _agree(_different_copies(megatron.fingerprints(models)))
+    return _shard(gpt.run(models, tokens))
 
 
 def write_and_run(root: Path, args: Namespace, seed: int, iteration: int, tokens: torch.Tensor) -> Shard:
@@ -66,34 +68,69 @@ def write_and_run(root: Path, args: Namespace, seed: int, iteration: int, tokens
     grid = Grid.of(args)
     checkpoint.check_grid(grid)
     mine = _parallel(grid)
-    model = megatron.build(args)
-    megatron.randomise(model, seed, args.params_dtype)
+    models = megatron.build(args)
+    megatron.randomise(models, seed, args.params_dtype)
     path = checkpoint.rank_file(root / f"iter_{iteration:07d}", grid, mine)
     if cpu.gathered(path).index(path) == dist.get_rank():  # the first of those that hold the same
         path.parent.mkdir(parents=True)
-        torch.save(_rank_content(model, args, iteration), path)
+        torch.save(_rank_content(models, args, iteration), path)
     dist.barrier()
     if dist.get_rank() == 0:
         checkpoint.write_tracker(root, iteration)
-    return _shard(gpt.run(model, tokens))
+    return _shard(gpt.run(models, tokens))
 
 
-def _rank_content(model: torch.nn.Module, args: Namespace, iteration: int) -> dict[str, Any]:
+def write_distributed(
+    root: Path, args: Namespace, seed: int, iteration: int, tokens: torch.Tensor, metadata: dict[str, Any]
+) -> Shard:
+    """The same with `--ckpt-format torch_dist`, and with what an optimizer would add."""
+    from megatron_converters.logits import gpt
+
+    from . import distributed, megatron
+
+    _parallel(Grid.of(args))
+    models = megatron.build(args)
+    megatron.randomise(models, seed, args.params_dtype)
+    args = copy.copy(args)
+    args.iteration = iteration
+    distributed.save(models, root / f"iter_{iteration:07d}", args, metadata)
+    if dist.get_rank() == 0:
+        checkpoint.write_tracker(root, iteration)
+    return _shard(gpt.run(models, tokens))
+
+
+def read_distributed(directory: Path, tokens: torch.Tensor, sizes: dict[str, int], impl: str | None) -> Shard:
+    """Load a `torch_dist` checkpoint into the model that its args describe, at other sizes, and run it."""
+    from megatron_converters.logits import gpt
+
+    from . import distributed, megatron
+
+    args = distributed.args_of(directory, sizes)
+    _parallel(Grid.of(args))
+    models = megatron.build(args, impl)
+    problem = distributed.load(models, directory)
+    _agree([problem] if problem else [])
+    _agree(_different_copies(megatron.fingerprints(models)))
+    return _shard(gpt.run(models, tokens))
+
+
+def _rank_content(models: Sequence[torch.nn.Module], args: Namespace, iteration: int) -> dict[str, Any]:
     from megatron.core.enums import ModelType
     from megatron.core.transformer.enums import AttnBackend
 
     args = copy.copy(args)
     args.rank, args.iteration = dist.get_rank(), iteration
     args.attention_backend, args.model_type = AttnBackend.auto, ModelType.encoder_or_decoder
-    state = model.state_dict()
-    for key, value in state.items():
-        if isinstance(value, torch.Tensor) and value.is_floating_point():
-            state[key] = value.to(checkpoint.stored_dtype(key, args.params_dtype))
+    states = {name: model.state_dict() for name, model in checkpoint.named_models(models).items()}
+    for state in states.values():
+        for key, value in state.items():
+            if isinstance(value, torch.Tensor) and value.is_floating_point():
+                state[key] = value.to(checkpoint.stored_dtype(key, args.params_dtype))
     return {
         "args": args,
         "checkpoint_version": 3.0,
         "iteration": iteration,
-        "model": state,
+        **states,
         "num_floating_point_operations_so_far": 0,
     }
 

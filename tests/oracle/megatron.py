@@ -33,15 +33,22 @@ _LEGACY_GROUPED = (".experts.weight1", ".experts.weight2")
 _NORM_EXTRA_STATE = re.compile(r".*layernorm\._extra_state")
 
 
-def build(args: Namespace, impl: str | None = None, qk_norm_over_heads: bool = False) -> GPTModel:
-    """This rank's part of the model that `args` describes, float32, as Megatron-LM's `gpt_builder` builds it.
+def build(args: Namespace, impl: str | None = None, qk_norm_over_heads: bool = False) -> list[GPTModel]:
+    """This rank's parts of the model that `args` describes, one for each of its virtual pipeline stages, float32, as
+    Megatron-LM's `gpt_builder` builds them.
 
     `impl` stands for the user's `--transformer-impl`; None takes the one in `args`. `qk_norm_over_heads` gives the
     attention OLMoE's norms, which no argument of Megatron-LM stands for.
     """
     args = copy.copy(args)
     args.transformer_impl = impl or args.transformer_impl
-    model = gpt.build(args, initialise=True)
+    models = gpt.build(args, initialise=True)
+    for model in models:
+        _adapt(model, qk_norm_over_heads)
+    return models
+
+
+def _adapt(model: GPTModel, qk_norm_over_heads: bool) -> None:
     config = model.config
     for module in model.modules():
         if isinstance(module, GroupedMLP):  # its forward asserts bf16; nothing else of it needs that
@@ -82,23 +89,25 @@ def load(model: GPTModel, state: dict[str, Any], where: str) -> str | None:
     return None
 
 
-def randomise(model: GPTModel, seed: int, dtype: torch.dtype) -> None:
+def randomise(models: list[GPTModel], seed: int, dtype: torch.dtype) -> None:
     """Give every parameter random values that `dtype` can hold; a parameter's copies on several ranks agree."""
-    names = _GlobalNames(model)
     with torch.no_grad():
-        for name, parameter in (*model.named_parameters(), *_expert_biases(model)):
-            key = f"{seed} {_shard(name, parameter)} {names.of(name)}"
-            generator = torch.Generator().manual_seed(zlib.crc32(key.encode()))
-            noise = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(_scaled(name, noise).to(checkpoint.stored_dtype(name, dtype)))
+        for model in models:
+            names = _GlobalNames(model)
+            for name, parameter in (*model.named_parameters(), *_expert_biases(model)):
+                key = f"{seed} {_shard(name, parameter)} {names.of(name)}"
+                generator = torch.Generator().manual_seed(zlib.crc32(key.encode()))
+                noise = torch.randn(parameter.shape, generator=generator)
+                parameter.copy_(_scaled(name, noise).to(checkpoint.stored_dtype(name, dtype)))
 
 
-def fingerprints(model: GPTModel) -> list[tuple[str, tuple[int, ...], int]]:
+def fingerprints(models: list[GPTModel]) -> list[tuple[str, tuple[int, ...], int]]:
     """Each parameter's name, the part of the model that it is, and a checksum: equal parts must have equal ones."""
-    stage = parallel_state.get_pipeline_model_parallel_rank()
+    rank = parallel_state.get_pipeline_model_parallel_rank()
     experts = parallel_state.get_expert_model_parallel_rank()
     return [
-        (name, (stage, experts if ".experts." in name else 0, _shard(name, value)), zlib.crc32(value.detach().numpy()))
+        (name, (rank, stage, experts * (".experts." in name), _shard(name, value)), zlib.crc32(value.detach().numpy()))
+        for stage, model in enumerate(models)
         for name, value in (*model.named_parameters(), *_expert_biases(model))
     ]
 
@@ -119,7 +128,7 @@ class _GlobalNames:
     """Names of a rank's parameters with layers and experts numbered in the whole model."""
 
     def __init__(self, model: GPTModel):
-        self.layers = get_transformer_layer_offset(model.config)
+        self.layers = get_transformer_layer_offset(model.config, model.vp_stage)
         experts = model.config.num_moe_experts or 0
         self.experts = (
             experts // model.config.expert_model_parallel_size * (parallel_state.get_expert_model_parallel_rank())

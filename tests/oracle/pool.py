@@ -55,6 +55,13 @@ class MegatronPool:
         wanted = {name: size for name, size in (("tp", tp), ("pp", pp), ("ep", ep), ("etp", etp)) if size}
         return _joined(self.run(jobs.read_logits, directory, tokens, wanted, impl, by_megatron, qk_norm_over_heads))
 
+    def distributed_logits(
+        self, root: Path, tokens: torch.Tensor, *, impl: str | None = None, **sizes: int
+    ) -> torch.Tensor:
+        """The same of a `torch_dist` checkpoint, loaded at the sizes `tp`, `pp`, `ep`, `etp`; absent ones are its args'."""
+        directory = checkpoint.iteration_directory(root)
+        return _joined(self.run(jobs.read_distributed, directory, tokens, sizes, impl))
+
     def run(self, job: Callable[..., T], *args: Any) -> list[T]:
         """What `job(*args)` returns on each rank; `job` is a module's function. Raises OracleError if a rank fails."""
         try:
@@ -75,6 +82,21 @@ def write_checkpoint(
     `args` (see `megatron_args`) decide the architecture, the parallel sizes and the stored dtype (`params_dtype`).
     """
     return _joined(pool.run(jobs.write_and_run, root, args, seed, iteration, tokens))
+
+
+def write_distributed(
+    pool: MegatronPool,
+    root: Path,
+    args: Namespace,
+    *,
+    seed: int,
+    tokens: torch.Tensor,
+    iteration: int = 1,
+    **metadata: Any,
+) -> torch.Tensor:
+    """The same as a `torch_dist` checkpoint; `metadata` is that of `sharded_state_dict`, beside Megatron-LM's own."""
+    said = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True, **metadata}
+    return _joined(pool.run(jobs.write_distributed, root, args, seed, iteration, tokens, said))
 
 
 def _joined(shards: list[jobs.Shard]) -> torch.Tensor:

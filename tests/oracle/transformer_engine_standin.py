@@ -204,7 +204,8 @@ class GroupedLinear(_ExtraState):
         super().__init__()
         if bias or tp_size > 1:
             raise NotImplementedError("the stand-in's grouped linear has no bias and no tensor parallelism of its own")
-        self.num_gemms = num_gemms
+        self.num_gemms, self.use_bias = num_gemms, bias
+        self.fp8_meta, self.fp8, self.fp8_calibration = {"fp8_checkpoint": False}, False, False
         for gemm in range(num_gemms):
             weight = torch.zeros(out_features, in_features, dtype=params_dtype)
             self.register_parameter(f"weight{gemm}", torch.nn.Parameter(weight))

@@ -1,0 +1,208 @@
+"""What reading a Megatron-LM checkpoint of any format has in common: its folder, and the model that its args describe."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..dtypes import DType
+from ..errors import ConversionError, Unclear, UsageError
+from ..hf_config import differences, family_of_config, infer_family, read_json, spec_of_config
+from ..megatron_args import spec_fields
+from ..parallel import Parallel
+from ..pipeline import PipelineSplit, stages_per_rank
+from ..spec import ModelSpec
+from ..storage import dcp
+from ..storage.unpickle import StandIn
+from .base import Origin
+from .megatron_checkpoint import TRACKER
+
+#: What a distributed checkpoint says of its format (core/dist_checkpointing/core.py).
+FORMAT_FILE = "metadata.json"
+#: The folder of one rank in the `torch` format.
+RANK = re.compile(r"mp_rank_\d{2,}(_\d{3,})*$")
+#: Top-level entries of a checkpoint that are not left-out state.
+_EXPECTED_ENTRIES = re.compile(
+    r"args|model\d*|checkpoint_version|iteration|num_floating_point_operations_so_far|content_metadata"
+)
+
+
+@dataclass(frozen=True)
+class MegatronReadOptions:
+    """What the user says about a checkpoint beyond its own args. `directory_name` is a folder such as `iter_0000008`."""
+
+    directory_name: str | None = None
+    hf_config: Path | None = None
+    true_vocab_size: int | None = None
+    source_model_type: str | None = None
+
+
+#: Nothing beyond the checkpoint itself.
+AS_STORED = MegatronReadOptions()
+
+
+def checkpoint_directory(load_dir: Path, name: str | None) -> Path:
+    """The folder of one iteration: `name`, what the tracker file names, or `load_dir` itself."""
+    if name is not None:
+        if not (load_dir / name).is_dir():
+            found = sorted(path.name for path in load_dir.glob("*") if path.is_dir())
+            raise ConversionError(f"{load_dir} has no folder {name!r}; it has {', '.join(found) or 'none'}")
+        return load_dir / name
+    tracker = load_dir / TRACKER
+    if tracker.is_file():
+        text = tracker.read_text(encoding="utf-8", errors="replace").strip()
+        if text != "release" and not text.isdigit():
+            raise ConversionError(f"{tracker} says {text!r}; it must hold an iteration number or 'release'")
+        directory = load_dir / (text if text == "release" else f"iter_{int(text):07d}")
+        if not directory.is_dir():
+            raise ConversionError(
+                f"{tracker} names {directory.name}, which is not there; copy it or name another folder"
+            )
+        return directory
+    if is_distributed(load_dir) or any(RANK.match(path.name) for path in listing(load_dir)):
+        return load_dir
+    raise ConversionError(
+        f"{load_dir} is no Megatron-LM checkpoint: it has neither {TRACKER} nor mp_rank_* folders nor a {dcp.METADATA} file"
+    )
+
+
+def is_distributed(directory: Path) -> bool:
+    """Whether an iteration's folder is of the `torch_dist` format, or of another that keeps its index in one file."""
+    return any((directory / name).exists() for name in (dcp.METADATA, FORMAT_FILE))
+
+
+def listing(folder: Path) -> list[Path]:
+    try:
+        return sorted(folder.iterdir())
+    except OSError as error:
+        raise ConversionError(f"cannot list {folder}: {error.strerror}") from error
+
+
+def describe(
+    args: argparse.Namespace, padded: int, dtype: DType, options: MegatronReadOptions
+) -> tuple[ModelSpec, list[str]]:
+    """The model that args describe, or the reference's where one is given, with what the user should know."""
+    if options.hf_config is not None:
+        return _reference(options.hf_config, args, dtype, options.true_vocab_size)
+    fields = spec_fields(args)
+    vocab, notes = _vocab_size(args, padded, options.true_vocab_size)
+    fields = {**fields, "vocab_size": vocab, "dtype": dtype}
+    recorded = getattr(args, "hf_config", None)
+    if isinstance(recorded, dict):
+        return ModelSpec(family=family_of_config(recorded).name, **fields), notes
+    spec = infer_family(fields)
+    return spec, [*notes, f"no Hugging Face configuration is recorded; the {spec.family} family fits the args"]
+
+
+def _reference(folder: Path, args: argparse.Namespace, dtype: DType, vocab: int | None) -> tuple[ModelSpec, list[str]]:
+    config = read_json(folder / "config.json")
+    spec = dataclasses.replace(spec_of_config(config), dtype=dtype)
+    if vocab is not None and vocab != spec.vocab_size:
+        raise UsageError(
+            f"--true-vocab-size {vocab} disagrees with vocab_size {spec.vocab_size} of {folder / 'config.json'}"
+        )
+    try:
+        fields = {**spec_fields(args), "vocab_size": spec.vocab_size, "dtype": dtype}
+    except Unclear as error:
+        return spec, [f"taken from {folder} alone, since {error}"]
+    said = ModelSpec(family=spec.family, **fields)
+    return spec, [f"taken from {folder}: {difference} of the args" for difference in differences(spec, said)]
+
+
+def parallel_of(args: argparse.Namespace, where: Path) -> Parallel:
+    """Sizes from args, with the stages still uncounted and experts cut as the args say."""
+    tp, pp = (_size(args, f"{kind}_model_parallel_size", where) for kind in ("tensor", "pipeline"))
+    split = _split_of(args, where)
+    vpp = stages_per_rank(pp, split)
+    stages = (0,) * (pp * vpp)
+    if not getattr(args, "num_experts", None):
+        return Parallel(tp, stages, split, etp=tp, vpp=vpp)
+    ep = _size(args, "expert_model_parallel_size", where, absent=1)
+    etp = _size(args, "expert_tensor_parallel_size", where, absent=tp)
+    return Parallel(tp, stages, split, ep, etp, vpp)
+
+
+def _size(args: argparse.Namespace, name: str, where: Path, absent: int | None = None) -> int:
+    value = getattr(args, name, None)
+    if value is None and absent is not None:
+        return absent
+    if type(value) is not int or value < 1:
+        raise ConversionError(f"{where}: the args have no sound parallel sizes: {name} is {value!r}")
+    return value
+
+
+def _split_of(args: argparse.Namespace, where: Path) -> PipelineSplit:
+    """How the args spread layers over stages. Some versions keep the layout as an object that holds its text."""
+    values = vars(args)
+    layout = values.get("pipeline_model_parallel_layout")
+    if isinstance(layout, StandIn) and isinstance(layout.state, dict):
+        layout = layout.state.get("input_data")
+    if layout is not None and not isinstance(layout, str):
+        raise ConversionError(f"{where}: the args have a pipeline layout that is no text: {layout!r:.80}")
+    virtual = values.get("virtual_pipeline_model_parallel_size")
+    return PipelineSplit(
+        values.get("decoder_first_pipeline_num_layers"),
+        values.get("decoder_last_pipeline_num_layers"),
+        bool(values.get("account_for_embedding_in_pipeline_split")),
+        bool(values.get("account_for_loss_in_pipeline_split")),
+        None if virtual is None else _size(args, "virtual_pipeline_model_parallel_size", where),
+        layout=layout,
+    )
+
+
+def left_out_of(content: Mapping[Any, Any]) -> set[str]:
+    """Entries of a checkpoint's top level that are not read and not empty."""
+    return {
+        str(key)
+        for key, value in content.items()
+        if not _EXPECTED_ENTRIES.fullmatch(str(key)) and value not in (None, {}, [])
+    }
+
+
+def origin_of(
+    directory: Path, args: argparse.Namespace, options: MegatronReadOptions, iteration: Any, **more: Any
+) -> Origin:
+    """What travels beside the weights of a checkpoint; `more` are further fields of it."""
+    reference = options.hf_config
+    return Origin(
+        described=str(directory),
+        hf_config=_beside(args, "hf_config", reference, "config.json"),
+        generation_config=_beside(args, "hf_generation_config", reference, "generation_config.json"),
+        tokenizer=str(reference) if reference else getattr(args, "tokenizer_model", None),
+        margs=args,
+        iteration=iteration if isinstance(iteration, int) else None,
+        **more,
+    )
+
+
+def padding_note(padded: int, spec: ModelSpec) -> list[str]:
+    """What to say about rows of the vocabulary that are not converted."""
+    surplus = padded - spec.vocab_size
+    return [f"{surplus} rows of vocabulary padding are left out (vocabulary {spec.vocab_size})"] if surplus > 0 else []
+
+
+def _beside(args: argparse.Namespace, name: str, reference: Path | None, file: str) -> dict[str, Any] | None:
+    """A configuration from the reference if there is one, else as a conversion recorded it in args."""
+    if reference is not None:
+        return read_json(reference / file) if (reference / file).exists() else None
+    recorded = getattr(args, name, None)
+    return recorded if isinstance(recorded, dict) else None
+
+
+def _vocab_size(args: argparse.Namespace, padded: int, given: int | None) -> tuple[int, list[str]]:
+    recorded = getattr(args, "vocab_size", None)
+    if given is not None:
+        if given > padded:
+            raise UsageError(f"--true-vocab-size {given} exceeds the {padded} rows of the embeddings")
+        return given, []
+    if isinstance(recorded, int) and 0 < recorded <= padded:
+        return recorded, []
+    return padded, [
+        f"the args do not say the true vocabulary size; all {padded} rows are kept, padding included "
+        "(give --true-vocab-size or --hf-config to trim it)"
+    ]

@@ -1,0 +1,191 @@
+"""Write a Megatron-LM checkpoint of the `torch_dist` format: whole tensors in chunks, filled in place.
+
+A chunk is what one rank of the sizes asked for holds, so that a run of these sizes reads what it needs and no more; any other run
+loads it, too. Format: see torch_dist_source.py; layers are an axis where all are of one kind, as Megatron-LM writes them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from ..dtypes import DType
+from ..errors import ConversionError, UsageError
+from ..layouts import RowMap, interned
+from ..megatron_names import (
+    DISTRIBUTED,
+    DISTRIBUTED_EXPERTS,
+    DISTRIBUTED_LOCAL,
+    EXTRA_STATE_SUFFIX,
+    distributed_extra_state,
+)
+from ..outline import Fill
+from ..parallel import boxes, homes
+from ..slots import Ref, refs
+from ..storage import dcp, dcp_layout, torch_zip
+from ..storage.dcp_layout import NewChunk, NewObject, Placed
+from ..storage.output import Layout
+from ..storage.tensor import StoredTensor
+from .megatron_checkpoint import CheckpointTarget, sizes
+from .megatron_common import FORMAT_FILE
+from .torch_dist_source import COMMON_FILE
+
+_NAMES = {"local": DISTRIBUTED_LOCAL, "transformer_engine": DISTRIBUTED}
+_FORMAT = {
+    "sharded_backend": "torch_dist",
+    "sharded_backend_version": 1,
+    "common_backend": "torch",
+    "common_backend_version": 1,
+}
+#: What Megatron-LM (0.14 on) records of the way in which it names keys (training/checkpointing.py).
+_CONTENT = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
+_FINAL_NORM = "decoder.final_layernorm"
+#: A rank begins another file when one has reached this size; files are what several threads or processes share.
+_FILE_BYTES = 1 << 30
+
+
+class _Share(NamedTuple):
+    """A chunk, the number of the rank that writes it, and its first row and column in the slot."""
+
+    chunk: NewChunk
+    rank: int
+    row: int
+    col: int
+
+
+class TorchDistTarget(CheckpointTarget):
+    """A checkpoint of the `torch_dist` format."""
+
+    format = "torch_dist"
+    directories = False
+
+    def _lay_out(self) -> tuple[dict[str, Layout], dict[str, dict[str, StoredTensor]]]:
+        ranks = (rank for stage in range(self._parallel.pp) for rank in self._parallel.ranks(stage))
+        self._numbers = {rank: number for number, rank in enumerate(ranks)}
+        self._stacked = len({self._spec.is_moe(layer) for layer in range(self._spec.num_layers)}) == 1
+        files: dict[str, Layout] = {}
+        placed: list[Placed] = []
+        for rank, items in sorted(self._items().items()):
+            for number, part in enumerate(_by_size(items)):
+                name = f"__{rank}_{number}.distcp"
+                files[name], mine = dcp_layout.lay_out(name, part)
+                placed += mine
+        self._files = {entry.item.name: entry.file for entry in placed if isinstance(entry.item, NewChunk)}
+        self._chunks = [entry.item for entry in placed if isinstance(entry.item, NewChunk)]
+        common = {**self._tree({}), "content_metadata": dict(_CONTENT)}
+        files[COMMON_FILE] = torch_zip.layout(COMMON_FILE, common)
+        files[dcp.METADATA] = dcp_layout.index(placed)
+        return files, {}
+
+    def _choose_bins(self) -> None:
+        if self._options.load_capacity_bins or self._expert_layout == "dynamic":
+            raise UsageError(
+                "Habana's experts and capacity bins have no place in a torch_dist checkpoint; use --ckpt-format torch"
+            )
+
+    def assets(self, folder: Path) -> None:
+        """Write the flags that training needs, and the name of the format."""
+        super().assets(folder)
+        (folder / FORMAT_FILE).write_text(json.dumps(_FORMAT), encoding="utf-8")
+
+    def fills(self, ref: Ref) -> Iterator[Fill]:
+        """The slot's chunks."""
+        dims = len(ref.slot.shape(self._spec))
+        for share in self._shares(ref):
+            chunk, shape = share.chunk, share.chunk.sizes[-dims:]
+            limit = self._spec.vocab_size if ref.slot.vocab else share.row + shape[0]
+            padding = max(share.row + shape[0] - max(limit, share.row), 0)
+            rows = _rows(share.row, shape[0], limit)
+            yield Fill(self._files[chunk.name], chunk.name, chunk.dtype, shape, rows, share.col, padding=padding)
+
+    def _items(self) -> dict[int, list[NewChunk | NewObject]]:
+        """What each rank writes."""
+        items: dict[int, list[NewChunk | NewObject]] = {}
+        dtypes: dict[str, DType] = {}
+        for ref in refs(self._spec):
+            for share in self._shares(ref):
+                chunk = share.chunk
+                items.setdefault(share.rank, []).append(chunk)
+                if dtypes.setdefault(chunk.key, chunk.dtype) != chunk.dtype:
+                    raise ConversionError(
+                        f"{ref} is {chunk.dtype}, but others in {chunk.key} are {dtypes[chunk.key]}; give one dtype"
+                    )
+        stages = self._parallel.stages
+        for layer in range(self._spec.num_layers):
+            objects = items.setdefault(self._writer(self._parallel.place(layer)[0]), [])
+            objects += map(NewObject, self._extra_state(layer))
+        items[self._writer(len(stages) - 1)].append(NewObject(f"{_FINAL_NORM}.{EXTRA_STATE_SUFFIX}/shard_0_1"))
+        return items
+
+    def _shares(self, ref: Ref) -> Iterator[_Share]:
+        """A slot's chunks: each share of it once, from the first rank that holds it."""
+        spec, parallel, slot = self._spec, self._parallel, ref.slot
+        key, index, axes = self._address(_NAMES[self._options.impl][slot.name], ref.layer, ref.expert)
+        rows, *cols = slot.shape(spec)
+        shape = (*axes, self._padded if slot.vocab else rows, *cols)
+        stage, _, _ = next(homes(ref, spec, parallel))
+        seen: set[int] = set()
+        for rank in parallel.ranks(stage):
+            number = parallel.share_number(slot, rank)
+            if number in seen or not parallel.holds(rank, ref.expert, spec.num_experts):
+                continue
+            seen.add(number)
+            ways, mine = (parallel.etp, rank.etp) if slot.expert else (parallel.tp, rank.tp)
+            for row, height, col, width in boxes(slot, spec, ways, mine, self._padded):
+                offsets = (*index, row, *((col,) if cols else ()))
+                sizes_ = (*(1,) * len(index), height, *((width,) if cols else ()))
+                yield _Share(NewChunk(key, shape, self._dtype_of(ref), offsets, sizes_), self._numbers[rank], row, col)
+
+    def _address(
+        self, template: str, layer: int | None, expert: int | None
+    ) -> tuple[str, tuple[int, ...], tuple[int, ...]]:
+        """The key of a layer's tensor or object, where it lies on the key's first axes, and the sizes of these."""
+        spec = self._spec
+        own, experts = ((), ()) if expert is None else ((expert,), (spec.num_experts,))
+        if layer is None or not self._stacked:
+            return template.format(layer=layer), own, experts
+        return template.replace("{layer}.", ""), (layer, *own), (spec.num_layers, *experts)
+
+    def _extra_state(self, layer: int) -> Iterator[str]:
+        for module in distributed_extra_state(self._spec, layer):
+            for expert in range(self._spec.num_experts) if DISTRIBUTED_EXPERTS in module else (None,):
+                key, index, axes = self._address(module, layer, expert)
+                place, count = (".".join(map(str, numbers)) for numbers in (index or (0,), axes or (1,)))
+                yield f"{key}.{EXTRA_STATE_SUFFIX}/shard_{place}_{count}"
+
+    def _writer(self, stage: int) -> int:
+        return self._numbers[self._parallel.ranks(stage)[0]]
+
+    def _written(self) -> str:
+        keys = {chunk.key for chunk in self._chunks}
+        return (
+            f"{len(keys)} tensors in {len(self._chunks)} chunks and {len(set(self._files.values()))} file(s), "
+            f"cut for {sizes(self._parallel)},"
+        )
+
+
+def _by_size(items: Sequence[NewChunk | NewObject]) -> Iterator[list[NewChunk | NewObject]]:
+    """The items of a rank as files: no more than `_FILE_BYTES` of tensors in each that has several."""
+    part: list[NewChunk | NewObject] = []
+    filled = 0
+    for item in items:
+        nbytes = math.prod(item.sizes) * item.dtype.itemsize if isinstance(item, NewChunk) else 0
+        if part and filled + nbytes > _FILE_BYTES:
+            yield part
+            part, filled = [], 0
+        part.append(item)
+        filled += nbytes
+    if part:
+        yield part
+
+
+@lru_cache(maxsize=512)
+def _rows(first: int, count: int, limit: int) -> RowMap:
+    """The slot's rows from `first` on; those from `limit` on repeat the last before it. One object for equal ones."""
+    return interned(np.minimum(np.arange(first, first + count, dtype=np.int64), limit - 1))

@@ -1,0 +1,184 @@
+"""The proof for distributed checkpoints: what the real megatron-core saves comes back to Hugging Face bit by bit, and what we
+write it loads at any sizes and computes what transformers computes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.conversions import different, hf_tensors, hf_to_torch_dist, megatron_to_hf
+from tests.oracle.args import megatron_args
+from tests.oracle.hf import FAMILIES, MOE_FAMILIES, hf_logits, make_model, sample_tokens
+from tests.oracle.pool import MegatronPool, write_checkpoint, write_distributed
+
+TOKENS = sample_tokens()
+VOCABULARY = 199
+TOLERANCE = 1e-4
+
+DENSE: dict[str, dict[str, Any]] = {
+    "llama, TP2 PP2": {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2},
+    "llama with biases, TP4, bf16": {
+        "tensor_model_parallel_size": 4,
+        "add_bias_linear": True,
+        "params_dtype": torch.bfloat16,
+    },
+    "tied llama, PP4": {"pipeline_model_parallel_size": 4, "untie_embeddings_and_output_weights": False},
+    "qwen2, PP2 uneven": {
+        "add_qkv_bias": True,
+        "pipeline_model_parallel_size": 2,
+        "decoder_first_pipeline_num_layers": 1,
+    },
+    "virtual stages": {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2},
+    "tied qwen3, TP2": {
+        "qk_layernorm": True,
+        "kv_channels": 32,
+        "untie_embeddings_and_output_weights": False,
+        "tensor_model_parallel_size": 2,
+    },
+}
+
+
+def check(pool: MegatronPool, tmp_path: Path, args: Any, **metadata: Any) -> None:
+    """Both formats of one model become the same Hugging Face model, which computes what megatron-core computes."""
+    wanted = write_distributed(pool, tmp_path / "torch_dist", args, seed=3, tokens=TOKENS, **metadata)
+    assert torch.equal(write_checkpoint(pool, tmp_path / "torch", args, seed=3, tokens=TOKENS), wanted)
+    assert torch.equal(pool.distributed_logits(tmp_path / "torch_dist", TOKENS), wanted), (
+        "the oracle disagrees with itself"
+    )
+    megatron_to_hf(tmp_path / "torch", tmp_path / "from_torch")
+    back = megatron_to_hf(tmp_path / "torch_dist", tmp_path / "hf")
+    assert different(hf_tensors(tmp_path / "from_torch"), hf_tensors(back)) == []
+    assert float((hf_logits(back, TOKENS) - wanted[..., :VOCABULARY]).abs().max()) < TOLERANCE
+
+
+@pytest.mark.parametrize("impl", ["local", "transformer_engine"])
+@pytest.mark.parametrize("name", DENSE)
+def test_dense_model_of_real_megatron_to_hf(megatron_pool: MegatronPool, tmp_path: Path, name: str, impl: str) -> None:
+    check(megatron_pool, tmp_path, megatron_args(**DENSE[name], transformer_impl=impl))
+
+
+@pytest.mark.parametrize("how", [{"non_homogeneous_layers": True}, {"singleton_local_shards": True}], ids=str)
+def test_layers_with_keys_of_their_own(megatron_pool: MegatronPool, tmp_path: Path, how: dict[str, bool]) -> None:
+    args = megatron_args(tensor_model_parallel_size=2, pipeline_model_parallel_size=2, add_bias_linear=True)
+    check(megatron_pool, tmp_path, args, **how)
+
+
+#: Tensor-, pipeline-, expert- and expert-tensor-parallel sizes. Ranks' files of the `torch` format exist for all of them.
+GRIDS = ((1, 1, 1, 1), (2, 1, 2, 2), (2, 1, 2, 1), (1, 2, 2, 1))
+EXPERTS: dict[str, dict[str, Any]] = {
+    "sequential": {"transformer_impl": "transformer_engine"},
+    "grouped": {"transformer_impl": "transformer_engine", "moe_grouped_gemm": True},
+    "sequential, local": {"transformer_impl": "local"},
+    "stacked, local": {"transformer_impl": "local", "moe_grouped_gemm": True},
+    "qwen3, dense layers": {
+        "transformer_impl": "transformer_engine",
+        "moe_grouped_gemm": True,
+        "moe_layer_freq": [0, 1, 1, 0],
+        "qk_layernorm": True,
+    },
+    "qwen2, shared expert": {
+        "transformer_impl": "transformer_engine",
+        "add_qkv_bias": True,
+        "moe_shared_expert_intermediate_size": 32,
+        "moe_shared_expert_gate": True,
+    },
+}
+
+
+def moe_args(grid: tuple[int, int, int, int], **more: Any) -> Any:
+    names = ("tensor_model", "pipeline_model", "expert_model", "expert_tensor")
+    sizes = {f"{name}_parallel_size": size for name, size in zip(names, grid, strict=True)}
+    return megatron_args(num_experts=8, moe_ffn_hidden_size=48, **sizes, **more)
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+@pytest.mark.parametrize("name", EXPERTS)
+def test_experts_of_real_megatron_to_hf(
+    megatron_pool: MegatronPool, tmp_path: Path, name: str, grid: tuple[int, int, int, int]
+) -> None:
+    check(megatron_pool, tmp_path, moe_args(grid, **EXPERTS[name]))
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_experts_with_keys_of_their_own(megatron_pool: MegatronPool, tmp_path: Path, grouped: bool) -> None:
+    args = moe_args((2, 1, 2, 2), transformer_impl="transformer_engine", moe_grouped_gemm=grouped)
+    check(megatron_pool, tmp_path, args, singleton_local_shards=True)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, torch.Tensor]]:
+    """A family's tiny model and the logits that transformers computes from it."""
+
+    @cache
+    def make(family: str) -> tuple[Path, torch.Tensor]:
+        folder = make_model(family, tmp_path_factory.mktemp("models") / family)
+        return folder, hf_logits(folder, TOKENS)
+
+    return make
+
+
+Models = Callable[[str], tuple[Path, torch.Tensor]]
+#: Sizes that the chunks are cut for, and sizes at which megatron-core loads them.
+CUTS = (
+    ({}, ({"tp": 2, "pp": 2}, {"pp": 4})),
+    ({"tp": 4, "pp": 1}, ({"tp": 2, "pp": 2},)),
+    ({"tp": 2, "pp": 2}, ({"tp": 4}, {})),
+)
+
+
+def check_loads(
+    pool: MegatronPool, root: Path, wanted: torch.Tensor, impl: str, sizes: Iterable[dict[str, int]]
+) -> None:
+    for at in sizes:
+        whole = {"tp": 1, "pp": 1, "ep": 1, "etp": 1, **at}
+        got = pool.distributed_logits(root, TOKENS, impl=impl, **whole)[..., :VOCABULARY]
+        assert float((got - wanted).abs().max()) < TOLERANCE, at
+
+
+@pytest.mark.parametrize("impl", ["local", "transformer_engine"])
+@pytest.mark.parametrize(("cut", "sizes"), CUTS, ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_megatron_loads_what_we_write(
+    megatron_pool: MegatronPool,
+    models: Models,
+    tmp_path: Path,
+    family: str,
+    cut: dict[str, int],
+    sizes: tuple[dict[str, int], ...],
+    impl: str,
+) -> None:
+    folder, wanted = models(family)
+    root = hf_to_torch_dist(folder, tmp_path / "torch_dist", impl=impl, **cut)
+    check_loads(megatron_pool, root, wanted, impl, sizes)
+    assert different(hf_tensors(folder), hf_tensors(megatron_to_hf(root, tmp_path / "hf"))) == []
+
+
+MOE_CUTS = (
+    ({}, ({"tp": 2, "ep": 2, "etp": 1}, {"pp": 2, "ep": 2})),
+    ({"tp": 2, "ep": 2, "etp": 2}, ({"tp": 2, "pp": 2, "etp": 2}, {"ep": 4})),
+    ({"tp": 1, "pp": 2, "ep": 2, "etp": 2}, ({"tp": 2, "ep": 2, "etp": 2},)),
+)
+
+
+@pytest.mark.parametrize(("impl", "layout"), [("transformer_engine", "grouped"), ("local", "sequential")])
+@pytest.mark.parametrize(("cut", "sizes"), MOE_CUTS, ids=str)
+@pytest.mark.parametrize("family", [family for family in MOE_FAMILIES if family != "olmoe"])
+def test_megatron_loads_experts_that_we_write(
+    megatron_pool: MegatronPool,
+    models: Models,
+    tmp_path: Path,
+    family: str,
+    cut: dict[str, int],
+    sizes: tuple[dict[str, int], ...],
+    impl: str,
+    layout: str,
+) -> None:
+    folder, wanted = models(family)
+    root = hf_to_torch_dist(folder, tmp_path / "torch_dist", impl=impl, expert_layout=layout, **cut)
+    check_loads(megatron_pool, root, wanted, impl, sizes)
+    assert different(hf_tensors(folder), hf_tensors(megatron_to_hf(root, tmp_path / "hf"))) == []
