@@ -1,8 +1,7 @@
-"""A survey in words: sections of labelled rows for people, plain values for programs."""
+"""A survey in words: sections of labelled rows, and a table of files."""
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
@@ -85,7 +84,7 @@ def file_rows(found: Survey) -> Iterator[tuple[str, str, str, str]]:
 
     def alike(item: tuple[str, list[Holding]]) -> tuple[Any, ...]:
         file, holdings = item
-        return found.stage(file), count_tensors(holdings), _nbytes(holdings), found.files[file] if found.cut else file
+        return found.stage(file), count_tensors(holdings), nbytes_of(holdings), found.files[file] if found.cut else file
 
     for (stage, tensors, nbytes, _), group in groupby(found.by_file.items(), alike):
         files = [file for file, _ in group]
@@ -117,7 +116,8 @@ def layers_of_stage(parallel: Parallel, stage: int) -> str:
     return "no layers" if last < first else f"layer {first}" if last == first else f"layers {first} to {last}"
 
 
-def _nbytes(holdings: Iterable[Holding]) -> int:
+def nbytes_of(holdings: Iterable[Holding]) -> int:
+    """Bytes of weights."""
     return sum(holding.nbytes for holding in holdings)
 
 
@@ -187,25 +187,29 @@ def _experts(spec: ModelSpec) -> Iterator[tuple[str, str]]:
 
 
 def _weights(found: Survey) -> Iterator[tuple[str, str]]:
-    total = _nbytes(found.holdings)
+    total = nbytes_of(found.holdings)
     yield "weights", f"{total:,} B ({size(total)}) in {count(count_tensors(found.holdings), 'tensor')}"
-    for dtype, held in _by_dtype(found).items():
-        yield f"of {dtype}", f"{_nbytes(held):,} B ({size(_nbytes(held))}) in {count(count_tensors(held), 'tensor')}"
+    for dtype, held in by_dtype(found).items():
+        yield (
+            f"of {dtype}",
+            f"{nbytes_of(held):,} B ({size(nbytes_of(held))}) in {count(count_tensors(held), 'tensor')}",
+        )
     copies = [holding for holding in found.holdings if holding.copy]
     if copies:
         yield (
             "of these, copies",
-            f"{_nbytes(copies):,} B ({size(_nbytes(copies))}) in {count(count_tensors(copies), 'tensor')}",
+            f"{nbytes_of(copies):,} B ({size(nbytes_of(copies))}) in {count(count_tensors(copies), 'tensor')}",
         )
     padding = found.padded_vocab - found.spec.vocab_size
     yield "vocabulary padding", f"{padding} rows (embeddings have {found.padded_vocab})" if padding else "none"
 
 
-def _by_dtype(found: Survey) -> dict[str, list[Holding]]:
-    by_dtype: dict[str, list[Holding]] = {}
+def by_dtype(found: Survey) -> dict[str, list[Holding]]:
+    """What is stored in each dtype, by its name."""
+    held: dict[str, list[Holding]] = {}
     for holding in found.holdings:
-        by_dtype.setdefault(str(holding.dtype), []).append(holding)
-    return by_dtype
+        held.setdefault(str(holding.dtype), []).append(holding)
+    return held
 
 
 def _layout(found: Survey) -> Iterator[tuple[str, str]]:
@@ -244,60 +248,11 @@ def _beside(found: Survey) -> Iterator[tuple[str, str]]:
     yield "tokenizer", origin.tokenizer or "none"
     if found.kind == MEGATRON:
         yield "Hugging Face configuration", "recorded" if origin.hf_config else "none is recorded"
-    bins = origin.capacity_bins
-    notes = [*origin.notes, *([capacity_bins.left_out(bins, "--save-capacity-bins")] if bins is not None else [])]
-    yield from (("note", note) for note in notes)
-    yield from (("left out", name) for name in origin.ignored)
+    yield from (("note", note) for note in origin.notes)
+    yield from (("left out", what) for what in left_out(found))
 
 
-def as_json(found: Survey) -> dict[str, Any]:
-    """The whole survey as JSON values; sizes in bytes, names of the model's fields as in `ModelSpec`."""
-    total, active = count_parameters(found.spec)
-    parallel, origin = found.origin.parallel, found.origin
-    return {
-        "path": origin.described,
-        "format": found.kind,
-        "model": found.spec.to_dict(),
-        "parameters": {"total": total, "active": active},
-        "weights": {
-            "bytes": _nbytes(found.holdings),
-            "tensors": count_tensors(found.holdings),
-            "copied_bytes": _nbytes(holding for holding in found.holdings if holding.copy),
-            "dtypes": {
-                dtype: {"bytes": _nbytes(held), "tensors": count_tensors(held)}
-                for dtype, held in _by_dtype(found).items()
-            },
-        },
-        "vocabulary": {"size": found.spec.vocab_size, "rows": found.padded_vocab},
-        "parallel": None
-        if parallel is None
-        else {
-            "tensor": parallel.tp,
-            "pipeline": parallel.pp,
-            "layers_of_stages": list(parallel.stages),
-            "expert": parallel.ep,
-            "expert_tensor": parallel.etp,
-        },
-        "names": found.names,
-        "expert_layout": found.expert_layout,
-        "iteration": origin.iteration,
-        "tokenizer": origin.tokenizer,
-        "notes": origin.notes,
-        "left_out": [*origin.ignored],
-        "files": [_file_json(found, file, held) for file, held in found.by_file.items()],
-    }
-
-
-def _file_json(found: Survey, file: str, held: list[Holding]) -> dict[str, Any]:
-    layers = sorted({holding.ref.layer for holding in held if holding.ref.layer is not None})
-    slots = Counter[str]()
-    for holding in held:
-        slots[holding.slot] += holding.nbytes
-    return {
-        "file": file,
-        "bytes": found.files[file],
-        "tensors": count_tensors(held),
-        "weight_bytes": _nbytes(held),
-        "layers": layers,
-        "slot_bytes": dict(slots),
-    }
+def left_out(found: Survey) -> list[str]:
+    """Tensors that no conversion takes along unless it is asked to."""
+    bins = found.origin.capacity_bins
+    return [*found.origin.ignored, *([] if bins is None else [capacity_bins.left_out(bins, "--save-capacity-bins")])]

@@ -201,6 +201,18 @@ def test_what_is_left_out_is_said(hf_model: HFModel, capsys: pytest.CaptureFixtu
     assert re.search(rf"left out +{frequencies}", inspect(capsys, source))
 
 
+def test_capacity_bins_are_among_what_is_left_out(
+    hf_model: HFModel, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    from tests.test_capacity_bins import SMALL, add_bins, checkpoint
+
+    folder = checkpoint(hf_model("mixtral", **SMALL), tmp_path / "meg", (1, 1, 2, 1))
+    add_bins(folder, (1, 1, 2, 1), ((0, 1),))
+    (left_out,) = as_json(capsys, folder)["left_out"]
+    assert left_out.startswith("20 capacity-bin buffers of")
+    assert re.search(r"left out +20 capacity-bin buffers", inspect(capsys, folder))
+
+
 # --- text
 
 

@@ -6,13 +6,14 @@ import argparse
 import json
 from pathlib import Path
 
-from ..describe import as_json, lines
+from ..describe import lines
 from ..errors import UsageError
 from ..formats import add_reading_arguments, open_any
 from ..plugins import say
 from ..shard_map.page import page
 from ..staging import write_text
 from ..survey import survey
+from ..survey_json import as_json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
