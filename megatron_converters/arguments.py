@@ -65,7 +65,7 @@ def arguments(found: Survey, source: Source, folder: Path) -> tuple[dict[str, An
 
 def _layout(found: Survey, parallel: Parallel, own: Mapping[str, Any]) -> dict[str, Any]:
     impl = found.names or own.get("transformer_impl") or "transformer_engine"
-    ckpt_format = "torch_dist" if own.get("ckpt_format") == "torch_dist" else "torch"
+    ckpt_format = found.checkpoint_format or "torch"
     layout = layout_args(parallel, found.padded_vocab, _divisor(found, parallel, own), impl, ckpt_format)
     return {**layout, **{name: bool(own.get(name)) for name in ("no_save_optim", "no_save_rng")}}
 

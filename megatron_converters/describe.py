@@ -12,7 +12,6 @@ from . import capacity_bins
 from .families import FAMILIES
 from .formats import HF, MEGATRON, META
 from .parallel import Parallel
-from .pipeline import EVEN
 from .spec import ModelSpec, RopeScaling
 from .survey import Holding, Survey, count_parameters
 
@@ -92,7 +91,7 @@ def file_rows(found: Survey) -> Iterator[tuple[str, str, str, str]]:
         name = first if len(files) == 1 else f"{first} to {last}"
         about = [
             *([f"{len(files)} alike"] if len(files) > 1 else []),
-            *([layers_of_stage(found.cut, stage)] if found.cut is not None and found.cut.pp > 1 else []),
+            *([layers_of(found, stage)] if found.cut is not None and found.cut.pp > 1 else []),
         ]
         where = f"{name} ({', '.join(about)})" if about else name
         yield where, f"{tensors:,}", size(nbytes), f"{found.files[files[0]]:,} B"
@@ -109,11 +108,12 @@ def count_tensors(holdings: Iterable[Holding]) -> int:
     return len({(holding.file, holding.name) for holding in holdings})
 
 
-def layers_of_stage(parallel: Parallel, stage: int) -> str:
+def layers_of(found: Survey, stage: int) -> str:
     """The layers of a pipeline stage, counted over all stages."""
-    first = sum(parallel.stages[:stage])
-    last = first + parallel.stages[stage] - 1
-    return "no layers" if last < first else f"layer {first}" if last == first else f"layers {first} to {last}"
+    layers = found.layers[stage]
+    runs = [[layer for _, layer in run] for _, run in groupby(enumerate(layers), lambda item: item[1] - item[0])]
+    words = [str(run[0]) if len(run) == 1 else f"{run[0]} to {run[-1]}" for run in runs]
+    return f"layer{'' if len(layers) == 1 else 's'} {', '.join(words)}" if layers else "no layers"
 
 
 def nbytes_of(holdings: Iterable[Holding]) -> int:
@@ -213,14 +213,15 @@ def by_dtype(found: Survey) -> dict[str, list[Holding]]:
 
 
 def _layout(found: Survey) -> Iterator[tuple[str, str]]:
-    yield "format", _FORMATS[found.kind]
     parallel, names, experts = found.origin.parallel, found.names, found.expert_layout
+    written = "" if found.cut else ", when it was written"
+    yield "format", _FORMATS[found.kind] + (f", {found.checkpoint_format}" if found.checkpoint_format else "")
     if parallel is not None:
-        yield "tensor parallel", str(parallel.tp)
-        yield "pipeline parallel", _stages(parallel)
+        yield "tensor parallel", f"{parallel.tp}{written}"
+        yield "pipeline parallel", f"{_stages(parallel)}{written}"
         if found.spec.num_experts:
-            yield "expert parallel", str(parallel.ep)
-            yield "expert tensor parallel", str(parallel.etp)
+            yield "expert parallel", f"{parallel.ep}{written}"
+            yield "expert tensor parallel", f"{parallel.etp}{written}"
     if names is not None:
         yield "names", f"{_NAMES[names]} ({names})"
     if experts is not None:
@@ -233,13 +234,16 @@ def _layout(found: Survey) -> Iterator[tuple[str, str]]:
 def _stages(parallel: Parallel) -> str:
     if parallel.pp == 1:
         return "1"
-    runs = [(layers, len(list(group))) for layers, group in groupby(parallel.stages)]
+    of_ranks = [sum(parallel.stages[rank :: parallel.pp]) for rank in range(parallel.pp)]
+    runs = [(layers, len(list(group))) for layers, group in groupby(of_ranks)]
     shown = " + ".join(str(layers) if times == 1 else f"{times} x {layers}" for layers, times in runs)
-    split = parallel.split
-    counted = (
-        [name for name, on in (("embedding", split.embedding), ("loss", split.loss)) if on] if split != EVEN else []
-    )
-    return f"{parallel.pp} (layers {shown}{', counting the ' + ' and the '.join(counted) if counted else ''})"
+    said = [f"layers {shown}"]
+    if parallel.vpp > 1:
+        said.append(f"{parallel.vpp} virtual stages on each")
+    counted = {"embedding": parallel.split.embedding, "loss": parallel.split.loss}
+    if any(counted.values()):
+        said.append(f"counting the {' and the '.join(name for name, on in counted.items() if on)}")
+    return f"{parallel.pp} ({', '.join(said)})"
 
 
 def _beside(found: Survey) -> Iterator[tuple[str, str]]:

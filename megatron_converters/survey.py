@@ -17,7 +17,7 @@ from .endpoints.base import Origin, Source
 from .endpoints.hf_names import fused_name
 from .endpoints.hf_target import FUSED, SEPARATE
 from .families import FAMILIES
-from .formats import HF
+from .formats import HF, MEGATRON
 from .megatron_names import DIALECTS, EXPERTS
 from .parallel import Parallel, Rank
 from .plan import Piece
@@ -92,9 +92,23 @@ class Survey:
         """The parallel sizes where each rank has a file of its own; else None."""
         return self.origin.parallel if self.ranks else None
 
+    @property
+    def checkpoint_format(self) -> str | None:
+        """Megatron-LM's name of a checkpoint's format: a file for each rank, or chunks; None for other folders."""
+        return None if self.kind != MEGATRON else "torch" if self.ranks else "torch_dist"
+
     def stage(self, file: str) -> int:
         """The pipeline stage of a file; 0 where it belongs to no rank."""
         return self.ranks[file].pp if file in self.ranks else 0
+
+    @cached_property
+    def layers(self) -> dict[int, list[int]]:
+        """The layers of each pipeline stage, counted over all stages; of rank `pp` where ranks have virtual stages."""
+        found: dict[int, set[int]] = {}
+        for file, holdings in self.by_file.items():
+            layers = (holding.ref.layer for holding in holdings)
+            found.setdefault(self.stage(file), set()).update(layer for layer in layers if layer is not None)
+        return {stage: sorted(layers) for stage, layers in found.items()}
 
     @cached_property
     def padded_vocab(self) -> int:
@@ -124,14 +138,14 @@ class Survey:
         if parallel is None or holding is None or holding.ref.layer is None:
             return None
         ref = holding.ref
+        stage, local = parallel.place(holding.ref.layer)
+        stored = holding.name.removeprefix(parallel.prefix(stage))
         numbers: dict[str, Any] = {
-            "layer": parallel.place(holding.ref.layer)[1],
+            "layer": local,
             "expert": parallel.local_expert(ref.expert, self.spec.num_experts),
             "global_expert": ref.expert,
         }
-        return next(
-            (name for name, table in tables.items() if table[ref.slot.name].format(**numbers) == holding.name), None
-        )
+        return next((name for name, table in tables.items() if table[ref.slot.name].format(**numbers) == stored), None)
 
 
 def survey(kind: str, source: Source) -> Survey:

@@ -16,6 +16,7 @@ def as_json(found: Survey) -> dict[str, Any]:
     return {
         "path": origin.described,
         "format": found.kind,
+        "checkpoint_format": found.checkpoint_format,
         "model": found.spec.to_dict(),
         "parameters": {"total": total, "active": active},
         "weights": {
@@ -33,6 +34,7 @@ def as_json(found: Survey) -> dict[str, Any]:
         else {
             "tensor": parallel.tp,
             "pipeline": parallel.pp,
+            "virtual_stages": parallel.vpp,
             "layers_of_stages": list(parallel.stages),
             "expert": parallel.ep,
             "expert_tensor": parallel.etp,

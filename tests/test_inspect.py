@@ -175,6 +175,39 @@ def test_megatron_files(
     assert found["weights"]["bytes"] - found["weights"]["copied_bytes"] == 4 * once
 
 
+def test_virtual_stages(hf_model: HFModel, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    from megatron_converters.pipeline import PipelineSplit
+
+    folder = hf_to_megatron(hf_model("mixtral"), tmp_path / "meg", pp=2, split=PipelineSplit(virtual=2))
+    found = as_json(capsys, folder)
+    assert [file["layers"] for file in found["files"]] == [[0, 2], [1, 3]]
+    assert (found["names"], found["expert_layout"]) == ("transformer_engine", "grouped")
+    assert (found["parallel"]["virtual_stages"], found["parallel"]["layers_of_stages"]) == (2, [1, 1, 1, 1])
+    shown = inspect(capsys, folder)
+    assert "2 (layers 2 x 2, 2 virtual stages on each)" in shown and "mp_rank_00_001 (layers 1, 3)" in shown
+    assert [panel.title.rpartition(",")[0] for panel in grid(surveyed(folder)).panels] == [
+        "stage 0, layers 0, 2, 1 rank",
+        "stage 1, layers 1, 3, 1 rank",
+    ]
+
+
+@pytest.mark.parametrize("family", ["llama3.2-tied", "mixtral"])
+def test_distributed_files(hf_model: HFModel, capsys: pytest.CaptureFixture[str], tmp_path: Path, family: str) -> None:
+    source, folder = hf_model(family), tmp_path / "meg"
+    options = ["convert", str(source), str(folder), "--tp", "2", "--pp", "2", "--ckpt-format", "torch_dist", "--quiet"]
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(options)
+    assert exit_.value.code == 0
+    found, theirs = as_json(capsys, folder), as_json(capsys, source)
+    assert (found["format"], found["checkpoint_format"]) == ("megatron", "torch_dist")
+    assert {file["file"] for file in found["files"]} == {path.name for path in folder.glob("*/*.distcp")}
+    assert found["parameters"] == theirs["parameters"]
+    padding = (found["vocabulary"]["rows"] - 199) * 64 * 4 * (2 - (family == "llama3.2-tied"))
+    assert found["weights"]["bytes"] == theirs["weights"]["bytes"] + padding
+    assert re.search(r"tensor parallel +2, when it was written", inspect(capsys, folder))
+    assert len(grid(surveyed(folder)).panels) == 1
+
+
 def test_metas_files(hf_model: HFModel, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     from tests.test_meta_source import write
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import NamedTuple, TypeVar
 
-from ..describe import count, count_tensors, layers_of_stage, short, size
+from ..describe import count, count_tensors, layers_of, short, size
 from ..slots import Scope
 from ..survey import Holding, Survey
 
@@ -193,7 +193,7 @@ def _words(row: str | int) -> str:
 def _of_stage(found: Survey, stage: int) -> str:
     if found.cut is None or found.cut.pp == 1:
         return ""
-    return f"stage {stage}, {layers_of_stage(found.cut, stage)}, "
+    return f"stage {stage}, {layers_of(found, stage)}, "
 
 
 def _labels(found: Survey, files: Sequence[str]) -> list[str]:
