@@ -110,10 +110,16 @@ def count_tensors(holdings: Iterable[Holding]) -> int:
 
 
 def layers_of_stage(parallel: Parallel, stage: int) -> str:
-    """The layers of a pipeline stage, counted over all stages."""
-    first = sum(parallel.stages[:stage])
-    last = first + parallel.stages[stage] - 1
-    return "no layers" if last < first else f"layer {first}" if last == first else f"layers {first} to {last}"
+    """The layers of a pipeline rank, counted over all stages; with virtual stages it has several stretches of them."""
+    found = []
+    for number in range(stage, len(parallel.stages), parallel.pp):
+        first = sum(parallel.stages[:number])
+        last = first + parallel.stages[number] - 1
+        if last >= first:
+            found.append(f"{first} to {last}" if last > first else str(first))
+    if not found:
+        return "no layers"
+    return f"layer{'s' if ' ' in found[0] or len(found) > 1 else ''} {', '.join(found)}"
 
 
 def nbytes_of(holdings: Iterable[Holding]) -> int:
@@ -213,7 +219,7 @@ def by_dtype(found: Survey) -> dict[str, list[Holding]]:
 
 
 def _layout(found: Survey) -> Iterator[tuple[str, str]]:
-    yield "format", _FORMATS[found.kind]
+    yield "format", _FORMATS[found.kind] + (", torch_dist" if found.distributed else "")
     parallel, names, experts = found.origin.parallel, found.names, found.expert_layout
     if parallel is not None:
         yield "tensor parallel", str(parallel.tp)
@@ -239,7 +245,8 @@ def _stages(parallel: Parallel) -> str:
     counted = (
         [name for name, on in (("embedding", split.embedding), ("loss", split.loss)) if on] if split != EVEN else []
     )
-    return f"{parallel.pp} (layers {shown}{', counting the ' + ' and the '.join(counted) if counted else ''})"
+    virtual = f", {parallel.vpp} stages each" if parallel.vpp > 1 else ""
+    return f"{parallel.pp}{virtual} (layers {shown}{', counting the ' + ' and the '.join(counted) if counted else ''})"
 
 
 def _beside(found: Survey) -> Iterator[tuple[str, str]]:

@@ -142,7 +142,7 @@ FLAGS = (
     Flag("--expert-tensor-parallel-size", _EL, kept=False),
     Flag("--make-vocab-size-divisible-by", _L, kept=False),
     Flag("--padded-vocab-size", _L, since="0.14"),
-    Flag("--ckpt-format", _L, kept=False, default="torch", since="0.9"),
+    Flag("--ckpt-format", _L, default="torch_dist"),  # what is loaded has the format that it has
     Flag("--tokenizer-type", _T),
     Flag("--tokenizer-model", _T),
     Flag("--load", _O),

@@ -77,6 +77,11 @@ class Survey:
             found.setdefault(holding.file, []).append(holding)
         return {file: found[file] for file in sorted(found, key=lambda file: (self.stage(file), file))}
 
+    @property
+    def distributed(self) -> bool:
+        """Whether a Megatron-LM checkpoint's tensors lie in chunks (`torch_dist`)."""
+        return any(holding.file.endswith(".distcp") for holding in self.holdings[:1])
+
     @cached_property
     def ranks(self) -> dict[str, Rank]:
         """The rank that each file belongs to; nothing where files are not those of ranks."""
@@ -124,14 +129,14 @@ class Survey:
         if parallel is None or holding is None or holding.ref.layer is None:
             return None
         ref = holding.ref
+        stage, layer = parallel.place(holding.ref.layer)
+        stored = holding.name.removeprefix(parallel.prefix(stage))
         numbers: dict[str, Any] = {
-            "layer": parallel.place(holding.ref.layer)[1],
+            "layer": layer,
             "expert": parallel.local_expert(ref.expert, self.spec.num_experts),
             "global_expert": ref.expert,
         }
-        return next(
-            (name for name, table in tables.items() if table[ref.slot.name].format(**numbers) == holding.name), None
-        )
+        return next((name for name, table in tables.items() if table[ref.slot.name].format(**numbers) == stored), None)
 
 
 def survey(kind: str, source: Source) -> Survey:

@@ -33,6 +33,7 @@ def as_json(found: Survey) -> dict[str, Any]:
         else {
             "tensor": parallel.tp,
             "pipeline": parallel.pp,
+            "virtual": parallel.vpp,
             "layers_of_stages": list(parallel.stages),
             "expert": parallel.ep,
             "expert_tensor": parallel.etp,

@@ -165,6 +165,7 @@ LAYOUTS: dict[str, tuple[dict[str, Any], str, str]] = {
     "whole": ({}, "local", "sequential"),
     "cut": (dict(tp=2, ep=2, etp=1), "transformer_engine", "grouped"),
     "uneven": (dict(tp=2, pp=2, split=PipelineSplit(first=1)), "transformer_engine", "stacked"),
+    "spelled out": (dict(pp=2), "local", "sequential"),
 }
 
 
@@ -178,6 +179,8 @@ def test_stock_s_parser_gives_the_args_back(fields: dict[str, Any], layout: str)
         sizes = {name: value for name, value in sizes.items() if name not in ("ep", "etp")}
     if spec.num_query_groups == 3 and "tp" in sizes:
         sizes = {**sizes, "tp": 3}
+    if layout == "spelled out":
+        sizes = {**sizes, "split": PipelineSplit(layout=f"Et|t*{spec.num_layers - 1}L")}
     parallel = parallel_for(spec, **{"tp": 1, "pp": 1, **sizes})
     args = {
         **model_args(spec),

@@ -26,7 +26,7 @@ from megatron_converters.shard_map.grid import KINDS, grid
 from megatron_converters.shard_map.page import page
 from megatron_converters.slots import SLOTS
 from megatron_converters.survey import Survey, count_parameters, survey
-from tests.conversions import hf_to_megatron
+from tests.conversions import hf_to_megatron, hf_to_torch_dist
 from tests.helpers import ROOT, args_of, edit_rank
 from tests.sparse import PUBLISHED, sparse_hf, sparse_megatron
 from tests.tiny import tiny_spec
@@ -240,6 +240,32 @@ def test_uneven_stages_are_spelled_out(hf_model: HFModel, capsys: pytest.Capture
     assert re.search(r"pipeline parallel +3 \(layers 2 \+ 2 x 1\)", inspect(capsys, folder))
     counted = hf_to_megatron(hf_model("llama3"), tmp_path / "two", pp=3, split=PipelineSplit(embedding=True, loss=True))
     assert "(layers 1 + 2 + 1, counting the embedding and the loss)" in inspect(capsys, counted)
+
+
+def test_virtual_stages_are_listed(hf_model: HFModel, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    from megatron_converters.pipeline import PipelineSplit
+
+    folder = hf_to_megatron(hf_model("llama3"), tmp_path / "meg", pp=2, split=PipelineSplit(virtual=2))
+    shown = inspect(capsys, folder)
+    assert re.search(r"pipeline parallel +2, 2 stages each \(layers 4 x 1\)", shown)
+    assert "mp_rank_00_000 (layers 0, 2)" in shown and "mp_rank_00_001 (layers 1, 3)" in shown
+    assert re.search(r"names +Transformer Engine", shown)
+
+
+@pytest.mark.parametrize("family", ["llama3", "mixtral"])
+def test_distributed_checkpoints(
+    hf_model: HFModel, capsys: pytest.CaptureFixture[str], tmp_path: Path, family: str
+) -> None:
+    folder = hf_to_torch_dist(hf_model(family), tmp_path / "meg", tp=2, pp=2)
+    shown = inspect(capsys, folder)
+    assert re.search(r"format +Megatron-LM, torch_dist", shown)
+    assert all(f"__{rank}_0.distcp " in shown for rank in range(4))
+    assert "57 rows (embeddings have 256)" in shown
+    found = json.loads(inspect(capsys, folder, "--json"))
+    held = sum(file["weight_bytes"] for file in found["files"])
+    assert held == found["weights"]["bytes"] == 4 * (found["parameters"]["total"] + 2 * 57 * 64)
+    inspect(capsys, folder, "--html", tmp_path / "page.html")
+    assert "__3_0.distcp" in (tmp_path / "page.html").read_text()
 
 
 @pytest.mark.parametrize(
