@@ -181,7 +181,9 @@ class TorchDistSource:
             )
             row, *col = chunk.offsets[axes:]
             rows = _rows(part.first_row + row, data.shape[0], limit)
-            yield Piece(data, rows, col[0] if col else 0, f"{part.key} in {chunk.item}")
+            place = ",".join(map(str, chunk.offsets))
+            where = f"{Path(chunk.item.path).name}: {part.key} [{place}]"
+            yield Piece(data, rows, col[0] if col else 0, where)
 
     def _left_out(self, common: Mapping[str, Any]) -> list[str]:
         """What of a training run is not converted."""
