@@ -15,6 +15,7 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+from megatron.core.safe_globals import SAFE_GLOBALS
 
 from . import checkpoint, megatron
 
@@ -99,6 +100,8 @@ def _sharded(models: list[torch.nn.Module], metadata: dict[str, Any]) -> dict[st
 
 def args_of(directory: Path, sizes: dict[str, int]) -> Namespace:
     """The args of a checkpoint, as megatron-core loads them, for a run at other sizes (`tp`, `pp`, `ep`, `etp`)."""
+    # As Megatron-LM does when it starts. Here another job may have taken it back: torch's context manager does, at its end.
+    torch.serialization.add_safe_globals(list(SAFE_GLOBALS))
     args: Namespace = dist_checkpointing.load_common_state_dict(str(directory))["args"]
     names = {"tp": "tensor_model", "pp": "pipeline_model", "ep": "expert_model", "etp": "expert_tensor"}
     for name, size in sizes.items():
