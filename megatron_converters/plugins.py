@@ -88,7 +88,9 @@ def run_saver(queue: Any, args: argparse.Namespace, open_target: Callable[[], Ta
     try:
         source = QueueSource(queue, checking=getattr(args, "checking", True))
         progress = Watched(make_progress(getattr(args, "quiet", False)))
-        for line in convert(source, open_target(), None, progress, restart=getattr(args, "restart", False)):
+        lines = convert(source, open_target(), None, progress, restart=getattr(args, "restart", False))
+        source.drain()
+        for line in lines:
             say(args, line)
     except ConversionError as error:
         fail("saver", error)

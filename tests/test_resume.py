@@ -235,6 +235,7 @@ def test_the_queue_goes_on_too(hf_model: HFModel, tmp_path: Path) -> None:
     inodes = {path.stat().st_ino for path in tmp_path.rglob("files/*/*.pt")}
     assert inodes
     succeeded(convert(*options, *sizes))
+    assert "is complete already; nothing to do" in succeeded(convert(*options, *sizes)).out
     assert inodes <= {path.stat().st_ino for path in (tmp_path / "out").rglob("*.pt")}
 
 

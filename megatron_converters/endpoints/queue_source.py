@@ -46,6 +46,7 @@ class QueueSource:
         receive_ours()
         self._queue = queue
         self._checking = checking
+        self._ended = False
         metadata = receive(queue)
         self._message: dict[str, Any] = {}
         self._used: set[str] = set()
@@ -91,9 +92,15 @@ class QueueSource:
         self._end()
         check_parent()
         last = receive(self._queue)
+        self._ended = True
         if last != DONE:
             held = last.get("name") if isinstance(last, dict) else last
             raise ConversionError(f"the loader sent {held!r} after the last tensor of the model; expected {DONE!r}")
+
+    def drain(self) -> None:
+        """Take what the loader still sends of a model that is not needed: it takes a saver that leaves for one that failed."""
+        while not self._ended:
+            self._ended = receive(self._queue) == DONE
 
     def _pieces(self, where: str, value: Any, rows: RowMap, shape: tuple[int, ...], ref: Ref) -> list[Piece]:
         if isinstance(value, TensorHandle):

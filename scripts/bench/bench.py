@@ -75,30 +75,47 @@ def _memory(session: int) -> tuple[float, float]:
     return sums[0], sums[1]
 
 
-def commands(args: argparse.Namespace) -> dict[str, tuple[Path, list[str]]]:
-    """What is run, by name, with the folder that each writes. More workers than one are for the `convert` verb alone."""
-    folder, workers, ckpt_format = args.folder, args.workers, args.ckpt_format
-    tp, pp, ep = args.tp, args.pp, args.ep
-    hf, megatron, back = folder / "hf", folder / "megatron", folder / "back"
-    convert = [sys.executable, str(ROOT / "convert.py"), "--quiet", "--model-type", "GPT"]
-    sizes = ["--target-tensor-parallel-size", str(tp), "--target-pipeline-parallel-size", str(pp)]
-    sizes += ["--target-expert-parallel-size", str(ep), "--ckpt-format", ckpt_format]
-    script = [sys.executable, str(ROOT / "convert_mlm_to_hf_checkpoint.py"), "--quiet"]
-    dirs = ["--load-dir", str(hf), "--save-dir", str(megatron)]
-    copied = folder / "cp"
-    flushed = f"cp -r {shlex.quote(str(hf))} {shlex.quote(str(copied))} && sync -f {shlex.quote(str(copied))}"
-    copy = {"cp": (copied, ["cp", "-r", str(hf), str(copied)]), "cp, flushed": (copied, ["sh", "-c", flushed])}
-    if workers > 1:
-        verb = [sys.executable, "-m", "megatron_converters", "convert", "--quiet", "--workers", str(workers)]
-        short = ["--tp", str(tp), "--pp", str(pp), "--ep", str(ep), "--ckpt-format", ckpt_format]
-        return copy | {
-            "HF to Megatron": (megatron, [*verb, str(hf), str(megatron), *short]),
-            "Megatron to HF": (back, [*verb, str(megatron), str(back)]),
-        }
-    return copy | {
-        "HF to Megatron": (megatron, [*convert, "--loader", "hf", "--saver", "mcore", *dirs, *sizes]),
-        "Megatron to HF": (back, [*script, "--load-path", str(megatron), "--save-path", str(back)]),
+class Timed(NamedTuple):
+    """A command, the folder that it reads and the one that it writes; `kept` where a later one reads that."""
+
+    source: Path
+    output: Path
+    command: list[str]
+    kept: bool = False
+
+
+def commands(args: argparse.Namespace) -> dict[str, Timed]:
+    """What is run, by name: each conversion after copies of the folder that it reads."""
+    hf, megatron, back = args.folder / "hf", args.folder / "megatron", args.folder / "back"
+    forth_command, back_command = _conversions(args, hf, megatron, back)
+    return {
+        **_copies("HF", hf, args.folder / "cp"),
+        "HF to Megatron": Timed(hf, megatron, forth_command, kept=True),
+        **_copies("Megatron", megatron, args.folder / "cp"),
+        "Megatron to HF": Timed(megatron, back, back_command),
     }
+
+
+def _copies(name: str, source: Path, output: Path) -> dict[str, Timed]:
+    flushed = f"cp -r {shlex.quote(str(source))} {shlex.quote(str(output))} && sync -f {shlex.quote(str(output))}"
+    return {
+        f"cp of {name}": Timed(source, output, ["cp", "-r", str(source), str(output)]),
+        f"cp of {name}, flushed": Timed(source, output, ["sh", "-c", flushed]),
+    }
+
+
+def _conversions(args: argparse.Namespace, hf: Path, megatron: Path, back: Path) -> tuple[list[str], list[str]]:
+    """Both ways. More workers than one are for the `convert` verb alone."""
+    short = ["--tp", str(args.tp), "--pp", str(args.pp), "--ep", str(args.ep), "--ckpt-format", args.ckpt_format]
+    if args.workers > 1:
+        verb = [sys.executable, "-m", "megatron_converters", "convert", "--quiet", "--workers", str(args.workers)]
+        return [*verb, str(hf), str(megatron), *short], [*verb, str(megatron), str(back)]
+    convert = [sys.executable, str(ROOT / "convert.py"), "--quiet", "--loader", "hf", "--saver", "mcore"]
+    script = [sys.executable, str(ROOT / "convert_mlm_to_hf_checkpoint.py"), "--quiet"]
+    return (
+        [*convert, "--load-dir", str(hf), "--save-dir", str(megatron), *short],
+        [*script, "--load-path", str(megatron), "--save-path", str(back)],
+    )
 
 
 def main() -> None:
@@ -126,17 +143,20 @@ def main() -> None:
     size = sum(path.stat().st_size for path in (args.folder / "hf").iterdir())
     runs: dict[str, list[Measured]] = {}
     for number in range(args.runs + 1):  # the first warms the page cache
-        for name, (output, command) in commands(args).items():
-            shutil.rmtree(output, ignore_errors=True)
-            measured = measure(command)
+        for name, timed in commands(args).items():
+            shutil.rmtree(timed.output, ignore_errors=True)
+            measured = measure(timed.command)
             if number:
                 runs.setdefault(name, []).append(measured)
+            if not timed.kept:  # copies would crowd the sources out of the page cache
+                shutil.rmtree(timed.output)
     sizes = f"tp={args.tp}, pp={args.pp}, ep={args.ep}, {args.ckpt_format}, workers={args.workers}"
     print(f"{size / 1e9:.2f} GB, {sizes}, {args.runs} runs, median (least-most)\n")
     print("| run | wall s | CPU s | wall / cp | anonymous MiB | total MiB |\n|---|---|---|---|---|---|")
     for name, measurements in runs.items():
         walls = [measured.wall for measured in measurements]
-        ratios = [measured.wall / copied.wall for measured, copied in zip(measurements, runs["cp"], strict=True)]
+        copies = runs[f"cp of {name.removeprefix('cp of ').split(' to ')[0].split(',')[0]}"]
+        ratios = [measured.wall / copied.wall for measured, copied in zip(measurements, copies, strict=True)]
         wall = f"{statistics.median(walls):.2f} ({min(walls):.2f}-{max(walls):.2f})"
         ratio = f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
         rest = [statistics.median(row[index] for row in measurements) for index in (1, 2, 3)]
