@@ -6,7 +6,7 @@ import argparse
 from functools import partial
 from typing import Any
 
-from megatron_converters.options import add_hf_source_arguments, open_hf_source
+from megatron_converters.options.reading import add_hf_source_arguments, open_hf_source
 from megatron_converters.plugins import add_common_arguments, run_loader
 
 

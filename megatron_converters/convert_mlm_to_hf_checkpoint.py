@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from .conversion import convert
 from .dtypes import dtype_named
 from .errors import ConversionError, Interrupted
-from .options import add_checkpoint_arguments, add_hf_target_arguments, open_checkpoint, open_hf_target
+from .options.reading import add_checkpoint_arguments, open_checkpoint
+from .options.writing import add_hf_target_arguments, open_hf_target
 from .plugins import add_common_arguments, fail, say
 from .progress import make_progress
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from .endpoints.base import Source
 from .endpoints.megatron_checkpoint import TRACKER
 from .errors import UsageError
-from .options import open_checkpoint, open_hf_source
+from .options.reading import open_checkpoint, open_hf_source
 from .plugins import folder
 
 HF, META, MEGATRON = "hf", "meta", "megatron"

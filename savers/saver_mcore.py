@@ -6,7 +6,7 @@ import argparse
 from functools import partial
 from typing import Any
 
-from megatron_converters.options import add_megatron_target_arguments, open_megatron_target
+from megatron_converters.options.writing import add_megatron_target_arguments, open_megatron_target
 from megatron_converters.plugins import add_common_arguments, run_saver
 
 

@@ -10,7 +10,7 @@ from ..cluster import crew_of_environment
 from ..conversion import convert
 from ..crew import ALONE, Crew
 from ..errors import UsageError
-from ..options import positive
+from ..options.values import positive
 from ..plugins import say
 from ..progress import Silent, make_progress
 from .job import add_job_arguments, job_of

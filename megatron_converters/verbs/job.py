@@ -10,13 +10,13 @@ from ..endpoints.base import Source, Target
 from ..endpoints.hf_target import FUSED, SEPARATE
 from ..formats import HF, MEGATRON, add_reading_arguments, open_any
 from ..megatron_names import EXPERTS
-from ..options import (
+from ..options.values import positive
+from ..options.writing import (
     add_expert_layout_argument,
     add_hf_target_arguments,
     add_megatron_target_arguments,
     open_hf_target,
     open_megatron_target,
-    positive,
 )
 
 #: Options that only a Megatron-LM checkpoint has: giving one asks for such a target.

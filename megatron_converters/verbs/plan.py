@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 
 from ..forecast import Forecast, forecast, measure
-from ..options import positive
+from ..options.values import positive
 from .job import Job, add_job_arguments, job_of
 
 _SHOWN_FILES = 64

@@ -1,0 +1,1 @@
+"""Option groups that several entry points share, and their meaning."""

@@ -1,0 +1,45 @@
+"""Kinds of values, and options that readers and writers share."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from typing import Any
+
+from ..errors import UsageError
+from ..plugins import add_argument
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+#: Whose parameter names a checkpoint has.
+IMPLS = ("local", "transformer_engine")
+
+
+def byte_size(text: str) -> int:
+    """Bytes in "5GB", "500MB", "2GiB" or plain digits, as huggingface_hub counts (decimal unless "i")."""
+    match = re.fullmatch(r"(\d+)\s*([KMGT]?I?)B?", text.strip().upper())
+    if match is None or match[2] not in _UNITS or int(match[1]) == 0:
+        raise UsageError(f"{text!r} is no size; write for example 5GB, 500MB or 2GiB")
+    return int(match[1]) * _UNITS[match[2]]
+
+
+def positive(text: str) -> int:
+    """A whole number above 0, as an argument."""
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
+    return int(text)
+
+
+def add_dtype_arguments(parser: Any) -> None:
+    """--bf16 and --fp16."""
+    add_argument(parser, "--bf16", action="store_true", help="Write bfloat16; without it the source's dtype is kept.")
+    add_argument(parser, "--fp16", action="store_true", help="Write float16; without it the source's dtype is kept.")
+
+
+def add_margs_argument(parser: Any) -> None:
+    """--source-margs-file."""
+    add_argument(
+        parser,
+        "--source-margs-file",
+        default=None,
+        help="source_megatron_args.json with training arguments to take over.",
+    )
