@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -103,8 +104,18 @@ def say(args: argparse.Namespace, line: str) -> None:
     if line.startswith("warning"):
         sys.stderr.write(line + "\n")
     elif not getattr(args, "quiet", False):
-        sys.stdout.write(line + "\n")
+        put(line)
+
+
+def put(text: str) -> None:
+    """Print text. A reader that has enough of it, such as `head`, must not end a conversion."""
+    try:
+        sys.stdout.write(text + "\n")
         sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+        )  # for what else is said, and for Python's own flush
 
 
 def fail(who: str, error: ConversionError) -> None:

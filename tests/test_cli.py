@@ -27,6 +27,7 @@ from tests.helpers import (
     rank_content,
     refused,
     same_tensors,
+    start_verb,
     succeeded,
 )
 from tests.oracle.hf import FAMILIES
@@ -487,3 +488,14 @@ def test_the_checkout_needs_no_installation() -> None:
     code = "import megatron_converters; print(megatron_converters.__file__)"
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert run.stdout.strip() == str(ROOT / "megatron_converters" / "__init__.py")
+
+
+def test_a_reader_that_has_enough_ends_nothing(hf_model: HFModel, tmp_path: Path) -> None:
+    """`convert … | true` and the like."""
+    for options in (("convert", hf_model("llama2"), tmp_path / "out", "--tp", "2"), ("inspect", hf_model("llama2"))):
+        process = start_verb(*options)
+        process.stdout.close()
+        code, said = process.wait(60), process.stderr.read()
+        assert code == 0, said
+        assert "Traceback" not in said and "Exception" not in said
+    assert (tmp_path / "out" / TRACKER).exists()

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Iterator
 from typing import Any
 
 from ..compare import Compared, Comparison, Rules, compare
 from ..difference import finite
-from ..plugins import say
+from ..plugins import put, say
 from ..progress import make_progress
 from ..settings_diff import settings_differences
 from .pair import Pair, add_pair_arguments, describe_pair, open_pair, say_pair
@@ -42,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
     comparison = compare(*pair.sources, Rules(norms=True), make_progress(args.quiet, "comparing", "compared"))
     equal = comparison.equal and not any(settings.values())
     if args.json:
-        sys.stdout.write(json.dumps(_as_json(pair, settings, comparison, equal), ensure_ascii=False, indent=1) + "\n")
+        put(json.dumps(_as_json(pair, settings, comparison, equal), ensure_ascii=False, indent=1))
     else:
         for line in _report(args, settings, comparison):
             say(args, line)

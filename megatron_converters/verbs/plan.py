@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Iterator
 
 from ..forecast import Forecast, forecast, measure
 from ..options.values import positive
+from ..plugins import put
 from .job import Job, add_job_arguments, job_of
 
 _SHOWN_FILES = 64
@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
     if not args.no_measure:
         measure(result, job.source, job.target.save_dir)
     text = json.dumps(result.to_json(), indent=1, ensure_ascii=False) if args.json else "\n".join(_lines(job, result))
-    sys.stdout.write(text + "\n")
+    put(text)
     return 0 if result.nbytes <= result.free and not result.obstacle else 1
 
 

@@ -8,7 +8,6 @@ import argparse
 import dataclasses
 import json
 import math
-import sys
 import time
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -18,7 +17,7 @@ from ..difference import finite
 from ..endpoints.megatron_common import MegatronReadOptions
 from ..errors import UsageError
 from ..output_check import Checked, check_output, find_output
-from ..plugins import folder, say
+from ..plugins import folder, put, say
 from ..progress import make_progress
 from .pair import Pair, add_pair_arguments, describe_pair, open_pair, say_pair
 
@@ -194,7 +193,7 @@ def _say_all(args: argparse.Namespace, found: list[str], prefix: str) -> None:
 
 
 def _print_json(value: dict[str, Any]) -> None:
-    sys.stdout.write(json.dumps(value, ensure_ascii=False, indent=1, allow_nan=False) + "\n")
+    put(json.dumps(value, ensure_ascii=False, indent=1, allow_nan=False))
 
 
 def _tolerance(text: str) -> float:
