@@ -168,7 +168,7 @@ class _Run:
 
     def _see_folder(self) -> None:
         """Raise in a process that does not see what the first one has made."""
-        if self._journal.run() != self._description:
+        if not self._await(lambda: self._journal.run() == self._description):
             raise ConversionError(
                 f"process {self._crew.rank} does not see {self._staging.path}, which process 0 has made; all must share that folder"
             )
@@ -246,7 +246,8 @@ class _Run:
     def _end(self, done: set[str]) -> list[str]:
         """Show the result, once every file is finished."""
         if not self._journal.complete:
-            finished = self._records(done)
+            self._await(lambda: done <= self._finished().keys())
+            finished = self._finished()
             lost = sorted(self._outline.files.keys() - finished.keys())
             if lost:
                 raise ConversionError(f"{', '.join(lost)} should be finished and are not; run the same command again")
@@ -259,14 +260,14 @@ class _Run:
         self._staging.discard()
         return lines
 
-    def _records(self, done: set[str]) -> dict[str, dict[str, Any]]:
-        """The records of finished files. Those of other machines may take a while to be seen here."""
+    def _await(self, condition: Callable[[], bool]) -> bool:
+        """Whether something holds, or comes to hold once this machine sees what others have written."""
         deadline = time.monotonic() + (_PATIENCE if self._crew.size > 1 else 0.0)
-        while True:
-            finished = self._finished()
-            if done <= finished.keys() or time.monotonic() >= deadline:
-                return finished
+        while not condition():
+            if time.monotonic() >= deadline:
+                return False
             time.sleep(1.0)
+        return True
 
     def _give_up(self, error: BaseException) -> None:
         """Leave nothing, but what the same run can use when it is started again."""

@@ -15,6 +15,13 @@ from typing import Any
 
 import pytest
 
+from megatron_converters import conversion
+from megatron_converters.crew import Word
+from megatron_converters.endpoints.hf_source import HFSource
+from megatron_converters.endpoints.megatron_checkpoint import MegatronOptions
+from megatron_converters.endpoints.megatron_target import MegatronTarget
+from megatron_converters.errors import ConversionError
+from megatron_converters.progress import Silent
 from tests.helpers import ROOT, TRACKER, Run, convert, finished, refused, small_disk, start, start_verb, succeeded, verb
 
 HFModel = Callable[..., Path]
@@ -415,3 +422,28 @@ def test_the_manifest_says_where_everything_came_from(job: Job) -> None:
     assert all(tensor["holds"] and tensor["from"] and len(tensor["crc32"]) == 8 for tensor in tensors)
     files = {path.name for path in whole.rglob("*") if path.name.endswith(WRITTEN)}
     assert {Path(file).name for file in manifest["files"]} == files
+
+
+class OtherFolder:
+    """A crew whose first process has opened a folder that this one, the second, does not see."""
+
+    rank, size = 1, 2
+
+    def __init__(self) -> None:
+        self._leader: list[Any] = [False, ([], "mark"), None]
+
+    def exchange(self, word: Word) -> list[Word]:
+        return [word if word.value is not None else Word(self._leader.pop(0)), word]
+
+    def close(self) -> None:
+        pass
+
+
+def test_a_folder_that_is_not_shared_is_named(
+    hf_model: HFModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(conversion, "_PATIENCE", 0.0)
+    target = MegatronTarget(tmp_path / "out", MegatronOptions(tp=2))
+    with pytest.raises(ConversionError, match=r"process 1 does not see .*all must share that folder"):
+        conversion.convert(HFSource(hf_model("llama2")), target, None, Silent(), crew=OtherFolder())
+    assert not (tmp_path / "out").exists()
