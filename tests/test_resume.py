@@ -294,7 +294,9 @@ def test_a_lost_worker_fails_the_run_and_the_next_goes_on(job: Job, tmp_path: Pa
 
 def _children(pid: int) -> list[int]:
     """The workers of a process, those that multiprocessing started for conversions."""
-    listed = subprocess.run(["ps", "-o", "pid=,args=", "--ppid", str(pid)], capture_output=True, text=True, check=False)
+    listed = subprocess.run(
+        ["ps", "-ww", "-o", "pid=,args=", "--ppid", str(pid)], capture_output=True, text=True, check=False
+    )
     rows = [row.split(None, 1) for row in listed.stdout.splitlines()]
     return [int(number) for number, command in rows if "spawn_main" in command]
 

@@ -270,14 +270,17 @@ def test_unknown_classes_are_stand_ins(tmp_path: Path, megatron: Any) -> None:
         del sys.modules[package]
     found = torch_zip.read(tmp_path / "a.pt")
     assert not any(module.split(".")[0] == "megatron" for module in sys.modules)
-    assert all(isinstance(found[key], StandIn) for key in value if key != "class")
+    assert all(isinstance(found[key], StandIn) for key in value if key not in ("class", "signal"))
     model_type = found["model_type"]
     assert (model_type.module, model_type.qualname) == ("megatron.core.enums", "ModelType")
     assert model_type.value in (1, "encoder") and "ModelType" in repr(model_type)
     assert found["config"].state == {"layers": 4} and type(found["config"]) is found["class"]
     assert found["config"].value is None
     assert found["states"].items == [("a", 1)] and found["items"].items == [1, 2]
-    assert found["signal"].value in (int(signal.SIGUSR2), "SIGUSR2")
+    if isinstance(found["signal"], type):  # some Pythons (3.11.2) pickle a signal under its own name
+        assert issubclass(found["signal"], StandIn)
+    else:
+        assert isinstance(found["signal"], StandIn) and found["signal"].value in (int(signal.SIGUSR2), "SIGUSR2")
     assert found["path"].args == ("/", "data", "x")
 
 

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import math
+import pickle
 import signal
 from argparse import Namespace
 from typing import Any
 
 import torch
+
+#: Whether this Python pickles an enum as a class with a value. Others (3.11.2 is one) pickle it under names that
+#: Megatron-LM's allow list lacks; real args have no enum there that could be loaded.
+ENUMS_LOAD = b"Signals" in pickle.dumps(signal.SIGTERM)
 
 _DEFAULTS: dict[str, Any] = dict(
     num_layers=4,
@@ -101,7 +106,7 @@ _DEFAULTS: dict[str, Any] = dict(
     seed=1234,
     cp_comm_type=["p2p"],
     data_path=[],
-    exit_signal=signal.SIGTERM,  # an enum, as real args hold; the pool adds megatron's own
+    exit_signal=signal.SIGTERM if ENUMS_LOAD else None,  # an enum, as real args hold; the pool adds megatron's own
 )
 
 

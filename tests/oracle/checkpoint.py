@@ -111,12 +111,24 @@ def load_rank(path: Path, more_globals: Sequence[Any] = ()) -> dict[str, Any]:
     return content
 
 
+class _NothingOfIt(type):
+    def __getattr__(cls, name: str) -> None:
+        return None
+
+    def __call__(cls, *_: Any) -> None:
+        return None
+
+
+class _Nothing(metaclass=_NothingOfIt):
+    """In place of an enum: None, whether a pickle calls it with a value or, as Python 3.11.2 has it, asks it for a name."""
+
+
 def load_trusted(path: Path) -> dict[str, Any]:
     """A rank's dict as Megatron-LM itself writes it, read without megatron: its enums become None."""
 
     class Unpickler(pickle.Unpickler):
         def find_class(self, module: str, name: str) -> Any:
-            return (lambda *_: None) if module.startswith("megatron") else super().find_class(module, name)
+            return _Nothing if module.startswith("megatron") else super().find_class(module, name)
 
     module = types.SimpleNamespace(Unpickler=Unpickler, load=pickle.load, __name__="pickle")
     content: dict[str, Any] = torch.load(path, weights_only=False, pickle_module=module)

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from megatron_converters.logits import cpu
 
 from . import checkpoint
+from .args import ENUMS_LOAD
 from .checkpoint import Grid, Rank
 from .errors import OracleError
 
@@ -120,7 +121,8 @@ def _rank_content(models: Sequence[torch.nn.Module], args: Namespace, iteration:
 
     args = copy.copy(args)
     args.rank, args.iteration = dist.get_rank(), iteration
-    args.attention_backend, args.model_type = AttnBackend.auto, ModelType.encoder_or_decoder
+    if ENUMS_LOAD:
+        args.attention_backend, args.model_type = AttnBackend.auto, ModelType.encoder_or_decoder
     states = {name: model.state_dict() for name, model in checkpoint.named_models(models).items()}
     for state in states.values():
         for key, value in state.items():
