@@ -202,8 +202,32 @@ def test_common_state_must_be_there(made: Path, hf_model: HFModel, tmp_path: Pat
     with pytest.raises(ConversionError, match="holds a list, not a checkpoint's common state"):
         TorchDistSource(made)
     common.unlink()
-    with pytest.raises(ConversionError, match=r"common\.pt is missing"):
+    with pytest.raises(ConversionError, match=r"common\.pt is missing, and \.metadata has no common_state/shard_0_1"):
         TorchDistSource(made)
+
+
+def test_common_state_among_the_objects(made: Path, hf_model: HFModel, tmp_path: Path) -> None:
+    """As Megatron-LM writes it from 0.19 on (core/dist_checkpointing/serialization.py): a list of the one dict."""
+    file = made / "iter_0000001" / "common.pt"
+    common = torch.load(file, weights_only=False)
+
+    def rewritten(held: Any) -> None:
+        rewrite(made, lambda entries: entries.update({"common_state/shard_0_1": held}))
+        file.unlink()
+
+    rewritten([common])
+    source = TorchDistSource(made)
+    assert source.origin.iteration == common["iteration"] == 1
+    back = megatron_to_hf(made, tmp_path / "hf")
+    assert different(hf_tensors(hf_model("llama3")), hf_tensors(back)) == []
+    for held, message in (
+        ([common, common], r"common_state/shard_0_1 in .*distcp from byte \d+ on holds a list, not a"),
+        ([3], r"holds a int, not a checkpoint's common state"),
+        ([{"iteration": 1}], r"__0_0\.distcp has no args"),
+    ):
+        rewritten(held)
+        with pytest.raises(ConversionError, match=message):
+            TorchDistSource(made)
 
 
 def test_sizes_that_no_ranks_can_have_do_not_matter(made: Path, tmp_path: Path, hf_model: HFModel) -> None:

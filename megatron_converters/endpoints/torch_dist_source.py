@@ -50,6 +50,8 @@ from .megatron_common import (
 )
 
 COMMON_FILE = "common.pt"
+#: What `COMMON_FILE` held up to Megatron-LM 0.18 is in 0.19 the only element of a list among the objects.
+_COMMON_OBJECT = "common_state/shard_0_1"
 _BACKEND = ("torch_dist", 1)
 #: First parts of keys that belong to a training run and not to its model.
 _TRAINING = re.compile(
@@ -92,9 +94,9 @@ class TorchDistSource:
     def __init__(self, load_dir: Path, options: MegatronReadOptions = AS_STORED) -> None:
         self._dir = checkpoint_directory(load_dir, options.directory_name)
         _check_format(self._dir)
-        common = _common(self._dir)
-        args = _args_of(common, self._dir, options)
         self._index = dcp.read_index(self._dir)
+        common, common_file = _common(self._dir, self._index)
+        args = _args_of(common, common_file, options)
         embeddings = self._embeddings()
         self._padded = embeddings.shape[0]
         self.spec, notes = describe(args, self._padded, embeddings.dtype, options)
@@ -110,7 +112,7 @@ class TorchDistSource:
             parallel=parallel,
             notes=notes,
             ignored=[f"{key} (training state)" for key in self._index.tensors if _TRAINING.match(key)],
-            identity=identity_of(self._dir, [self._dir / COMMON_FILE, self._dir / dcp.METADATA, *self._index.files]),
+            identity=identity_of(self._dir, [common_file, self._dir / dcp.METADATA, *self._index.files]),
         )
 
     def dtype_of(self, ref: Ref) -> DType:
@@ -245,24 +247,32 @@ def _check_format(directory: Path) -> None:
         )
 
 
-def _common(directory: Path) -> Mapping[str, Any]:
-    path = directory / COMMON_FILE
-    if not path.is_file():
-        raise ConversionError(f"{path} is missing; copy the checkpoint again")
-    common = torch_zip.read(path)
+def _common(directory: Path, index: dcp.Index) -> tuple[Mapping[str, Any], Path]:
+    """What all ranks have in common, and the file that holds it."""
+    path, item = directory / COMMON_FILE, index.objects.get(_COMMON_OBJECT)
+    if path.is_file():  # also where both are there, as in Megatron-LM
+        common, where = torch_zip.read(path), str(path)
+    elif item is not None:
+        path, where = Path(item.path), f"{_COMMON_OBJECT} in {item}"
+        held = torch_zip.read_embedded(item.path, item.start, item.nbytes)
+        common = held[0] if isinstance(held, list) and len(held) == 1 else held
+    else:
+        raise ConversionError(
+            f"{path} is missing, and {dcp.METADATA} has no {_COMMON_OBJECT} in its place; copy the checkpoint again"
+        )
     if not isinstance(common, dict):
-        raise ConversionError(f"{path} holds a {type(common).__name__}, not a checkpoint's common state")
-    return common
+        raise ConversionError(f"{where} holds a {type(common).__name__}, not a checkpoint's common state")
+    return common, path
 
 
-def _args_of(common: Mapping[str, Any], directory: Path, options: MegatronReadOptions) -> argparse.Namespace:
+def _args_of(common: Mapping[str, Any], where: Path, options: MegatronReadOptions) -> argparse.Namespace:
     """The args; none where a reference says what the model is."""
     args = common.get("args")
     if args is None and options.hf_config is not None:
         return argparse.Namespace()
     if not isinstance(args, argparse.Namespace):
         raise ConversionError(
-            f"{directory / COMMON_FILE} has no args, so the checkpoint does not say what its tensors mean; "
+            f"{where} has no args, so the checkpoint does not say what its tensors mean; "
             "give a reference model with --hf-config DIR"
         )
     return args
