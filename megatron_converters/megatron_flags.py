@@ -56,7 +56,8 @@ class Flag:
     """A flag and the attribute of `args` that it sets, by default the flag's own name.
 
     `words` gives what follows the flag, None where it is left out, as it is for the value `default`, which Megatron-LM takes
-    anyway. `kept` says whether `--use-checkpoint-args` restores the attribute in every version. `since` and `until` are the
+    anyway. `kept` says whether `--use-checkpoint-args` alone restores the attribute in every version from 0.11 on, or a loaded
+    model needs it no more; parallel sizes it leaves as the command line has them. `since` and `until` are the
     first and the last release that know the flag, where that is worth a note; earlier releases than `heeded_since` parse it,
     but build the model without.
     """
@@ -120,13 +121,13 @@ FLAGS = (
     Flag("--moe-router-topk", _E),
     Flag("--moe-router-pre-softmax", _E, _switch),
     Flag("--moe-router-dtype", _E, kept=False, since="0.12"),
-    Flag("--moe-router-load-balancing-type", _E),
+    Flag("--moe-router-load-balancing-type", _E, kept=False),
     Flag("--moe-aux-loss-coeff", _E, kept=False, default=0.0),
     Flag("--moe-shared-expert-intermediate-size", _E),
     Flag("--moe-shared-expert-gate", _E, _switch, kept=False, since="0.16"),
     Flag("--moe-grouped-gemm", _E, _switch),
     Flag("--moe-use-legacy-grouped-gemm", _E, _switch, kept=False, until="0.16"),
-    Flag("--moe-token-dispatcher-type", _E),
+    Flag("--moe-token-dispatcher-type", _E, kept=False),
     Flag("--transformer-impl", _L, kept=False),
     Flag("--tensor-model-parallel-size", _L, kept=False),
     Flag("--sequence-parallel", _L, _switch, kept=False, needs="num_experts"),
@@ -138,7 +139,7 @@ FLAGS = (
     Flag("--num-layers-per-virtual-pipeline-stage", _L, kept=False),
     Flag("--num-virtual-stages-per-pipeline-rank", _L, kept=False, since="0.11"),
     Flag("--pipeline-model-parallel-layout", _L, kept=False, since="0.13"),
-    Flag("--expert-model-parallel-size", _EL),
+    Flag("--expert-model-parallel-size", _EL, kept=False),
     Flag("--expert-tensor-parallel-size", _EL, kept=False),
     Flag("--make-vocab-size-divisible-by", _L, kept=False),
     Flag("--padded-vocab-size", _L, since="0.14"),
@@ -181,6 +182,7 @@ def as_shell(shown: Iterable[str]) -> str:
 
 def flag_warnings(spec: ModelSpec, shown: Iterable[str], tp: int = 1) -> list[str]:
     """What a user must know beyond the flags that are shown, for a checkpoint cut over `tp`."""
+    shown = list(shown)
     known = [_BY_NAME[name] for name in (flag.split()[0] for flag in shown) if name in _BY_NAME]
     warnings = [f"{flag.name} exists from Megatron-LM {flag.since} on" for flag in known if flag.since]
     warnings += [f"{flag.name} exists up to Megatron-LM {flag.until} only" for flag in known if flag.until]
@@ -193,6 +195,12 @@ def flag_warnings(spec: ModelSpec, shown: Iterable[str], tp: int = 1) -> list[st
     if tp > spec.num_query_groups:
         warnings.append(
             f"tensor-parallel {tp} over {spec.num_query_groups} query groups needs Megatron-LM 0.16 or later"
+        )
+    if {"--transformer-impl local", "--sequence-parallel"} <= set(shown):
+        warnings.append(
+            "warning: Megatron-LM trains experts at a tensor-parallel size above 1 with sequence parallelism only, for which its "
+            "local RMS norms refuse to be built; use --saver-transformer-impl transformer_engine, tensor-parallel size 1, or a "
+            "Megatron-LM with norms of its own, such as Habana's"
         )
     scaling = spec.rope_scaling
     if scaling is not None and scaling.kind == "llama3" and scaling.factor != MEGATRON_LLAMA3.factor:

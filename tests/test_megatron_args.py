@@ -287,7 +287,9 @@ def test_a_router_wider_than_the_model_is_recorded(model: str, router: str | Non
     assert len(warnings) == (recorded is not None)
     assert all(f"stored in {stored}, but Megatron-LM holds it in {spec.dtype}" in warning for warning in warnings)
     shown = flags({**all_args(spec), **router_args(spec, stored)})
-    assert [flag for flag in shown if "router" in flag] == ([f"--moe-router-dtype {recorded}"] if recorded else [])
+    assert [flag for flag in shown if "router-dtype" in flag] == (
+        [f"--moe-router-dtype {recorded}"] if recorded else []
+    )
     assert flag_warnings(spec, shown) == (["--moe-router-dtype exists from Megatron-LM 0.12 on"] if recorded else [])
 
 
@@ -295,6 +297,10 @@ BASE_FLAGS = [
     *("--use-checkpoint-args", "--no-load-optim", "--no-load-rng", "--norm-epsilon 1e-05", "--attention-dropout 0.0"),
     *("--hidden-dropout 0.0", "--transformer-impl local", "--make-vocab-size-divisible-by 128"),
     *("--tensor-model-parallel-size 1", "--pipeline-model-parallel-size 1"),
+]
+MOE_FLAGS = [
+    *("--expert-model-parallel-size 1", "--expert-tensor-parallel-size 1"),
+    *("--moe-router-load-balancing-type aux_loss", "--moe-token-dispatcher-type alltoall"),
 ]
 
 
@@ -315,10 +321,10 @@ BASE_FLAGS = [
         ({"sliding_window": 4096}, ["--window-size 4095,0"]),
         ({"dtype": dtype_named("bf16")}, ["--bf16"]),
         ({"dtype": dtype_named("fp16")}, ["--fp16"]),
-        (MOE, ["--expert-tensor-parallel-size 1"]),
+        (MOE, MOE_FLAGS),
         (
             {**MOE, "shared_ffn_hidden_size": 10, "shared_gate": True, "moe_aux_loss_coeff": 0.01},
-            ["--expert-tensor-parallel-size 1", "--moe-shared-expert-gate", "--moe-aux-loss-coeff 0.01"],
+            [*MOE_FLAGS, "--moe-shared-expert-gate", "--moe-aux-loss-coeff 0.01"],
         ),
     ],
 )
@@ -399,6 +405,22 @@ def test_a_rope_factor_that_megatron_s_scripts_ignore_is_warned_of() -> None:
     assert warning.startswith("warning: --rotary-seq-len-interpolation-factor:")
     for quiet in (None, RopeScaling("llama3", 8.0), RopeScaling("linear", 32.0)):
         assert flag_warnings(tiny_spec(rope_scaling=quiet), []) == []
+
+
+def test_parallel_sizes_are_flags_for_megatron_takes_none_from_a_checkpoint() -> None:
+    """Without `--use-mp-args-from-checkpoint-args` (0.11 on) `load_args_from_checkpoint` leaves all of them alone."""
+    spec = tiny_spec(**{**MOE, "num_experts": 4})
+    args = all_args(spec, "transformer_engine", tp=2)
+    shown = flags({**args, "expert_model_parallel_size": 4, "expert_tensor_parallel_size": 1})
+    sizes = ("--tensor-model-parallel-size 2", "--expert-model-parallel-size 4", "--expert-tensor-parallel-size 1")
+    assert set(sizes) <= set(shown)
+    assert flag_warnings(spec, shown) == []
+
+
+def test_local_experts_under_tensor_parallelism_are_warned_of() -> None:
+    spec = tiny_spec(**MOE)
+    (warning,) = flag_warnings(spec, flags(all_args(spec, tp=2)))
+    assert warning.startswith("warning: Megatron-LM trains experts at a tensor-parallel size above 1")
 
 
 def test_flags_that_older_releases_lack_are_named() -> None:
