@@ -155,6 +155,18 @@ def test_the_reference_decides_the_vocabulary(megatron_model: MegatronModel, tmp
         same_tensors(hf_tensors(tmp_path / str(number)), hf_tensors(source))
 
 
+def test_a_null_tokenizer_has_a_token_more_than_its_vocabulary(megatron_model: MegatronModel, tmp_path: Path) -> None:
+    source, original = megatron_model("llama2")
+    meg = shutil.copytree(original, tmp_path / "meg")
+    for path in meg.rglob("model_optim_rng.pt"):
+        content = rank_content(meg, path.parent.name)
+        del content["args"].hf_config
+        content["args"].tokenizer_type, content["args"].vocab_size = "NullTokenizer", 198
+        torch.save(content, path)
+    succeeded(convert_back("--load-path", meg, "--save-path", tmp_path / "out"))
+    same_tensors(hf_tensors(tmp_path / "out"), hf_tensors(source))
+
+
 @pytest.mark.parametrize(("model_type", "end"), [("llama3", [128001, 128009]), ("llama3.1", [128001, 128008, 128009])])
 def test_an_instruct_model(model_type: str, end: list[int], megatron_model: MegatronModel, tmp_path: Path) -> None:
     _, meg = megatron_model("llama3")

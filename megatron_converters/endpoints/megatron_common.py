@@ -196,6 +196,10 @@ def _beside(args: argparse.Namespace, name: str, reference: Path | None, file: s
 
 def _vocab_size(args: argparse.Namespace, padded: int, given: int | None) -> tuple[int, list[str]]:
     recorded = getattr(args, "vocab_size", None)
+    if isinstance(recorded, int) and getattr(args, "tokenizer_type", None) == "NullTokenizer":
+        recorded += (
+            1  # the end-of-document token comes on top (core_v0.17.1, core/tokenizers/text/libraries/null_tokenizer.py)
+        )
     if given is not None:
         if given > padded:
             raise UsageError(f"--true-vocab-size {given} exceeds the {padded} rows of the embeddings")
