@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import os
 from typing import NamedTuple
 
 from ..dtypes import DType, dtype_named
 from ..endpoints.base import Source, Target
 from ..endpoints.hf_target import FUSED, SEPARATE
+from ..errors import UsageError
 from ..formats import HF, MEGATRON, add_reading_arguments, open_any
 from ..megatron_names import EXPERTS
 from ..options.values import positive
@@ -63,6 +65,8 @@ def add_job_arguments(parser: argparse.ArgumentParser) -> None:
 
 def job_of(args: argparse.Namespace) -> Job:
     """Open the source and choose the target."""
+    if os.path.realpath(args.load_dir) == os.path.realpath(args.save_dir):
+        raise UsageError(f"{args.save_dir} is the source itself; choose another folder to write to")
     source_format, source = open_any(args.load_dir, args)
     target_format = args.to or _target_format(source_format, args)
     target: Target = open_hf_target(args) if target_format == HF else open_megatron_target(args)
