@@ -168,7 +168,7 @@ class _Run:
 
     def _see_folder(self) -> None:
         """Raise in a process that does not see what the first one has made."""
-        if not self._await(lambda: self._journal.run() == self._description):
+        if self._await(self._journal.run, lambda run: run == self._description) != self._description:
             raise ConversionError(
                 f"process {self._crew.rank} does not see {self._staging.path}, which process 0 has made; all must share that folder"
             )
@@ -246,8 +246,7 @@ class _Run:
     def _end(self, done: set[str]) -> list[str]:
         """Show the result, once every file is finished."""
         if not self._journal.complete:
-            self._await(lambda: done <= self._finished().keys())
-            finished = self._finished()
+            finished = self._await(self._finished, lambda found: done <= found.keys())
             lost = sorted(self._outline.files.keys() - finished.keys())
             if lost:
                 raise ConversionError(f"{', '.join(lost)} should be finished and are not; run the same command again")
@@ -260,14 +259,12 @@ class _Run:
         self._staging.discard()
         return lines
 
-    def _await(self, condition: Callable[[], bool]) -> bool:
-        """Whether something holds, or comes to hold once this machine sees what others have written."""
+    def _await(self, look: Callable[[], T], good: Callable[[T], bool]) -> T:
+        """What is seen once it is good, or at last: other machines' files may take a while to be seen here."""
         deadline = time.monotonic() + (_PATIENCE if self._crew.size > 1 else 0.0)
-        while not condition():
-            if time.monotonic() >= deadline:
-                return False
+        while not good(seen := look()) and time.monotonic() < deadline:
             time.sleep(1.0)
-        return True
+        return seen
 
     def _give_up(self, error: BaseException) -> None:
         """Leave nothing, but what the same run can use when it is started again."""

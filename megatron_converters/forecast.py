@@ -14,7 +14,7 @@ from .dtypes import DType
 from .endpoints.base import Source, Target, wanted_dtype
 from .errors import ConversionError
 from .execute import CHUNK_BYTES, default_lanes
-from .plan import Planner, as_matrix
+from .plan import Planner
 from .slots import refs
 from .staging import free_space, nearest
 
@@ -76,7 +76,6 @@ def forecast(source: Source, target: Target, dtype: DType | None, workers: int =
         planner.check_cover(ref, source.spec, sources)
         read.update(piece.where for piece in (*sources.pieces, *sources.replicas))
         for fill in target.fills(ref):
-            planner.compose(fill.rows, fill.col, as_matrix(fill.shape)[1], sources.pieces)
             files[fill.file].padding_rows += fill.padding
             dtypes[str(fill.dtype)] += 1
             if sources.dtype != fill.dtype:

@@ -185,9 +185,7 @@ def is_output_of(folder: Path, run: Mapping[str, Any]) -> bool:
     }
     wanted = run["files"]
     same = files == wanted and all(manifest.get(key) == run[key] for key in run.keys() - {"files"})
-    return same and all(
-        (folder / file).is_file() and (folder / file).stat().st_size == run["files"][file]["bytes"] for file in wanted
-    )
+    return same and all(size_of(folder / file) == entry["bytes"] for file, entry in wanted.items())
 
 
 def read_manifest(path: Path) -> dict[str, Any]:

@@ -272,8 +272,8 @@ def test_workers_write_what_one_process_writes(job: Job, workers: int) -> None:
     shutil.rmtree(out)
 
 
-@pytest.mark.xdist_group("resume")
-def test_a_lost_worker_fails_the_run_and_the_next_goes_on(job: Job, tmp_path: Path) -> None:
+def _slow_workers(job: Job, tmp_path: Path) -> tuple[Any, list[int]]:
+    """A run of three slow processes that has begun to write, and the two workers of the first."""
     source, whole, options = job
     out = whole.parent / "out"
     slow = SLOW.format(call="pwrite", seconds=0.1)
@@ -282,6 +282,14 @@ def test_a_lost_worker_fails_the_run_and_the_next_goes_on(job: Job, tmp_path: Pa
     while not list(out.rglob("files/**/*.*")) or len(workers := _children(process.pid)) < 2:
         assert time.monotonic() < deadline
         time.sleep(0.02)
+    return process, workers
+
+
+@pytest.mark.xdist_group("resume")
+def test_a_lost_worker_fails_the_run_and_the_next_goes_on(job: Job, tmp_path: Path) -> None:
+    _, whole, _ = job
+    out = whole.parent / "out"
+    process, workers = _slow_workers(job, tmp_path)
     os.kill(workers[-1], signal.SIGKILL)
     run = finished(process)
     refused(run, "worker", "signal 9")
@@ -308,15 +316,11 @@ def _alive(pid: int) -> bool:
 
 @pytest.mark.xdist_group("resume")
 def test_workers_stop_when_the_first_process_is_gone(job: Job, tmp_path: Path) -> None:
-    source, whole, options = job
+    _, whole, _ = job
     out = whole.parent / "out"
-    slow = SLOW.format(call="pwrite", seconds=0.1)
-    process = start_verb("convert", source, out, *options, "--workers", 3, env=site(tmp_path / "site", slow))
-    deadline = time.monotonic() + 20
-    while not list(out.rglob("files/**/*")) or len(workers := _children(process.pid)) < 2:
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    process, workers = _slow_workers(job, tmp_path)
     process.kill()
+    deadline = time.monotonic() + 20
     while any(map(_alive, workers)):
         assert time.monotonic() < deadline
         time.sleep(0.05)
