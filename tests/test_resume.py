@@ -278,7 +278,7 @@ def _slow_workers(job: Job, tmp_path: Path) -> tuple[Any, list[int]]:
     out = whole.parent / "out"
     slow = SLOW.format(call="pwrite", seconds=0.1)
     process = start_verb("convert", source, out, *options, "--workers", 3, env=site(tmp_path / "site", slow))
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while not list(out.rglob("files/**/*.*")) or len(workers := _children(process.pid)) < 2:
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -320,7 +320,7 @@ def test_workers_stop_when_the_first_process_is_gone(job: Job, tmp_path: Path) -
     out = whole.parent / "out"
     process, workers = _slow_workers(job, tmp_path)
     process.kill()
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while any(map(_alive, workers)):
         assert time.monotonic() < deadline
         time.sleep(0.05)
