@@ -25,7 +25,7 @@ from megatron_converters.hf_config import read_json, spec_of_config
 from megatron_converters.logits import compare_logits, logits_of, memory
 from megatron_converters.logits.arguments import check
 from megatron_converters.logits.compare import _common_vocabulary, _opened, _unseen
-from megatron_converters.logits.megatron import MegatronModel, _join, _logits
+from megatron_converters.logits.megatron import MegatronModel, _join, _logits, _parameters
 from megatron_converters.logits.pool import Pool
 from megatron_converters.megatron_args import expert_args, model_args
 from megatron_converters.parallel import parallel_for
@@ -209,13 +209,10 @@ def test_a_model_that_does_not_fit_is_refused(
     llama: Path, moe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoint = hf_to_megatron(moe, tmp_path, tp=2, pp=2, ep=2)
-    monkeypatch.setattr(memory, "_MEMINFO", tmp_path / "meminfo")
-    assert memory.available() is None
-    (tmp_path / "meminfo").write_text("MemTotal: 9000000 kB\nMemAvailable:    1000 kB\n")
-    assert memory.available() == 1024000
+    monkeypatch.setattr(memory, "available", lambda: 1024000)
     for path, processes in ((llama, "1 process"), (checkpoint, "8 processes")):
         with pytest.raises(
-            ConversionError, match=rf"logits in float32 in {processes}\), but 0\.0 GB are free; use fewer"
+            ConversionError, match=rf"logits in float32 in {processes}\), but 0\.0 GB are free here; use fewer"
         ):
             logits_of(path, TOKENS.numpy())
 
@@ -226,16 +223,27 @@ def test_no_tokens_are_refused(llama: Path) -> None:
 
 
 def test_parameters_are_counted_as_often_as_they_are_held(moe: Path, tmp_path: Path) -> None:
-    from megatron_converters.logits.megatron import _parameters
+    sizes = dict(tp=2, ep=2, etp=1)
+    checkpoint = hf_to_megatron(moe, tmp_path, impl="local", expert_layout="sequential", divisor=1, **sizes)
+    spec = spec_of_config(read_json(moe / "config.json"))
+    padding = 2 * (200 - VOCABULARY) * spec.hidden_size
+    assert _parameters(spec, parallel_for(spec, pp=1, **sizes)) == _held(checkpoint) - padding
 
-    checkpoint = hf_to_megatron(moe, tmp_path, tp=2, ep=2, etp=1, impl="local", expert_layout="sequential", divisor=1)
+
+def test_tied_embeddings_are_counted_on_both_ends(tmp_path: Path) -> None:
+    hf = make_model("qwen2-tied", tmp_path / "hf", **SIZES)
+    checkpoint = hf_to_megatron(hf, tmp_path / "megatron", pp=2, divisor=1)
+    spec = spec_of_config(read_json(hf / "config.json"))
+    assert _parameters(spec, parallel_for(spec, 1, 2)) == _held(checkpoint)
+
+
+def _held(checkpoint: Path) -> int:
+    """Elements of all tensors of all ranks."""
     held = 0
     for file in checkpoint.glob("*/*/*.pt"):
         model = torch.load(file, weights_only=False)["model"]
         held += sum(value.numel() for value in model.values() if isinstance(value, torch.Tensor))
-    spec = spec_of_config(read_json(moe / "config.json"))
-    padding = 2 * (200 - VOCABULARY) * spec.hidden_size
-    assert _parameters(spec, parallel_for(spec, 2, 1, ep=2, etp=1)) == held - padding
+    return held
 
 
 def test_too_many_ranks_are_refused(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

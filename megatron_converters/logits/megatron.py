@@ -15,7 +15,7 @@ from ..endpoints.megatron_common import MegatronReadOptions, checkpoint_director
 from ..endpoints.megatron_source import MegatronSource
 from ..errors import ConversionError
 from ..megatron_args import expert_args, layout_args, model_args
-from ..parallel import Parallel
+from ..parallel import Parallel, homes
 from ..slots import refs
 from ..spec import ModelSpec
 from . import arguments
@@ -128,12 +128,15 @@ def _stage_ranks(parallel: Parallel) -> int:
 
 
 def _parameters(spec: ModelSpec, parallel: Parallel) -> int:
-    """Elements that all processes hold together: whatever is no expert as often as the experts are spread."""
+    """Elements that all processes hold together: whatever is no expert as often as the experts are spread,
+    and tied embeddings on both ends of the pipeline.
+    """
     ranks = _stage_ranks(parallel)
     total = 0
     for ref in refs(spec):
         ways = parallel.etp * parallel.ep if ref.expert is not None else parallel.tp if ref.slot.shard.cuts else 1
-        total += math.prod(ref.slot.shape(spec)) * ranks // ways
+        places = sum(1 for _ in homes(ref, spec, parallel))
+        total += math.prod(ref.slot.shape(spec)) * places * ranks // ways
     return total
 
 

@@ -1,10 +1,11 @@
-"""Whether a model fits into this machine's memory in float32."""
+"""Whether a model fits in float32 into the memory that this process can have."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from ..errors import ConversionError
+from . import cgroup
 
 _MEMINFO = Path("/proc/meminfo")
 #: What a process with torch and megatron-core or transformers needs before it holds a model (measured: 0.4 to 0.6 GB).
@@ -24,13 +25,20 @@ def check(what: str, parameters: int, processes: int, logits: int) -> None:
     if free is not None and needed > free:
         raise ConversionError(
             f"{what} needs about {_gigabytes(needed)} ({parameters:,} parameters and {logits:,} logits in float32 in "
-            f"{processes} process{'es' if processes > 1 else ''}), but {_gigabytes(free)} are free; use fewer and shorter "
+            f"{processes} process{'es' if processes > 1 else ''}), but {_gigabytes(free)} are free here; use fewer and shorter "
             "sequences, or a machine with more memory"
         )
 
 
 def available() -> int | None:
-    """Bytes that programs can have without swapping, or None where the system does not say."""
+    """Bytes that this process can have without swapping: the least of what the machine and its control groups have left.
+
+    None where the system says neither.
+    """
+    return min((number for number in (_machine(), cgroup.free()) if number is not None), default=None)
+
+
+def _machine() -> int | None:
     try:
         lines = _MEMINFO.read_text(encoding="ascii").splitlines()
     except OSError:
