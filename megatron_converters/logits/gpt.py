@@ -39,6 +39,8 @@ _ON_CPU: dict[str, Any] = dict(
     attention_dropout=0.0,
     moe_token_dispatcher_type="allgather",  # the other ones want CUDA streams
 )
+#: A field that later releases lack; they compute what it means where it is False.
+_ONLY_IN_0_16 = "moe_use_legacy_grouped_gemm"
 
 
 def build(args: Namespace, initialise: bool = False) -> list[GPTModel]:
@@ -109,6 +111,8 @@ def _config(args: Namespace, initialise: bool) -> TransformerConfig:
         names += (*arguments.CONFIG_WITH_EXPERTS, *arguments.OPTIONAL_WITH_EXPERTS)
     fields = {name: getattr(args, name) for name in names if hasattr(args, name)}
     fields |= {name: getattr(args, argument, None) for name, argument in arguments.RENAMED.items()}
+    if not fields.get(_ONLY_IN_0_16):
+        fields.pop(_ONLY_IN_0_16, None)
     if experts:
         fields |= {"num_moe_experts": experts}
     if args.swiglu:
