@@ -98,12 +98,16 @@ class TorchDistSource:
         common, common_file = _common(self._dir, self._index)
         args = _args_of(common, common_file, options)
         embeddings = self._embeddings()
-        self._padded = embeddings.shape[0]
-        self.spec, notes = describe(args, self._padded, embeddings.dtype, options)
+        #: Rows of the embeddings, padding included.
+        self.padded = embeddings.shape[0]
+        content = common.get("content_metadata")
+        #: How Megatron-LM laid out the keys, as far as it says so itself (0.13 on).
+        self.content: dict[str, Any] = content if isinstance(content, dict) else {}
+        self.spec, notes = describe(args, self.padded, embeddings.dtype, options)
         self._slices = self._match()
         self._chunks: dict[str, _Chunks] = {}
         parallel, doubts = _sizes(args, self.spec, self._dir)
-        notes += [*padding_note(self._padded, self.spec), *self._left_out(common), *doubts]
+        notes += [*padding_note(self.padded, self.spec), *self._left_out(common), *doubts]
         self.origin = origin_of(
             self._dir,
             args,
@@ -114,6 +118,15 @@ class TorchDistSource:
             ignored=[f"{key} (training state)" for key in self._index.tensors if _TRAINING.match(key)],
             identity=identity_of(self._dir, [common_file, self._dir / dcp.METADATA, *self._index.files]),
         )
+
+    @property
+    def weights(self) -> dict[str, ChunkedTensor]:
+        """The tensors of the model by key, without what else a training run keeps."""
+        return {
+            key: tensor
+            for key, tensor in self._index.tensors.items()
+            if not _TRAINING.match(key) and not key.endswith(EXTRA_STATE_SUFFIX)
+        }
 
     def dtype_of(self, ref: Ref) -> DType:
         """The dtype in the files."""
@@ -141,9 +154,7 @@ class TorchDistSource:
     def _match(self) -> dict[Ref, tuple[_Slice, ...]]:
         """Where every ref lies; missing, extra and misshapen tensors are listed together."""
         problems: dict[str, None] = {}
-        unused = {
-            key for key in self._index.tensors if not _TRAINING.match(key) and not key.endswith(EXTRA_STATE_SUFFIX)
-        }
+        unused = set(self.weights)
         slices: dict[Ref, tuple[_Slice, ...]] = {}
         for ref in refs(self.spec):
             choices = [choice for choice in _choices(ref, self.spec) if any(self._has(part) for part in choice)]
@@ -167,7 +178,7 @@ class TorchDistSource:
     def _faults(self, ref: Ref, part: _Slice, parts: Sequence[_Slice]) -> Iterator[str]:
         tensor = self._index.tensors.get(part.key)
         rows, *cols = ref.slot.shape(self.spec)
-        wanted = (*part.axes, self._padded if ref.slot.vocab else rows // len(parts), *cols)
+        wanted = (*part.axes, self.padded if ref.slot.vocab else rows // len(parts), *cols)
         if tensor is None:
             yield f"{ref}: {part.key} is missing"
         elif tensor.shape != wanted:

@@ -37,7 +37,8 @@ from .megatron_common import FORMAT_FILE
 from .torch_dist_source import COMMON_FILE
 
 _NAMES = {"local": DISTRIBUTED_LOCAL, "transformer_engine": DISTRIBUTED}
-_FORMAT = {
+#: What `FORMAT_FILE` holds.
+FORMAT = {
     "sharded_backend": "torch_dist",
     "sharded_backend_version": 1,
     "common_backend": "torch",
@@ -92,7 +93,7 @@ class TorchDistTarget(CheckpointTarget):
     def assets(self, folder: Path) -> None:
         """Write the flags that training needs, and the name of the format."""
         super().assets(folder)
-        (folder / FORMAT_FILE).write_text(json.dumps(_FORMAT), encoding="utf-8")
+        (folder / FORMAT_FILE).write_text(json.dumps(FORMAT), encoding="utf-8")
 
     def fills(self, ref: Ref) -> Iterator[Fill]:
         """The slot's chunks."""

@@ -66,9 +66,9 @@ def logits_of(
 ) -> npt.NDArray[np.float32]:
     """Float32 [B, S, vocabulary] that the model in a folder computes for tokens [B, S], in float32 on the CPU.
 
-    A Hugging Face folder is run by transformers, a Megatron-LM checkpoint (`mp_rank_*`) by megatron-core in one process
-    for each rank; `options` say what such a checkpoint's args do not. Processes are spawned, so a script calls this under
-    `if __name__ == "__main__":`.
+    A Hugging Face folder is run by transformers, a Megatron-LM checkpoint by megatron-core, in one process for each rank
+    that has a file (`mp_rank_*`) or in one altogether (`torch_dist`); `options` say what such a checkpoint's args do not.
+    Processes are spawned, so a script calls this under `if __name__ == "__main__":`.
     Raises `ConversionError` where a package is missing, the model does not fit, or its tensors do not load strictly.
     """
     model = _opened(path, options)

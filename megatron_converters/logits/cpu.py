@@ -29,6 +29,9 @@ _NO_LIMIT = timedelta(days=30)
 def join(rank: int, size: int, folder: Path) -> None:
     """Make this process number `rank` of `size` that share a model, megatron-core its own code alone."""
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = (
+        "1"  # whatever a caller of torch.load asks for (torch/serialization.py)
+    )
     for package in _GPU_PACKAGES:
         sys.modules[package] = None  # type: ignore[assignment] # `import` then raises ImportError
     prepare()

@@ -1,4 +1,4 @@
-"""A rank's tensors under the names of megatron-core's local layers, which run without Transformer Engine.
+"""A stage's tensors under the names of megatron-core's local layers, which run without Transformer Engine.
 
 Only names change, and the older stacked experts are taken apart: no rule of sharding is applied, so that a wrong one shows.
 """
@@ -18,27 +18,28 @@ State = dict[str, torch.Tensor]
 _ONE_BY_ONE = EXPERTS["sequential"]
 
 
-def with_local_names(state: State, spec: ModelSpec, parallel: Parallel, rank: Rank) -> State:
-    """The tensors renamed, experts one by one; those of unknown names keep them, for a strict load to refuse.
+def with_local_names(state: State, spec: ModelSpec, parallel: Parallel, rank: Rank, stage: int) -> State:
+    """The tensors that a rank holds of a stage, renamed, experts one by one.
 
-    Extra states, which hold no part of the model, are left out, as are capacity bins.
+    Those of unknown names keep them, for a strict load to refuse. Extra states, which hold no part of the model, are left
+    out, as are capacity bins.
     """
     renamed = {
         key: value
         for key, value in state.items()
         if not key.endswith(EXTRA_STATE_SUFFIX) and not CAPACITY_BINS.fullmatch(key)
     }
-    _unstack(renamed, spec, parallel, rank)
-    for stored, wanted in _names(spec, parallel, rank):
+    _unstack(renamed, spec, parallel, stage)
+    for stored, wanted in _names(spec, parallel, rank, stage):
         if stored in renamed and wanted not in renamed:
             renamed[wanted] = renamed.pop(stored)
     return renamed
 
 
-def _unstack(state: State, spec: ModelSpec, parallel: Parallel, rank: Rank) -> None:
+def _unstack(state: State, spec: ModelSpec, parallel: Parallel, stage: int) -> None:
     """Replace each stack of a rank's experts by views of them: one after the other, transposed (see `STACKED`)."""
     for slot, name in EXPERTS[STACKED].items():
-        for layer in range(parallel.stages[rank.pp]):
+        for layer in range(parallel.stages[stage]):
             if (key := name.format(layer=layer)) not in state:
                 continue
             whole = (-1, spec.hidden_size) if SLOTS[slot].shard is Shard.ROW else (spec.hidden_size, -1)
@@ -46,13 +47,13 @@ def _unstack(state: State, spec: ModelSpec, parallel: Parallel, rank: Rank) -> N
             state |= {_ONE_BY_ONE[slot].format(layer=layer, expert=number): one for number, one in enumerate(experts)}
 
 
-def _names(spec: ModelSpec, parallel: Parallel, rank: Rank) -> Iterator[tuple[str, str]]:
-    """For every tensor of a rank, each name that it may have and its local one."""
+def _names(spec: ModelSpec, parallel: Parallel, rank: Rank, stage: int) -> Iterator[tuple[str, str]]:
+    """For every tensor of a rank's stage, each name that it may have and its local one."""
     for ref in refs(spec):
         if not parallel.holds(rank, ref.expert, spec.num_experts):
             continue
         expert = parallel.local_expert(ref.expert, spec.num_experts)
-        for stage, slot, layer in homes(ref, spec, parallel):
-            if stage == rank.pp:
+        for home, slot, layer in homes(ref, spec, parallel):
+            if home == stage:
                 wanted = (LOCAL if expert is None else _ONE_BY_ONE)[slot].format(layer=layer, expert=expert)
                 yield from ((stored, wanted) for stored in keys(slot, layer, expert, ref.expert) if stored != wanted)

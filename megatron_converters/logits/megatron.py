@@ -1,24 +1,31 @@
-"""The logits of a Megatron-LM checkpoint: one process for each rank, each with the real megatron-core and its own file."""
+"""The logits of a Megatron-LM checkpoint, computed by the real megatron-core.
+
+Of the `torch` format in one process for each rank, each with its own file. Of the `torch_dist` format in a single one: its tensors
+are whole, so that which ranks there were, or will be, is no part of the checkpoint, and one process needs the least memory.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from ..endpoints.megatron_common import MegatronReadOptions, checkpoint_directory, is_distributed
+from ..endpoints.megatron_common import MegatronReadOptions, checkpoint_directory
 from ..endpoints.megatron_source import MegatronSource
+from ..endpoints.open_megatron import open_megatron
+from ..endpoints.torch_dist_source import TorchDistSource
 from ..errors import ConversionError
-from ..megatron_args import expert_args, layout_args, model_args
-from ..parallel import Parallel, homes
+from ..megatron_args import expert_args, layout_args, model_args, plain_args
+from ..parallel import Parallel, homes, parallel_for
 from ..slots import refs
 from ..spec import ModelSpec
-from . import arguments
+from . import arguments, view
 from .needs import need
 from .pool import Pool
 
@@ -26,17 +33,24 @@ from .pool import Pool
 _MAX_PROCESSES = 64
 #: Copies of a rank compute the same up to the order of additions.
 _COPIES_DIFFER = 1e-3
+#: The folder in which the processes find a distributed checkpoint.
+_VIEW = "view"
 _LOCAL_LAYERS = {"transformer_impl": "local", "expert_layout": "sequential"}
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What each process is told: the folder of the ranks, the model's arguments and sizes, and how it is cut."""
+    """What each process is told: the checkpoint's folder, the model's arguments and sizes, and how it is cut.
+
+    `view` is what is loaded of a distributed checkpoint instead of its folder, and `content` how its keys are laid out.
+    """
 
     folder: Path
     args: dict[str, Any]
     spec: ModelSpec
     parallel: Parallel
+    view: Path | None = None
+    content: dict[str, Any] = field(default_factory=dict)
 
 
 class Part(NamedTuple):
@@ -48,21 +62,11 @@ class Part(NamedTuple):
 
 
 class MegatronModel:
-    """A checkpoint of the `torch` format, found readable and expressible; nothing is built yet."""
+    """A checkpoint found readable and expressible; nothing is built yet."""
 
     def __init__(self, path: Path, options: MegatronReadOptions) -> None:
         """Raises `ConversionError` where the checkpoint is unsound, cut too often, or megatron-core is missing."""
-        if is_distributed(checkpoint_directory(path, options.directory_name)):
-            raise ConversionError(
-                f"{path} is of the torch_dist format; its logits are those of a copy in the torch format: convert it first "
-                "(--loader core --saver mcore)"
-            )
-        source = MegatronSource(path, options)
-        if source.parallel.vpp > 1:
-            raise ConversionError(
-                f"{path} has virtual pipeline stages; its logits are those of a copy without: convert it first "
-                f"(--loader core --saver mcore --target-pipeline-parallel-size {source.parallel.pp})"
-            )
+        source = open_megatron(path, options)
         need("torch", "torch")
         need("megatron.core", "megatron-core")
         self.path = path
@@ -70,19 +74,18 @@ class MegatronModel:
         self.window = source.spec.sliding_window
         recorded = (options.hf_config, options.true_vocab_size, getattr(source.origin.margs, "vocab_size", None))
         self.padding_known = any(value is not None for value in recorded)
-        self._checkpoint = Checkpoint(
-            checkpoint_directory(path, options.directory_name),
-            _arguments(source.spec, source.parallel, path),
-            source.spec,
-            source.parallel,
-        )
-        self.processes = source.parallel.pp * _stage_ranks(source.parallel)
+        self._source = source
+        self._checkpoint = _checkpoint(source, path, checkpoint_directory(path, options.directory_name))
+        parallel = self._checkpoint.parallel
+        self.processes = parallel.pp * _stage_ranks(parallel)
         if self.processes > _MAX_PROCESSES:
             raise ConversionError(
                 f"{path} is cut over {self.processes} ranks; its logits would take as many processes, of which at most "
                 f"{_MAX_PROCESSES} are started. Reshard a copy to fewer first (--loader core --saver mcore)"
             )
-        self.parameters = _parameters(source.spec, source.parallel)
+        self.parameters = _parameters(source.spec, parallel)
+        if isinstance(source, TorchDistSource):
+            self.parameters += view.in_passing(source)
 
     def logits(self, tokens: npt.NDArray[np.int64], time_limit: float) -> npt.NDArray[np.float32]:
         """Float32 [B, S, vocabulary] for tokens [B, S], padding left out.
@@ -90,7 +93,7 @@ class MegatronModel:
         Raises `ConversionError` where the real model does not load the files, or ranks that hold copies disagree.
         """
         with Pool(self.processes, _join, time_limit) as pool:
-            parts = pool.run(_logits, self._checkpoint, tokens)
+            parts = pool.run(_logits, self._told(pool.folder), tokens)
         copies = _joined([part for part in parts if part is not None], self.vocab_size)
         for number in range(1, len(copies)):
             difference = float(np.abs(copies[number] - copies[0]).max())
@@ -100,6 +103,21 @@ class MegatronModel:
                     f"that differ from the first's by up to {difference:.3g}"
                 )
         return copies[0]
+
+    def _told(self, folder: Path) -> Checkpoint:
+        """What to tell the processes, which find in `folder` what else they need."""
+        if not isinstance(self._source, TorchDistSource):
+            return self._checkpoint
+        view.write(self._source, folder / _VIEW)
+        return dataclasses.replace(self._checkpoint, view=folder / _VIEW)
+
+
+def _checkpoint(source: MegatronSource | TorchDistSource, path: Path, folder: Path) -> Checkpoint:
+    if isinstance(source, MegatronSource):
+        return Checkpoint(folder, _arguments(source.spec, source.parallel, path), source.spec, source.parallel)
+    whole = parallel_for(source.spec, 1, 1)
+    args = {**_arguments(source.spec, whole, path), "padded_vocab_size": source.padded}
+    return Checkpoint(folder, args, source.spec, whole, content=plain_args(source.content))
 
 
 def _joined(parts: Sequence[Part], vocab_size: int) -> dict[int, npt.NDArray[np.float32]]:
@@ -118,7 +136,7 @@ def _arguments(spec: ModelSpec, parallel: Parallel, path: Path) -> dict[str, Any
     said = {**model_args(spec), **expert_args(spec, parallel, _LOCAL_LAYERS["expert_layout"])}
     arguments.check(said, str(path))
     layout = layout_args(parallel, 0, 1, _LOCAL_LAYERS["transformer_impl"])
-    del layout["padded_vocab_size"]  # each process counts it
+    del layout["padded_vocab_size"]  # whoever sees the tensors counts it
     return {**layout, **said}
 
 

@@ -103,7 +103,7 @@ class Pool:
         with _interrupts_held():
             for rank in range(self.size):
                 ours, theirs = self._context.Pipe()
-                given = (theirs, self._setup, rank, self.size, self._shared())
+                given = (theirs, self._setup, rank, self.size, self.folder)
                 # Of the process class that belongs to the context, which mypy does not know.
                 process = cast("Any", self._context).Process(target=_serve, args=given, daemon=True)
                 process.start()
@@ -137,14 +137,16 @@ class Pool:
         code = process.exitcode or 0
         how = f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
         why = " (most likely the machine ran out of memory)" if code == -signal.SIGKILL else ""
-        log = _log_file(self._shared(), rank)
+        log = _log_file(self.folder, rank)
         if not log.exists():
             why = f'{why} before it began; a script must come here under `if __name__ == "__main__":`'
             return f"process {rank} {how}{why}"
         printed = log.read_text(encoding="utf-8", errors="replace").splitlines()[-_LAST_LINES:]
         return "\n".join([f"process {rank} {how}{why}{'; its last words:' if printed else ''}", *printed])
 
-    def _shared(self) -> Path:
+    @property
+    def folder(self) -> Path:
+        """A folder that the processes have in common with this one; it goes when they do, however that is."""
         if self._folder is None:
             self._folder = tempfile.TemporaryDirectory(prefix="megatron_converters_")
         return Path(self._folder.name)
