@@ -80,9 +80,9 @@ BY_STORAGE = {dtype.storage: dtype for dtype in _ALL if dtype.storage}
 _SHORT = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "half": "float16", "float": "float32"}
 
 
-def dtype_named(name: str) -> DType:
+def dtype_named(name: Any) -> DType:
     """The type called `name`: torch's name with or without `torch.`, or bf16/fp16/fp32."""
-    plain = name.removeprefix("torch.")
+    plain = str(name).removeprefix("torch.")
     try:
         return BY_NAME[_SHORT.get(plain, plain)]
     except KeyError:

@@ -12,22 +12,24 @@ from typing import Any
 from .dtypes import DType, dtype_named
 from .errors import ConversionError
 from .families import FAMILIES
-from .families.base import Family
+from .families.base import Family, layer_types
 from .spec import ModelSpec
 
-#: Keys of config.json that change no weight and no arithmetic of a forward pass (transformers PretrainedConfig).
+#: Keys of config.json that change no weight and no arithmetic of a forward pass (transformers PretrainedConfig; marks
+#: that transformers, nanotron, transformers.js and Unsloth leave).
 HARMLESS = frozenset(
     """
-    _attn_implementation _name_or_path add_cross_attention architectures auto_map bad_words_ids begin_suppress_tokens
-    bos_token_id chunk_size_feed_forward classifier_dropout cross_attention_hidden_size decoder_start_token_id diversity_penalty
-    do_sample dtype early_stopping encoder_no_repeat_ngram_size eos_token_id exponential_decay_length_penalty
-    finetuning_task forced_bos_token_id forced_eos_token_id id2label is_decoder is_encoder_decoder label2id length_penalty
+    _attn_implementation _attn_implementation_autoset _name_or_path add_cross_attention architectures auto_map
+    bad_words_ids begin_suppress_tokens bos_token_id chunk_size_feed_forward classifier_dropout
+    cross_attention_hidden_size decoder_start_token_id diversity_penalty do_sample dtype early_stopping
+    encoder_no_repeat_ngram_size eos_token_id exponential_decay_length_penalty finetuning_task forced_bos_token_id
+    forced_eos_token_id id2label is_decoder is_encoder_decoder is_llama_config is_qwen2_config label2id length_penalty
     max_length min_length model_type no_repeat_ngram_size num_beam_groups num_beams num_return_sequences
-    output_attentions output_hidden_states output_scores pad_token_id prefix pretraining_tp problem_type pruned_heads
-    remove_invalid_values repetition_penalty return_dict return_dict_in_generate sep_token_id suppress_tokens
-    output_router_logits router_jitter_noise
-    task_specific_params temperature tf_legacy_loss tie_encoder_decoder tokenizer_class top_k top_p torch_dtype
-    torchscript transformers_version typical_p unsloth_fixed unsloth_version use_bfloat16 use_cache
+    output_attentions output_hidden_states output_router_logits output_scores pad_token_id prefix pretraining_tp
+    problem_type pruned_heads remove_invalid_values repetition_penalty return_dict return_dict_in_generate
+    router_jitter_noise sep_token_id suppress_tokens task_specific_params temperature tf_legacy_loss
+    tie_encoder_decoder tokenizer_class top_k top_p torch_dtype torchscript transformers.js_config
+    transformers_version typical_p unsloth_fixed unsloth_version use_bfloat16 use_cache
     """.split()
 )
 
@@ -51,15 +53,20 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def family_of_config(config: Mapping[str, Any]) -> Family:
-    """The family that config.json names by `architectures` or, failing that, `model_type`."""
+    """The family that config.json names by `architectures` or, failing that, `model_type`; where both are, they must agree."""
     architectures = config.get("architectures") or []
     if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
         raise ConversionError(f"config.json has architectures={architectures!r}; it must be a list of names")
-    for family in FAMILIES.values():
-        if family.architecture in architectures or (
-            not architectures and family.model_type == config.get("model_type")
-        ):
-            return family
+    model_type = config.get("model_type")
+    found = [family for family in FAMILIES.values() if family.architecture in architectures or not architectures]
+    agreed = [family for family in found if model_type == family.model_type or (architectures and model_type is None)]
+    if len(agreed) == 1:
+        return agreed[0]
+    if architectures and found:  # transformers builds what model_type says, other programs what architectures say
+        raise ConversionError(
+            f"config.json has architectures={architectures!r} and model_type={model_type!r}, which name different "
+            "models; correct the one that is wrong"
+        )
     named = ", ".join(architectures) or config.get("model_type") or "no architecture"
     known = ", ".join(family.architecture for family in FAMILIES.values())
     raise ConversionError(f"config.json names {named}, which is not supported; supported are {known}")
@@ -85,7 +92,8 @@ def _refuse_unclaimed(config: Mapping[str, Any], family: Family, ignored: Iterab
     claimed = HARMLESS.union(ignored, *(rule.keys for rule in family.rules))
     unknown = sorted(key for key, value in config.items() if key not in claimed and value not in (None, False))
     # Layer types are spelled out by transformers 5 for every architecture; all full attention says nothing new.
-    unknown = [key for key in unknown if not (key == "layer_types" and set(config[key]) == {"full_attention"})]
+    if all(kind == "full_attention" for kind in layer_types(config)):
+        unknown = [key for key in unknown if key != "layer_types"]
     if unknown:
         raise ConversionError(
             f"config.json has fields that the {family.name} family does not know: {', '.join(unknown)}; "
@@ -125,12 +133,12 @@ def infer_family(fields: Mapping[str, Any]) -> ModelSpec:
     raise ConversionError("no supported architecture has this model's shape: " + "; ".join(reasons))
 
 
-def differences(one: ModelSpec, other: ModelSpec) -> list[str]:
-    """The fields in which two specs differ, as `name: value, not value`."""
+def differences(one: ModelSpec, other: ModelSpec, among: Iterable[str] | None = None) -> list[str]:
+    """The fields in which two specs differ, all or `among` these, as `name: value, not value`."""
     return [
-        f"{field.name}: {_show(getattr(one, field.name))}, not {_show(getattr(other, field.name))}"
-        for field in dataclasses.fields(ModelSpec)
-        if getattr(one, field.name) != getattr(other, field.name)
+        f"{name}: {_show(getattr(one, name))}, not {_show(getattr(other, name))}"
+        for name in among or [field.name for field in dataclasses.fields(ModelSpec)]
+        if getattr(one, name) != getattr(other, name)
     ]
 
 

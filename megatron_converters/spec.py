@@ -6,21 +6,23 @@ Field names are Megatron-LM's argument names where it has one.
 from __future__ import annotations
 
 import dataclasses
+import sys
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 from .dtypes import DType, dtype_named
 from .errors import ConversionError
 
 
 def number(value: Any, name: str) -> float:
-    """The value of a field called `name`, which must be a number: configurations are written by hand, too."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    """The value of a field called `name`, which must be a finite number: configurations are written by hand, too."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= sys.float_info.max:
         raise ConversionError(f"{name} is {value!r}; it must be a number")
     return float(value)
 
 
-def _whole(value: Any) -> bool:
+def whole(value: Any) -> TypeGuard[int]:
+    """Whether a value is a whole number, as a truth value is not."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
@@ -93,7 +95,7 @@ class ModelSpec:
             positive += ("num_experts", "moe_ffn_hidden_size", "moe_router_topk")
         for name in (*positive, "kv_channels", "vocab_size", "max_position_embeddings"):
             value = getattr(self, name)
-            if not _whole(value) or value < 1:
+            if not whole(value) or value < 1:
                 raise ConversionError(f"{name} is {value!r}; it must be a whole number above 0")
         for name in ("norm_epsilon", "rotary_base", "initializer_range", "attention_dropout", "moe_aux_loss_coeff"):
             number(getattr(self, name), name)
@@ -102,7 +104,7 @@ class ModelSpec:
             if not isinstance(getattr(self, name), bool):
                 raise ConversionError(f"{name} is {getattr(self, name)!r}; it must be true or false")
         window = self.sliding_window
-        if window is not None and (not _whole(window) or window < 1):
+        if window is not None and (not whole(window) or window < 1):
             raise ConversionError(f"sliding_window is {window!r}; it must be a whole number above 0, or null for none")
         if self.num_attention_heads % self.num_query_groups:
             raise ConversionError(
@@ -112,7 +114,7 @@ class ModelSpec:
 
     def _check_experts(self) -> None:
         shared, dense = self.shared_ffn_hidden_size, self.dense_layers
-        if not _whole(shared) or shared < 0:
+        if not whole(shared) or shared < 0:
             raise ConversionError(
                 f"shared_ffn_hidden_size is {shared!r}; it must be a whole number above 0, or 0 for none"
             )
@@ -120,7 +122,7 @@ class ModelSpec:
             raise ConversionError(
                 f"moe_router_topk is {self.moe_router_topk}, but there are {self.num_experts} experts"
             )
-        if not all(_whole(layer) and 0 <= layer < self.num_layers for layer in dense):
+        if not all(whole(layer) and 0 <= layer < self.num_layers for layer in dense):
             raise ConversionError(f"dense_layers is {list(dense)}; they must be layers from 0 to {self.num_layers - 1}")
 
     def to_dict(self) -> dict[str, Any]:

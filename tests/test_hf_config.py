@@ -247,7 +247,7 @@ def test_both_spellings_of_rope_are_one_spec(kind: str) -> None:
         ("llama", {"rope_scaling": {"type": "linear"}}, "type 'linear' without factor"),
         ("llama", {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "'llama3' without low_freq_factor"),
         ("llama", {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
-        ("llama", {"partial_rotary_factor": 0.5}, "does not know: partial_rotary_factor"),
+        ("llama", {"partial_rotary_factor": 0.5}, "rotates a part of each head"),
         ("llama", {"hidden_act": "gelu"}, "hidden_act='gelu'; only 'silu'"),
         ("llama", {"quantization_config": {"bits": 4}}, "quantization_config"),
         (
@@ -273,6 +273,14 @@ def test_both_spellings_of_rope_are_one_spec(kind: str) -> None:
         ("llama", {"rms_norm_eps": "1e-5"}, "norm_epsilon is '1e-5'; it must be a number"),
         ("llama", {"tie_word_embeddings": "false"}, "tied is 'false'; it must be true or false"),
         ("llama", {"torch_dtype": "float7"}, "unknown dtype 'float7'"),
+        ("llama", {"torch_dtype": 7}, "unknown dtype 7"),
+        ("llama", {"hidden_size": "64", "head_dim": None}, "hidden_size is '64'"),
+        ("llama", {"num_attention_heads": 0, "head_dim": None}, "num_attention_heads is 0"),
+        ("llama", {"rope_theta": float("inf")}, "rope_theta is inf; it must be a number"),
+        ("llama", {"rms_norm_eps": float("nan")}, "norm_epsilon is nan; it must be a number"),
+        ("llama", {"layer_types": 3}, "layer_types=3; it must be a list of names"),
+        ("qwen3_moe", {"layer_types": 3}, "layer_types=3; it must be a list of names"),
+        ("qwen2", {"use_sliding_window": True, "max_window_layers": "2"}, "max_window_layers='2' of 3 layers"),
         ("llama", {"num_local_experts": 8}, "does not know: num_local_experts"),
         ("mixtral", {"num_local_experts": "8"}, "num_experts is '8'"),
         ("mixtral", {"num_local_experts": 1}, "moe_router_topk is 2, but there are 1 experts"),
@@ -313,12 +321,25 @@ def test_dtypes_are_read_in_both_spellings() -> None:
 
 
 def test_families_are_found_by_architecture_then_by_model_type() -> None:
-    assert family_of_config({"architectures": ["Qwen3ForCausalLM"], "model_type": "llama"}).name == "qwen3"
+    assert family_of_config({"architectures": ["Qwen3ForCausalLM"]}).name == "qwen3"
+    assert (
+        family_of_config({"architectures": ["Qwen3Model", "Qwen3ForCausalLM"], "model_type": "qwen3"}).name == "qwen3"
+    )
+    both = ["LlamaForCausalLM", "MistralForCausalLM"]
+    assert family_of_config({"architectures": both, "model_type": "mistral"}).name == "mistral"
     assert family_of_config({"model_type": "mistral"}).name == "mistral"
     assert family_of_config({"model_type": "qwen2", "architectures": []}).name == "qwen2"
     for unknown in ({"architectures": ["GPT2LMHeadModel"], "model_type": "llama"}, {"model_type": "gpt2"}, {}):
         with pytest.raises(ConversionError, match="not supported; supported are LlamaForCausalLM, MistralForCausalLM"):
             family_of_config(unknown)
+    for torn in ({"architectures": ["Qwen3ForCausalLM"], "model_type": "llama"}, {"architectures": both}):
+        with pytest.raises(ConversionError, match="which name different models"):
+            family_of_config(torn)
+
+
+@pytest.mark.parametrize("name", ["_attn_implementation_autoset", "is_llama_config", "transformers.js_config"])
+def test_marks_that_programs_leave_are_no_obstacle(name: str) -> None:
+    assert spec_of(**{name: True}) == spec_of()
 
 
 def test_what_a_family_cannot_say_is_refused() -> None:

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from ..errors import ConversionError
 from ..layouts import Layout
 from ..slots import SLOTS, Scope
-from ..spec import ModelSpec, RopeScaling, number
+from ..spec import ModelSpec, RopeScaling, number, whole
 
 Config = Mapping[str, Any]
 REQUIRED = object()
@@ -109,7 +109,7 @@ class Rope:
     """
 
     default_theta: float = 10000.0
-    keys: tuple[str, ...] = ("rope_theta", "rope_scaling", "rope_parameters")
+    keys: tuple[str, ...] = ("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor")
 
     def read(self, config: Config) -> dict[str, Any]:
         table = config.get("rope_scaling") or config.get("rope_parameters") or {}  # where both are, as transformers
@@ -119,7 +119,7 @@ class Rope:
             raise ConversionError("config.json has rotary embeddings that differ by layer type; that is not supported")
         kind = str(table.get("rope_type") or table.get("type") or "default")
         theta = table.get("rope_theta", config.get("rope_theta")) or self.default_theta
-        if table.get("partial_rotary_factor", 1.0) != 1.0:
+        if any(where.get("partial_rotary_factor") not in (None, 1.0) for where in (table, config)):
             raise ConversionError(
                 "config.json rotates a part of each head only (partial_rotary_factor); that is not supported"
             )
@@ -173,6 +173,14 @@ class Window:
         return {"sliding_window": spec.sliding_window}
 
 
+def layer_types(config: Config) -> list[str]:
+    """Each layer's kind of attention, as transformers 5 spells it out; empty where it is not said."""
+    types = config.get("layer_types") or []
+    if not isinstance(types, list) or not all(isinstance(kind, str) for kind in types):
+        raise ConversionError(f"config.json has layer_types={types!r}; it must be a list of names")
+    return types
+
+
 @dataclass(frozen=True)
 class SwitchedWindow:
     """Qwen's window: off unless `use_sliding_window`, and only from layer `max_window_layers` on."""
@@ -183,10 +191,14 @@ class SwitchedWindow:
         layers = config.get("num_hidden_layers", 0)
         window = config.get("sliding_window", 4096) if config.get("use_sliding_window") else None
         start = config.get("max_window_layers", 28) if window is not None else 0
-        types = config.get("layer_types")
-        if window is not None and types is not None:
+        if not whole(start) or not whole(layers):
+            raise ConversionError(
+                f"config.json has max_window_layers={start!r} of {layers!r} layers; they must be numbers"
+            )
+        types = layer_types(config)
+        if window is not None and types:
             start = next((i for i, kind in enumerate(types) if kind == "sliding_attention"), layers)
-            if list(types) != ["full_attention"] * start + ["sliding_attention"] * (layers - start):
+            if types != ["full_attention"] * start + ["sliding_attention"] * (layers - start):
                 raise ConversionError(
                     "config.json mixes full and sliding attention in layer_types; that is not supported"
                 )
@@ -207,7 +219,7 @@ class NoWindow:
     keys: tuple[str, ...] = ("use_sliding_window", "sliding_window", "max_window_layers", "layer_types")
 
     def read(self, config: Config) -> dict[str, Any]:
-        if config.get("use_sliding_window") or "sliding_attention" in (config.get("layer_types") or ()):
+        if config.get("use_sliding_window") or "sliding_attention" in layer_types(config):
             raise ConversionError(
                 "config.json switches on a sliding window; that is not supported for Qwen's mixtures of experts"
             )

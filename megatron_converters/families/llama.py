@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..layouts import GATED, GROUPED_QKV, SAME
+from ..spec import whole
 from .base import Config, Family, Fixed, HFEntry, Rope, Row, Rule
 
 _LAYER = "model.layers.{layer}."
@@ -57,7 +58,12 @@ def query_groups(absent: int | None = None) -> Rule:
     return Row("num_query_groups", "num_key_value_heads", default)
 
 
-DERIVED_HEAD_DIM = Row("kv_channels", "head_dim", lambda config: config["hidden_size"] // config["num_attention_heads"])
+def _head_dim(config: Config) -> Any:
+    hidden, heads = config["hidden_size"], config["num_attention_heads"]
+    return hidden // heads if whole(hidden) and whole(heads) and heads > 0 else None  # the spec says which is wrong
+
+
+DERIVED_HEAD_DIM = Row("kv_channels", "head_dim", _head_dim)
 
 FAMILY = Family(
     name="llama",
