@@ -190,6 +190,27 @@ def test_unsupported_tensors_are_refused(tmp_path: Path) -> None:
             saved(tmp_path / "a.pt", tensor)
 
 
+def test_a_view_that_torch_reads_negated_is_refused(tmp_path: Path) -> None:
+    """The stored elements of `conj().imag` have the other sign."""
+    ones = torch.ones(3)
+    negated = torch.complex(ones, ones).conj().imag
+    assert negated.is_neg()
+    with pytest.raises(
+        ConversionError, match=r"stored as a view with \{'neg': True\}; save it again after \.clone\(\)"
+    ):
+        saved(tmp_path / "a.pt", negated)
+
+
+def test_a_record_that_is_there_twice_is_refused(tmp_path: Path) -> None:
+    """Readers differ in which of them they take."""
+    path = tmp_path / "a.pt"
+    torch.save({"w": torch.ones(100)}, path)
+    with zipfile.ZipFile(path, "a") as archive, pytest.warns(UserWarning, match="Duplicate"):
+        archive.writestr("a/data/0", bytes(400))
+    with pytest.raises(ConversionError, match="several records of one name"):
+        torch_zip.read(path)
+
+
 def test_damage_is_never_another_error(tmp_path: Path) -> None:
     """Whatever byte is wrong, the reader returns or raises ConversionError."""
     torch.save({"args": argparse.Namespace(a=[np.float32(1), np.arange(3)]), "w": torch.ones(3)}, tmp_path / "good.pt")

@@ -64,6 +64,8 @@ class Archive:
         infos = self._directory()
         self._folder = infos[0].filename.partition("/")[0] if infos else ""
         self._infos = {info.filename: info for info in infos}
+        if len(self._infos) != len(infos):  # readers differ in which of them they take
+            raise ConversionError(f"{self.where} has several records of one name; the file is damaged, copy it again")
         if f"{self._folder}/{PICKLE}" not in self._infos:
             raise ConversionError(f"{self.where} is a zip file without {PICKLE}, so torch.save did not write it")
         order = self.content(BYTE_ORDER) if f"{self._folder}/{BYTE_ORDER}" in self._infos else b"little"

@@ -140,20 +140,30 @@ class _Storages:
         return storage
 
 
-def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> StoredTensor:
+def _tensor(
+    storage: Any, offset: Any, size: Any, stride: Any, requires_grad: Any = False, hooks: Any = None, bits: Any = None
+) -> StoredTensor:
     """`torch._utils._rebuild_tensor` and `_rebuild_tensor_v2`."""
     if not isinstance(storage, _Storage):
         raise pickle.UnpicklingError("a tensor has no storage")
+    _refuse_bits(bits)
     return _stored(storage, storage.dtype, offset, size, stride)
 
 
 def _untyped_tensor(
-    storage: Any, offset: Any, size: Any, stride: Any, requires_grad: Any, hooks: Any, dtype: Any, *_: Any
+    storage: Any, offset: Any, size: Any, stride: Any, requires_grad: Any, hooks: Any, dtype: Any, bits: Any = None
 ) -> StoredTensor:
     """`torch._utils._rebuild_tensor_v3`: the dtype is beside the storage."""
     if not (isinstance(storage, _Storage) and isinstance(dtype, DType)):
         raise pickle.UnpicklingError("a tensor has no storage or dtype")
+    _refuse_bits(bits)
     return _stored(storage, dtype, offset, size, stride)
+
+
+def _refuse_bits(bits: Any) -> None:
+    """Raise where torch would read the stored elements as something else: negated or conjugated (`get_tensor_metadata`)."""
+    if bits:
+        raise pickle.UnpicklingError(f"a tensor is stored as a view with {bits}; save it again after .clone()")
 
 
 def _stored(storage: _Storage, dtype: DType, offset: Any, size: Any, stride: Any) -> StoredTensor:
