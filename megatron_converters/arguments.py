@@ -20,15 +20,13 @@ from .megatron_args import (
     router_dtype,
     router_warnings,
     seq_length_of,
+    training_args,
 )
 from .megatron_flags import LAYOUT_ATTRIBUTES
 from .parallel import Parallel, padded_vocab
 from .survey import Survey
 from .tokenizer import is_rank_file
 
-#: How a checkpoint was trained: taken over from its own args.
-_OF_TRAINING = ("hidden_dropout",)
-_OF_TRAINED_EXPERTS = ("moe_router_load_balancing_type", "moe_token_dispatcher_type")
 #: What a checkpoint is given unless another layout is asked for.
 _EXPERT_LAYOUT = "grouped"
 _HF_TOKENIZER, _SENTENCEPIECE_TOKENIZER = "HuggingFaceTokenizer", "Llama2Tokenizer"
@@ -52,8 +50,7 @@ def arguments(found: Survey, source: Source, folder: Path) -> tuple[dict[str, An
         of_experts = expert_args(spec, Parallel(1, (spec.num_layers,)), _EXPERT_LAYOUT)
         said |= {name: value for name, value in of_experts.items() if name not in LAYOUT_ATTRIBUTES}
     said |= router_args(spec, router)
-    kept = (*_OF_TRAINING, *(_OF_TRAINED_EXPERTS if spec.num_experts else ()))
-    said |= {name: own[name] for name in kept if own.get(name) is not None}
+    said |= training_args(spec, own)
     tokenizer, notes = _tokenizer(origin.tokenizer, own)
     notes += router_warnings(spec, router)
     if said.get("moe_dynamic_hpu"):

@@ -12,6 +12,7 @@ from typing import Any
 
 from .dtypes import DType
 from .errors import ConversionError, Unclear
+from .megatron_limits import FIXED, MEGATRON_LLAMA3, SINKHORN, refuse_unsupported
 from .megatron_names import STACKED
 from .parallel import Parallel
 from .slots import Ref, refs
@@ -31,73 +32,16 @@ _ROWS = {
     "initializer_range": "init_method_std",
     "attention_dropout": "attention_dropout",
 }
-#: attribute: (the value that a supported model has, what another value would mean).
-_FIXED: dict[str, tuple[Any, str]] = {
-    "position_embedding_type": ("rope", "position embeddings that are not rotary"),
-    "normalization": ("RMSNorm", "a normalisation that is not RMSNorm"),
-    "swiglu": (True, "an MLP without SwiGLU"),
-    "rotary_percent": (1.0, "partly rotated heads"),
-    "rotary_interleaved": (False, "interleaved rotary embeddings"),
-    "apply_layernorm_1p": (False, "norms around 1"),
-    "layernorm_zero_centered_gamma": (False, "norms around 1"),
-    "squared_relu": (False, "squared ReLU"),
-    "quick_geglu": (False, "a quick GELU"),
-    "softmax_type": ("vanilla", "attention sinks"),
-    "attention_output_gate": (False, "gated attention outputs"),
-    "no_rope_freq": (None, "layers without rotary embeddings"),
-    "window_attn_skip_freq": (None, "a sliding window on some layers only"),
-    "apply_residual_connection_post_layernorm": (False, "residuals taken after the norms"),
-    "heterogeneous_layers_config_path": (None, "layers that differ in shape"),
-    "multi_latent_attention": (False, "multi-latent attention"),
-    "moe_router_score_function": ("softmax", "another score function than softmax"),
-    "moe_router_enable_expert_bias": (False, "a bias of the router's choice (mlp.router.expert_bias)"),
-    "moe_router_topk_scaling_factor": (None, "scaled expert outputs"),
-    "moe_router_num_groups": (None, "a choice limited to groups of experts"),
-    "mtp_num_layers": (None, "multi-token prediction layers"),
-}
-#: What Megatron-LM's llama3 RoPE scaling has built in (core/models/common/embeddings/rotary_pos_embedding.py).
-MEGATRON_LLAMA3 = RopeScaling("llama3", 8.0, 1.0, 4.0, 8192)
-
-
-def inexpressible(spec: ModelSpec) -> list[str]:
-    """What Megatron-LM's arguments cannot say about this model, one reason each."""
-    reasons = []
-    scaling = spec.rope_scaling
-    if scaling is not None and scaling.kind == "llama3":
-        built_in = RopeScaling("llama3", scaling.factor)
-        if scaling != built_in:
-            reasons.append(
-                "llama3 RoPE scaling with low_freq_factor, high_freq_factor and original_max_position_embeddings of "
-                f"{scaling.low_freq_factor}, {scaling.high_freq_factor} and {scaling.original_max_position_embeddings}: "
-                f"Megatron-LM has {built_in.low_freq_factor}, {built_in.high_freq_factor} and "
-                f"{built_in.original_max_position_embeddings} built in"
-            )
-    if spec.sliding_window is not None and spec.sliding_window_from > 0:
-        reasons.append(
-            f"a sliding window from layer {spec.sliding_window_from} on only: Megatron-LM's --window-size holds for every layer"
-        )
-    if spec.proj_bias != spec.mlp_bias:
-        reasons.append(
-            "a bias on only one of the attention output and the MLP: Megatron-LM's --add-bias-linear means both"
-        )
-    if scaling is not None and scaling.kind == "linear" and not float(scaling.factor).is_integer():
-        reasons.append(
-            f"linear RoPE scaling by {scaling.factor}: Megatron-LM's --rotary-seq-len-interpolation-factor is a whole number"
-        )
-    if spec.qk_norm and spec.qk_norm_over_heads:
-        reasons.append(
-            "query and key norms over all heads together: Megatron-LM's --qk-layernorm norms each head by itself, and refuses "
-            "these norms' sizes; give the model an attention of your own"
-        )
-    if not float(spec.rotary_base).is_integer():
-        reasons.append(f"a rotary base of {spec.rotary_base}: Megatron-LM's --rotary-base is a whole number")
-    return reasons
+_SIZES = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size")
+_SWITCHES = ("group_query_attention", "untie_embeddings_and_output_weights", "add_bias_linear", "add_qkv_bias")
+#: What every rank of one save records alike.
+_OF_ALL_RANKS = (*_ROWS.values(), *FIXED, *_SIZES, *_SWITCHES, "num_query_groups", "num_experts", "rotary_base")
 
 
 def spec_fields(args: argparse.Namespace) -> dict[str, Any]:
     """The `ModelSpec` fields that `args` decides: all but family, dtype and vocab_size."""
     values = vars(args)
-    _refuse_unsupported(values)
+    refuse_unsupported(values)
     needed = ("num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size", "max_position_embeddings")
     missing = [name for name in needed if type(values.get(name)) is not int or values[name] < 1]
     if missing:
@@ -132,12 +76,22 @@ def _expert_fields(values: Mapping[str, Any], fields: Mapping[str, Any]) -> dict
         "num_experts": experts,
         "moe_ffn_hidden_size": values.get("moe_ffn_hidden_size") or fields["ffn_hidden_size"],
         "moe_router_topk": values.get("moe_router_topk") or 2,
-        "moe_router_pre_softmax": bool(values.get("moe_router_pre_softmax", False)),
-        "moe_aux_loss_coeff": number(values.get("moe_aux_loss_coeff") or 0.0, "moe_aux_loss_coeff"),
+        "moe_router_pre_softmax": bool(values.get("moe_router_pre_softmax", False)) or _is_sinkhorn(values),
+        "moe_aux_loss_coeff": _aux_loss(values.get("moe_aux_loss_coeff") or 0.0),
         "shared_ffn_hidden_size": values.get("moe_shared_expert_intermediate_size") or 0,
         "shared_gate": bool(values.get("moe_shared_expert_gate", False)),
         "dense_layers": _dense_layers(values.get("moe_layer_freq", 1), fields["num_layers"]),
     }
+
+
+def _is_sinkhorn(values: Mapping[str, Any]) -> bool:
+    return values.get("moe_router_load_balancing_type") in (SINKHORN, [SINKHORN])
+
+
+def _aux_loss(coefficient: Any) -> float:
+    """The first where there is one for each way of balancing (core_v0.14 on): Hugging Face has one."""
+    first = coefficient[0] if isinstance(coefficient, list) and coefficient else coefficient
+    return number(first, "moe_aux_loss_coeff")
 
 
 def _dense_layers(freq: Any, layers: int) -> tuple[int, ...]:
@@ -177,6 +131,17 @@ def expert_args(spec: ModelSpec, parallel: Parallel, expert_layout: str) -> dict
     }
 
 
+def training_args(spec: ModelSpec, own: Mapping[str, Any]) -> dict[str, Any]:
+    """How a checkpoint was trained, by its `own` args: choices that a new one takes over instead of our defaults."""
+    names = ["hidden_dropout"]
+    if spec.num_experts:
+        names += ["moe_token_dispatcher_type"]
+        names += ["moe_aux_loss_coeff"] if isinstance(own.get("moe_aux_loss_coeff"), list) else []
+        # Sinkhorn's way weights experts as a softmax over all of them does, whatever else the args say.
+        names += ["moe_router_load_balancing_type"] if spec.moe_router_pre_softmax or not _is_sinkhorn(own) else []
+    return {name: own[name] for name in names if own.get(name) is not None}
+
+
 #: `moe_router_dtype` of a router that is stored in these, wider than the model.
 _ROUTER_DTYPES = {"float32": "fp32", "float64": "fp64"}
 
@@ -207,14 +172,23 @@ def router_warnings(spec: ModelSpec, router: DType | None) -> list[str]:
     ]
 
 
-def _refuse_unsupported(values: Mapping[str, Any]) -> None:
-    if values.get("use_rotary_position_embeddings"):  # the older spelling of position_embedding_type
-        values = {**values, "position_embedding_type": "rope"}
-    for name, (supported, meaning) in _FIXED.items():
-        if values.get(name, supported) != supported:
-            raise ConversionError(
-                f"the checkpoint's args have {name}={values[name]!r}, that is {meaning}; not supported"
-            )
+def stated_heads(args: argparse.Namespace) -> tuple[str, ...]:
+    """The `ModelSpec` fields of heads, which no shape tells, that `args` state and do not leave to defaults."""
+    values = vars(args)
+    stated = {
+        "num_attention_heads": values.get("num_attention_heads"),
+        "num_query_groups": values.get("group_query_attention"),
+        "kv_channels": values.get("kv_channels"),
+    }
+    return tuple(name for name, value in stated.items() if value)
+
+
+def stamp(content: Mapping[str, Any]) -> dict[str, Any]:
+    """What a rank's file says that all files of its save say, as far as it says it: iteration, model and sizes."""
+    args = content.get("args")
+    said = plain_args(vars(args)) if isinstance(args, argparse.Namespace) else {}
+    found = {"iteration": content.get("iteration"), **{name: said.get(name) for name in _OF_ALL_RANKS}}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def _norm_epsilon(values: Mapping[str, Any]) -> float:
@@ -259,7 +233,7 @@ def model_args(spec: ModelSpec) -> dict[str, Any]:
     linear = scaling.factor if scaling is not None and scaling.kind == "linear" else None
     return {
         **{name: getattr(spec, field) for field, name in _ROWS.items()},
-        **{name: value for name, (value, _) in _FIXED.items()},
+        **{name: value for name, (value, _) in FIXED.items()},
         "encoder_num_layers": spec.num_layers,
         "num_query_groups": spec.num_query_groups,
         "group_query_attention": spec.num_query_groups != spec.num_attention_heads,

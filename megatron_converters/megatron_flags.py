@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-from .megatron_args import MEGATRON_LLAMA3
+from .megatron_limits import MEGATRON_LLAMA3
 from .spec import ModelSpec
 
 

@@ -14,15 +14,16 @@ from megatron_converters.errors import ConversionError
 from megatron_converters.megatron_args import (
     RUN_DEFAULTS,
     expert_args,
-    inexpressible,
     layout_args,
     model_args,
     plain_args,
     router_args,
     router_warnings,
     spec_fields,
+    training_args,
 )
 from megatron_converters.megatron_flags import flag_warnings, flags
+from megatron_converters.megatron_limits import inexpressible
 from megatron_converters.parallel import parallel_for
 from megatron_converters.pipeline import PipelineSplit
 from megatron_converters.spec import ModelSpec, RopeScaling
@@ -176,6 +177,10 @@ def test_plain_args_leaves_out_what_weights_only_loading_refuses() -> None:
         ({"mlp_bias": True}, "a bias on only one of"),
         ({"rotary_base": 10000.5}, "a rotary base of 10000.5"),
         ({"qk_norm": True, "qk_norm_over_heads": True}, "query and key norms over all heads together"),
+        (
+            {"num_experts": 4, "moe_ffn_hidden_size": 4, "moe_router_topk": 1},
+            "one expert for each token, with weight 1",
+        ),
     ],
 )
 def test_what_megatron_cannot_express(fields: dict[str, Any], reason: str) -> None:
@@ -200,6 +205,19 @@ def test_what_megatron_cannot_express(fields: dict[str, Any], reason: str) -> No
         ({"moe_router_enable_expert_bias": True}, r"a bias of the router's choice \(mlp.router.expert_bias\)"),
         ({"moe_router_topk_scaling_factor": 2.5}, "scaled expert outputs"),
         ({"moe_router_num_groups": 2}, "groups of experts"),
+        ({"moe_mlp_glu_interleave_size": 32}, "gate and up of experts in alternating blocks of rows"),
+        ({"moe_apply_probs_on_input": True}, "inputs are scaled"),
+        ({"moe_latent_size": 16}, "projected inputs"),
+        ({"num_experts": 8, "moe_router_load_balancing_type": "quantile_balancing"}, "otherwise than by a softmax"),
+        ({"num_experts": 8, "moe_router_load_balancing_type": "sinkhorn", "moe_router_topk": 1}, "than by a softmax"),
+        ({"num_experts": 8, "moe_router_load_balancing_type": ["aux_loss", "sinkhorn"]}, "than by a softmax"),
+        ({"use_mup": True}, "scaled by muP"),
+        ({"qk_l2_norm": True}, "queries and keys of length 1"),
+        ({"glu_linear_offset": 1.0}, "an offset"),
+        ({"activation_func_clamp_value": 7.0}, "a clamped activation"),
+        ({"softmax_scale": 0.1}, "another scale"),
+        ({"heterogeneous_layers_config_encoded_json": "{}"}, "layers that differ"),
+        ({"experimental_attention_variant": "gated_delta_net"}, "another attention"),
         ({"num_experts": 8, "moe_layer_freq": [1]}, r"moe_layer_freq=\[1\]; it must be a number or a list of 2"),
         ({"num_experts": 8, "moe_layer_freq": 0}, "moe_layer_freq=0"),
         ({"num_experts": 8, "moe_layer_freq": "[1]*2"}, "moe_layer_freq="),
@@ -244,6 +262,11 @@ def test_args_of_models_that_are_not_supported_are_refused(change: dict[str, Any
             "rope_scaling",
             RopeScaling("llama3", 8.0, 1.0, 4.0, 8192),
         ),
+        ({"mtp_num_layers": 0, "moe_router_num_groups": 0, "squared_relu": None}, "num_layers", 2),
+        ({"no_rope_freq": [0, 0], "moe_router_topk_scaling_factor": 1.0}, "num_layers", 2),
+        ({"num_experts": 8, "moe_router_load_balancing_type": "sinkhorn"}, "moe_router_pre_softmax", True),
+        ({"num_experts": 8, "moe_router_load_balancing_type": ["seq_aux_loss"]}, "moe_router_pre_softmax", False),
+        ({"num_experts": 8, "moe_aux_loss_coeff": [0.5, 0.1]}, "moe_aux_loss_coeff", 0.5),
         ({"num_experts": 8}, "moe_ffn_hidden_size", 4),
         ({"num_experts": 8}, "moe_router_topk", 2),
         ({"num_experts": 8}, "dense_layers", ()),
@@ -257,6 +280,18 @@ def test_args_of_models_that_are_not_supported_are_refused(change: dict[str, Any
 def test_args_of_other_versions(change: dict[str, Any], field: str, value: Any) -> None:
     args = {**all_args(tiny_spec()), **change}
     assert spec_fields(argparse.Namespace(**args))[field] == value
+
+
+def test_a_training_run_s_own_choices_are_taken_over() -> None:
+    sinkhorn = {"moe_router_load_balancing_type": "sinkhorn"}
+    own = {"hidden_dropout": 0.1, "moe_token_dispatcher_type": "flex", "lr": 1.0, **sinkhorn}
+    assert training_args(tiny_spec(), own) == {"hidden_dropout": 0.1}
+    kept = {"hidden_dropout": 0.1, "moe_token_dispatcher_type": "flex"}
+    experts = {"num_experts": 4, "moe_ffn_hidden_size": 4, "moe_router_topk": 2}
+    assert training_args(tiny_spec(**experts), own) == kept  # weighted by a softmax over the chosen, as sinkhorn is not
+    assert training_args(tiny_spec(**experts, moe_router_pre_softmax=True), own) == {**kept, **sinkhorn}
+    lists = {"moe_router_load_balancing_type": ["aux_loss", "seq_aux_loss"], "moe_aux_loss_coeff": [0.1, 0.2]}
+    assert training_args(tiny_spec(**experts), lists) == lists
 
 
 def test_sparse_args_mean_megatron_s_defaults() -> None:

@@ -110,9 +110,11 @@ def _read_file(path: Path) -> dict[str, StoredTensor]:
     state: Any = torch_zip.read(path)
     if not isinstance(state, Mapping):
         raise ConversionError(f"{path} holds a {type(state).__name__}, not a dictionary of tensors")
-    others = [str(name) for name, value in state.items() if not isinstance(value, StoredTensor)]
+    others = [
+        str(key) for key, value in state.items() if not (isinstance(key, str) and isinstance(value, StoredTensor))
+    ]
     if others:
-        raise ConversionError(f"{path} holds entries that are no tensors: {', '.join(others[:_SHOWN_NAMES])}")
+        raise ConversionError(f"{path} holds entries that are no named tensors: {', '.join(others[:_SHOWN_NAMES])}")
     return dict(state)
 
 

@@ -22,7 +22,6 @@ from ..margs_json import inheritable
 from ..megatron_args import (
     RUN_DEFAULTS,
     expert_args,
-    inexpressible,
     layout_args,
     model_args,
     plain_args,
@@ -30,13 +29,15 @@ from ..megatron_args import (
     router_dtype,
     router_warnings,
     seq_length_of,
+    training_args,
 )
 from ..megatron_flags import as_shell, flag_warnings, flags
+from ..megatron_limits import inexpressible, rounding_warnings
 from ..outline import Fill, Outline
 from ..parallel import Parallel, kept_etp, padded_vocab, parallel_for
 from ..pipeline import EVEN, PipelineSplit
 from ..slots import SLOTS, Ref
-from ..spec import ModelSpec
+from ..spec import ModelSpec, whole
 from ..staging import Staging, write_text
 from ..storage.output import Layout
 from ..storage.tensor import StoredTensor
@@ -87,6 +88,7 @@ class CheckpointTarget(ABC):
         self._spec = dataclasses.replace(spec, dtype=dtype_of(Ref(SLOTS[_EMBEDDINGS])))
         self._origin = origin
         self._dtype_of = dtype_of
+        self._warnings += rounding_warnings(self._spec, dtype_of)
         self._iteration = 1 if origin.iteration is None else origin.iteration
         self._name = "release" if self._options.release else f"iter_{self._iteration:07d}"
         self._parallel = self._choose_parallel()
@@ -204,7 +206,7 @@ class CheckpointTarget(ABC):
 
     def _choose_divisor(self) -> int:
         inherited = getattr(self._origin.margs, "make_vocab_size_divisible_by", None)
-        return self._options.divisor or inherited or DEFAULT_DIVISOR
+        return self._options.divisor or (inherited if whole(inherited) and inherited > 0 else DEFAULT_DIVISOR)
 
     def _choose_bins(self) -> CapacityBins | None:
         bins = self._origin.capacity_bins
@@ -238,6 +240,7 @@ class CheckpointTarget(ABC):
             **layout_args(self._parallel, self._padded, self._divisor, self._options.impl, self.format),
             **expert_args(self._spec, self._parallel, self._expert_layout),
             **router_args(self._spec, self._router),
+            **training_args(self._spec, inherited),
             **({} if self._bins is None else {"moe_capacity_bins_num": self._bins.count}),
             "seq_length": seq_length,
             "encoder_seq_length": seq_length,

@@ -43,18 +43,28 @@ RENAMED = {
 }
 #: Arguments that are not passed on, and the value with which that is right.
 _ABSENT: dict[str, Any] = {
+    "activation_func_clamp_value": None,
     "apply_layernorm_1p": False,
     "apply_query_key_layer_scaling": False,
     "attention_output_gate": False,
+    "experimental_attention_variant": None,
+    "glu_linear_offset": 0.0,
+    "heterogeneous_layers_config_encoded_json": None,
     "heterogeneous_layers_config_path": None,
     "layernorm_zero_centered_gamma": False,
+    "moe_apply_probs_on_input": False,
+    "moe_latent_size": None,
+    "moe_mlp_glu_interleave_size": None,
     "mtp_num_layers": None,
     "multi_latent_attention": False,  # megatron-core builds it with Transformer Engine alone
     "openai_gelu": False,
+    "qk_l2_norm": False,
     "qk_layernorm_over_heads": False,  # megatron-core has no such norms
     "quick_geglu": False,
+    "softmax_scale": None,
     "squared_relu": False,
     "use_legacy_models": False,
+    "use_mup": False,
 }
 #: Arguments that change nothing of what a model computes in float32, or say again what others say.
 _SILENT = frozenset(

@@ -12,8 +12,8 @@ from ..arguments import arguments
 from ..errors import raise_all
 from ..formats import add_reading_arguments, open_any
 from ..margs_json import margs_to_json
-from ..megatron_args import inexpressible
 from ..megatron_flags import all_flags, as_shell, flag_warnings
+from ..megatron_limits import inexpressible
 from ..plugins import say
 from ..survey import survey
 
