@@ -20,6 +20,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megatron_converters.hf_config import read_json, spec_of_config
 from tests.helpers import (
     CONVERT,
     RANK_FILE,
@@ -386,6 +387,33 @@ def test_the_model_is_missing(meg: Path) -> None:
     refused(back(meg), "mp_rank_01_000", "model")
 
 
+def test_ranks_of_different_saves_are_not_mixed(meg: Path) -> None:
+    """Between stages no tensor is there twice, so only what the files say of themselves tells."""
+    for rank in ("mp_rank_00_001", "mp_rank_01_001"):
+        edit_rank(meg, rank, iteration=200)
+    refused(back(meg), "contradict mp_rank_00_000", "mp_rank_01_001: iteration is 200, not 1", "of different saves")
+
+
+def test_ranks_of_different_models_are_not_mixed(meg: Path) -> None:
+    args = rank_content(meg, "mp_rank_00_001")["args"]
+    args.num_attention_heads, args.num_query_groups, args.kv_channels = 4, 2, 16  # the same shapes
+    edit_rank(meg, "mp_rank_00_001", args=args)
+    refused(back(meg), "mp_rank_00_001: num_attention_heads is 4, not 8", "of different saves")
+
+
+@pytest.mark.parametrize("rank", ["mp_rank_00_000", "mp_rank_01_001"])
+def test_an_entry_without_a_name(rank: str, meg: Path) -> None:
+    edit_model(meg, rank, lambda model: model.update({5: torch.zeros(2)}))
+    refused(back(meg), rank, "no named tensors: 5")
+
+
+def test_a_bin_file_with_an_entry_without_a_name(hf_model: HFModel, tmp_path: Path) -> None:
+    source = shutil.copytree(hf_model("llama2", weights="bin"), tmp_path / "hf")
+    state = torch.load(source / "pytorch_model.bin")
+    torch.save({**state, ("a", 1): torch.zeros(2)}, source / "pytorch_model.bin")
+    refused(forward(source), "no named tensors: ('a', 1)")
+
+
 def test_the_ranks_hold_different_dtypes(meg: Path) -> None:
     key = "decoder.layers.0.mlp.linear_fc2.weight"
     edit_model(meg, "mp_rank_01_000", lambda model: model.update({key: model[key].bfloat16()}))
@@ -417,6 +445,8 @@ def test_the_ranks_hold_different_dtypes(meg: Path) -> None:
         ({"window_size": 7}, ("window_size",)),
         ({"num_query_groups": 3}, ("8", "3")),
         ({"rotary_base": "large"}, ("rotary_base",)),
+        ({"decoder_first_pipeline_num_layers": "2"}, ("decoder_first_pipeline_num_layers is '2'",)),
+        ({"num_experts": "8"}, ("num_experts is '8'",)),
         ({"hidden_size": "64"}, ("hidden_size",)),
     ],
     ids=str,
@@ -431,7 +461,8 @@ def test_a_vocabulary_beyond_the_embeddings(meg: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "words"), [("7", ("iter_0000007",)), ("release", ("release",)), ("latest", ("latest",)), ("", (TRACKER,))]
+    ("text", "words"),
+    [("7", ("iter_0000007",)), ("release", ("release",)), ("latest", ("latest",)), ("", (TRACKER,)), ("²", ("'²'",))],
 )
 def test_a_tracker_that_points_elsewhere(text: str, words: tuple[str, ...], meg: Path) -> None:
     (meg / TRACKER).write_text(text)
@@ -448,7 +479,16 @@ def test_a_distributed_checkpoint_that_was_not_finished(meg: Path) -> None:
 
 
 def test_a_reference_of_another_model(meg: Path, hf_model: HFModel) -> None:
-    refused(back(meg, "--hf-config", hf_model("llama-head_dim")), "shape")
+    refused(back(meg, "--hf-config", hf_model("llama-head_dim")), "another model", "kv_channels: 24, not 8")
+    refused(back(meg, "--hf-config", hf_model("llama2", intermediate_size=128)), "shape")
+
+
+def test_a_reference_with_other_heads_of_the_same_shapes(hf: Path, meg: Path) -> None:
+    """Half the heads of twice the size: every tensor fits, and queries, keys and values would be taken for one another."""
+    edit_config(hf, num_attention_heads=4, num_key_value_heads=2, head_dim=16)
+    refused(
+        back(meg, "--hf-config", hf), "another model", "num_attention_heads: 4, not 8", "num_query_groups: 2, not 4"
+    )
 
 
 # --- hostile files
@@ -555,8 +595,11 @@ def test_what_megatron_cannot_express(case: str, hf_model: HFModel, tmp_path: Pa
     run = succeeded(forward(source, "--allow-inexpressible"))
     assert "warning: Megatron-LM will not compute" in run.err
     assert all(word in run.err for word in words)
-    succeeded(convert_back("--load-path", tmp_path / "out", "--save-path", tmp_path / "hf2", "--hf-config", source))
-    same_tensors(hf_tensors(tmp_path / "hf2"), hf_tensors(source))
+    for number, reference in enumerate(((), ("--hf-config", source))):  # the configuration is recorded, too
+        target = tmp_path / f"hf{number}"
+        succeeded(convert_back("--load-path", tmp_path / "out", "--save-path", target, *reference))
+        same_tensors(hf_tensors(target), hf_tensors(source))
+        assert spec_of_config(read_json(target / "config.json")) == spec_of_config(read_json(source / "config.json"))
 
 
 def hf_model_of(family: str, tmp_path: Path, config: dict[str, Any]) -> Path:

@@ -167,6 +167,17 @@ def test_a_null_tokenizer_has_a_token_more_than_its_vocabulary(megatron_model: M
     same_tensors(hf_tensors(tmp_path / "out"), hf_tensors(source))
 
 
+def test_rows_that_padding_does_not_explain_are_warned_of(megatron_model: MegatronModel, tmp_path: Path) -> None:
+    """The args' vocab_size is what a user once typed; the tokenizer's, which made the embeddings, is not recorded."""
+    meg = shutil.copytree(megatron_model("llama2", 1, 1)[1], tmp_path / "meg")
+    content = rank_content(meg)
+    content["args"].vocab_size = 128
+    torch.save(content, meg / "iter_0000001" / "mp_rank_00" / "model_optim_rng.pt")
+    run = succeeded(convert_back("--load-path", meg, "--save-path", tmp_path / "out"))
+    assert "warning: the args' vocab_size of 128 needs 128 rows, but there are 256" in run.err
+    assert "--true-vocab-size" in run.err
+
+
 @pytest.mark.parametrize(("model_type", "end"), [("llama3", [128001, 128009]), ("llama3.1", [128001, 128008, 128009])])
 def test_an_instruct_model(model_type: str, end: list[int], megatron_model: MegatronModel, tmp_path: Path) -> None:
     _, meg = megatron_model("llama3")
@@ -236,6 +247,8 @@ def test_each_tensor_keeps_its_dtype(hf_model: HFModel, tmp_path: Path) -> None:
     same_tensors(hf_tensors(round_trip(source, tmp_path)), mixed)
     args = args_of(tmp_path / "round-meg")
     assert (args.params_dtype, args.bf16) == (torch.bfloat16, True)
+    run = succeeded(convert("--load-dir", source, "--save-dir", tmp_path / "again"))
+    assert "final_norm (float32) are stored otherwise than the embeddings in bfloat16" in run.err
 
 
 @pytest.mark.parametrize(

@@ -106,6 +106,8 @@ def test_args_say_what_the_norms_are(recorded: bool, olmoe: tuple[Path, torch.Te
         edit_rank(checkpoint, "mp_rank_00", args=args)
     assert MegatronSource(checkpoint).spec.family == "olmoe"
     same_tensors(hf_tensors(megatron_to_hf(checkpoint, tmp_path / "hf")), hf_tensors(folder))
+    if recorded:
+        return
     del args.qk_layernorm_over_heads
     edit_rank(checkpoint, "mp_rank_00", args=args)
     with pytest.raises(ConversionError, match=r"q_layernorm\.weight .*has shape \[64\]|cannot express"):

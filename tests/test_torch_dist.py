@@ -189,6 +189,13 @@ def test_other_formats_are_refused(made: Path) -> None:
         TorchDistSource(made)
 
 
+def test_a_folder_of_both_formats_is_read_as_megatron_reads_it(made: Path, hf_model: HFModel, tmp_path: Path) -> None:
+    (made / "iter_0000001" / "mp_rank_00").mkdir()
+    run = succeeded(convert_back("--load-path", made, "--save-path", tmp_path / "hf"))
+    assert "warning:" in run.err and "holds mp_rank_* folders, too" in run.err
+    assert different(hf_tensors(hf_model("llama3")), hf_tensors(tmp_path / "hf")) == []
+
+
 def test_common_state_must_be_there(made: Path, hf_model: HFModel, tmp_path: Path) -> None:
     common = made / "iter_0000001" / "common.pt"
     torch.save({"iteration": 1}, common)

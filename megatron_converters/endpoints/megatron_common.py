@@ -12,11 +12,11 @@ from typing import Any
 
 from ..dtypes import DType
 from ..errors import ConversionError, Unclear, UsageError
-from ..hf_config import differences, family_of_config, infer_family, read_json, spec_of_config
-from ..megatron_args import spec_fields
-from ..parallel import Parallel
+from ..hf_config import differences, infer_family, read_json, spec_of_config
+from ..megatron_args import expert_args, model_args, spec_fields, stated_heads
+from ..parallel import Parallel, padded_vocab
 from ..pipeline import PipelineSplit, stages_per_rank
-from ..spec import ModelSpec
+from ..spec import ModelSpec, whole
 from ..storage import dcp
 from ..storage.unpickle import StandIn
 from .base import Origin
@@ -26,6 +26,7 @@ from .megatron_checkpoint import TRACKER
 FORMAT_FILE = "metadata.json"
 #: The folder of one rank in the `torch` format.
 RANK = re.compile(r"mp_rank_\d{2,}(_\d{3,})*$")
+_ITERATION = re.compile(r"[0-9]{1,18}")
 #: Top-level entries of a checkpoint that are not left-out state.
 _EXPECTED_ENTRIES = re.compile(
     r"args|model\d*|checkpoint_version|iteration|num_floating_point_operations_so_far|content_metadata"
@@ -56,8 +57,8 @@ def checkpoint_directory(load_dir: Path, name: str | None) -> Path:
     tracker = load_dir / TRACKER
     if tracker.is_file():
         text = tracker.read_text(encoding="utf-8", errors="replace").strip()
-        if text != "release" and not text.isdigit():
-            raise ConversionError(f"{tracker} says {text!r}; it must hold an iteration number or 'release'")
+        if text != "release" and not _ITERATION.fullmatch(text):
+            raise ConversionError(f"{tracker} says {text[:80]!r}; it must hold an iteration number or 'release'")
         directory = load_dir / (text if text == "release" else f"iter_{int(text):07d}")
         if not directory.is_dir():
             raise ConversionError(
@@ -94,9 +95,21 @@ def describe(
     fields = {**fields, "vocab_size": vocab, "dtype": dtype}
     recorded = getattr(args, "hf_config", None)
     if isinstance(recorded, dict):
-        return ModelSpec(family=family_of_config(recorded).name, **fields), notes
+        return _updated(spec_of_config(recorded, recorded), fields), notes
     spec = infer_family(fields)
     return spec, [*notes, f"no Hugging Face configuration is recorded; the {spec.family} family fits the args"]
+
+
+def _updated(recorded: ModelSpec, fields: Mapping[str, Any]) -> ModelSpec:
+    """The model whose configuration a conversion recorded, and what the args have come to say otherwise since.
+
+    Args cannot say all of every model (`inexpressible`): what they say as they would of the recorded one is no news.
+    """
+    said = spec_fields(
+        argparse.Namespace(**model_args(recorded), **expert_args(recorded, Parallel(1, (0,)), "grouped"))
+    )
+    news = {name: value for name, value in fields.items() if name not in said or said[name] != value}
+    return dataclasses.replace(recorded, **news)
 
 
 def _reference(folder: Path, args: argparse.Namespace, dtype: DType, vocab: int | None) -> tuple[ModelSpec, list[str]]:
@@ -111,6 +124,12 @@ def _reference(folder: Path, args: argparse.Namespace, dtype: DType, vocab: int 
     except Unclear as error:
         return spec, [f"taken from {folder} alone, since {error}"]
     said = ModelSpec(family=spec.family, **fields)
+    packed = [name for name in stated_heads(args) if getattr(said, name) != getattr(spec, name)]
+    if packed:
+        raise ConversionError(
+            f"{folder} is another model than the checkpoint: {'; '.join(differences(spec, said, packed))} of the args, by "
+            "which queries, keys and values are packed; name the reference of this model"
+        )
     return spec, [f"taken from {folder}: {difference} of the args" for difference in differences(spec, said)]
 
 
@@ -122,6 +141,7 @@ def parallel_of(args: argparse.Namespace, where: Path) -> Parallel:
     stages = (0,) * (pp * vpp)
     if not getattr(args, "num_experts", None):
         return Parallel(tp, stages, split, etp=tp, vpp=vpp)
+    _size(args, "num_experts", where)
     ep = _size(args, "expert_model_parallel_size", where, absent=1)
     etp = _size(args, "expert_tensor_parallel_size", where, absent=tp)
     return Parallel(tp, stages, split, ep, etp, vpp)
@@ -144,13 +164,18 @@ def _split_of(args: argparse.Namespace, where: Path) -> PipelineSplit:
         layout = layout.state.get("input_data")
     if layout is not None and not isinstance(layout, str):
         raise ConversionError(f"{where}: the args have a pipeline layout that is no text: {layout!r:.80}")
-    virtual = values.get("virtual_pipeline_model_parallel_size")
+    sizes = (
+        "decoder_first_pipeline_num_layers",
+        "decoder_last_pipeline_num_layers",
+        "virtual_pipeline_model_parallel_size",
+    )
+    first, last, virtual = (None if values.get(name) is None else _size(args, name, where) for name in sizes)
     return PipelineSplit(
-        values.get("decoder_first_pipeline_num_layers"),
-        values.get("decoder_last_pipeline_num_layers"),
+        first,
+        last,
         bool(values.get("account_for_embedding_in_pipeline_split")),
         bool(values.get("account_for_loss_in_pipeline_split")),
-        None if virtual is None else _size(args, "virtual_pipeline_model_parallel_size", where),
+        virtual,
         layout=layout,
     )
 
@@ -205,8 +230,19 @@ def _vocab_size(args: argparse.Namespace, padded: int, given: int | None) -> tup
             raise UsageError(f"--true-vocab-size {given} exceeds the {padded} rows of the embeddings")
         return given, []
     if isinstance(recorded, int) and 0 < recorded <= padded:
-        return recorded, []
+        return recorded, _surplus_warning(args, recorded, padded)
     return padded, [
         f"the args do not say the true vocabulary size; all {padded} rows are kept, padding included "
         "(give --true-vocab-size or --hf-config to trim it)"
+    ]
+
+
+def _surplus_warning(args: argparse.Namespace, vocab: int, padded: int) -> list[str]:
+    """What to say where padding does not explain that there are so many more rows than the args' vocabulary has."""
+    divisor, tp = getattr(args, "make_vocab_size_divisible_by", None), getattr(args, "tensor_model_parallel_size", None)
+    if not (whole(divisor) and whole(tp) and divisor > 0 and tp > 0) or padded_vocab(vocab, divisor, tp) >= padded:
+        return []
+    return [
+        f"warning: the args' vocab_size of {vocab} needs {padded_vocab(vocab, divisor, tp)} rows, but there are {padded}; rows "
+        f"from {vocab} on are left out as padding (if the tokenizer has more, say so with --true-vocab-size)"
     ]

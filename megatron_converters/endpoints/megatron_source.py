@@ -17,6 +17,7 @@ from typing import Any
 from ..capacity_bins import of_ranks
 from ..dtypes import DType
 from ..errors import ConversionError, raise_all
+from ..megatron_args import stamp
 from ..megatron_names import CAPACITY_BINS, EXPERTS, EXTRA_STATE_SUFFIX, LOCAL, STACKED, keys
 from ..parallel import Parallel, Rank, homes, parallel_for
 from ..plan import Piece, Sources
@@ -121,11 +122,16 @@ class MegatronSource:
         problems = [f"{name} is missing" for name in sorted(wanted.keys() - present)]
         problems += [f"{name} is there, but the args mean other ranks" for name in sorted(present - wanted.keys())]
         raise_all(f"{self._dir}: the args say tp={parallel.tp}, pp={parallel.pp}, ep={parallel.ep}, but", problems)
-        ranks, left_out = {}, set()
+        ranks, left_out, expected = {}, set(), stamp(first)
         for name, rank in wanted.items():
             content = self._read_file(name)
+            said = stamp(content)
+            others = (key for key in expected.keys() & said.keys() if said[key] != expected[key])
+            problems += [f"{name}: {key} is {said[key]!r}, not {expected[key]!r}" for key in sorted(others)]
             ranks[rank] = _RankFile(name, _tensors_of(content, parallel, self._dir / name))
             left_out |= left_out_of(content)
+        remedy = "They are of different saves; copy all ranks of one again."
+        raise_all(f"{self._dir}: the ranks' files contradict {self._first_rank()}:", problems, remedy=remedy)
         return parallel, ranks, left_out
 
     def _padded_vocab(self) -> int:
@@ -257,10 +263,10 @@ def _tensors_of(content: Mapping[str, Any], parallel: Parallel, where: Path) -> 
             raise ConversionError(f"{where}: there is no {entry!r} entry{why}; the file holds {held}")
         prefix = parallel.prefix(number * parallel.pp)
         for key, value in model.items():
-            if isinstance(value, StoredTensor):
+            if isinstance(value, StoredTensor) and isinstance(key, str):
                 tensors[prefix + key] = value
-            elif not key.endswith(EXTRA_STATE_SUFFIX):
-                odd.append(prefix + key)
+            elif not str(key).endswith(EXTRA_STATE_SUFFIX):
+                odd.append(f"{prefix}{key}")
     if odd:
-        raise ConversionError(f"{where}: model entries that are no tensors: {', '.join(odd[:20])}")
+        raise ConversionError(f"{where}: model entries that are no named tensors: {', '.join(odd[:20])}")
     return tensors

@@ -40,10 +40,12 @@ from .base import identity_of
 from .megatron_common import (
     AS_STORED,
     FORMAT_FILE,
+    RANK,
     MegatronReadOptions,
     checkpoint_directory,
     describe,
     left_out_of,
+    listing,
     origin_of,
     padding_note,
     parallel_of,
@@ -107,7 +109,7 @@ class TorchDistSource:
         self._slices = self._match()
         self._chunks: dict[str, _Chunks] = {}
         parallel, doubts = _sizes(args, self.spec, self._dir)
-        notes += [*padding_note(self.padded, self.spec), *self._left_out(common), *doubts]
+        notes += [*padding_note(self.padded, self.spec), *self._left_out(common), *doubts, *_beside(self._dir)]
         self.origin = origin_of(
             self._dir,
             args,
@@ -256,6 +258,13 @@ def _check_format(directory: Path) -> None:
             f"{directory} is of the distributed format {backend[0]}, version {backend[1]}; only torch_dist, version 1, "
             "can be read: load it with Megatron-LM and save it with --ckpt-format torch_dist"
         )
+
+
+def _beside(directory: Path) -> list[str]:
+    """What to say where the folder holds a checkpoint of the other format too."""
+    if not any(RANK.match(path.name) for path in listing(directory)):
+        return []
+    return [f"warning: {directory} holds mp_rank_* folders, too; as in Megatron-LM, the torch_dist checkpoint is read"]
 
 
 def _common(directory: Path, index: dcp.Index) -> tuple[Mapping[str, Any], Path]:
