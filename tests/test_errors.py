@@ -213,6 +213,11 @@ def test_an_index_that_leads_out_of_the_folder(sharded: Path) -> None:
     refused(forward(sharded), f"../{shard}")
 
 
+def test_an_adapter_beside_the_model(hf: Path) -> None:
+    (hf / "adapter_config.json").write_text("{}")
+    refused(forward(hf), "adapter_config.json", "merge it")
+
+
 def test_a_folder_without_weights(hf: Path) -> None:
     (hf / "model.safetensors").unlink()
     refused(forward(hf), "model.safetensors", "pytorch_model.bin")

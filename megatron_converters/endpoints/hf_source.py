@@ -24,6 +24,7 @@ from .hf_names import fused_name, part_names, parts_of
 #: Index files and single files, in the order of preference of `from_pretrained`.
 _SINGLE = ("model.safetensors", "pytorch_model.bin")
 _SHOWN_NAMES = 40
+_ADAPTER = "adapter_config.json"
 
 
 class HFSource:
@@ -31,6 +32,11 @@ class HFSource:
 
     def __init__(self, folder: Path, *, ignored_config: Sequence[str] = (), untie: bool = False) -> None:
         config = read_json(folder / "config.json")
+        if (folder / _ADAPTER).exists():  # transformers would load it, and the model that it names instead of this one
+            raise ConversionError(
+                f"{folder / _ADAPTER} says that there is a PEFT adapter, which is not converted; merge it into the model, or "
+                "remove this file to convert the model without it"
+            )
         tensors = read_tensors(folder)
         spec = spec_of_config(config, ignored_config)
         if untie:
