@@ -127,7 +127,22 @@ def fail(who: str, error: ConversionError) -> None:
 
 def folder(path: str) -> Path:
     """An existing folder, or one sentence."""
-    result = Path(path)
-    if not result.is_dir():
+    result = new_folder(path)
+    try:
+        exists = result.is_dir()
+    except OSError as error:
+        raise ConversionError(f"cannot look at {path}: {error.strerror}") from error
+    if not exists:
         raise ConversionError(f"{path} is no folder; give one that exists")
     return result
+
+
+def new_folder(path: str) -> Path:
+    """A folder that need not exist, or one sentence. Its name goes into files that are text."""
+    if not path:
+        raise UsageError("the name of a folder is empty; is a variable of the command line unset?")
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        raise UsageError(f"{path!a} is no name in UTF-8; rename the folder, or name it by a link") from None
+    return Path(path)

@@ -37,6 +37,7 @@ from tests.helpers import (
     same_tensors,
     small_disk,
     succeeded,
+    verb,
 )
 
 HFModel = Callable[..., Path]
@@ -686,6 +687,28 @@ def test_what_a_killed_run_left_is_no_obstacle(hf: Path, meg: Path) -> None:
     succeeded(convert_back("--load-path", meg, "--save-path", hf2))
     assert not list(hf2.glob(".*"))
     assert [path.name for path in hf2.glob("*.safetensors")] == ["model.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("name", "word"),
+    [("", "is a variable of the command line unset?"), (os.fsdecode(b"x\xff"), "'x\\udcff' is no name in UTF-8")],
+    ids=["empty", "bytes"],
+)
+def test_a_folder_without_a_name(name: str, word: str, hf: Path, meg: Path, tmp_path: Path) -> None:
+    """An empty name would be the working folder."""
+    cwd = tmp_path / "cwd"
+    cwd.mkdir()
+    refused(convert("--load-dir", hf, "--save-dir", name, cwd=cwd), word, code=2)
+    refused(convert("--load-dir", name, "--save-dir", cwd / "out", cwd=cwd), word, code=2)
+    refused(convert_back("--load-path", meg, "--save-path", name, cwd=cwd), word, code=2)
+    refused(verb("convert", hf, name), word, code=2)
+    refused(verb("inspect", name), word, code=2)
+    assert not list(cwd.iterdir())
+
+
+def test_a_folder_whose_name_is_too_long(hf: Path) -> None:
+    refused(convert("--load-dir", "x" * 5000, "--save-dir", hf / "out"), "File name too long")
+    refused(convert("--load-dir", hf, "--save-dir", "x" * 5000), "File name too long")
 
 
 def test_a_target_that_is_a_file(hf: Path, meg: Path) -> None:

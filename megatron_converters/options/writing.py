@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Collection, Sequence
-from pathlib import Path
 from typing import Any
 
 from ..endpoints.hf_target import FUSED, SEPARATE, HFOptions, HFTarget
@@ -14,7 +13,7 @@ from ..endpoints.torch_dist_target import TorchDistTarget
 from ..errors import UsageError
 from ..megatron_names import EXPERTS
 from ..pipeline import PipelineSplit
-from ..plugins import add_argument
+from ..plugins import add_argument, new_folder
 from .values import IMPLS, byte_size, positive
 
 
@@ -172,7 +171,7 @@ def open_megatron_target(args: argparse.Namespace) -> CheckpointTarget:
         load_capacity_bins=args.load_capacity_bins,
         tokenizer=getattr(args, "tokenizer_model", None),
     )
-    return _CHECKPOINTS[args.ckpt_format](Path(args.save_dir), options)
+    return _CHECKPOINTS[args.ckpt_format](new_folder(args.save_dir), options)
 
 
 def add_hf_target_arguments(parser: Any) -> None:
@@ -215,4 +214,4 @@ def open_hf_target(args: argparse.Namespace) -> HFTarget:
         expert_layout=_expert_layout(args, (SEPARATE, FUSED), "a Hugging Face folder") or SEPARATE,
         save_capacity_bins=args.save_capacity_bins,
     )
-    return HFTarget(Path(args.save_dir), options)
+    return HFTarget(new_folder(args.save_dir), options)

@@ -20,6 +20,7 @@ from ..options.writing import (
     open_hf_target,
     open_megatron_target,
 )
+from ..plugins import new_folder
 
 #: Options that only a Megatron-LM checkpoint has: giving one asks for such a target.
 _SIZES = ("tensor", "pipeline", "expert", "expert_tensor")
@@ -65,7 +66,7 @@ def add_job_arguments(parser: argparse.ArgumentParser) -> None:
 
 def job_of(args: argparse.Namespace) -> Job:
     """Open the source and choose the target."""
-    if os.path.realpath(args.load_dir) == os.path.realpath(args.save_dir):
+    if os.path.realpath(new_folder(args.load_dir)) == os.path.realpath(new_folder(args.save_dir)):
         raise UsageError(f"{args.save_dir} is the source itself; choose another folder to write to")
     source_format, source = open_any(args.load_dir, args)
     target_format = args.to or _target_format(source_format, args)
