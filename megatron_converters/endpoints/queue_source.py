@@ -216,6 +216,8 @@ def _stock_spec(metadata: Any, embeddings: TensorData) -> ModelSpec:
 def _stock_origin(metadata: Any) -> Origin:
     args = argparse.Namespace(**vars(metadata.checkpoint_args))
     args.make_vocab_size_divisible_by = metadata.make_vocab_size_divisible_by
+    # Loaders of Hugging Face models leave argparse's defaults there, which say nothing of a run.
+    args.hidden_dropout = args.moe_token_dispatcher_type = None
     for name, value in vars(args).items():
         known = str(value).removeprefix("torch.")
         if type(value).__module__ == "torch" and known in BY_NAME:
