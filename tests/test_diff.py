@@ -102,13 +102,13 @@ def test_arguments_and_sizes_that_differ_are_listed(hf_model: HFModel, tmp_path:
         content["args"].rotary_base = 5
         content["args"].load = "/elsewhere"
         content["args"].hf_config["transformers_version"] = "0"
-        content["args"].hf_config["hidden_act"] = "gelu"
+        content["args"].hf_config["pad_token_id"] = 7
         torch.save(content, path)
     code, out = run(capsys, meg, other)
     assert code == 1
     assert "model: rotary_base: 500000.0, not 5" in out
     assert "arguments: tensor_model_parallel_size: 2, not 1" in out
-    assert "config.json: hidden_act: silu, not gelu" in out
+    assert "config.json: pad_token_id: None, not 7" in out
     assert "/elsewhere" not in out
     assert "transformers_version" not in out
     assert "0 of 27 compared tensors differ" in out

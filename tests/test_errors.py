@@ -451,6 +451,7 @@ def test_the_ranks_hold_different_dtypes(meg: Path) -> None:
         ({"window_size": 7}, ("window_size",)),
         ({"num_query_groups": 3}, ("8", "3")),
         ({"rotary_base": "large"}, ("rotary_base",)),
+        ({"hf_config": {"model_type": "gpt2"}}, ("recorded in the args", "gpt2", "--hf-config")),
         ({"decoder_first_pipeline_num_layers": "2"}, ("decoder_first_pipeline_num_layers is '2'",)),
         ({"num_experts": "8"}, ("num_experts is '8'",)),
         ({"hidden_size": "64"}, ("hidden_size",)),

@@ -95,9 +95,20 @@ def describe(
     fields = {**fields, "vocab_size": vocab, "dtype": dtype}
     recorded = getattr(args, "hf_config", None)
     if isinstance(recorded, dict):
-        return _updated(spec_of_config(recorded, recorded), fields), notes
+        return _updated(_recorded_spec(recorded), fields), notes
     spec = infer_family(fields)
     return spec, [*notes, f"no Hugging Face configuration is recorded; the {spec.family} family fits the args"]
+
+
+def _recorded_spec(config: Mapping[str, Any]) -> ModelSpec:
+    """The model of a recorded configuration, whatever unknown fields its user vouched for."""
+    try:
+        return spec_of_config(config, ignored=config)
+    except ConversionError as error:
+        raise ConversionError(
+            f"the configuration that a conversion recorded in the args is no model's: {error}; name a reference with "
+            "--hf-config DIR"
+        ) from error
 
 
 def _updated(recorded: ModelSpec, fields: Mapping[str, Any]) -> ModelSpec:
