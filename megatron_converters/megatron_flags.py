@@ -56,8 +56,8 @@ class Flag:
     """A flag and the attribute of `args` that it sets, by default the flag's own name.
 
     `words` gives what follows the flag, None where it is left out, as it is for the value `default`, which Megatron-LM takes
-    anyway. `kept` says whether `--use-checkpoint-args` alone restores the attribute in every version from 0.11 on, or a loaded
-    model needs it no more; parallel sizes it leaves as the command line has them. `since` and `until` are the
+    anyway. `kept` says whether `--use-checkpoint-args` alone restores the attribute in every version from 0.8 on (those of experts:
+    0.10), or a loaded model needs it no more; parallel sizes it leaves as the command line has them. `since` and `until` are the
     first and the last release that know the flag, where that is worth a note; earlier releases than `heeded_since` parse it,
     but build the model without.
     """
@@ -98,7 +98,7 @@ FLAGS = (
     Flag("--max-position-embeddings"),
     Flag("--seq-length"),
     Flag("--position-embedding-type"),
-    Flag("--rotary-base"),
+    Flag("--rotary-base", kept=False),  # before 0.10 the checkpoint does not restore it
     Flag("--use-rope-scaling", _M, _switch, kept=False, since="0.10"),
     Flag("--rope-scaling-factor", kept=False, default=MEGATRON_LLAMA3.factor, since="0.11"),
     Flag("--rotary-seq-len-interpolation-factor", kept=False, heeded_since="0.19"),
@@ -116,17 +116,17 @@ FLAGS = (
     Flag("--bf16", _M, _switch, kept=False),
     Flag("--fp16", _M, _switch, kept=False),
     Flag("--num-experts", _E),
-    Flag("--moe-layer-freq", _E, _frequency, default=1),
-    Flag("--moe-ffn-hidden-size", _E),
+    Flag("--moe-layer-freq", _E, _frequency, default=1, since="0.10"),
+    Flag("--moe-ffn-hidden-size", _E, since="0.10"),
     Flag("--moe-router-topk", _E),
     Flag("--moe-router-pre-softmax", _E, _switch),
     Flag("--moe-router-dtype", _E, kept=False, since="0.12"),
     Flag("--moe-router-load-balancing-type", _E, kept=False),
     Flag("--moe-aux-loss-coeff", _E, kept=False, default=0.0),
-    Flag("--moe-shared-expert-intermediate-size", _E),
+    Flag("--moe-shared-expert-intermediate-size", _E, since="0.10"),
     Flag("--moe-shared-expert-gate", _E, _switch, kept=False, since="0.16"),
     Flag("--moe-grouped-gemm", _E, _switch),
-    Flag("--moe-use-legacy-grouped-gemm", _E, _switch, kept=False, until="0.16"),
+    Flag("--moe-use-legacy-grouped-gemm", _E, _switch, kept=False, since="0.11", until="0.16"),
     Flag("--moe-token-dispatcher-type", _E, kept=False),
     Flag("--transformer-impl", _L, kept=False),
     Flag("--tensor-model-parallel-size", _L, kept=False),
@@ -140,7 +140,7 @@ FLAGS = (
     Flag("--num-virtual-stages-per-pipeline-rank", _L, kept=False, since="0.11"),
     Flag("--pipeline-model-parallel-layout", _L, kept=False, since="0.13"),
     Flag("--expert-model-parallel-size", _EL, kept=False),
-    Flag("--expert-tensor-parallel-size", _EL, kept=False),
+    Flag("--expert-tensor-parallel-size", _EL, kept=False, since="0.10"),
     Flag("--make-vocab-size-divisible-by", _L, kept=False),
     Flag("--padded-vocab-size", _L, since="0.14"),
     Flag("--ckpt-format", _L, kept=False, default="torch", since="0.9"),

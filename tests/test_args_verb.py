@@ -202,13 +202,13 @@ def test_stock_s_parser_gives_the_args_back(fields: dict[str, Any], layout: str)
 
 
 def test_flags_that_releases_lack_are_named() -> None:
-    """What the parsers of core_v0.12.0, 0.14.0, 0.15.0, 0.16.1 and 0.17.1 do not know."""
-    notes = flag_warnings(
-        tiny_spec(), ["--padded-vocab-size 128", "--moe-shared-expert-gate", "--moe-use-legacy-grouped-gemm"]
-    )
-    assert notes == [
+    """What the parsers of core_v0.8.0 to 0.17.1 do not know."""
+    names = "moe-ffn-hidden-size 8,padded-vocab-size 128,moe-shared-expert-gate,moe-use-legacy-grouped-gemm"
+    assert flag_warnings(tiny_spec(), [f"--{name}" for name in names.split(",")]) == [
+        "--moe-ffn-hidden-size exists from Megatron-LM 0.10 on",
         "--padded-vocab-size exists from Megatron-LM 0.14 on",
         "--moe-shared-expert-gate exists from Megatron-LM 0.16 on",
+        "--moe-use-legacy-grouped-gemm exists from Megatron-LM 0.11 on",
         "--moe-use-legacy-grouped-gemm exists up to Megatron-LM 0.16 only",
     ]
 
@@ -273,7 +273,7 @@ def test_a_shell_takes_what_is_printed(hf_model: HFModel, capsys: pytest.Capture
     assert said["tokenizer_model"] == str(source) and said["tokenizer_type"] == "HuggingFaceTokenizer"
     assert said["moe_layer_freq"] == [1, 1, 0, 1] == found["arguments"]["moe_layer_freq"]
     assert found["arguments"]["params_dtype"] == "torch.float32"
-    assert found["notes"] == []
+    assert all(note.endswith("exists from Megatron-LM 0.10 on") for note in found["notes"])
 
 
 def test_a_training_run_s_own_choices_are_kept(

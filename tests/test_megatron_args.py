@@ -22,7 +22,7 @@ from megatron_converters.megatron_args import (
     spec_fields,
     training_args,
 )
-from megatron_converters.megatron_flags import flag_warnings, flags
+from megatron_converters.megatron_flags import FLAGS, Group, flag_warnings, flags
 from megatron_converters.megatron_limits import inexpressible
 from megatron_converters.parallel import parallel_for
 from megatron_converters.pipeline import PipelineSplit
@@ -325,12 +325,18 @@ def test_a_router_wider_than_the_model_is_recorded(model: str, router: str | Non
     assert [flag for flag in shown if "router-dtype" in flag] == (
         [f"--moe-router-dtype {recorded}"] if recorded else []
     )
-    assert flag_warnings(spec, shown) == (["--moe-router-dtype exists from Megatron-LM 0.12 on"] if recorded else [])
+    notes = [note for note in flag_warnings(spec, shown) if "router-dtype" in note]
+    assert notes == (["--moe-router-dtype exists from Megatron-LM 0.12 on"] if recorded else [])
 
 
 BASE_FLAGS = [
-    *("--use-checkpoint-args", "--no-load-optim", "--no-load-rng", "--norm-epsilon 1e-05", "--attention-dropout 0.0"),
-    *("--hidden-dropout 0.0", "--transformer-impl local", "--make-vocab-size-divisible-by 128"),
+    *("--use-checkpoint-args", "--no-load-optim", "--no-load-rng", "--norm-epsilon 1e-05", "--rotary-base 10000"),
+    *(
+        "--attention-dropout 0.0",
+        "--hidden-dropout 0.0",
+        "--transformer-impl local",
+        "--make-vocab-size-divisible-by 128",
+    ),
     *("--tensor-model-parallel-size 1", "--pipeline-model-parallel-size 1"),
 ]
 MOE_FLAGS = [
@@ -432,6 +438,25 @@ def test_flags_with_a_value_parse_as_megatron_parses_them() -> None:
         assert parsed.rotary_seq_len_interpolation_factor == (4 if scaling.kind == "linear" else None)
 
 
+#: What `load_args_from_checkpoint` takes from a checkpoint: of a model in core_v0.8.0 to 0.19.0, of experts from 0.10.0 on.
+RESTORED = {
+    Group.MODEL: """num_layers hidden_size ffn_hidden_size seq_length num_attention_heads num_query_groups group_query_attention
+        kv_channels max_position_embeddings position_embedding_type add_bias_linear add_qkv_bias swiglu
+        untie_embeddings_and_output_weights normalization""".split(),
+    Group.EXPERTS: """num_experts moe_layer_freq moe_ffn_hidden_size moe_router_topk moe_router_pre_softmax moe_grouped_gemm
+        moe_shared_expert_intermediate_size""".split(),
+}
+#: Only for weights that are yet to be made.
+UNNEEDED = {"init_method_std"}
+
+
+@pytest.mark.parametrize("group", RESTORED)
+def test_what_a_release_does_not_restore_is_a_flag(group: Group) -> None:
+    """Else it would compute something else without a word: core_v0.8.0 and 0.9.0 run a Llama 3 with a rotary base of 10000."""
+    kept = {flag.attribute for flag in FLAGS if flag.kept and flag.group is group}
+    assert kept - set(RESTORED[group]) - UNNEEDED == set()
+
+
 def test_a_rope_factor_that_megatron_s_scripts_ignore_is_warned_of() -> None:
     (warning,) = flag_warnings(tiny_spec(rope_scaling=RopeScaling("llama3", 32.0)), [])
     assert warning.startswith("warning: RoPE scaling factor 32:")
@@ -449,12 +474,12 @@ def test_parallel_sizes_are_flags_for_megatron_takes_none_from_a_checkpoint() ->
     shown = flags({**args, "expert_model_parallel_size": 4, "expert_tensor_parallel_size": 1})
     sizes = ("--tensor-model-parallel-size 2", "--expert-model-parallel-size 4", "--expert-tensor-parallel-size 1")
     assert set(sizes) <= set(shown)
-    assert flag_warnings(spec, shown) == []
+    assert flag_warnings(spec, shown) == ["--expert-tensor-parallel-size exists from Megatron-LM 0.10 on"]
 
 
 def test_local_experts_under_tensor_parallelism_are_warned_of() -> None:
     spec = tiny_spec(**MOE)
-    (warning,) = flag_warnings(spec, flags(all_args(spec, tp=2)))
+    *_, warning = flag_warnings(spec, flags(all_args(spec, tp=2)))
     assert warning.startswith("warning: Megatron-LM trains experts at a tensor-parallel size above 1")
 
 
