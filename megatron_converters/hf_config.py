@@ -161,6 +161,7 @@ def config_for(spec: ModelSpec, base: Mapping[str, Any] | None) -> tuple[dict[st
             config = {key: value for key, value in config.items() if key not in rule.keys}
             config.update({key: written[key] for key in rule.write(spec)})
     config.update(architectures=[family.architecture], model_type=family.model_type)
+    config.pop("auto_map", None)  # names code beside the source, which is not copied; the class is transformers' own
     dtype_key = "dtype" if "dtype" in base else "torch_dtype"
     config[dtype_key] = spec.dtype.name
     changed = [

@@ -27,6 +27,8 @@ _FILES = (
     "additional_chat_templates/*.jinja",
     "tokenization_*.py",
 )
+#: Which tokens are special, the later file's word last.
+_SETTINGS = ("special_tokens_map.json", "tokenizer_config.json")
 #: Any of these holds a vocabulary; the other files say how to use it.
 _VOCABULARIES = frozenset({"tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "tekken.json"})
 _PACKAGES = {"google": "protobuf"}
@@ -51,6 +53,40 @@ def token_ids(source_model_type: str | None, instruct: bool) -> dict[str, Any]:
         return {}
     bos, eos, instruct_eos = _TOKEN_IDS[source_model_type]
     return {"bos_token_id": bos, "eos_token_id": instruct_eos if instruct else eos}
+
+
+def token_ids_of(folder: Path) -> dict[str, int]:
+    """The same two by the tokenizer in `folder`, as far as its files name them and their numbers; broken files name none."""
+    try:
+        settings = {name: value for file in _SETTINGS for name, value in _json_or_nothing(folder / file).items()}
+        numbers = _numbers(settings, _json_or_nothing(folder / "tokenizer.json"))
+        named = {f"{key}_id": numbers.get(_text(settings.get(key))) for key in ("bos_token", "eos_token")}
+    except (
+        AttributeError,
+        KeyError,
+        TypeError,
+        ValueError,
+        ConversionError,
+    ):  # of another form than transformers writes
+        return {}
+    return {key: number for key, number in named.items() if isinstance(number, int)}
+
+
+def _numbers(settings: dict[str, Any], content: dict[str, Any]) -> dict[str | None, int]:
+    """Each token's number, by tokenizer.json and then by what tokenizer_config.json adds."""
+    vocab = content.get("model", {}).get("vocab", {})
+    numbers = dict(vocab) if isinstance(vocab, dict) else {piece[0]: number for number, piece in enumerate(vocab)}
+    numbers |= {token["content"]: int(token["id"]) for token in content.get("added_tokens", ())}
+    return numbers | {_text(token): int(number) for number, token in settings.get("added_tokens_decoder", {}).items()}
+
+
+def _text(token: Any) -> str | None:
+    """A token of tokenizer_config.json, which is a string or an object with its content."""
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def _json_or_nothing(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.is_file() else {}
 
 
 def generation_config(source_model_type: str | None) -> dict[str, Any]:

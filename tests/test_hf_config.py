@@ -416,6 +416,14 @@ def test_config_for_keeps_what_a_base_says_and_lists_what_changes() -> None:
     assert facts(theirs(changed))["rotary_base"] == 1e4
 
 
+def test_code_that_stays_behind_is_not_named() -> None:
+    """Else loading with trust_remote_code looks for a file that is not there."""
+    base = config(auto_map={"AutoModelForCausalLM": "modeling_x.X"}, dtype="float32")
+    written, changes = config_for(spec_of_config(base), base)
+    assert "auto_map" not in written
+    assert changes == ["auto_map: {'AutoModelForCausalLM': 'modeling_x.X'} -> absent"]
+
+
 def test_config_for_changes_a_window_that_is_only_a_default() -> None:
     base = config("mistral")
     spec = dataclasses.replace(spec_of_config(base), sliding_window=None)

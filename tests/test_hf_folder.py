@@ -17,6 +17,7 @@ from tests.helpers import (
     args_of,
     convert,
     convert_back,
+    edit_rank,
     hf_tensors,
     nothing_complete,
     rank_content,
@@ -176,6 +177,46 @@ def test_rows_that_padding_does_not_explain_are_warned_of(megatron_model: Megatr
     run = succeeded(convert_back("--load-path", meg, "--save-path", tmp_path / "out"))
     assert "warning: the args' vocab_size of 128 needs 128 rows, but there are 256" in run.err
     assert "--true-vocab-size" in run.err
+
+
+def test_begin_and_end_tokens_are_the_tokenizer_s(megatron_model: MegatronModel, tmp_path: Path) -> None:
+    """A training run records no configuration, and transformers' own numbers for a Llama are 1 and 2."""
+    from tokenizers import Tokenizer, models
+    from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
+
+    vocabulary = {f"token{number}": number for number in range(199)}
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(vocabulary, unk_token="token0")),
+        bos_token="token17",
+        eos_token="token42",
+    )
+    made.save_pretrained(tmp_path / "tokenizer")
+    meg = shutil.copytree(megatron_model("llama2")[1], tmp_path / "meg")
+    for path in meg.rglob("model_optim_rng.pt"):
+        content = rank_content(meg, path.parent.name)
+        del content["args"].hf_config
+        content["args"].tokenizer_model = str(tmp_path / "tokenizer")
+        torch.save(content, path)
+    run = succeeded(convert_back("--load-path", meg, "--save-path", tmp_path / "named"))
+    assert "bos_token_id 17, eos_token_id 42 of the tokenizer" in run.out
+    config, tokenizer = (kind.from_pretrained(tmp_path / "named") for kind in (AutoConfig, AutoTokenizer))
+    assert (config.bos_token_id, config.eos_token_id) == (17, 42) == (tokenizer.bos_token_id, tokenizer.eos_token_id)
+    shutil.rmtree(tmp_path / "tokenizer")
+    run = succeeded(convert_back("--load-path", meg, "--save-path", tmp_path / "unnamed"))
+    assert "config.json names no begin and end tokens" in run.out
+    config = AutoConfig.from_pretrained(tmp_path / "unnamed")
+    assert (config.bos_token_id, config.eos_token_id) == (None, None)
+
+
+def test_begin_and_end_tokens_that_a_vocabulary_suggests_are_said(hf_model: HFModel, tmp_path: Path) -> None:
+    source, meg = hf_model("llama2", vocab_size=32000, num_hidden_layers=1), tmp_path / "meg"
+    succeeded(convert("--load-dir", source, "--save-dir", meg))
+    args = args_of(meg)
+    del args.hf_config
+    edit_rank(meg, "mp_rank_00", args=args)
+    run = succeeded(convert_back("--load-path", meg, "--save-path", tmp_path / "out"))
+    assert "bos_token_id 1, eos_token_id 2 of llama2, whose vocabulary has this size" in run.out
+    assert config_of(tmp_path / "out")["eos_token_id"] == 2
 
 
 @pytest.mark.parametrize(("model_type", "end"), [("llama3", [128001, 128009]), ("llama3.1", [128001, 128008, 128009])])

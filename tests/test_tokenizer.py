@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from megatron_converters.errors import ConversionError
-from megatron_converters.tokenizer import generation_config, token_ids, write_tokenizer
+from megatron_converters.tokenizer import generation_config, token_ids, token_ids_of, write_tokenizer
 
 WORDS = (
     "the quick brown fox jumps over lazy dogs It's we're I'LL don't 12345 678 99 naïve façade Straße über 你好 世界 "
@@ -359,6 +359,34 @@ def test_generation_config():
 def test_token_ids_of_a_base_model():
     assert token_ids("llama3.1", instruct=False) == {"bos_token_id": 128000, "eos_token_id": 128001}
     assert token_ids(None, instruct=False) == {}
+
+
+_VOCAB = {"model": {"vocab": {"a": 0, "<s>": 1, "</s>": 2}}, "added_tokens": [{"id": 7, "content": "<end>"}]}
+TOKENS_OF_FILES = {
+    "texts": (_VOCAB, {"bos_token": "<s>", "eos_token": "<end>"}, {"bos_token_id": 1, "eos_token_id": 7}),
+    "objects": (_VOCAB, {"bos_token": {"content": "<s>"}, "eos_token": None}, {"bos_token_id": 1}),
+    "added": ({}, {"eos_token": "<x>", "added_tokens_decoder": {"9": {"content": "<x>"}}}, {"eos_token_id": 9}),
+    "unigram": ({"model": {"vocab": [["<s>", 0.0], ["</s>", -1.0]]}}, {"eos_token": "</s>"}, {"eos_token_id": 1}),
+    "unknown": (_VOCAB, {"bos_token": "<other>"}, {}),
+    "nothing": (_VOCAB, {}, {}),
+    "another form": ({"model": []}, {"bos_token": ["<s>"]}, {}),
+}
+
+
+@pytest.mark.parametrize(("content", "settings", "expected"), TOKENS_OF_FILES.values(), ids=TOKENS_OF_FILES)
+def test_token_ids_of_a_tokenizer(tmp_path, content, settings, expected):
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert token_ids_of(tmp_path) == expected
+
+
+def test_token_ids_of_older_and_of_broken_files(tmp_path):
+    assert token_ids_of(tmp_path) == {}
+    (tmp_path / "special_tokens_map.json").write_text('{"bos_token": "<s>", "eos_token": "<s>"}')
+    (tmp_path / "tokenizer.json").write_text(json.dumps(_VOCAB))
+    assert token_ids_of(tmp_path) == {"bos_token_id": 1, "eos_token_id": 1}
+    (tmp_path / "tokenizer_config.json").write_text("{")
+    assert token_ids_of(tmp_path) == {}
 
 
 def test_importing_needs_no_heavy_package():

@@ -20,7 +20,7 @@ from ..spec import ModelSpec
 from ..staging import Staging
 from ..storage import safetensors
 from ..storage.output import Layout
-from ..tokenizer import generation_config, token_ids, tokenizer_files, write_tokenizer
+from ..tokenizer import generation_config, token_ids, token_ids_of, tokenizer_files, write_tokenizer
 from .base import Origin
 from .hf_names import Part, parts_of
 
@@ -102,8 +102,6 @@ class HFTarget:
         self._dtype_of = dtype_of
         self._config, self._changed = config_for(self._spec, origin.hf_config)
         self._model_type = self._options.source_model_type or _token_family(self._spec)
-        if origin.hf_config is None or self._options.instruct:
-            self._config.update(token_ids(self._model_type, self._options.instruct))
         stored: dict[str, _Stored] = {}
         for ref in refs(spec):
             for part in self._parts(ref):
@@ -172,7 +170,6 @@ class HFTarget:
         origin, options = self._origin, self._options
         notes = [*origin.notes]
         notes += [f"config.json differs from the reference in {change}" for change in self._changed]
-        write_json(folder / "config.json", self._config)
         if len(set(self._file_of.values())) > 1:
             index = {"metadata": {"total_size": self._total}, "weight_map": dict(sorted(self._file_of.items()))}
             write_json(folder / _INDEX, index)
@@ -190,7 +187,29 @@ class HFTarget:
             instruct=options.instruct,
             explicit=options.tokenizer is not None,
         )
+        notes += self._name_tokens(folder)
+        write_json(folder / "config.json", self._config)
         self._notes = notes
+
+    def _name_tokens(self, folder: Path) -> list[str]:
+        """Say in config.json which tokens begin and end a text, where no configuration did.
+
+        Without a word there transformers takes numbers of its own: generation by a Llama would end at token 2, whatever that is.
+        """
+        options, recorded = self._options, self._origin.hf_config is not None
+        if recorded and not options.instruct:
+            return []
+        typical = token_ids(self._model_type, options.instruct)
+        if recorded or (typical and (options.instruct or options.source_model_type is not None)):
+            self._config.update(typical)
+            return []
+        found = token_ids_of(folder)
+        self._config.update({"bos_token_id": None, "eos_token_id": None, **(found or typical)})
+        if not found and not typical:
+            return ["config.json names no begin and end tokens, as no tokenizer says them"]
+        by = "the tokenizer" if found else f"{self._model_type}, whose vocabulary has this size"
+        said = ", ".join(f"{key} {number}" for key, number in (found or typical).items())
+        return [f"config.json has {said} of {by}"]
 
     def _write_bins(self, folder: Path) -> list[str]:
         bins, parallel, wanted = self._origin.capacity_bins, self._origin.parallel, self._options.save_capacity_bins
