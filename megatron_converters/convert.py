@@ -52,7 +52,7 @@ def _main(argv: Sequence[str]) -> None:
     saver.add_arguments(parser)
     args = parser.parse_args(argv)
     context = multiprocessing.get_context(args.start_method)
-    queue = context.Queue(maxsize=args.max_queue_size)
+    queue = make_queue(context, args.max_queue_size)
     process = context.Process(target=saver.save_checkpoint, args=(queue, args), name="saver")
     process.start()
     try:
@@ -66,6 +66,17 @@ def _main(argv: Sequence[str]) -> None:
     if process.exitcode == 0 and _unread(queue):
         raise ConversionError("the saver ended before it had received the whole model, although with exit code 0")
     check_exit(process)
+
+
+def make_queue(context: Any, size: int) -> Any:
+    """A queue of at most `size` messages; one sentence where the system has no room for its locks."""
+    try:
+        return context.Queue(maxsize=size)
+    except OSError as error:  # its locks are semaphores, which are files there
+        raise ConversionError(
+            f"cannot make the queue between loader and saver: {error.strerror}; make /dev/shm writable, or use "
+            "`megatron-converters convert`, which needs none"
+        ) from error
 
 
 def _unread(queue: Any) -> bool:

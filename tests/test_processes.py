@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import signal
@@ -12,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from megatron_converters.convert import make_queue
+from megatron_converters.errors import ConversionError
 from tests.helpers import (
     BACK,
     CONVERT,
@@ -308,3 +311,14 @@ def test_the_script_is_ended_midway_and_run_again(sign: signal.Signals, deep: Pa
     shutil.rmtree(tmp_path / "plugins")
     succeeded(Conversion(tmp_path, BACK, *options).ends())
     assert sorted(path.name for path in running.save_dir.iterdir())[0] == "config.json"
+
+
+def test_where_semaphores_have_no_place_the_way_around_is_named() -> None:
+    """A container with a /dev/shm that is read-only, or none."""
+
+    class Context:
+        def Queue(self, maxsize: int) -> None:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    with pytest.raises(ConversionError, match="Read-only file system; make /dev/shm writable, or use"):
+        make_queue(Context(), 5)
