@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 
 from megatron_converters.pipeline import PipelineSplit
 from tests.conversions import different, hf_tensors, hf_to_megatron, megatron_to_hf, reshard
+from tests.helpers import args_of
 from tests.oracle.args import megatron_args
 from tests.oracle.hf import FAMILIES, hf_logits, make_model, sample_tokens
 from tests.oracle.pool import MegatronPool, write_checkpoint
@@ -53,12 +55,54 @@ def test_megatron_computes_what_transformers_computes(
     assert different(hf_tensors(folder), hf_tensors(back)) == []
 
 
+@pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("impl", IMPLS)
-def test_more_tensor_ranks_than_query_groups(megatron_pool: MegatronPool, tmp_path: Path, impl: str) -> None:
-    folder = make_model("qwen2", tmp_path / "hf", num_key_value_heads=2)
+def test_more_tensor_ranks_than_query_groups(
+    megatron_pool: MegatronPool, tmp_path: Path, impl: str, groups: int
+) -> None:
+    folder = make_model("qwen2", tmp_path / "hf", num_key_value_heads=groups)
     checkpoint = hf_to_megatron(folder, tmp_path / "megatron", tp=4, impl=impl)
     check(megatron_pool, checkpoint, hf_logits(folder, TOKENS))
     assert different(hf_tensors(folder), hf_tensors(megatron_to_hf(checkpoint, tmp_path / "back"))) == []
+
+
+POSITIONS = (0, 1, 8192, 100_000)
+ROPES: dict[str, dict[str, Any]] = {
+    "llama3": {},
+    "llama3.1": {},
+    "llama3.2-tied": {},
+    "llama2": {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}},
+}
+
+
+def rotary_angles(args: Namespace) -> torch.Tensor:
+    """megatron-core's, float32 [positions, half a head], by the rotary embedding that its GPTModel makes of these args."""
+    from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+
+    rope = RotaryEmbedding(
+        args.kv_channels,
+        args.rotary_percent,
+        rotary_base=args.rotary_base,
+        rope_scaling=args.use_rope_scaling,
+        rope_scaling_factor=args.rope_scaling_factor,
+        seq_len_interpolation_factor=args.rotary_seq_len_interpolation_factor,
+        use_cpu_initialization=True,
+    )
+    return torch.cat([rope.get_freqs_non_repeated(1, offset=position) for position in POSITIONS])
+
+
+@pytest.mark.parametrize("family", ROPES)
+def test_rotary_angles_far_into_a_text(megatron_pool: MegatronPool, tmp_path: Path, family: str) -> None:
+    """Where the short texts of the other tests do not reach."""
+    from transformers import AutoConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    folder = make_model(family, tmp_path / "hf", **ROPES[family])
+    args = args_of(hf_to_megatron(folder, tmp_path / "megatron"))
+    frequencies = LlamaRotaryEmbedding(AutoConfig.from_pretrained(folder)).inv_freq
+    wanted = torch.tensor(POSITIONS, dtype=torch.float32)[:, None] * frequencies
+    found = megatron_pool.run(rotary_angles, args)[0]
+    torch.testing.assert_close(found, wanted, rtol=1e-6, atol=0)
 
 
 UNEVEN = {
