@@ -206,7 +206,7 @@ class HFTarget:
         found = token_ids_of(folder)
         self._config.update({"bos_token_id": None, "eos_token_id": None, **(found or typical)})
         if not found and not typical:
-            return ["config.json names no begin and end tokens, as no tokenizer says them"]
+            return ["config.json names no begin and end tokens, since no tokenizer tells them"]
         by = "the tokenizer" if found else f"{self._model_type}, whose vocabulary has this size"
         said = ", ".join(f"{key} {number}" for key, number in (found or typical).items())
         return [f"config.json has {said} of {by}"]
