@@ -16,7 +16,7 @@ from .families.base import Family, layer_types
 from .spec import ModelSpec
 
 #: Keys of config.json that change no weight and no arithmetic of a forward pass (transformers PretrainedConfig; marks
-#: that transformers, nanotron, transformers.js and Unsloth leave).
+#: that transformers, nanotron, transformers.js, Unsloth and the first Llamas' converter leave).
 HARMLESS = frozenset(
     """
     _attn_implementation _attn_implementation_autoset _name_or_path add_cross_attention architectures auto_map
@@ -24,7 +24,7 @@ HARMLESS = frozenset(
     cross_attention_hidden_size decoder_start_token_id diversity_penalty do_sample dtype early_stopping
     encoder_no_repeat_ngram_size eos_token_id exponential_decay_length_penalty finetuning_task forced_bos_token_id
     forced_eos_token_id id2label is_decoder is_encoder_decoder is_llama_config is_qwen2_config label2id length_penalty
-    max_length min_length model_type no_repeat_ngram_size num_beam_groups num_beams num_return_sequences
+    max_length max_sequence_length min_length model_type no_repeat_ngram_size num_beam_groups num_beams num_return_sequences
     output_attentions output_hidden_states output_router_logits output_scores pad_token_id prefix pretraining_tp
     problem_type pruned_heads remove_invalid_values repetition_penalty return_dict return_dict_in_generate
     router_jitter_noise sep_token_id suppress_tokens task_specific_params temperature tf_legacy_loss

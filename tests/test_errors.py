@@ -214,8 +214,10 @@ def test_an_index_that_leads_out_of_the_folder(sharded: Path) -> None:
     refused(forward(sharded), f"../{shard}")
 
 
-def test_an_adapter_beside_the_model(hf: Path) -> None:
+def test_an_adapter_beside_the_model_or_alone(hf: Path) -> None:
     (hf / "adapter_config.json").write_text("{}")
+    refused(forward(hf), "adapter_config.json", "merge it")
+    (hf / "config.json").unlink()
     refused(forward(hf), "adapter_config.json", "merge it")
 
 

@@ -337,7 +337,10 @@ def test_families_are_found_by_architecture_then_by_model_type() -> None:
             family_of_config(torn)
 
 
-@pytest.mark.parametrize("name", ["_attn_implementation_autoset", "is_llama_config", "transformers.js_config"])
+MARKS = ("_attn_implementation_autoset", "is_llama_config", "max_sequence_length", "transformers.js_config")
+
+
+@pytest.mark.parametrize("name", MARKS)
 def test_marks_that_programs_leave_are_no_obstacle(name: str) -> None:
     assert spec_of(**{name: True}) == spec_of()
 

@@ -31,12 +31,12 @@ class HFSource:
     """A Hugging Face folder whose every tensor is known, named and shaped as its config.json says."""
 
     def __init__(self, folder: Path, *, ignored_config: Sequence[str] = (), untie: bool = False) -> None:
-        config = read_json(folder / "config.json")
         if (folder / _ADAPTER).exists():  # transformers would load it, and the model that it names instead of this one
             raise ConversionError(
-                f"{folder / _ADAPTER} says that there is a PEFT adapter, which is not converted; merge it into the model, or "
-                "remove this file to convert the model without it"
+                f"{folder / _ADAPTER} says that there is a PEFT adapter, which is not converted; merge it into its model, or "
+                "remove this file to convert a model without it"
             )
+        config = read_json(folder / "config.json")
         tensors = read_tensors(folder)
         spec = spec_of_config(config, ignored_config)
         if untie:
