@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import time
 from collections import Counter
@@ -14,6 +15,7 @@ from .dtypes import DType
 from .endpoints.base import Source, Target, wanted_dtype
 from .errors import ConversionError
 from .execute import CHUNK_BYTES, default_lanes
+from .outline import Fill
 from .plan import Planner
 from .slots import refs
 from .staging import free_space, nearest
@@ -50,6 +52,8 @@ class Forecast:
     target_tensors: int
     casts: dict[str, int]
     padding_rows: int
+    #: Bytes of tensors, without padding, that are written more than once, as several ranks hold them.
+    copies: int
     ignored: list[str]
     notes: list[str]
     #: What stands at the final place and may not be replaced.
@@ -70,12 +74,14 @@ def forecast(source: Source, target: Target, dtype: DType | None, workers: int =
     read: set[str] = set()
     casts: Counter[str] = Counter()
     dtypes: Counter[str] = Counter()
-    planner = Planner()
+    planner, copies = Planner(), 0
     for ref in refs(source.spec):
         sources = source.read(ref)
         planner.check_cover(ref, source.spec, sources)
         read.update(piece.where for piece in (*sources.pieces, *sources.replicas))
-        for fill in target.fills(ref):
+        fills = list(target.fills(ref))
+        copies += sum(map(_bytes_of, fills)) - math.prod(ref.slot.shape(source.spec)) * fills[0].dtype.itemsize
+        for fill in fills:
             files[fill.file].padding_rows += fill.padding
             dtypes[str(fill.dtype)] += 1
             if sources.dtype != fill.dtype:
@@ -96,11 +102,18 @@ def forecast(source: Source, target: Target, dtype: DType | None, workers: int =
         target_tensors=sum(plan.tensors for plan in files.values()),
         casts=dict(casts),
         padding_rows=sum(plan.padding_rows for plan in files.values()),
+        copies=copies,
         ignored=source.origin.ignored,
         notes=source.origin.notes,
         obstacle=obstacle,
         dtypes=dict(dtypes),
     )
+
+
+def _bytes_of(fill: Fill) -> int:
+    """Bytes of a tensor without its padding."""
+    rows, *cols = fill.shape
+    return (rows - fill.padding) * math.prod(cols) * fill.dtype.itemsize
 
 
 def measure(result: Forecast, source: Source, save_dir: Path) -> None:

@@ -49,6 +49,17 @@ def test_the_plan_is_what_is_written(family: str, options: tuple[str, ...], hf_m
     assert planned["source_tensors"] == len(sources)
 
 
+@pytest.mark.parametrize("options", [("--tp", "4", "--etp", "1"), ("--tp", "2", "--ep", "2", "--pp", "2")])
+def test_what_several_ranks_hold_is_counted(options: tuple[str, ...], hf_model: HFModel, tmp_path: Path) -> None:
+    source, out = hf_model("mixtral", vocab_size=256), tmp_path / "out"  # copies of padding are none of the model
+    planned = plan(source, out, *options)
+    assert f"{planned['copies']:,} bytes of tensors (" in verb("plan", source, out, *options, "--no-measure").out
+    succeeded(verb("convert", source, out, *options, "--quiet"))
+    found = json.loads(verb("inspect", out, "--json").out)
+    assert planned["copies"] == found["weights"]["copied_bytes"] > 0
+    assert plan(out, tmp_path / "back", "--to", "hf")["copies"] == 0
+
+
 def test_the_words_of_a_plan(hf_model: HFModel, tmp_path: Path) -> None:
     run = succeeded(verb("plan", hf_model("llama2"), tmp_path / "out", "--tp", "2", "--dtype", "bf16"))
     for words in (

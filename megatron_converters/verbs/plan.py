@@ -53,6 +53,9 @@ def _lines(job: Job, result: Forecast) -> Iterator[str]:
         yield f"{count} are cast from {cast}"
     if result.padding_rows:
         yield f"{result.padding_rows} rows of vocabulary padding repeat the last row"
+    if result.copies:
+        share = result.copies / sum(plan.tensor_bytes for plan in result.files.values())
+        yield f"{result.copies:,} bytes of tensors ({share:.0%}) are copies, which several ranks hold"
     for ignored in result.ignored[:_SHOWN_IGNORED]:
         yield f"left out: {ignored}"
     if len(result.ignored) > _SHOWN_IGNORED:
