@@ -158,7 +158,7 @@ class _Run:
         else:
             refuse_other(self._staging, old, self._description, len(finished))
             if self._journal.complete:
-                return list(finished), self._journal.take()
+                return list(self._outline.files), self._journal.take()
             self._target.refuse_existing()
             self._staging.keep_only(list(finished))
         left = self._outline.files.keys() - finished.keys()

@@ -175,7 +175,7 @@ def write_manifest(folder: Path, run: Mapping[str, Any], finished: Mapping[str, 
 
 
 def is_output_of(folder: Path, run: Mapping[str, Any]) -> bool:
-    """Whether a folder is the complete output of this run: its manifest says so, and the files are there."""
+    """Whether a folder is the complete output of this run: its manifest says so, and all files are there."""
     manifest = _read(folder / MANIFEST)
     if manifest is None or not isinstance(manifest.get("files"), dict):
         return False
@@ -185,7 +185,9 @@ def is_output_of(folder: Path, run: Mapping[str, Any]) -> bool:
     }
     wanted = run["files"]
     same = files == wanted and all(manifest.get(key) == run[key] for key in run.keys() - {"files"})
-    return same and all(size_of(folder / file) == entry["bytes"] for file, entry in wanted.items())
+    beside = manifest.get("beside")
+    there = isinstance(beside, dict) and all(size_of(folder / file) >= 0 for file in beside)
+    return same and there and all(size_of(folder / file) == entry["bytes"] for file, entry in wanted.items())
 
 
 def read_manifest(path: Path) -> dict[str, Any]:

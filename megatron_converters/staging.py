@@ -9,8 +9,10 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import secrets
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from .errors import ConversionError
@@ -59,6 +61,7 @@ class Staging:
 
     def empty(self) -> None:
         """Remove what an earlier run left, and make the two folders."""
+        self._forget()
         for entry in self.path.iterdir():
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
         self.files.mkdir()
@@ -76,6 +79,8 @@ class Staging:
 
     def discard(self) -> None:
         """Remove the folder; nothing if it is gone."""
+        with suppress(OSError):  # what cannot be renamed cannot be removed either
+            self._forget()
         shutil.rmtree(self.path, ignore_errors=True)
         self._unlock()
 
@@ -93,12 +98,18 @@ class Staging:
         sync_folder(final.parent)
 
     def move_into(self, final: Path, last: Sequence[str]) -> None:
-        """Move the files into an existing folder, those named `last` at the end."""
-        for name in sorted(os.listdir(self.files), key=lambda name: (name in last, name)):
+        """Move the files into an existing folder, those named `last` at the end, in their order."""
+        order = {name: number for number, name in enumerate(last, 1)}
+        for name in sorted(os.listdir(self.files), key=lambda name: (order.get(name, 0), name)):
             if (final / name).is_dir():
                 shutil.rmtree(final / name)
             os.replace(self.files / name, final / name)
         sync_folder(final)
+
+    def _forget(self) -> None:
+        """Take the state away in one step: a kill while the rest is removed must not leave one that is half true."""
+        with suppress(FileNotFoundError):
+            os.replace(self.state, self.path / f"forgotten-{secrets.token_hex(4)}")
 
     def _unlock(self) -> None:
         lock, self._lock = self._lock, -1

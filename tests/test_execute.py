@@ -212,7 +212,7 @@ def test_a_failure_in_a_thread_is_raised_by_finish(tmp_path: Path) -> None:
 
 def test_a_failure_is_raised_by_a_later_fill_and_the_file_stays_incomplete(tmp_path: Path) -> None:
     good = piece(numbers(2, 2), [0, 1])
-    file = safetensors.lay_out(tmp_path / "t", {name: (good.data.dtype, (2, 2)) for name in "01"}, {})
+    file = safetensors.lay_out(tmp_path / "t", dict.fromkeys("01", (good.data.dtype, (2, 2))), {})
     executor = Executor(lanes=1)
     put(executor, file, "0", good.data.dtype, (2, 2), np.arange(2), 0, [failing()])
     assert executor._stop.wait(10)

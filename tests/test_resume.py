@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
@@ -21,7 +22,9 @@ from megatron_converters.endpoints.hf_source import HFSource
 from megatron_converters.endpoints.megatron_checkpoint import MegatronOptions
 from megatron_converters.endpoints.megatron_target import MegatronTarget
 from megatron_converters.errors import ConversionError
+from megatron_converters.journal import Journal
 from megatron_converters.progress import Silent
+from megatron_converters.staging import Staging
 from tests.helpers import ROOT, TRACKER, Run, convert, finished, refused, small_disk, start, start_verb, succeeded, verb
 
 HFModel = Callable[..., Path]
@@ -149,6 +152,86 @@ def test_kills_at_random_moments(job: Job, part: int, tmp_path: Path) -> None:
         assert tree(out) == tree(whole), f"killed at call {moment} of {total}"
         assert not list(out.glob(".*"))
         shutil.rmtree(out)
+
+
+KILLED_BEFORE = """
+import os, signal
+real = os.replace
+def replace(source, target, **more):
+    if os.path.basename(target) == os.environ["LAST"]:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(source, target, **more)
+os.replace = replace
+"""
+
+
+@pytest.mark.xdist_group("resume")
+@pytest.mark.parametrize("last", ["model.safetensors.index.json", "config.json", "conversion.json"])
+def test_a_kill_while_the_files_of_a_folder_are_shown(hf_model: HFModel, last: str, tmp_path: Path) -> None:
+    out, options = tmp_path / "out", ("--to", "hf", "--max-shard-size", "200KB")
+    command = ("convert", hf_model("llama2"), out, *options)
+    run = verb(*command, env=site(tmp_path / "site", KILLED_BEFORE, LAST=last))
+    assert run.code == -signal.SIGKILL
+    assert not (out / "config.json").exists()
+    succeeded(verb(*command))
+    succeeded(verb("convert", hf_model("llama2"), tmp_path / "whole", *options))
+    assert tree(out) == tree(tmp_path / "whole")
+
+
+class Killed(BaseException):
+    """What nothing catches."""
+
+
+@pytest.mark.parametrize("action", ["discard", "empty"])
+def test_a_kill_while_the_hidden_folder_is_removed_leaves_no_half_truth(
+    action: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half a journal would have the next run, with --overwrite, put half a checkpoint in the place of a whole one."""
+    for moment in itertools.count(1):
+        staging, journal = _finished_staging(tmp_path / str(moment))
+        calls = itertools.count(1)
+        with monkeypatch.context() as patch:
+            for name in ("unlink", "rmdir", "replace"):
+                patch.setattr(os, name, _killed_at(getattr(os, name), calls, moment))
+            try:
+                getattr(staging, action)()
+            except Killed:
+                assert journal.run() is None or (journal.complete and len(journal.finished()) == 3)
+                continue
+        assert moment > 5
+        return
+
+
+def _killed_at(real: Callable[..., Any], calls: Iterator[int], moment: int) -> Callable[..., Any]:
+    def call(*args: Any, **more: Any) -> Any:
+        if next(calls) == moment:
+            raise Killed
+        return real(*args, **more)
+
+    return call
+
+
+def _finished_staging(folder: Path) -> tuple[Staging, Journal]:
+    staging = Staging(folder, "model")
+    staging.open()
+    staging.empty()
+    journal = Journal(staging.state)
+    journal.begin({"tool": "this"})
+    for name in "abc":
+        (staging.files / name).write_text(name)
+        journal.finish(name, 1, "", {})
+    journal.mark_complete()
+    journal.mark_cleared()
+    return staging, journal
+
+
+@pytest.mark.xdist_group("resume")
+def test_an_output_that_lacks_a_small_file_is_not_complete_already(hf_model: HFModel, tmp_path: Path) -> None:
+    options = ("convert", hf_model("llama2"), tmp_path / "out", "--to", "hf")
+    succeeded(verb(*options))
+    assert "complete already" in succeeded(verb(*options)).out
+    (tmp_path / "out" / "generation_config.json").unlink()
+    refused(verb(*options), "already holds a model", "--overwrite")
 
 
 @pytest.mark.xdist_group("resume")
