@@ -9,8 +9,7 @@ import types
 from collections.abc import Sequence
 
 from . import __version__
-from .errors import ConversionError, Interrupted
-from .plugins import fail
+from .console import errors_told, prepare_process
 
 #: Verb: module in `verbs`, one line of help.
 VERBS = {
@@ -26,15 +25,11 @@ _PROG = "megatron-converters"
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a verb; exits with its code: 0 done and equal, 1 failed or different, 2 wrong usage."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    parser = _parser(arguments)
-    args = parser.parse_args(arguments)
-    try:
+    prepare_process()
+    with errors_told(_PROG):
+        arguments = list(sys.argv[1:] if argv is None else argv)
+        args = _parser(arguments).parse_args(arguments)
         code = _module(args.verb).run(args)
-    except ConversionError as error:
-        fail(_PROG, error)
-    except KeyboardInterrupt:
-        fail(_PROG, Interrupted())
     raise SystemExit(code)
 
 

@@ -15,7 +15,7 @@ from .crew import ALONE, Crew, agree, meet, share
 from .dtypes import DType
 from .endpoints.base import Source, Target, wanted_dtype
 from .endpoints.queue_target import QueueTarget
-from .errors import ConversionError, DiskError, Interrupted, Stopped
+from .errors import ConversionError, DiskError, Interrupted, Stopped, reason_of
 from .execute import Executor
 from .journal import (
     Entries,
@@ -79,7 +79,7 @@ def _disk_errors() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise DiskError(f"cannot write {error.filename or 'the output'}: {error.strerror}") from error
+        raise DiskError(f"cannot read or write {error.filename or 'the output'}: {reason_of(error)}") from error
 
 
 class _Run:

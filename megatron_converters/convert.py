@@ -18,9 +18,9 @@ from contextlib import suppress
 from typing import Any
 
 from .channel import check_exit
+from .console import errors_told, prepare_process
 from .endpoints.queue_names import DONE
-from .errors import ConversionError, Interrupted, UsageError
-from .plugins import fail
+from .errors import ConversionError, UsageError
 
 #: Names that stock and Habana's tools give to the same plugins.
 _ALIASES = {"loader": {"mcore": "core", "megatron": "core"}, "saver": {"core": "mcore", "megatron": "mcore"}}
@@ -32,12 +32,9 @@ _GRACE = 5.0
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a conversion; exits with 0 only if the saver has completed its output."""
-    try:
+    prepare_process()
+    with errors_told("convert"):
         _main(sys.argv[1:] if argv is None else argv)
-    except ConversionError as error:
-        fail("convert", error)
-    except KeyboardInterrupt:
-        fail("convert", Interrupted())
 
 
 def _main(argv: Sequence[str]) -> None:

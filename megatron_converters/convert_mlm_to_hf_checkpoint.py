@@ -6,30 +6,27 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from .console import errors_told, prepare_process, report
 from .conversion import convert
 from .dtypes import dtype_named
-from .errors import ConversionError, Interrupted
 from .options.reading import add_checkpoint_arguments, open_checkpoint
 from .options.writing import add_hf_target_arguments, open_hf_target
-from .plugins import add_common_arguments, fail, say
+from .plugins import add_common_arguments
 from .progress import make_progress
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a conversion; exits with 0 only if the output is complete."""
-    args = _parser().parse_args(sys.argv[1:] if argv is None else argv)
-    try:
+    prepare_process()
+    with errors_told("convert_mlm_to_hf_checkpoint"):
+        args = _parser().parse_args(sys.argv[1:] if argv is None else argv)
         dtype = dtype_named(args.target_params_dtype) if args.target_params_dtype else None
         source = open_checkpoint(args)
         parallel = source.origin.parallel
         sizes = "" if parallel is None else f", tp={parallel.tp}, pp={parallel.pp}"
-        say(args, f"loading {source.origin.described} ({source.spec.family}{sizes})")
+        report(args, f"loading {source.origin.described} ({source.spec.family}{sizes})")
         for line in convert(source, open_hf_target(args), dtype, make_progress(args.quiet), restart=args.restart):
-            say(args, line)
-    except ConversionError as error:
-        fail("convert_mlm_to_hf_checkpoint", error)
-    except KeyboardInterrupt:
-        fail("convert_mlm_to_hf_checkpoint", Interrupted())
+            report(args, line)
 
 
 def _parser() -> argparse.ArgumentParser:

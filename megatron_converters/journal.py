@@ -235,7 +235,7 @@ def size_of(path: Path) -> int:
 
 def _write(path: Path, value: Any) -> None:
     path.parent.mkdir(exist_ok=True)
-    write_text(path, json.dumps(value, ensure_ascii=False, indent=1) + "\n")
+    write_text(path, json.dumps(value, indent=1) + "\n")  # in ASCII, since paths need not be text
 
 
 def _read(path: Path) -> dict[str, Any] | None:

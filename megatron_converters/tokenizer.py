@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from . import tokenizer_rebuild
-from .errors import ConversionError
+from .errors import ConversionError, reason_of
 from .hf_config import read_json, write_json
 
 #: What a tokenizer may consist of, beside a model's weights and configuration.
@@ -168,7 +168,7 @@ def _head(path: Path) -> bytes:
         with path.open("rb") as file:
             return file.read(4096)
     except OSError as error:
-        raise ConversionError(f"cannot read the tokenizer {path}: {error.strerror}") from error
+        raise ConversionError(f"cannot read the tokenizer {path}: {reason_of(error)}") from error
 
 
 def _check_size(path: Path, size: int, vocab_size: int) -> None:

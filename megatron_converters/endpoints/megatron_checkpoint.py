@@ -156,7 +156,7 @@ class CheckpointTarget(ABC):
 
     def assets(self, folder: Path) -> None:
         """Write the flags that training needs."""
-        (folder / FLAGS_FILE).write_text(self._flags_text(), encoding="utf-8")
+        (folder / FLAGS_FILE).write_text(self._flags_text(), encoding="utf-8", errors="surrogateescape")
 
     def clear(self, staging: Staging) -> None:  # noqa: B027 - what a format may add to
         """Nothing: the directory is replaced as a whole."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..dtypes import DType
-from ..errors import ConversionError, Unclear, UsageError
+from ..errors import ConversionError, Unclear, UsageError, reason_of
 from ..hf_config import differences, family_of_config, infer_family, read_json, spec_of_config
 from ..megatron_args import spec_fields
 from ..parallel import Parallel
@@ -80,7 +80,7 @@ def listing(folder: Path) -> list[Path]:
     try:
         return sorted(folder.iterdir())
     except OSError as error:
-        raise ConversionError(f"cannot list {folder}: {error.strerror}") from error
+        raise ConversionError(f"cannot list {folder}: {reason_of(error)}") from error
 
 
 def describe(

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..dtypes import DType
-from ..errors import ConversionError
+from ..errors import ConversionError, reason_of
 from ..sealed import Sealed
 
 
@@ -61,7 +61,7 @@ def mapped(path: str) -> mmap.mmap:
     try:
         fd = os.open(path, os.O_RDONLY)
     except OSError as error:
-        raise ConversionError(f"cannot open {path}: {error.strerror}") from error
+        raise ConversionError(f"cannot open {path}: {reason_of(error)}") from error
     try:
         status = os.fstat(fd)
         identity = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
-import sys
 from pathlib import Path
 
 from ..arguments import arguments
+from ..console import put, put_json, warn
 from ..errors import raise_all
 from ..formats import add_reading_arguments, open_any
 from ..margs_json import margs_to_json
 from ..megatron_args import inexpressible
 from ..megatron_flags import all_flags, as_shell, flag_warnings
-from ..plugins import say
 from ..survey import survey
 
 
@@ -47,8 +45,9 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         words = shlex.split(" ".join(shown))
         plain = margs_to_json(argparse.Namespace(**said))
-        say(args, json.dumps({"flags": words, "arguments": plain, "notes": notes}, indent=2, ensure_ascii=False))
+        put_json({"flags": words, "arguments": plain, "notes": notes})
     else:
-        say(args, as_shell(shown))
-        sys.stderr.writelines(f"{note}\n" for note in notes)
+        put(as_shell(shown))
+        for note in notes:
+            warn(note)
     return 0

@@ -7,11 +7,11 @@ import argparse
 from .. import team
 from ..channel import Watched
 from ..cluster import crew_of_environment
+from ..console import report
 from ..conversion import convert
 from ..crew import ALONE, Crew
 from ..errors import UsageError
 from ..options.values import positive
-from ..plugins import say
 from ..progress import Silent, make_progress
 from .job import add_job_arguments, job_of
 
@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
     finally:
         crew.close()
     for line in lines if crew.rank == 0 else []:
-        say(args, line)
+        report(args, line)
     return 0
 
 
@@ -53,7 +53,7 @@ def work(crew: Crew, args: argparse.Namespace) -> list[str]:
     if crew.rank == 0:
         origin, spec = job.source.origin, job.source.spec
         among = f", {crew.size} processes" if crew is not ALONE else ""
-        say(
+        report(
             args, f"reading {origin.described} ({job.source_format}, {spec.family}), writing {job.target_format}{among}"
         )
     progress = make_progress(args.quiet) if crew.rank == 0 else Watched(Silent(), "first process")

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterator
 from typing import Any
 
 from ..compare import Compared, Comparison, Rules, compare
+from ..console import put_json, say
 from ..difference import finite
-from ..plugins import put, say
 from ..progress import make_progress
 from ..settings_diff import settings_differences
 from .pair import Pair, add_pair_arguments, describe_pair, open_pair, say_pair
@@ -41,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
     comparison = compare(*pair.sources, Rules(norms=True), make_progress(args.quiet, "comparing", "compared"))
     equal = comparison.equal and not any(settings.values())
     if args.json:
-        put(json.dumps(_as_json(pair, settings, comparison, equal), ensure_ascii=False, indent=1))
+        put_json(_as_json(pair, settings, comparison, equal))
     else:
         for line in _report(args, settings, comparison):
             say(args, line)

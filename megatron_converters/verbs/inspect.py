@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
+from ..console import put, put_json
 from ..describe import lines
 from ..errors import UsageError
 from ..formats import add_reading_arguments, open_any
-from ..plugins import say
 from ..shard_map.page import page
 from ..staging import write_text
 from ..survey import survey
@@ -30,9 +29,10 @@ def run(args: argparse.Namespace) -> int:
     """Look at the folder; 0 if it can be read."""
     target = None if args.html is None else _writable(Path(args.html))
     found = survey(*open_any(args.folder, args))
-    shown = [json.dumps(as_json(found), indent=2, ensure_ascii=False)] if args.json else lines(found)
-    for line in shown:
-        say(args, line)
+    if args.json:
+        put_json(as_json(found))
+    else:
+        put("\n".join(lines(found)))
     if target is not None:
         write_text(target, page(found))
     return 0

@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 from typing import NamedTuple
 
+from ..console import say
 from ..endpoints.base import Source
 from ..formats import FORMATS, add_reading_arguments, open_any
-from ..plugins import say
 
 
 class Pair(NamedTuple):

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterator
 
+from ..console import put, put_json
 from ..forecast import Forecast, forecast, measure
 from ..options.values import positive
-from ..plugins import put
 from .job import Job, add_job_arguments, job_of
 
 _SHOWN_FILES = 64
@@ -31,8 +30,10 @@ def run(args: argparse.Namespace) -> int:
     result = forecast(job.source, job.target, job.dtype, args.workers)
     if not args.no_measure:
         measure(result, job.source, job.target.save_dir)
-    text = json.dumps(result.to_json(), indent=1, ensure_ascii=False) if args.json else "\n".join(_lines(job, result))
-    put(text)
+    if args.json:
+        put_json(result.to_json())
+    else:
+        put("\n".join(_lines(job, result)))
     return 0 if result.nbytes <= result.free and not result.obstacle else 1
 
 

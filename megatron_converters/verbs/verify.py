@@ -6,18 +6,18 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import math
 import time
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 from ..compare import Comparison, Rules, compare
+from ..console import put_json, say
 from ..difference import finite
 from ..endpoints.megatron_common import MegatronReadOptions
 from ..errors import UsageError
 from ..output_check import Checked, check_output, find_output
-from ..plugins import folder, put, say
+from ..plugins import folder
 from ..progress import make_progress
 from .pair import Pair, add_pair_arguments, describe_pair, open_pair, say_pair
 
@@ -97,7 +97,7 @@ def _verify_logits(args: argparse.Namespace) -> int:
         options=MegatronReadOptions(args.ckpt_dir_name, reference, args.true_vocab_size),
     )
     if args.json:
-        _print_json(finite({"equal": report.ok, **dataclasses.asdict(report)}))
+        put_json(finite({"equal": report.ok, **dataclasses.asdict(report)}))
     else:
         say(args, str(report))
     return 0 if report.ok else 1
@@ -111,7 +111,7 @@ def _verify_pair(args: argparse.Namespace) -> int:
     begun = time.monotonic()
     comparison = compare(*pair.sources, rules, make_progress(args.quiet, "comparing", "compared"))
     if args.json:
-        _print_json(_pair_json(pair, comparison))
+        put_json(_pair_json(pair, comparison))
     else:
         _say_all(args, list(_findings(comparison)), "different: ")
         say(args, _pair_summary(comparison, time.monotonic() - begun))
@@ -123,7 +123,7 @@ def _verify_output(args: argparse.Namespace) -> int:
     where = find_output(folder(args.a), args.ckpt_dir_name)
     checked = check_output(where, make_progress(args.quiet, "checking", "checked"))
     if args.json:
-        _print_json(_output_json(checked))
+        put_json(_output_json(checked))
     else:
         _say_all(args, [str(fault) for fault in checked.faults], "damaged: ")
         say(args, _output_summary(checked, time.monotonic() - begun))
@@ -190,10 +190,6 @@ def _say_all(args: argparse.Namespace, found: list[str], prefix: str) -> None:
         say(args, prefix + text)
     if len(found) > len(shown):
         say(args, f"… and {len(found) - len(shown)} more (--limit 0 prints all)")
-
-
-def _print_json(value: dict[str, Any]) -> None:
-    put(json.dumps(value, ensure_ascii=False, indent=1, allow_nan=False))
 
 
 def _tolerance(text: str) -> float:
