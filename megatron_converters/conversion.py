@@ -91,7 +91,7 @@ class _Run:
         self._staging = Staging(target.save_dir, outline.name)
         self._journal = Journal(self._staging.state)
         self._description = describe_run(outline, source.origin)
-        self._begun = False
+        self._begun = self._shown = False
         self._session = ""
         self._open: dict[str, OutputFile] = {}
         self._entries: dict[str, Entries] = {}
@@ -256,6 +256,7 @@ class _Run:
             self._target.clear(self._staging)
             self._journal.mark_cleared()
         lines = self._target.show(self._staging)
+        self._shown = True
         self._staging.discard()
         return lines
 
@@ -269,6 +270,11 @@ class _Run:
     def _give_up(self, error: BaseException) -> None:
         """Leave nothing, but what the same run can use when it is started again."""
         if not self._staging.held:
+            return
+        if self._shown:  # the next run takes the hidden folder away
+            self._staging.leave()
+            if isinstance(error, ConversionError):
+                error.hint = "; the output is complete all the same"
             return
         finished = self._finished()
         of_this_run = self._begun and self._source.origin.identity is not None

@@ -21,7 +21,7 @@ from megatron_converters.crew import Word
 from megatron_converters.endpoints.hf_source import HFSource
 from megatron_converters.endpoints.megatron_checkpoint import MegatronOptions
 from megatron_converters.endpoints.megatron_target import MegatronTarget
-from megatron_converters.errors import ConversionError
+from megatron_converters.errors import ConversionError, Interrupted
 from megatron_converters.journal import Journal
 from megatron_converters.progress import Silent
 from megatron_converters.staging import Staging
@@ -225,6 +225,20 @@ def _finished_staging(folder: Path) -> tuple[Staging, Journal]:
     return staging, journal
 
 
+def test_an_interrupt_after_the_result_is_shown_says_that_it_is_complete(
+    hf_model: HFModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(_: Staging) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Staging, "discard", interrupted)
+    target = MegatronTarget(tmp_path, MegatronOptions(tp=2))
+    with pytest.raises(Interrupted) as caught:
+        conversion.convert(HFSource(hf_model("llama2")), target, None, Silent())
+    assert caught.value.hint == "; the output is complete all the same"
+    assert (tmp_path / TRACKER).exists()
+
+
 @pytest.mark.xdist_group("resume")
 def test_an_output_that_lacks_a_small_file_is_not_complete_already(hf_model: HFModel, tmp_path: Path) -> None:
     options = ("convert", hf_model("llama2"), tmp_path / "out", "--to", "hf")
@@ -395,6 +409,37 @@ def _children(pid: int) -> list[int]:
 def _alive(pid: int) -> bool:
     state = Path(f"/proc/{pid}/stat")
     return state.exists() and state.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+#: Holds workers at their very beginning, and says that they have begun.
+HELD = """
+import os, sys, time
+if "--multiprocessing-fork" in sys.orig_argv:
+    open(os.path.join(os.environ["BEGUN"], str(os.getpid())), "w").close()
+    while not os.path.exists(os.path.join(os.environ["BEGUN"], "go")):
+        time.sleep(0.01)
+"""
+
+
+@pytest.mark.xdist_group("resume")
+def test_an_interrupt_while_workers_start_is_one_sentence(hf_model: HFModel, tmp_path: Path) -> None:
+    begun = tmp_path / "begun"
+    begun.mkdir()
+    env = site(tmp_path / "site", HELD, BEGUN=begun)
+    process = start_verb("convert", hf_model("llama2"), tmp_path / "out", "--workers", 3, env=env)
+    _wait_for(lambda: len(list(begun.iterdir())) == 2)
+    os.killpg(process.pid, signal.SIGINT)
+    (begun / "go").touch()
+    run = finished(process)
+    assert run.code == 130
+    assert run.err.strip() == "megatron-converters: error: interrupted before the end"
+
+
+def _wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 @pytest.mark.xdist_group("resume")
