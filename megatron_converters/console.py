@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from typing import Any, NoReturn, TextIO
 
 from .errors import ConversionError, Interrupted, reason_of
+from .plain import finite
 
 #: Open files that a process may want at most: one for each file that is read, and those being written.
 _OPEN_FILES = 65536
@@ -93,8 +94,8 @@ def put(text: str) -> None:
 
 
 def put_json(value: Any) -> None:
-    """Print a result as JSON that every reader takes, whatever the encoding; raises `ValueError` for a NaN in it."""
-    put(json.dumps(value, indent=1, allow_nan=False))
+    """Print a result as JSON that every reader takes: without NaN, and in ASCII, whatever the encoding."""
+    put(json.dumps(finite(value), indent=1, allow_nan=False))
 
 
 def warn(text: str) -> None:

@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from .dtypes import DType, values
 from .layouts import RowMap
+from .plain import finite
 
 
 @dataclass(frozen=True)
@@ -69,15 +70,6 @@ class Measure:
             plain["relative"] = self.relative
         result: dict[str, Any] = finite(plain)
         return result
-
-
-def finite(value: Any) -> Any:
-    """The same with each float that is no finite number as its `str`."""
-    if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite(item) for item in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class Tally:

@@ -12,6 +12,7 @@ import os
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from .endpoints.base import Origin
 from .errors import ConversionError, raise_all
 from .layouts import RowMap
 from .outline import Fill, Outline
+from .plain import differences, finite
 from .plan import Gather
 from .slots import Ref
 from .staging import Staging, write_text
@@ -31,6 +33,8 @@ MANIFEST = "conversion.json"
 _RUN, _COMPLETE, _CLEARED, _FINISHED = "run.json", "complete", "cleared", "finished"
 _SESSION = "session"
 _SHOWN_DIFFERENCES = 10
+#: Parts of a run's description; what follows from earlier ones says less than they do.
+_CAUSES = (("tool", "source", "options"), ("content",), ("files",))
 #: What is known of a file only once it is finished.
 _RESULTS = ("outside", "tensors")
 
@@ -46,9 +50,10 @@ def describe_run(outline: Outline, origin: Origin) -> dict[str, Any]:
         "tool": f"megatron-converters {__version__}",
         "source": {"path": os.path.abspath(origin.described), "files": origin.identity},
         "options": outline.options,
+        "content": outline.content,
         "files": files,
     }
-    plain: dict[str, Any] = json.loads(json.dumps(run))  # as it is read back, to be compared with that
+    plain: dict[str, Any] = json.loads(json.dumps(finite(run)))  # as it is read back, to be compared with that
     return plain
 
 
@@ -198,25 +203,25 @@ def read_manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def differences(old: Any, new: Any, place: str = "") -> list[str]:
-    """Where two descriptions of runs differ, as `place: old, not new`."""
-    if old == new:
-        return []
-    if isinstance(old, dict) and isinstance(new, dict):
-        found = []
-        for key in sorted({*old, *new}):
-            found += differences(old.get(key), new.get(key), f"{place} {key}".strip())
-        return found
-    return [f"{place}: {old}, not {new}"]
+def _old_not_new(place: str, old: Any, new: Any) -> str:
+    if place.startswith("source files "):
+        old, new = _file_in_words(old), _file_in_words(new)
+    return f"{place}: {old}, not {new}"
+
+
+def _file_in_words(identity: Any) -> str:
+    if not (isinstance(identity, list) and len(identity) == 2 and all(isinstance(number, int) for number in identity)):
+        return "no such file" if identity is None else str(identity)
+    nbytes, nanoseconds = identity
+    return f"{nbytes:,} bytes of {datetime.fromtimestamp(nanoseconds / 1e9).isoformat(' ', 'milliseconds')}"
 
 
 def refuse_other(staging: Staging, old: Mapping[str, Any], new: Mapping[str, Any], finished: int) -> None:
     """Raise if an unfinished run with finished files is not the one that is asked for."""
-    causes = [key for key in new if key != "files"]  # other files follow from these, and say less
-    found = [line for key in causes for line in differences(old.get(key), new[key], key)]
-    found = found or differences(old.get("files"), new["files"], "files")
-    if not found:
-        return
+    for keys in _CAUSES:
+        found = [line for key in keys for line in differences(old.get(key), new[key], key, _old_not_new)]
+        if found:
+            break
     raise_all(
         f"{staging.path} holds {finished} finished file(s) of another run, which differs in",
         found,

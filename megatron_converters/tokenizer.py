@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 from pathlib import Path
@@ -120,6 +121,11 @@ def _cached(name: str) -> Path:
         return Path(snapshot_download(name, local_files_only=True))
     except (HFValidationError, LocalEntryNotFoundError):
         raise _NoTokenizer(f"{name} is neither a path nor in the local Hugging Face cache") from None
+
+
+def recorded(source: str | None) -> str | None:
+    """A tokenizer as a checkpoint names it, to be found from any folder: a path that is here in full, else as it is."""
+    return os.path.abspath(source) if source and os.path.exists(source) else source
 
 
 def tokenizer_files(folder: Path) -> list[Path]:

@@ -106,14 +106,14 @@ def test_arguments_and_sizes_that_differ_are_listed(hf_model: HFModel, tmp_path:
         torch.save(content, path)
     code, out = run(capsys, meg, other)
     assert code == 1
-    assert "model: rotary_base: 500000.0, not 5" in out
-    assert "arguments: tensor_model_parallel_size: 2, not 1" in out
-    assert "config.json: hidden_act: silu, not gelu" in out
+    assert "model: rotary_base: A has 500000.0, B has 5" in out
+    assert "arguments: tensor_model_parallel_size: A has 2, B has 1" in out
+    assert "config.json: hidden_act: A has silu, B has gelu" in out
     assert "/elsewhere" not in out
     assert "transformers_version" not in out
     assert "0 of 27 compared tensors differ" in out
     settings = json.loads(run(capsys, meg, other, "--json")[1])["settings"]
-    assert settings["model"] == ["rotary_base: 500000.0, not 5.0"]
+    assert settings["model"] == ["rotary_base: A has 500000.0, B has 5.0"]
 
 
 def test_shapes_and_dtypes_that_differ_are_listed(hf_model: HFModel, tmp_path: Path, capsys: Any) -> None:

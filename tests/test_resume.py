@@ -25,7 +25,21 @@ from megatron_converters.errors import ConversionError, Interrupted
 from megatron_converters.journal import Journal
 from megatron_converters.progress import Silent
 from megatron_converters.staging import Staging
-from tests.helpers import ROOT, TRACKER, Run, convert, finished, refused, small_disk, start, start_verb, succeeded, verb
+from tests.helpers import (
+    ROOT,
+    TRACKER,
+    Run,
+    args_of,
+    convert,
+    edit_rank,
+    finished,
+    refused,
+    small_disk,
+    start,
+    start_verb,
+    succeeded,
+    verb,
+)
 
 HFModel = Callable[..., Path]
 #: Source, what an undisturbed run makes of it, and the options.
@@ -581,3 +595,64 @@ def test_a_folder_that_is_not_shared_is_named(
     with pytest.raises(ConversionError, match=r"process 1 does not see .*all must share that folder"):
         conversion.convert(HFSource(hf_model("llama2")), target, None, Silent(), crew=OtherFolder())
     assert not (tmp_path / "out").exists()
+
+
+# --- what is the same run, and what is another
+
+
+def _stopped(source: Path, out: Path, tmp_path: Path, *options: Any, **more: Any) -> None:
+    """Leave a run with some of its files finished."""
+    size = sum(path.stat().st_size for path in source.rglob("*") if path.name.endswith(WRITTEN))
+    env = site(tmp_path / "site", FULL, BYTES_LEFT=size * 3 // 4)
+    refused(verb("convert", more.get("named", source), out, *options, env=env), "are finished and kept")
+
+
+@pytest.mark.xdist_group("resume")
+def test_options_that_mean_the_same_go_on(hf_model: HFModel, tmp_path: Path) -> None:
+    source = shutil.copytree(hf_model("llama2", **SMALL), tmp_path / "hf")
+    (source / "tokenizer.json").write_text(json.dumps({"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}}))
+    near = os.path.relpath(source, ROOT)
+    _stopped(source, tmp_path / "out", tmp_path, "--tp", "2", "--pp", "4", named=near)
+    same = ("--pp", "4", "--ep", "1", "--etp", "2", "--make-vocab-size-divisible-by", "128", "--to", "megatron")
+    run = verb("convert", f"{source}/", f"{tmp_path}/./out/", *same, "--tp", "2", "--dtype", "fp32", cwd=ROOT)
+    succeeded(run)
+    assert args_of(tmp_path / "out", rank="mp_rank_00_000").tokenizer_model == str(source)
+    flags = (tmp_path / "out" / "iter_0000001" / "pretrain_gpt_flags.txt").read_text()
+    assert flags.startswith(f"--load {tmp_path / 'out'} ")
+
+
+@pytest.mark.xdist_group("resume")
+def test_a_changed_setting_of_the_source_is_named(hf_model: HFModel, tmp_path: Path) -> None:
+    source = shutil.copytree(hf_model("llama2", **SMALL), tmp_path / "hf")
+    options = ("--tp", "2", "--pp", "4")
+    _stopped(source, tmp_path / "out", tmp_path, *options)
+    generation = json.loads((source / "generation_config.json").read_text())
+    (source / "generation_config.json").write_text(json.dumps({**generation, "use_cache": "never"}))
+    run = refused(verb("convert", source, tmp_path / "out", *options), "args hf_generation_config use_cache", "never")
+    assert "structure" not in run.err
+
+
+@pytest.mark.xdist_group("resume")
+def test_another_reference_is_another_run(hf_model: HFModel, tmp_path: Path) -> None:
+    """Of an output whose tensors are the same to the bit."""
+    meg, out = tmp_path / "meg", tmp_path / "out"
+    succeeded(verb("convert", hf_model("llama2"), meg, "--tp", "2", "--quiet"))
+    references = [shutil.copytree(hf_model("llama2"), tmp_path / name) for name in ("one", "other")]
+    config = json.loads((references[1] / "config.json").read_text())
+    (references[1] / "config.json").write_text(json.dumps({**config, "bos_token_id": 3}))
+    succeeded(verb("convert", meg, out, "--hf-config", references[0]))
+    assert "complete already" in succeeded(verb("convert", meg, out, "--hf-config", references[0])).out
+    refused(verb("convert", meg, out, "--hf-config", references[1]), "already holds a model")
+
+
+@pytest.mark.xdist_group("resume")
+def test_a_setting_that_is_no_number_is_the_same_each_time(hf_model: HFModel, tmp_path: Path) -> None:
+    """NaN equals nothing, and a set has another order in each process."""
+    meg, out = tmp_path / "meg", tmp_path / "out"
+    succeeded(verb("convert", hf_model("llama2"), meg, "--tp", "2", "--quiet"))
+    for rank in ("mp_rank_00", "mp_rank_01"):
+        args = args_of(meg, rank=rank)
+        args.loss_scale, args.recompute_modules = float("nan"), {"core_attn", "mlp", "norm"}
+        edit_rank(meg, rank, args=args)
+    succeeded(verb("convert", meg, out, "--workers", "2"))
+    assert "complete already" in succeeded(verb("convert", meg, out)).out

@@ -405,7 +405,7 @@ def _two_layers(source: Path, target: Path) -> Path:
 def test_what_only_one_has_is_named_and_the_rest_compared(checkpoint: Any, tmp_path: Path) -> None:
     source, meg = checkpoint("llama3")
     found = contrast(_two_layers(source, tmp_path / "hf"), meg)
-    assert found.spec == ["num_layers: 2, not 4"]
+    assert found.spec == ["num_layers: A has 2, B has 4"]
     assert named(found) == {f"layer {n} {slot}" for n in (2, 3) for slot in _LAYER_SLOTS}
     assert {one.text for tensor in found.different for one in tensor.findings} == {"only B has it"}
     assert [str(tensor.ref) for tensor in found.tensors][-3:] == ["layer 3 fc2", "final_norm", "output_layer"]
@@ -422,7 +422,7 @@ def test_a_vocabulary_with_its_padding_is_compared_as_far_as_both_have_it(
         torch.save(content, path)
     code, out, _ = run(capsys, "verify", source, changed)
     assert code == 1
-    assert "different: vocab_size: 199, not 256" in out
+    assert "different: vocab_size: A has 199, B has 256" in out
     assert "different: word_embeddings: A has shape [199, 64], B [256, 64]" in out
     assert "elements differ" not in out
     assert run(capsys, "verify", source, changed, "--true-vocab-size", 199)[0] == 0

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from .. import capacity_bins
 from ..dtypes import DType
@@ -20,7 +21,7 @@ from ..spec import ModelSpec
 from ..staging import Staging
 from ..storage import safetensors
 from ..storage.output import Layout
-from ..tokenizer import generation_config, token_ids, tokenizer_files, write_tokenizer
+from ..tokenizer import generation_config, recorded, token_ids, tokenizer_files, write_tokenizer
 from .base import Origin
 from .hf_names import Part, parts_of
 
@@ -119,10 +120,12 @@ class HFTarget:
         options = {
             **dataclasses.asdict(self._options),
             "overwrite": None,
+            "tokenizer": recorded(self._options.tokenizer),
             "format": "hf",
             "dtype": self._spec.dtype.name,
         }
-        return Outline(_NAME, {file: _layout(shard) for file, shard in shards.items()}, options)
+        layouts = {file: _layout(shard) for file, shard in shards.items()}
+        return Outline(_NAME, layouts, options, content=self._small_files())
 
     def shown(self) -> Path | None:
         """The folder itself, once its configuration is there."""
@@ -172,15 +175,11 @@ class HFTarget:
         origin, options = self._origin, self._options
         notes = [*origin.notes]
         notes += [f"config.json differs from the reference in {change}" for change in self._changed]
-        write_json(folder / "config.json", self._config)
+        for name, value in self._small_files().items():
+            write_json(folder / name, value)
         if len(set(self._file_of.values())) > 1:
             index = {"metadata": {"total_size": self._total}, "weight_map": dict(sorted(self._file_of.items()))}
             write_json(folder / _INDEX, index)
-        generation = generation_config(self._model_type) if options.instruct else origin.generation_config
-        if generation is not None:
-            write_json(folder / _GENERATION, generation)
-        if origin.margs is not None:
-            write_json(folder / _MARGS, margs_to_json(origin.margs))
         notes += self._write_bins(folder)
         notes += write_tokenizer(
             options.tokenizer or origin.tokenizer,
@@ -191,6 +190,14 @@ class HFTarget:
             explicit=options.tokenizer is not None,
         )
         self._notes = notes
+
+    def _small_files(self) -> dict[str, Any]:
+        """Configuration, generation settings and training arguments, by file."""
+        origin = self._origin
+        generation = generation_config(self._model_type) if self._options.instruct else origin.generation_config
+        margs = None if origin.margs is None else margs_to_json(origin.margs)
+        found = {"config.json": self._config, _GENERATION: generation, _MARGS: margs}
+        return {name: value for name, value in found.items() if value is not None}
 
     def _write_bins(self, folder: Path) -> list[str]:
         bins, parallel, wanted = self._origin.capacity_bins, self._origin.parallel, self._options.save_capacity_bins

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import shlex
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
@@ -18,7 +19,7 @@ from .. import capacity_bins
 from ..capacity_bins import CapacityBins
 from ..dtypes import DType
 from ..errors import ConversionError, UsageError, raise_all
-from ..margs_json import inheritable
+from ..margs_json import inheritable, margs_to_json
 from ..megatron_args import (
     RUN_DEFAULTS,
     expert_args,
@@ -40,6 +41,7 @@ from ..spec import ModelSpec
 from ..staging import Staging, write_text
 from ..storage.output import Layout
 from ..storage.tensor import StoredTensor
+from ..tokenizer import recorded
 from .base import Origin
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -98,14 +100,24 @@ class CheckpointTarget(ABC):
         self._router = router_dtype(spec, dtype_of)
         self._args = self._make_args()
         files, given = self._lay_out()
-        options = {
-            **dataclasses.asdict(self._options),
-            "overwrite": None,
+        content = {"args": margs_to_json(argparse.Namespace(**self._args))}
+        return Outline(self._name, files, self._decided(), given, content)
+
+    def _decided(self) -> dict[str, Any]:
+        """What was asked for or chosen, in one form for all options that mean the same."""
+        asked = self._options
+        return {
             "format": f"megatron, {self.format}",
             "dtype": self._spec.dtype.name,
+            "parallel": dataclasses.asdict(self._parallel),
+            "expert_layout": self._expert_layout,
+            "vocabulary divisor": self._divisor,
+            "names": asked.impl,
+            "release": asked.release,
+            "allow_inexpressible": asked.allow_inexpressible,
+            "load_capacity_bins": asked.load_capacity_bins,
+            "tokenizer": recorded(asked.tokenizer),
         }
-        options |= {"parallel": dataclasses.asdict(self._parallel), "expert_layout": self._expert_layout}
-        return Outline(self._name, files, options, given)
 
     @abstractmethod
     def _lay_out(self) -> tuple[dict[str, Layout], dict[str, dict[str, StoredTensor]]]:
@@ -181,7 +193,7 @@ class CheckpointTarget(ABC):
         shown = flags(self._args)
         if self._bins is not None:
             shown.append(f"--moe-capacity-bins-num {self._bins.count}")
-        return as_shell([f"--load {shlex.quote(str(self.save_dir))}", *shown]) + "\n"
+        return as_shell([f"--load {shlex.quote(os.path.abspath(self.save_dir))}", *shown]) + "\n"
 
     def _check_expressible(self, spec: ModelSpec) -> list[str]:
         reasons = inexpressible(spec)
@@ -230,7 +242,7 @@ class CheckpointTarget(ABC):
     def _make_args(self) -> dict[str, Any]:
         inherited = plain_args(inheritable(self._origin.margs))
         seq_length = seq_length_of(self._spec, inherited)
-        tokenizer = self._options.tokenizer or self._origin.tokenizer or inherited.get("tokenizer_model")
+        tokenizer = recorded(self._options.tokenizer or self._origin.tokenizer or inherited.get("tokenizer_model"))
         args = {
             **RUN_DEFAULTS,
             **inherited,
@@ -244,8 +256,8 @@ class CheckpointTarget(ABC):
             "tokenizer_model": tokenizer,
             "iteration": self._iteration,
         }
-        recorded = {"hf_config": self._origin.hf_config, "hf_generation_config": self._origin.generation_config}
-        return {**args, **{name: value for name, value in recorded.items() if value is not None}}
+        configs = {"hf_config": self._origin.hf_config, "hf_generation_config": self._origin.generation_config}
+        return {**args, **{name: value for name, value in configs.items() if value is not None}}
 
 
 def sizes(parallel: Parallel) -> str:

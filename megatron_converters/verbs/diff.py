@@ -8,7 +8,6 @@ from typing import Any
 
 from ..compare import Compared, Comparison, Rules, compare
 from ..console import put_json, say
-from ..difference import finite
 from ..progress import make_progress
 from ..settings_diff import settings_differences
 from .pair import Pair, add_pair_arguments, describe_pair, open_pair, say_pair
@@ -98,13 +97,10 @@ def _as_json(pair: Pair, settings: dict[str, list[str]], comparison: Comparison,
         for tensor in _ranked(comparison)
         if tensor.measure is not None
     ]
-    result: dict[str, Any] = finite(
-        {
-            "equal": equal,
-            **describe_pair(pair),
-            "settings": settings,
-            "different": [tensor.to_json() for tensor in comparison.different],
-            "tensors": ranked,
-        }
-    )
-    return result
+    return {
+        "equal": equal,
+        **describe_pair(pair),
+        "settings": settings,
+        "different": [tensor.to_json() for tensor in comparison.different],
+        "tensors": ranked,
+    }
