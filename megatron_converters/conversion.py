@@ -23,19 +23,19 @@ from .journal import (
     describe_run,
     is_output_of,
     refuse_other,
-    size_of,
     tensor_entry,
     write_manifest,
 )
 from .outline import Outline
 from .progress import Progress
 from .slots import refs
-from .staging import Staging, check_space
+from .staging import Staging, check_place, check_space
 from .storage.output import OutputFile
 
 T = TypeVar("T")
 #: Seconds that a network file system may take to show what another machine has written.
 _PATIENCE = 60.0
+_AGAIN = " (--overwrite writes it again)"
 
 
 def convert(
@@ -101,7 +101,7 @@ class _Run:
         try:
             agree(self._crew, self._together(lambda: self._description), "conversion")
             if self._led(self._complete_already):
-                return self._led(lambda: [f"{self._target.shown()} is complete already; nothing to do"])
+                return self._led(lambda: [f"{self._target.shown()} is complete already; nothing to do{_AGAIN}"])
             finished, self._session = self._led(partial(self._begin, restart))
             self._begun = True
             self._together(self._see_folder)
@@ -136,7 +136,7 @@ class _Run:
     def _complete_already(self) -> bool:
         """Whether this very run has been completed before, so that repeating a command is no error."""
         folder = self._target.shown()
-        if folder is None or self._source.origin.identity is None or not is_output_of(folder, self._description):
+        if folder is None or not is_output_of(folder, self._description):
             return False
         if self._staging.path.exists():  # killed while it cleaned up
             self._staging.open()
@@ -146,6 +146,7 @@ class _Run:
     def _begin(self, restart: bool) -> tuple[list[str], str]:
         """Open the hidden folder, anew or where the same run has stopped; returns the files that are finished, and whose it is."""
         if not self._staging.path.exists():
+            check_place(self._target.save_dir)
             self._target.refuse_existing()
             check_space(self._target.save_dir, self._outline.nbytes)
         self._staging.open()
@@ -174,13 +175,7 @@ class _Run:
             )
 
     def _finished(self) -> dict[str, dict[str, Any]]:
-        """The records of files that an earlier run has finished, and that are there."""
-        found = self._journal.finished()
-        if self._journal.complete:
-            return found
-        return {
-            file: record for file, record in found.items() if size_of(self._staging.files / file) == record["bytes"]
-        }
+        return self._journal.finished_in(self._staging.files)
 
     def _take_share(self, finished: list[str]) -> set[str]:
         """The files that this process fills."""
@@ -250,6 +245,7 @@ class _Run:
             lost = sorted(self._outline.files.keys() - finished.keys())
             if lost:
                 raise ConversionError(f"{', '.join(lost)} should be finished and are not; run the same command again")
+            self._refuse_what_came()
             write_manifest(self._staging.files, self._description, finished, self._source.origin)
             self._journal.mark_complete()
         if not self._journal.cleared:
@@ -259,6 +255,13 @@ class _Run:
         self._shown = True
         self._staging.discard()
         return lines
+
+    def _refuse_what_came(self) -> None:
+        """Raise if something has appeared at the final place since this began; what is finished is kept."""
+        try:
+            self._target.refuse_existing()
+        except ConversionError as error:
+            raise Stopped(f"something else was saved there meanwhile: {error}") from error
 
     def _await(self, look: Callable[[], T], good: Callable[[T], bool]) -> T:
         """What is seen once it is good, or at last: other machines' files may take a while to be seen here."""

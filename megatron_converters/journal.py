@@ -142,6 +142,13 @@ class Journal:
         found = filter(None, map(_read, sorted((self.folder / _FINISHED).glob("*.json"))))
         return {record["file"]: record for record in found}
 
+    def finished_in(self, files: Path) -> dict[str, dict[str, Any]]:
+        """The records of finished files that are there, or were: once all are finished they move to their final place."""
+        found = self.finished()
+        if self.complete:
+            return found
+        return {file: record for file, record in found.items() if size_of(files / file) == record["bytes"]}
+
     @property
     def complete(self) -> bool:
         """Whether a run had finished all files; what it began to move is then in part at its final place."""
@@ -180,7 +187,12 @@ def write_manifest(folder: Path, run: Mapping[str, Any], finished: Mapping[str, 
 
 
 def is_output_of(folder: Path, run: Mapping[str, Any]) -> bool:
-    """Whether a folder is the complete output of this run: its manifest says so, and all files are there."""
+    """Whether a folder is the complete output of this run: its manifest says so, and all files are there.
+
+    A run whose source came as messages is never the same as another.
+    """
+    if run["source"]["files"] is None:
+        return False
     manifest = _read(folder / MANIFEST)
     if manifest is None or not isinstance(manifest.get("files"), dict):
         return False

@@ -11,12 +11,16 @@ import fcntl
 import os
 import secrets
 import shutil
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from .errors import ConversionError
+from .errors import ConversionError, reason_of
+from .units import size
 
+#: Seconds before each try to lock: one who only looks whether the folder is in use holds it for an instant.
+_WAITS = (0.0, 0.2, 0.5)
 _NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL}
 
 
@@ -36,23 +40,27 @@ class Staging:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(self.path, os.O_RDONLY)
         except OSError as error:
-            raise ConversionError(
-                f"cannot make {self.path}: {error.strerror}; choose a folder that can be written"
-            ) from error
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            raise ConversionError(f"cannot make {self.path}: {reason_of(error)}") from error
+        if not any(_lock(self._lock, fcntl.LOCK_EX, wait) for wait in _WAITS):
             self._unlock()
-            raise ConversionError(
-                f"another conversion is writing to {self.path}; wait for it or save elsewhere"
-            ) from None
-        except OSError as error:
-            # Some network file systems have no locks. The journal's mark of the run still keeps two from mixing.
-            if error.errno not in _NO_LOCKS:
-                raise
+            raise ConversionError(self._taken())
         if not self.path.exists():  # a run that held the lock until now has ended and taken the folder away
             self._unlock()
             self.open()
+
+    def in_use(self) -> str | None:
+        """Who is writing into the folder, if a living run on this machine is."""
+        try:
+            fd = os.open(self.path, os.O_RDONLY)
+        except OSError:
+            return None
+        try:
+            return None if _lock(fd, fcntl.LOCK_SH) else self._taken()
+        finally:
+            os.close(fd)
+
+    def _taken(self) -> str:
+        return f"another conversion is writing to {self.path}; wait for it or save elsewhere"
 
     @property
     def held(self) -> bool:
@@ -92,7 +100,7 @@ class Staging:
         if not self.files.exists():
             return
         old = self.path / "replaced"
-        if final.exists():
+        if os.path.lexists(final):
             os.replace(final, old)
         os.replace(self.files, final)
         sync_folder(final.parent)
@@ -117,12 +125,36 @@ class Staging:
             os.close(lock)
 
 
+def _lock(fd: int, kind: int, wait: float = 0.0) -> bool:
+    """Try to lock an open folder, after `wait` seconds; whether no living run holds it."""
+    time.sleep(wait)
+    try:
+        fcntl.flock(fd, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        # Some network file systems have no locks. The journal's mark of the run still keeps two from mixing.
+        if error.errno not in _NO_LOCKS:
+            raise
+    return True
+
+
+def check_place(folder: Path) -> None:
+    """Raise unless `folder` is one that this user can write to, or can be made."""
+    existing = _nearest(folder, os.path.lexists)
+    if not existing.is_dir():
+        fault = "is a link to nothing" if existing.is_symlink() else "is no folder"
+        raise ConversionError(f"{existing} {fault}, so nothing can be saved as {folder}; save elsewhere")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise ConversionError(f"{existing} cannot be written by this user; save elsewhere")
+
+
 def check_space(folder: Path, needed: int) -> None:
     """Raise if the file system of `folder` (or its nearest parent that exists) has fewer than `needed` bytes free."""
     free = free_space(folder)
     if needed > free:
         raise ConversionError(
-            f"{folder} needs {needed / 1e9:.2f} GB, but its file system has {free / 1e9:.2f} GB free; make room or save elsewhere"
+            f"{folder} needs {size(needed)}, but its file system has {size(free)} free; make room or save elsewhere"
         )
 
 
@@ -134,8 +166,12 @@ def free_space(folder: Path) -> int:
 
 def nearest(folder: Path) -> Path:
     """The folder, or the nearest parent that exists."""
+    return _nearest(folder, os.path.exists)
+
+
+def _nearest(folder: Path, there: Callable[[Path], bool]) -> Path:
     existing = folder.absolute()
-    while not existing.exists():
+    while not there(existing):
         existing = existing.parent
     return existing
 

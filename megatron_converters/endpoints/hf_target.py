@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from filecmp import cmp
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from ..dtypes import DType
 from ..errors import ConversionError, UsageError
 from ..families import FAMILIES
 from ..hf_config import config_for, write_json
+from ..journal import MANIFEST
 from ..margs_json import margs_to_json
 from ..outline import Fill, Outline
 from ..slots import SLOTS, Ref, refs
@@ -133,12 +136,14 @@ class HFTarget:
         return self.save_dir if there else None
 
     def refuse_existing(self) -> None:
-        """A model in the folder is replaced only when that is asked for."""
-        found = [path.name for path in self._old_files()]
-        if found and not self._options.overwrite:
-            raise ConversionError(
-                f"{self.save_dir} already holds a model ({', '.join(found)}); save elsewhere or pass --overwrite"
-            )
+        """A model in the folder, or a part of one, is replaced only when that is asked for."""
+        if self._options.overwrite:
+            return
+        model, beside = self._old_files(), [path for path in self._beside() if os.path.lexists(path)]
+        if model or beside:
+            what = "a model" if model else "files of a model"
+            names = ", ".join(path.name for path in [*model, *beside])
+            raise ConversionError(f"{self.save_dir} already holds {what} ({names}); save elsewhere or pass --overwrite")
 
     def fills(self, ref: Ref) -> Iterator[Fill]:
         """The tensors of one slot."""
@@ -149,7 +154,7 @@ class HFTarget:
 
     def clear(self, staging: Staging) -> None:
         """Take away an older model's files, what names the others first, so that no mixture is ever complete."""
-        beside = [self.save_dir / name for name in (_GENERATION, _MARGS, capacity_bins.FILE)]
+        beside = self._beside()
         if tokenizer_files(staging.files):  # an older tokenizer stays only where there is no newer one
             beside += tokenizer_files(self.save_dir)
         for path in [*self._old_files(), *beside]:
@@ -169,6 +174,10 @@ class HFTarget:
 
     def _old_files(self) -> list[Path]:
         return [path for pattern in _OLD for path in sorted(self.save_dir.glob(pattern))]
+
+    def _beside(self) -> list[Path]:
+        """Where small files of a model would be that no older one may leave behind."""
+        return [self.save_dir / name for name in (_GENERATION, _MARGS, capacity_bins.FILE, MANIFEST)]
 
     def assets(self, folder: Path) -> None:
         """Write configuration, index, training arguments and tokenizer."""
@@ -190,6 +199,20 @@ class HFTarget:
             explicit=options.tokenizer is not None,
         )
         self._notes = notes
+        if not options.overwrite:
+            self._refuse_tokenizer(folder)
+
+    def _refuse_tokenizer(self, folder: Path) -> None:
+        """Raise if the folder has another tokenizer, or a part of one, than will be written: it may be the user's own."""
+        ours = {path.relative_to(folder): path for path in tokenizer_files(folder)}
+        theirs = {path.relative_to(self.save_dir): path for path in tokenizer_files(self.save_dir)}
+        other = [
+            str(name) for name, path in theirs.items() if name not in ours or not cmp(path, ours[name], shallow=False)
+        ]
+        if ours and other:
+            raise ConversionError(
+                f"{self.save_dir} already holds another tokenizer ({', '.join(other)}); save elsewhere or pass --overwrite"
+            )
 
     def _small_files(self) -> dict[str, Any]:
         """Configuration, generation settings and training arguments, by file."""

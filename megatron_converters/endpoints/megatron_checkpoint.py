@@ -157,7 +157,7 @@ class CheckpointTarget(ABC):
         """Neither a checkpoint of this name nor the tracker is replaced unless that is asked for."""
         if self._options.overwrite:
             return
-        if (self.save_dir / self._name).exists():
+        if os.path.lexists(self.save_dir / self._name):
             raise ConversionError(f"{self.save_dir / self._name} already exists; save elsewhere or pass --overwrite")
         current = self._tracked()
         if current is not None:

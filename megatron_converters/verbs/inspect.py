@@ -9,6 +9,7 @@ from ..console import put, put_json
 from ..describe import lines
 from ..errors import UsageError
 from ..formats import add_reading_arguments, open_any
+from ..options.values import place
 from ..shard_map.page import page
 from ..staging import write_text
 from ..survey import survey
@@ -17,10 +18,14 @@ from ..survey_json import as_json
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's options."""
-    parser.add_argument("folder", metavar="X", help="Folder to look at; its format is recognised.")
+    parser.add_argument("folder", metavar="X", type=place, help="Folder to look at; its format is recognised.")
     parser.add_argument("--json", action="store_true", help="Print one JSON object instead of text.")
     parser.add_argument(
-        "--html", metavar="FILE", default=None, help="Write a page that stands alone, with the map of layers and ranks."
+        "--html",
+        metavar="FILE",
+        type=place,
+        default=None,
+        help="Write a page that stands alone, with the map of layers and ranks.",
     )
     add_reading_arguments(parser)
 

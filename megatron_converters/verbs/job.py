@@ -12,7 +12,7 @@ from ..endpoints.hf_target import FUSED, SEPARATE
 from ..errors import UsageError
 from ..formats import HF, MEGATRON, add_reading_arguments, open_any
 from ..megatron_names import EXPERTS
-from ..options.values import positive
+from ..options.values import place, positive
 from ..options.writing import (
     add_expert_layout_argument,
     add_hf_target_arguments,
@@ -37,8 +37,8 @@ class Job(NamedTuple):
 
 def add_job_arguments(parser: argparse.ArgumentParser) -> None:
     """SRC, DST and the options of every format."""
-    parser.add_argument("load_dir", metavar="SRC", help="Folder to read; its format is recognised.")
-    parser.add_argument("save_dir", metavar="DST", help="Folder to write to.")
+    parser.add_argument("load_dir", metavar="SRC", type=place, help="Folder to read; its format is recognised.")
+    parser.add_argument("save_dir", metavar="DST", type=place, help="Folder to write to.")
     parser.add_argument(
         "--to",
         choices=[HF, MEGATRON],
@@ -68,6 +68,11 @@ def job_of(args: argparse.Namespace) -> Job:
     if os.path.realpath(args.load_dir) == os.path.realpath(args.save_dir):
         raise UsageError(f"{args.save_dir} is the source itself; choose another folder to write to")
     source_format, source = open_any(args.load_dir, args)
+    read = os.path.realpath(source.origin.described)
+    if args.overwrite and os.path.dirname(read) == os.path.realpath(args.save_dir):
+        raise UsageError(
+            f"{args.load_dir} lies in {args.save_dir}, where --overwrite could replace it; choose another folder to write to"
+        )
     target_format = args.to or _target_format(source_format, args)
     target: Target = open_hf_target(args) if target_format == HF else open_megatron_target(args)
     return Job(source_format, source, target_format, target, dtype_named(args.dtype) if args.dtype else None)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from ..console import put, put_json
 from ..forecast import Forecast, forecast, measure
 from ..options.values import positive
+from ..units import duration, size
 from .job import Job, add_job_arguments, job_of
 
 _SHOWN_FILES = 64
@@ -34,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
         put_json(result.to_json())
     else:
         put("\n".join(_lines(job, result)))
-    return 0 if result.nbytes <= result.free and not result.obstacle else 1
+    return 0 if result.left <= result.free and not result.obstacle else 1
 
 
 def _lines(job: Job, result: Forecast) -> Iterator[str]:
@@ -59,16 +60,19 @@ def _lines(job: Job, result: Forecast) -> Iterator[str]:
     if len(result.ignored) > _SHOWN_IGNORED:
         yield f"… and {len(result.ignored) - _SHOWN_IGNORED} more are left out (--json lists all)"
     yield from result.notes
-    if result.obstacle:
-        yield f"obstacle: {result.obstacle}"
-    room = "enough" if result.nbytes <= result.free else "NOT ENOUGH"
-    yield f"disk    {result.nbytes / 1e9:.2f} GB needed, {result.free / 1e9:.2f} GB free: {room}"
-    yield f"memory  about {result.memory / 1e9:.2f} GB, besides file pages that the system takes back when it needs them"
+    yield from _state(result)
+    room = "enough" if result.left <= result.free else "NOT ENOUGH"
+    yield f"disk    {size(result.left)} needed, and a little for configuration and manifest; {size(result.free)} free: {room}"
+    yield f"memory  about {size(result.memory)}, besides file pages that the system takes back when it needs them"
     if result.seconds is not None and result.rate is not None:
-        yield f"time    about {_duration(result.seconds)} at the measured {result.rate / 1e9:.2f} GB/s of one process"
+        yield f"time    about {duration(result.seconds)} at the measured {size(result.rate)}/s of one process"
 
 
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+def _state(result: Forecast) -> Iterator[str]:
+    if result.complete:
+        yield "this conversion is complete already; the command has nothing to do"
+    elif result.obstacle:
+        yield f"obstacle: {result.obstacle}"
+    elif result.finished:
+        count = f"{len(result.finished)} of {len(result.files)}"
+        yield f"an interrupted run has finished {count} files, {size(result.nbytes - result.left)}; the command goes on from there"
