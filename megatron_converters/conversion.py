@@ -13,9 +13,9 @@ import numpy as np
 
 from .crew import ALONE, Crew, agree, meet, share
 from .dtypes import DType
-from .endpoints.base import Source, Target, wanted_dtype
+from .endpoints.base import Source, Target, changed_files, wanted_dtype
 from .endpoints.queue_target import QueueTarget
-from .errors import ConversionError, DiskError, Interrupted, Stopped, reason_of
+from .errors import ConversionError, DiskError, Interrupted, Stopped, raise_all, reason_of
 from .execute import Executor
 from .journal import (
     Entries,
@@ -201,6 +201,11 @@ class _Run:
             executor.cancel()
             raise
         self._source.close()
+        raise_all(
+            f"the source changed while it was read, so nothing of this run is kept: {self._source.origin.described}",
+            changed_files(self._source.origin),
+            remedy="wait until nothing writes there, and run the same command again",
+        )
         for path in sorted(mine):  # a file without tensors is finished by nobody else; one with gaps says so here
             if not self._file(path).closed:
                 self._finish(self._file(path))
@@ -234,8 +239,10 @@ class _Run:
         checksums = file.checksums()
         for name, region in self._outline.files[path].regions.items():
             tensors[name] |= {"at": list(region), "crc32": f"{checksums[name]:08x}"}
-        if self._journal.session() != self._session:  # this process is what is left of a run that another one continues
-            raise Stopped(f"another run has taken over {self._staging.path}")
+        session = self._journal.session()
+        if session != self._session:  # this process is what is left of a run that another one continues
+            happened = "someone has removed" if session is None else "another run has taken over"
+            raise Stopped(f"{happened} {self._staging.path}")
         self._journal.finish(path, file.nbytes, self._outline.outside(path, checksums), tensors)
 
     def _end(self, done: set[str]) -> list[str]:

@@ -23,7 +23,9 @@ from megatron_converters.endpoints.megatron_checkpoint import MegatronOptions
 from megatron_converters.endpoints.megatron_target import MegatronTarget
 from megatron_converters.errors import ConversionError, Interrupted
 from megatron_converters.journal import Journal
+from megatron_converters.plan import Sources
 from megatron_converters.progress import Silent
+from megatron_converters.slots import SLOTS, Ref
 from megatron_converters.staging import Staging
 from tests.helpers import (
     ROOT,
@@ -656,3 +658,39 @@ def test_a_setting_that_is_no_number_is_the_same_each_time(hf_model: HFModel, tm
         edit_rank(meg, rank, args=args)
     succeeded(verb("convert", meg, out, "--workers", "2"))
     assert "complete already" in succeeded(verb("convert", meg, out)).out
+
+
+def _overwritten(path: Path) -> None:
+    with open(path, "r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"x")
+    os.utime(path, (1, 1))  # clocks of file systems may be coarse
+
+
+def _replaced(path: Path) -> None:
+    shutil.copyfile(path, path.with_name("new"))
+    path.with_name("new").replace(path)
+
+
+CHANGES: dict[str, Callable[[Path], None]] = {"in place": _overwritten, "by another": _replaced, "gone": Path.unlink}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
+def test_a_source_that_changes_while_it_is_read(
+    hf_model: HFModel, tmp_path: Path, change: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is written then may be of two models."""
+    source = shutil.copytree(hf_model("llama2"), tmp_path / "hf")
+    made = HFSource(source)
+    real = HFSource.read
+
+    def read(self: HFSource, ref: Ref) -> Sources:
+        if ref == Ref(SLOTS["final_norm"]):
+            change(source / "model.safetensors")
+        return real(self, ref)
+
+    monkeypatch.setattr(HFSource, "read", read)
+    monkeypatch.setattr(HFSource, "close", lambda _: None)
+    with pytest.raises(ConversionError, match=r"model\.safetensors"):
+        conversion.convert(made, MegatronTarget(tmp_path / "out", MegatronOptions(tp=2)), None, Silent())
+    assert not list((tmp_path / "out").iterdir())

@@ -250,6 +250,15 @@ def test_stored_tensors_can_be_copied() -> None:
     assert copy.copy(stored) == stored
 
 
+@pytest.mark.parametrize("left", [0, 9])
+def test_a_file_that_was_cut_after_it_was_opened(tmp_path: Path, left: int) -> None:
+    save_file({"w": torch.ones(4, 4)}, tmp_path / "a")
+    tensor = safetensors.read(tmp_path / "a").tensors["w"]
+    os.truncate(tmp_path / "a", left)
+    with pytest.raises(ConversionError, match="a has become shorter since it was opened"):
+        tensor.array()
+
+
 def test_storage_needs_no_torch() -> None:
     code = (
         "import sys, megatron_converters.storage.safetensors, megatron_converters.storage.torch_zip;"
