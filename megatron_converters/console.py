@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import codecs
 import errno
+import io
 import json
 import os
 import sys
@@ -30,8 +31,9 @@ def prepare_process() -> None:
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # gets the lowest free number, this one
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors=_ENCODED_ANYHOW)
+        if isinstance(stream, io.TextIOWrapper):
+            with suppress(OSError):  # whatever a caller has put there may refuse; then names are printed as before
+                stream.reconfigure(errors=_ENCODED_ANYHOW)
     _allow_many_files()
 
 

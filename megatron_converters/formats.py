@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import fnmatch
 from collections.abc import Callable
 from pathlib import Path
 
 from .endpoints.base import Source
 from .endpoints.megatron_checkpoint import TRACKER
+from .endpoints.megatron_common import listing
 from .errors import UsageError
 from .options.reading import open_checkpoint, open_hf_source
 from .plugins import folder
+from .staging import unfinished_in
 
 HF, META, MEGATRON = "hf", "meta", "megatron"
 #: Format: files of which one says that a folder has it.
@@ -24,11 +27,15 @@ FORMATS = tuple(_SIGNS)
 
 def format_of(path: Path) -> str:
     """The format of a folder; raises where it is none or could be two."""
-    found = [name for name, signs in _SIGNS.items() if any(next(path.glob(sign), None) for sign in signs)]
+    names = [entry.name for entry in listing(path)]
+    found = [name for name, signs in _SIGNS.items() if any(fnmatch.filter(names, sign) for sign in signs)]
     if len(found) == 1:
         return found[0]
     if found:
         raise UsageError(f"{path} could be {' or '.join(found)}; say which with --from")
+    unfinished = unfinished_in(path)
+    if unfinished is not None:
+        raise UsageError(f"{path} {unfinished}")
     signs = "; ".join(f"{name}: {', '.join(signs)}" for name, signs in _SIGNS.items())
     raise UsageError(f"{path} is of no known format; a folder needs one of {signs}")
 

@@ -20,16 +20,18 @@ import numpy as np
 
 from . import __version__
 from .endpoints.base import Origin
-from .errors import ConversionError, raise_all
+from .errors import ConversionError, raise_all, reason_of
 from .layouts import RowMap
 from .outline import Fill, Outline
 from .plain import differences, finite
 from .plan import Gather
 from .slots import Ref
-from .staging import Staging, write_text
+from .staging import Staging, unfinished_in, write_text
 from .storage.checksum import digest
 
 MANIFEST = "conversion.json"
+#: The manifest's digest of all its other entries.
+_OF_ITSELF = "digest"
 _RUN, _COMPLETE, _CLEARED, _FINISHED = "run.json", "complete", "cleared", "finished"
 _SESSION = "session"
 _SHOWN_DIFFERENCES = 10
@@ -183,7 +185,7 @@ def write_manifest(folder: Path, run: Mapping[str, Any], finished: Mapping[str, 
         if path.is_file() and path.relative_to(folder).as_posix() not in files
     }
     told = {"notes": origin.notes, "ignored": origin.ignored}
-    _write(folder / MANIFEST, {**run, **told, "beside": beside, "files": files})
+    _write(folder / MANIFEST, signed({**run, **told, "beside": beside, "files": files}))
 
 
 def is_output_of(folder: Path, run: Mapping[str, Any]) -> bool:
@@ -193,8 +195,9 @@ def is_output_of(folder: Path, run: Mapping[str, Any]) -> bool:
     """
     if run["source"]["files"] is None:
         return False
-    manifest = _read(folder / MANIFEST)
-    if manifest is None or not isinstance(manifest.get("files"), dict):
+    try:
+        manifest = read_manifest(folder / MANIFEST)
+    except ConversionError:
         return False
     files = {
         file: {key: value for key, value in entry.items() if key not in _RESULTS}
@@ -208,11 +211,32 @@ def is_output_of(folder: Path, run: Mapping[str, Any]) -> bool:
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest at `path`."""
-    manifest = _read(path)
-    if manifest is None or not isinstance(manifest.get("files"), dict):
-        raise ConversionError(f"{path} is missing or damaged; only an output with its {MANIFEST} can be checked alone")
-    return manifest
+    """The manifest at `path`; raises where it is missing, or not as it was written."""
+    try:
+        text = path.read_bytes()
+    except FileNotFoundError:
+        unfinished = unfinished_in(path.parent)
+        what = "is no output of a conversion that can be checked alone: it has no"
+        raise ConversionError(f"{path.parent} {unfinished or f'{what} {MANIFEST}'}") from None
+    except OSError as error:
+        raise ConversionError(f"cannot read {path}: {reason_of(error)}") from error
+    try:
+        manifest = json.loads(text)
+        sound = signed(manifest) == manifest and isinstance(manifest["files"], dict)
+    except (ValueError, LookupError, AttributeError, TypeError, RecursionError):
+        sound = False
+    if not sound:
+        raise ConversionError(
+            f"{path} is damaged, or of an older version; give the source, too, to compare the output with that"
+        )
+    plain: dict[str, Any] = manifest
+    return plain
+
+
+def signed(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """A manifest with the digest of its other entries."""
+    others = {key: value for key, value in manifest.items() if key != _OF_ITSELF}
+    return {**others, _OF_ITSELF: digest([json.dumps(others, sort_keys=True).encode()])}
 
 
 def _old_not_new(place: str, old: Any, new: Any) -> str:

@@ -24,6 +24,14 @@ _WAITS = (0.0, 0.2, 0.5)
 _NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL}
 
 
+def unfinished_in(folder: Path) -> str | None:
+    """What to say of a folder in which an interrupted run has left its files; None if none has."""
+    left = sorted(path.name for path in folder.glob(".*.incomplete") if path.is_dir())
+    if not left:
+        return None
+    return f"holds an unfinished conversion ({', '.join(left)}); run the same convert command again to finish it"
+
+
 class Staging:
     """A hidden folder beside the final place; locked by the process that leads, so that two runs never write into one."""
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from megatron_converters import console
+from megatron_converters import cli, console
 from megatron_converters.errors import ConversionError
 from megatron_converters.progress import Bar, Lines
 from tests.helpers import CONVERT, ROOT, TRACKER, Run, succeeded, verb
@@ -144,3 +144,35 @@ def test_the_limit_of_open_files_is_raised_as_far_as_it_goes(hf_model: HFModel, 
     )
     assert done.returncode == 1
     assert "raise the limit of open files (ulimit -n)" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (
+            PermissionError(errno.EACCES, "Permission denied", "a/b"),
+            "a/b: Permission denied; the user who runs this must",
+        ),
+        (FileNotFoundError(errno.ENOENT, "No such file or directory"), "the current folder has been removed"),
+        (OSError(errno.EIO, "Input/output error", "a"), "a: Input/output error\n"),
+    ],
+)
+def test_an_error_of_the_system_is_one_sentence(
+    error: OSError, sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught, console.errors_told("verb"):
+        raise error
+    assert caught.value.code == 1
+    assert capsys.readouterr().err.startswith(f"verb: error: {sentence}")
+
+
+def test_a_folder_that_cannot_be_listed_is_not_one_of_no_format(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(path: Path) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    with pytest.raises(SystemExit):
+        cli.main(["inspect", str(tmp_path)])
+    assert f"cannot list {tmp_path}: Permission denied" in capsys.readouterr().err

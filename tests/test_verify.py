@@ -24,8 +24,11 @@ from megatron_converters.endpoints.hf_source import HFSource
 from megatron_converters.endpoints.megatron_checkpoint import MegatronOptions
 from megatron_converters.endpoints.megatron_source import MegatronSource
 from megatron_converters.endpoints.megatron_target import MegatronTarget
+from megatron_converters.errors import ConversionError
+from megatron_converters.journal import signed
 from megatron_converters.output_check import check_output
 from megatron_converters.progress import Silent
+from megatron_converters.staging import Staging
 from megatron_converters.storage import safetensors, torch_zip
 from tests.conversions import hf_to_megatron, megatron_to_hf, reshard
 from tests.helpers import ROOT
@@ -566,7 +569,7 @@ def test_what_the_manifest_says_of_finished_files_makes_no_other_run_of_it(hf_mo
     source = HFSource(hf_model("llama3"))
     first, again = (convert(source, MegatronTarget(tmp_path, MegatronOptions(tp=2)), None, Silent()) for _ in range(2))
     assert "wrote" in first[0]
-    assert again == [f"{tmp_path / 'iter_0000001'} is complete already; nothing to do"]
+    assert again == [f"{tmp_path / 'iter_0000001'} is complete already; nothing to do (--overwrite writes it again)"]
 
 
 def test_any_damaged_byte_is_seen(outputs: tuple[Path, Path]) -> None:
@@ -662,7 +665,7 @@ def test_an_output_without_a_manifest(hf_model: HFModel, tmp_path: Path, capsys:
     for path in (hf_model("llama3"), tmp_path):
         code, _, err = run(capsys, "verify", path)
         assert code == 1
-        assert "conversion.json is missing or damaged" in err
+        assert "is no output of a conversion that can be checked alone: it has no conversion.json" in err
     assert run(capsys, "verify", tmp_path / "nowhere")[2].endswith("is no folder; give one that exists\n")
     assert run(capsys, "verify", tmp_path, "--ckpt-dir-name", "iter_0000009")[0] == 1
     for option in ("--ignore-dtype", "--logits", "--tolerance=0"):
@@ -702,10 +705,34 @@ def test_a_damaged_manifest_is_said_to_be(
     path = outputs[1] / "conversion.json"
     manifest = json.loads(path.read_text())
     change(manifest["files"])
-    path.write_text(json.dumps(manifest))
+    path.write_text(json.dumps(signed(manifest)))
     code, _, err = run(capsys, "verify", outputs[1])
     assert code == 1
     assert "is damaged, or of an older version" in err
+
+
+def test_any_damaged_byte_of_the_manifest_is_seen(outputs: tuple[Path, Path]) -> None:
+    """Also where it says what nothing else can contradict: where a tensor came from, by which options."""
+    path = outputs[1] / "conversion.json"
+    written = path.read_bytes()
+    for at in random.Random(0).sample(range(len(written)), 200):
+        path.write_bytes(written[:at] + bytes([written[at] ^ 1]) + written[at + 1 :])
+        with pytest.raises(ConversionError, match=r"conversion\.json is damaged"):
+            check_output(outputs[1], Silent())
+    for at in (0, 1, len(written) // 2, len(written) - 4):
+        path.write_bytes(written[:at])
+        with pytest.raises(ConversionError, match=r"conversion\.json is damaged"):
+            check_output(outputs[1], Silent())
+
+
+def test_an_unfinished_conversion_is_said_to_be_one(
+    hf_model: HFModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    staging = Staging(tmp_path, "iter_0000001")
+    staging.open()
+    for arguments in (["verify", tmp_path], ["inspect", tmp_path], ["diff", hf_model("llama3"), tmp_path]):
+        _, _, err = run(capsys, *arguments)
+        assert f"{tmp_path} holds an unfinished conversion (.iter_0000001.incomplete); run the same convert" in err
 
 
 def test_a_manifest_that_lies_of_places_finds_faults(outputs: tuple[Path, Path]) -> None:
@@ -715,7 +742,7 @@ def test_a_manifest_that_lies_of_places_finds_faults(outputs: tuple[Path, Path])
     for change in (_tensor("at", [0, 8]), lambda files: files["model.safetensors"]["tensors"].popitem()):
         manifest = json.loads(written)
         change(manifest["files"])
-        path.write_text(json.dumps(manifest))
+        path.write_text(json.dumps(signed(manifest)))
         assert _faults(outputs[1])
 
 

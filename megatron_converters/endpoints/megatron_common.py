@@ -77,6 +77,7 @@ def is_distributed(directory: Path) -> bool:
 
 
 def listing(folder: Path) -> list[Path]:
+    """What is in a folder, in order."""
     try:
         return sorted(folder.iterdir())
     except OSError as error:
