@@ -94,6 +94,15 @@ class Comparison:
         """The tensors that something was found in."""
         return [tensor for tensor in self.tensors if tensor.findings]
 
+    def alike(self) -> dict[str, list[str]]:
+        """Findings about whole tensors, such as another dtype, each with the tensors that it was made of."""
+        found: dict[str, list[str]] = {}
+        for tensor in self.different:
+            for finding in tensor.findings:
+                if finding.measure is None:
+                    found.setdefault(finding.text, []).append(str(tensor.ref))
+        return found
+
     @property
     def equal(self) -> bool:
         """Whether nothing differs."""

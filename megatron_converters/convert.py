@@ -87,10 +87,12 @@ def _base_parser() -> argparse.ArgumentParser:
         "--model-type", choices=["GPT", "BERT"], default="GPT", help="GPT; BERT is accepted by stock plugins only."
     )
     _add_plugin_names(parser)
-    parser.add_argument("--load-dir", required=True, type=place, help="Folder of the model or checkpoint to read.")
-    parser.add_argument("--save-dir", required=True, type=place, help="Folder to write to.")
     parser.add_argument(
-        "--max-queue-size", type=int, default=50, help="Messages that may wait between loader and saver."
+        "--load-dir", metavar="DIR", required=True, type=place, help="Folder of the model or checkpoint to read."
+    )
+    parser.add_argument("--save-dir", metavar="DIR", required=True, type=place, help="Folder to write to.")
+    parser.add_argument(
+        "--max-queue-size", metavar="N", type=int, default=50, help="Messages that may wait between loader and saver."
     )
     parser.add_argument(
         "--no-checking",
@@ -108,8 +110,10 @@ def _base_parser() -> argparse.ArgumentParser:
 
 
 def _add_plugin_names(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--loader", default="llama_mistral", help="llama_mistral, core, or the name of another plugin.")
-    parser.add_argument("--saver", default="mcore", help="mcore, hf, or the name of another plugin.")
+    parser.add_argument(
+        "--loader", metavar="NAME", default="llama_mistral", help="llama_mistral, core, or the name of another plugin."
+    )
+    parser.add_argument("--saver", metavar="NAME", default="mcore", help="mcore, hf, or the name of another plugin.")
 
 
 def load_plugin(kind: str, name: str) -> types.ModuleType:

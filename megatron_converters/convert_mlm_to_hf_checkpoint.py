@@ -38,9 +38,16 @@ def _parser() -> argparse.ArgumentParser:
         conflict_handler="resolve",
     )
     parser.add_argument(
-        "--load-path", dest="load_dir", required=True, type=place, help="Folder that holds iter_*, or one of these."
+        "--load-path",
+        metavar="DIR",
+        dest="load_dir",
+        required=True,
+        type=place,
+        help="Folder that holds iter_*, or one of these.",
     )
-    parser.add_argument("--save-path", dest="save_dir", required=True, type=place, help="Folder to write to.")
+    parser.add_argument(
+        "--save-path", metavar="DIR", dest="save_dir", required=True, type=place, help="Folder to write to."
+    )
     parser.add_argument(
         "--target-params-dtype",
         choices=["fp16", "bf16", "fp32"],

@@ -53,15 +53,21 @@ class Measure:
 
     @property
     def relative(self) -> float:
-        """The difference's norm over the tensor's, where they were asked for."""
+        """The difference's norm over the tensor's, where they were asked for; infinite where one of them is no finite number."""
         if not self.distance or self.norm is None:
             return 0.0
-        return self.distance / self.norm if self.norm else math.inf
+        comparable = self.norm and math.isfinite(self.norm) and math.isfinite(self.distance)
+        return self.distance / self.norm if comparable else math.inf
 
     def __str__(self) -> str:
         row, col = self.first or (0, 0)
-        size = f"by {self.largest:.6g} at most" if self.largest else "in bits alone (signs of zeros, or kinds of NaN)"
-        return f"{self.differing} of {self.elements} elements differ, {size}; the first is row {row}, column {col}"
+        if not self.largest:
+            extent = "in bits alone (signs of zeros, or kinds of NaN)"
+        elif math.isinf(self.largest):
+            extent = "some in that only one side is a finite number"
+        else:
+            extent = f"by {self.largest:.6g} at most"
+        return f"{self.differing} of {self.elements} elements differ, {extent}; the first is row {row}, column {col}"
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; infinities and NaN, which JSON has not, as strings."""

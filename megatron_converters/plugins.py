@@ -45,6 +45,7 @@ def add_common_arguments(parser: Any) -> None:
     add_argument(
         parser,
         "--megatron-path",
+        metavar="DIR",
         default=None,
         help="Accepted for compatibility; not needed, since Megatron-LM is never imported.",
     )

@@ -426,7 +426,7 @@ def test_a_vocabulary_with_its_padding_is_compared_as_far_as_both_have_it(
     code, out, _ = run(capsys, "verify", source, changed)
     assert code == 1
     assert "different: vocab_size: A has 199, B has 256" in out
-    assert "different: word_embeddings: A has shape [199, 64], B [256, 64]" in out
+    assert "different: word_embeddings, output_layer: A has shape [199, 64], B [256, 64]" in out
     assert "elements differ" not in out
     assert run(capsys, "verify", source, changed, "--true-vocab-size", 199)[0] == 0
 
@@ -608,7 +608,7 @@ def test_a_damaged_tensor_is_named_with_its_slots(
     code, out, _ = run(capsys, "verify", hf)
     assert code == 1
     assert f"damaged: model.safetensors: {name} (layer 1 qkv) has other bytes than were written" in out
-    assert "DAMAGED: 1 faults; checked 39 tensors" in out
+    assert "DAMAGED: 1 fault; checked 39 tensors" in out
     (fault,) = json.loads(run(capsys, "verify", hf, "--json")[1])["faults"]
     assert (fault["file"], fault["tensor"], fault["holds"]) == ("model.safetensors", name, ["layer 1 qkv"])
 
@@ -671,6 +671,14 @@ def test_an_output_without_a_manifest(hf_model: HFModel, tmp_path: Path, capsys:
     for option in ("--ignore-dtype", "--logits", "--tolerance=0"):
         code, _, err = run(capsys, "verify", tmp_path, option)
         assert (code, "compares two folders" in err) == (2, True)
+
+
+def test_options_of_logits_need_logits(hf_model: HFModel, capsys: pytest.CaptureFixture[str]) -> None:
+    """Else a user would believe that something was computed."""
+    for option in ("--seed=0", "--batch=1", "--length=7"):
+        code, _, err = run(capsys, "verify", hf_model("llama3"), hf_model("llama3"), option)
+        assert code == 2
+        assert f"{option.partition('=')[0]} is for comparing logits; give --logits, too" in err
 
 
 def _set(key: str, value: Any) -> Callable[[dict[str, Any]], None]:

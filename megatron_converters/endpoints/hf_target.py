@@ -25,6 +25,7 @@ from ..staging import Staging
 from ..storage import safetensors
 from ..storage.output import Layout
 from ..tokenizer import generation_config, recorded, token_ids, tokenizer_files, write_tokenizer
+from ..units import count, size
 from .base import Origin
 from .hf_names import Part, parts_of
 
@@ -163,9 +164,9 @@ class HFTarget:
     def show(self, staging: Staging) -> list[str]:
         """Move the files into place, index and config last."""
         staging.move_into(self.save_dir, _LAST)
-        count = len(set(self._file_of.values()))
+        files = len(set(self._file_of.values()))
         return [
-            f"wrote {len(self._file_of)} tensors ({self._total / 1e9:.3f} GB) in {count} file(s) to {self.save_dir}",
+            f"wrote {count(len(self._file_of), 'tensor')} ({size(self._total)}) in {count(files, 'file')} to {self.save_dir}",
             *self._notes,
         ]
 

@@ -42,6 +42,7 @@ from ..staging import Staging, write_text
 from ..storage.output import Layout
 from ..storage.tensor import StoredTensor
 from ..tokenizer import recorded
+from ..units import count
 from .base import Origin
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -181,13 +182,20 @@ class CheckpointTarget(ABC):
         warnings = [*self._warnings, *flag_warnings(self._spec, shown, self._parallel.tp)]
         warnings += router_warnings(self._spec, self._router)
         return [
-            f"wrote {self._written()} to {self.save_dir / self._name}; {self._padded - self._spec.vocab_size} rows of "
-            f"vocabulary padding repeat the last of {self._spec.vocab_size}",
+            f"wrote {self._written()} to {self.save_dir / self._name}{self._padding()}",
             *self._origin.notes,
             *self._bins_note(),
             *warnings,
             f"pretrain_gpt.py needs:\n{self._flags_text()}".rstrip(),
         ]
+
+    def _padding(self) -> str:
+        rows = self._padded - self._spec.vocab_size
+        return (
+            f"; {count(rows, 'row')} of padding repeat the last of the vocabulary's {self._spec.vocab_size}"
+            if rows
+            else ""
+        )
 
     def _flags_text(self) -> str:
         shown = flags(self._args)

@@ -204,7 +204,10 @@ def _vocab_size(args: argparse.Namespace, padded: int, given: int | None) -> tup
     if given is not None:
         if given > padded:
             raise UsageError(f"--true-vocab-size {given} exceeds the {padded} rows of the embeddings")
-        return given, []
+        other = isinstance(recorded, int) and recorded != given
+        return given, [
+            f"warning: --true-vocab-size {given} is taken, although the args say {recorded}"
+        ] if other else []
     if isinstance(recorded, int) and 0 < recorded <= padded:
         return recorded, []
     return padded, [

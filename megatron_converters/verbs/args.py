@@ -9,7 +9,7 @@ from pathlib import Path
 from ..arguments import arguments
 from ..console import put, put_json, warn
 from ..errors import raise_all
-from ..formats import add_reading_arguments, open_any
+from ..formats import add_reading_arguments, open_any, refuse_unheeded
 from ..margs_json import margs_to_json
 from ..megatron_args import inexpressible
 from ..megatron_flags import all_flags, as_shell, flag_warnings
@@ -32,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print the flags on standard output and what to know of them on standard error; 0 if they express the model."""
     kind, source = open_any(args.folder, args)
+    refuse_unheeded([kind], args)
     reasons = inexpressible(source.spec)
     if not args.allow_inexpressible:
         raise_all(

@@ -21,6 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_job_arguments(parser)
     parser.add_argument(
         "--workers",
+        metavar="N",
         type=positive,
         default=1,
         help="Processes on this machine. On several, start the same command under torchrun or srun instead.",

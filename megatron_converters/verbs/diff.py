@@ -8,10 +8,10 @@ from typing import Any
 
 from ..compare import Compared, Comparison, Rules, compare
 from ..console import put_json, say
-from ..options.values import place
+from ..options.values import natural, place
 from ..progress import make_progress
 from ..settings_diff import settings_differences
-from .pair import Pair, add_pair_arguments, describe_pair, open_pair, say_pair
+from .pair import Pair, add_pair_arguments, describe_pair, of_whole_tensors, open_pair, say_pair
 
 _DEFAULT_TOP = 20
 _HEADINGS = ("relative", "||A-B||", "||A||", "max |A-B|", "differing", "elements", "tensor")
@@ -24,7 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_pair_arguments(parser)
     parser.add_argument(
         "--top",
-        type=int,
+        metavar="N",
+        type=natural,
         default=_DEFAULT_TOP,
         help=f"Tensors to list, {_DEFAULT_TOP} by default: those that differ most.",
     )
@@ -52,13 +53,14 @@ def _report(args: argparse.Namespace, settings: dict[str, list[str]], comparison
     for kind, found in settings.items():
         for difference in found:
             yield f"{kind}: {difference}"
+    yield from of_whole_tensors(comparison, each=args.all)
     for tensor in comparison.different:
         for finding in tensor.findings:
-            if finding.measure is None or finding.kind == "copy":
+            if finding.measure is not None and finding.kind == "copy":
                 yield f"{tensor.ref}: {next(finding.lines())}"
     ranked = _ranked(comparison)
     differing = [tensor for tensor in ranked if tensor.measure is not None and tensor.measure.differing]
-    shown = ranked if args.all else differing[: max(args.top, 0)]
+    shown = ranked if args.all else differing[: args.top]
     if shown:
         yield from _table(shown)
     if not args.all and len(differing) > len(shown):

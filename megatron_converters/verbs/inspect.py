@@ -8,7 +8,7 @@ from pathlib import Path
 from ..console import put, put_json
 from ..describe import lines
 from ..errors import UsageError
-from ..formats import add_reading_arguments, open_any
+from ..formats import add_reading_arguments, open_any, refuse_unheeded
 from ..options.values import place
 from ..shard_map.page import page
 from ..staging import write_text
@@ -33,7 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Look at the folder; 0 if it can be read."""
     target = None if args.html is None else _writable(Path(args.html))
-    found = survey(*open_any(args.folder, args))
+    kind, source = open_any(args.folder, args)
+    refuse_unheeded([kind], args)
+    found = survey(kind, source)
     if args.json:
         put_json(as_json(found))
     else:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from ..console import put, put_json
 from ..forecast import Forecast, forecast, measure
 from ..options.values import positive
-from ..units import duration, size
+from ..units import count, duration, size
 from .job import Job, add_job_arguments, job_of
 
 _SHOWN_FILES = 64
@@ -18,7 +18,9 @@ _SHOWN_IGNORED = 20
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's options."""
     add_job_arguments(parser)
-    parser.add_argument("--workers", type=positive, default=1, help="Processes that the conversion would have.")
+    parser.add_argument(
+        "--workers", metavar="N", type=positive, default=1, help="Processes that the conversion would have."
+    )
     parser.add_argument(
         "--no-measure", action="store_true", help="Do not measure a rate; the time is then not estimated."
     )
@@ -50,11 +52,12 @@ def _lines(job: Job, result: Forecast) -> Iterator[str]:
     if len(result.files) > _SHOWN_FILES:
         yield f"… and {len(result.files) - _SHOWN_FILES} more files (--json lists all)"
     yield ""
-    yield f"{result.source_tensors} source tensors, each read once, make {result.target_tensors} in {len(result.files)} file(s)"
-    for cast, count in result.casts.items():
-        yield f"{count} are cast from {cast}"
+    read, files = count(result.source_tensors, "source tensor"), count(len(result.files), "file")
+    yield f"{read}, each read once, make {result.target_tensors} in {files}"
+    for cast, number in result.casts.items():
+        yield f"{number} are cast from {cast}"
     if result.padding_rows:
-        yield f"{result.padding_rows} rows of vocabulary padding repeat the last row"
+        yield f"{count(result.padding_rows, 'row')} of vocabulary padding, in all tensors together, repeat the vocabulary's last"
     for ignored in result.ignored[:_SHOWN_IGNORED]:
         yield f"left out: {ignored}"
     if len(result.ignored) > _SHOWN_IGNORED:
@@ -74,5 +77,5 @@ def _state(result: Forecast) -> Iterator[str]:
     elif result.obstacle:
         yield f"obstacle: {result.obstacle}"
     elif result.finished:
-        count = f"{len(result.finished)} of {len(result.files)}"
-        yield f"an interrupted run has finished {count} files, {size(result.nbytes - result.left)}; the command goes on from there"
+        some = f"{len(result.finished)} of {len(result.files)}"
+        yield f"an interrupted run has finished {some} files, {size(result.nbytes - result.left)}; the command goes on from there"
