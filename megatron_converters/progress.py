@@ -11,8 +11,10 @@ from typing import Any, Protocol, TextIO
 from .console import write
 from .units import duration, size
 
-#: Seconds between plain lines.
-_INTERVAL = 10.0
+#: Seconds between plain lines, at least and at most; between these a line for each such share of the whole, so that the log
+#: of a day has some hundred lines.
+_INTERVAL, _SILENCE = 10.0, 600.0
+_STEP = 0.01
 
 
 class Progress(Protocol):
@@ -37,7 +39,7 @@ class Silent:
 
 
 class Lines:
-    """A line every few seconds with bytes, rate and time left; for logs, and where tqdm is not installed."""
+    """A line now and then with bytes, rate and time left; for logs, and where tqdm is not installed."""
 
     def __init__(self, stream: TextIO, done: str = "copied") -> None:
         self._stream = stream
@@ -45,6 +47,7 @@ class Lines:
         self._lock = threading.Lock()
         self._total = self._done = 0
         self._begun = self._shown = 0.0
+        self._shown_bytes = 0
 
     def start(self, total: int) -> None:
         """Begin to count towards `total` bytes."""
@@ -56,8 +59,9 @@ class Lines:
         with self._lock:
             self._done += count
             now = time.monotonic()
-            if now - self._shown >= _INTERVAL:
-                self._shown = now
+            waited, step = now - self._shown, self._done - self._shown_bytes
+            if waited >= _INTERVAL and (step >= _STEP * self._total or waited >= _SILENCE):
+                self._shown, self._shown_bytes = now, self._done
                 self._show(now - self._begun)
 
     def stop(self) -> None:

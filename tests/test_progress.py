@@ -49,6 +49,23 @@ def test_lines_show_bytes_rate_and_time_left(monkeypatch: pytest.MonkeyPatch) ->
     ]
 
 
+def test_the_log_of_a_day_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, stream = Clock(monkeypatch), io.StringIO()
+    lines = Lines(stream)
+    lines.start(86400 * 10**6)
+    for _ in range(86400):
+        clock.now += 1
+        lines(10**6)
+    assert 100 <= stream.getvalue().count("\n") < 300
+    stalled = io.StringIO()
+    lines = Lines(stalled)
+    lines.start(10**12)
+    for _ in range(3600):
+        clock.now += 1
+        lines(1)
+    assert stalled.getvalue().count("\n") == 6  # a sign of life every ten minutes
+
+
 def test_lines_say_nothing_of_a_run_that_copied_nothing() -> None:
     stream = io.StringIO()
     for begun in (False, True):

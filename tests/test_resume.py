@@ -547,6 +547,10 @@ def test_processes_without_a_meeting_place_are_told_so(job: Job) -> None:
     refused(run, "process 1 of 2", "MASTER_ADDR and MASTER_PORT", code=2)
     run = verb("convert", source, out, *options, "--workers", 2, env={"RANK": "x", "WORLD_SIZE": "2"})
     refused(run, "must be numbers", code=2)
+    run = verb(
+        "convert", source, out, *options, env={"RANK": "3", "WORLD_SIZE": "2", "MASTER_ADDR": "x", "MASTER_PORT": "1"}
+    )
+    refused(run, "RANK=3 must be below WORLD_SIZE=2", code=2)
 
 
 def test_a_file_system_without_locks_will_do(job: Job, tmp_path: Path) -> None:

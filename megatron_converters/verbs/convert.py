@@ -12,7 +12,7 @@ from ..conversion import convert
 from ..crew import ALONE, Crew
 from ..errors import UsageError
 from ..options.values import positive
-from ..progress import Silent, make_progress
+from ..progress import Progress, Silent, make_progress
 from .job import add_job_arguments, job_of
 
 
@@ -55,7 +55,12 @@ def work(crew: Crew, args: argparse.Namespace) -> list[str]:
         origin, spec = job.source.origin, job.source.spec
         among = f", {crew.size} processes" if crew is not ALONE else ""
         report(
-            args, f"reading {origin.described} ({job.source_format}, {spec.family}), writing {job.target_format}{among}"
+            args,
+            f"reading {origin.described} ({job.source_format}, {spec.family}), writing {args.save_dir} "
+            f"({job.target_format}){among}",
         )
-    progress = make_progress(args.quiet) if crew.rank == 0 else Watched(Silent(), "first process")
+    progress: Progress = Watched(Silent(), "first process")
+    if crew.rank == 0:
+        share = f" (the share of process 0 of {crew.size})" if crew.size > 1 else ""
+        progress = make_progress(args.quiet, f"copying{share}", f"copied{share}")
     return convert(job.source, job.target, job.dtype, progress, restart=args.restart, crew=crew)

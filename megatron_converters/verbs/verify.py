@@ -64,7 +64,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--logits", action="store_true", help="Build both models on this CPU in float32 and compare what they compute."
     )
     for name, (default, words) in _LOGITS.items():
-        logits.add_argument(f"--{name}", metavar="N", type=natural, default=None, help=f"{words}; {default} by default.")
+        logits.add_argument(
+            f"--{name}", metavar="N", type=natural, default=None, help=f"{words}; {default} by default."
+        )
 
 
 def run(args: argparse.Namespace) -> int:
