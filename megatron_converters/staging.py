@@ -21,7 +21,7 @@ from .units import size
 
 #: Seconds before each try to lock: one who only looks whether the folder is in use holds it for an instant.
 _WAITS = (0.0, 0.2, 0.5)
-_NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL}
+_NO_LOCKS = {errno.ENOSYS, errno.EBADF, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL}
 
 
 def unfinished_in(folder: Path) -> str | None:
@@ -33,33 +33,35 @@ def unfinished_in(folder: Path) -> str | None:
 
 
 class Staging:
-    """A hidden folder beside the final place; locked by the process that leads, so that two runs never write into one."""
+    """A hidden folder beside the final place, which the process that leads locks: two runs never write into one place."""
 
     def __init__(self, save_dir: Path, name: str) -> None:
         """Only says where; `open` makes it."""
+        self._save_dir = save_dir
         self.path = save_dir / f".{name}.incomplete"
         self.files = self.path / "files"
         self.state = self.path / "state"
         self._lock = -1
 
     def open(self) -> None:
-        """Make the folder if there is none, and lock it. Raises if a living run holds it."""
+        """Lock the final place, and make the hidden folder there if there is none. Raises if a living run holds the place."""
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(self.path, os.O_RDONLY)
+            self._save_dir.mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(self._save_dir, os.O_RDONLY)
+            free = any(_lock(self._lock, fcntl.LOCK_EX, wait) for wait in _WAITS)
+            if free:
+                self.path.mkdir(exist_ok=True)
         except OSError as error:
+            self._unlock()
             raise ConversionError(f"cannot make {self.path}: {reason_of(error)}") from error
-        if not any(_lock(self._lock, fcntl.LOCK_EX, wait) for wait in _WAITS):
+        if not free:
             self._unlock()
             raise ConversionError(self._taken())
-        if not self.path.exists():  # a run that held the lock until now has ended and taken the folder away
-            self._unlock()
-            self.open()
 
     def in_use(self) -> str | None:
-        """Who is writing into the folder, if a living run on this machine is."""
+        """Who is writing to the place, if a living run on this machine is."""
         try:
-            fd = os.open(self.path, os.O_RDONLY)
+            fd = os.open(self._save_dir, os.O_RDONLY)
         except OSError:
             return None
         try:
@@ -68,7 +70,7 @@ class Staging:
             os.close(fd)
 
     def _taken(self) -> str:
-        return f"another conversion is writing to {self.path}; wait for it or save elsewhere"
+        return f"another conversion is writing to {self._save_dir}; wait for it or save elsewhere"
 
     @property
     def held(self) -> bool:
@@ -79,7 +81,7 @@ class Staging:
         """Remove what an earlier run left, and make the two folders."""
         self._forget()
         for entry in self.path.iterdir():
-            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
         self.files.mkdir()
         self.state.mkdir()
 
@@ -113,6 +115,12 @@ class Staging:
         os.replace(self.files, final)
         sync_folder(final.parent)
 
+    def put(self, final: Path, text: str) -> None:
+        """Replace a small file in one step, by way of this folder: beside `final` another run's would have the same name."""
+        write_text(self.path / final.name, text)
+        os.replace(self.path / final.name, final)
+        sync_folder(final.parent)
+
     def move_into(self, final: Path, last: Sequence[str]) -> None:
         """Move the files into an existing folder, those named `last` at the end, in their order."""
         order = {name: number for number, name in enumerate(last, 1)}
@@ -141,7 +149,7 @@ def _lock(fd: int, kind: int, wait: float = 0.0) -> bool:
     except BlockingIOError:
         return False
     except OSError as error:
-        # Some network file systems have no locks. The journal's mark of the run still keeps two from mixing.
+        # Some network file systems have no locks, or none for a folder. The journal's mark of the run still keeps two from mixing.
         if error.errno not in _NO_LOCKS:
             raise
     return True

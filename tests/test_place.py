@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ from megatron_converters.endpoints.megatron_checkpoint import MegatronOptions
 from megatron_converters.endpoints.megatron_target import MegatronTarget
 from megatron_converters.errors import ConversionError, Stopped
 from megatron_converters.progress import Silent
+from megatron_converters.staging import Staging
 from tests.helpers import TRACKER
 
 HFModel = Callable[..., Path]
@@ -101,3 +103,43 @@ def test_what_another_has_saved_meanwhile_stays(hf_model: HFModel, tmp_path: Pat
     (tmp_path / TRACKER).unlink()
     convert(HFSource(hf_model("llama2")), MegatronTarget(tmp_path, MegatronOptions(tp=2)), None, Silent())
     assert (tmp_path / TRACKER).read_text() == "1"
+
+
+def test_two_conversions_never_write_into_one_place(hf_model: HFModel, tmp_path: Path) -> None:
+    """Also where their results have other names: both would write the tracker."""
+    other = Staging(tmp_path, "release")
+    other.open()
+    with pytest.raises(ConversionError, match=f"another conversion is writing to {tmp_path}; wait for it"):
+        convert(HFSource(hf_model("llama2")), MegatronTarget(tmp_path, MegatronOptions()), None, Silent())
+    assert [path.name for path in tmp_path.iterdir()] == [".release.incomplete"]
+    other.leave()
+    convert(HFSource(hf_model("llama2")), MegatronTarget(tmp_path, MegatronOptions()), None, Silent())
+
+
+def test_the_tracker_comes_by_way_of_the_hidden_folder(
+    hf_model: HFModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a file system without locks, two runs that write it at once must not write into each other's file."""
+    seen: list[Path] = []
+    real = os.replace
+
+    def replace(source: Path, target: Path) -> None:
+        if Path(target).name == TRACKER:
+            seen.append(Path(source))
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    convert(HFSource(hf_model("llama2")), MegatronTarget(tmp_path, MegatronOptions()), None, Silent())
+    assert seen and all(".iter_0000001.incomplete" in path.parts for path in seen)
+    assert (tmp_path / TRACKER).read_text() == "1"
+
+
+def test_a_link_that_was_replaced_can_be_thrown_away(tmp_path: Path) -> None:
+    """As an interrupted run with --overwrite leaves it."""
+    staging = Staging(tmp_path / "out", "model")
+    staging.open()
+    (tmp_path / "theirs").mkdir()
+    (staging.path / "replaced").symlink_to(tmp_path / "theirs")
+    staging.empty()
+    assert (tmp_path / "theirs").is_dir()
+    assert sorted(path.name for path in staging.path.iterdir()) == ["files", "state"]

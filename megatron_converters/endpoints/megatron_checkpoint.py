@@ -38,7 +38,7 @@ from ..parallel import Parallel, kept_etp, padded_vocab, parallel_for
 from ..pipeline import EVEN, PipelineSplit
 from ..slots import SLOTS, Ref
 from ..spec import ModelSpec
-from ..staging import Staging, write_text
+from ..staging import Staging
 from ..storage.output import Layout
 from ..storage.tensor import StoredTensor
 from ..tokenizer import recorded
@@ -177,7 +177,7 @@ class CheckpointTarget(ABC):
     def show(self, staging: Staging) -> list[str]:
         """Show the directory under its name, then point the tracker at it."""
         staging.move_to(self.save_dir / self._name)
-        write_text(self.save_dir / TRACKER, self._tracker_text())
+        staging.put(self.save_dir / TRACKER, self._tracker_text())
         shown = flags(self._args)
         warnings = [*self._warnings, *flag_warnings(self._spec, shown, self._parallel.tp)]
         warnings += router_warnings(self._spec, self._router)
