@@ -30,7 +30,10 @@ def _place(environment: Mapping[str, str]) -> _Place | None:
         if rank in environment and size in environment:
             if not (environment[rank].isdecimal() and environment[size].isdecimal()):
                 raise UsageError(f"{rank}={environment[rank]} and {size}={environment[size]} must be numbers")
-            return _Place(int(environment[rank]), int(environment[size]))
+            place = _Place(int(environment[rank]), int(environment[size]))
+            if place.rank >= place.size:
+                raise UsageError(f"{rank}={place.rank} must be below {size}={place.size}; unset both to run alone")
+            return place
     return None
 
 

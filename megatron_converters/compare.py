@@ -21,8 +21,8 @@ from .dtypes import BY_NAME, DType, values
 from .endpoints.base import Source
 from .errors import ConversionError
 from .execute import default_lanes, gather_chunks
-from .hf_config import differences
 from .layouts import RowMap, interned
+from .plain import differences
 from .plan import Piece, Planner, Sources, as_matrix
 from .progress import Progress
 from .slots import SLOTS, Ref, Scope, refs
@@ -94,6 +94,15 @@ class Comparison:
         """The tensors that something was found in."""
         return [tensor for tensor in self.tensors if tensor.findings]
 
+    def alike(self) -> dict[str, list[str]]:
+        """Findings about whole tensors, such as another dtype, each with the tensors that it was made of."""
+        found: dict[str, list[str]] = {}
+        for tensor in self.different:
+            for finding in tensor.findings:
+                if finding.measure is None:
+                    found.setdefault(finding.text, []).append(str(tensor.ref))
+        return found
+
     @property
     def equal(self) -> bool:
         """Whether nothing differs."""
@@ -113,7 +122,12 @@ def spec_differences(one: Source, other: Source) -> list[str]:
     left, right = one.spec, dataclasses.replace(other.spec, dtype=one.spec.dtype)
     if one.origin.hf_config is None or other.origin.hf_config is None:
         right = dataclasses.replace(right, family=left.family)
-    return differences(left, right)
+    return differences(left.to_dict(), right.to_dict(), "", in_a_and_b)
+
+
+def in_a_and_b(name: str, one: Any, other: Any) -> str:
+    """A setting that differs, in words."""
+    return f"{name}: A has {one}, B has {other}"
 
 
 def ordered(found: Iterable[Ref]) -> list[Ref]:

@@ -13,9 +13,9 @@ import numpy as np
 
 from .crew import ALONE, Crew, agree, meet, share
 from .dtypes import DType
-from .endpoints.base import Source, Target, wanted_dtype
+from .endpoints.base import Source, Target, changed_files, wanted_dtype
 from .endpoints.queue_target import QueueTarget
-from .errors import ConversionError, DiskError, Interrupted, Stopped
+from .errors import ConversionError, DiskError, Interrupted, Stopped, raise_all, reason_of
 from .execute import Executor
 from .journal import (
     Entries,
@@ -23,19 +23,19 @@ from .journal import (
     describe_run,
     is_output_of,
     refuse_other,
-    size_of,
     tensor_entry,
     write_manifest,
 )
 from .outline import Outline
 from .progress import Progress
 from .slots import refs
-from .staging import Staging, check_space
+from .staging import Staging, check_place, check_space
 from .storage.output import OutputFile
 
 T = TypeVar("T")
 #: Seconds that a network file system may take to show what another machine has written.
 _PATIENCE = 60.0
+_AGAIN = " (--overwrite writes it again)"
 
 
 def convert(
@@ -79,7 +79,7 @@ def _disk_errors() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise DiskError(f"cannot write {error.filename or 'the output'}: {error.strerror}") from error
+        raise DiskError(f"cannot read or write {error.filename or 'the output'}: {reason_of(error)}") from error
 
 
 class _Run:
@@ -91,7 +91,7 @@ class _Run:
         self._staging = Staging(target.save_dir, outline.name)
         self._journal = Journal(self._staging.state)
         self._description = describe_run(outline, source.origin)
-        self._begun = False
+        self._begun = self._shown = False
         self._session = ""
         self._open: dict[str, OutputFile] = {}
         self._entries: dict[str, Entries] = {}
@@ -101,7 +101,7 @@ class _Run:
         try:
             agree(self._crew, self._together(lambda: self._description), "conversion")
             if self._led(self._complete_already):
-                return self._led(lambda: [f"{self._target.shown()} is complete already; nothing to do"])
+                return self._led(lambda: [f"{self._target.shown()} is complete already; nothing to do{_AGAIN}"])
             finished, self._session = self._led(partial(self._begin, restart))
             self._begun = True
             self._together(self._see_folder)
@@ -136,7 +136,7 @@ class _Run:
     def _complete_already(self) -> bool:
         """Whether this very run has been completed before, so that repeating a command is no error."""
         folder = self._target.shown()
-        if folder is None or self._source.origin.identity is None or not is_output_of(folder, self._description):
+        if folder is None or not is_output_of(folder, self._description):
             return False
         if self._staging.path.exists():  # killed while it cleaned up
             self._staging.open()
@@ -146,6 +146,7 @@ class _Run:
     def _begin(self, restart: bool) -> tuple[list[str], str]:
         """Open the hidden folder, anew or where the same run has stopped; returns the files that are finished, and whose it is."""
         if not self._staging.path.exists():
+            check_place(self._target.save_dir)
             self._target.refuse_existing()
             check_space(self._target.save_dir, self._outline.nbytes)
         self._staging.open()
@@ -158,7 +159,7 @@ class _Run:
         else:
             refuse_other(self._staging, old, self._description, len(finished))
             if self._journal.complete:
-                return list(finished), self._journal.take()
+                return list(self._outline.files), self._journal.take()
             self._target.refuse_existing()
             self._staging.keep_only(list(finished))
         left = self._outline.files.keys() - finished.keys()
@@ -174,13 +175,7 @@ class _Run:
             )
 
     def _finished(self) -> dict[str, dict[str, Any]]:
-        """The records of files that an earlier run has finished, and that are there."""
-        found = self._journal.finished()
-        if self._journal.complete:
-            return found
-        return {
-            file: record for file, record in found.items() if size_of(self._staging.files / file) == record["bytes"]
-        }
+        return self._journal.finished_in(self._staging.files)
 
     def _take_share(self, finished: list[str]) -> set[str]:
         """The files that this process fills."""
@@ -206,6 +201,11 @@ class _Run:
             executor.cancel()
             raise
         self._source.close()
+        raise_all(
+            f"the source changed while it was read, so nothing of this run is kept: {self._source.origin.described}",
+            changed_files(self._source.origin),
+            remedy="wait until nothing writes there, and run the same command again",
+        )
         for path in sorted(mine):  # a file without tensors is finished by nobody else; one with gaps says so here
             if not self._file(path).closed:
                 self._finish(self._file(path))
@@ -239,8 +239,10 @@ class _Run:
         checksums = file.checksums()
         for name, region in self._outline.files[path].regions.items():
             tensors[name] |= {"at": list(region), "crc32": f"{checksums[name]:08x}"}
-        if self._journal.session() != self._session:  # this process is what is left of a run that another one continues
-            raise Stopped(f"another run has taken over {self._staging.path}")
+        session = self._journal.session()
+        if session != self._session:  # this process is what is left of a run that another one continues
+            happened = "someone has removed" if session is None else "another run has taken over"
+            raise Stopped(f"{happened} {self._staging.path}")
         self._journal.finish(path, file.nbytes, self._outline.outside(path, checksums), tensors)
 
     def _end(self, done: set[str]) -> list[str]:
@@ -250,14 +252,23 @@ class _Run:
             lost = sorted(self._outline.files.keys() - finished.keys())
             if lost:
                 raise ConversionError(f"{', '.join(lost)} should be finished and are not; run the same command again")
+            self._refuse_what_came()
             write_manifest(self._staging.files, self._description, finished, self._source.origin)
             self._journal.mark_complete()
         if not self._journal.cleared:
             self._target.clear(self._staging)
             self._journal.mark_cleared()
         lines = self._target.show(self._staging)
+        self._shown = True
         self._staging.discard()
         return lines
+
+    def _refuse_what_came(self) -> None:
+        """Raise if something has appeared at the final place since this began; what is finished is kept."""
+        try:
+            self._target.refuse_existing()
+        except ConversionError as error:
+            raise Stopped(f"something else was saved there meanwhile: {error}") from error
 
     def _await(self, look: Callable[[], T], good: Callable[[T], bool]) -> T:
         """What is seen once it is good, or at last: other machines' files may take a while to be seen here."""
@@ -269,6 +280,11 @@ class _Run:
     def _give_up(self, error: BaseException) -> None:
         """Leave nothing, but what the same run can use when it is started again."""
         if not self._staging.held:
+            return
+        if self._shown:  # the next run takes the hidden folder away
+            self._staging.leave()
+            if isinstance(error, ConversionError):
+                error.hint = "; the output is complete all the same"
             return
         finished = self._finished()
         of_this_run = self._begun and self._source.origin.identity is not None

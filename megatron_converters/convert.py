@@ -18,9 +18,10 @@ from contextlib import suppress
 from typing import Any
 
 from .channel import check_exit
+from .console import errors_told, prepare_process
 from .endpoints.queue_names import DONE
-from .errors import ConversionError, Interrupted, UsageError
-from .plugins import fail
+from .errors import ConversionError, UsageError
+from .options.values import place
 
 #: Names that stock and Habana's tools give to the same plugins.
 _ALIASES = {"loader": {"mcore": "core", "megatron": "core"}, "saver": {"core": "mcore", "megatron": "mcore"}}
@@ -32,12 +33,9 @@ _GRACE = 5.0
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a conversion; exits with 0 only if the saver has completed its output."""
-    try:
+    prepare_process()
+    with errors_told("convert"):
         _main(sys.argv[1:] if argv is None else argv)
-    except ConversionError as error:
-        fail("convert", error)
-    except KeyboardInterrupt:
-        fail("convert", Interrupted())
 
 
 def _main(argv: Sequence[str]) -> None:
@@ -100,10 +98,12 @@ def _base_parser() -> argparse.ArgumentParser:
         "--model-type", choices=["GPT", "BERT"], default="GPT", help="GPT; BERT is accepted by stock plugins only."
     )
     _add_plugin_names(parser)
-    parser.add_argument("--load-dir", required=True, help="Folder of the model or checkpoint to read.")
-    parser.add_argument("--save-dir", required=True, help="Folder to write to.")
     parser.add_argument(
-        "--max-queue-size", type=int, default=50, help="Messages that may wait between loader and saver."
+        "--load-dir", metavar="DIR", required=True, type=place, help="Folder of the model or checkpoint to read."
+    )
+    parser.add_argument("--save-dir", metavar="DIR", required=True, type=place, help="Folder to write to.")
+    parser.add_argument(
+        "--max-queue-size", metavar="N", type=int, default=50, help="Messages that may wait between loader and saver."
     )
     parser.add_argument(
         "--no-checking",
@@ -121,8 +121,10 @@ def _base_parser() -> argparse.ArgumentParser:
 
 
 def _add_plugin_names(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--loader", default="llama_mistral", help="llama_mistral, core, or the name of another plugin.")
-    parser.add_argument("--saver", default="mcore", help="mcore, hf, or the name of another plugin.")
+    parser.add_argument(
+        "--loader", metavar="NAME", default="llama_mistral", help="llama_mistral, core, or the name of another plugin."
+    )
+    parser.add_argument("--saver", metavar="NAME", default="mcore", help="mcore, hf, or the name of another plugin.")
 
 
 def load_plugin(kind: str, name: str) -> types.ModuleType:

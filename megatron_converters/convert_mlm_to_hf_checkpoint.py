@@ -6,30 +6,28 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from .console import errors_told, prepare_process, report
 from .conversion import convert
 from .dtypes import dtype_named
-from .errors import ConversionError, Interrupted
 from .options.reading import add_checkpoint_arguments, open_checkpoint
+from .options.values import place
 from .options.writing import add_hf_target_arguments, open_hf_target
-from .plugins import add_common_arguments, fail, say
+from .plugins import add_common_arguments
 from .progress import make_progress
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a conversion; exits with 0 only if the output is complete."""
-    args = _parser().parse_args(sys.argv[1:] if argv is None else argv)
-    try:
+    prepare_process()
+    with errors_told("convert_mlm_to_hf_checkpoint"):
+        args = _parser().parse_args(sys.argv[1:] if argv is None else argv)
         dtype = dtype_named(args.target_params_dtype) if args.target_params_dtype else None
         source = open_checkpoint(args)
         parallel = source.origin.parallel
         sizes = "" if parallel is None else f", tp={parallel.tp}, pp={parallel.pp}"
-        say(args, f"loading {source.origin.described} ({source.spec.family}{sizes})")
+        report(args, f"loading {source.origin.described} ({source.spec.family}{sizes})")
         for line in convert(source, open_hf_target(args), dtype, make_progress(args.quiet), restart=args.restart):
-            say(args, line)
-    except ConversionError as error:
-        fail("convert_mlm_to_hf_checkpoint", error)
-    except KeyboardInterrupt:
-        fail("convert_mlm_to_hf_checkpoint", Interrupted())
+            report(args, line)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -40,9 +38,16 @@ def _parser() -> argparse.ArgumentParser:
         conflict_handler="resolve",
     )
     parser.add_argument(
-        "--load-path", dest="load_dir", required=True, help="Folder that holds iter_*, or one of these."
+        "--load-path",
+        metavar="DIR",
+        dest="load_dir",
+        required=True,
+        type=place,
+        help="Folder that holds iter_*, or one of these.",
     )
-    parser.add_argument("--save-path", dest="save_dir", required=True, help="Folder to write to.")
+    parser.add_argument(
+        "--save-path", metavar="DIR", dest="save_dir", required=True, type=place, help="Folder to write to."
+    )
     parser.add_argument(
         "--target-params-dtype",
         choices=["fp16", "bf16", "fp32"],

@@ -14,10 +14,10 @@ from .formats import HF, MEGATRON, META
 from .parallel import Parallel
 from .spec import ModelSpec, RopeScaling
 from .survey import Holding, Survey, count_parameters
+from .units import count, size
 
 Rows = list[tuple[str, str]]
 _FORMATS = {HF: "Hugging Face", META: "Meta", MEGATRON: "Megatron-LM"}
-_UNITS = ("B", "KB", "MB", "GB", "TB", "PB")
 _NAMES = {"local": "Megatron-LM's local layers", "transformer_engine": "Transformer Engine"}
 
 
@@ -27,20 +27,6 @@ class Section:
 
     title: str
     rows: Rows
-
-
-def size(nbytes: float) -> str:
-    """Bytes in decimal units, to three digits."""
-    for unit in _UNITS:
-        if nbytes < 999.5 or unit == _UNITS[-1]:
-            break
-        nbytes /= 1000
-    return f"{nbytes:.3g} {unit}" if nbytes < 999.5 else f"{nbytes:.0f} {unit}"
-
-
-def count(number: int, noun: str) -> str:
-    """A number with its noun, in the plural but for one."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def headline(found: Survey) -> str:

@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from .dtypes import DType, values
 from .layouts import RowMap
+from .plain import finite
 
 
 @dataclass(frozen=True)
@@ -52,15 +53,21 @@ class Measure:
 
     @property
     def relative(self) -> float:
-        """The difference's norm over the tensor's, where they were asked for."""
+        """The difference's norm over the tensor's, where they were asked for; infinite where one of them is no finite number."""
         if not self.distance or self.norm is None:
             return 0.0
-        return self.distance / self.norm if self.norm else math.inf
+        comparable = self.norm and math.isfinite(self.norm) and math.isfinite(self.distance)
+        return self.distance / self.norm if comparable else math.inf
 
     def __str__(self) -> str:
         row, col = self.first or (0, 0)
-        size = f"by {self.largest:.6g} at most" if self.largest else "in bits alone (signs of zeros, or kinds of NaN)"
-        return f"{self.differing} of {self.elements} elements differ, {size}; the first is row {row}, column {col}"
+        if not self.largest:
+            extent = "in bits alone (signs of zeros, or kinds of NaN)"
+        elif math.isinf(self.largest):
+            extent = "some in that only one side is a finite number"
+        else:
+            extent = f"by {self.largest:.6g} at most"
+        return f"{self.differing} of {self.elements} elements differ, {extent}; the first is row {row}, column {col}"
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; infinities and NaN, which JSON has not, as strings."""
@@ -69,15 +76,6 @@ class Measure:
             plain["relative"] = self.relative
         result: dict[str, Any] = finite(plain)
         return result
-
-
-def finite(value: Any) -> Any:
-    """The same with each float that is no finite number as its `str`."""
-    if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite(item) for item in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class Tally:

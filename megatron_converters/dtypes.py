@@ -82,7 +82,7 @@ _SHORT = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "half": "flo
 
 def dtype_named(name: Any) -> DType:
     """The type called `name`: torch's name with or without `torch.`, or bf16/fp16/fp32."""
-    plain = str(name).removeprefix("torch.")
+    plain = name.removeprefix("torch.") if isinstance(name, str) else ""  # configurations are written by hand, too
     try:
         return BY_NAME[_SHORT.get(plain, plain)]
     except KeyError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterable
 
 
@@ -41,6 +42,22 @@ class Interrupted(Stopped):
 
     def __init__(self) -> None:
         super().__init__("interrupted before the end")
+
+
+#: By errno: what helps.
+_REMEDIES = {
+    errno.ENOSPC: "free some space or choose another disk",
+    errno.EDQUOT: "the quota is used up; free some space or choose another disk",
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+    errno.EACCES: "the user who runs this must have the right to it",
+    errno.EROFS: "choose a place that can be written",
+}
+
+
+def reason_of(error: OSError) -> str:
+    """What the system says, and what helps against it where that is known."""
+    remedy = _REMEDIES.get(error.errno or 0)
+    return f"{error.strerror or error}{f'; {remedy}' if remedy else ''}"
 
 
 def raise_all(what: str, problems: Iterable[str], limit: int = 50, remedy: str | None = None) -> None:

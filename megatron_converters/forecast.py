@@ -15,10 +15,11 @@ from .dtypes import DType
 from .endpoints.base import Source, Target, wanted_dtype
 from .errors import ConversionError
 from .execute import CHUNK_BYTES, default_lanes
-from .outline import Fill
+from .journal import Journal, describe_run, is_output_of, refuse_other
+from .outline import Fill, Outline
 from .plan import Planner
 from .slots import refs
-from .staging import free_space, nearest
+from .staging import Staging, check_place, free_space, nearest
 
 #: Bytes written to measure a rate, and the most time that it may take.
 _SAMPLE_BYTES = 256 << 20
@@ -56,7 +57,12 @@ class Forecast:
     copies: int
     ignored: list[str]
     notes: list[str]
-    #: What stands at the final place and may not be replaced.
+    #: Files that an interrupted run of the same conversion has finished, and bytes that are left to write.
+    finished: list[str]
+    left: int
+    #: The same conversion is complete already.
+    complete: bool = False
+    #: What would make the conversion fail: something at the final place, or another run.
     obstacle: str | None = None
     rate: float | None = None
     seconds: float | None = None
@@ -88,11 +94,7 @@ def forecast(source: Source, target: Target, dtype: DType | None, workers: int =
                 casts[f"{sources.dtype} to {fill.dtype}"] += 1
     for file, layout in outline.files.items():
         files[file].tensors = len(layout.regions)
-    try:
-        target.refuse_existing()
-        obstacle = None
-    except ConversionError as error:
-        obstacle = str(error)
+    standing = _standing(source, target, outline)
     return Forecast(
         files=files,
         nbytes=outline.nbytes,
@@ -105,7 +107,12 @@ def forecast(source: Source, target: Target, dtype: DType | None, workers: int =
         copies=copies,
         ignored=source.origin.ignored,
         notes=source.origin.notes,
-        obstacle=obstacle,
+        finished=standing.finished,
+        left=0
+        if standing.complete
+        else sum(plan.nbytes for file, plan in files.items() if file not in standing.finished),
+        complete=standing.complete,
+        obstacle=standing.obstacle,
         dtypes=dict(dtypes),
     )
 
@@ -116,11 +123,39 @@ def _bytes_of(fill: Fill) -> int:
     return (rows - fill.padding) * math.prod(cols) * fill.dtype.itemsize
 
 
+@dataclass(frozen=True)
+class _Standing:
+    """What earlier runs, or others, have left where the conversion would write."""
+
+    finished: list[str] = field(default_factory=list)
+    complete: bool = False
+    obstacle: str | None = None
+
+
+def _standing(source: Source, target: Target, outline: Outline) -> _Standing:
+    run, shown = describe_run(outline, source.origin), target.shown()
+    if shown is not None and is_output_of(shown, run):
+        return _Standing(complete=True)
+    staging = Staging(target.save_dir, outline.name)
+    journal = Journal(staging.state)
+    old, finished = journal.run(), journal.finished_in(staging.files)
+    try:
+        check_place(target.save_dir)
+        if old is not None and finished:
+            refuse_other(staging, old, run, len(finished))
+        if not journal.complete:
+            target.refuse_existing()
+    except ConversionError as error:
+        return _Standing(obstacle=str(error))
+    return _Standing(list(finished), obstacle=staging.in_use())
+
+
 def measure(result: Forecast, source: Source, save_dir: Path) -> None:
     """Add the time that it should take, from a short copy of the source into a file without a name, which leaves nothing."""
-    rate = _rate(source, nearest(save_dir))
+    # Not on a disk where the sample would matter to others.
+    rate = _rate(source, nearest(save_dir)) if result.free > 4 * _SAMPLE_BYTES else None
     if rate:
-        result.rate, result.seconds = rate, result.nbytes / rate
+        result.rate, result.seconds = rate, result.left / rate
 
 
 def _rate(source: Source, folder: Path) -> float | None:

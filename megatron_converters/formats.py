@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+import fnmatch
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from .endpoints.base import Source
 from .endpoints.megatron_checkpoint import TRACKER
+from .endpoints.megatron_common import listing
 from .errors import UsageError
 from .options.reading import open_checkpoint, open_hf_source
+from .options.values import positive
 from .plugins import folder
+from .staging import unfinished_in
 
 HF, META, MEGATRON = "hf", "meta", "megatron"
 #: Format: files of which one says that a folder has it.
@@ -24,11 +28,15 @@ FORMATS = tuple(_SIGNS)
 
 def format_of(path: Path) -> str:
     """The format of a folder; raises where it is none or could be two."""
-    found = [name for name, signs in _SIGNS.items() if any(next(path.glob(sign), None) for sign in signs)]
+    names = [entry.name for entry in listing(path)]
+    found = [name for name, signs in _SIGNS.items() if any(fnmatch.filter(names, sign) for sign in signs)]
     if len(found) == 1:
         return found[0]
     if found:
         raise UsageError(f"{path} could be {' or '.join(found)}; say which with --from")
+    unfinished = unfinished_in(path)
+    if unfinished is not None:
+        raise UsageError(f"{path} {unfinished}")
     signs = "; ".join(f"{name}: {', '.join(signs)}" for name, signs in _SIGNS.items())
     raise UsageError(f"{path} is of no known format; a folder needs one of {signs}")
 
@@ -38,24 +46,38 @@ def add_reading_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("reading")
     group.add_argument("--from", dest="source_format", choices=FORMATS, default=None, help="Format of the source.")
     group.add_argument(
-        "--ckpt-dir-name", default=None, help="Megatron: folder to read (iter_0000008) instead of the latest."
+        "--ckpt-dir-name",
+        metavar="NAME",
+        default=None,
+        help="Megatron: folder to read (iter_0000008) instead of the latest.",
     )
     group.add_argument(
         "--hf-config",
+        metavar="DIR",
         default=None,
         help="Megatron: reference model folder; configuration and tokenizer are taken from it.",
     )
     group.add_argument(
-        "--true-vocab-size", type=int, default=None, help="Megatron: vocabulary without padding, where args lack it."
+        "--true-vocab-size",
+        metavar="N",
+        type=positive,
+        default=None,
+        help="Megatron: vocabulary without padding, where args lack it.",
     )
     group.add_argument(
         "--untie", action="store_true", help="Hugging Face: keep a stored lm_head although config.json ties it."
     )
     group.add_argument(
-        "--ignore-config-fields", default="", help="Hugging Face: comma-separated unknown config.json fields to ignore."
+        "--ignore-config-fields",
+        metavar="NAMES",
+        default="",
+        help="Hugging Face: comma-separated unknown config.json fields to ignore.",
     )
     group.add_argument(
-        "--source-margs-file", default=None, help="source_megatron_args.json with arguments to take over."
+        "--source-margs-file",
+        metavar="FILE",
+        default=None,
+        help="source_megatron_args.json with arguments to take over.",
     )
 
 
@@ -66,6 +88,16 @@ def open_any(path: str, args: argparse.Namespace) -> tuple[str, Source]:
     return found, _OPENERS[found](argparse.Namespace(**{**_UNSAID, **given}))
 
 
+def refuse_unheeded(formats: Collection[str], args: argparse.Namespace) -> None:
+    """Raise where an option of `add_reading_arguments` is given that none of these formats heeds."""
+    for name, only in _HEEDED_BY.items():
+        if getattr(args, name) and only not in formats:
+            option = name.replace("_", "-")
+            raise UsageError(f"--{option} is for reading {_NAMES[only]}, which this is not; leave it out")
+
+
+_HEEDED_BY = {"ckpt_dir_name": MEGATRON, "hf_config": MEGATRON, "untie": HF, "ignore_config_fields": HF}
+_NAMES = {MEGATRON: "a Megatron-LM checkpoint", HF: "a Hugging Face folder"}
 #: Options of the loaders that the verbs do not repeat.
 _UNSAID = {"model_size": None, "vocab_file": None, "tokenizer_model": None}
 _OPENERS: dict[str, Callable[[argparse.Namespace], Source]] = {

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .dtypes import DType, dtype_named
-from .errors import ConversionError
+from .errors import ConversionError, reason_of
 from .families import FAMILIES
 from .families.base import Family, layer_types
 from .spec import ModelSpec
@@ -40,7 +40,9 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConversionError(f"{path} is missing; give a folder that holds it") from None
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise ConversionError(f"cannot read {path}: {reason_of(error)}") from error
+    except ValueError as error:
         raise ConversionError(f"cannot read {path}: {error}") from error
     if not isinstance(value, dict):
         raise ConversionError(f"{path} holds a {type(value).__name__}, not an object")
@@ -49,7 +51,12 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def write_json(path: Path, value: Any) -> None:
     """Write a value as Hugging Face writes its configurations: indented, UTF-8."""
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # a path that is no text
+        text = json.dumps(value, indent=2)
+    path.write_text(text + "\n", encoding="utf-8")
 
 
 def family_of_config(config: Mapping[str, Any]) -> Family:

@@ -12,6 +12,7 @@ import os
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +20,23 @@ import numpy as np
 
 from . import __version__
 from .endpoints.base import Origin
-from .errors import ConversionError, raise_all
+from .errors import ConversionError, raise_all, reason_of
 from .layouts import RowMap
 from .outline import Fill, Outline
+from .plain import differences, finite
 from .plan import Gather
 from .slots import Ref
-from .staging import Staging, write_text
+from .staging import Staging, unfinished_in, write_text
 from .storage.checksum import digest
 
 MANIFEST = "conversion.json"
+#: The manifest's digest of all its other entries.
+_OF_ITSELF = "digest"
 _RUN, _COMPLETE, _CLEARED, _FINISHED = "run.json", "complete", "cleared", "finished"
 _SESSION = "session"
 _SHOWN_DIFFERENCES = 10
+#: Parts of a run's description; what follows from earlier ones says less than they do.
+_CAUSES = (("tool", "source", "options"), ("content",), ("files",))
 #: What is known of a file only once it is finished.
 _RESULTS = ("outside", "tensors")
 
@@ -46,9 +52,10 @@ def describe_run(outline: Outline, origin: Origin) -> dict[str, Any]:
         "tool": f"megatron-converters {__version__}",
         "source": {"path": os.path.abspath(origin.described), "files": origin.identity},
         "options": outline.options,
+        "content": outline.content,
         "files": files,
     }
-    plain: dict[str, Any] = json.loads(json.dumps(run))  # as it is read back, to be compared with that
+    plain: dict[str, Any] = json.loads(json.dumps(finite(run)))  # as it is read back, to be compared with that
     return plain
 
 
@@ -137,6 +144,13 @@ class Journal:
         found = filter(None, map(_read, sorted((self.folder / _FINISHED).glob("*.json"))))
         return {record["file"]: record for record in found}
 
+    def finished_in(self, files: Path) -> dict[str, dict[str, Any]]:
+        """The records of finished files that are there, or were: once all are finished they move to their final place."""
+        found = self.finished()
+        if self.complete:
+            return found
+        return {file: record for file, record in found.items() if size_of(files / file) == record["bytes"]}
+
     @property
     def complete(self) -> bool:
         """Whether a run had finished all files; what it began to move is then in part at its final place."""
@@ -171,13 +185,19 @@ def write_manifest(folder: Path, run: Mapping[str, Any], finished: Mapping[str, 
         if path.is_file() and path.relative_to(folder).as_posix() not in files
     }
     told = {"notes": origin.notes, "ignored": origin.ignored}
-    _write(folder / MANIFEST, {**run, **told, "beside": beside, "files": files})
+    _write(folder / MANIFEST, signed({**run, **told, "beside": beside, "files": files}))
 
 
 def is_output_of(folder: Path, run: Mapping[str, Any]) -> bool:
-    """Whether a folder is the complete output of this run: its manifest says so, and the files are there."""
-    manifest = _read(folder / MANIFEST)
-    if manifest is None or not isinstance(manifest.get("files"), dict):
+    """Whether a folder is the complete output of this run: its manifest says so, and all files are there.
+
+    A run whose source came as messages is never the same as another.
+    """
+    if run["source"]["files"] is None:
+        return False
+    try:
+        manifest = read_manifest(folder / MANIFEST)
+    except ConversionError:
         return False
     files = {
         file: {key: value for key, value in entry.items() if key not in _RESULTS}
@@ -185,36 +205,59 @@ def is_output_of(folder: Path, run: Mapping[str, Any]) -> bool:
     }
     wanted = run["files"]
     same = files == wanted and all(manifest.get(key) == run[key] for key in run.keys() - {"files"})
-    return same and all(size_of(folder / file) == entry["bytes"] for file, entry in wanted.items())
+    beside = manifest.get("beside")
+    there = isinstance(beside, dict) and all(size_of(folder / file) >= 0 for file in beside)
+    return same and there and all(size_of(folder / file) == entry["bytes"] for file, entry in wanted.items())
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest at `path`."""
-    manifest = _read(path)
-    if manifest is None or not isinstance(manifest.get("files"), dict):
-        raise ConversionError(f"{path} is missing or damaged; only an output with its {MANIFEST} can be checked alone")
-    return manifest
+    """The manifest at `path`; raises where it is missing, or not as it was written."""
+    try:
+        text = path.read_bytes()
+    except FileNotFoundError:
+        unfinished = unfinished_in(path.parent)
+        what = "is no output of a conversion that can be checked alone: it has no"
+        raise ConversionError(f"{path.parent} {unfinished or f'{what} {MANIFEST}'}") from None
+    except OSError as error:
+        raise ConversionError(f"cannot read {path}: {reason_of(error)}") from error
+    try:
+        manifest = json.loads(text)
+        sound = signed(manifest) == manifest and isinstance(manifest["files"], dict)
+    except (ValueError, LookupError, AttributeError, TypeError, RecursionError):
+        sound = False
+    if not sound:
+        raise ConversionError(
+            f"{path} is damaged, or of an older version; give the source, too, to compare the output with that"
+        )
+    plain: dict[str, Any] = manifest
+    return plain
 
 
-def differences(old: Any, new: Any, place: str = "") -> list[str]:
-    """Where two descriptions of runs differ, as `place: old, not new`."""
-    if old == new:
-        return []
-    if isinstance(old, dict) and isinstance(new, dict):
-        found = []
-        for key in sorted({*old, *new}):
-            found += differences(old.get(key), new.get(key), f"{place} {key}".strip())
-        return found
-    return [f"{place}: {old}, not {new}"]
+def signed(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """A manifest with the digest of its other entries."""
+    others = {key: value for key, value in manifest.items() if key != _OF_ITSELF}
+    return {**others, _OF_ITSELF: digest([json.dumps(others, sort_keys=True).encode()])}
+
+
+def _old_not_new(place: str, old: Any, new: Any) -> str:
+    if place.startswith("source files "):
+        old, new = _file_in_words(old), _file_in_words(new)
+    return f"{place}: {old}, not {new}"
+
+
+def _file_in_words(identity: Any) -> str:
+    if not (isinstance(identity, list) and len(identity) == 2 and all(isinstance(number, int) for number in identity)):
+        return "no such file" if identity is None else str(identity)
+    nbytes, nanoseconds = identity
+    return f"{nbytes:,} bytes of {datetime.fromtimestamp(nanoseconds / 1e9).isoformat(' ', 'milliseconds')}"
 
 
 def refuse_other(staging: Staging, old: Mapping[str, Any], new: Mapping[str, Any], finished: int) -> None:
     """Raise if an unfinished run with finished files is not the one that is asked for."""
-    causes = [key for key in new if key != "files"]  # other files follow from these, and say less
-    found = [line for key in causes for line in differences(old.get(key), new[key], key)]
-    found = found or differences(old.get("files"), new["files"], "files")
-    if not found:
-        return
+    for keys in _CAUSES:
+        found = [line for key in keys for line in differences(old.get(key), new[key], key, _old_not_new)]
+        if found:
+            break
     raise_all(
         f"{staging.path} holds {finished} finished file(s) of another run, which differs in",
         found,
@@ -233,7 +276,7 @@ def size_of(path: Path) -> int:
 
 def _write(path: Path, value: Any) -> None:
     path.parent.mkdir(exist_ok=True)
-    write_text(path, json.dumps(value, ensure_ascii=False, indent=1) + "\n")
+    write_text(path, json.dumps(value, indent=1) + "\n")  # in ASCII, since paths need not be text
 
 
 def _read(path: Path) -> dict[str, Any] | None:

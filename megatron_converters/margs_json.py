@@ -27,11 +27,14 @@ _PREFIX = "torch."
 
 def margs_to_json(margs: argparse.Namespace) -> dict[str, Any]:
     """The arguments as JSON values; dtypes as `torch.bfloat16`, anything else that is not JSON as its `str`."""
-    encoded = json.dumps(
-        vars(margs), default=lambda value: f"{_PREFIX}{value}" if isinstance(value, DType) else str(value)
-    )
-    result: dict[str, Any] = json.loads(encoded)
+    result: dict[str, Any] = json.loads(json.dumps(vars(margs), default=_plain))
     return dict(sorted(result.items()))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (set, frozenset)):  # whose own order is another in each process
+        return sorted(value, key=str)
+    return f"{_PREFIX}{value}" if isinstance(value, DType) else str(value)
 
 
 def margs_from_json(path: Path) -> argparse.Namespace:

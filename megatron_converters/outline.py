@@ -36,13 +36,15 @@ class Fill:
 class Outline:
     """A target's files by path within the folder that will be shown as `name`, and the options that decided them.
 
-    `given` has, by file and name, small tensors that belong to no slot and are copied as they are.
+    `given` has, by file and name, small tensors that belong to no slot and are copied as they are; `content` has what the files
+    will say beside their tensors, as JSON values.
     """
 
     name: str
     files: Mapping[str, Layout]
     options: Mapping[str, Any]
     given: Mapping[str, Mapping[str, StoredTensor]] = field(default_factory=dict)
+    content: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from .endpoints.megatron_checkpoint import TRACKER
 from .endpoints.megatron_common import checkpoint_directory
-from .errors import ConversionError
+from .errors import ConversionError, reason_of
 from .execute import default_lanes
 from .journal import MANIFEST, read_manifest
 from .progress import Progress
@@ -145,7 +145,10 @@ def _beside(folder: Path, recorded: Any) -> Iterator[Fault]:
             same = digest([(folder / name).read_bytes()]) == value
         except OSError as error:
             yield Fault(
-                name, "", (), "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read: {error}"
+                name,
+                "",
+                (),
+                "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read: {reason_of(error)}",
             )
         else:
             if not same:
@@ -170,7 +173,9 @@ def _look_at(file: _File) -> tuple[list[Fault], list[_Task]]:
             return [], as_written
     except FileNotFoundError:
         return [Fault(file.name, "", (), "is missing")], []
-    except (OSError, EOFError) as error:  # the latter: cut while it is read
+    except OSError as error:
+        return [Fault(file.name, "", (), f"cannot be read: {reason_of(error)}")], []
+    except EOFError as error:  # cut while it is read
         return [Fault(file.name, "", (), f"cannot be read: {error}")], []
     same_size = size == file.nbytes
     fault = "has other bytes beside its tensors" if same_size else f"has {size} bytes instead of {file.nbytes}"

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
-import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from .channel import Watched, check_exit, tell
+from .console import errors_told, fail, prepare_process, report
 from .conversion import convert, stream
 from .dtypes import DType, dtype_named
 from .endpoints.base import Source, Target
@@ -46,6 +45,7 @@ def add_common_arguments(parser: Any) -> None:
     add_argument(
         parser,
         "--megatron-path",
+        metavar="DIR",
         default=None,
         help="Accepted for compatibility; not needed, since Megatron-LM is never imported.",
     )
@@ -61,12 +61,13 @@ def wanted_dtype_of(args: argparse.Namespace) -> DType | None:
 
 def run_loader(queue: Any, args: argparse.Namespace, open_source: Callable[[], Source]) -> None:
     """Send a source over the queue; on failure tell the saver, say why and exit."""
+    prepare_process()
     savers = multiprocessing.active_children()
     try:
         if args.model_type != "GPT":
             raise UsageError(f"--model-type {args.model_type} cannot be converted; only GPT can")
         source = open_source()
-        say(args, f"loading {source.origin.described} ({source.spec.family}, {source.spec.num_layers} layers)")
+        report(args, f"loading {source.origin.described} ({source.spec.family}, {source.spec.num_layers} layers)")
         target = QueueTarget(
             queue, model_type=args.model_type, divisor=getattr(args, "make_vocab_size_divisible_by", None)
         )
@@ -86,43 +87,14 @@ def run_loader(queue: Any, args: argparse.Namespace, open_source: Callable[[], S
 
 def run_saver(queue: Any, args: argparse.Namespace, open_target: Callable[[], Target]) -> None:
     """Save what comes over the queue; on failure nothing stays behind that looks complete."""
-    try:
+    prepare_process()
+    with errors_told("saver"):
         source = QueueSource(queue, checking=getattr(args, "checking", True))
         progress = Watched(make_progress(getattr(args, "quiet", False)))
         lines = convert(source, open_target(), None, progress, restart=getattr(args, "restart", False))
         source.drain()
         for line in lines:
-            say(args, line)
-    except ConversionError as error:
-        fail("saver", error)
-    except KeyboardInterrupt:
-        fail("saver", Interrupted())
-
-
-def say(args: argparse.Namespace, line: str) -> None:
-    """Print a line of the result, unless --quiet; warnings are always shown, on standard error."""
-    if line.startswith("warning"):
-        sys.stderr.write(line + "\n")
-    elif not getattr(args, "quiet", False):
-        put(line)
-
-
-def put(text: str) -> None:
-    """Print text. A reader that has enough of it, such as `head`, must not end a conversion."""
-    try:
-        sys.stdout.write(text + "\n")
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(
-            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
-        )  # for what else is said, and for Python's own flush
-
-
-def fail(who: str, error: ConversionError) -> None:
-    """Say why, without a traceback, and exit with the error's code."""
-    sys.stderr.write(f"{who}: error: {error}{error.hint}\n")
-    sys.stderr.flush()
-    raise SystemExit(error.exit_code)
+            report(args, line)
 
 
 def folder(path: str) -> Path:

@@ -5,10 +5,16 @@ from __future__ import annotations
 import sys
 import threading
 import time
+from contextlib import suppress
 from typing import Any, Protocol, TextIO
 
-#: Seconds between plain lines.
-_INTERVAL = 10.0
+from .console import write
+from .units import duration, size
+
+#: Seconds between plain lines, at least and at most; between these a line for each such share of the whole, so that the log
+#: of a day has some hundred lines.
+_INTERVAL, _SILENCE = 10.0, 600.0
+_STEP = 0.01
 
 
 class Progress(Protocol):
@@ -33,7 +39,7 @@ class Silent:
 
 
 class Lines:
-    """A line every few seconds with bytes, rate and time left; for logs, and where tqdm is not installed."""
+    """A line now and then with bytes, rate and time left; for logs, and where tqdm is not installed."""
 
     def __init__(self, stream: TextIO, done: str = "copied") -> None:
         self._stream = stream
@@ -41,6 +47,7 @@ class Lines:
         self._lock = threading.Lock()
         self._total = self._done = 0
         self._begun = self._shown = 0.0
+        self._shown_bytes = 0
 
     def start(self, total: int) -> None:
         """Begin to count towards `total` bytes."""
@@ -52,24 +59,30 @@ class Lines:
         with self._lock:
             self._done += count
             now = time.monotonic()
-            if now - self._shown >= _INTERVAL:
-                self._shown = now
+            waited, step = now - self._shown, self._done - self._shown_bytes
+            if waited >= _INTERVAL and (step >= _STEP * self._total or waited >= _SILENCE):
+                self._shown, self._shown_bytes = now, self._done
                 self._show(now - self._begun)
 
     def stop(self) -> None:
-        """Show the last figure, if anything was copied."""
+        """Show what was done, if anything was."""
         if self._done:
-            self._show(time.monotonic() - self._begun)
+            seconds = time.monotonic() - self._begun
+            self._say(f"{self._so_far()} in {duration(seconds)} ({size(self._done / max(seconds, 1e-3))}/s)")
 
     def _show(self, seconds: float) -> None:
         rate = self._done / max(seconds, 1e-3)
         left = (self._total - self._done) / max(rate, 1.0)
+        self._say(f"{self._so_far()} at {size(rate)}/s, {duration(left)} left")
+
+    def _so_far(self) -> str:
+        if self._done == self._total:
+            return f"{self._verb} {size(self._done)}"
         share = 100 * self._done / max(self._total, 1)
-        done, total = self._done / 1e9, self._total / 1e9
-        self._stream.write(
-            f"{self._verb} {done:.2f} of {total:.2f} GB ({share:.0f} %) at {rate / 1e9:.2f} GB/s, {left:.0f} s left\n"
-        )
-        self._stream.flush()
+        return f"{self._verb} {size(self._done)} of {size(self._total)} ({share:.0f} %)"
+
+    def _say(self, line: str) -> None:
+        write(self._stream, line)  # where it cannot be written, the copying goes on
 
 
 class Bar:
@@ -87,18 +100,19 @@ class Bar:
 
     def __call__(self, count: int) -> None:
         """Add bytes; called from several threads."""
-        with self._lock:
+        with self._lock, suppress(OSError):  # a terminal that is gone stops no conversion
             self._bar.update(count)
 
     def stop(self) -> None:
         """Leave the bar as it is."""
         if self._bar is not None:
-            self._bar.close()
+            with suppress(OSError):
+                self._bar.close()
 
 
 def make_progress(quiet: bool, doing: str = "copying", done: str = "copied") -> Progress:
     """What fits: nothing if quiet, a bar on a terminal, lines otherwise. `doing` and `done` say what is done to the bytes."""
-    if quiet:
+    if quiet or sys.stderr is None:
         return Silent()
     if not sys.stderr.isatty():
         return Lines(sys.stderr, done)

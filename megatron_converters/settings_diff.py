@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from .compare import spec_differences
+from .compare import in_a_and_b, spec_differences
 from .endpoints.base import Source
-from .journal import differences
 from .margs_json import inheritable, margs_to_json
+from .plain import differences
 
 #: Arguments that repeat what is compared by itself.
 _RECORDED = ("hf_config", "hf_generation_config")
@@ -16,15 +16,15 @@ _OF_THE_WRITER = ("transformers_version", "_name_or_path")
 
 
 def settings_differences(one: Source, other: Source) -> dict[str, list[str]]:
-    """By kind, each difference as `name: A's value, not B's`; a kind that only one side has is not compared.
+    """By kind, each difference as `name: A has this, B that`; a kind that only one side has is not compared.
 
     Arguments that belong to one run on one machine, such as paths and ranks, are left out.
     """
     found = {"model": spec_differences(one, other)}
     if one.origin.margs is not None and other.origin.margs is not None:
-        found["arguments"] = differences(_arguments(one), _arguments(other))
+        found["arguments"] = differences(_arguments(one), _arguments(other), "", in_a_and_b)
     if one.origin.hf_config is not None and other.origin.hf_config is not None:
-        found["config.json"] = differences(_config(one), _config(other))
+        found["config.json"] = differences(_config(one), _config(other), "", in_a_and_b)
     return found
 
 

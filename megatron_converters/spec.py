@@ -13,12 +13,18 @@ from typing import Any, TypeGuard
 from .dtypes import DType, dtype_named
 from .errors import ConversionError
 
+#: Rows or columns that no model's tensor has, so that a damaged size asks for no memory.
+_BEYOND = 1 << 27
+
 
 def number(value: Any, name: str) -> float:
     """The value of a field called `name`, which must be a finite number: configurations are written by hand, too."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= sys.float_info.max:
         raise ConversionError(f"{name} is {value!r}; it must be a number")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        raise ConversionError(f"{name} is {value!r:.40}…; it must be a number that a float can hold") from None
 
 
 def whole(value: Any) -> TypeGuard[int]:
@@ -97,6 +103,13 @@ class ModelSpec:
             value = getattr(self, name)
             if not whole(value) or value < 1:
                 raise ConversionError(f"{name} is {value!r}; it must be a whole number above 0")
+        for name in (*positive, "kv_channels", "vocab_size"):
+            if getattr(self, name) >= _BEYOND:
+                raise ConversionError(f"{name} is {getattr(self, name)!r:.40}, which no model has")
+        if self.num_attention_heads * self.kv_channels >= _BEYOND:
+            raise ConversionError(
+                f"{self.num_attention_heads} attention heads of {self.kv_channels} are more than any model has"
+            )
         for name in ("norm_epsilon", "rotary_base", "initializer_range", "attention_dropout", "moe_aux_loss_coeff"):
             number(getattr(self, name), name)
         norms = ("qk_norm", "qk_norm_over_heads")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import multiprocessing
 import signal
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Any, TypeVar
@@ -81,7 +82,8 @@ def run(count: int, work: Work[T], argument: Any) -> T:
         for rank in range(1, count):
             ours, theirs = context.Pipe()
             process = context.Process(target=_member, args=(rank, count, theirs, work, argument), name=f"worker {rank}")
-            process.start()
+            with _deaf():
+                process.start()
             theirs.close()
             others.append((process, ours))
         return work(_Leader(others), argument)
@@ -89,8 +91,18 @@ def run(count: int, work: Work[T], argument: Any) -> T:
         _end(others)
 
 
+@contextmanager
+def _deaf() -> Iterator[None]:
+    """Processes started here never hear of Ctrl-C, which reaches the leader too, who ends them; it waits meanwhile."""
+    resource_tracker.ensure_running()  # which would undo this when the first process has it started
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _member(rank: int, size: int, connection: Connection, work: Work[Any], argument: Any) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the leader too, who ends this process
     with suppress(ConversionError):  # the leader has heard it and says it
         work(_Member(rank, size, connection), argument)
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 from . import tokenizer_rebuild
-from .errors import ConversionError
+from .errors import ConversionError, reason_of
 from .hf_config import read_json, write_json
 
 #: What a tokenizer may consist of, beside a model's weights and configuration.
@@ -158,6 +159,11 @@ def _cached(name: str) -> Path:
         raise _NoTokenizer(f"{name} is neither a path nor in the local Hugging Face cache") from None
 
 
+def recorded(source: str | None) -> str | None:
+    """A tokenizer as a checkpoint names it, to be found from any folder: a path that is here in full, else as it is."""
+    return os.path.abspath(source) if source and os.path.exists(source) else source
+
+
 def tokenizer_files(folder: Path) -> list[Path]:
     """The files of a folder that belong to its tokenizer."""
     return [path for pattern in _FILES for path in sorted(folder.glob(pattern)) if path.is_file()]
@@ -204,7 +210,7 @@ def _head(path: Path) -> bytes:
         with path.open("rb") as file:
             return file.read(4096)
     except OSError as error:
-        raise ConversionError(f"cannot read the tokenizer {path}: {error.strerror}") from error
+        raise ConversionError(f"cannot read the tokenizer {path}: {reason_of(error)}") from error
 
 
 def _check_size(path: Path, size: int, vocab_size: int) -> None:

@@ -146,10 +146,10 @@ def edit_rank(save_dir: Path, rank: str, **changes: Any) -> None:
     torch.save(kept, save_dir / "iter_0000001" / rank / RANK_FILE)
 
 
-def args_of(save_dir: Path, iteration: str = "iter_0000001") -> Namespace:
-    """The args of rank 0."""
+def args_of(save_dir: Path, iteration: str = "iter_0000001", rank: str | None = None) -> Namespace:
+    """The args of a rank, by default of the first."""
     first = sorted((save_dir / iteration).glob(f"mp_rank_00*/{RANK_FILE}"))[0]
-    args: Namespace = rank_content(save_dir, first.parent.name, iteration)["args"]
+    args: Namespace = rank_content(save_dir, rank or first.parent.name, iteration)["args"]
     return args
 
 

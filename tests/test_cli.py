@@ -10,10 +10,12 @@ import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from megatron_converters import cli
 from tests.helpers import (
     BACK,
     CONVERT,
@@ -499,3 +501,52 @@ def test_a_reader_that_has_enough_ends_nothing(hf_model: HFModel, tmp_path: Path
         assert code == 0, said
         assert "Traceback" not in said and "Exception" not in said
     assert (tmp_path / "out" / TRACKER).exists()
+
+
+TARGETS = [
+    ("checkpoint", (), "hf"),
+    ("checkpoint", ("--max-shard-size", "1MB"), "hf"),
+    ("checkpoint", ("--tp", "1"), "megatron"),
+    ("checkpoint", ("--ckpt-format", "torch"), "megatron"),
+    ("checkpoint", ("--ckpt-format", "torch_dist"), "megatron"),
+    ("checkpoint", ("--release",), "megatron"),
+    ("checkpoint", ("--make-vocab-size-divisible-by", "8"), "megatron"),
+    ("folder", (), "megatron"),
+    ("folder", ("--to", "hf"), "hf"),
+]
+
+
+@pytest.mark.parametrize(("source", "options", "target"), TARGETS)
+def test_an_option_of_checkpoints_asks_for_one(
+    source: str, options: tuple[str, ...], target: str, megatron_model: MegatronModel, tmp_path: Path, capsys: Any
+) -> None:
+    path = dict(zip(("folder", "checkpoint"), megatron_model("llama2"), strict=True))[source]
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["plan", str(path), str(tmp_path / "out"), *options, "--no-measure"])
+    assert caught.value.code == 0
+    assert f"to    {tmp_path / 'out'} ({target})" in capsys.readouterr().out
+
+
+UNHEEDED = [
+    (("plan", "checkpoint", "out", "--to", "hf", "--tp", "2"), "--target-tensor-parallel-size: only for writing"),
+    (("plan", "checkpoint", "out", "--tp", "2", "--max-shard-size", "1GB"), "--max-shard-size: only for writing"),
+    (("convert", "folder", "out", "--instruct"), "--instruct: only for writing a Hugging Face folder"),
+    (("convert", "folder", "out", "--hf-config", "x"), "--hf-config is for reading a Megatron-LM checkpoint"),
+    (("inspect", "folder", "--ckpt-dir-name", "iter_0000008"), "--ckpt-dir-name is for reading"),
+    (("args", "checkpoint", "--untie"), "--untie is for reading a Hugging Face folder"),
+    (("verify", "folder", "folder", "--ckpt-dir-name", "release"), "--ckpt-dir-name is for reading"),
+    (("diff", "checkpoint", "checkpoint", "--ignore-config-fields", "a"), "--ignore-config-fields is for reading"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "words"), UNHEEDED)
+def test_an_option_that_would_go_unheeded_is_refused(
+    arguments: tuple[str, ...], words: str, megatron_model: MegatronModel, tmp_path: Path, capsys: Any
+) -> None:
+    folder, checkpoint = megatron_model("llama2")
+    paths = {"folder": folder, "checkpoint": checkpoint, "out": tmp_path / "out"}
+    with pytest.raises(SystemExit) as caught:
+        cli.main([str(paths.get(argument, argument)) for argument in arguments])
+    assert caught.value.code == 2
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -23,9 +23,12 @@ from tests.test_verify import FILE
 HFModel = Callable[..., Path]
 
 
-def run(capsys: pytest.CaptureFixture[str], *arguments: Any) -> tuple[int, str]:
+INF, NAN = math.inf, math.nan
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: Any, verb: str = "diff") -> tuple[int, str]:
     with pytest.raises(SystemExit) as exit_:
-        main(["diff", *map(str, arguments)])
+        main([verb, *map(str, arguments)])
     return int(exit_.value.code or 0), capsys.readouterr().out
 
 
@@ -106,21 +109,22 @@ def test_arguments_and_sizes_that_differ_are_listed(hf_model: HFModel, tmp_path:
         torch.save(content, path)
     code, out = run(capsys, meg, other)
     assert code == 1
-    assert "model: rotary_base: 500000.0, not 5" in out
-    assert "arguments: tensor_model_parallel_size: 2, not 1" in out
-    assert "config.json: pad_token_id: None, not 7" in out
+    assert "model: rotary_base: A has 500000.0, B has 5" in out
+    assert "arguments: tensor_model_parallel_size: A has 2, B has 1" in out
+    assert "config.json: pad_token_id: A has None, B has 7" in out
     assert "/elsewhere" not in out
     assert "transformers_version" not in out
     assert "0 of 27 compared tensors differ" in out
     settings = json.loads(run(capsys, meg, other, "--json")[1])["settings"]
-    assert settings["model"] == ["rotary_base: 500000.0, not 5.0"]
+    assert settings["model"] == ["rotary_base: A has 500000.0, B has 5.0"]
 
 
 def test_shapes_and_dtypes_that_differ_are_listed(hf_model: HFModel, tmp_path: Path, capsys: Any) -> None:
     wide, narrow = hf_model("llama3", head_dim=16), hf_model("llama3")
     code, out = run(capsys, wide, narrow)
     assert code == 1
-    assert "layer 0 qkv: A has shape [256, 64], B [128, 64]" in out
+    assert "layer 0 qkv, layer 1 qkv, layer 2 qkv and 1 more tensors: A has shape [256, 64], B [128, 64]" in out
+    assert "layer 3 qkv: A has shape [256, 64], B [128, 64]" in run(capsys, wide, narrow, "--all")[1]
     half = shutil.copytree(narrow, tmp_path / "half")
     tensors = load_file(half / "model.safetensors")
     tensors["model.norm.weight"] = tensors["model.norm.weight"].bfloat16()
@@ -129,6 +133,25 @@ def test_shapes_and_dtypes_that_differ_are_listed(hf_model: HFModel, tmp_path: P
     tensors["model.norm.weight"] = tensors["model.norm.weight"].to(torch.float8_e4m3fn)
     save_file(tensors, half / "model.safetensors")
     assert "final_norm: A is float32, B is float8_e4m3fn" in run(capsys, narrow, half)[1]
+
+
+def test_tensors_with_odd_numbers_come_first(hf_model: HFModel, tmp_path: Path, capsys: Any) -> None:
+    """A NaN has no place in an order; what differs by it is what differs most."""
+    source, other = hf_model("llama3"), shutil.copytree(hf_model("llama3"), tmp_path / "other")
+    tensors = load_file(other / "model.safetensors")
+    for layer in range(4):
+        norm = tensors[f"model.layers.{layer}.input_layernorm.weight"]
+        norm[:] = norm * (1.1 + layer)
+    for layer, value in ((1, NAN), (2, INF)):
+        tensors[f"model.layers.{layer}.mlp.down_proj.weight"][0, 0] = value
+    save_file(tensors, other / "model.safetensors", {"format": "pt"})
+    for pair in ((source, other), (other, source)):
+        rows = json.loads(run(capsys, *pair, "--json")[1])["tensors"]
+        assert [row["tensor"] for row in rows[:2]] == ["layer 1 fc2", "layer 2 fc2"]
+        assert [row["relative"] for row in rows[:2]] == ["inf", "inf"]
+        rest = [row["relative"] for row in rows[2:]]
+        assert rest == sorted(rest, reverse=True) and rest[3] > 0 == rest[4]
+        assert "some in that only one side is a finite number" in run(capsys, *pair, verb="verify")[1]
 
 
 # --- the arithmetic
@@ -149,9 +172,6 @@ def _measured(left: Any, right: Any, rows: Any = None, tolerance: float = 0.0) -
     tally = Tally(tolerance, norms=True)
     tally.add(np.arange(len(one)) if rows is None else np.array(rows), 10, one, other, dtype_named("float32"))
     return tally.measure(())
-
-
-INF, NAN = math.inf, math.nan
 
 
 @pytest.mark.parametrize(

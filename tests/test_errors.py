@@ -733,7 +733,7 @@ def test_a_disk_that_is_too_small_is_found_before_writing(hf_model: HFModel, meg
             convert("--load-dir", hf_model("llama2"), "--save-dir", disk / "new" / "meg"),
             convert_back("--load-path", meg, "--save-path", disk / "new" / "hf"),
         ):
-            refused(run, disk / "new", "GB free")
+            refused(run, disk / "new", "free; make room")
         assert list(disk.iterdir()) == []
     finally:
         subprocess.run(["umount", disk], check=True)

@@ -156,6 +156,16 @@ def test_the_reference_decides_the_vocabulary(megatron_model: MegatronModel, tmp
         same_tensors(hf_tensors(tmp_path / str(number)), hf_tensors(source))
 
 
+def test_another_vocabulary_than_the_args_say_is_warned_of(megatron_model: MegatronModel, tmp_path: Path) -> None:
+    """What is left out then may be no padding."""
+    _, meg = megatron_model("llama2")
+    run = succeeded(
+        convert_back("--load-path", meg, "--save-path", tmp_path / "out", "--true-vocab-size", 150, "--quiet")
+    )
+    assert "warning: --true-vocab-size 150 is taken, although the args say 199" in run.err
+    assert hf_tensors(tmp_path / "out")["lm_head.weight"].shape[0] == 150
+
+
 def test_a_null_tokenizer_has_a_token_more_than_its_vocabulary(megatron_model: MegatronModel, tmp_path: Path) -> None:
     source, original = megatron_model("llama2")
     meg = shutil.copytree(original, tmp_path / "meg")

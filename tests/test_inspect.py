@@ -20,12 +20,12 @@ from typing import Any
 import pytest
 
 from megatron_converters import cli, shard_map
-from megatron_converters.describe import size
 from megatron_converters.formats import open_any
 from megatron_converters.shard_map.grid import KINDS, grid
 from megatron_converters.shard_map.page import page
 from megatron_converters.slots import SLOTS
 from megatron_converters.survey import Survey, count_parameters, survey
+from megatron_converters.units import size
 from tests.conversions import hf_to_megatron
 from tests.helpers import ROOT, args_of, edit_rank
 from tests.sparse import PUBLISHED, sparse_hf, sparse_megatron

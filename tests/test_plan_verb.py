@@ -13,8 +13,11 @@ from typing import Any
 
 import pytest
 
+from megatron_converters.errors import ConversionError
+from megatron_converters.staging import Staging, check_place
 from tests.helpers import ROOT, refused, succeeded, verb
 from tests.sparse import PUBLISHED, sparse_hf
+from tests.test_resume import FULL, site
 
 HFModel = Callable[..., Path]
 
@@ -84,6 +87,59 @@ def test_what_is_in_the_way_is_said(hf_model: HFModel, tmp_path: Path) -> None:
     refused(verb("plan", tmp_path, out), "is of no known format", code=2)
     for name in ("plan", "convert"):
         refused(verb(name, source, source.parent / "." / source.name, "--tp", "2"), "is the source itself", code=2)
+        inside = (out / "iter_0000001", out, "--tp", "1", "--overwrite")
+        refused(verb(name, *inside), "lies in", "where --overwrite could replace it", code=2)
+
+
+@pytest.mark.parametrize("name", ["file", "file/below", "link"])
+def test_a_place_that_cannot_be_written_is_said_by_both(hf_model: HFModel, name: str, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    before = sorted(tmp_path.rglob("*"))
+    run = verb("plan", hf_model("llama2"), tmp_path / name, "--tp", "2", "--no-measure")
+    assert run.code == 1
+    reason = next(line for line in run.out.splitlines() if line.startswith("obstacle: "))
+    refused(verb("convert", hf_model("llama2"), tmp_path / name, "--tp", "2"), reason.removeprefix("obstacle: "))
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_place_that_this_user_may_not_write_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(ConversionError, match=r"cannot be written by this user; save elsewhere"):
+        check_place(tmp_path / "below")
+
+
+def test_what_an_earlier_run_has_left_is_planned_with(hf_model: HFModel, tmp_path: Path) -> None:
+    """Its finished files need no room; another conversion's are in the way."""
+    source, out, options = hf_model("llama2"), tmp_path / "out", ("--tp", "2", "--pp", "2")
+    whole = plan(source, out, *options)
+    assert (whole["left"], whole["finished"], whole["complete"]) == (whole["nbytes"], [], False)
+    env = site(tmp_path / "site", FULL, BYTES_LEFT=whole["nbytes"] * 3 // 4)
+    refused(verb("convert", source, out, *options, env=env), "are finished and kept")
+    rest = plan(source, out, *options)
+    assert rest["finished"]
+    assert rest["left"] == sum(file["nbytes"] for name, file in rest["files"].items() if name not in rest["finished"])
+    words = succeeded(verb("plan", source, out, *options, "--no-measure")).out
+    assert f"has finished {len(rest['finished'])} of 4 files" in words
+    run = verb("plan", source, out, "--tp", "4", "--no-measure")
+    assert run.code == 1
+    assert "obstacle: " in run.out and "of another run, which differs in" in run.out
+    succeeded(verb("convert", source, out, *options, "--quiet"))
+    done = plan(source, out, *options)
+    assert (done["left"], done["complete"], done["obstacle"]) == (0, True, None)
+    assert "is complete already" in succeeded(verb("plan", source, out, *options)).out
+
+
+def test_a_conversion_that_is_going_on_is_seen(hf_model: HFModel, tmp_path: Path) -> None:
+    source, out = hf_model("llama2"), tmp_path / "out"
+    staging = Staging(out, "iter_0000001")
+    staging.open()
+    for name in ("plan", "convert"):
+        run = verb(name, source, out, "--tp", "2")
+        assert run.code == 1
+        assert "another conversion is writing to" in run.out + run.err
+    staging.leave()
+    plan(source, out, "--tp", "2")
 
 
 LARGE = {

@@ -36,14 +36,34 @@ def test_lines_show_bytes_rate_and_time_left(monkeypatch: pytest.MonkeyPatch) ->
     assert stream.getvalue() == ""  # nothing for a run of seconds
     clock.now += 10
     lines(10**9)
-    assert stream.getvalue() == "copied 2.00 of 4.00 GB (50 %) at 0.20 GB/s, 10 s left\n"
+    assert stream.getvalue() == "copied 2 GB of 4 GB (50 %) at 200 MB/s, 10 s left\n"
     clock.now += 5
     lines(10**9)
     assert stream.getvalue().count("\n") == 1
     clock.now += 5
     lines(10**9)
     lines.stop()
-    assert stream.getvalue().splitlines()[1:] == ["copied 4.00 of 4.00 GB (100 %) at 0.20 GB/s, 0 s left"] * 2
+    assert stream.getvalue().splitlines()[1:] == [
+        "copied 4 GB at 200 MB/s, 0.0 s left",
+        "copied 4 GB in 20 s (200 MB/s)",
+    ]
+
+
+def test_the_log_of_a_day_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, stream = Clock(monkeypatch), io.StringIO()
+    lines = Lines(stream)
+    lines.start(86400 * 10**6)
+    for _ in range(86400):
+        clock.now += 1
+        lines(10**6)
+    assert 100 <= stream.getvalue().count("\n") < 300
+    stalled = io.StringIO()
+    lines = Lines(stalled)
+    lines.start(10**12)
+    for _ in range(3600):
+        clock.now += 1
+        lines(1)
+    assert stalled.getvalue().count("\n") == 6  # a sign of life every ten minutes
 
 
 def test_lines_say_nothing_of_a_run_that_copied_nothing() -> None:
@@ -64,7 +84,7 @@ def test_no_byte_is_lost_between_threads(monkeypatch: pytest.MonkeyPatch) -> Non
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lines, [10**6] * 8000))
     lines.stop()
-    assert "copied 8.00 of 8.00 GB (100 %)" in stream.getvalue()
+    assert "copied 8 GB in" in stream.getvalue()
 
 
 def test_the_bar_counts_to_the_total() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
@@ -20,9 +21,27 @@ from megatron_converters.crew import Word
 from megatron_converters.endpoints.hf_source import HFSource
 from megatron_converters.endpoints.megatron_checkpoint import MegatronOptions
 from megatron_converters.endpoints.megatron_target import MegatronTarget
-from megatron_converters.errors import ConversionError
+from megatron_converters.errors import ConversionError, Interrupted
+from megatron_converters.journal import Journal
+from megatron_converters.plan import Sources
 from megatron_converters.progress import Silent
-from tests.helpers import ROOT, TRACKER, Run, convert, finished, refused, small_disk, start, start_verb, succeeded, verb
+from megatron_converters.slots import SLOTS, Ref
+from megatron_converters.staging import Staging
+from tests.helpers import (
+    ROOT,
+    TRACKER,
+    Run,
+    args_of,
+    convert,
+    edit_rank,
+    finished,
+    refused,
+    small_disk,
+    start,
+    start_verb,
+    succeeded,
+    verb,
+)
 
 HFModel = Callable[..., Path]
 #: Source, what an undisturbed run makes of it, and the options.
@@ -149,6 +168,100 @@ def test_kills_at_random_moments(job: Job, part: int, tmp_path: Path) -> None:
         assert tree(out) == tree(whole), f"killed at call {moment} of {total}"
         assert not list(out.glob(".*"))
         shutil.rmtree(out)
+
+
+KILLED_BEFORE = """
+import os, signal
+real = os.replace
+def replace(source, target, **more):
+    if os.path.basename(target) == os.environ["LAST"]:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(source, target, **more)
+os.replace = replace
+"""
+
+
+@pytest.mark.xdist_group("resume")
+@pytest.mark.parametrize("last", ["model.safetensors.index.json", "config.json", "conversion.json"])
+def test_a_kill_while_the_files_of_a_folder_are_shown(hf_model: HFModel, last: str, tmp_path: Path) -> None:
+    out, options = tmp_path / "out", ("--to", "hf", "--max-shard-size", "200KB")
+    command = ("convert", hf_model("llama2"), out, *options)
+    run = verb(*command, env=site(tmp_path / "site", KILLED_BEFORE, LAST=last))
+    assert run.code == -signal.SIGKILL
+    assert not (out / "config.json").exists()
+    succeeded(verb(*command))
+    succeeded(verb("convert", hf_model("llama2"), tmp_path / "whole", *options))
+    assert tree(out) == tree(tmp_path / "whole")
+
+
+class Killed(BaseException):
+    """What nothing catches."""
+
+
+@pytest.mark.parametrize("action", ["discard", "empty"])
+def test_a_kill_while_the_hidden_folder_is_removed_leaves_no_half_truth(
+    action: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half a journal would have the next run, with --overwrite, put half a checkpoint in the place of a whole one."""
+    for moment in itertools.count(1):
+        staging, journal = _finished_staging(tmp_path / str(moment))
+        calls = itertools.count(1)
+        with monkeypatch.context() as patch:
+            for name in ("unlink", "rmdir", "replace"):
+                patch.setattr(os, name, _killed_at(getattr(os, name), calls, moment))
+            try:
+                getattr(staging, action)()
+            except Killed:
+                assert journal.run() is None or (journal.complete and len(journal.finished()) == 3)
+                continue
+        assert moment > 5
+        return
+
+
+def _killed_at(real: Callable[..., Any], calls: Iterator[int], moment: int) -> Callable[..., Any]:
+    def call(*args: Any, **more: Any) -> Any:
+        if next(calls) == moment:
+            raise Killed
+        return real(*args, **more)
+
+    return call
+
+
+def _finished_staging(folder: Path) -> tuple[Staging, Journal]:
+    staging = Staging(folder, "model")
+    staging.open()
+    staging.empty()
+    journal = Journal(staging.state)
+    journal.begin({"tool": "this"})
+    for name in "abc":
+        (staging.files / name).write_text(name)
+        journal.finish(name, 1, "", {})
+    journal.mark_complete()
+    journal.mark_cleared()
+    return staging, journal
+
+
+def test_an_interrupt_after_the_result_is_shown_says_that_it_is_complete(
+    hf_model: HFModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(_: Staging) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Staging, "discard", interrupted)
+    target = MegatronTarget(tmp_path, MegatronOptions(tp=2))
+    with pytest.raises(Interrupted) as caught:
+        conversion.convert(HFSource(hf_model("llama2")), target, None, Silent())
+    assert caught.value.hint == "; the output is complete all the same"
+    assert (tmp_path / TRACKER).exists()
+
+
+@pytest.mark.xdist_group("resume")
+def test_an_output_that_lacks_a_small_file_is_not_complete_already(hf_model: HFModel, tmp_path: Path) -> None:
+    options = ("convert", hf_model("llama2"), tmp_path / "out", "--to", "hf")
+    succeeded(verb(*options))
+    assert "complete already" in succeeded(verb(*options)).out
+    (tmp_path / "out" / "generation_config.json").unlink()
+    refused(verb(*options), "already holds a model", "--overwrite")
 
 
 @pytest.mark.xdist_group("resume")
@@ -314,6 +427,37 @@ def _alive(pid: int) -> bool:
     return state.exists() and state.read_text().rpartition(")")[2].split()[0] != "Z"
 
 
+#: Holds workers at their very beginning, and says that they have begun.
+HELD = """
+import os, sys, time
+if "--multiprocessing-fork" in sys.orig_argv:
+    open(os.path.join(os.environ["BEGUN"], str(os.getpid())), "w").close()
+    while not os.path.exists(os.path.join(os.environ["BEGUN"], "go")):
+        time.sleep(0.01)
+"""
+
+
+@pytest.mark.xdist_group("resume")
+def test_an_interrupt_while_workers_start_is_one_sentence(hf_model: HFModel, tmp_path: Path) -> None:
+    begun = tmp_path / "begun"
+    begun.mkdir()
+    env = site(tmp_path / "site", HELD, BEGUN=begun)
+    process = start_verb("convert", hf_model("llama2"), tmp_path / "out", "--workers", 3, env=env)
+    _wait_for(lambda: len(list(begun.iterdir())) == 2)
+    os.killpg(process.pid, signal.SIGINT)
+    (begun / "go").touch()
+    run = finished(process)
+    assert run.code == 130
+    assert run.err.strip() == "megatron-converters: error: interrupted before the end"
+
+
+def _wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
 @pytest.mark.xdist_group("resume")
 def test_workers_stop_when_the_first_process_is_gone(job: Job, tmp_path: Path) -> None:
     _, whole, _ = job
@@ -403,6 +547,10 @@ def test_processes_without_a_meeting_place_are_told_so(job: Job) -> None:
     refused(run, "process 1 of 2", "MASTER_ADDR and MASTER_PORT", code=2)
     run = verb("convert", source, out, *options, "--workers", 2, env={"RANK": "x", "WORLD_SIZE": "2"})
     refused(run, "must be numbers", code=2)
+    run = verb(
+        "convert", source, out, *options, env={"RANK": "3", "WORLD_SIZE": "2", "MASTER_ADDR": "x", "MASTER_PORT": "1"}
+    )
+    refused(run, "RANK=3 must be below WORLD_SIZE=2", code=2)
 
 
 def test_a_file_system_without_locks_will_do(job: Job, tmp_path: Path) -> None:
@@ -453,3 +601,100 @@ def test_a_folder_that_is_not_shared_is_named(
     with pytest.raises(ConversionError, match=r"process 1 does not see .*all must share that folder"):
         conversion.convert(HFSource(hf_model("llama2")), target, None, Silent(), crew=OtherFolder())
     assert not (tmp_path / "out").exists()
+
+
+# --- what is the same run, and what is another
+
+
+def _stopped(source: Path, out: Path, tmp_path: Path, *options: Any, **more: Any) -> None:
+    """Leave a run with some of its files finished."""
+    size = sum(path.stat().st_size for path in source.rglob("*") if path.name.endswith(WRITTEN))
+    env = site(tmp_path / "site", FULL, BYTES_LEFT=size * 3 // 4)
+    refused(verb("convert", more.get("named", source), out, *options, env=env), "are finished and kept")
+
+
+@pytest.mark.xdist_group("resume")
+def test_options_that_mean_the_same_go_on(hf_model: HFModel, tmp_path: Path) -> None:
+    source = shutil.copytree(hf_model("llama2", **SMALL), tmp_path / "hf")
+    (source / "tokenizer.json").write_text(json.dumps({"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}}))
+    near = os.path.relpath(source, ROOT)
+    _stopped(source, tmp_path / "out", tmp_path, "--tp", "2", "--pp", "4", named=near)
+    same = ("--pp", "4", "--ep", "1", "--etp", "2", "--make-vocab-size-divisible-by", "128", "--to", "megatron")
+    run = verb("convert", f"{source}/", f"{tmp_path}/./out/", *same, "--tp", "2", "--dtype", "fp32", cwd=ROOT)
+    succeeded(run)
+    assert args_of(tmp_path / "out", rank="mp_rank_00_000").tokenizer_model == str(source)
+    flags = (tmp_path / "out" / "iter_0000001" / "pretrain_gpt_flags.txt").read_text()
+    assert flags.startswith(f"--load {tmp_path / 'out'} ")
+
+
+@pytest.mark.xdist_group("resume")
+def test_a_changed_setting_of_the_source_is_named(hf_model: HFModel, tmp_path: Path) -> None:
+    source = shutil.copytree(hf_model("llama2", **SMALL), tmp_path / "hf")
+    options = ("--tp", "2", "--pp", "4")
+    _stopped(source, tmp_path / "out", tmp_path, *options)
+    generation = json.loads((source / "generation_config.json").read_text())
+    (source / "generation_config.json").write_text(json.dumps({**generation, "use_cache": "never"}))
+    run = refused(verb("convert", source, tmp_path / "out", *options), "args hf_generation_config use_cache", "never")
+    assert "structure" not in run.err
+
+
+@pytest.mark.xdist_group("resume")
+def test_another_reference_is_another_run(hf_model: HFModel, tmp_path: Path) -> None:
+    """Of an output whose tensors are the same to the bit."""
+    meg, out = tmp_path / "meg", tmp_path / "out"
+    succeeded(verb("convert", hf_model("llama2"), meg, "--tp", "2", "--quiet"))
+    references = [shutil.copytree(hf_model("llama2"), tmp_path / name) for name in ("one", "other")]
+    config = json.loads((references[1] / "config.json").read_text())
+    (references[1] / "config.json").write_text(json.dumps({**config, "bos_token_id": 3}))
+    succeeded(verb("convert", meg, out, "--hf-config", references[0]))
+    assert "complete already" in succeeded(verb("convert", meg, out, "--hf-config", references[0])).out
+    refused(verb("convert", meg, out, "--hf-config", references[1]), "already holds a model")
+
+
+@pytest.mark.xdist_group("resume")
+def test_a_setting_that_is_no_number_is_the_same_each_time(hf_model: HFModel, tmp_path: Path) -> None:
+    """NaN equals nothing, and a set has another order in each process."""
+    meg, out = tmp_path / "meg", tmp_path / "out"
+    succeeded(verb("convert", hf_model("llama2"), meg, "--tp", "2", "--quiet"))
+    for rank in ("mp_rank_00", "mp_rank_01"):
+        args = args_of(meg, rank=rank)
+        args.loss_scale, args.recompute_modules = float("nan"), {"core_attn", "mlp", "norm"}
+        edit_rank(meg, rank, args=args)
+    succeeded(verb("convert", meg, out, "--workers", "2"))
+    assert "complete already" in succeeded(verb("convert", meg, out)).out
+
+
+def _overwritten(path: Path) -> None:
+    with open(path, "r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"x")
+    os.utime(path, (1, 1))  # clocks of file systems may be coarse
+
+
+def _replaced(path: Path) -> None:
+    shutil.copyfile(path, path.with_name("new"))
+    path.with_name("new").replace(path)
+
+
+CHANGES: dict[str, Callable[[Path], None]] = {"in place": _overwritten, "by another": _replaced, "gone": Path.unlink}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
+def test_a_source_that_changes_while_it_is_read(
+    hf_model: HFModel, tmp_path: Path, change: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is written then may be of two models."""
+    source = shutil.copytree(hf_model("llama2"), tmp_path / "hf")
+    made = HFSource(source)
+    real = HFSource.read
+
+    def read(self: HFSource, ref: Ref) -> Sources:
+        if ref == Ref(SLOTS["final_norm"]):
+            change(source / "model.safetensors")
+        return real(self, ref)
+
+    monkeypatch.setattr(HFSource, "read", read)
+    monkeypatch.setattr(HFSource, "close", lambda _: None)
+    with pytest.raises(ConversionError, match=r"model\.safetensors"):
+        conversion.convert(made, MegatronTarget(tmp_path / "out", MegatronOptions(tp=2)), None, Silent())
+    assert not list((tmp_path / "out").iterdir())

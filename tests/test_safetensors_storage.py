@@ -234,7 +234,7 @@ def test_a_full_disk_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     file = one_tensor_file(tmp_path / "a")
     monkeypatch.setattr(os, "pwrite", full)
-    with pytest.raises(ConversionError, match=r"cannot write w to .*/a: No space left on device; \d+ bytes are needed"):
+    with pytest.raises(ConversionError, match=r"cannot write w to .*/a: No space left on device; free some space"):
         file.write("w", 0, memoryview(b"1"))
     file.discard()
     monkeypatch.setattr(os, "ftruncate", full)
@@ -248,6 +248,15 @@ def test_a_full_disk_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_stored_tensors_can_be_copied() -> None:
     stored = StoredTensor("f", 8, BY_NAME["bfloat16"], (2,), (1,))
     assert copy.copy(stored) == stored
+
+
+@pytest.mark.parametrize("left", [0, 9])
+def test_a_file_that_was_cut_after_it_was_opened(tmp_path: Path, left: int) -> None:
+    save_file({"w": torch.ones(4, 4)}, tmp_path / "a")
+    tensor = safetensors.read(tmp_path / "a").tensors["w"]
+    os.truncate(tmp_path / "a", left)
+    with pytest.raises(ConversionError, match="a has become shorter since it was opened"):
+        tensor.array()
 
 
 def test_storage_needs_no_torch() -> None:

@@ -149,7 +149,7 @@ def test_command_lines(hf_model: HFModel, tmp_path: Path) -> None:
     folder, dist = hf_model("llama2", dtype="bfloat16"), tmp_path / "dist"
     options = ("--target-tensor-parallel-size", 2, "--ckpt-format", "torch_dist")
     run = succeeded(convert("--load-dir", folder, "--save-dir", dist, *options))
-    assert "wrote 9 tensors in 53 chunks and 2 file(s)" in run.out and "cut for tp=2, pp=1, to " in run.out
+    assert "wrote 9 tensors in 53 chunks and 2 files" in run.out and "cut for tp=2, pp=1, to " in run.out
     assert "--ckpt-format exists from Megatron-LM 0.9 on" in run.out
     succeeded(convert_back("--load-path", dist, "--save-path", tmp_path / "hf"))
     assert different(hf_tensors(folder), hf_tensors(tmp_path / "hf")) == []

@@ -24,8 +24,11 @@ from megatron_converters.endpoints.hf_source import HFSource
 from megatron_converters.endpoints.megatron_checkpoint import MegatronOptions
 from megatron_converters.endpoints.megatron_source import MegatronSource
 from megatron_converters.endpoints.megatron_target import MegatronTarget
+from megatron_converters.errors import ConversionError
+from megatron_converters.journal import signed
 from megatron_converters.output_check import check_output
 from megatron_converters.progress import Silent
+from megatron_converters.staging import Staging
 from megatron_converters.storage import safetensors, torch_zip
 from tests.conversions import hf_to_megatron, megatron_to_hf, reshard
 from tests.helpers import ROOT
@@ -405,7 +408,7 @@ def _two_layers(source: Path, target: Path) -> Path:
 def test_what_only_one_has_is_named_and_the_rest_compared(checkpoint: Any, tmp_path: Path) -> None:
     source, meg = checkpoint("llama3")
     found = contrast(_two_layers(source, tmp_path / "hf"), meg)
-    assert found.spec == ["num_layers: 2, not 4"]
+    assert found.spec == ["num_layers: A has 2, B has 4"]
     assert named(found) == {f"layer {n} {slot}" for n in (2, 3) for slot in _LAYER_SLOTS}
     assert {one.text for tensor in found.different for one in tensor.findings} == {"only B has it"}
     assert [str(tensor.ref) for tensor in found.tensors][-3:] == ["layer 3 fc2", "final_norm", "output_layer"]
@@ -422,8 +425,8 @@ def test_a_vocabulary_with_its_padding_is_compared_as_far_as_both_have_it(
         torch.save(content, path)
     code, out, _ = run(capsys, "verify", source, changed)
     assert code == 1
-    assert "different: vocab_size: 199, not 256" in out
-    assert "different: word_embeddings: A has shape [199, 64], B [256, 64]" in out
+    assert "different: vocab_size: A has 199, B has 256" in out
+    assert "different: word_embeddings, output_layer: A has shape [199, 64], B [256, 64]" in out
     assert "elements differ" not in out
     assert run(capsys, "verify", source, changed, "--true-vocab-size", 199)[0] == 0
 
@@ -566,7 +569,7 @@ def test_what_the_manifest_says_of_finished_files_makes_no_other_run_of_it(hf_mo
     source = HFSource(hf_model("llama3"))
     first, again = (convert(source, MegatronTarget(tmp_path, MegatronOptions(tp=2)), None, Silent()) for _ in range(2))
     assert "wrote" in first[0]
-    assert again == [f"{tmp_path / 'iter_0000001'} is complete already; nothing to do"]
+    assert again == [f"{tmp_path / 'iter_0000001'} is complete already; nothing to do (--overwrite writes it again)"]
 
 
 def test_any_damaged_byte_is_seen(outputs: tuple[Path, Path]) -> None:
@@ -605,7 +608,7 @@ def test_a_damaged_tensor_is_named_with_its_slots(
     code, out, _ = run(capsys, "verify", hf)
     assert code == 1
     assert f"damaged: model.safetensors: {name} (layer 1 qkv) has other bytes than were written" in out
-    assert "DAMAGED: 1 faults; checked 39 tensors" in out
+    assert "DAMAGED: 1 fault; checked 39 tensors" in out
     (fault,) = json.loads(run(capsys, "verify", hf, "--json")[1])["faults"]
     assert (fault["file"], fault["tensor"], fault["holds"]) == ("model.safetensors", name, ["layer 1 qkv"])
 
@@ -662,12 +665,20 @@ def test_an_output_without_a_manifest(hf_model: HFModel, tmp_path: Path, capsys:
     for path in (hf_model("llama3"), tmp_path):
         code, _, err = run(capsys, "verify", path)
         assert code == 1
-        assert "conversion.json is missing or damaged" in err
+        assert "is no output of a conversion that can be checked alone: it has no conversion.json" in err
     assert run(capsys, "verify", tmp_path / "nowhere")[2].endswith("is no folder; give one that exists\n")
     assert run(capsys, "verify", tmp_path, "--ckpt-dir-name", "iter_0000009")[0] == 1
     for option in ("--ignore-dtype", "--logits", "--tolerance=0"):
         code, _, err = run(capsys, "verify", tmp_path, option)
         assert (code, "compares two folders" in err) == (2, True)
+
+
+def test_options_of_logits_need_logits(hf_model: HFModel, capsys: pytest.CaptureFixture[str]) -> None:
+    """Else a user would believe that something was computed."""
+    for option in ("--seed=0", "--batch=1", "--length=7"):
+        code, _, err = run(capsys, "verify", hf_model("llama3"), hf_model("llama3"), option)
+        assert code == 2
+        assert f"{option.partition('=')[0]} is for comparing logits; give --logits, too" in err
 
 
 def _set(key: str, value: Any) -> Callable[[dict[str, Any]], None]:
@@ -702,10 +713,34 @@ def test_a_damaged_manifest_is_said_to_be(
     path = outputs[1] / "conversion.json"
     manifest = json.loads(path.read_text())
     change(manifest["files"])
-    path.write_text(json.dumps(manifest))
+    path.write_text(json.dumps(signed(manifest)))
     code, _, err = run(capsys, "verify", outputs[1])
     assert code == 1
     assert "is damaged, or of an older version" in err
+
+
+def test_any_damaged_byte_of_the_manifest_is_seen(outputs: tuple[Path, Path]) -> None:
+    """Also where it says what nothing else can contradict: where a tensor came from, by which options."""
+    path = outputs[1] / "conversion.json"
+    written = path.read_bytes()
+    for at in random.Random(0).sample(range(len(written)), 200):
+        path.write_bytes(written[:at] + bytes([written[at] ^ 1]) + written[at + 1 :])
+        with pytest.raises(ConversionError, match=r"conversion\.json is damaged"):
+            check_output(outputs[1], Silent())
+    for at in (0, 1, len(written) // 2, len(written) - 4):
+        path.write_bytes(written[:at])
+        with pytest.raises(ConversionError, match=r"conversion\.json is damaged"):
+            check_output(outputs[1], Silent())
+
+
+def test_an_unfinished_conversion_is_said_to_be_one(
+    hf_model: HFModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    staging = Staging(tmp_path, "iter_0000001")
+    staging.open()
+    for arguments in (["verify", tmp_path], ["inspect", tmp_path], ["diff", hf_model("llama3"), tmp_path]):
+        _, _, err = run(capsys, *arguments)
+        assert f"{tmp_path} holds an unfinished conversion (.iter_0000001.incomplete); run the same convert" in err
 
 
 def test_a_manifest_that_lies_of_places_finds_faults(outputs: tuple[Path, Path]) -> None:
@@ -715,7 +750,7 @@ def test_a_manifest_that_lies_of_places_finds_faults(outputs: tuple[Path, Path])
     for change in (_tensor("at", [0, 8]), lambda files: files["model.safetensors"]["tensors"].popitem()):
         manifest = json.loads(written)
         change(manifest["files"])
-        path.write_text(json.dumps(manifest))
+        path.write_text(json.dumps(signed(manifest)))
         assert _faults(outputs[1])
 
 

@@ -48,6 +48,19 @@ def identity_of(folder: Path, paths: Iterable[str | Path]) -> dict[str, list[int
     return found
 
 
+def changed_files(origin: Origin) -> list[str]:
+    """The source's files that are no longer as they were when it was opened."""
+    folder, changed = Path(origin.described), []
+    for name, identity in (origin.identity or {}).items():
+        try:
+            now = identity_of(folder, [folder / name])[name]
+        except OSError:
+            now = []
+        if now != identity:
+            changed.append(name)
+    return changed
+
+
 class Source(Protocol):
     """A model to read."""
 

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from filecmp import cmp
 from pathlib import Path
+from typing import Any
 
 from .. import capacity_bins
 from ..dtypes import DType
 from ..errors import ConversionError, UsageError
 from ..families import FAMILIES
 from ..hf_config import config_for, write_json
+from ..journal import MANIFEST
 from ..margs_json import margs_to_json
 from ..outline import Fill, Outline
 from ..slots import SLOTS, Ref, refs
@@ -20,7 +24,8 @@ from ..spec import ModelSpec
 from ..staging import Staging
 from ..storage import safetensors
 from ..storage.output import Layout
-from ..tokenizer import generation_config, token_ids, token_ids_of, tokenizer_files, write_tokenizer
+from ..tokenizer import generation_config, recorded, token_ids, token_ids_of, tokenizer_files, write_tokenizer
+from ..units import count, size
 from .base import Origin
 from .hf_names import Part, parts_of
 
@@ -117,10 +122,12 @@ class HFTarget:
         options = {
             **dataclasses.asdict(self._options),
             "overwrite": None,
+            "tokenizer": recorded(self._options.tokenizer),
             "format": "hf",
             "dtype": self._spec.dtype.name,
         }
-        return Outline(_NAME, {file: _layout(shard) for file, shard in shards.items()}, options)
+        layouts = {file: _layout(shard) for file, shard in shards.items()}
+        return Outline(_NAME, layouts, options, content=self._small_files({}))
 
     def shown(self) -> Path | None:
         """The folder itself, once its configuration is there."""
@@ -128,12 +135,14 @@ class HFTarget:
         return self.save_dir if there else None
 
     def refuse_existing(self) -> None:
-        """A model in the folder is replaced only when that is asked for."""
-        found = [path.name for path in self._old_files()]
-        if found and not self._options.overwrite:
-            raise ConversionError(
-                f"{self.save_dir} already holds a model ({', '.join(found)}); save elsewhere or pass --overwrite"
-            )
+        """A model in the folder, or a part of one, is replaced only when that is asked for."""
+        if self._options.overwrite:
+            return
+        model, beside = self._old_files(), [path for path in self._beside() if os.path.lexists(path)]
+        if model or beside:
+            what = "a model" if model else "files of a model"
+            names = ", ".join(path.name for path in [*model, *beside])
+            raise ConversionError(f"{self.save_dir} already holds {what} ({names}); save elsewhere or pass --overwrite")
 
     def fills(self, ref: Ref) -> Iterator[Fill]:
         """The tensors of one slot."""
@@ -144,7 +153,7 @@ class HFTarget:
 
     def clear(self, staging: Staging) -> None:
         """Take away an older model's files, what names the others first, so that no mixture is ever complete."""
-        beside = [self.save_dir / name for name in (_GENERATION, _MARGS, capacity_bins.FILE)]
+        beside = self._beside()
         if tokenizer_files(staging.files):  # an older tokenizer stays only where there is no newer one
             beside += tokenizer_files(self.save_dir)
         for path in [*self._old_files(), *beside]:
@@ -153,9 +162,9 @@ class HFTarget:
     def show(self, staging: Staging) -> list[str]:
         """Move the files into place, index and config last."""
         staging.move_into(self.save_dir, _LAST)
-        count = len(set(self._file_of.values()))
+        files = len(set(self._file_of.values()))
         return [
-            f"wrote {len(self._file_of)} tensors ({self._total / 1e9:.3f} GB) in {count} file(s) to {self.save_dir}",
+            f"wrote {count(len(self._file_of), 'tensor')} ({size(self._total)}) in {count(files, 'file')} to {self.save_dir}",
             *self._notes,
         ]
 
@@ -165,6 +174,10 @@ class HFTarget:
     def _old_files(self) -> list[Path]:
         return [path for pattern in _OLD for path in sorted(self.save_dir.glob(pattern))]
 
+    def _beside(self) -> list[Path]:
+        """Where small files of a model would be that no older one may leave behind."""
+        return [self.save_dir / name for name in (_GENERATION, _MARGS, capacity_bins.FILE, MANIFEST)]
+
     def assets(self, folder: Path) -> None:
         """Write configuration, index, training arguments and tokenizer."""
         origin, options = self._origin, self._options
@@ -173,11 +186,6 @@ class HFTarget:
         if len(set(self._file_of.values())) > 1:
             index = {"metadata": {"total_size": self._total}, "weight_map": dict(sorted(self._file_of.items()))}
             write_json(folder / _INDEX, index)
-        generation = generation_config(self._model_type) if options.instruct else origin.generation_config
-        if generation is not None:
-            write_json(folder / _GENERATION, generation)
-        if origin.margs is not None:
-            write_json(folder / _MARGS, margs_to_json(origin.margs))
         notes += self._write_bins(folder)
         notes += write_tokenizer(
             options.tokenizer or origin.tokenizer,
@@ -187,29 +195,52 @@ class HFTarget:
             instruct=options.instruct,
             explicit=options.tokenizer is not None,
         )
-        notes += self._name_tokens(folder)
-        write_json(folder / "config.json", self._config)
+        tokens, notes_of_tokens = self._token_ids(folder)
+        notes += notes_of_tokens
+        for name, value in self._small_files(tokens).items():
+            write_json(folder / name, value)
         self._notes = notes
+        if not options.overwrite:
+            self._refuse_tokenizer(folder)
 
-    def _name_tokens(self, folder: Path) -> list[str]:
-        """Say in config.json which tokens begin and end a text, where no configuration did.
+    def _refuse_tokenizer(self, folder: Path) -> None:
+        """Raise if the folder has another tokenizer, or a part of one, than will be written: it may be the user's own."""
+        ours = {path.relative_to(folder): path for path in tokenizer_files(folder)}
+        theirs = {path.relative_to(self.save_dir): path for path in tokenizer_files(self.save_dir)}
+        other = [
+            str(name) for name, path in theirs.items() if name not in ours or not cmp(path, ours[name], shallow=False)
+        ]
+        if ours and other:
+            raise ConversionError(
+                f"{self.save_dir} already holds another tokenizer ({', '.join(other)}); save elsewhere or pass --overwrite"
+            )
+
+    def _small_files(self, tokens: dict[str, Any]) -> dict[str, Any]:
+        """Configuration with these tokens, generation settings and training arguments, by file."""
+        origin = self._origin
+        generation = generation_config(self._model_type) if self._options.instruct else origin.generation_config
+        margs = None if origin.margs is None else margs_to_json(origin.margs)
+        found = {"config.json": {**self._config, **tokens}, _GENERATION: generation, _MARGS: margs}
+        return {name: value for name, value in found.items() if value is not None}
+
+    def _token_ids(self, folder: Path) -> tuple[dict[str, Any], list[str]]:
+        """What config.json is to say of the tokens that begin and end a text, where no configuration did, and notes on it.
 
         Without a word there transformers takes numbers of its own: generation by a Llama would end at token 2, whatever that is.
         """
-        options, recorded = self._options, self._origin.hf_config is not None
-        if recorded and not options.instruct:
-            return []
+        options, configured = self._options, self._origin.hf_config is not None
+        if configured and not options.instruct:
+            return {}, []
         typical = token_ids(self._model_type, options.instruct)
-        if recorded or (typical and (options.instruct or options.source_model_type is not None)):
-            self._config.update(typical)
-            return []
+        if configured or (typical and (options.instruct or options.source_model_type is not None)):
+            return typical, []
         found = token_ids_of(folder)
-        self._config.update({"bos_token_id": None, "eos_token_id": None, **(found or typical)})
+        ids = {"bos_token_id": None, "eos_token_id": None, **(found or typical)}
         if not found and not typical:
-            return ["config.json names no begin and end tokens, since no tokenizer tells them"]
+            return ids, ["config.json names no begin and end tokens, since no tokenizer tells them"]
         by = "the tokenizer" if found else f"{self._model_type}, whose vocabulary has this size"
         said = ", ".join(f"{key} {number}" for key, number in (found or typical).items())
-        return [f"config.json has {said} of {by}"]
+        return ids, [f"config.json has {said} of {by}"]
 
     def _write_bins(self, folder: Path) -> list[str]:
         bins, parallel, wanted = self._origin.capacity_bins, self._origin.parallel, self._options.save_capacity_bins

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import shlex
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
@@ -18,7 +19,7 @@ from .. import capacity_bins
 from ..capacity_bins import CapacityBins
 from ..dtypes import DType
 from ..errors import ConversionError, UsageError, raise_all
-from ..margs_json import inheritable
+from ..margs_json import inheritable, margs_to_json
 from ..megatron_args import (
     RUN_DEFAULTS,
     expert_args,
@@ -38,9 +39,11 @@ from ..parallel import Parallel, kept_etp, padded_vocab, parallel_for
 from ..pipeline import EVEN, PipelineSplit
 from ..slots import SLOTS, Ref
 from ..spec import ModelSpec, whole
-from ..staging import Staging, write_text
+from ..staging import Staging
 from ..storage.output import Layout
 from ..storage.tensor import StoredTensor
+from ..tokenizer import recorded
+from ..units import count
 from .base import Origin
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -100,14 +103,24 @@ class CheckpointTarget(ABC):
         self._router = router_dtype(spec, dtype_of)
         self._args = self._make_args()
         files, given = self._lay_out()
-        options = {
-            **dataclasses.asdict(self._options),
-            "overwrite": None,
+        content = {"args": margs_to_json(argparse.Namespace(**self._args))}
+        return Outline(self._name, files, self._decided(), given, content)
+
+    def _decided(self) -> dict[str, Any]:
+        """What was asked for or chosen, in one form for all options that mean the same."""
+        asked = self._options
+        return {
             "format": f"megatron, {self.format}",
             "dtype": self._spec.dtype.name,
+            "parallel": dataclasses.asdict(self._parallel),
+            "expert_layout": self._expert_layout,
+            "vocabulary divisor": self._divisor,
+            "names": asked.impl,
+            "release": asked.release,
+            "allow_inexpressible": asked.allow_inexpressible,
+            "load_capacity_bins": asked.load_capacity_bins,
+            "tokenizer": recorded(asked.tokenizer),
         }
-        options |= {"parallel": dataclasses.asdict(self._parallel), "expert_layout": self._expert_layout}
-        return Outline(self._name, files, options, given)
 
     @abstractmethod
     def _lay_out(self) -> tuple[dict[str, Layout], dict[str, dict[str, StoredTensor]]]:
@@ -147,7 +160,7 @@ class CheckpointTarget(ABC):
         """Neither a checkpoint of this name nor the tracker is replaced unless that is asked for."""
         if self._options.overwrite:
             return
-        if (self.save_dir / self._name).exists():
+        if os.path.lexists(self.save_dir / self._name):
             raise ConversionError(f"{self.save_dir / self._name} already exists; save elsewhere or pass --overwrite")
         current = self._tracked()
         if current is not None:
@@ -158,7 +171,7 @@ class CheckpointTarget(ABC):
 
     def assets(self, folder: Path) -> None:
         """Write the flags that training needs."""
-        (folder / FLAGS_FILE).write_text(self._flags_text(), encoding="utf-8")
+        (folder / FLAGS_FILE).write_text(self._flags_text(), encoding="utf-8", errors="surrogateescape")
 
     def clear(self, staging: Staging) -> None:  # noqa: B027 - what a format may add to
         """Nothing: the directory is replaced as a whole."""
@@ -166,24 +179,31 @@ class CheckpointTarget(ABC):
     def show(self, staging: Staging) -> list[str]:
         """Show the directory under its name, then point the tracker at it."""
         staging.move_to(self.save_dir / self._name)
-        write_text(self.save_dir / TRACKER, self._tracker_text())
+        staging.put(self.save_dir / TRACKER, self._tracker_text())
         shown = flags(self._args)
         warnings = [*self._warnings, *flag_warnings(self._spec, shown, self._parallel.tp)]
         warnings += router_warnings(self._spec, self._router)
         return [
-            f"wrote {self._written()} to {self.save_dir / self._name}; {self._padded - self._spec.vocab_size} rows of "
-            f"vocabulary padding repeat the last of {self._spec.vocab_size}",
+            f"wrote {self._written()} to {self.save_dir / self._name}{self._padding()}",
             *self._origin.notes,
             *self._bins_note(),
             *warnings,
             f"pretrain_gpt.py needs:\n{self._flags_text()}".rstrip(),
         ]
 
+    def _padding(self) -> str:
+        rows = self._padded - self._spec.vocab_size
+        return (
+            f"; {count(rows, 'row')} of padding repeat the last of the vocabulary's {self._spec.vocab_size}"
+            if rows
+            else ""
+        )
+
     def _flags_text(self) -> str:
         shown = flags(self._args)
         if self._bins is not None:
             shown.append(f"--moe-capacity-bins-num {self._bins.count}")
-        return as_shell([f"--load {shlex.quote(str(self.save_dir))}", *shown]) + "\n"
+        return as_shell([f"--load {shlex.quote(os.path.abspath(self.save_dir))}", *shown]) + "\n"
 
     def _check_expressible(self, spec: ModelSpec) -> list[str]:
         reasons = inexpressible(spec)
@@ -232,7 +252,7 @@ class CheckpointTarget(ABC):
     def _make_args(self) -> dict[str, Any]:
         inherited = plain_args(inheritable(self._origin.margs))
         seq_length = seq_length_of(self._spec, inherited)
-        tokenizer = self._options.tokenizer or self._origin.tokenizer or inherited.get("tokenizer_model")
+        tokenizer = recorded(self._options.tokenizer or self._origin.tokenizer or inherited.get("tokenizer_model"))
         args = {
             **RUN_DEFAULTS,
             **inherited,
@@ -247,8 +267,8 @@ class CheckpointTarget(ABC):
             "tokenizer_model": tokenizer,
             "iteration": self._iteration,
         }
-        recorded = {"hf_config": self._origin.hf_config, "hf_generation_config": self._origin.generation_config}
-        return {**args, **{name: value for name, value in recorded.items() if value is not None}}
+        configs = {"hf_config": self._origin.hf_config, "hf_generation_config": self._origin.generation_config}
+        return {**args, **{name: value for name, value in configs.items() if value is not None}}
 
 
 def sizes(parallel: Parallel) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..dtypes import DType
-from ..errors import ConversionError, Unclear, UsageError
+from ..errors import ConversionError, Unclear, UsageError, reason_of
 from ..hf_config import differences, infer_family, read_json, spec_of_config
 from ..megatron_args import expert_args, model_args, spec_fields, stated_heads
 from ..parallel import Parallel, padded_vocab
@@ -78,10 +78,11 @@ def is_distributed(directory: Path) -> bool:
 
 
 def listing(folder: Path) -> list[Path]:
+    """What is in a folder, in order."""
     try:
         return sorted(folder.iterdir())
     except OSError as error:
-        raise ConversionError(f"cannot list {folder}: {error.strerror}") from error
+        raise ConversionError(f"cannot list {folder}: {reason_of(error)}") from error
 
 
 def describe(
@@ -239,7 +240,10 @@ def _vocab_size(args: argparse.Namespace, padded: int, given: int | None) -> tup
     if given is not None:
         if given > padded:
             raise UsageError(f"--true-vocab-size {given} exceeds the {padded} rows of the embeddings")
-        return given, []
+        other = isinstance(recorded, int) and recorded != given
+        return given, [
+            f"warning: --true-vocab-size {given} is taken, although the args say {recorded}"
+        ] if other else []
     if isinstance(recorded, int) and 0 < recorded <= padded:
         return recorded, _surplus_warning(args, recorded, padded)
     return padded, [

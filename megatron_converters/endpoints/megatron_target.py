@@ -24,6 +24,7 @@ from ..slots import Ref, Shard, refs
 from ..storage import torch_zip
 from ..storage.output import Layout
 from ..storage.tensor import StoredTensor
+from ..units import count
 from .megatron_checkpoint import CheckpointTarget, sizes
 
 FILE = "model_optim_rng.pt"
@@ -141,7 +142,7 @@ class MegatronTarget(CheckpointTarget):
     def _written(self) -> str:
         ranks = sum(len(self._parallel.ranks(stage)) for stage in range(self._parallel.pp))
         return (
-            f"{self._tensors} tensors once each on {ranks} rank(s) "
+            f"{count(self._tensors, 'tensor')} on {count(ranks, 'rank')} "
             f"({sizes(self._parallel)}, layers {'+'.join(map(str, self._parallel.stages))})"
         )
 

@@ -32,6 +32,7 @@ from ..storage import dcp, dcp_layout, torch_zip
 from ..storage.dcp_layout import NewChunk, NewObject, Placed
 from ..storage.output import Layout
 from ..storage.tensor import StoredTensor
+from ..units import count
 from .megatron_checkpoint import CheckpointTarget, sizes
 from .megatron_common import FORMAT_FILE
 from .torch_dist_source import COMMON_FILE
@@ -164,9 +165,9 @@ class TorchDistTarget(CheckpointTarget):
         return self._numbers[self._parallel.ranks(stage)[0]]
 
     def _written(self) -> str:
-        keys = {chunk.key for chunk in self._chunks}
+        keys, files = {chunk.key for chunk in self._chunks}, set(self._files.values())
         return (
-            f"{len(keys)} tensors in {len(self._chunks)} chunks and {len(set(self._files.values()))} file(s), "
+            f"{count(len(keys), 'tensor')} in {count(len(self._chunks), 'chunk')} and {count(len(files), 'file')}, "
             f"cut for {sizes(self._parallel)},"
         )
 

@@ -34,20 +34,36 @@ def add_hf_source_arguments(parser: Any) -> None:
     """Options of loaders that read a Hugging Face folder."""
     add_dtype_arguments(parser)
     unneeded = "Accepted for compatibility; config.json says it."
-    add_argument(parser, "--model-size", default=None, help=f"{unneeded} A name of another architecture is an error.")
+    add_argument(
+        parser,
+        "--model-size",
+        metavar="NAME",
+        default=None,
+        help=f"{unneeded} A name of another architecture is an error.",
+    )
     add_argument(
         parser, "--checkpoint-type", default="hf", choices=["meta", "hf"], help="Type of the source; hf by default."
     )
     add_argument(
-        parser, "--true-vocab-size", type=positive, default=None, help=f"{unneeded} Another value is an error."
+        parser,
+        "--true-vocab-size",
+        metavar="N",
+        type=positive,
+        default=None,
+        help=f"{unneeded} Another value is an error.",
     )
-    add_argument(parser, "--vocab-file", default=None, help=unneeded)
+    add_argument(parser, "--vocab-file", metavar="FILE", default=None, help=unneeded)
     add_argument(
-        parser, "--tokenizer-model", default=None, help="Tokenizer to record in args; by default the folder itself."
+        parser,
+        "--tokenizer-model",
+        metavar="PATH",
+        default=None,
+        help="Tokenizer to record in args; by default the folder itself.",
     )
     add_argument(
         parser,
         "--make-vocab-size-divisible-by",
+        metavar="N",
         type=positive,
         default=None,
         help="Vocabulary padding; 128 by default.",
@@ -64,7 +80,11 @@ def add_hf_source_arguments(parser: Any) -> None:
         parser, "--untie", action="store_true", help="Keep a stored lm_head apart although config.json ties it."
     )
     add_argument(
-        parser, "--ignore-config-fields", default="", help="Comma-separated unknown config.json fields to ignore."
+        parser,
+        "--ignore-config-fields",
+        metavar="NAMES",
+        default="",
+        help="Comma-separated unknown config.json fields to ignore.",
     )
 
 
@@ -116,15 +136,27 @@ def _model_size_family(name: str | None) -> str | None:
 
 def add_checkpoint_arguments(parser: Any) -> None:
     """Options of everything that reads a Megatron-LM checkpoint."""
-    add_argument(parser, "--ckpt-dir-name", default=None, help="Folder to read (iter_0000008) instead of the latest.")
+    add_argument(
+        parser,
+        "--ckpt-dir-name",
+        metavar="NAME",
+        default=None,
+        help="Folder to read (iter_0000008) instead of the latest.",
+    )
     add_argument(
         parser,
         "--hf-config",
+        metavar="DIR",
         default=None,
         help="Reference model folder: configuration and tokenizer are taken from it.",
     )
     add_argument(
-        parser, "--true-vocab-size", type=positive, default=None, help="Vocabulary without padding, where args lack it."
+        parser,
+        "--true-vocab-size",
+        metavar="N",
+        type=positive,
+        default=None,
+        help="Vocabulary without padding, where args lack it.",
     )
 
 
@@ -134,7 +166,11 @@ def add_core_loader_arguments(parser: Any) -> None:
     add_margs_argument(parser)
     add_checkpoint_arguments(parser)
     add_argument(
-        parser, "--vocab-file", default=None, help="JSON vocabulary; its length is the vocabulary without padding."
+        parser,
+        "--vocab-file",
+        metavar="FILE",
+        default=None,
+        help="JSON vocabulary; its length is the vocabulary without padding.",
     )
     add_argument(
         parser,
@@ -151,7 +187,12 @@ def add_core_loader_arguments(parser: Any) -> None:
         help="Accepted for compatibility; the names in the checkpoint say it.",
     )
     add_argument(
-        parser, "--make-vocab-size-divisible-by", type=positive, default=None, help="Vocabulary padding of the output."
+        parser,
+        "--make-vocab-size-divisible-by",
+        metavar="N",
+        type=positive,
+        default=None,
+        help="Vocabulary padding of the output.",
     )
 
 

@@ -29,6 +29,20 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def natural(text: str) -> int:
+    """A whole number from 0 on, as an argument."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 0 on")
+    return int(text)
+
+
+def place(text: str) -> str:
+    """A folder or file, as an argument. Empty it would mean the current folder, which nobody asks for that way."""
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty; a variable of the shell may not be set")
+    return text
+
+
 def add_dtype_arguments(parser: Any) -> None:
     """--bf16 and --fp16."""
     add_argument(parser, "--bf16", action="store_true", help="Write bfloat16; without it the source's dtype is kept.")
@@ -40,6 +54,7 @@ def add_margs_argument(parser: Any) -> None:
     add_argument(
         parser,
         "--source-margs-file",
+        metavar="FILE",
         default=None,
         help="source_megatron_args.json with training arguments to take over.",
     )

@@ -24,6 +24,7 @@ def add_megatron_target_arguments(parser: Any) -> None:
         parser,
         "--target-tensor-parallel-size",
         "--tp",
+        metavar="N",
         type=positive,
         default=None,
         help=f"Tensor-parallel size; {default}.",
@@ -32,6 +33,7 @@ def add_megatron_target_arguments(parser: Any) -> None:
         parser,
         "--target-pipeline-parallel-size",
         "--pp",
+        metavar="N",
         type=positive,
         default=None,
         help=f"Pipeline-parallel size; {default}.",
@@ -41,6 +43,7 @@ def add_megatron_target_arguments(parser: Any) -> None:
         "--target-expert-parallel-size",
         "--target-expert-paralell-size",  # the spelling of Habana's documentation
         "--ep",
+        metavar="N",
         type=positive,
         default=None,
         help=f"Expert-parallel size; {default}.",
@@ -49,6 +52,7 @@ def add_megatron_target_arguments(parser: Any) -> None:
         parser,
         "--target-expert-tensor-parallel-size",
         "--etp",
+        metavar="N",
         type=positive,
         default=None,
         help="Tensor-parallel size of experts; by default the source's if it has one of its own that goes with the target's "
@@ -63,10 +67,20 @@ def add_megatron_target_arguments(parser: Any) -> None:
         help="Whose parameter names to write.",
     )
     add_argument(
-        parser, "--decoder-first-pipeline-num-layers", type=positive, default=None, help="Layers on the first stage."
+        parser,
+        "--decoder-first-pipeline-num-layers",
+        metavar="N",
+        type=positive,
+        default=None,
+        help="Layers on the first stage.",
     )
     add_argument(
-        parser, "--decoder-last-pipeline-num-layers", type=positive, default=None, help="Layers on the last stage."
+        parser,
+        "--decoder-last-pipeline-num-layers",
+        metavar="N",
+        type=positive,
+        default=None,
+        help="Layers on the last stage.",
     )
     counted = "Count the {} as a layer when stages are cut."
     add_argument(
@@ -77,6 +91,7 @@ def add_megatron_target_arguments(parser: Any) -> None:
     add_argument(
         parser,
         "--target-num-layers-per-virtual-pipeline-stage",
+        metavar="N",
         type=positive,
         default=None,
         help=virtual.format("layers each has"),
@@ -84,6 +99,7 @@ def add_megatron_target_arguments(parser: Any) -> None:
     add_argument(
         parser,
         "--target-num-virtual-stages-per-pipeline-rank",
+        metavar="N",
         type=positive,
         default=None,
         help=virtual.format("they are"),
@@ -91,6 +107,7 @@ def add_megatron_target_arguments(parser: Any) -> None:
     add_argument(
         parser,
         "--pipeline-model-parallel-layout",
+        metavar="LAYOUT",
         default=None,
         help="Every stage spelled out as in Megatron-LM, such as 'Et*3|(tt|)*6,L'.",
     )
@@ -176,9 +193,15 @@ def open_megatron_target(args: argparse.Namespace) -> CheckpointTarget:
 
 def add_hf_target_arguments(parser: Any) -> None:
     """Options of entry points that write a Hugging Face folder."""
-    add_argument(parser, "--max-shard-size", default="5GB", help="Largest file, such as 5GB or 500MB.")
     add_argument(
-        parser, "--tokenizer-model", default=None, help="Tokenizer to write; by default the one that args name."
+        parser, "--max-shard-size", metavar="SIZE", default="5GB", help="Largest file, such as 500MB; 5GB by default."
+    )
+    add_argument(
+        parser,
+        "--tokenizer-model",
+        metavar="PATH",
+        default=None,
+        help="Tokenizer to write; by default the one that args name.",
     )
     add_argument(
         parser,

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import NamedTuple, TypeVar
 
-from ..describe import count, count_tensors, layers_of, short, size
+from ..describe import count_tensors, layers_of, short
 from ..slots import Scope
 from ..survey import Holding, Survey
+from ..units import count, size
 
 T = TypeVar("T")
 

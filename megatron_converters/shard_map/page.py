@@ -10,8 +10,9 @@ from pathlib import Path
 from string import Template
 
 from .. import __version__
-from ..describe import count, file_rows, sections, size
+from ..describe import file_rows, sections
 from ..survey import Survey, count_parameters
+from ..units import count, size
 from .grid import Detail, Grid, grid
 from .svg import kind_class, panel_svg, totals_svg
 

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterable, Iterator
 from html import escape
 
-from ..describe import size
+from ..units import size
 from .grid import KINDS, Cell, Column, Grid, Panel, Segment
 
 _WIDTH, _GUTTER = 1080.0, 84.0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -12,7 +11,7 @@ from typing import Any
 
 import numpy.typing as npt
 
-from ..errors import ConversionError, DiskError, raise_all
+from ..errors import ConversionError, DiskError, raise_all, reason_of
 from .checksum import combined, crc32
 
 Pieces = Iterable[tuple[int, bytes]]
@@ -177,9 +176,7 @@ class OutputFile:
         try:
             yield
         except OSError as error:
-            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-            remedy = f"; {self.nbytes} bytes are needed there, free some or choose another disk" if full else ""
-            raise DiskError(f"cannot write {what} to {self.path}: {error.strerror}{remedy}") from error
+            raise DiskError(f"cannot write {what} to {self.path}: {reason_of(error)}") from error
 
 
 def _parts(offset: int, nbytes: int, count: int) -> list[_Part]:

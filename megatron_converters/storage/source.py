@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import BinaryIO
 
-from ..errors import ConversionError
+from ..errors import ConversionError, reason_of
 
 #: How a Git LFS pointer starts (git-lfs docs/spec.md): what a clone without `git lfs` leaves in place of the weights.
 _LFS_POINTER = b"version https://git-lfs"
@@ -16,7 +16,7 @@ def open_source(path: str) -> BinaryIO:
     try:
         file = open(path, "rb")  # noqa: SIM115 - handed to the caller, who closes it
     except OSError as error:
-        raise ConversionError(f"cannot open {path}: {error.strerror}") from error
+        raise ConversionError(f"cannot open {path}: {reason_of(error)}") from error
     fault = _fault(file.read(len(_LFS_POINTER)))
     if fault:
         file.close()

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..dtypes import DType
-from ..errors import ConversionError
+from ..errors import ConversionError, reason_of
 from ..sealed import Sealed
 
 
@@ -35,11 +35,17 @@ class StoredTensor(Sealed):
         return math.prod(self.shape) * self.dtype.itemsize
 
     def array(self) -> npt.NDArray[Any]:
-        """A read-only view of the mapped file, in the dtype's carrier type. No bytes are read until it is used."""
+        """A read-only view of the mapped file, in the dtype's carrier type. No bytes are read until it is used.
+
+        Raises `ConversionError` where the file has become shorter since it was opened.
+        """
         if 0 in self.shape:
             return np.empty(self.shape, self.dtype.carrier)
         strides = tuple(step * self.dtype.itemsize for step in self.strides)
-        return np.ndarray(self.shape, self.dtype.carrier, mapped(self.path), self.offset, strides)
+        try:
+            return np.ndarray(self.shape, self.dtype.carrier, mapped(self.path), self.offset, strides)
+        except (TypeError, ValueError) as error:  # numpy and mmap have no room for it
+            raise ConversionError(f"{self.path} has become shorter since it was opened") from error
 
 
 def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -61,7 +67,7 @@ def mapped(path: str) -> mmap.mmap:
     try:
         fd = os.open(path, os.O_RDONLY)
     except OSError as error:
-        raise ConversionError(f"cannot open {path}: {error.strerror}") from error
+        raise ConversionError(f"cannot open {path}: {reason_of(error)}") from error
     try:
         status = os.fstat(fd)
         identity = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)

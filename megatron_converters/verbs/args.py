@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
-import sys
 from pathlib import Path
 
 from ..arguments import arguments
+from ..console import put, put_json, warn
 from ..errors import raise_all
-from ..formats import add_reading_arguments, open_any
+from ..formats import add_reading_arguments, open_any, refuse_unheeded
 from ..margs_json import margs_to_json
 from ..megatron_flags import all_flags, as_shell, flag_warnings
 from ..megatron_limits import inexpressible
-from ..plugins import say
+from ..options.values import place
 from ..survey import survey
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's options."""
-    parser.add_argument("folder", metavar="X", help="Folder to look at; its format is recognised.")
+    parser.add_argument("folder", metavar="X", type=place, help="Folder to look at; its format is recognised.")
     parser.add_argument("--json", action="store_true", help="Print one JSON object: flags as words, arguments, notes.")
     parser.add_argument(
         "--allow-inexpressible",
@@ -33,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print the flags on standard output and what to know of them on standard error; 0 if they express the model."""
     kind, source = open_any(args.folder, args)
+    refuse_unheeded([kind], args)
     reasons = inexpressible(source.spec)
     if not args.allow_inexpressible:
         raise_all(
@@ -47,8 +47,9 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         words = shlex.split(" ".join(shown))
         plain = margs_to_json(argparse.Namespace(**said))
-        say(args, json.dumps({"flags": words, "arguments": plain, "notes": notes}, indent=2, ensure_ascii=False))
+        put_json({"flags": words, "arguments": plain, "notes": notes})
     else:
-        say(args, as_shell(shown))
-        sys.stderr.writelines(f"{note}\n" for note in notes)
+        put(as_shell(shown))
+        for note in notes:
+            warn(note)
     return 0

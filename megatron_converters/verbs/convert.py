@@ -7,12 +7,12 @@ import argparse
 from .. import team
 from ..channel import Watched
 from ..cluster import crew_of_environment
+from ..console import report
 from ..conversion import convert
 from ..crew import ALONE, Crew
 from ..errors import UsageError
 from ..options.values import positive
-from ..plugins import say
-from ..progress import Silent, make_progress
+from ..progress import Progress, Silent, make_progress
 from .job import add_job_arguments, job_of
 
 
@@ -21,6 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_job_arguments(parser)
     parser.add_argument(
         "--workers",
+        metavar="N",
         type=positive,
         default=1,
         help="Processes on this machine. On several, start the same command under torchrun or srun instead.",
@@ -43,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
     finally:
         crew.close()
     for line in lines if crew.rank == 0 else []:
-        say(args, line)
+        report(args, line)
     return 0
 
 
@@ -53,8 +54,13 @@ def work(crew: Crew, args: argparse.Namespace) -> list[str]:
     if crew.rank == 0:
         origin, spec = job.source.origin, job.source.spec
         among = f", {crew.size} processes" if crew is not ALONE else ""
-        say(
-            args, f"reading {origin.described} ({job.source_format}, {spec.family}), writing {job.target_format}{among}"
+        report(
+            args,
+            f"reading {origin.described} ({job.source_format}, {spec.family}), writing {args.save_dir} "
+            f"({job.target_format}){among}",
         )
-    progress = make_progress(args.quiet) if crew.rank == 0 else Watched(Silent(), "first process")
+    progress: Progress = Watched(Silent(), "first process")
+    if crew.rank == 0:
+        share = f" (the share of process 0 of {crew.size})" if crew.size > 1 else ""
+        progress = make_progress(args.quiet, f"copying{share}", f"copied{share}")
     return convert(job.source, job.target, job.dtype, progress, restart=args.restart, crew=crew)

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterator
 from typing import Any
 
 from ..compare import Compared, Comparison, Rules, compare
-from ..difference import finite
-from ..plugins import put, say
+from ..console import put_json, say
+from ..options.values import natural, place
 from ..progress import make_progress
 from ..settings_diff import settings_differences
-from .pair import Pair, add_pair_arguments, describe_pair, open_pair, say_pair
+from .pair import Pair, add_pair_arguments, describe_pair, of_whole_tensors, open_pair, say_pair
 
 _DEFAULT_TOP = 20
 _HEADINGS = ("relative", "||A-B||", "||A||", "max |A-B|", "differing", "elements", "tensor")
@@ -20,12 +19,13 @@ _HEADINGS = ("relative", "||A-B||", "||A||", "max |A-B|", "differing", "elements
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's options."""
-    parser.add_argument("a", metavar="A", help="Folder of any format.")
-    parser.add_argument("b", metavar="B", help="Folder to compare it with.")
+    parser.add_argument("a", metavar="A", type=place, help="Folder of any format.")
+    parser.add_argument("b", metavar="B", type=place, help="Folder to compare it with.")
     add_pair_arguments(parser)
     parser.add_argument(
         "--top",
-        type=int,
+        metavar="N",
+        type=natural,
         default=_DEFAULT_TOP,
         help=f"Tensors to list, {_DEFAULT_TOP} by default: those that differ most.",
     )
@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
     comparison = compare(*pair.sources, Rules(norms=True), make_progress(args.quiet, "comparing", "compared"))
     equal = comparison.equal and not any(settings.values())
     if args.json:
-        put(json.dumps(_as_json(pair, settings, comparison, equal), ensure_ascii=False, indent=1))
+        put_json(_as_json(pair, settings, comparison, equal))
     else:
         for line in _report(args, settings, comparison):
             say(args, line)
@@ -53,13 +53,14 @@ def _report(args: argparse.Namespace, settings: dict[str, list[str]], comparison
     for kind, found in settings.items():
         for difference in found:
             yield f"{kind}: {difference}"
+    yield from of_whole_tensors(comparison, each=args.all)
     for tensor in comparison.different:
         for finding in tensor.findings:
-            if finding.measure is None or finding.kind == "copy":
+            if finding.measure is not None and finding.kind == "copy":
                 yield f"{tensor.ref}: {next(finding.lines())}"
     ranked = _ranked(comparison)
     differing = [tensor for tensor in ranked if tensor.measure is not None and tensor.measure.differing]
-    shown = ranked if args.all else differing[: max(args.top, 0)]
+    shown = ranked if args.all else differing[: args.top]
     if shown:
         yield from _table(shown)
     if not args.all and len(differing) > len(shown):
@@ -99,13 +100,10 @@ def _as_json(pair: Pair, settings: dict[str, list[str]], comparison: Comparison,
         for tensor in _ranked(comparison)
         if tensor.measure is not None
     ]
-    result: dict[str, Any] = finite(
-        {
-            "equal": equal,
-            **describe_pair(pair),
-            "settings": settings,
-            "different": [tensor.to_json() for tensor in comparison.different],
-            "tensors": ranked,
-        }
-    )
-    return result
+    return {
+        "equal": equal,
+        **describe_pair(pair),
+        "settings": settings,
+        "different": [tensor.to_json() for tensor in comparison.different],
+        "tensors": ranked,
+    }

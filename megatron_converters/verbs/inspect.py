@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
+from ..console import put, put_json
 from ..describe import lines
 from ..errors import UsageError
-from ..formats import add_reading_arguments, open_any
-from ..plugins import say
+from ..formats import add_reading_arguments, open_any, refuse_unheeded
+from ..options.values import place
 from ..shard_map.page import page
 from ..staging import write_text
 from ..survey import survey
@@ -18,10 +18,14 @@ from ..survey_json import as_json
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's options."""
-    parser.add_argument("folder", metavar="X", help="Folder to look at; its format is recognised.")
+    parser.add_argument("folder", metavar="X", type=place, help="Folder to look at; its format is recognised.")
     parser.add_argument("--json", action="store_true", help="Print one JSON object instead of text.")
     parser.add_argument(
-        "--html", metavar="FILE", default=None, help="Write a page that stands alone, with the map of layers and ranks."
+        "--html",
+        metavar="FILE",
+        type=place,
+        default=None,
+        help="Write a page that stands alone, with the map of layers and ranks.",
     )
     add_reading_arguments(parser)
 
@@ -29,10 +33,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Look at the folder; 0 if it can be read."""
     target = None if args.html is None else _writable(Path(args.html))
-    found = survey(*open_any(args.folder, args))
-    shown = [json.dumps(as_json(found), indent=2, ensure_ascii=False)] if args.json else lines(found)
-    for line in shown:
-        say(args, line)
+    kind, source = open_any(args.folder, args)
+    refuse_unheeded([kind], args)
+    found = survey(kind, source)
+    if args.json:
+        put_json(as_json(found))
+    else:
+        put("\n".join(lines(found)))
     if target is not None:
         write_text(target, page(found))
     return 0

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
 from typing import NamedTuple
 
+from ..compare import Comparison
+from ..console import say
 from ..endpoints.base import Source
-from ..formats import FORMATS, add_reading_arguments, open_any
-from ..plugins import say
+from ..formats import FORMATS, add_reading_arguments, open_any, refuse_unheeded
+
+#: Tensors that a line about several names.
+_NAMED = 3
 
 
 class Pair(NamedTuple):
@@ -31,6 +36,7 @@ def open_pair(args: argparse.Namespace) -> Pair:
     """Open A and B. An option of one format is for each side of that format; a folder of ranks may be given by itself."""
     first, one = open_any(args.a, args)
     second, other = open_any(args.b, argparse.Namespace(**{**vars(args), "source_format": args.b_format}))
+    refuse_unheeded([first, second], args)
     return Pair((first, second), (one, other))
 
 
@@ -40,6 +46,16 @@ def describe_pair(pair: Pair) -> dict[str, dict[str, str]]:
         name: {"path": source.origin.described, "format": found}
         for name, found, source in zip("ab", pair.formats, pair.sources, strict=True)
     }
+
+
+def of_whole_tensors(comparison: Comparison, *, each: bool = False) -> Iterator[str]:
+    """What was found of whole tensors, such as another dtype: a line for all that have it in common, or for `each`."""
+    for text, names in comparison.alike().items():
+        if each:
+            yield from (f"{name}: {text}" for name in names)
+        else:
+            more = f" and {len(names) - _NAMED:,} more tensors" if len(names) > _NAMED else ""
+            yield f"{', '.join(names[:_NAMED])}{more}: {text}"
 
 
 def say_pair(args: argparse.Namespace, pair: Pair) -> None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterator
 
+from ..console import put, put_json
 from ..forecast import Forecast, forecast, measure
 from ..options.values import positive
-from ..plugins import put
+from ..units import count, duration, size
 from .job import Job, add_job_arguments, job_of
 
 _SHOWN_FILES = 64
@@ -18,7 +18,9 @@ _SHOWN_IGNORED = 20
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's options."""
     add_job_arguments(parser)
-    parser.add_argument("--workers", type=positive, default=1, help="Processes that the conversion would have.")
+    parser.add_argument(
+        "--workers", metavar="N", type=positive, default=1, help="Processes that the conversion would have."
+    )
     parser.add_argument(
         "--no-measure", action="store_true", help="Do not measure a rate; the time is then not estimated."
     )
@@ -31,9 +33,11 @@ def run(args: argparse.Namespace) -> int:
     result = forecast(job.source, job.target, job.dtype, args.workers)
     if not args.no_measure:
         measure(result, job.source, job.target.save_dir)
-    text = json.dumps(result.to_json(), indent=1, ensure_ascii=False) if args.json else "\n".join(_lines(job, result))
-    put(text)
-    return 0 if result.nbytes <= result.free and not result.obstacle else 1
+    if args.json:
+        put_json(result.to_json())
+    else:
+        put("\n".join(_lines(job, result)))
+    return 0 if result.left <= result.free and not result.obstacle else 1
 
 
 def _lines(job: Job, result: Forecast) -> Iterator[str]:
@@ -48,11 +52,12 @@ def _lines(job: Job, result: Forecast) -> Iterator[str]:
     if len(result.files) > _SHOWN_FILES:
         yield f"… and {len(result.files) - _SHOWN_FILES} more files (--json lists all)"
     yield ""
-    yield f"{result.source_tensors} source tensors, each read once, make {result.target_tensors} in {len(result.files)} file(s)"
-    for cast, count in result.casts.items():
-        yield f"{count} are cast from {cast}"
+    read, files = count(result.source_tensors, "source tensor"), count(len(result.files), "file")
+    yield f"{read}, each read once, make {result.target_tensors} in {files}"
+    for cast, number in result.casts.items():
+        yield f"{number} are cast from {cast}"
     if result.padding_rows:
-        yield f"{result.padding_rows} rows of vocabulary padding repeat the last row"
+        yield f"{count(result.padding_rows, 'row')} of vocabulary padding, in all tensors together, repeat the vocabulary's last"
     if result.copies:
         share = result.copies / sum(plan.tensor_bytes for plan in result.files.values())
         yield f"{result.copies:,} bytes of tensors ({share:.0%}) are copies, which several ranks hold"
@@ -61,16 +66,19 @@ def _lines(job: Job, result: Forecast) -> Iterator[str]:
     if len(result.ignored) > _SHOWN_IGNORED:
         yield f"… and {len(result.ignored) - _SHOWN_IGNORED} more are left out (--json lists all)"
     yield from result.notes
-    if result.obstacle:
-        yield f"obstacle: {result.obstacle}"
-    room = "enough" if result.nbytes <= result.free else "NOT ENOUGH"
-    yield f"disk    {result.nbytes / 1e9:.2f} GB needed, {result.free / 1e9:.2f} GB free: {room}"
-    yield f"memory  about {result.memory / 1e9:.2f} GB, besides file pages that the system takes back when it needs them"
+    yield from _state(result)
+    room = "enough" if result.left <= result.free else "NOT ENOUGH"
+    yield f"disk    {size(result.left)} needed, and a little for configuration and manifest; {size(result.free)} free: {room}"
+    yield f"memory  about {size(result.memory)}, besides file pages that the system takes back when it needs them"
     if result.seconds is not None and result.rate is not None:
-        yield f"time    about {_duration(result.seconds)} at the measured {result.rate / 1e9:.2f} GB/s of one process"
+        yield f"time    about {duration(result.seconds)} at the measured {size(result.rate)}/s of one process"
 
 
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+def _state(result: Forecast) -> Iterator[str]:
+    if result.complete:
+        yield "this conversion is complete already; the command has nothing to do"
+    elif result.obstacle:
+        yield f"obstacle: {result.obstacle}"
+    elif result.finished:
+        some = f"{len(result.finished)} of {len(result.files)}"
+        yield f"an interrupted run has finished {some} files, {size(result.nbytes - result.left)}; the command goes on from there"

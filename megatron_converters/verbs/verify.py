@@ -6,20 +6,21 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import math
 import time
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 from ..compare import Comparison, Rules, compare
-from ..difference import finite
+from ..console import put_json, say
 from ..endpoints.megatron_common import MegatronReadOptions
 from ..errors import UsageError
+from ..options.values import natural, place
 from ..output_check import Checked, check_output, find_output
-from ..plugins import folder, put, say
+from ..plugins import folder
 from ..progress import make_progress
-from .pair import Pair, add_pair_arguments, describe_pair, open_pair, say_pair
+from ..units import count, duration, size
+from .pair import Pair, add_pair_arguments, describe_pair, of_whole_tensors, open_pair, say_pair
 
 _DEFAULT_LIMIT = 50
 #: What decides the tokens of a comparison of logits.
@@ -34,11 +35,16 @@ _OF_TENSORS = ("ignore_dtype", "source_format", "b_format", "untie", "ignore_con
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's options."""
-    parser.add_argument("a", metavar="A", help="Folder of any format; alone: an output to check against its manifest.")
-    parser.add_argument("b", metavar="B", nargs="?", default=None, help="Folder that should hold the same model.")
+    parser.add_argument(
+        "a", metavar="A", type=place, help="Folder of any format; alone: an output to check against its manifest."
+    )
+    parser.add_argument(
+        "b", metavar="B", type=place, nargs="?", default=None, help="Folder that should hold the same model."
+    )
     add_pair_arguments(parser)
     parser.add_argument(
         "--tolerance",
+        metavar="X",
         type=_tolerance,
         default=None,
         help="Largest difference between values; by default bits are compared. Of logits: as a part of the largest one.",
@@ -48,7 +54,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--limit",
-        type=int,
+        metavar="N",
+        type=natural,
         default=_DEFAULT_LIMIT,
         help=f"Differences to print, {_DEFAULT_LIMIT} by default; 0 for all.",
     )
@@ -57,19 +64,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--logits", action="store_true", help="Build both models on this CPU in float32 and compare what they compute."
     )
     for name, (default, words) in _LOGITS.items():
-        logits.add_argument(f"--{name}", type=int, default=default, help=f"{words}; {default} by default.")
+        logits.add_argument(
+            f"--{name}", metavar="N", type=natural, default=None, help=f"{words}; {default} by default."
+        )
 
 
 def run(args: argparse.Namespace) -> int:
     """Compare; 0 if nothing differs."""
     if args.b is None:
         _refuse(
-            args, ("logits", "tolerance", *_OF_TENSORS), "compares two folders; a manifest is compared byte by byte"
+            args,
+            ("logits", "tolerance", *_LOGITS, *_OF_TENSORS),
+            "compares two folders; a manifest is compared byte by byte",
         )
         return _verify_output(args)
     if args.logits:
         _refuse(args, _OF_TENSORS, "is for comparing tensors; leave it out with --logits")
         return _verify_logits(args)
+    _refuse(args, _LOGITS, "is for comparing logits; give --logits, too")
     return _verify_pair(args)
 
 
@@ -90,14 +102,15 @@ def _verify_logits(args: argparse.Namespace) -> int:
     report = compare_logits(
         folder(args.a),
         folder(args.b),
-        seed=args.seed,
-        batch=args.batch,
-        length=args.length,
+        **{
+            name: default if getattr(args, name) is None else getattr(args, name)
+            for name, (default, _) in _LOGITS.items()
+        },
         tolerance=TOLERANCE if args.tolerance is None else args.tolerance,
         options=MegatronReadOptions(args.ckpt_dir_name, reference, args.true_vocab_size),
     )
     if args.json:
-        _print_json(finite({"equal": report.ok, **dataclasses.asdict(report)}))
+        put_json({"equal": report.ok, **dataclasses.asdict(report)})
     else:
         say(args, str(report))
     return 0 if report.ok else 1
@@ -111,7 +124,7 @@ def _verify_pair(args: argparse.Namespace) -> int:
     begun = time.monotonic()
     comparison = compare(*pair.sources, rules, make_progress(args.quiet, "comparing", "compared"))
     if args.json:
-        _print_json(_pair_json(pair, comparison))
+        put_json(_pair_json(pair, comparison))
     else:
         _say_all(args, list(_findings(comparison)), "different: ")
         say(args, _pair_summary(comparison, time.monotonic() - begun))
@@ -123,7 +136,7 @@ def _verify_output(args: argparse.Namespace) -> int:
     where = find_output(folder(args.a), args.ckpt_dir_name)
     checked = check_output(where, make_progress(args.quiet, "checking", "checked"))
     if args.json:
-        _print_json(_output_json(checked))
+        put_json(_output_json(checked))
     else:
         _say_all(args, [str(fault) for fault in checked.faults], "damaged: ")
         say(args, _output_summary(checked, time.monotonic() - begun))
@@ -132,29 +145,32 @@ def _verify_output(args: argparse.Namespace) -> int:
 
 def _findings(comparison: Comparison) -> Iterator[str]:
     yield from comparison.spec
+    yield from of_whole_tensors(comparison)
     for tensor in comparison.different:
         for finding in tensor.findings:
-            first, *rest = finding.lines()
-            yield "\n".join([f"{tensor.ref}: {first}", *rest])
+            if finding.measure is not None:
+                first, *rest = finding.lines()
+                yield "\n".join([f"{tensor.ref}: {first}", *rest])
 
 
 def _pair_summary(comparison: Comparison, seconds: float) -> str:
-    what = f"{len(comparison.tensors)} tensors, {_rate(comparison.nbytes, seconds)}"
-    padded = ", ".join(f"{count} of {name}" for name, count in zip("AB", comparison.padding, strict=True) if count)
+    what = f"{count(len(comparison.tensors), 'tensor')}, {_rate(comparison.nbytes, seconds)}"
+    padded = ", ".join(f"{rows} of {name}" for name, rows in zip("AB", comparison.padding, strict=True) if rows)
     beside = f"; rows of vocabulary padding not compared: {padded}" if padded else ""
     if comparison.equal:
         return f"EQUAL: {what}{beside}"
-    spec = f"{len(comparison.spec)} sizes or switches and " if comparison.spec else ""
+    spec = f"{count(len(comparison.spec), 'setting')} and " if comparison.spec else ""
     return f"DIFFERENT: {spec}{len(comparison.different)} of {what}{beside}"
 
 
 def _output_summary(checked: Checked, seconds: float) -> str:
-    what = f"{checked.tensors} tensors in {checked.files} files of {checked.folder}, {_rate(checked.nbytes, seconds)}"
-    return f"DAMAGED: {len(checked.faults)} faults; checked {what}" if checked.faults else f"INTACT: {what}"
+    where = f"{count(checked.files, 'file')} of {checked.folder}"
+    what = f"{count(checked.tensors, 'tensor')} in {where}, {_rate(checked.nbytes, seconds)}"
+    return f"DAMAGED: {count(len(checked.faults), 'fault')}; checked {what}" if checked.faults else f"INTACT: {what}"
 
 
 def _rate(nbytes: int, seconds: float) -> str:
-    return f"{nbytes / 1e9:.3f} GB read in {seconds:.1f} s ({nbytes / 1e9 / max(seconds, 1e-3):.2f} GB/s)"
+    return f"{size(nbytes)} read in {duration(seconds)} ({size(nbytes / max(seconds, 1e-3))}/s)"
 
 
 def _pair_json(pair: Pair, comparison: Comparison) -> dict[str, Any]:
@@ -192,12 +208,11 @@ def _say_all(args: argparse.Namespace, found: list[str], prefix: str) -> None:
         say(args, f"… and {len(found) - len(shown)} more (--limit 0 prints all)")
 
 
-def _print_json(value: dict[str, Any]) -> None:
-    put(json.dumps(value, ensure_ascii=False, indent=1, allow_nan=False))
-
-
 def _tolerance(text: str) -> float:
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
     if not math.isfinite(value) or value < 0:
         raise argparse.ArgumentTypeError(f"{text!r} is no number from 0 on")
     return value
