@@ -16,6 +16,7 @@ from megatron_converters.endpoints.hf_source import HFSource
 from megatron_converters.endpoints.hf_target import HFOptions, HFTarget
 from megatron_converters.endpoints.megatron_checkpoint import MegatronOptions
 from megatron_converters.endpoints.megatron_target import MegatronTarget
+from megatron_converters.endpoints.open_megatron import open_megatron
 from megatron_converters.errors import ConversionError, Stopped
 from megatron_converters.progress import Silent
 from megatron_converters.staging import Staging
@@ -143,3 +144,19 @@ def test_a_link_that_was_replaced_can_be_thrown_away(tmp_path: Path) -> None:
     staging.empty()
     assert (tmp_path / "theirs").is_dir()
     assert sorted(path.name for path in staging.path.iterdir()) == ["files", "state"]
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_a_pipe_among_the_files_is_not_waited_for(hf_model: HFModel, name: str, tmp_path: Path) -> None:
+    source = shutil.copytree(hf_model("llama2"), tmp_path / "hf")
+    (source / name).unlink()
+    os.mkfifo(source / name)
+    with pytest.raises(ConversionError, match=f"{name} is no file"):
+        HFSource(source)
+
+
+def test_a_tracker_with_digits_of_another_kind(hf_model: HFModel, tmp_path: Path) -> None:
+    convert(HFSource(hf_model("llama2")), MegatronTarget(tmp_path, MegatronOptions()), None, Silent())
+    (tmp_path / TRACKER).write_text("²", encoding="utf-8")
+    with pytest.raises(ConversionError, match="it must hold an iteration number or 'release'"):
+        open_megatron(tmp_path)

@@ -56,8 +56,8 @@ def checkpoint_directory(load_dir: Path, name: str | None) -> Path:
     tracker = load_dir / TRACKER
     if tracker.is_file():
         text = tracker.read_text(encoding="utf-8", errors="replace").strip()
-        if text != "release" and not text.isdigit():
-            raise ConversionError(f"{tracker} says {text!r}; it must hold an iteration number or 'release'")
+        if text != "release" and not text.isdecimal():
+            raise ConversionError(f"{tracker} says {text[:40]!r}; it must hold an iteration number or 'release'")
         directory = load_dir / (text if text == "release" else f"iter_{int(text):07d}")
         if not directory.is_dir():
             raise ConversionError(

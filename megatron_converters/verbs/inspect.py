@@ -41,8 +41,13 @@ def run(args: argparse.Namespace) -> int:
     else:
         put("\n".join(lines(found)))
     if target is not None:
-        write_text(target, page(found))
+        write_text(target, page(found)) if _replaceable(target) else target.write_text(page(found), encoding="utf-8")
     return 0
+
+
+def _replaceable(path: Path) -> bool:
+    """Whether it is a file or will be one; a link and a device, such as /dev/stdout, must stay what they are."""
+    return not path.is_symlink() and (path.is_file() or not path.exists())
 
 
 def _writable(path: Path) -> Path:
