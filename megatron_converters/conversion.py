@@ -35,7 +35,6 @@ from .storage.output import OutputFile
 T = TypeVar("T")
 #: Seconds that a network file system may take to show what another machine has written.
 _PATIENCE = 60.0
-_AGAIN = " (--overwrite writes it again)"
 
 
 def convert(
@@ -101,12 +100,18 @@ class _Run:
         try:
             agree(self._crew, self._together(lambda: self._description), "conversion")
             if self._led(self._complete_already):
-                return self._led(lambda: [f"{self._target.shown()} is complete already; nothing to do{_AGAIN}"])
+                words = "is complete already; nothing to do (--overwrite writes it again)"
+                return self._led(lambda: [f"{self._target.shown()} {words}"])
             finished, self._session = self._led(partial(self._begin, restart))
             self._begun = True
             self._together(self._see_folder)
             done = self._together(partial(self._copy, self._take_share(finished)))
             lines = self._led(partial(self._end, set(finished).union(*done)))
+            if finished:
+                lines.insert(
+                    0,
+                    f"went on from an interrupted run, with {len(finished)} of {len(self._outline.files)} files finished",
+                )
         except BaseException as error:
             for file in self._open.values():
                 if not file.closed:

@@ -21,7 +21,6 @@ from .channel import check_exit
 from .console import errors_told, prepare_process
 from .endpoints.queue_names import DONE
 from .errors import ConversionError, UsageError
-from .options.values import place
 
 #: Names that stock and Habana's tools give to the same plugins.
 _ALIASES = {"loader": {"mcore": "core", "megatron": "core"}, "saver": {"core": "mcore", "megatron": "mcore"}}
@@ -98,10 +97,8 @@ def _base_parser() -> argparse.ArgumentParser:
         "--model-type", choices=["GPT", "BERT"], default="GPT", help="GPT; BERT is accepted by stock plugins only."
     )
     _add_plugin_names(parser)
-    parser.add_argument(
-        "--load-dir", metavar="DIR", required=True, type=place, help="Folder of the model or checkpoint to read."
-    )
-    parser.add_argument("--save-dir", metavar="DIR", required=True, type=place, help="Folder to write to.")
+    parser.add_argument("--load-dir", metavar="DIR", required=True, help="Folder of the model or checkpoint to read.")
+    parser.add_argument("--save-dir", metavar="DIR", required=True, help="Folder to write to.")
     parser.add_argument(
         "--max-queue-size", metavar="N", type=int, default=50, help="Messages that may wait between loader and saver."
     )

@@ -10,7 +10,6 @@ from .console import errors_told, prepare_process, report
 from .conversion import convert
 from .dtypes import dtype_named
 from .options.reading import add_checkpoint_arguments, open_checkpoint
-from .options.values import place
 from .options.writing import add_hf_target_arguments, open_hf_target
 from .plugins import add_common_arguments
 from .progress import make_progress
@@ -42,12 +41,9 @@ def _parser() -> argparse.ArgumentParser:
         metavar="DIR",
         dest="load_dir",
         required=True,
-        type=place,
         help="Folder that holds iter_*, or one of these.",
     )
-    parser.add_argument(
-        "--save-path", metavar="DIR", dest="save_dir", required=True, type=place, help="Folder to write to."
-    )
+    parser.add_argument("--save-path", metavar="DIR", dest="save_dir", required=True, help="Folder to write to.")
     parser.add_argument(
         "--target-params-dtype",
         choices=["fp16", "bf16", "fp32"],

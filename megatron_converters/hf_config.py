@@ -36,6 +36,8 @@ HARMLESS = frozenset(
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; one sentence if it is missing or broken."""
+    if path.exists() and not path.is_file():  # a pipe would be waited for, without end
+        raise ConversionError(f"{path} is no file; give a folder that holds one")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

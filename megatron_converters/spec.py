@@ -20,11 +20,9 @@ _BEYOND = 1 << 27
 def number(value: Any, name: str) -> float:
     """The value of a field called `name`, which must be a finite number: configurations are written by hand, too."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= sys.float_info.max:
-        raise ConversionError(f"{name} is {value!r}; it must be a number")
-    try:
-        return float(value)
-    except OverflowError:
-        raise ConversionError(f"{name} is {value!r:.40}…; it must be a number that a float can hold") from None
+        shown = repr(value)
+        raise ConversionError(f"{name} is {shown if len(shown) < 80 else shown[:40] + '…'}; it must be a number")
+    return float(value)
 
 
 def whole(value: Any) -> TypeGuard[int]:

@@ -692,20 +692,18 @@ def test_what_a_killed_run_left_is_no_obstacle(hf: Path, meg: Path) -> None:
     assert [path.name for path in hf2.glob("*.safetensors")] == ["model.safetensors"]
 
 
-@pytest.mark.parametrize(
-    ("name", "word"),
-    [("", "is a variable of the command line unset?"), (os.fsdecode(b"x\xff"), "'x\\udcff' is no name in UTF-8")],
-    ids=["empty", "bytes"],
-)
-def test_a_folder_without_a_name(name: str, word: str, hf: Path, meg: Path, tmp_path: Path) -> None:
-    """An empty name would be the working folder."""
+def test_a_folder_without_a_name(hf: Path, meg: Path, tmp_path: Path) -> None:
+    """`convert $HF $OUT` with OUT unset, in quotes: an empty name would be the working folder."""
     cwd = tmp_path / "cwd"
     cwd.mkdir()
+    name, word = "", "is a variable of the command line unset?"
     refused(convert("--load-dir", hf, "--save-dir", name, cwd=cwd), word, code=2)
     refused(convert("--load-dir", name, "--save-dir", cwd / "out", cwd=cwd), word, code=2)
     refused(convert_back("--load-path", meg, "--save-path", name, cwd=cwd), word, code=2)
     refused(verb("convert", hf, name), word, code=2)
+    refused(verb("plan", name, cwd / "out"), word, code=2)
     refused(verb("inspect", name), word, code=2)
+    refused(verb("verify", hf, name), word, code=2)
     assert not list(cwd.iterdir())
 
 

@@ -284,7 +284,7 @@ def test_both_spellings_of_rope_are_one_spec(kind: str) -> None:
         ("llama", {"torch_dtype": ["bfloat16"]}, r"unknown dtype \['bfloat16'\]"),
         ("llama", {"vocab_size": 10**30}, "vocab_size is 1000000000000000000000000000000, which no model has"),
         ("llama", {"head_dim": 1 << 25}, "attention heads of 33554432 are more than any model has"),
-        ("llama", {"rms_norm_eps": 10**400}, "it must be a number that a float can hold"),
+        ("llama", {"rms_norm_eps": 10**400}, "0{39}…; it must be a number"),
         ("llama", {"num_local_experts": 8}, "does not know: num_local_experts"),
         ("mixtral", {"num_local_experts": "8"}, "num_experts is '8'"),
         ("mixtral", {"num_local_experts": 1}, "moe_router_topk is 2, but there are 1 experts"),

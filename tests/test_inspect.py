@@ -283,6 +283,25 @@ def test_sizes_in_words(nbytes: int, shown: str) -> None:
     assert size(nbytes) == shown
 
 
+def test_a_page_for_a_link_or_a_pipe_leaves_it_what_it_is(hf_model: HFModel, tmp_path: Path) -> None:
+    """Root, in a container, may else lose /dev/null or /dev/stdout."""
+    link, pipe = tmp_path / "link", tmp_path / "pipe"
+    (tmp_path / "page.html").touch()
+    link.symlink_to("page.html")
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        for path in (link, pipe):
+            with pytest.raises(SystemExit) as caught:
+                cli.main(["inspect", str(hf_model("llama2")), "--html", str(path)])
+            assert caught.value.code == 0
+        assert os.read(reader, 9) == b"<!doctype"
+    finally:
+        os.close(reader)
+    assert link.is_symlink() and pipe.is_fifo()
+    assert (tmp_path / "page.html").read_text().startswith("<!doctype")
+
+
 @pytest.mark.parametrize(
     ("html", "words"), [("", "is a folder"), ("nowhere/page.html", "there is no folder")], ids=["folder", "no folder"]
 )

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from megatron_converters import cli
 from megatron_converters.conversion import convert
 from megatron_converters.endpoints.hf_source import HFSource
 from megatron_converters.endpoints.hf_target import HFOptions, HFTarget
 from megatron_converters.endpoints.megatron_checkpoint import MegatronOptions
 from megatron_converters.endpoints.megatron_target import MegatronTarget
+from megatron_converters.endpoints.open_megatron import open_megatron
 from megatron_converters.errors import ConversionError, Stopped
 from megatron_converters.progress import Silent
 from megatron_converters.staging import Staging
@@ -65,17 +65,6 @@ def test_a_tokenizer_that_is_there_already_is_no_obstacle(hf_model: HFModel, tmp
     shutil.copytree(source, again, ignore=shutil.ignore_patterns("*config.json", "model*"))
     convert(HFSource(source), HFTarget(again, HFOptions()), None, Silent())
     assert (again / "config.json").exists()
-
-
-@pytest.mark.parametrize(
-    "arguments", [["plan", "", "out"], ["convert", "in", ""], ["inspect", ""], ["verify", "a", ""]]
-)
-def test_an_empty_name_is_not_the_current_folder(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    """`convert $HF $OUT` with OUT unset, in quotes."""
-    with pytest.raises(SystemExit) as caught:
-        cli.main(arguments)
-    assert caught.value.code == 2
-    assert "it is empty; a variable of the shell may not be set" in capsys.readouterr().err
 
 
 def test_a_link_in_the_place_of_a_checkpoint(hf_model: HFModel, tmp_path: Path) -> None:
@@ -143,3 +132,19 @@ def test_a_link_that_was_replaced_can_be_thrown_away(tmp_path: Path) -> None:
     staging.empty()
     assert (tmp_path / "theirs").is_dir()
     assert sorted(path.name for path in staging.path.iterdir()) == ["files", "state"]
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_a_pipe_among_the_files_is_not_waited_for(hf_model: HFModel, name: str, tmp_path: Path) -> None:
+    source = shutil.copytree(hf_model("llama2"), tmp_path / "hf")
+    (source / name).unlink()
+    os.mkfifo(source / name)
+    with pytest.raises(ConversionError, match=f"{name} is no file"):
+        HFSource(source)
+
+
+def test_a_tracker_with_digits_of_another_kind(hf_model: HFModel, tmp_path: Path) -> None:
+    convert(HFSource(hf_model("llama2")), MegatronTarget(tmp_path, MegatronOptions()), None, Silent())
+    (tmp_path / TRACKER).write_text("²", encoding="utf-8")
+    with pytest.raises(ConversionError, match="it must hold an iteration number or 'release'"):
+        open_megatron(tmp_path)

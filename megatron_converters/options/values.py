@@ -36,13 +36,6 @@ def natural(text: str) -> int:
     return int(text)
 
 
-def place(text: str) -> str:
-    """A folder or file, as an argument. Empty it would mean the current folder, which nobody asks for that way."""
-    if not text:
-        raise argparse.ArgumentTypeError("it is empty; a variable of the shell may not be set")
-    return text
-
-
 def add_dtype_arguments(parser: Any) -> None:
     """--bf16 and --fp16."""
     add_argument(parser, "--bf16", action="store_true", help="Write bfloat16; without it the source's dtype is kept.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from typing import BinaryIO
 
 from ..errors import ConversionError, reason_of
@@ -14,6 +15,8 @@ _LFS_POINTER = b"version https://git-lfs"
 def open_source(path: str) -> BinaryIO:
     """The file, open for reading at its start; `ConversionError` where it cannot be opened or holds no weights."""
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would be waited for, without end
+            raise ConversionError(f"{path} is no file; copy or download it again")
         file = open(path, "rb")  # noqa: SIM115 - handed to the caller, who closes it
     except OSError as error:
         raise ConversionError(f"cannot open {path}: {reason_of(error)}") from error

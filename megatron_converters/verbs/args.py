@@ -13,13 +13,12 @@ from ..formats import add_reading_arguments, open_any, refuse_unheeded
 from ..margs_json import margs_to_json
 from ..megatron_flags import all_flags, as_shell, flag_warnings
 from ..megatron_limits import inexpressible
-from ..options.values import place
 from ..survey import survey
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's options."""
-    parser.add_argument("folder", metavar="X", type=place, help="Folder to look at; its format is recognised.")
+    parser.add_argument("folder", metavar="X", help="Folder to look at; its format is recognised.")
     parser.add_argument("--json", action="store_true", help="Print one JSON object: flags as words, arguments, notes.")
     parser.add_argument(
         "--allow-inexpressible",

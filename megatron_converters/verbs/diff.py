@@ -8,7 +8,7 @@ from typing import Any
 
 from ..compare import Compared, Comparison, Rules, compare
 from ..console import put_json, say
-from ..options.values import natural, place
+from ..options.values import natural
 from ..progress import make_progress
 from ..settings_diff import settings_differences
 from .pair import Pair, add_pair_arguments, describe_pair, of_whole_tensors, open_pair, say_pair
@@ -19,8 +19,8 @@ _HEADINGS = ("relative", "||A-B||", "||A||", "max |A-B|", "differing", "elements
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's options."""
-    parser.add_argument("a", metavar="A", type=place, help="Folder of any format.")
-    parser.add_argument("b", metavar="B", type=place, help="Folder to compare it with.")
+    parser.add_argument("a", metavar="A", help="Folder of any format.")
+    parser.add_argument("b", metavar="B", help="Folder to compare it with.")
     add_pair_arguments(parser)
     parser.add_argument(
         "--top",

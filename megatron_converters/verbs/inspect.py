@@ -9,7 +9,6 @@ from ..console import put, put_json
 from ..describe import lines
 from ..errors import UsageError
 from ..formats import add_reading_arguments, open_any, refuse_unheeded
-from ..options.values import place
 from ..shard_map.page import page
 from ..staging import write_text
 from ..survey import survey
@@ -18,12 +17,11 @@ from ..survey_json import as_json
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's options."""
-    parser.add_argument("folder", metavar="X", type=place, help="Folder to look at; its format is recognised.")
+    parser.add_argument("folder", metavar="X", help="Folder to look at; its format is recognised.")
     parser.add_argument("--json", action="store_true", help="Print one JSON object instead of text.")
     parser.add_argument(
         "--html",
         metavar="FILE",
-        type=place,
         default=None,
         help="Write a page that stands alone, with the map of layers and ranks.",
     )
@@ -41,8 +39,13 @@ def run(args: argparse.Namespace) -> int:
     else:
         put("\n".join(lines(found)))
     if target is not None:
-        write_text(target, page(found))
+        write_text(target, page(found)) if _replaceable(target) else target.write_text(page(found), encoding="utf-8")
     return 0
+
+
+def _replaceable(path: Path) -> bool:
+    """Whether it is a file or will be one; a link and a device, such as /dev/stdout, must stay what they are."""
+    return not path.is_symlink() and (path.is_file() or not path.exists())
 
 
 def _writable(path: Path) -> Path:

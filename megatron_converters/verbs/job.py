@@ -12,7 +12,7 @@ from ..endpoints.hf_target import FUSED, SEPARATE
 from ..errors import UsageError
 from ..formats import HF, MEGATRON, add_reading_arguments, open_any, refuse_unheeded
 from ..megatron_names import EXPERTS
-from ..options.values import place, positive
+from ..options.values import positive
 from ..options.writing import (
     add_expert_layout_argument,
     add_hf_target_arguments,
@@ -37,8 +37,8 @@ class Job(NamedTuple):
 
 def add_job_arguments(parser: argparse.ArgumentParser) -> None:
     """SRC, DST and the options of every format."""
-    parser.add_argument("load_dir", metavar="SRC", type=place, help="Folder to read; its format is recognised.")
-    parser.add_argument("save_dir", metavar="DST", type=place, help="Folder to write to.")
+    parser.add_argument("load_dir", metavar="SRC", help="Folder to read; its format is recognised.")
+    parser.add_argument("save_dir", metavar="DST", help="Folder to write to.")
     parser.add_argument(
         "--to",
         choices=[HF, MEGATRON],

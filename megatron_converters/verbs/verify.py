@@ -15,7 +15,7 @@ from ..compare import Comparison, Rules, compare
 from ..console import put_json, say
 from ..endpoints.megatron_common import MegatronReadOptions
 from ..errors import UsageError
-from ..options.values import natural, place
+from ..options.values import natural
 from ..output_check import Checked, check_output, find_output
 from ..plugins import folder
 from ..progress import make_progress
@@ -35,12 +35,8 @@ _OF_TENSORS = ("ignore_dtype", "source_format", "b_format", "untie", "ignore_con
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's options."""
-    parser.add_argument(
-        "a", metavar="A", type=place, help="Folder of any format; alone: an output to check against its manifest."
-    )
-    parser.add_argument(
-        "b", metavar="B", type=place, nargs="?", default=None, help="Folder that should hold the same model."
-    )
+    parser.add_argument("a", metavar="A", help="Folder of any format; alone: an output to check against its manifest.")
+    parser.add_argument("b", metavar="B", nargs="?", default=None, help="Folder that should hold the same model.")
     add_pair_arguments(parser)
     parser.add_argument(
         "--tolerance",
