@@ -65,8 +65,10 @@ def counted(real):
 for name in ("pwrite", "fsync", "replace", "unlink", "mkdir", "ftruncate"):
     setattr(os, name, counted(getattr(os, name)))
 """
+#: A disk that gets full. On one core files are filled one after the other, so that some are finished by then.
 FULL = """
 import errno, os
+os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 left = int(os.environ["BYTES_LEFT"])
 real = os.pwrite
 def pwrite(fd, data, offset):
