@@ -95,6 +95,8 @@ class ModelSpec:
             "num_attention_heads",
             "num_query_groups",
         )
+        if not whole(self.num_experts) or self.num_experts < 0:
+            raise ConversionError(f"num_experts is {self.num_experts!r}; it must be a whole number, 0 for none")
         if self.num_experts:
             positive += ("num_experts", "moe_ffn_hidden_size", "moe_router_topk")
         for name in (*positive, "kv_channels", "vocab_size", "max_position_embeddings"):

@@ -22,10 +22,12 @@ DOCUMENTS = (
     "CONTRIBUTING.md",
     "docs/architecture.md",
     "docs/adding-a-family.md",
+    "docs/messages.md",
     "scripts/bench/README.md",
 )
 _BLOCK = re.compile(r"^```bash\n(.*?)^```", re.MULTILINE | re.DOTALL)
-_LINK = re.compile(r"\]\((?!https?:)([^)#]+)")
+_LINK = re.compile(r"\]\((?!https?:)([^)#]+)(?:#([^)]+))?\)")
+_HEADING = re.compile(r"^#+ (.*)$", re.MULTILINE)
 #: Commands that cannot run inside the test suite that they start, or have a test of their own.
 _ELSEWHERE = ("scripts/test.sh", "scripts/quickstart.sh")
 
@@ -77,8 +79,15 @@ def test_quickstart(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_links_lead_somewhere(name: str) -> None:
-    for target in _LINK.findall((ROOT / name).read_text()):
-        assert ((ROOT / name).parent / target).exists(), target
+    for target, part in _LINK.findall((ROOT / name).read_text()):
+        path = (ROOT / name).parent / target
+        assert path.exists(), target
+        assert not part or part in map(anchor, _HEADING.findall(path.read_text())), f"{target}#{part}"
+
+
+def anchor(heading: str) -> str:
+    """What GitHub makes of a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
 
 
 def test_the_example_family_converts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -285,6 +285,7 @@ def test_both_spellings_of_rope_are_one_spec(kind: str) -> None:
         ("llama", {"vocab_size": 10**30}, "vocab_size is 1000000000000000000000000000000, which no model has"),
         ("llama", {"head_dim": 1 << 25}, "attention heads of 33554432 are more than any model has"),
         ("llama", {"rms_norm_eps": 10**400}, "0{39}…; it must be a number"),
+        ("qwen2_moe", {"num_experts": ""}, "num_experts is ''; it must be a whole number, 0 for none"),
         ("llama", {"num_local_experts": 8}, "does not know: num_local_experts"),
         ("mixtral", {"num_local_experts": "8"}, "num_experts is '8'"),
         ("mixtral", {"num_local_experts": 1}, "moe_router_topk is 2, but there are 1 experts"),
