@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 
 from megatron_converters.conversion import convert
 from megatron_converters.dtypes import DType
@@ -48,11 +47,6 @@ def reshard(source: Path, target: Path, **options: Any) -> Path:
     """`options` are those of MegatronOptions."""
     run(open_megatron(source), MegatronTarget(target, MegatronOptions(**options)))
     return target
-
-
-def hf_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a folder, read by the safetensors library."""
-    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
 
 
 def different(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> list[str]:

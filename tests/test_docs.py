@@ -13,7 +13,8 @@ import pytest
 
 from megatron_converters import families
 from megatron_converters.families.base import Family
-from tests.conversions import different, hf_tensors, hf_to_megatron, megatron_to_hf
+from tests.conversions import different, hf_to_megatron, megatron_to_hf
+from tests.helpers import hf_tensors
 from tests.oracle.hf import make_model
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -13,7 +13,8 @@ from megatron_converters.endpoints.megatron_checkpoint import MegatronOptions
 from megatron_converters.endpoints.megatron_target import MegatronTarget
 from megatron_converters.endpoints.meta_source import MetaSource
 from megatron_converters.errors import ConversionError
-from tests.conversions import different, hf_tensors, megatron_to_hf, run
+from tests.conversions import different, megatron_to_hf, run
+from tests.helpers import hf_tensors
 from tests.oracle.hf import make_model
 
 HEADS, GROUPS = 8, 4

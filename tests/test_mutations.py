@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.conversions import different, hf_tensors, hf_to_megatron, megatron_to_hf
+from tests.conversions import different, hf_to_megatron, megatron_to_hf
+from tests.helpers import hf_tensors
 from tests.oracle.errors import OracleError
 from tests.oracle.hf import hf_logits, make_model, sample_tokens
 from tests.oracle.pool import MegatronPool

@@ -11,8 +11,18 @@ import torch
 
 from megatron_converters.endpoints.megatron_source import MegatronSource
 from megatron_converters.errors import ConversionError
-from tests.conversions import different, hf_tensors, hf_to_megatron, megatron_to_hf, reshard
-from tests.helpers import args_of, convert, convert_back, edit_rank, rank_content, refused, same_tensors, succeeded
+from tests.conversions import different, hf_to_megatron, megatron_to_hf, reshard
+from tests.helpers import (
+    args_of,
+    convert,
+    convert_back,
+    edit_rank,
+    hf_tensors,
+    rank_content,
+    refused,
+    same_tensors,
+    succeeded,
+)
 from tests.oracle.errors import OracleError
 from tests.oracle.hf import hf_logits, sample_tokens
 from tests.oracle.pool import MegatronPool

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from megatron_converters.pipeline import PipelineSplit
-from tests.conversions import different, hf_tensors, hf_to_megatron, megatron_to_hf, reshard
-from tests.helpers import args_of
+from tests.conversions import different, hf_to_megatron, megatron_to_hf, reshard
+from tests.helpers import args_of, hf_tensors
 from tests.oracle.args import megatron_args
 from tests.oracle.hf import FAMILIES, hf_logits, make_model, sample_tokens
 from tests.oracle.pool import MegatronPool, write_checkpoint

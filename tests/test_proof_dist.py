@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.conversions import different, hf_tensors, hf_to_torch_dist, megatron_to_hf
+from tests.conversions import different, hf_to_torch_dist, megatron_to_hf
+from tests.helpers import hf_tensors
 from tests.oracle.args import megatron_args
 from tests.oracle.hf import FAMILIES, MOE_FAMILIES, hf_logits, make_model, sample_tokens
 from tests.oracle.pool import MegatronPool, write_checkpoint, write_distributed

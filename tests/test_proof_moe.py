@@ -13,7 +13,8 @@ import torch
 from megatron_converters.endpoints.hf_target import FUSED, HFOptions, HFTarget
 from megatron_converters.endpoints.megatron_source import MegatronSource
 from megatron_converters.errors import ConversionError
-from tests.conversions import different, hf_tensors, hf_to_megatron, megatron_to_hf, reshard, run
+from tests.conversions import different, hf_to_megatron, megatron_to_hf, reshard, run
+from tests.helpers import hf_tensors
 from tests.oracle.args import megatron_args
 from tests.oracle.hf import hf_logits, make_model, sample_tokens
 from tests.oracle.pool import MegatronPool, write_checkpoint

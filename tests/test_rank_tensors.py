@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from tests.conversions import different, hf_tensors, hf_to_megatron, megatron_to_hf, reshard
+from tests.conversions import different, hf_to_megatron, megatron_to_hf, reshard
+from tests.helpers import hf_tensors
 from tests.oracle.checkpoint import load_rank
 
 Tensors = dict[str, torch.Tensor]

@@ -14,8 +14,17 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 
 from megatron_converters.endpoints.torch_dist_source import TorchDistSource
 from megatron_converters.errors import ConversionError
-from tests.conversions import different, hf_tensors, hf_to_megatron, megatron_to_hf, reshard
-from tests.helpers import convert, convert_back, nothing_complete, rank_content, refused, same_tensors, succeeded
+from tests.conversions import different, hf_to_megatron, megatron_to_hf, reshard
+from tests.helpers import (
+    convert,
+    convert_back,
+    hf_tensors,
+    nothing_complete,
+    rank_content,
+    refused,
+    same_tensors,
+    succeeded,
+)
 from tests.oracle import by_hand_dist
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")

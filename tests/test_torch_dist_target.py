@@ -26,8 +26,8 @@ from megatron_converters.output_check import check_output
 from megatron_converters.progress import Silent
 from megatron_converters.slots import Ref
 from megatron_converters.storage import dcp, torch_zip
-from tests.conversions import different, hf_tensors, hf_to_megatron, hf_to_torch_dist, megatron_to_hf, reshard, run
-from tests.helpers import TRACKER, convert, convert_back, succeeded, verb
+from tests.conversions import different, hf_to_megatron, hf_to_torch_dist, megatron_to_hf, reshard, run
+from tests.helpers import TRACKER, convert, convert_back, hf_tensors, succeeded, verb
 from tests.oracle import by_hand_dist
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
