@@ -179,9 +179,9 @@ class _Comparer:
 
     def _fault(self, ref: Ref, name: str, sources: Sources) -> Finding | None:
         """Why one side's parts make up no tensor."""
-        by_dtype = {piece.data.dtype: piece.where for piece in reversed(sources.pieces)}
+        by_dtype = {piece.data.dtype: piece.name for piece in reversed(sources.pieces)}
         if len(by_dtype) > 1:
-            listed = "; ".join(f"{where} is {dtype}" for dtype, where in sorted(by_dtype.items(), key=str))
+            listed = "; ".join(f"{name} is {dtype}" for dtype, name in sorted(by_dtype.items(), key=str))
             return Finding("dtype", f"the parts of {name} are of {len(by_dtype)} dtypes: {listed}")
         side = self.sides[NAMES.index(name)]
         try:
@@ -238,7 +238,7 @@ class _Comparer:
 
 
 def _described(kind: str, name: str, copy: Piece, measure: Measure) -> str:
-    return str(measure) if kind == "values" else f"{name} has a copy in {copy.where} that is another: {measure}"
+    return str(measure) if kind == "values" else f"{name} has a copy in {copy.name} that is another: {measure}"
 
 
 def _held(side: Source, own: Iterable[Ref], common: Collection[Ref]) -> tuple[int, int]:
@@ -267,4 +267,4 @@ def _place(side: str, pieces: Sequence[Piece], row: int, col: int) -> Place:
     if isinstance(data, StoredTensor):
         byte = data.offset + data.dtype.itemsize * sum(n * step for n, step in zip(at, data.strides, strict=False))
     stored = data.array().reshape(as_matrix(data.shape))[at[0] : at[0] + 1, at[1]]
-    return Place(side, piece.where, *at, byte, float(values(stored, data.dtype)[0]))
+    return Place(side, str(piece.name), *at, byte, float(values(stored, data.dtype)[0]))

@@ -22,7 +22,7 @@ from .dtypes import DType, cast
 from .errors import ConversionError
 from .layouts import RowMap, runs
 from .outline import Fill
-from .plan import Gather, Piece, Planner, Sources, as_matrix
+from .plan import Gather, Piece, Planner, Sources, StoredName, as_matrix
 from .slots import Ref
 from .spec import ModelSpec
 from .storage.output import OutputFile
@@ -107,20 +107,20 @@ def _place(target: Array, dtype: DType, source: Array, gather: Gather, start: in
     stretches = list(islice(runs(wanted), _MAX_RUNS + 1))
     if len(stretches) > _MAX_RUNS:
         chosen = wanted >= 0
-        target[chosen] = _converted(source[wanted[chosen]], source_dtype, dtype, gather.source.where)
+        target[chosen] = _converted(source[wanted[chosen]], source_dtype, dtype, gather.source.name)
         return
     for position, first, length in stretches:
         part = source[first : first + length]
-        target[position : position + length] = _converted(part, source_dtype, dtype, gather.source.where)
+        target[position : position + length] = _converted(part, source_dtype, dtype, gather.source.name)
 
 
-def _converted(part: Array, source: DType, target: DType, where: str) -> Array:
+def _converted(part: Array, source: DType, target: DType, name: StoredName) -> Array:
     if source == target:
         return part
     result = np.empty(part.shape, target.carrier)
     if not cast(part, source, result, target):
         raise ConversionError(
-            f"{where} holds values beyond the range of {target}; keep its dtype or convert to bfloat16"
+            f"{name} holds values beyond the range of {target}; keep its dtype or convert to bfloat16"
         )
     return result
 
@@ -257,4 +257,4 @@ class Executor:
             differs = (stored[rows] != chunk).any(axis=1) & kept[rows]
             if differs.any():
                 row = start + int(np.flatnonzero(differs)[0])
-                raise ConversionError(f"{what}: {replica.where} differs from {gathers[0].source.where} in row {row}")
+                raise ConversionError(f"{what}: {replica.name} differs from {gathers[0].source.name} in row {row}")

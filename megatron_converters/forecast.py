@@ -17,7 +17,7 @@ from .errors import ConversionError
 from .execute import CHUNK_BYTES, default_lanes
 from .journal import Journal, describe_run, is_output_of, refuse_other
 from .outline import Fill, Outline
-from .plan import Planner
+from .plan import Planner, StoredName
 from .slots import refs
 from .staging import Staging, check_place, free_space, nearest
 
@@ -77,14 +77,14 @@ def forecast(source: Source, target: Target, dtype: DType | None, workers: int =
     """Go through the whole conversion, checking that each tensor is covered once; nothing is written."""
     outline = target.prepare(source.spec, source.origin, wanted_dtype(source, dtype))
     files = {file: FilePlan(0, layout.nbytes, outline.tensor_bytes(file)) for file, layout in outline.files.items()}
-    read: set[str] = set()
+    read: set[StoredName] = set()
     casts: Counter[str] = Counter()
     dtypes: Counter[str] = Counter()
     planner, copies = Planner(), 0
     for ref in refs(source.spec):
         sources = source.read(ref)
         planner.check_cover(ref, source.spec, sources)
-        read.update(piece.where for piece in (*sources.pieces, *sources.replicas))
+        read.update(piece.name for piece in (*sources.pieces, *sources.replicas))
         fills = list(target.fills(ref))
         copies += sum(map(_bytes_of, fills)) - math.prod(ref.slot.shape(source.spec)) * fills[0].dtype.itemsize
         for fill in fills:

@@ -64,7 +64,7 @@ def tensor_entry(entries: Entries, ref: Ref, fill: Fill, gathers: list[Gather]) 
     entry = entries.setdefault(fill.name, {"holds": [], "from": {}, "dtype": str(fill.dtype)})
     entry["holds"].append(str(ref))
     for gather in gathers:
-        where, part = gather.source.where, _part(gather)
+        where, part = str(gather.source.name), _part(gather)
         known = entry["from"].get(where)
         entry["from"][where] = part if known is None else f"{known}; {part}"
     dtypes = {str(gather.source.data.dtype) for gather in gathers} - {str(fill.dtype)}

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -36,17 +36,25 @@ def as_matrix(shape: tuple[int, ...]) -> tuple[int, int]:
     return shape[0], 1 if len(shape) == 1 else shape[1]
 
 
+class StoredName(NamedTuple):
+    """Name of a stored tensor: its file, or what else holds it; its own name there; and what else to say of it."""
+
+    file: str
+    tensor: str
+    note: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.file}: {self.tensor} ({self.note})" if self.note else f"{self.file}: {self.tensor}"
+
+
 @dataclass(frozen=True, eq=False)
 class Piece:
-    """A stored part of a slot: `rows[i]` is the slot's row of stored row i (-1: padding), `col` the slot's first column.
-
-    `where` names file and tensor for messages.
-    """
+    """A stored part of a slot: `rows[i]` is the slot's row of stored row i (-1: padding), `col` the slot's first column."""
 
     data: TensorData
     rows: RowMap
     col: int
-    where: str
+    name: StoredName
 
     @property
     def cols(self) -> int:

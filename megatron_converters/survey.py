@@ -20,7 +20,6 @@ from .families import FAMILIES
 from .formats import HF, MEGATRON
 from .megatron_names import DIALECTS, EXPERTS
 from .parallel import Parallel, Rank
-from .plan import Piece
 from .slots import Ref, refs
 from .spec import ModelSpec
 from .storage.tensor import StoredTensor
@@ -171,18 +170,13 @@ def _holdings(source: Source) -> Iterator[Holding]:
     folder = source.origin.described
     for ref in refs(source.spec):
         found = source.read(ref)
-        first = _name(found.pieces[0])
+        first = found.pieces[0].name.tensor
         for piece, copied in [
             *((piece, False) for piece in found.pieces),
             *((piece, True) for piece in found.replicas),
         ]:
             data = cast(StoredTensor, piece.data)  # a folder's tensors lie in files
-            name = _name(piece)
+            name = piece.name.tensor
             slot = _OUTPUT if copied and ref.slot.name == _EMBEDDINGS and name != first else ref.slot.name
             padding = int(np.count_nonzero(piece.rows < 0)) if ref.slot.vocab else 0
             yield Holding(os.path.relpath(data.path, folder), name, ref, slot, data.dtype, data.shape, padding, copied)
-
-
-def _name(piece: Piece) -> str:
-    """The tensor's name, which follows the file's where messages name the piece."""
-    return (piece.where.partition(": ")[2] or piece.where).partition(" (")[0]

@@ -28,7 +28,7 @@ from megatron_converters.dtypes import BY_NAME
 from megatron_converters.errors import ConversionError
 from megatron_converters.execute import CHUNK_BYTES, Executor
 from megatron_converters.outline import Fill
-from megatron_converters.plan import Piece
+from megatron_converters.plan import Piece, StoredName
 from megatron_converters.storage import dcp, safetensors
 from megatron_converters.storage.tensor import StoredTensor
 
@@ -143,7 +143,7 @@ def test_odd_addresses_are_copied_and_cast(tmp_path: Path, dtype: str) -> None:
     executor = Executor()
     numbers = np.arange(rows)
     fill = Fill("a.safetensors", "w", target, (rows, 256), numbers, 0)
-    executor.fill(file, fill, executor.plan(fill, [Piece(data, numbers, 0, "w")]))
+    executor.fill(file, fill, executor.plan(fill, [Piece(data, numbers, 0, StoredName("here", "w"))]))
     executor.finish()
     file.close()
     found = safetensors.read(tmp_path / "a.safetensors").tensors["w"].array().tobytes()

@@ -18,7 +18,7 @@ from megatron_converters.endpoints.queue_source import MemoryTensor
 from megatron_converters.errors import ConversionError
 from megatron_converters.execute import Executor, materialise
 from megatron_converters.outline import Fill
-from megatron_converters.plan import Piece, Planner
+from megatron_converters.plan import Piece, Planner, StoredName
 from megatron_converters.storage import safetensors
 from megatron_converters.storage.output import OutputFile
 from tests.tiny import piece
@@ -183,7 +183,7 @@ def test_a_replica_that_differs_is_named_with_its_row(chunk_bytes: int, row: int
     whole = numbers(4, 6)
     changed = whole.copy()
     changed[row, 5] ^= 1
-    with pytest.raises(ConversionError, match=f"^final_norm: rank 1 differs from rank 0 in row {row}$"):
+    with pytest.raises(ConversionError, match=f"^final_norm: here: rank 1 differs from here: rank 0 in row {row}$"):
         compare(piece(changed, range(4), where="rank 1"), [piece(whole, range(4), where="rank 0")])
 
 
@@ -202,7 +202,7 @@ class Failing(MemoryTensor):
 
 
 def failing() -> Piece:
-    return Piece(Failing(dtype_named("int64"), (2, 2), numbers(2, 2)), np.arange(2), 0, "broken")
+    return Piece(Failing(dtype_named("int64"), (2, 2), numbers(2, 2)), np.arange(2), 0, StoredName("here", "broken"))
 
 
 def test_a_failure_in_a_thread_is_raised_by_finish(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ from megatron_converters.handover import receive_ours, receives_ours
 from megatron_converters.megatron_args import expert_args
 from megatron_converters.megatron_names import extra_state, keys
 from megatron_converters.parallel import Rank, kept_etp, parallel_for
-from megatron_converters.plan import Piece, Planner
+from megatron_converters.plan import Piece, Planner, StoredName
 from megatron_converters.slots import SLOTS, Ref, refs
 from megatron_converters.storage import safetensors
 from tests.conversions import hf_to_megatron, megatron_to_hf, reshard, run
@@ -594,7 +594,7 @@ def test_stacked_handles_cross_as_handles_or_as_one_tensor(ours: bool, tmp_path:
     values = torch.randn(3, 4, 2, generator=torch.Generator().manual_seed(0))
     save_file({str(expert): values[expert].contiguous() for expert in range(3)}, tmp_path / "a")
     stored = safetensors.read(tmp_path / "a").tensors
-    pieces = [Piece(stored[str(expert)], np.arange(4), 0, "a") for expert in range(3)]
+    pieces = [Piece(stored[str(expert)], np.arange(4), 0, StoredName("here", "a")) for expert in range(3)]
     handles = [TensorHandle((4, 2), BY_NAME["float32"], [piece]) for piece in pieces]
     found = pickle.loads(pickle.dumps(StackedHandle(handles)))
     if ours:

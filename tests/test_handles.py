@@ -19,7 +19,7 @@ from megatron_converters.endpoints.handles import TensorHandle, part_of, to_torc
 from megatron_converters.errors import ConversionError
 from megatron_converters.execute import materialise
 from megatron_converters.handover import receive_ours, receives_ours
-from megatron_converters.plan import Piece, Planner
+from megatron_converters.plan import Piece, Planner, StoredName
 from megatron_converters.storage import safetensors
 from megatron_converters.storage.tensor import StoredTensor
 from tests.tiny import piece, tiny_spec
@@ -60,7 +60,9 @@ def stored(path: Path, tensor: torch.Tensor) -> StoredTensor:
 
 
 def whole(data: StoredTensor, rows: Any = None, col: int = 0) -> Piece:
-    return Piece(data, np.arange(data.shape[0]) if rows is None else np.array(rows, np.int64), col, data.path)
+    return Piece(
+        data, np.arange(data.shape[0]) if rows is None else np.array(rows, np.int64), col, StoredName("here", data.path)
+    )
 
 
 def values(dtype: str, *shape: int) -> torch.Tensor:
@@ -91,7 +93,7 @@ def test_a_handle_crosses_as_directions(as_ours: None, tmp_path: Path) -> None:
     assert isinstance(found, TensorHandle)
     assert (found.shape, found.dtype, len(found.pieces)) == ((4, 3), BY_NAME["bfloat16"], 2)
     for one, other in zip(found.pieces, handle.pieces, strict=True):
-        assert (one.data, one.col, one.where) == (other.data, other.col, other.where)
+        assert (one.data, one.col, one.name) == (other.data, other.col, other.name)
         assert one.rows.tolist() == other.rows.tolist()
 
 
@@ -165,7 +167,7 @@ def test_parts_of_a_slot_see_their_own_rows(tmp_path: Path) -> None:
     found = to_torch(TensorHandle((3, 2), BY_NAME["float32"], seen))
     assert torch.equal(found, torch.stack([second[1], first[1], second[2]]))
     assert [one.rows.tolist() for one in part_of(pieces, np.array([0]), 6)] == [[0, -1, -1]]  # only what gives a row
-    assert part_of(pieces, np.array([2]), 6)[0].where == pieces[0].where
+    assert part_of(pieces, np.array([2]), 6)[0].name == pieces[0].name
 
 
 def test_a_handle_sent_on_is_still_the_same_tensor(as_ours: None, tmp_path: Path) -> None:

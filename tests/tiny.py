@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from megatron_converters.dtypes import dtype_named
 from megatron_converters.endpoints.queue_source import MemoryTensor
-from megatron_converters.plan import Piece
+from megatron_converters.plan import Piece, StoredName
 from megatron_converters.spec import ModelSpec
 
 
@@ -38,4 +38,6 @@ def tiny_spec(**fields: Any) -> ModelSpec:
 def piece(values: npt.NDArray[Any], rows: Sequence[int], col: int = 0, dtype: str = "int64", where: str = "") -> Piece:
     """A stored part: `values` in the carrier type of `dtype`, `rows` the slot's row of each of its rows."""
     data = MemoryTensor(dtype_named(dtype), values.shape, values)
-    return Piece(data, np.array(rows, np.int64), col, where or f"rows {list(rows)} from column {col}")
+    return Piece(
+        data, np.array(rows, np.int64), col, StoredName("here", where or f"rows {list(rows)} from column {col}")
+    )

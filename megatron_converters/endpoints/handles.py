@@ -17,12 +17,12 @@ from ..errors import ConversionError
 from ..execute import materialise
 from ..handover import receives_ours
 from ..layouts import RowMap, interned, runs
-from ..plan import Piece, Planner
+from ..plan import Piece, Planner, StoredName
 from ..storage.tensor import StoredTensor, contiguous_strides
 
 #: `layouts.runs` of a row map. A plain tensor has one.
 _Runs = tuple[tuple[int, int, int], ...]
-_PackedPiece = tuple[str, int, str, tuple[int, ...], tuple[int, ...], Any, int, str]
+_PackedPiece = tuple[str, int, str, tuple[int, ...], tuple[int, ...], Any, int, tuple[str, ...]]
 
 
 class TensorHandle:
@@ -59,14 +59,14 @@ def part_of(pieces: Sequence[Piece], rows: RowMap, whole_rows: int) -> list[Piec
     """The pieces of a slot seen from one of its parts, whose row i is the slot's `rows[i]`."""
     place = np.full(whole_rows + 1, -1, np.int64)  # the last entry stays -1, for padding
     place[rows] = np.arange(rows.size)
-    seen = [Piece(piece.data, place[piece.rows], piece.col, piece.where) for piece in pieces]
+    seen = [Piece(piece.data, place[piece.rows], piece.col, piece.name) for piece in pieces]
     return [piece for piece in seen if bool((piece.rows >= 0).any())]
 
 
 def _pack(piece: Piece) -> _PackedPiece:
     data = piece.data
     if not isinstance(data, StoredTensor):
-        raise ConversionError(f"{piece.where} is not in a file and cannot be handed over")
+        raise ConversionError(f"{piece.name} is not in a file and cannot be handed over")
     return (
         data.path,
         data.offset,
@@ -75,13 +75,14 @@ def _pack(piece: Piece) -> _PackedPiece:
         data.strides,
         tuple(runs(piece.rows)),
         piece.col,
-        piece.where,
+        tuple(piece.name),
     )
 
 
 def _unpack(packed: _PackedPiece) -> Piece:
-    path, offset, dtype, shape, strides, row_runs, col, where = packed
-    return Piece(StoredTensor(path, offset, dtype_named(dtype), shape, strides), _rows(row_runs, shape[0]), col, where)
+    path, offset, dtype, shape, strides, row_runs, col, name = packed
+    data = StoredTensor(path, offset, dtype_named(dtype), shape, strides)
+    return Piece(data, _rows(row_runs, shape[0]), col, StoredName(*name))
 
 
 def _rows(packed: _Runs, count: int) -> RowMap:

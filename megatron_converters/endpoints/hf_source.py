@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from ..families import FAMILIES
 from ..families.base import Family
 from ..hf_config import read_json, spec_of_config
 from ..layouts import row_maps
-from ..plan import Piece, Sources
+from ..plan import Piece, Sources, StoredName
 from ..slots import SLOTS, Ref, refs
 from ..spec import ModelSpec
 from ..storage import safetensors, torch_zip
@@ -145,7 +146,7 @@ def _match(
                     f"{part.name} ({ref}) has shape {list(data.shape)}; config.json means {list(part.stored_shape)}"
                 )
             else:
-                found.append(Piece(part.of(data), part.rows, 0, f"{Path(data.path).name}: {part.name}"))
+                found.append(Piece(part.of(data), part.rows, 0, StoredName(os.path.basename(data.path), part.name)))
         pieces[ref] = tuple(found)
     problems += [f"{name} is no tensor of the {family.name} family with this config.json" for name in sorted(unused)]
     raise_all(f"{folder}: the tensors are not those of the model that config.json describes", problems)
@@ -163,4 +164,5 @@ def _tied_copy(spec: ModelSpec, family: Family, tensors: Mapping[str, StoredTens
             f"{name} has shape {list(data.shape)}, but config.json ties it to {list(slot.shape(spec))}"
         )
     (rows,) = row_maps(family.tensors[slot.name].layout, slot, spec)
-    return (Piece(data, rows, 0, f"{Path(data.path).name}: {name} (tied; pass --untie to keep it apart)"),)
+    stored = StoredName(os.path.basename(data.path), name, "tied; pass --untie to keep it apart")
+    return (Piece(data, rows, 0, stored),)

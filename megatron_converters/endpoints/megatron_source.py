@@ -20,7 +20,7 @@ from ..errors import ConversionError, raise_all
 from ..megatron_args import stamp
 from ..megatron_names import CAPACITY_BINS, EXPERTS, EXTRA_STATE_SUFFIX, LOCAL, STACKED, keys
 from ..parallel import Parallel, Rank, homes, parallel_for
-from ..plan import Piece, Sources
+from ..plan import Piece, Sources, StoredName
 from ..slots import Ref, refs
 from ..storage import torch_zip
 from ..storage.tensor import StoredTensor, contiguous_strides
@@ -203,7 +203,7 @@ class MegatronSource:
                 f"{file.where}: {key} ({ref}) has shape {list(data.shape)}; the args mean {list(share.shape)}"
             )
             return None
-        return Piece(data, share.rows, share.col, f"{file.where}: {key}")
+        return Piece(data, share.rows, share.col, StoredName(file.where, key))
 
 
 def _one_of_stack(stack: StoredTensor, expert: int, experts: int, shape: tuple[int, ...]) -> StoredTensor:

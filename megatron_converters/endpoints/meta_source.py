@@ -15,7 +15,7 @@ from ..dtypes import DType
 from ..errors import ConversionError, raise_all
 from ..hf_config import read_json
 from ..layouts import GATED, GROUPED_INTERLEAVED_QKV, SAME, Layout, interned, row_maps
-from ..plan import Piece, Sources
+from ..plan import Piece, Sources, StoredName
 from ..slots import Ref, Shard, refs
 from ..spec import ModelSpec, RopeScaling
 from ..storage import torch_zip
@@ -140,7 +140,7 @@ def _match(
             for number, rank in enumerate(ranks):
                 unused.discard((number, name))
                 wanted = tuple(size // len(ranks) if axis == dim else size for axis, size in enumerate(shape))
-                where = f"{files[number].name}: {name}"
+                where = StoredName(files[number].name, name)
                 if name not in rank:
                     problems.append(f"{where} ({ref}) is missing")
                 elif rank[name].shape != wanted:

@@ -18,7 +18,7 @@ from ..hf_config import infer_family
 from ..layouts import RowMap, interned, row_maps
 from ..megatron_args import spec_fields
 from ..parallel import Parallel
-from ..plan import Piece, Sources, TensorData
+from ..plan import Piece, Sources, StoredName, TensorData
 from ..slots import Ref
 from ..spec import ModelSpec
 from .base import Origin
@@ -81,7 +81,7 @@ class QueueSource:
         shape = ref.slot.shape(self.spec)
         pieces: list[Piece] = []
         for key, rows in zip(keys, row_maps(layout, ref.slot, self.spec), strict=True):
-            where, value = f"message {name!r}: {key}", self._take(key, name)
+            where, value = StoredName(f"message {name!r}", key), self._take(key, name)
             if entry.stacked:
                 value = _one_expert(where, value, ref.expert or 0, self.spec.num_experts)
             pieces += self._pieces(where, value, rows, (rows.size, *shape[1:]), ref)
@@ -102,7 +102,7 @@ class QueueSource:
         while not self._ended:
             self._ended = receive(self._queue) == DONE
 
-    def _pieces(self, where: str, value: Any, rows: RowMap, shape: tuple[int, ...], ref: Ref) -> list[Piece]:
+    def _pieces(self, where: StoredName, value: Any, rows: RowMap, shape: tuple[int, ...], ref: Ref) -> list[Piece]:
         if isinstance(value, TensorHandle):
             if value.shape != shape:
                 raise ConversionError(f"{where} has shape {list(value.shape)}, expected {list(shape)} for {ref}")
@@ -145,7 +145,7 @@ class QueueSource:
         return value
 
 
-def _one_expert(where: str, stack: Any, expert: int, experts: int) -> Any:
+def _one_expert(where: StoredName, stack: Any, expert: int, experts: int) -> Any:
     """One expert's tensor of those that travel together."""
     if isinstance(stack, StackedHandle):
         stack, shape = stack.handles, (len(stack.handles), 0, 0)
@@ -158,10 +158,10 @@ def _one_expert(where: str, stack: Any, expert: int, experts: int) -> Any:
 
 def _in_slot(piece: Piece, rows: RowMap) -> Piece:
     """A piece of a part, seen from the slot: `rows` gives the slot's row of each of the part's rows."""
-    return Piece(piece.data, interned(np.where(piece.rows >= 0, rows[piece.rows], -1)), piece.col, piece.where)
+    return Piece(piece.data, interned(np.where(piece.rows >= 0, rows[piece.rows], -1)), piece.col, piece.name)
 
 
-def _memory_tensor(value: Any, where: str) -> TensorData:
+def _memory_tensor(value: Any, where: StoredName | str) -> TensorData:
     name = str(getattr(value, "dtype", "")).removeprefix("torch.")
     if name not in BY_NAME:
         raise ConversionError(f"{where} is a {type(value).__name__} and no tensor of a known dtype")

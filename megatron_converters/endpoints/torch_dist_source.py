@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -30,7 +31,7 @@ from ..megatron_names import (
     GATE_AND_UP,
 )
 from ..parallel import Parallel, parallel_for
-from ..plan import Piece, Sources
+from ..plan import Piece, Sources, StoredName
 from ..slots import Ref, refs
 from ..spec import ModelSpec
 from ..storage import dcp, torch_zip
@@ -197,8 +198,8 @@ class TorchDistSource:
             row, *col = chunk.offsets[axes:]
             rows = _rows(part.first_row + row, data.shape[0], limit)
             place = ",".join(map(str, chunk.offsets))
-            where = f"{Path(chunk.item.path).name}: {part.key} [{place}]"
-            yield Piece(data, rows, col[0] if col else 0, where)
+            name = StoredName(os.path.basename(chunk.item.path), f"{part.key} [{place}]")
+            yield Piece(data, rows, col[0] if col else 0, name)
 
     def _left_out(self, common: Mapping[str, Any]) -> list[str]:
         """What of a training run is not converted."""
