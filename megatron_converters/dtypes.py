@@ -18,9 +18,11 @@ from .handover import receives_ours
 from .sealed import Sealed
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class DType(Sealed):
-    """An element type: torch's name, bytes per element, safetensors' code, and torch's typed-storage class.
+    """Element type: torch's name, bytes per element, safetensors' code, and torch's typed-storage class.
+
+    There is one object for each in a process.
 
     `storage` is None for types that `torch.save` writes through `UntypedStorage` with `_rebuild_tensor_v3`.
     """

@@ -45,9 +45,7 @@ Entries = dict[str, dict[str, Any]]
 
 def describe_run(outline: Outline, origin: Origin) -> dict[str, Any]:
     """What decides every byte of the output: two runs with equal descriptions write the same files."""
-    files = {
-        file: {"bytes": layout.nbytes, "structure": outline.structure(file)} for file, layout in outline.files.items()
-    }
+    files = {file: {"bytes": layout.nbytes, "structure": layout.structure} for file, layout in outline.files.items()}
     run = {
         "tool": f"megatron-converters {__version__}",
         "source": {"path": os.path.abspath(origin.described), "files": origin.identity},

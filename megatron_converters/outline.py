@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from .dtypes import DType
 from .layouts import RowMap
@@ -13,8 +13,7 @@ from .storage.output import Layout
 from .storage.tensor import StoredTensor
 
 
-@dataclass(frozen=True, eq=False)
-class Fill:
+class Fill(NamedTuple):
     """A tensor of an output file, or one part of it that begins at byte `start`, as rows and columns of a slot.
 
     `rows[i]` is the slot's row of row i and `col` the slot's first column. Where `transposed`, the slot's rows are columns of
@@ -55,14 +54,10 @@ class Outline:
         """Bytes of one file's tensors."""
         return sum(nbytes for _, nbytes in self.files[file].regions.values())
 
-    def structure(self, file: str) -> str:
-        """A digest of all that a file holds beside its tensors: names, shapes, dtypes, arguments."""
-        layout = self.files[file]
-        return digest(b"%d:" % offset + data for offset, data in layout.finish(dict.fromkeys(layout.regions, 0)))
-
     def outside(self, file: str, checksums: Mapping[str, int]) -> str:
         """A digest of the bytes that a finished file has beside its tensors, in their order, whose CRC-32s `checksums` gives.
 
-        It differs from `structure` in that it can be computed from the file: a zip's directory repeats its tensors' checksums.
+        It differs from a layout's `structure` in that it can be computed from the file: a zip's directory repeats its tensors'
+        checksums.
         """
         return digest(data for _, data in sorted(self.files[file].finish(checksums)))

@@ -7,9 +7,12 @@ Sources: Megatron-LM core_v0.16.1, `vocab_size_with_padding` (training/tokenizer
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
+from itertools import accumulate
+from typing import NamedTuple
 
 import numpy as np
 
@@ -20,8 +23,7 @@ from .slots import Ref, Scope, Shard, Slot
 from .spec import ModelSpec
 
 
-@dataclass(frozen=True)
-class Rank:
+class Rank(NamedTuple):
     """A rank's numbers in the tensor-, pipeline-, expert- and expert-tensor-parallel groups."""
 
     tp: int
@@ -60,11 +62,15 @@ class Parallel:
 
     def place(self, layer: int) -> tuple[int, int]:
         """The stage of a layer and its number there."""
-        for stage, count in enumerate(self.stages):
-            if layer < count:
-                return stage, layer
-            layer -= count
-        raise ConversionError(f"layer {layer + sum(self.stages)} is beyond the {sum(self.stages)} layers of the model")
+        stage = bisect_right(self._ends, layer)
+        if stage == len(self.stages):
+            raise ConversionError(f"layer {layer} is beyond the {sum(self.stages)} layers of the model")
+        return stage, layer - self._ends[stage] + self.stages[stage]
+
+    @cached_property
+    def _ends(self) -> list[int]:
+        """For each stage, the number of layers up to its end."""
+        return list(accumulate(self.stages))
 
     def ranks(self, stage: int) -> tuple[Rank, ...]:
         """The ranks of a stage that have a file: one for each pair of tensor- and expert-parallel numbers that occurs.

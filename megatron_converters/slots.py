@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import Enum
+from typing import NamedTuple
 
 from .spec import ModelSpec
 
@@ -46,9 +47,12 @@ def _always(_: ModelSpec) -> bool:
     return True
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Slot:
-    """One kind of tensor. `cols` is None for vectors. `blocks` are stacked along dim 0 and cut each on its own."""
+    """One kind of tensor, of which there is one object in a process.
+
+    `cols` is None for vectors. `blocks` are stacked along dim 0 and cut each on its own.
+    """
 
     name: str
     scope: Scope
@@ -73,8 +77,7 @@ class Slot:
         return self.rows(spec), 1 if self.cols is None else self.cols(spec)
 
 
-@dataclass(frozen=True)
-class Ref:
+class Ref(NamedTuple):
     """One tensor of one model: the only address that endpoints exchange.
 
     `layer` counts from 0 over all stages, `expert` over all ranks.

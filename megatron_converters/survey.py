@@ -14,7 +14,7 @@ import numpy as np
 
 from .dtypes import DType
 from .endpoints.base import Origin, Source
-from .endpoints.hf_names import fused_name
+from .endpoints.hf_names import HFNames
 from .endpoints.hf_target import FUSED, SEPARATE
 from .families import FAMILIES
 from .formats import HF, MEGATRON
@@ -125,7 +125,11 @@ class Survey:
         """How experts are stored; None for a dense model."""
         first = self._first(_EXPERT)
         if first is not None and self.kind == HF:
-            return FUSED if first.name == fused_name(FAMILIES[self.spec.family], first.ref) else SEPARATE
+            return (
+                FUSED
+                if first.name == HFNames(FAMILIES[self.spec.family], self.spec).fused_name(first.ref)
+                else SEPARATE
+            )
         return self._table_of(first, EXPERTS)
 
     def _first(self, slot: str) -> Holding | None:

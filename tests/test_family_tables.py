@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_converters.endpoints.hf_names import part_names, parts_of
+from megatron_converters.endpoints.hf_names import HFNames
 from megatron_converters.endpoints.queue_names import ENTRIES, message_name
 from megatron_converters.errors import ConversionError
 from megatron_converters.families import FAMILIES
@@ -82,7 +82,7 @@ def test_names_and_shapes_are_those_of_the_files_that_transformers_saves(
 def ours(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     """The names and shapes that the spec's family gives a model's parts."""
     family = FAMILIES[spec.family]
-    found = {part.name: part.shape for ref in refs(spec) for part in parts_of(family, ref, spec, fused=False)}
+    found = {part.name: part.shape for ref in refs(spec) for part in HFNames(family, spec).parts(ref, fused=False)}
     if spec.tied:
         found["lm_head.weight"] = found["model.embed_tokens.weight"]
     return found
@@ -135,7 +135,7 @@ def test_every_slot_has_a_megatron_name_and_a_message() -> None:
 
 def test_a_slot_without_a_name_is_refused() -> None:
     with pytest.raises(ConversionError, match="the mistral family has no name for layer 3 qkv_bias"):
-        part_names(FAMILIES["mistral"], Ref(SLOTS["qkv_bias"], 3))
+        HFNames(FAMILIES["mistral"], tiny_spec()).names(Ref(SLOTS["qkv_bias"], 3))
 
 
 @pytest.mark.parametrize(

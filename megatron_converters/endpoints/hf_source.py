@@ -20,7 +20,7 @@ from ..spec import ModelSpec
 from ..storage import safetensors, torch_zip
 from ..storage.tensor import StoredTensor
 from .base import Origin, first_dtype, identity_of
-from .hf_names import fused_name, part_names, parts_of
+from .hf_names import HFNames
 
 #: Index files and single files, in the order of preference of `from_pretrained`.
 _SINGLE = ("model.safetensors", "pytorch_model.bin")
@@ -95,13 +95,15 @@ def _read_sharded(folder: Path, index: Path) -> dict[str, StoredTensor]:
         raise ConversionError(f"{index} has no weight_map of tensor names to file names")
     tensors: dict[str, StoredTensor] = {}
     problems = []
-    for name in sorted(set(weight_map.values())):
+    promised_in: dict[str, set[str]] = {}
+    for tensor, name in weight_map.items():
+        promised_in.setdefault(name, set()).add(tensor)
+    for name, promised in sorted(promised_in.items()):
         path = folder / name
         if Path(name).name != name or not path.is_file():
             problems.append(f"{path} is named by {index.name}, but is not there; copy it again")
             continue
         found = _read_file(path)
-        promised = {tensor for tensor, file in weight_map.items() if file == name}
         problems += [
             f"{tensor} should be in {name} by {index.name}, but is not" for tensor in sorted(promised - found.keys())
         ]
@@ -131,12 +133,13 @@ def _match(
     """Pieces of every ref; every tensor must be used, present and of the right shape, or all faults are listed."""
     problems: list[str] = []
     pieces: dict[Ref, tuple[Piece, ...]] = {}
+    names = HFNames(family, spec)
     unused = {name for name in tensors if not name.endswith(family.ignored_suffixes)}
     if spec.tied:
-        unused -= set(part_names(family, Ref(SLOTS["output_layer"])))
+        unused -= set(names.names(Ref(SLOTS["output_layer"])))
     for ref in refs(spec):
         found = []
-        for part in parts_of(family, ref, spec, fused=fused_name(family, ref) in tensors):
+        for part in names.parts(ref, fused=names.fused_name(ref) in tensors):
             unused.discard(part.name)
             data = tensors.get(part.name)
             if data is None:
@@ -154,7 +157,7 @@ def _match(
 
 
 def _tied_copy(spec: ModelSpec, family: Family, tensors: Mapping[str, StoredTensor]) -> tuple[Piece, ...]:
-    (name,) = part_names(family, Ref(SLOTS["output_layer"]))
+    (name,) = HFNames(family, spec).names(Ref(SLOTS["output_layer"]))
     data = tensors.get(name)
     if not spec.tied or data is None:
         return ()

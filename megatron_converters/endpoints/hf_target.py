@@ -27,7 +27,7 @@ from ..storage.output import Layout
 from ..tokenizer import generation_config, recorded, token_ids, token_ids_of, tokenizer_files, write_tokenizer
 from ..units import count, size
 from .base import Origin
-from .hf_names import Part, parts_of
+from .hf_names import HFNames, Part
 
 _NAME = "hf"
 #: One tensor for each part of each expert, as in published models, or what transformers 5 holds in memory.
@@ -102,7 +102,7 @@ class HFTarget:
         """Lay out the shards."""
         _check_model_type(self._options.source_model_type, spec)
         self._spec = dataclasses.replace(spec, dtype=dtype_of(Ref(SLOTS["word_embeddings"])))
-        self._family = FAMILIES[spec.family]
+        self._names = HFNames(FAMILIES[spec.family], self._spec)
         self._origin = origin
         self._dtype_of = dtype_of
         self._config, self._changed = config_for(self._spec, origin.hf_config)
@@ -110,7 +110,7 @@ class HFTarget:
         stored: dict[str, _Stored] = {}
         for ref in refs(spec):
             for part in self._parts(ref):
-                tensor = _Stored(part.name, dtype_of(ref), part.stored_shape, part.count)
+                tensor = _Stored(part.name, dtype_of(ref), part.stored_shape, part.stored_parts)
                 if stored.setdefault(part.name, tensor) != tensor:
                     raise ConversionError(
                         f"{ref} is {tensor.dtype}, but others in {part.name} are {stored[part.name].dtype}; "
@@ -148,7 +148,7 @@ class HFTarget:
         """The tensors of one slot."""
         for part in self._parts(ref):
             dtype = self._dtype_of(ref)
-            start = part.index * math.prod(part.shape) * dtype.itemsize
+            start = part.number * math.prod(part.shape) * dtype.itemsize
             yield Fill(self._file_of[part.name], part.name, dtype, part.shape, part.rows, 0, start)
 
     def clear(self, staging: Staging) -> None:
@@ -169,7 +169,7 @@ class HFTarget:
         ]
 
     def _parts(self, ref: Ref) -> list[Part]:
-        return parts_of(self._family, ref, self._spec, fused=self._options.expert_layout == FUSED)
+        return self._names.parts(ref, fused=self._options.expert_layout == FUSED)
 
     def _old_files(self) -> list[Path]:
         return [path for pattern in _OLD for path in sorted(self.save_dir.glob(pattern))]

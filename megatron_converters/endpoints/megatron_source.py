@@ -9,7 +9,7 @@ import argparse
 import dataclasses
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,8 @@ from ..dtypes import DType
 from ..errors import ConversionError, raise_all
 from ..megatron_args import stamp
 from ..megatron_names import CAPACITY_BINS, EXPERTS, EXTRA_STATE_SUFFIX, LOCAL, STACKED, keys
-from ..parallel import Parallel, Rank, homes, parallel_for
+from ..parallel import Parallel, Rank, parallel_for
+from ..placement import Placement, Share
 from ..plan import Piece, Sources, StoredName
 from ..slots import Ref, refs
 from ..storage import torch_zip
@@ -157,14 +158,16 @@ class MegatronSource:
         }
         pieces: dict[Ref, tuple[Piece, ...]] = {}
         replicas: dict[Ref, tuple[Piece, ...]] = {}
+        placement = Placement(self.spec, self.parallel, self._padded)
         for ref in refs(self.spec):
             shares: dict[int, Piece] = {}
             copies: list[Piece] = []
-            for rank, names in self._homes(ref):
-                piece = self._piece(ref, rank, names, unused, problems)
-                share = self.parallel.share_number(ref.slot, rank)
-                if piece is not None and shares.setdefault(share, piece) is not piece:
-                    copies.append(piece)
+            for home in placement.homes(ref):
+                names = tuple(home.prefix + key for key in keys(home.slot, home.layer, home.expert, ref.expert))
+                for share in home.shares:
+                    piece = self._piece(ref, share, names, unused, problems)
+                    if piece is not None and shares.setdefault(share.number, piece) is not piece:
+                        copies.append(piece)
             pieces[ref], replicas[ref] = tuple(shares.values()), tuple(copies)
         problems += [
             f"{self._ranks[rank].where}: {key} is no tensor of this model" for rank, key in sorted(unused, key=str)
@@ -172,20 +175,10 @@ class MegatronSource:
         raise_all(f"{self._dir}: the tensors are not those of the model that the args describe", problems)
         return pieces, replicas
 
-    def _homes(self, ref: Ref) -> Iterator[tuple[Rank, tuple[str, ...]]]:
-        """The ranks that hold a ref, with the keys that it may have there."""
-        experts = self.spec.num_experts
-        local = self.parallel.local_expert(ref.expert, experts)
-        for stage, slot, layer in homes(ref, self.spec, self.parallel):
-            names = keys(slot, layer, local, ref.expert)
-            names = tuple(self.parallel.prefix(stage) + name for name in names)
-            for rank in self.parallel.ranks(stage):
-                if self.parallel.holds(rank, ref.expert, experts):
-                    yield rank, names
-
     def _piece(
-        self, ref: Ref, rank: Rank, names: Sequence[str], unused: set[tuple[Rank, str]], problems: list[str]
+        self, ref: Ref, share: Share, names: Sequence[str], unused: set[tuple[Rank, str]], problems: list[str]
     ) -> Piece | None:
+        rank, cut, _ = share
         file = self._ranks[rank]
         present = [name for name in names if name in file.tensors]
         if len(present) != 1:
@@ -194,16 +187,15 @@ class MegatronSource:
             return None
         (key,) = present
         unused.discard((rank, key))
-        share = self.parallel.share(ref.slot, self.spec, rank, self._padded)
         data = file.tensors[key]
         if ref.expert is not None and key.endswith(_STACKED):
-            data = _one_of_stack(data, ref.expert, self.spec.num_experts // self.parallel.ep, share.shape)
-        if data.shape != share.shape:
+            data = _one_of_stack(data, ref.expert, self.spec.num_experts // self.parallel.ep, cut.shape)
+        if data.shape != cut.shape:
             problems.append(
-                f"{file.where}: {key} ({ref}) has shape {list(data.shape)}; the args mean {list(share.shape)}"
+                f"{file.where}: {key} ({ref}) has shape {list(data.shape)}; the args mean {list(cut.shape)}"
             )
             return None
-        return Piece(data, share.rows, share.col, StoredName(file.where, key))
+        return Piece(data, cut.rows, cut.col, StoredName(file.where, key))
 
 
 def _one_of_stack(stack: StoredTensor, expert: int, experts: int, shape: tuple[int, ...]) -> StoredTensor:

@@ -8,10 +8,9 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -19,7 +18,8 @@ from ..errors import ConversionError
 from ..layouts import RowMap
 from ..megatron_names import DIALECTS, EXPERTS, EXTRA_STATE_SUFFIX, LAST_EXTRA_STATE, STACKED, extra_state
 from ..outline import Fill
-from ..parallel import Cut, Rank, homes
+from ..parallel import Cut, Rank
+from ..placement import Placement
 from ..slots import Ref, Shard, refs
 from ..storage import torch_zip
 from ..storage.output import Layout
@@ -30,24 +30,14 @@ from .megatron_checkpoint import CheckpointTarget, sizes
 FILE = "model_optim_rng.pt"
 
 
-@dataclass(frozen=True, eq=False)
-class _Place:
-    """A slot, or a tied copy of it, on one rank; of experts that share a tensor the `index`-th of `count`."""
+class _Stored(NamedTuple):
+    """Tensor of a rank's file, and how many experts share it."""
 
-    ref: Ref
-    key: str
-    cut: Cut
-    index: int = 0
-    count: int = 1
-    transposed: bool = False
+    tensor: torch_zip.NewTensor
+    parts: int
 
-    @property
-    def stored_shape(self) -> tuple[int, ...]:
-        """The shape of the whole tensor. Megatron-LM gives stacks of transposed matrices only two dimensions."""
-        if not self.transposed:
-            return self.cut.shape
-        rows, cols = self.cut.shape
-        return (cols, self.count * rows) if self.ref.slot.shard is Shard.COLUMN else (self.count * cols, rows)
+
+_Group = dict[str, _Stored]
 
 
 class MegatronTarget(CheckpointTarget):
@@ -56,78 +46,75 @@ class MegatronTarget(CheckpointTarget):
     format = "torch"
 
     def _lay_out(self) -> tuple[dict[str, Layout], dict[str, dict[str, StoredTensor]]]:
-        files = {self._file(rank): self._layout(rank, places) for rank, places in self._places().items()}
+        parallel = self._parallel
+        self._placement = Placement(self._spec, parallel, self._padded)
+        self._names = {**DIALECTS[self._options.impl], **EXPERTS[self._expert_layout]}
+        ranks = [rank for stage in range(parallel.pp) for rank in parallel.ranks(stage)]
+        self._files = {rank: f"{parallel.directory(rank)}/{FILE}" for rank in ranks}
+        groups = self._groups(ranks)
+        given = {rank: {} if self._bins is None else dict(self._bins.on(rank, parallel)) for rank in ranks}
+        layouts: dict[tuple[int, tuple[_Stored, ...]], Layout] = {}
+        files = {}
+        for rank in ranks:
+            bins = {key: _Stored(_new(key, data.dtype, data.shape), 1) for key, data in given[rank].items()}
+            stored = groups[rank.pp, rank.ep] | bins
+            kind = rank.pp, tuple(stored.values())
+            if kind not in layouts:  # ranks whose files have one structure share its layout
+                layouts[kind] = self._layout(rank.pp, stored)
+            files[self._files[rank]] = layouts[kind]
         self._tensors = sum(len(layout.regions) for layout in files.values())
-        ranks = [rank for stage in range(self._parallel.pp) for rank in self._parallel.ranks(stage)]
-        return files, {self._file(rank): self._bins_on(rank) for rank in ranks}
+        return files, {self._files[rank]: bins for rank, bins in given.items()}
 
     def fills(self, ref: Ref) -> Iterator[Fill]:
         """The slot's share on every rank that holds it."""
-        dtype = self._dtype_of(ref)
-        for rank, place in self._homes(ref):
-            rows = resolve_padding(place.cut, self._spec.vocab_size)
-            start = place.index * math.prod(place.cut.shape) * dtype.itemsize
-            yield Fill(
-                self._file(rank),
-                place.key,
-                dtype,
-                place.cut.shape,
-                rows,
-                place.cut.col,
-                start,
-                place.transposed,
-                place.cut.padding,
-            )
+        dtype, transposed = self._dtype_of(ref), self._stacks(ref)
+        for home in self._placement.homes(ref):
+            key = home.key(self._names[home.slot], ref.expert)
+            for rank, cut, _ in home.shares:
+                rows = resolve_padding(cut, self._spec.vocab_size)
+                start = (home.expert or 0) * math.prod(cut.shape) * dtype.itemsize if transposed else 0
+                yield Fill(self._files[rank], key, dtype, cut.shape, rows, cut.col, start, transposed, cut.padding)
 
-    def _file(self, rank: Rank) -> str:
-        return f"{self._parallel.directory(rank)}/{FILE}"
+    def _groups(self, ranks: Sequence[Rank]) -> dict[tuple[int, int], _Group]:
+        """The tensors of a rank by key, in the order of its layers: alike on all ranks of one pipeline and expert number."""
+        groups: dict[tuple[int, int], _Group] = {(rank.pp, rank.ep): {} for rank in ranks}
+        for ref in refs(self._spec):
+            parts = self._spec.num_experts // self._parallel.ep if self._stacks(ref) else 1
+            for home in self._placement.homes(ref):
+                key = home.key(self._names[home.slot], ref.expert)
+                stored = _Stored(self._tensor(ref, key, home.shares[0].cut.shape, parts), parts)
+                for group in dict.fromkeys((share.rank.pp, share.rank.ep) for share in home.shares):
+                    if groups[group].setdefault(key, stored) != stored:
+                        raise ConversionError(
+                            f"{ref} is {stored.tensor.dtype}, but others in {key} are not; give one dtype"
+                        )
+        return groups
 
-    def _bins_on(self, rank: Rank) -> dict[str, StoredTensor]:
-        return {} if self._bins is None else dict(self._bins.on(rank, self._parallel))
+    def _stacks(self, ref: Ref) -> bool:
+        """Whether a tensor is one of several that share a stored one, transposed."""
+        return ref.expert is not None and self._expert_layout == STACKED
 
-    def _layout(self, rank: Rank, places: list[_Place]) -> Layout:
-        tensors: dict[str, torch_zip.NewTensor] = {}
-        for place in places:
-            tensor = torch_zip.NewTensor(place.key, self._dtype_of(place.ref), place.stored_shape)
-            if tensors.setdefault(place.key, tensor) != tensor:
-                raise ConversionError(
-                    f"{place.ref} is {tensor.dtype}, but others in {place.key} are not; give one dtype"
-                )
-        for key, data in self._bins_on(rank).items():
-            tensors[key] = torch_zip.NewTensor(key, data.dtype, data.shape)
-        parts = {place.key: place.count for place in places if place.count > 1}
-        return dataclasses.replace(torch_zip.layout(FILE, self._tree(self._models(rank, tensors))), parts=parts)
+    def _tensor(self, ref: Ref, key: str, shape: tuple[int, ...], parts: int) -> torch_zip.NewTensor:
+        """The stored tensor. Megatron-LM gives stacks of transposed matrices only two dimensions."""
+        if self._stacks(ref):
+            rows, cols = shape
+            shape = (cols, parts * rows) if ref.slot.shard is Shard.COLUMN else (parts * cols, rows)
+        return _new(key, self._dtype_of(ref), shape)
 
-    def _models(self, rank: Rank, tensors: Mapping[str, torch_zip.NewTensor]) -> dict[str, OrderedDict[str, Any]]:
+    def _layout(self, pp: int, stored: Mapping[str, _Stored]) -> Layout:
+        tensors = {key: entry.tensor for key, entry in stored.items()}
+        parts = {key: entry.parts for key, entry in stored.items() if entry.parts > 1}
+        return dataclasses.replace(torch_zip.layout(FILE, self._tree(self._models(pp, tensors))), parts=parts)
+
+    def _models(self, pp: int, tensors: Mapping[str, torch_zip.NewTensor]) -> dict[str, OrderedDict[str, Any]]:
         """The state dicts of a rank, one for each of its stages; `tensors` have the stage's prefix."""
         parallel = self._parallel
         models = {}
-        for entry, stage in zip(parallel.entries, range(rank.pp, len(parallel.stages), parallel.pp), strict=True):
+        for entry, stage in zip(parallel.entries, range(pp, len(parallel.stages), parallel.pp), strict=True):
             prefix = parallel.prefix(stage)
             mine = [(key.removeprefix(prefix), tensor) for key, tensor in tensors.items() if key.startswith(prefix)]
             models[entry] = OrderedDict([*mine, *dict.fromkeys(self._extra_state(stage)).items()])
         return models
-
-    def _places(self) -> dict[Rank, list[_Place]]:
-        """What each rank holds, in the order of its layers."""
-        places: dict[Rank, list[_Place]] = {}
-        for ref in refs(self._spec):
-            for rank, place in self._homes(ref):
-                places.setdefault(rank, []).append(place)
-        return places
-
-    def _homes(self, ref: Ref) -> Iterator[tuple[Rank, _Place]]:
-        """The ranks that hold a ref, with its key and share there."""
-        parallel, experts = self._parallel, self._spec.num_experts
-        names = {**DIALECTS[self._options.impl], **EXPERTS[self._expert_layout]}
-        local = parallel.local_expert(ref.expert, experts)
-        stacked = ref.expert is not None and self._expert_layout == STACKED
-        stack = (local or 0, experts // parallel.ep, True) if stacked else (0, 1, False)
-        for stage, slot, layer in homes(ref, self._spec, parallel):
-            key = parallel.prefix(stage) + names[slot].format(layer=layer, expert=local, global_expert=ref.expert)
-            for rank in parallel.ranks(stage):
-                if parallel.holds(rank, ref.expert, experts):
-                    yield rank, _Place(ref, key, parallel.share(ref.slot, self._spec, rank, self._padded), *stack)
 
     def _extra_state(self, stage: int) -> Iterator[str]:
         parallel, impl = self._parallel, self._options.impl
@@ -145,6 +132,9 @@ class MegatronTarget(CheckpointTarget):
             f"{count(self._tensors, 'tensor')} on {count(ranks, 'rank')} "
             f"({sizes(self._parallel)}, layers {'+'.join(map(str, self._parallel.stages))})"
         )
+
+
+_new = torch_zip.NewTensor
 
 
 def resolve_padding(share: Cut, vocab: int) -> RowMap:

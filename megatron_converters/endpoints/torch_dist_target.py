@@ -26,8 +26,9 @@ from ..megatron_names import (
     distributed_extra_state,
 )
 from ..outline import Fill
-from ..parallel import boxes, homes
-from ..slots import Ref, refs
+from ..parallel import Rank, boxes
+from ..placement import Home, Placement
+from ..slots import Ref, Slot, refs
 from ..storage import dcp, dcp_layout, torch_zip
 from ..storage.dcp_layout import NewChunk, NewObject, Placed
 from ..storage.output import Layout
@@ -52,13 +53,18 @@ _FINAL_NORM = "decoder.final_layernorm"
 _FILE_BYTES = 1 << 30
 
 
-class _Share(NamedTuple):
-    """A chunk, the number of the rank that writes it, and its first row and column in the slot."""
+class _Box(NamedTuple):
+    """A share of a slot: the number of the rank that writes it, its first row and column, and what fills it.
 
-    chunk: NewChunk
+    `padding` counts its rows at the end that are vocabulary padding; `rows` has the slot's row of each.
+    """
+
     rank: int
     row: int
     col: int
+    shape: tuple[int, ...]
+    rows: RowMap
+    padding: int
 
 
 class TorchDistTarget(CheckpointTarget):
@@ -70,6 +76,8 @@ class TorchDistTarget(CheckpointTarget):
     def _lay_out(self) -> tuple[dict[str, Layout], dict[str, dict[str, StoredTensor]]]:
         ranks = (rank for stage in range(self._parallel.pp) for rank in self._parallel.ranks(stage))
         self._numbers = {rank: number for number, rank in enumerate(ranks)}
+        self._placement = Placement(self._spec, self._parallel, self._padded)
+        self._boxes: dict[tuple[Slot, Rank], tuple[_Box, ...]] = {}
         self._stacked = len({self._spec.is_moe(layer) for layer in range(self._spec.num_layers)}) == 1
         files: dict[str, Layout] = {}
         placed: list[Placed] = []
@@ -98,22 +106,17 @@ class TorchDistTarget(CheckpointTarget):
 
     def fills(self, ref: Ref) -> Iterator[Fill]:
         """The slot's chunks."""
-        dims = len(ref.slot.shape(self._spec))
-        for share in self._shares(ref):
-            chunk, shape = share.chunk, share.chunk.sizes[-dims:]
-            limit = self._spec.vocab_size if ref.slot.vocab else share.row + shape[0]
-            padding = max(share.row + shape[0] - max(limit, share.row), 0)
-            rows = _rows(share.row, shape[0], limit)
-            yield Fill(self._files[chunk.name], chunk.name, chunk.dtype, shape, rows, share.col, padding=padding)
+        for box, chunk in self._chunks_of(ref):
+            name = chunk.name
+            yield Fill(self._files[name], name, chunk.dtype, box.shape, box.rows, box.col, padding=box.padding)
 
     def _items(self) -> dict[int, list[NewChunk | NewObject]]:
         """What each rank writes."""
         items: dict[int, list[NewChunk | NewObject]] = {}
         dtypes: dict[str, DType] = {}
         for ref in refs(self._spec):
-            for share in self._shares(ref):
-                chunk = share.chunk
-                items.setdefault(share.rank, []).append(chunk)
+            for box, chunk in self._chunks_of(ref):
+                items.setdefault(box.rank, []).append(chunk)
                 if dtypes.setdefault(chunk.key, chunk.dtype) != chunk.dtype:
                     raise ConversionError(
                         f"{ref} is {chunk.dtype}, but others in {chunk.key} are {dtypes[chunk.key]}; give one dtype"
@@ -125,24 +128,36 @@ class TorchDistTarget(CheckpointTarget):
         items[self._writer(len(stages) - 1)].append(NewObject(f"{_FINAL_NORM}.{EXTRA_STATE_SUFFIX}/shard_0_1"))
         return items
 
-    def _shares(self, ref: Ref) -> Iterator[_Share]:
+    def _chunks_of(self, ref: Ref) -> Iterator[tuple[_Box, NewChunk]]:
         """A slot's chunks: each share of it once, from the first rank that holds it."""
-        spec, parallel, slot = self._spec, self._parallel, ref.slot
+        spec, slot, dtype = self._spec, ref.slot, self._dtype_of(ref)
         key, index, axes = self._address(_NAMES[self._options.impl][slot.name], ref.layer, ref.expert)
         rows, *cols = slot.shape(spec)
-        shape = (*axes, self._padded if slot.vocab else rows, *cols)
-        stage, _, _ = next(homes(ref, spec, parallel))
-        seen: set[int] = set()
-        for rank in parallel.ranks(stage):
-            number = parallel.share_number(slot, rank)
-            if number in seen or not parallel.holds(rank, ref.expert, spec.num_experts):
-                continue
-            seen.add(number)
-            ways, mine = (parallel.etp, rank.etp) if slot.expert else (parallel.tp, rank.tp)
-            for row, height, col, width in boxes(slot, spec, ways, mine, self._padded):
-                offsets = (*index, row, *((col,) if cols else ()))
-                sizes_ = (*(1,) * len(index), height, *((width,) if cols else ()))
-                yield _Share(NewChunk(key, shape, self._dtype_of(ref), offsets, sizes_), self._numbers[rank], row, col)
+        shape, ones = (*axes, self._padded if slot.vocab else rows, *cols), (1,) * len(index)
+        home = next(self._placement.homes(ref))
+        for box in self._boxes_of(slot, home):
+            offsets = (*index, box.row, box.col) if cols else (*index, box.row)
+            yield box, NewChunk(key, shape, dtype, offsets, ones + box.shape)
+
+    def _boxes_of(self, slot: Slot, home: Home) -> tuple[_Box, ...]:
+        """A slot's shares on the ranks of a home, worked out once for all layers and experts there."""
+        key = slot, home.shares[0].rank
+        if key not in self._boxes:
+            first_of: dict[int, Rank] = {}
+            for share in home.shares:
+                first_of.setdefault(share.number, share.rank)
+            self._boxes[key] = tuple(box for rank in first_of.values() for box in self._cut(slot, rank))
+        return self._boxes[key]
+
+    def _cut(self, slot: Slot, rank: Rank) -> Iterator[_Box]:
+        spec, parallel = self._spec, self._parallel
+        vector = len(slot.shape(spec)) == 1
+        ways, mine = (parallel.etp, rank.etp) if slot.expert else (parallel.tp, rank.tp)
+        for row, height, col, width in boxes(slot, spec, ways, mine, self._padded):
+            limit = spec.vocab_size if slot.vocab else row + height
+            padding = min(max(row + height - limit, 0), height)
+            shape = (height,) if vector else (height, width)
+            yield _Box(self._numbers[rank], row, col, shape, _rows(row, height, limit), padding)
 
     def _address(
         self, template: str, layer: int | None, expert: int | None

@@ -46,7 +46,7 @@ def write(source: TorchDistSource, folder: Path) -> None:
         planner.check_cover(ref, source.spec, source.read(ref))
     folder.mkdir()
     links = _link({chunk.item.path for tensor in source.weights.values() for chunk in tensor.chunks}, folder)
-    dcp_layout.index(_placed(source.weights, links)).create(folder / dcp.METADATA).close()
+    dcp_layout.index(list(_placed(source.weights, links))).create(folder / dcp.METADATA).close()
     torch_zip.layout(COMMON_FILE, {}).create(folder / COMMON_FILE).close()
     (folder / FORMAT_FILE).write_text(json.dumps(FORMAT), encoding="utf-8")
 

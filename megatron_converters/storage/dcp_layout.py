@@ -8,15 +8,16 @@ Source: `torch/distributed/checkpoint/metadata.py`, `filesystem.py` and `planner
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..dtypes import DType
 from . import torch_zip
+from .checksum import digest
 from .output import Layout, Pieces, fixed
-from .pickling import Call, Instance, NewTensor, dumps
+from .pickling import Call, Instance, NewTensor, Pairs, dumps
 from .zip_layout import ALIGNMENT
 
 #: The inner folder of an archive that `torch.save` writes into an open file.
@@ -25,8 +26,7 @@ _METADATA = "torch.distributed.checkpoint.metadata"
 _FILESYSTEM = "torch.distributed.checkpoint.filesystem"
 
 
-@dataclass(frozen=True)
-class NewChunk:
+class NewChunk(NamedTuple):
     """A box of the tensor `key`, of shape `shape` as a whole, to be filled under `name`."""
 
     key: str
@@ -41,15 +41,13 @@ class NewChunk:
         return f"{self.key} [{','.join(map(str, self.offsets))}]"
 
 
-@dataclass(frozen=True)
-class NewObject:
+class NewObject(NamedTuple):
     """An object without content under `key`: how megatron-core stores the extra state of a module that has none."""
 
     key: str
 
 
-@dataclass(frozen=True)
-class Placed:
+class Placed(NamedTuple):
     """An item of a file: `nbytes` from byte `start` on."""
 
     item: NewChunk | NewObject
@@ -64,12 +62,13 @@ def lay_out(file: str, items: Sequence[NewChunk | NewObject]) -> tuple[Layout, l
     end = 0
     for item in items:
         start = end + -end % ALIGNMENT
-        archive = _of_tensor(item.dtype, item.sizes) if isinstance(item, NewChunk) else _of_nothing()
-        placed.append(Placed(item, file, start, archive.nbytes))
-        parts.append((start, archive, item.name if isinstance(item, NewChunk) else None))
+        name, archive = None, _of_nothing()
         if isinstance(item, NewChunk):
+            name, archive = item.name, _of_tensor(item.dtype, item.sizes)
             offset, nbytes = archive.regions[_ARCHIVE]
-            regions[item.name] = (start + offset, nbytes)
+            regions[name] = (start + offset, nbytes)
+        placed.append(Placed(item, file, start, archive.nbytes))
+        parts.append((start, archive, name))
         end = start + archive.nbytes
 
     def finish(crcs: Mapping[str, int]) -> Pieces:
@@ -80,7 +79,8 @@ def lay_out(file: str, items: Sequence[NewChunk | NewObject]) -> tuple[Layout, l
                 yield start + offset, data
             end = start + archive.nbytes
 
-    return Layout(end, regions, finish), placed
+    structure = digest(archive.structure.encode() for _, archive, _ in parts)
+    return Layout(end, regions, finish, structure), placed
 
 
 @lru_cache(maxsize=1024)
@@ -93,36 +93,47 @@ def _of_nothing() -> Layout:
     return torch_zip.layout(_ARCHIVE, [None])
 
 
-def index(placed: Iterable[Placed]) -> Layout:
+def index(placed: Sequence[Placed]) -> Layout:
     """The file `.metadata` for all items of all files."""
-    entries: dict[str, Instance] = {}
-    chunks: dict[str, list[Instance]] = {}
-    places: dict[Instance, Instance] = {}
-    for entry in placed:
-        item = entry.item
-        if isinstance(item, NewObject):
-            entries[item.key] = Instance(_METADATA, "BytesStorageMetadata", {})
-            key: dict[str, Any] = {"fqn": item.key, "index": None}
-        else:
-            boxes = chunks.setdefault(item.key, [])
-            entries.setdefault(item.key, _tensor_entry(item, boxes))
-            key = {"fqn": item.key, "index": len(boxes), "offset": _size(item.offsets)}
-            box = {"offsets": _size(item.offsets), "sizes": _size(item.sizes)}
-            boxes.append(Instance(_METADATA, "ChunkStorageMetadata", box))
-        place = {"relative_path": entry.file, "offset": entry.start, "length": entry.nbytes}
-        places[Instance(_METADATA, "MetadataIndex", key)] = Instance(_FILESYSTEM, "_StorageInfo", place)
-    content = {"state_dict_metadata": entries, "planner_data": None, "storage_data": places}
+    chunks: dict[str, list[NewChunk]] = {}
+    for item, *_ in placed:
+        found = chunks.setdefault(item.key, [])
+        if isinstance(item, NewChunk):
+            found.append(item)
+    content = {
+        "state_dict_metadata": Pairs((key, _entry(found)) for key, found in chunks.items()),
+        "planner_data": None,
+        "storage_data": Pairs(_places(placed)),
+    }
     return fixed(dumps(Instance(_METADATA, "Metadata", content))[0])
 
 
-def _tensor_entry(item: NewChunk, boxes: list[Instance]) -> Instance:
+def _places(placed: Iterable[Placed]) -> Iterator[tuple[Instance, Instance]]:
+    """Where each item lies."""
+    numbers: Counter[str] = Counter()
+    for item, file, start, nbytes in placed:
+        key: dict[str, Any] = {"fqn": item.key, "index": None}
+        if isinstance(item, NewChunk):
+            key = {"fqn": item.key, "index": numbers[item.key], "offset": _size(item.offsets)}
+            numbers[item.key] += 1
+        place = {"relative_path": file, "offset": start, "length": nbytes}
+        yield Instance(_METADATA, "MetadataIndex", key), Instance(_FILESYSTEM, "_StorageInfo", place)
+
+
+def _entry(chunks: Sequence[NewChunk]) -> Instance:
+    """What the index says of a tensor in these chunks, or of an object, which has none."""
+    if not chunks:
+        return Instance(_METADATA, "BytesStorageMetadata", {})
     strided = Call("torch.serialization", "_get_layout", ("torch.strided",))
     contiguous = Call(_METADATA, "_MEM_FORMAT_ENCODING", (0,))
     # dtype, layout, requires_grad, memory format, pinned (`TensorProperties.__getstate__`)
-    properties = Instance(_METADATA, "TensorProperties", (item.dtype, strided, False, contiguous, False))
-    return Instance(
-        _METADATA, "TensorStorageMetadata", {"properties": properties, "size": _size(item.shape), "chunks": boxes}
-    )
+    properties = Instance(_METADATA, "TensorProperties", (chunks[0].dtype, strided, False, contiguous, False))
+    boxes = [
+        Instance(_METADATA, "ChunkStorageMetadata", {"offsets": _size(chunk.offsets), "sizes": _size(chunk.sizes)})
+        for chunk in chunks
+    ]
+    state = {"properties": properties, "size": _size(chunks[0].shape), "chunks": boxes}
+    return Instance(_METADATA, "TensorStorageMetadata", state)
 
 
 def _size(numbers: tuple[int, ...]) -> Call:

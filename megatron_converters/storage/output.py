@@ -12,7 +12,7 @@ from typing import Any
 import numpy.typing as npt
 
 from ..errors import ConversionError, DiskError, raise_all, reason_of
-from .checksum import combined, crc32
+from .checksum import combined, crc32, digest
 
 Pieces = Iterable[tuple[int, bytes]]
 #: After so many bytes the disk is told to begin: it then writes while the next are copied, and the flush at the end is short.
@@ -24,13 +24,15 @@ class Layout:
     """What a file will hold, decided without touching the disk.
 
     `regions` gives each tensor's (offset, bytes); `finish` takes each tensor's CRC-32 and gives the rest of the file as
-    (offset, bytes). It is written last, so that a file left by a killed run never reads as a complete one.
+    (offset, bytes). It is written last, so that a file left by a killed run never reads as a complete one. `structure` is a
+    digest of what decides that rest but for the checksums: names, shapes, dtypes, arguments.
     `parts` names the tensors that are filled as so many equal parts, each on its own, one after the other in the file.
     """
 
     nbytes: int
     regions: Mapping[str, tuple[int, int]]
     finish: Callable[[Mapping[str, int]], Pieces]
+    structure: str
     parts: Mapping[str, int] = field(default_factory=dict)
 
     def create(self, path: str | os.PathLike[str]) -> OutputFile:
@@ -40,7 +42,7 @@ class Layout:
 
 def fixed(content: bytes) -> Layout:
     """A file without tensors."""
-    return Layout(len(content), {}, lambda _: [(0, content)])
+    return Layout(len(content), {}, lambda _: [(0, content)], digest([content]))
 
 
 @dataclass

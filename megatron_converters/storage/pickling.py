@@ -10,17 +10,16 @@ import math
 import pickle
 import struct
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..dtypes import DType
 from ..errors import ConversionError
 from .tensor import contiguous_strides
 
 
-@dataclass(frozen=True)
-class NewTensor:
+class NewTensor(NamedTuple):
     """A contiguous tensor of its own storage, to be filled under `name`."""
 
     name: str
@@ -45,164 +44,245 @@ class Instance:
     state: Any
 
 
-@dataclass(frozen=True)
-class Call:
-    """What a function or class that is not here returns for these arguments."""
+class Call(NamedTuple):
+    """What a function or class that is not here returns for these arguments, which are hashable."""
 
     module: str
     name: str
     args: tuple[Any, ...]
 
 
+class Pairs(NamedTuple):
+    """A dict that is made and written pair by pair, since millions of them need not be in memory together."""
+
+    pairs: Iterable[tuple[Any, Any]]
+
+
 def dumps(tree: Any) -> tuple[bytes, list[NewTensor]]:
     """The pickle of `tree`, and its tensors in the order of their storages ("0", "1", …).
 
     The tree is made of dict, OrderedDict, argparse.Namespace, list, tuple, str, int, float, bool, None, `DType` (read
-    back as the torch dtype), `NewTensor`, `Instance` and `Call`. Anything else raises `ConversionError` with its place in the tree.
+    back as the torch dtype), `NewTensor`, `Instance`, `Call` and `Pairs`. Anything else raises `ConversionError` with
+    its place in the tree.
     """
     writer = _Writer()
-    writer.save(tree, "")
+    try:
+        writer.save(tree)
+    except _Unwritable as error:
+        place = next(place for place, value in _walk(tree, "") if value is error.value)
+        raise ConversionError(f"{place.removeprefix('.') or 'the object'} is {error.what}") from None
     return pickle.PROTO + b"\2" + bytes(writer.out) + pickle.STOP, writer.tensors
 
 
+class _Unwritable(Exception):
+    """A value of the tree has no place in a checkpoint."""
+
+    def __init__(self, value: Any, what: str) -> None:
+        super().__init__(what)
+        self.value, self.what = value, what
+
+
+def _walk(value: Any, place: str) -> Iterator[tuple[str, Any]]:
+    """Every value of a tree with its place."""
+    yield place, value
+    if isinstance(value, Instance):
+        yield from _walk(value.state, place)
+    elif isinstance(value, Call):
+        yield from _walk(value.args, place)
+    elif isinstance(value, (list, tuple)) and not isinstance(value, NewTensor):
+        for index, element in enumerate(value):
+            yield from _walk(element, f"{place}[{index}]")
+    elif isinstance(value, (dict, argparse.Namespace)):
+        for key, element in (value if isinstance(value, dict) else vars(value)).items():
+            yield from _walk(key, f"{place}.{key} (the key)")
+            yield from _walk(element, f"{place}.{key}")
+
+
 class _Writer:
+    """Appends opcodes to `out`. What is written often, such as a name or the numbers of a shape, is encoded once."""
+
     def __init__(self) -> None:
         self.out = bytearray()
         self.tensors: list[NewTensor] = []
-        self._memo: dict[bytes, int] = {}
         self._names: set[str] = set()
+        #: By constant, the opcode that pushes it from the unpickler's memo.
+        self._memo: dict[Any, bytes] = {}
+        self._strings: dict[str, bytes] = {}
+        #: By dtype and shape, the opcodes of a tensor before and after its storage's number.
+        self._around: dict[tuple[DType, tuple[int, ...]], tuple[bytes, bytes]] = {}
+        self._calls: dict[Call, bytes] = {}
 
-    def save(self, value: Any, place: str) -> None:
-        save = _SAVE.get(type(value))
-        if save is None:
-            kind = f"{type(value).__module__}.{type(value).__qualname__}"
-            raise ConversionError(
-                f"{place.removeprefix('.') or 'the object'} is a {kind}; a checkpoint holds only tensors, dtypes, "
-                "numbers, strings, None, lists, tuples, dicts and Namespaces"
-            )
-        save(self, value, place)
+    def save(self, value: Any) -> None:
+        _SAVE[type(value)](self, value)
 
-    def _once(self, code: bytes) -> None:
+    def refuse(self, value: Any) -> None:
+        kind = f"{type(value).__module__}.{type(value).__qualname__}"
+        known = "tensors, dtypes, numbers, strings, None, lists, tuples, dicts and Namespaces"
+        raise _Unwritable(value, f"a {kind}; a checkpoint holds only {known}")
+
+    def _once(self, constant: Any, code: bytes) -> None:
         """Write opcodes that push a constant: in full the first time, by its memo number afterwards."""
-        number = self._memo.get(code)
-        if number is None:
-            number = self._memo[code] = len(self._memo)
-            self.out += code + pickle.LONG_BINPUT + struct.pack("<I", number)
-        else:
-            self.out += pickle.LONG_BINGET + struct.pack("<I", number)
+        known = self._memo.get(constant)
+        if known is None:
+            number = len(self._memo)
+            self._memo[constant] = _MEMO(pickle.LONG_BINGET, number)
+            known = code + _MEMO(pickle.LONG_BINPUT, number)
+        self.out += known
 
     def _global(self, module: str, name: str) -> None:
-        self._once(pickle.GLOBAL + f"{module}\n{name}\n".encode())
+        known = self._memo.get((module, name))
+        if known is None:
+            self._once((module, name), pickle.GLOBAL + f"{module}\n{name}\n".encode())
+        else:
+            self.out += known
 
-    def _none(self, value: None, place: str) -> None:
+    def _none(self, value: None) -> None:
         self.out += pickle.NONE
 
-    def _bool(self, value: bool, place: str) -> None:
+    def _bool(self, value: bool) -> None:
         self.out += pickle.NEWTRUE if value else pickle.NEWFALSE
 
-    def _int(self, value: int, place: str) -> None:
+    def _int(self, value: int) -> None:
         if -(1 << 31) <= value < 1 << 31:
-            self.out += pickle.BININT + struct.pack("<i", value)
+            self.out += _INT(pickle.BININT, value)
             return
         data = value.to_bytes(value.bit_length() // 8 + 1, "little", signed=True)
         if len(data) > 255:
-            raise ConversionError(f"{place.removeprefix('.')} is an integer of {value.bit_length()} bits")
+            raise _Unwritable(value, f"an integer of {value.bit_length()} bits")
         self.out += pickle.LONG1 + bytes([len(data)]) + data
 
-    def _float(self, value: float, place: str) -> None:
+    def _float(self, value: float) -> None:
         self.out += pickle.BINFLOAT + struct.pack(">d", value)
 
-    def _str(self, value: str, place: str) -> None:
-        self.out += _str_code(value)
+    def _str(self, value: str) -> None:
+        code = self._strings.get(value)
+        if code is None:
+            code = self._strings[value] = _str_code(value)
+        self.out += code
 
-    def _dtype(self, value: DType, place: str) -> None:
+    def _dtype(self, value: DType) -> None:
         self._global("torch", value.name)
 
-    def _tuple(self, value: tuple[Any, ...], place: str) -> None:
-        if value:
-            self.out += pickle.MARK
-        self._elements(value, place)
-        self.out += pickle.TUPLE if value else pickle.EMPTY_TUPLE
+    def _tuple(self, value: tuple[Any, ...]) -> None:
+        if not value:
+            self.out += pickle.EMPTY_TUPLE
+            return
+        self.out += pickle.MARK
+        self._elements(value)
+        self.out += pickle.TUPLE
 
-    def _list(self, value: list[Any], place: str) -> None:
+    def _list(self, value: list[Any]) -> None:
         self.out += pickle.EMPTY_LIST + pickle.MARK
-        self._elements(value, place)
+        self._elements(value)
         self.out += pickle.APPENDS
 
-    def _elements(self, values: Iterable[Any], place: str) -> None:
-        for index, value in enumerate(values):
-            self.save(value, f"{place}[{index}]")
+    def _elements(self, values: Iterable[Any]) -> None:
+        for value in values:
+            _SAVE[type(value)](self, value)
 
-    def _dict(self, value: dict[Any, Any], place: str) -> None:
+    def _dict(self, value: dict[Any, Any]) -> None:
         self.out += pickle.EMPTY_DICT
-        self._items(value, place)
+        self._items(value.items())
 
-    def _ordered_dict(self, value: OrderedDict[Any, Any], place: str) -> None:
+    def _pairs(self, value: Pairs) -> None:
+        self.out += pickle.EMPTY_DICT
+        self._items(value.pairs)
+
+    def _ordered_dict(self, value: OrderedDict[Any, Any]) -> None:
         self._empty_ordered_dict()
-        self._items(value, place)
+        self._items(value.items())
 
     def _empty_ordered_dict(self) -> None:
         self._global("collections", "OrderedDict")
         self.out += pickle.EMPTY_TUPLE + pickle.REDUCE
 
-    def _namespace(self, value: argparse.Namespace, place: str) -> None:
+    def _namespace(self, value: argparse.Namespace) -> None:
         self._global("argparse", "Namespace")
-        self.out += pickle.EMPTY_TUPLE + pickle.NEWOBJ + pickle.EMPTY_DICT
-        self._items(vars(value), place)
+        self.out += _NEW + pickle.EMPTY_DICT
+        self._items(vars(value).items())
         self.out += pickle.BUILD
 
-    def _instance(self, value: Instance, place: str) -> None:
+    def _instance(self, value: Instance) -> None:
         self._global(value.module, value.name)
-        self.out += pickle.EMPTY_TUPLE + pickle.NEWOBJ
+        self.out += _NEW
         if value.state is not None:
-            self.save(value.state, place)
+            _SAVE[type(value.state)](self, value.state)
             self.out += pickle.BUILD
 
-    def _call(self, value: Call, place: str) -> None:
+    def _call(self, value: Call) -> None:
+        code = self._calls.get(value)
+        if code is not None:
+            self.out += code
+            return
+        start, known = len(self.out), len(self._memo)
         self._global(value.module, value.name)
-        self.save(value.args, place)
+        self.save(value.args)
         self.out += pickle.REDUCE
+        if len(self._memo) == known:  # it has put nothing into the memo, so it can be repeated as it is
+            self._calls[value] = bytes(self.out[start:])
 
-    def _items(self, mapping: dict[Any, Any], place: str) -> None:
-        self.out += pickle.MARK
-        for key, value in mapping.items():
-            self.save(key, f"{place}.{key} (the key)")
-            self.save(value, f"{place}.{key}")
-        self.out += pickle.SETITEMS
+    def _items(self, pairs: Iterable[tuple[Any, Any]]) -> None:
+        out, strings = self.out, self._strings
+        out += pickle.MARK
+        for key, value in pairs:
+            if type(key) is str and key in strings:  # most keys are names of a few attributes
+                out += strings[key]
+            else:
+                _SAVE[type(key)](self, key)
+            _SAVE[type(value)](self, value)
+        out += pickle.SETITEMS
 
-    def _tensor(self, value: NewTensor, place: str) -> None:
-        """`torch._utils._rebuild_tensor_v2(storage, offset, size, stride, requires_grad, backward_hooks)`.
+    def _tensor(self, value: NewTensor) -> None:
+        if value.name in self._names:
+            raise ConversionError(f"two tensors of one file are called {value.name}")
+        self._names.add(value.name)
+        number = _str_code(str(len(self.tensors)))
+        self.tensors.append(value)
+        kind = value.dtype, value.shape
+        if kind in self._around:
+            before, after = self._around[kind]
+            self.out += before + number + after
+            return
+        known, start = len(self._memo), len(self.out)
+        self._before_number(value)
+        middle = len(self.out)
+        self.out += number
+        self._after_number(value)
+        if len(self._memo) == known:
+            self._around[kind] = bytes(self.out[start:middle]), bytes(self.out[middle + len(number) :])
+
+    def _before_number(self, value: NewTensor) -> None:
+        """`torch._utils._rebuild_tensor_v2(storage, offset, size, stride, requires_grad, backward_hooks)` as far as the
+        persistent id `("storage", class, key, location, numel)` of its storage (`torch/serialization.py`, `_save`) has its key.
 
         Float8 has no typed storage: `_rebuild_tensor_v3` takes its bytes and the dtype (`torch/_tensor.py`,
         `Tensor._reduce_ex_internal`).
         """
-        if value.name in self._names:
-            raise ConversionError(f"two tensors of one file are called {value.name}")
-        self._names.add(value.name)
         typed = value.dtype.storage
         self._global("torch._utils", "_rebuild_tensor_v2" if typed else "_rebuild_tensor_v3")
-        self.out += pickle.MARK
-        self._storage(value, place)
-        self._int(0, place)
-        self._tuple(value.shape, place)
-        self._tuple(contiguous_strides(value.shape), place)
-        self._bool(False, place)
+        self.out += pickle.MARK + pickle.MARK
+        self._once("storage", _str_code("storage"))
+        self._global(*(("torch", typed) if typed else ("torch.storage", "UntypedStorage")))
+
+    def _after_number(self, value: NewTensor) -> None:
+        typed = value.dtype.storage
+        self._once("cpu", _str_code("cpu"))
+        self._int(value.numel if typed else value.numel * value.dtype.itemsize)
+        self.out += pickle.TUPLE + pickle.BINPERSID
+        self._int(0)
+        self._tuple(value.shape)
+        self._tuple(contiguous_strides(value.shape))
+        self._bool(False)
         self._empty_ordered_dict()
         if not typed:
-            self._dtype(value.dtype, place)
+            self._dtype(value.dtype)
         self.out += pickle.TUPLE + pickle.REDUCE
-        self.tensors.append(value)
 
-    def _storage(self, value: NewTensor, place: str) -> None:
-        """The persistent id `("storage", class, key, location, numel)` of `torch/serialization.py`, `_save`."""
-        typed = value.dtype.storage
-        self.out += pickle.MARK
-        self._once(_str_code("storage"))
-        self._global(*(("torch", typed) if typed else ("torch.storage", "UntypedStorage")))
-        self._str(str(len(self.tensors)), place)
-        self._once(_str_code("cpu"))
-        self._int(value.numel if typed else value.numel * value.dtype.itemsize, place)
-        self.out += pickle.TUPLE + pickle.BINPERSID
+
+_INT = struct.Struct("<ci").pack
+_MEMO = struct.Struct("<cI").pack
+#: Make an instance of the class on the stack.
+_NEW = pickle.EMPTY_TUPLE + pickle.NEWOBJ
 
 
 def _str_code(value: str) -> bytes:
@@ -210,20 +290,29 @@ def _str_code(value: str) -> bytes:
     return pickle.BINUNICODE + struct.pack("<I", len(encoded)) + encoded
 
 
-#: By exact type: an enum is an int, and a numpy float is a float, but neither would be read back as one.
-_SAVE: dict[type, Callable[[_Writer, Any, str], None]] = {
-    type(None): _Writer._none,
-    bool: _Writer._bool,
-    int: _Writer._int,
-    float: _Writer._float,
-    str: _Writer._str,
-    tuple: _Writer._tuple,
-    list: _Writer._list,
-    dict: _Writer._dict,
-    OrderedDict: _Writer._ordered_dict,
-    argparse.Namespace: _Writer._namespace,
-    DType: _Writer._dtype,
-    NewTensor: _Writer._tensor,
-    Instance: _Writer._instance,
-    Call: _Writer._call,
-}
+class _ByType(dict[type, Callable[[_Writer, Any], None]]):
+    """How to write values, by exact type: neither an enum nor a numpy float would be read back as the int or float that it is."""
+
+    def __missing__(self, kind: type) -> Callable[[_Writer, Any], None]:
+        return _Writer.refuse
+
+
+_SAVE = _ByType(
+    {
+        type(None): _Writer._none,
+        bool: _Writer._bool,
+        int: _Writer._int,
+        float: _Writer._float,
+        str: _Writer._str,
+        tuple: _Writer._tuple,
+        list: _Writer._list,
+        dict: _Writer._dict,
+        OrderedDict: _Writer._ordered_dict,
+        argparse.Namespace: _Writer._namespace,
+        DType: _Writer._dtype,
+        NewTensor: _Writer._tensor,
+        Instance: _Writer._instance,
+        Call: _Writer._call,
+        Pairs: _Writer._pairs,
+    }
+)

@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 
 from ..dtypes import BY_SAFETENSORS, DType
 from ..errors import ConversionError
+from .checksum import digest
 from .output import Layout, OutputFile
 from .source import file_size, open_source
 from .tensor import StoredTensor, contiguous_strides
@@ -74,7 +75,7 @@ def layout(tensors: Mapping[str, tuple[DType, tuple[int, ...]]], metadata: Mappi
     data_start = _LENGTH_BYTES + len(encoded)
     regions = {name: (data_start + start, nbytes) for name, (start, nbytes) in spans.items()}
     start_of_file = len(encoded).to_bytes(_LENGTH_BYTES, "little") + encoded
-    return Layout(data_start + end, regions, lambda _: [(0, start_of_file)])
+    return Layout(data_start + end, regions, lambda _: [(0, start_of_file)], digest([start_of_file]))
 
 
 def lay_out(

@@ -18,6 +18,7 @@ from ..errors import ConversionError
 from ..sealed import Sealed
 from . import unpickle
 from .archive import BYTE_ORDER, PICKLE, Archive
+from .checksum import digest
 from .output import Layout, OutputFile, Pieces
 from .pickling import NewTensor, dumps
 from .source import file_size, open_source
@@ -88,7 +89,7 @@ def layout(path: str | os.PathLike[str], tree: Any) -> Layout:
     regions = {
         tensor.name: (archive.offsets[name], tensor.numel * tensor.dtype.itemsize) for name, tensor in tensor_of.items()
     }
-    return Layout(archive.nbytes, regions, finish)
+    return Layout(archive.nbytes, regions, finish, digest([folder.encode(), data]))
 
 
 def lay_out(path: str | os.PathLike[str], tree: Any) -> OutputFile:

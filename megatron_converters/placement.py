@@ -1,0 +1,70 @@
+"""Where each tensor of a model lies over the ranks of one set of sizes.
+
+What is the same for all layers and experts, such as the shares of a slot, is worked out once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from .parallel import Cut, Parallel, Rank, homes
+from .slots import Ref, Slot
+from .spec import ModelSpec
+
+
+class Share(NamedTuple):
+    """Part of a slot that a rank holds; `number` is equal for ranks that hold the same."""
+
+    rank: Rank
+    cut: Cut
+    number: int
+
+
+class Home(NamedTuple):
+    """Pipeline stage that holds a tensor, as `slot`. Layer and expert are numbers on the rank, `shares` those of its ranks.
+
+    `prefix` tells the tensor from one of the same key in another model of its rank.
+    """
+
+    stage: int
+    prefix: str
+    slot: str
+    layer: int | None
+    expert: int | None
+    shares: tuple[Share, ...]
+
+    def key(self, template: str, global_expert: int | None) -> str:
+        """The tensor's key on these ranks, by a template of `megatron_names`."""
+        return self.prefix + template.format(layer=self.layer, expert=self.expert, global_expert=global_expert)
+
+
+class Placement:
+    """Homes of all tensors of a model that is cut by `parallel`; `padded` counts embedding rows with padding."""
+
+    def __init__(self, spec: ModelSpec, parallel: Parallel, padded: int) -> None:
+        self._spec, self._parallel, self._padded = spec, parallel, padded
+        self._shares: dict[tuple[Slot, int, int | None], tuple[Share, ...]] = {}
+        self._prefixes = [parallel.prefix(stage) for stage in range(len(parallel.stages))]
+
+    def homes(self, ref: Ref) -> Iterator[Home]:
+        """Where a tensor lies: one stage, or for tied embeddings two."""
+        parallel, experts = self._parallel, self._spec.num_experts
+        local = parallel.local_expert(ref.expert, experts)
+        ep = None if ref.expert is None else ref.expert // (experts // parallel.ep)
+        for stage, slot, layer in homes(ref, self._spec, parallel):
+            yield Home(
+                stage, self._prefixes[stage], slot, layer, local, self._shares_of(ref.slot, stage % parallel.pp, ep)
+            )
+
+    def _shares_of(self, slot: Slot, pp: int, ep: int | None) -> tuple[Share, ...]:
+        """The shares on the ranks of pipeline stage `pp`: on all, or for an expert on those of one expert-parallel number."""
+        key = slot, pp, ep
+        if key not in self._shares:
+            parallel = self._parallel
+            self._shares[key] = tuple(
+                Share(rank, parallel.share(slot, self._spec, rank, self._padded), parallel.share_number(slot, rank))
+                for rank in parallel.ranks(pp)
+                if ep in (None, rank.ep)
+            )
+        return self._shares[key]
