@@ -217,7 +217,7 @@ class _Comparer:
         common = _common(*dtypes)
         with self._planning:
             gathers = [self._planner.compose(rows, col, cols, pieces) for pieces in (left, right)]
-        streams = [gather_chunks(some, (rows.size, cols), common) for some in gathers]
+        streams = [gather_chunks(some, (rows.size, cols), common, kind, rows) for some in gathers]
         # The pieces that a copy is compared with are counted once, where they are compared with the other side.
         itemsize = sum(dtype.itemsize for dtype in (dtypes if kind == "values" else dtypes[1:]))
         tally = Tally(self.rules.tolerance, self.rules.norms)

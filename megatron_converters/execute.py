@@ -38,8 +38,14 @@ _AHEAD = 1024
 Array = npt.NDArray[Any]
 
 
-def gather_chunks(gathers: Sequence[Gather], shape: tuple[int, int], dtype: DType) -> Iterator[tuple[int, Array]]:
-    """The target's rows in order, as (first row, array of whole rows); the array is reused by the next chunk."""
+def gather_chunks(
+    gathers: Sequence[Gather], shape: tuple[int, int], dtype: DType, what: str, wanted: RowMap | None = None
+) -> Iterator[tuple[int, Array]]:
+    """The target's rows in order, as (first row, array of whole rows); the array is reused by the next chunk.
+
+    Where `wanted` is -1, a row need not be filled and holds anything. Raises `ConversionError`, which names the target as
+    `what`, where the gathers leave anything else unfilled, so that no memory is taken for weights.
+    """
     rows, cols = shape
     step = max(1, CHUNK_BYTES // (cols * dtype.itemsize))
     sources = [(gather, _matrix(gather.source)) for gather in gathers]
@@ -49,12 +55,22 @@ def gather_chunks(gathers: Sequence[Gather], shape: tuple[int, int], dtype: DTyp
         direct = _direct(sources, start, stop, dtype)
         if direct is None:
             direct = buffer[: stop - start]
-            for gather, source in sources:
+            placed = sum(
                 _place(direct[:, gather.target_cols], dtype, source[:, gather.source_cols], gather, start, stop)
+                for gather, source in sources
+            )
+            due = cols * (stop - start if wanted is None else int(np.count_nonzero(wanted[start:stop] >= 0)))
+            if placed != due:
+                raise ConversionError(
+                    f"{what}: rows {start} to {stop - 1} get {placed} elements instead of {due}; this is a fault of this "
+                    "program, please report it"
+                )
         yield start, direct
 
 
-def transposed_chunks(gathers: Sequence[Gather], shape: tuple[int, int], dtype: DType) -> Iterator[tuple[int, Array]]:
+def transposed_chunks(
+    gathers: Sequence[Gather], shape: tuple[int, int], dtype: DType, what: str
+) -> Iterator[tuple[int, Array]]:
     """As `gather_chunks` for the transposed target: (first column, array [columns, rows]); `shape` is not transposed."""
     rows, cols = shape
     step = max(1, CHUNK_BYTES // (rows * dtype.itemsize))
@@ -62,7 +78,7 @@ def transposed_chunks(gathers: Sequence[Gather], shape: tuple[int, int], dtype: 
         stop = min(start + step, cols)
         some = [part for gather in gathers for part in _columns(gather, start, stop)]
         result = np.empty((rows, stop - start), dtype.carrier)
-        for first, chunk in gather_chunks(some, result.shape, dtype):
+        for first, chunk in gather_chunks(some, result.shape, dtype, what):
             result[first : first + chunk.shape[0]] = chunk
         yield start, np.ascontiguousarray(result.T)
 
@@ -101,17 +117,19 @@ def _is_run(wanted: RowMap) -> bool:
     return first >= 0 and last - first == wanted.size - 1 and next(runs(wanted))[2] == wanted.size
 
 
-def _place(target: Array, dtype: DType, source: Array, gather: Gather, start: int, stop: int) -> None:
+def _place(target: Array, dtype: DType, source: Array, gather: Gather, start: int, stop: int) -> int:
+    """Write what a gather gives to rows from `start` to `stop`; returns the number of elements."""
     wanted = gather.rows[start:stop]
-    source_dtype = gather.source.data.dtype
+    source_dtype, width = gather.source.data.dtype, int(target.shape[1])
     stretches = list(islice(runs(wanted), _MAX_RUNS + 1))
     if len(stretches) > _MAX_RUNS:
         chosen = wanted >= 0
         target[chosen] = _converted(source[wanted[chosen]], source_dtype, dtype, gather.source.name)
-        return
+        return int(np.count_nonzero(chosen)) * width
     for position, first, length in stretches:
         part = source[first : first + length]
         target[position : position + length] = _converted(part, source_dtype, dtype, gather.source.name)
+    return sum(length for _, _, length in stretches) * width
 
 
 def _converted(part: Array, source: DType, target: DType, name: StoredName) -> Array:
@@ -130,7 +148,7 @@ def materialise(planner: Planner, pieces: Sequence[Piece], shape: tuple[int, ...
     rows, cols = as_matrix(shape)
     result = np.empty((rows, cols), dtype.carrier)
     gathers = planner.compose(np.arange(rows, dtype=np.int64), 0, cols, pieces)
-    for start, chunk in gather_chunks(gathers, (rows, cols), dtype):
+    for start, chunk in gather_chunks(gathers, (rows, cols), dtype, "a tensor of the queue"):
         result[start : start + chunk.shape[0]] = chunk
     return result.reshape(shape)
 
@@ -239,7 +257,7 @@ class Executor:
         shape = as_matrix(fill.shape)
         chunks = transposed_chunks if fill.transposed else gather_chunks
         line_bytes = shape[0 if fill.transposed else 1] * fill.dtype.itemsize
-        for line, chunk in chunks(gathers, shape, fill.dtype):
+        for line, chunk in chunks(gathers, shape, fill.dtype, f"{fill.file}: {fill.name}"):
             if self._stop.is_set():
                 return
             file.write(fill.name, fill.start + line * line_bytes, chunk)
@@ -250,7 +268,8 @@ class Executor:
     def _compare(self, replica: Piece, gathers: Sequence[Gather], what: str) -> None:
         stored = _matrix(replica)
         kept = replica.rows >= 0
-        for start, chunk in gather_chunks(gathers, as_matrix(replica.data.shape), replica.data.dtype):
+        shape, dtype = as_matrix(replica.data.shape), replica.data.dtype
+        for start, chunk in gather_chunks(gathers, shape, dtype, str(replica.name), replica.rows):
             if self._stop.is_set():
                 return
             rows = slice(start, start + chunk.shape[0])

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .accounting import Accounts
 from .dtypes import DType
 from .endpoints.base import Source, Target, wanted_dtype
 from .errors import ConversionError
@@ -80,18 +81,20 @@ def forecast(source: Source, target: Target, dtype: DType | None, workers: int =
     read: set[StoredName] = set()
     casts: Counter[str] = Counter()
     dtypes: Counter[str] = Counter()
-    planner, copies = Planner(), 0
+    planner, accounts, copies = Planner(), Accounts(source.spec, outline), 0
     for ref in refs(source.spec):
         sources = source.read(ref)
         planner.check_cover(ref, source.spec, sources)
         read.update(piece.name for piece in (*sources.pieces, *sources.replicas))
         fills = list(target.fills(ref))
+        accounts.add(ref, fills)
         copies += sum(map(_bytes_of, fills)) - math.prod(ref.slot.shape(source.spec)) * fills[0].dtype.itemsize
         for fill in fills:
             files[fill.file].padding_rows += fill.padding
             dtypes[str(fill.dtype)] += 1
             if sources.dtype != fill.dtype:
                 casts[f"{sources.dtype} to {fill.dtype}"] += 1
+    accounts.close()
     for file, layout in outline.files.items():
         files[file].tensors = len(layout.regions)
     standing = _standing(source, target, outline)

@@ -6,7 +6,7 @@ Composing a target piece with source pieces is then array look-up, and "exactly 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, NamedTuple, Protocol
@@ -141,23 +141,37 @@ class Planner:
         return result
 
 
-def _count_cover(ref: Ref, shape: tuple[int, int], pieces: Sequence[Piece]) -> None:
+def coverage(shape: tuple[int, int], parts: Sequence[tuple[RowMap, int, int]]) -> Iterator[tuple[int, int, RowMap]]:
+    """How often parts, each as rows, first column and columns of a matrix of this shape, hold each row, for each range of columns
+    in which that is the same: first column, end, and a count for each row. Rows of -1 are no row of it.
+
+    Raises `ConversionError` for a row or column that the matrix does not have.
+    """
     rows, cols = shape
-    edges = sorted({0, cols, *(piece.col for piece in pieces), *(piece.col + piece.cols for piece in pieces)})
+    edges = sorted({0, cols, *(col for _, col, _ in parts), *(col + width for _, col, width in parts)})
     if edges[0] < 0 or edges[-1] > cols:
-        raise ConversionError(f"{ref}: columns {edges[0]} to {edges[-1]} are stored, but the tensor has {cols}")
-    beyond = max((int(piece.rows.max(initial=-1)) for piece in pieces), default=-1)
+        raise ConversionError(f"columns {edges[0]} to {edges[-1]} are stored, but the tensor has {cols}")
+    beyond = max((int(held.max(initial=-1)) for held, _, _ in parts), default=-1)
     if beyond >= rows:
-        raise ConversionError(f"{ref}: row {beyond} is stored, but the tensor has {rows}")
+        raise ConversionError(f"row {beyond} is stored, but the tensor has {rows}")
     for left, right in pairwise(edges):
         counts = np.zeros(rows, np.int64)
-        for piece in pieces:
-            if piece.col <= left and right <= piece.col + piece.cols:
-                counts += np.bincount(piece.rows[piece.rows >= 0], minlength=rows)
+        for held, col, width in parts:
+            if col <= left and right <= col + width:
+                counts += np.bincount(held[held >= 0], minlength=rows)
+        yield left, right, counts
+
+
+def _count_cover(ref: Ref, shape: tuple[int, int], pieces: Sequence[Piece]) -> None:
+    try:
+        counted = list(coverage(shape, [(piece.rows, piece.col, piece.cols) for piece in pieces]))
+    except ConversionError as error:
+        raise ConversionError(f"{ref}: {error}") from None
+    for left, right, counts in counted:
         wrong = np.flatnonzero(counts != 1)
         if wrong.size:
             times = int(counts[wrong[0]])
             raise ConversionError(
                 f"{ref}: row {wrong[0]}, columns {left} to {right - 1}, is stored {times} times instead of once "
-                f"({wrong.size} of {rows} rows are affected)"
+                f"({wrong.size} of {shape[0]} rows are affected)"
             )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from .. import __version__
@@ -14,6 +14,7 @@ from ..errors import ConversionError
 from ..layouts import row_maps
 from ..margs_json import inheritable
 from ..megatron_args import RUN_DEFAULTS, expert_args, model_args, plain_args
+from ..outline import Fill
 from ..parallel import Parallel
 from ..plan import Sources
 from ..slots import SLOTS, Ref, refs
@@ -44,21 +45,28 @@ class QueueTarget:
         self._spec, self._dtype_of = spec, dtype_of
         send(self._queue, self._metadata(origin))
 
-    def write(self, ref: Ref, sources: Sources) -> None:
+    def fills(self, ref: Ref) -> list[Fill]:
+        """Where a tensor goes: for each of its parts the message and the key, of which a part of every expert may be one."""
+        entry, dtype = ENTRIES[ref.slot.name], self._dtype_of(ref)
+        _, *cols = ref.slot.shape(self._spec)
+        maps = row_maps(entry.layout, ref.slot, self._spec)
+        return [
+            Fill(message_name(ref), key, dtype, (rows.size, *cols), rows, 0)
+            for key, rows in zip(entry.keys, maps, strict=True)
+        ]
+
+    def write(self, ref: Ref, sources: Sources, fills: Sequence[Fill]) -> None:
         """Add a tensor to its message; a message is sent when the next begins."""
-        name = message_name(ref)
-        if self._message.get("name", name) != name:
-            self._flush()
-        self._message["name"] = name
-        entry = ENTRIES[ref.slot.name]
-        rows, cols = ref.slot.matrix(self._spec)
-        for key, part in zip(entry.keys, row_maps(entry.layout, ref.slot, self._spec), strict=True):
-            shape = (part.size,) if ref.slot.cols is None else (part.size, cols)
-            handle = TensorHandle(shape, self._dtype_of(ref), part_of(sources.pieces, part, rows))
-            if entry.stacked:
-                self._message.setdefault(key, StackedHandle()).handles.append(handle)
+        rows, _ = ref.slot.matrix(self._spec)
+        for fill in fills:
+            if self._message.get("name", fill.file) != fill.file:
+                self._flush()
+            self._message["name"] = fill.file
+            handle = TensorHandle(fill.shape, fill.dtype, part_of(sources.pieces, fill.rows, rows))
+            if ENTRIES[ref.slot.name].stacked:
+                self._message.setdefault(fill.name, StackedHandle()).handles.append(handle)
             else:
-                self._message[key] = handle
+                self._message[fill.name] = handle
 
     def end(self) -> None:
         """Send the last message and "done"."""
