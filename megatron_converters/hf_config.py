@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 from .dtypes import DType, dtype_named
-from .errors import ConversionError, reason_of
+from .errors import ConversionError
 from .families import FAMILIES
 from .families.base import Family, layer_types
 from .spec import ModelSpec
@@ -32,33 +30,6 @@ HARMLESS = frozenset(
     transformers_version typical_p unsloth_fixed unsloth_version use_bfloat16 use_cache
     """.split()
 )
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; one sentence if it is missing or broken."""
-    if path.exists() and not path.is_file():  # a pipe would be waited for, without end
-        raise ConversionError(f"{path} is no file; give a folder that holds one")
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConversionError(f"{path} is missing; give a folder that holds it") from None
-    except OSError as error:
-        raise ConversionError(f"cannot read {path}: {reason_of(error)}") from error
-    except ValueError as error:
-        raise ConversionError(f"cannot read {path}: {error}") from error
-    if not isinstance(value, dict):
-        raise ConversionError(f"{path} holds a {type(value).__name__}, not an object")
-    return value
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write a value as Hugging Face writes its configurations: indented, UTF-8."""
-    text = json.dumps(value, indent=2, ensure_ascii=False)
-    try:
-        text.encode()
-    except UnicodeEncodeError:  # a path that is no text
-        text = json.dumps(value, indent=2)
-    path.write_text(text + "\n", encoding="utf-8")
 
 
 def family_of_config(config: Mapping[str, Any]) -> Family:

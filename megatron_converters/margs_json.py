@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .dtypes import BY_NAME, DType, dtype_named
-from .hf_config import read_json
+from .json_files import read_json
 
 #: Attributes that belong to one run on one machine, not to the model: a new checkpoint must not inherit them.
 _OF_A_RUN = frozenset(

@@ -10,7 +10,7 @@ from typing import Any
 
 from . import tokenizer_rebuild
 from .errors import ConversionError, reason_of
-from .hf_config import read_json, write_json
+from .json_files import read_json, write_json
 
 #: What a tokenizer may consist of, beside a model's weights and configuration.
 _FILES = (

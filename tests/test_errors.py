@@ -20,7 +20,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_converters.hf_config import read_json, spec_of_config
+from megatron_converters.hf_config import spec_of_config
+from megatron_converters.json_files import read_json
 from tests.helpers import (
     CONVERT,
     RANK_FILE,

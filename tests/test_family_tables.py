@@ -14,7 +14,8 @@ from megatron_converters.endpoints.queue_names import ENTRIES, message_name
 from megatron_converters.errors import ConversionError
 from megatron_converters.families import FAMILIES
 from megatron_converters.families.base import Family, HFEntry
-from megatron_converters.hf_config import read_json, spec_of_config
+from megatron_converters.hf_config import spec_of_config
+from megatron_converters.json_files import read_json
 from megatron_converters.layouts import GATED, GROUPED_QKV, SAME
 from megatron_converters.megatron_names import DIALECTS, EXPERTS, STACKED
 from megatron_converters.slots import SLOTS, Layers, Ref, Scope, refs

@@ -18,9 +18,9 @@ from megatron_converters.hf_config import (
     differences,
     family_of_config,
     infer_family,
-    read_json,
     spec_of_config,
 )
+from megatron_converters.json_files import read_json
 from megatron_converters.spec import ModelSpec, RopeScaling
 from tests.tiny import tiny_spec
 

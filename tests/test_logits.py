@@ -21,7 +21,8 @@ import torch
 from megatron_converters.endpoints.megatron_common import MegatronReadOptions
 from megatron_converters.errors import ConversionError, UsageError
 from megatron_converters.families import FAMILIES
-from megatron_converters.hf_config import read_json, spec_of_config
+from megatron_converters.hf_config import spec_of_config
+from megatron_converters.json_files import read_json
 from megatron_converters.logits import compare_logits, logits_of, memory
 from megatron_converters.logits.arguments import check
 from megatron_converters.logits.compare import _common_vocabulary, _opened, _unseen

@@ -12,7 +12,8 @@ from ..dtypes import DType
 from ..errors import ConversionError, raise_all
 from ..families import FAMILIES
 from ..families.base import Family
-from ..hf_config import read_json, spec_of_config
+from ..hf_config import spec_of_config
+from ..json_files import read_json
 from ..layouts import row_maps
 from ..plan import Piece, Sources, StoredName
 from ..slots import SLOTS, Ref, refs

@@ -15,8 +15,9 @@ from .. import capacity_bins
 from ..dtypes import DType
 from ..errors import ConversionError, UsageError
 from ..families import FAMILIES
-from ..hf_config import config_for, write_json
+from ..hf_config import config_for
 from ..journal import MANIFEST
+from ..json_files import write_json
 from ..margs_json import margs_to_json
 from ..outline import Fill, Outline
 from ..slots import SLOTS, Ref, refs

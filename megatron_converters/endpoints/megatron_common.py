@@ -12,7 +12,8 @@ from typing import Any
 
 from ..dtypes import DType
 from ..errors import ConversionError, Unclear, UsageError, reason_of
-from ..hf_config import differences, infer_family, read_json, spec_of_config
+from ..hf_config import differences, infer_family, spec_of_config
+from ..json_files import read_json
 from ..megatron_args import expert_args, model_args, spec_fields, stated_heads
 from ..parallel import Parallel, padded_vocab
 from ..pipeline import PipelineSplit, stages_per_rank

@@ -13,7 +13,7 @@ from typing import Any
 
 from ..dtypes import DType
 from ..errors import ConversionError, raise_all
-from ..hf_config import read_json
+from ..json_files import read_json
 from ..layouts import GATED, GROUPED_INTERLEAVED_QKV, SAME, Layout, interned, row_maps
 from ..plan import Piece, Sources, StoredName
 from ..slots import Ref, Shard, refs

@@ -21,7 +21,7 @@ import numpy as np
 
 from ..dtypes import DType
 from ..errors import ConversionError, raise_all
-from ..hf_config import read_json
+from ..json_files import read_json
 from ..layouts import RowMap, interned
 from ..megatron_names import (
     DISTRIBUTED,

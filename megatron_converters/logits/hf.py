@@ -13,7 +13,7 @@ import numpy.typing as npt
 from ..endpoints.hf_source import read_tensors
 from ..errors import ConversionError, raise_all
 from ..families import FAMILIES
-from ..hf_config import read_json
+from ..json_files import read_json
 from .needs import need
 from .pool import Pool
 

@@ -13,7 +13,7 @@ from ..endpoints.megatron_common import MegatronReadOptions
 from ..endpoints.meta_source import MetaSource
 from ..endpoints.open_megatron import open_megatron
 from ..errors import UsageError
-from ..hf_config import read_json
+from ..json_files import read_json
 from ..margs_json import margs_from_json
 from ..plugins import add_argument, folder
 from .values import IMPLS, add_dtype_arguments, add_margs_argument, positive
