@@ -8,6 +8,7 @@ convert_mlm_to_hf_checkpoint.py and loader_mixtral_hf.py): a nested dictionary [
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .errors import ConversionError, UsageError, raise_all
-from .megatron_names import CAPACITY_BINS, capacity_bins_key
 from .parallel import Parallel, Rank
 from .spec import ModelSpec
 from .storage import torch_zip
@@ -26,6 +26,11 @@ from .storage.tensor import StoredTensor
 FILE = "capacity_bins.pt"
 #: The buffer whose length is Habana's `moe_capacity_bins_num`.
 _EDGES = "capacity_bins"
+#: The key of a buffer in a rank's file.
+_KEY = "decoder.layers.{layer}.mlp.router.capacity_bins.{name}"
+CAPACITY_BINS = re.compile(
+    re.escape(_KEY).replace(r"\{layer\}", r"(?P<layer>\d+)").replace(r"\{name\}", r"(?P<name>[a-z_.]+)")
+)
 
 
 class Place(NamedTuple):
@@ -66,7 +71,7 @@ class CapacityBins:
         """The buffers of one rank under their names in a checkpoint."""
         for place, data in self.tensors.items():
             if (place.pp, place.ep, place.tp) == (rank.pp, rank.ep, rank.tp):
-                yield capacity_bins_key(parallel.place(place.layer)[1], place.name), data
+                yield _KEY.format(layer=parallel.place(place.layer)[1], name=place.name), data
 
 
 def of_ranks(where: str, parallel: Parallel, files: Mapping[Rank, Mapping[str, StoredTensor]]) -> CapacityBins | None:

@@ -7,7 +7,6 @@ Transformer Engine 2.14.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 
 from .spec import ModelSpec
@@ -119,11 +118,6 @@ def extra_state(dialect: str, expert_layout: str, spec: ModelSpec, layer: int, e
         yield from (name.replace("{expert}", str(expert)) for name in _EXPERT_LINEARS[expert_layout])
 
 
-def capacity_bins_key(layer: int, name: str) -> str:
-    """A capacity-bin buffer's key on its rank; `layer` counts there."""
-    return _CAPACITY_BINS.format(layer=layer, name=name)
-
-
 def distributed_extra_state(spec: ModelSpec, layer: int) -> Iterator[str]:
     """Modules of a layer whose `_extra_state` some release of megatron-core or the other asks a distributed checkpoint for,
     `{layer}` left open; surplus ones are ignored. Those of experts are under `DISTRIBUTED_EXPERTS`.
@@ -142,9 +136,4 @@ def distributed_extra_state(spec: ModelSpec, layer: int) -> Iterator[str]:
 
 #: Modules of the last stage that own one.
 LAST_EXTRA_STATE = {"local": ("output_layer",), "transformer_engine": ("decoder.final_layernorm", "output_layer")}
-_CAPACITY_BINS = _MLP + "router.capacity_bins.{name}"
-#: Buffers of Habana's routers that say how a run was balanced; they are no part of the model.
-CAPACITY_BINS = re.compile(
-    re.escape(_CAPACITY_BINS).replace(r"\{layer\}", r"(?P<layer>\d+)").replace(r"\{name\}", r"(?P<name>[a-z_.]+)")
-)
 EXTRA_STATE_SUFFIX = "_extra_state"

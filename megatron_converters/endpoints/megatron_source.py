@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..capacity_bins import of_ranks
+from ..capacity_bins import CAPACITY_BINS, of_ranks
 from ..dtypes import DType
 from ..errors import ConversionError, raise_all
 from ..megatron_args import stamp
-from ..megatron_names import CAPACITY_BINS, EXPERTS, EXTRA_STATE_SUFFIX, LOCAL, STACKED, keys
+from ..megatron_names import EXPERTS, EXTRA_STATE_SUFFIX, LOCAL, STACKED, keys
 from ..parallel import Parallel, Rank, parallel_for
 from ..placement import Placement, Share
 from ..plan import Piece, Sources, StoredName

@@ -9,7 +9,8 @@ from collections.abc import Iterator
 
 import torch
 
-from ..megatron_names import CAPACITY_BINS, EXPERTS, EXTRA_STATE_SUFFIX, LOCAL, STACKED, keys
+from ..capacity_bins import CAPACITY_BINS
+from ..megatron_names import EXPERTS, EXTRA_STATE_SUFFIX, LOCAL, STACKED, keys
 from ..parallel import Parallel, Rank, homes
 from ..slots import SLOTS, Shard, refs
 from ..spec import ModelSpec
