@@ -11,11 +11,10 @@ from typing import Any, TypeVar, cast
 
 import numpy as np
 
-from .accounting import Coverage, check_target
+from .accounting import check_target
 from .crew import ALONE, Crew, agree, meet, share
 from .dtypes import DType
 from .endpoints.base import Source, Target, changed_files, wanted_dtype
-from .endpoints.queue_target import QueueTarget
 from .errors import ConversionError, DiskError, Interrupted, Stopped, raise_all, reason_of
 from .execute import Executor
 from .journal import (
@@ -56,25 +55,6 @@ def convert(
         outline = target.prepare(source.spec, source.origin, wanted_dtype(source, override))
         check_target(source.spec, outline, target.fills)
         return _Run(source, target, outline, crew, progress).work(restart)
-
-
-def stream(source: Source, target: QueueTarget, override: DType | None) -> None:
-    """Send every tensor of `source` as messages."""
-    executor, coverage = Executor(), Coverage(source.spec)
-    try:
-        target.begin(source.spec, source.origin, wanted_dtype(source, override))
-        for ref in refs(source.spec):
-            sources = source.read(ref)
-            executor.check(ref, source.spec, sources)
-            fills = target.fills(ref)
-            raise_all("the messages would not be the model:", coverage.faults(ref, fills))
-            target.write(ref, sources, fills)
-        executor.finish()
-    except BaseException:
-        executor.cancel()
-        raise
-    source.close()
-    target.end()
 
 
 @contextmanager

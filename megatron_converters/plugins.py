@@ -13,12 +13,12 @@ from typing import Any
 
 from .channel import Watched, check_exit, tell
 from .console import errors_told, fail, prepare_process, report
-from .conversion import convert, stream
+from .conversion import convert
 from .dtypes import DType, dtype_named
 from .endpoints.base import Source, Target
 from .endpoints.queue_names import EXIT
 from .endpoints.queue_source import QueueSource
-from .endpoints.queue_target import QueueTarget
+from .endpoints.queue_target import QueueTarget, stream
 from .errors import ConversionError, Interrupted, UsageError
 from .progress import make_progress
 

@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 
 from megatron_converters import cli, parallel
-from megatron_converters.conversion import convert, stream
+from megatron_converters.conversion import convert
 from megatron_converters.dtypes import dtype_named
 from megatron_converters.endpoints import torch_dist_target
 from megatron_converters.endpoints.hf_source import HFSource
 from megatron_converters.endpoints.hf_target import HFOptions, HFTarget
 from megatron_converters.endpoints.megatron_checkpoint import MegatronOptions
 from megatron_converters.endpoints.megatron_target import MegatronTarget
-from megatron_converters.endpoints.queue_target import QueueTarget
+from megatron_converters.endpoints.queue_target import QueueTarget, stream
 from megatron_converters.endpoints.torch_dist_target import TorchDistTarget
 from megatron_converters.errors import ConversionError
 from megatron_converters.execute import Executor, gather_chunks

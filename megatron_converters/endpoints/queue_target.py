@@ -8,9 +8,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from .. import __version__
+from ..accounting import Coverage
 from ..channel import send
 from ..dtypes import DType
-from ..errors import ConversionError
+from ..errors import ConversionError, raise_all
+from ..execute import Executor
 from ..layouts import row_maps
 from ..margs_json import inheritable
 from ..megatron_args import RUN_DEFAULTS, expert_args, model_args, plain_args
@@ -19,7 +21,7 @@ from ..parallel import Parallel
 from ..plan import Sources
 from ..slots import SLOTS, Ref, refs
 from ..spec import ModelSpec
-from .base import Origin
+from .base import Origin, Source, wanted_dtype
 from .handles import StackedHandle, TensorHandle, part_of
 from .queue_names import DONE, ENTRIES, message_name
 
@@ -129,3 +131,22 @@ class QueueTarget:
             "dtypes": {str(ref): self._dtype_of(ref).name for ref in refs(self._spec)},
             "origin": origin,
         }
+
+
+def stream(source: Source, target: QueueTarget, override: DType | None) -> None:
+    """Send every tensor of `source` as messages."""
+    executor, coverage = Executor(), Coverage(source.spec)
+    try:
+        target.begin(source.spec, source.origin, wanted_dtype(source, override))
+        for ref in refs(source.spec):
+            sources = source.read(ref)
+            executor.check(ref, source.spec, sources)
+            fills = target.fills(ref)
+            raise_all("the messages would not be the model:", coverage.faults(ref, fills))
+            target.write(ref, sources, fills)
+        executor.finish()
+    except BaseException:
+        executor.cancel()
+        raise
+    source.close()
+    target.end()
