@@ -1,19 +1,13 @@
-"""Which format a folder has, by what it holds, and the source that reads it."""
+"""Which format a folder has, by what it holds."""
 
 from __future__ import annotations
 
-import argparse
 import fnmatch
-from collections.abc import Callable, Collection
 from pathlib import Path
 
-from .endpoints.base import Source
 from .endpoints.megatron_checkpoint import TRACKER
 from .endpoints.megatron_common import listing
 from .errors import UsageError
-from .options.reading import open_checkpoint, open_hf_source
-from .options.values import positive
-from .plugins import folder
 from .staging import unfinished_in
 
 HF, META, MEGATRON = "hf", "meta", "megatron"
@@ -39,69 +33,3 @@ def format_of(path: Path) -> str:
         raise UsageError(f"{path} {unfinished}")
     signs = "; ".join(f"{name}: {', '.join(signs)}" for name, signs in _SIGNS.items())
     raise UsageError(f"{path} is of no known format; a folder needs one of {signs}")
-
-
-def add_reading_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options that say more about a source than it does itself."""
-    group = parser.add_argument_group("reading")
-    group.add_argument("--from", dest="source_format", choices=FORMATS, default=None, help="Format of the source.")
-    group.add_argument(
-        "--ckpt-dir-name",
-        metavar="NAME",
-        default=None,
-        help="Megatron: folder to read (iter_0000008) instead of the latest.",
-    )
-    group.add_argument(
-        "--hf-config",
-        metavar="DIR",
-        default=None,
-        help="Megatron: reference model folder; configuration and tokenizer are taken from it.",
-    )
-    group.add_argument(
-        "--true-vocab-size",
-        metavar="N",
-        type=positive,
-        default=None,
-        help="Megatron: vocabulary without padding, where args lack it.",
-    )
-    group.add_argument(
-        "--untie", action="store_true", help="Hugging Face: keep a stored lm_head although config.json ties it."
-    )
-    group.add_argument(
-        "--ignore-config-fields",
-        metavar="NAMES",
-        default="",
-        help="Hugging Face: comma-separated unknown config.json fields to ignore.",
-    )
-    group.add_argument(
-        "--source-margs-file",
-        metavar="FILE",
-        default=None,
-        help="source_megatron_args.json with arguments to take over.",
-    )
-
-
-def open_any(path: str, args: argparse.Namespace) -> tuple[str, Source]:
-    """The format and the source of a folder. `args` are those of `add_reading_arguments`; what it lacks has its default."""
-    found = args.source_format or format_of(folder(path))
-    given = {**vars(args), "load_dir": path, "checkpoint_type": META if found == META else HF}
-    return found, _OPENERS[found](argparse.Namespace(**{**_UNSAID, **given}))
-
-
-def refuse_unheeded(formats: Collection[str], args: argparse.Namespace) -> None:
-    """Raise where an option of `add_reading_arguments` is given that none of these formats heeds."""
-    for name, only in _HEEDED_BY.items():
-        if getattr(args, name) and only not in formats:
-            option = name.replace("_", "-")
-            raise UsageError(f"--{option} is for reading {_NAMES[only]}, which this is not; leave it out")
-
-
-_HEEDED_BY = {"ckpt_dir_name": MEGATRON, "hf_config": MEGATRON, "untie": HF, "ignore_config_fields": HF}
-_NAMES = {MEGATRON: "a Megatron-LM checkpoint", HF: "a Hugging Face folder"}
-#: Options of the loaders that the verbs do not repeat.
-_UNSAID = {"model_size": None, "vocab_file": None, "tokenizer_model": None}
-_OPENERS: dict[str, Callable[[argparse.Namespace], Source]] = {
-    HF: open_hf_source,
-    META: open_hf_source,
-    MEGATRON: open_checkpoint,
-}

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 from megatron_converters import cli, shard_map
-from megatron_converters.formats import open_any
+from megatron_converters.options.any_format import open_any
 from megatron_converters.shard_map.grid import KINDS, grid
 from megatron_converters.shard_map.page import page
 from megatron_converters.slots import SLOTS
@@ -51,7 +51,7 @@ def surveyed(folder: Path) -> Survey:
     import argparse
 
     parser = argparse.ArgumentParser()
-    from megatron_converters.formats import add_reading_arguments
+    from megatron_converters.options.any_format import add_reading_arguments
 
     add_reading_arguments(parser)
     return survey(*open_any(str(folder), parser.parse_args([])))

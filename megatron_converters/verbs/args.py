@@ -9,10 +9,10 @@ from pathlib import Path
 from ..arguments import arguments
 from ..console import put, put_json, warn
 from ..errors import raise_all
-from ..formats import add_reading_arguments, open_any, refuse_unheeded
 from ..margs_json import margs_to_json
 from ..megatron_flags import all_flags, as_shell, flag_warnings
 from ..megatron_limits import inexpressible
+from ..options.any_format import add_reading_arguments, open_any, refuse_unheeded
 from ..survey import survey
 
 

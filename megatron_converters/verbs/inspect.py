@@ -8,7 +8,7 @@ from pathlib import Path
 from ..console import put, put_json
 from ..describe import lines
 from ..errors import UsageError
-from ..formats import add_reading_arguments, open_any, refuse_unheeded
+from ..options.any_format import add_reading_arguments, open_any, refuse_unheeded
 from ..shard_map.page import page
 from ..staging import write_text
 from ..survey import survey

@@ -10,8 +10,9 @@ from ..dtypes import DType, dtype_named
 from ..endpoints.base import Source, Target
 from ..endpoints.hf_target import FUSED, SEPARATE
 from ..errors import UsageError
-from ..formats import HF, MEGATRON, add_reading_arguments, open_any, refuse_unheeded
+from ..formats import HF, MEGATRON
 from ..megatron_names import EXPERTS
+from ..options.any_format import add_reading_arguments, open_any, refuse_unheeded
 from ..options.values import positive
 from ..options.writing import (
     add_expert_layout_argument,

@@ -9,7 +9,8 @@ from typing import NamedTuple
 from ..compare import Comparison
 from ..console import say
 from ..endpoints.base import Source
-from ..formats import FORMATS, add_reading_arguments, open_any, refuse_unheeded
+from ..formats import FORMATS
+from ..options.any_format import add_reading_arguments, open_any, refuse_unheeded
 
 #: Tensors that a line about several names.
 _NAMED = 3
