@@ -12,10 +12,11 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import Any, NoReturn, TextIO
+from typing import Any, NoReturn
 
 from .errors import ConversionError, Interrupted, reason_of
 from .plain import finite
+from .streams import write
 
 #: Open files that a process may want at most: one for each file that is read, and those being written.
 _OPEN_FILES = 65536
@@ -123,26 +124,3 @@ def report(args: argparse.Namespace, line: str) -> None:
     """As `say`, for what a conversion tells of itself: lost where it cannot be written, since the conversion is what counts."""
     with suppress(ConversionError):
         say(args, line)
-
-
-def write(stream: TextIO | None, text: str) -> str | None:
-    """Write a line; returns why it could not be, None where it is written or the reader has enough."""
-    if stream is None:
-        return "the stream is closed"
-    try:
-        stream.write(text + "\n")
-        stream.flush()
-    except BrokenPipeError:
-        _mute(stream)
-    except OSError as error:
-        _mute(stream)
-        return reason_of(error)
-    return None
-
-
-def _mute(stream: TextIO) -> None:
-    """Let nothing else that is written there fail, Python's own flush at the end included."""
-    with suppress(OSError):  # a stream without a file
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, stream.fileno())
-        os.close(nowhere)

@@ -8,7 +8,7 @@ import time
 from contextlib import suppress
 from typing import Any, Protocol, TextIO
 
-from .console import write
+from .streams import write
 from .units import duration, size
 
 #: Seconds between plain lines, at least and at most; between these a line for each such share of the whole, so that the log
