@@ -12,6 +12,7 @@ from typing import Any
 
 from .dtypes import DType
 from .errors import ConversionError, Unclear
+from .margs_json import inheritable
 from .megatron_limits import FIXED, MEGATRON_LLAMA3, SINKHORN, refuse_unsupported
 from .megatron_names import STACKED
 from .parallel import Parallel
@@ -280,6 +281,16 @@ RUN_DEFAULTS: dict[str, Any] = {
     "consumed_valid_samples": 0,
     "seed": 1234,
 }
+
+
+def uncut_args(spec: ModelSpec, margs: argparse.Namespace | None) -> dict[str, Any]:
+    """The attributes of a model that is cut nowhere, experts one by one, as loaders send them; `margs` are the source's own."""
+    return {
+        **RUN_DEFAULTS,
+        **plain_args(inheritable(margs)),
+        **model_args(spec),
+        **expert_args(spec, Parallel(1, (spec.num_layers,)), "sequential"),
+    }
 
 
 def layout_args(

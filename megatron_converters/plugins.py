@@ -20,6 +20,7 @@ from .endpoints.queue_names import EXIT
 from .endpoints.queue_source import QueueSource
 from .endpoints.queue_target import QueueTarget, stream
 from .errors import ConversionError, Interrupted, UsageError
+from .megatron_args import spec_fields, uncut_args
 from .progress import make_progress
 
 
@@ -69,7 +70,7 @@ def run_loader(queue: Any, args: argparse.Namespace, open_source: Callable[[], S
         source = open_source()
         report(args, f"loading {source.origin.described} ({source.spec.family}, {source.spec.num_layers} layers)")
         target = QueueTarget(
-            queue, model_type=args.model_type, divisor=getattr(args, "make_vocab_size_divisible_by", None)
+            queue, uncut_args, model_type=args.model_type, divisor=getattr(args, "make_vocab_size_divisible_by", None)
         )
         stream(source, target, wanted_dtype_of(args))
         for saver in savers:  # Megatron-LM's own convert.py ends with 0 whatever becomes of its saver
@@ -89,7 +90,7 @@ def run_saver(queue: Any, args: argparse.Namespace, open_target: Callable[[], Ta
     """Save what comes over the queue; on failure nothing stays behind that looks complete."""
     prepare_process()
     with errors_told("saver"):
-        source = QueueSource(queue, checking=getattr(args, "checking", True))
+        source = QueueSource(queue, spec_fields, checking=getattr(args, "checking", True))
         progress = Watched(make_progress(getattr(args, "quiet", False)))
         lines = convert(source, open_target(), None, progress, restart=getattr(args, "restart", False))
         source.drain()

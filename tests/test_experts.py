@@ -26,7 +26,7 @@ from megatron_converters.endpoints.queue_target import QueueTarget
 from megatron_converters.errors import ConversionError, UsageError
 from megatron_converters.execute import materialise
 from megatron_converters.handover import receive_ours, receives_ours
-from megatron_converters.megatron_args import expert_args
+from megatron_converters.megatron_args import expert_args, spec_fields, uncut_args
 from megatron_converters.megatron_names import extra_state, keys
 from megatron_converters.parallel import Rank, kept_etp, parallel_for
 from megatron_converters.plan import Piece, Planner, StoredName
@@ -616,7 +616,7 @@ def stock_queue(hf_model: HFModel) -> Iterator[Any]:
     before = receives_ours()
     receive_ours(False)
     source, sent = HFSource(hf_model("mixtral", **SMALL)), queue.Queue[Any]()
-    target = QueueTarget(sent, model_type="GPT", divisor=128)
+    target = QueueTarget(sent, uncut_args, model_type="GPT", divisor=128)
     target.begin(source.spec, source.origin, source.dtype_of)
     for ref in refs(source.spec):
         target.write(ref, source.read(ref))
@@ -642,7 +642,7 @@ def test_a_stock_saver_receives_stacks_and_a_stock_loader_s_stacks_are_read(
         assert torch.equal(layer[key], torch.stack([tensors[f"{expert}{number}.{part}.weight"] for number in range(4)]))
     assert torch.equal(layer["router weight"], tensors["model.layers.0.block_sparse_moe.gate.weight"])
 
-    source = QueueSource(stock_queue)
+    source = QueueSource(stock_queue, spec_fields)
     assert (source.spec.family, source.spec.num_experts, source.spec.moe_ffn_hidden_size) == ("mixtral", 4, 112)
     read = {ref: source.read(ref).pieces for ref in refs(source.spec)}
     source.close()
@@ -667,7 +667,7 @@ def test_habana_s_fused_stacks_are_read(stock_queue: Any, hf_model: HFModel, tmp
     tensors = hf_tensors(hf_model("mixtral", **SMALL))
     fuse_gate_and_up(stock_queue, tensors)
     vars(stock_queue.queue[0]).update(previous_expert_tensor_parallel_size=1, previous_expert_model_parallel_size=2)
-    run(QueueSource(stock_queue), MegatronTarget(tmp_path / "meg", MegatronOptions(tp=2, impl="local")))
+    run(QueueSource(stock_queue, spec_fields), MegatronTarget(tmp_path / "meg", MegatronOptions(tp=2, impl="local")))
     found = {path.parent.name for path in (tmp_path / "meg").glob(f"*/*/{RANK_FILE}")}
     assert found == RANKS[2, 1, 2, 2].keys()
     same_tensors(hf_tensors(megatron_to_hf(tmp_path / "meg", tmp_path / "hf")), tensors)
@@ -677,7 +677,7 @@ def test_habana_s_fused_stacks_are_read(stock_queue: Any, hf_model: HFModel, tmp
 def test_a_fused_stack_of_another_shape_is_named(shape: tuple[int, ...], stock_queue: Any, hf_model: HFModel) -> None:
     fuse_gate_and_up(stock_queue, hf_tensors(hf_model("mixtral", **SMALL)))
     stock_queue.queue[2]["mlp l0 weight"] = torch.zeros(shape)
-    source = QueueSource(stock_queue)
+    source = QueueSource(stock_queue, spec_fields)
     message = f"mlp l0 weight has shape {list(shape[1:])}, expected [224, 64] for layer 0 expert 0 expert_fc1"
     with pytest.raises(ConversionError, match=re.escape(message)):
         for ref in refs(source.spec):
@@ -686,7 +686,7 @@ def test_a_fused_stack_of_another_shape_is_named(shape: tuple[int, ...], stock_q
 
 def test_fused_and_split_stacks_together_are_refused(stock_queue: Any) -> None:
     stock_queue.queue[2]["mlp l0 weight"] = torch.zeros(4, 224, 64)
-    source = QueueSource(stock_queue)
+    source = QueueSource(stock_queue, spec_fields)
     with pytest.raises(ConversionError, match=r"does not have:\n  - 'mlp l0 weight V'\n  - 'mlp l0 weight W'"):
         for ref in refs(source.spec):
             source.read(ref)
@@ -695,7 +695,7 @@ def test_fused_and_split_stacks_together_are_refused(stock_queue: Any) -> None:
 @pytest.mark.parametrize(("shape", "said"), [((3, 64, 112), "[3, 64, 112]"), ((64, 112), "[64, 112]")])
 def test_a_stack_of_another_shape_is_named(shape: tuple[int, ...], said: str, stock_queue: Any) -> None:
     stock_queue.queue[2]["mlp l1 weight"] = torch.zeros(shape)
-    source = QueueSource(stock_queue)
+    source = QueueSource(stock_queue, spec_fields)
     message = f"'transformer layer 0': mlp l1 weight has shape {said}; expected one matrix for each of 4 experts"
     with pytest.raises(ConversionError, match=re.escape(message)):
         for ref in refs(source.spec):

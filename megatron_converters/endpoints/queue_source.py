@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,6 @@ from ..errors import ConversionError, raise_all
 from ..handover import receive_ours
 from ..hf_config import infer_family
 from ..layouts import RowMap, interned, row_maps
-from ..megatron_args import spec_fields
 from ..parallel import Parallel
 from ..plan import Piece, Sources, StoredName, TensorData
 from ..slots import Ref
@@ -24,6 +24,9 @@ from ..spec import ModelSpec
 from .base import Origin
 from .handles import StackedHandle, TensorHandle
 from .queue_names import DONE, ENTRIES, message_name
+
+#: The `ModelSpec` fields that Megatron-LM's `args` decide: all but family, dtype and vocab_size.
+FieldsOf = Callable[[argparse.Namespace], dict[str, Any]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +45,7 @@ class MemoryTensor:
 class QueueSource:
     """Reads messages in the order of the protocol, one at a time."""
 
-    def __init__(self, queue: Any, *, checking: bool = True) -> None:
+    def __init__(self, queue: Any, fields_of: FieldsOf, *, checking: bool = True) -> None:
         receive_ours()
         self._queue = queue
         self._checking = checking
@@ -63,7 +66,8 @@ class QueueSource:
             self._dtypes = None
             _check_metadata(metadata)
             self._begin("embeddings")
-            self.spec = _stock_spec(metadata, _memory_tensor(self._peek("word embeddings"), "the word embeddings"))
+            embeddings = _memory_tensor(self._peek("word embeddings"), "the word embeddings")
+            self.spec = _stock_spec(metadata, embeddings, fields_of)
             self.origin = _stock_origin(metadata)
 
     def dtype_of(self, ref: Ref) -> DType:
@@ -188,7 +192,7 @@ def _check_metadata(metadata: Any) -> None:
         raise ConversionError(f"the loader's metadata lack {', '.join(missing)}, which Megatron-LM's own loaders send")
 
 
-def _stock_spec(metadata: Any, embeddings: TensorData) -> ModelSpec:
+def _stock_spec(metadata: Any, embeddings: TensorData, fields_of: FieldsOf) -> ModelSpec:
     """What Megatron-LM's own loaders say about a model, in metadata and the source's arguments."""
     if metadata.model_type != "GPT":
         raise ConversionError(f"the loader sends a {metadata.model_type} model; only GPT is supported")
@@ -210,7 +214,7 @@ def _stock_spec(metadata: Any, embeddings: TensorData) -> ModelSpec:
         raise ConversionError("the loader sends norms with a bias; no supported model has them")
     dtype = embeddings.dtype
     vocab = metadata.true_vocab_size or embeddings.shape[0]
-    return infer_family({**spec_fields(args), "vocab_size": vocab, "dtype": dtype})
+    return infer_family({**fields_of(args), "vocab_size": vocab, "dtype": dtype})
 
 
 def _stock_origin(metadata: Any) -> Origin:

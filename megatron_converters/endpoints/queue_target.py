@@ -14,10 +14,7 @@ from ..dtypes import DType
 from ..errors import ConversionError, raise_all
 from ..execute import Executor
 from ..layouts import row_maps
-from ..margs_json import inheritable
-from ..megatron_args import RUN_DEFAULTS, expert_args, model_args, plain_args
 from ..outline import Fill
-from ..parallel import Parallel
 from ..plan import Sources
 from ..slots import SLOTS, Ref, refs
 from ..spec import ModelSpec
@@ -25,6 +22,8 @@ from .base import Origin, Source, wanted_dtype
 from .handles import StackedHandle, TensorHandle, part_of
 from .queue_names import DONE, ENTRIES, message_name
 
+#: What Megatron-LM's `args` say of a model, and of a source that has such args itself.
+ArgsOf = Callable[[ModelSpec, argparse.Namespace | None], dict[str, Any]]
 #: Where a stock saver expects sizes that no model decides.
 _SEQ_LENGTH = 4096
 
@@ -32,8 +31,17 @@ _SEQ_LENGTH = 4096
 class QueueTarget:
     """Sends metadata, then each message once all its tensors are there, then "done"."""
 
-    def __init__(self, queue: Any, *, model_type: str, divisor: int | None, true_vocab_size: int | None = None) -> None:
+    def __init__(
+        self,
+        queue: Any,
+        args_of: ArgsOf,
+        *,
+        model_type: str,
+        divisor: int | None,
+        true_vocab_size: int | None = None,
+    ) -> None:
         self._queue = queue
+        self._args_of = args_of
         self._model_type = model_type
         self._divisor = divisor
         self._true_vocab_size = true_vocab_size
@@ -83,23 +91,14 @@ class QueueTarget:
     def _metadata(self, origin: Origin) -> types.SimpleNamespace:
         spec = self._spec
         dtype = self._dtype_of(Ref(SLOTS["word_embeddings"]))
-        inherited = plain_args(inheritable(origin.margs))
-        divisor = self._divisor or inherited.get("make_vocab_size_divisible_by")
-        checkpoint_args = argparse.Namespace(
-            **{
-                **RUN_DEFAULTS,
-                **inherited,
-                **model_args(spec),
-                **expert_args(spec, Parallel(1, (spec.num_layers,)), "sequential"),
-                "sequence_parallel": False,
-                "params_dtype": dtype,
-            }
-        )
+        args = self._args_of(spec, origin.margs)
+        divisor = self._divisor or args.get("make_vocab_size_divisible_by")
+        checkpoint_args = argparse.Namespace(**{**args, "sequence_parallel": False, "params_dtype": dtype})
         return types.SimpleNamespace(
             model_type=self._model_type,
             num_layers=spec.num_layers,
             hidden_size=spec.hidden_size,
-            seq_length=inherited.get("seq_length") or min(_SEQ_LENGTH, spec.max_position_embeddings),
+            seq_length=args.get("seq_length") or min(_SEQ_LENGTH, spec.max_position_embeddings),
             num_attention_heads=spec.num_attention_heads,
             max_position_embeddings=spec.max_position_embeddings,
             tokenizer_type="HuggingFaceTokenizer",
