@@ -12,7 +12,8 @@ import torch
 
 from megatron_converters.endpoints.megatron_common import MegatronReadOptions
 from megatron_converters.errors import ConversionError
-from megatron_converters.logits.megatron import Checkpoint, MegatronModel, _join, _joined, _logits
+from megatron_converters.logits.checkpoint import Checkpoint
+from megatron_converters.logits.megatron import MegatronModel, _join, _joined, _logits
 from megatron_converters.logits.pool import Pool
 from megatron_converters.pipeline import PipelineSplit
 from tests.conversions import hf_to_megatron

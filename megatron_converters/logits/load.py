@@ -20,8 +20,8 @@ from ..parallel import Rank
 from ..storage import torch_zip
 from ..storage.tensor import StoredTensor
 from . import gpt
+from .checkpoint import Checkpoint
 from .local_names import State, with_local_names
-from .megatron import Checkpoint
 
 Loaded = tuple[list[GPTModel], list[str]]
 """The models of a rank's stages, and every key that is missing, unexpected or misshapen."""

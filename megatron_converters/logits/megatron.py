@@ -9,9 +9,8 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +25,7 @@ from ..parallel import Parallel, homes, parallel_for
 from ..slots import refs
 from ..spec import ModelSpec
 from . import arguments, view
+from .checkpoint import Checkpoint, Part
 from .needs import need
 from .pool import Pool
 
@@ -36,29 +36,6 @@ _COPIES_DIFFER = 1e-3
 #: The folder in which the processes find a distributed checkpoint.
 _VIEW = "view"
 _LOCAL_LAYERS = {"transformer_impl": "local", "expert_layout": "sequential"}
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """What each process is told: the checkpoint's folder, the model's arguments and sizes, and how it is cut.
-
-    `view` is what is loaded of a distributed checkpoint instead of its folder, and `content` how its keys are laid out.
-    """
-
-    folder: Path
-    args: dict[str, Any]
-    spec: ModelSpec
-    parallel: Parallel
-    view: Path | None = None
-    content: dict[str, Any] = field(default_factory=dict)
-
-
-class Part(NamedTuple):
-    """A last-stage rank's float32 [B, S, padded vocabulary / TP], its tensor-parallel number, and which copy it is."""
-
-    tp: int
-    copy: int
-    logits: npt.NDArray[np.float32]
 
 
 class MegatronModel:

@@ -8,8 +8,8 @@ import torch
 
 from ..errors import raise_all
 from . import cpu, gpt
+from .checkpoint import Checkpoint, Part
 from .load import load
-from .megatron import Checkpoint, Part
 
 
 def logits(checkpoint: Checkpoint, tokens: npt.NDArray[np.int64]) -> Part | None:
