@@ -127,7 +127,7 @@ def _add_plugin_names(parser: argparse.ArgumentParser) -> None:
 def load_plugin(kind: str, name: str) -> types.ModuleType:
     """The plugin `name`: ours from a checkout or installed, else any `loader_NAME`/`saver_NAME` or module on the path."""
     name = _ALIASES[kind].get(name, name)
-    candidates = (f"{kind}s.{kind}_{name}", f"{__package__}.{kind}s.{kind}_{name}", f"{kind}_{name}", name)
+    candidates = (f"{kind}s.{kind}_{name}", f"megatron_converters.{kind}s.{kind}_{name}", f"{kind}_{name}", name)
     for candidate in candidates:
         if _exists(candidate):
             plugin = importlib.import_module(candidate)
