@@ -14,7 +14,7 @@ import numpy as np
 from .accounting import check_target
 from .crew import ALONE, Crew, agree, meet, share
 from .dtypes import DType
-from .endpoints.base import Source, Target, changed_files, wanted_dtype
+from .endpoints.base import Source, Target, wanted_dtype
 from .errors import ConversionError, DiskError, Interrupted, Stopped, raise_all, reason_of
 from .execute import Executor
 from .journal import (
@@ -26,6 +26,7 @@ from .journal import (
     tensor_entry,
     write_manifest,
 )
+from .origin import changed_files
 from .outline import Outline
 from .progress import Progress
 from .slots import refs

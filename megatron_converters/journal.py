@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 
 from . import __version__
-from .endpoints.base import Origin
 from .errors import ConversionError, raise_all, reason_of
 from .layouts import RowMap
+from .origin import Origin
 from .outline import Fill, Outline
 from .plain import differences, finite
 from .plan import Gather

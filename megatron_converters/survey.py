@@ -13,12 +13,13 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 
 from .dtypes import DType
-from .endpoints.base import Origin, Source
+from .endpoints.base import Source
 from .endpoints.hf_names import HFNames
 from .endpoints.hf_target import FUSED, SEPARATE
 from .families import FAMILIES
 from .formats import HF, MEGATRON
 from .megatron_names import DIALECTS, EXPERTS
+from .origin import Origin
 from .parallel import Parallel, Rank
 from .slots import Ref, refs
 from .spec import ModelSpec

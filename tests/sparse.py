@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from megatron_converters.dtypes import dtype_named
-from megatron_converters.endpoints.base import Origin, Target
+from megatron_converters.endpoints.base import Target
 from megatron_converters.endpoints.hf_target import HFOptions, HFTarget
 from megatron_converters.endpoints.megatron_checkpoint import TRACKER, MegatronOptions
 from megatron_converters.endpoints.megatron_target import MegatronTarget
+from megatron_converters.origin import Origin
 from megatron_converters.spec import ModelSpec, RopeScaling
 
 _LLAMA3: dict[str, Any] = dict(

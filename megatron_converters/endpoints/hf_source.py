@@ -15,12 +15,13 @@ from ..families.base import Family
 from ..hf_config import spec_of_config
 from ..json_files import read_json
 from ..layouts import row_maps
+from ..origin import Origin, identity_of
 from ..plan import Piece, Sources, StoredName
 from ..slots import SLOTS, Ref, refs
 from ..spec import ModelSpec
 from ..storage import safetensors, torch_zip
 from ..storage.tensor import StoredTensor
-from .base import Origin, first_dtype, identity_of
+from .base import first_dtype
 from .hf_names import HFNames
 
 #: Index files and single files, in the order of preference of `from_pretrained`.

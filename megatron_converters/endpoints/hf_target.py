@@ -19,6 +19,7 @@ from ..hf_config import config_for
 from ..journal import MANIFEST
 from ..json_files import write_json
 from ..margs_json import margs_to_json
+from ..origin import Origin
 from ..outline import Fill, Outline
 from ..slots import SLOTS, Ref, refs
 from ..spec import ModelSpec
@@ -27,7 +28,6 @@ from ..storage import safetensors
 from ..storage.output import Layout
 from ..tokenizer import generation_config, recorded, token_ids, token_ids_of, tokenizer_files, write_tokenizer
 from ..units import count, size
-from .base import Origin
 from .hf_names import HFNames, Part
 
 _NAME = "hf"

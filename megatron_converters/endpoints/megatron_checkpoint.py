@@ -34,6 +34,7 @@ from ..megatron_args import (
 )
 from ..megatron_flags import as_shell, flag_warnings, flags
 from ..megatron_limits import inexpressible, rounding_warnings
+from ..origin import Origin
 from ..outline import Fill, Outline
 from ..parallel import Parallel, kept_etp, padded_vocab, parallel_for
 from ..pipeline import EVEN, PipelineSplit
@@ -44,7 +45,6 @@ from ..storage.output import Layout
 from ..storage.tensor import StoredTensor
 from ..tokenizer import recorded
 from ..units import count
-from .base import Origin
 
 TRACKER = "latest_checkpointed_iteration.txt"
 FLAGS_FILE = "pretrain_gpt_flags.txt"

@@ -15,12 +15,12 @@ from ..errors import ConversionError, Unclear, UsageError, reason_of
 from ..hf_config import differences, infer_family, spec_of_config
 from ..json_files import read_json
 from ..megatron_args import expert_args, model_args, spec_fields, stated_heads
+from ..origin import Origin
 from ..parallel import Parallel, padded_vocab
 from ..pipeline import PipelineSplit, stages_per_rank
 from ..spec import ModelSpec, whole
 from ..storage import dcp
 from ..storage.unpickle import StandIn
-from .base import Origin
 from .megatron_checkpoint import TRACKER
 
 #: What a distributed checkpoint says of its format (core/dist_checkpointing/core.py).

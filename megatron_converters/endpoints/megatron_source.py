@@ -19,13 +19,14 @@ from ..dtypes import DType
 from ..errors import ConversionError, raise_all
 from ..megatron_args import stamp
 from ..megatron_names import EXPERTS, EXTRA_STATE_SUFFIX, LOCAL, STACKED, keys
+from ..origin import identity_of
 from ..parallel import Parallel, Rank, parallel_for
 from ..placement import Placement, Share
 from ..plan import Piece, Sources, StoredName
 from ..slots import Ref, refs
 from ..storage import torch_zip
 from ..storage.tensor import StoredTensor, contiguous_strides
-from .base import first_dtype, identity_of
+from .base import first_dtype
 from .megatron_common import (
     AS_STORED,
     RANK,

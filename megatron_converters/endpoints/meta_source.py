@@ -15,12 +15,13 @@ from ..dtypes import DType
 from ..errors import ConversionError, raise_all
 from ..json_files import read_json
 from ..layouts import GATED, GROUPED_INTERLEAVED_QKV, SAME, Layout, interned, row_maps
+from ..origin import Origin, identity_of
 from ..plan import Piece, Sources, StoredName
 from ..slots import Ref, Shard, refs
 from ..spec import ModelSpec, RopeScaling
 from ..storage import torch_zip
 from ..storage.tensor import StoredTensor
-from .base import Origin, first_dtype, identity_of
+from .base import first_dtype
 
 
 @dataclass(frozen=True)

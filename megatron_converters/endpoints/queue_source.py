@@ -17,11 +17,11 @@ from ..errors import ConversionError, raise_all
 from ..handover import receive_ours
 from ..hf_config import infer_family
 from ..layouts import RowMap, interned, row_maps
+from ..origin import Origin
 from ..parallel import Parallel
 from ..plan import Piece, Sources, StoredName, TensorData
 from ..slots import Ref
 from ..spec import ModelSpec
-from .base import Origin
 from .handles import StackedHandle, TensorHandle
 from .queue_names import DONE, ENTRIES, message_name
 

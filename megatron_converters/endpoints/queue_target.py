@@ -14,11 +14,12 @@ from ..dtypes import DType
 from ..errors import ConversionError, raise_all
 from ..execute import Executor
 from ..layouts import row_maps
+from ..origin import Origin
 from ..outline import Fill
 from ..plan import Sources
 from ..slots import SLOTS, Ref, refs
 from ..spec import ModelSpec
-from .base import Origin, Source, wanted_dtype
+from .base import Source, wanted_dtype
 from .handles import StackedHandle, TensorHandle, part_of
 from .queue_names import DONE, ENTRIES, message_name
 

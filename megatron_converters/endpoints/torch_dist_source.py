@@ -30,6 +30,7 @@ from ..megatron_names import (
     EXTRA_STATE_SUFFIX,
     GATE_AND_UP,
 )
+from ..origin import identity_of
 from ..parallel import Parallel, parallel_for
 from ..plan import Piece, Sources, StoredName
 from ..slots import Ref, refs
@@ -37,7 +38,6 @@ from ..spec import ModelSpec
 from ..storage import dcp, torch_zip
 from ..storage.dcp import Chunk, ChunkedTensor
 from ..storage.tensor import StoredTensor
-from .base import identity_of
 from .megatron_common import (
     AS_STORED,
     FORMAT_FILE,

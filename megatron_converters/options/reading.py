@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import capacity_bins
-from ..endpoints.base import Origin, Source
+from ..endpoints.base import Source
 from ..endpoints.hf_source import HFSource
 from ..endpoints.megatron_common import MegatronReadOptions
 from ..endpoints.meta_source import MetaSource
@@ -15,6 +15,7 @@ from ..endpoints.open_megatron import open_megatron
 from ..errors import UsageError
 from ..json_files import read_json
 from ..margs_json import margs_from_json
+from ..origin import Origin
 from ..plugins import add_argument, folder
 from .values import IMPLS, add_dtype_arguments, add_margs_argument, positive
 
