@@ -10,7 +10,8 @@ from typing import Any
 from .dtypes import DType, dtype_named
 from .errors import ConversionError
 from .families import FAMILIES
-from .families.base import Family, layer_types
+from .families.rules import layer_types
+from .families.table import Family
 from .spec import ModelSpec
 
 #: Keys of config.json that change no weight and no arithmetic of a forward pass (transformers PretrainedConfig; marks

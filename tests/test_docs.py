@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from megatron_converters import families
-from megatron_converters.families.base import Family
+from megatron_converters.families.table import Family
 from tests.conversions import different, hf_to_megatron, megatron_to_hf
 from tests.helpers import hf_tensors
 from tests.oracle.hf import make_model

@@ -13,7 +13,7 @@ from megatron_converters.endpoints.hf_names import HFNames
 from megatron_converters.endpoints.queue_names import ENTRIES, message_name
 from megatron_converters.errors import ConversionError
 from megatron_converters.families import FAMILIES
-from megatron_converters.families.base import Family, HFEntry
+from megatron_converters.families.table import Family, HFEntry
 from megatron_converters.hf_config import spec_of_config
 from megatron_converters.json_files import read_json
 from megatron_converters.layouts import GATED, GROUPED_QKV, SAME

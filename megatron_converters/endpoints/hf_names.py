@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from ..errors import ConversionError
-from ..families.base import Family, HFEntry
+from ..families.table import Family, HFEntry
 from ..layouts import SAME, RowMap, row_maps
 from ..slots import Ref, Slot
 from ..spec import ModelSpec

@@ -11,7 +11,7 @@ from typing import Any
 from ..dtypes import DType
 from ..errors import ConversionError, raise_all
 from ..families import FAMILIES
-from ..families.base import Family
+from ..families.table import Family
 from ..hf_config import spec_of_config
 from ..json_files import read_json
 from ..layouts import row_maps

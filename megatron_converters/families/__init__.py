@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from .base import Family
 from .llama import FAMILY as LLAMA
 from .mistral import FAMILY as MISTRAL
 from .moe import MIXTRAL, OLMOE, QWEN2_MOE, QWEN3_MOE
 from .qwen import QWEN2, QWEN3
+from .table import Family
 
 #: In the order in which a checkpoint that names no family is matched: the first that can express it is taken.
 FAMILIES: dict[str, Family] = {

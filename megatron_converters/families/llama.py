@@ -6,7 +6,8 @@ from typing import Any
 
 from ..layouts import GATED, GROUPED_QKV, SAME
 from ..spec import whole
-from .base import Config, Family, Fixed, HFEntry, Rope, Row, Rule
+from .rules import Config, Fixed, Rope, Row, Rule
+from .table import Family, HFEntry
 
 _LAYER = "model.layers.{layer}."
 _ATTENTION = _LAYER + "self_attn."

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from .base import Family, Rope, Row, Window
 from .llama import DENSE, DERIVED_HEAD_DIM, SIZES, query_groups
+from .rules import Rope, Row, Window
+from .table import Family
 
 FAMILY = Family(
     name="mistral",

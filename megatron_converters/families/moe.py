@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from ..layouts import GATED, SAME
-from .base import DenseLayers, Experts, Family, Fixed, HFEntry, Implied, NormedChoice, NoWindow, Rope, Row, Window
 from .llama import DENSE, DERIVED_HEAD_DIM, PROJ_BIAS, QK_NORM, QKV_BIAS, SIZES, query_groups
+from .rules import DenseLayers, Experts, Fixed, Implied, NormedChoice, NoWindow, Rope, Row, Window
+from .table import Family, HFEntry
 
 _LAYER = "model.layers.{layer}."
 _MIXTRAL = _LAYER + "block_sparse_moe."

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from .base import Family, Implied, Rope, Row, SwitchedWindow
 from .llama import DENSE, DERIVED_HEAD_DIM, PROJ_BIAS, QK_NORM, QKV_BIAS, SIZES, query_groups
+from .rules import Implied, Rope, Row, SwitchedWindow
+from .table import Family
 
 QWEN2 = Family(
     name="qwen2",

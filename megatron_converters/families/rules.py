@@ -1,4 +1,4 @@
-"""What a family table is made of: tensors (slot → Hugging Face names and layout) and rules that read and write config.json.
+"""Rules that read and write config.json, of which a family's table is made.
 
 A rule claims config keys, reads them into `ModelSpec` fields and writes them back. A key that no rule claims is an error,
 since it may change what the model computes.
@@ -6,30 +6,15 @@ since it may change what the model computes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ..errors import ConversionError
-from ..layouts import Layout
-from ..slots import SLOTS, Scope
 from ..spec import ModelSpec, RopeScaling, number, whole
 
 Config = Mapping[str, Any]
 REQUIRED = object()
-
-
-@dataclass(frozen=True)
-class HFEntry:
-    """Hugging Face tensor names of a slot's parts, in the layout's order; `{layer}` and `{expert}` stand for numbers.
-
-    `fused` names the one tensor that files hold instead where transformers 5 saved it as it is in memory, in the slot's own
-    layout: of a slot of experts all of them, [experts, rows, columns]; of another the slot.
-    """
-
-    layout: Layout
-    names: tuple[str, ...]
-    fused: str | None = None
 
 
 class Rule(Protocol):
@@ -281,23 +266,3 @@ class NormedChoice:
 
     def write(self, spec: ModelSpec) -> dict[str, Any]:
         return {"norm_topk_prob": not spec.moe_router_pre_softmax}
-
-
-@dataclass(frozen=True)
-class Family:
-    """One Hugging Face architecture: names, layouts and config rules. Checked when built."""
-
-    name: str
-    model_type: str
-    architecture: str
-    tensors: Mapping[str, HFEntry]
-    rules: Sequence[Rule]
-    #: Tensor names that files may hold although they are no weights, as suffixes.
-    ignored_suffixes: tuple[str, ...] = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached")
-
-    def __post_init__(self) -> None:
-        """Refuse a table that names an unknown slot or a layer name without its place holder."""
-        for slot, entry in self.tensors.items():
-            for place, wanted in (("{layer}", SLOTS[slot].scope is Scope.LAYER), ("{expert}", SLOTS[slot].expert)):
-                if any((place in name) != wanted for name in entry.names):
-                    raise ValueError(f"family {self.name}: the names of {slot} and its scope disagree about {place}")
