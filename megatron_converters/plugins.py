@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from .channel import Watched, check_exit, tell
@@ -21,16 +20,8 @@ from .endpoints.queue_source import QueueSource
 from .endpoints.queue_target import QueueTarget, stream
 from .errors import ConversionError, Interrupted, UsageError
 from .megatron_args import spec_fields, uncut_args
+from .options.values import add_argument
 from .progress import make_progress
-
-
-def add_argument(parser: Any, *names: str, **options: Any) -> None:
-    """Add an option unless the parser has it: loader, saver and convert.py share some."""
-    try:
-        parser.add_argument(*names, **options)
-    except argparse.ArgumentError as error:
-        if "conflicting option" not in str(error):
-            raise
 
 
 def add_common_arguments(parser: Any) -> None:
@@ -96,22 +87,3 @@ def run_saver(queue: Any, args: argparse.Namespace, open_target: Callable[[], Ta
         source.drain()
         for line in lines:
             report(args, line)
-
-
-def folder(path: str) -> Path:
-    """An existing folder, or one sentence."""
-    result = new_folder(path)
-    try:
-        exists = result.is_dir()
-    except OSError as error:
-        raise ConversionError(f"cannot look at {path}: {error.strerror}") from error
-    if not exists:
-        raise ConversionError(f"{path} is no folder; give one that exists")
-    return result
-
-
-def new_folder(path: str) -> Path:
-    """A folder that need not exist. Empty it would mean the current one, which nobody asks for that way: one sentence."""
-    if not path:
-        raise UsageError("the name of a folder is empty; is a variable of the command line unset?")
-    return Path(path)

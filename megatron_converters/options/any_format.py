@@ -8,9 +8,8 @@ from collections.abc import Callable, Collection
 from ..endpoints.base import Source
 from ..errors import UsageError
 from ..formats import FORMATS, HF, MEGATRON, META, format_of
-from ..plugins import folder
 from .reading import open_checkpoint, open_hf_source
-from .values import positive
+from .values import folder, positive
 
 
 def add_reading_arguments(parser: argparse.ArgumentParser) -> None:

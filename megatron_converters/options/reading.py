@@ -16,8 +16,7 @@ from ..errors import UsageError
 from ..json_files import read_json
 from ..margs_json import margs_from_json
 from ..origin import Origin
-from ..plugins import add_argument, folder
-from .values import IMPLS, add_dtype_arguments, add_margs_argument, positive
+from .values import IMPLS, add_argument, add_dtype_arguments, add_margs_argument, folder, positive
 
 #: Families that a stock --model-size name may mean, by how it begins.
 _MODEL_SIZES = {

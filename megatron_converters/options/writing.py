@@ -13,8 +13,7 @@ from ..endpoints.torch_dist_target import TorchDistTarget
 from ..errors import UsageError
 from ..megatron_names import EXPERTS
 from ..pipeline import PipelineSplit
-from ..plugins import add_argument, new_folder
-from .values import IMPLS, byte_size, positive
+from .values import IMPLS, add_argument, byte_size, new_folder, positive
 
 
 def add_megatron_target_arguments(parser: Any) -> None:

@@ -13,7 +13,7 @@ from ..errors import UsageError
 from ..formats import HF, MEGATRON
 from ..megatron_names import EXPERTS
 from ..options.any_format import add_reading_arguments, open_any, refuse_unheeded
-from ..options.values import positive
+from ..options.values import new_folder, positive
 from ..options.writing import (
     add_expert_layout_argument,
     add_hf_target_arguments,
@@ -21,7 +21,6 @@ from ..options.writing import (
     open_hf_target,
     open_megatron_target,
 )
-from ..plugins import new_folder
 
 _TARGETS = {HF: "a Hugging Face folder", MEGATRON: "a Megatron-LM checkpoint"}
 

@@ -15,9 +15,8 @@ from ..compare import Comparison, Rules, compare
 from ..console import put_json, say
 from ..endpoints.megatron_common import MegatronReadOptions
 from ..errors import UsageError
-from ..options.values import natural
+from ..options.values import folder, natural
 from ..output_check import Checked, check_output, find_output
-from ..plugins import folder
 from ..progress import make_progress
 from ..units import count, duration, size
 from .pair import Pair, add_pair_arguments, describe_pair, of_whole_tensors, open_pair, say_pair
