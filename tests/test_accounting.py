@@ -24,6 +24,7 @@ from megatron_converters.endpoints.torch_dist_target import TorchDistTarget
 from megatron_converters.errors import ConversionError
 from megatron_converters.execute import Executor, gather_chunks
 from megatron_converters.forecast import forecast
+from megatron_converters.megatron_args import uncut_args
 from megatron_converters.outline import Fill
 from megatron_converters.parallel import Cut
 from megatron_converters.plan import Planner
@@ -99,7 +100,7 @@ def test_a_wrong_fill_is_refused_with_its_place(
 @pytest.mark.parametrize("wrong", [wrong for wrong in WRONG if wrong not in OF_FILES])
 def test_a_wrong_message_is_not_sent(wrong: str, hf_model: HFModel) -> None:
     sent: queue.Queue[Any] = queue.Queue()
-    target = QueueTarget(sent, model_type="GPT", divisor=None)
+    target = QueueTarget(sent, uncut_args, model_type="GPT", divisor=None)
     _break(target, "fc1", WRONG[wrong])
     with pytest.raises(ConversionError, match=r"transformer layer 1: mlp l0 weight [WV]"):
         stream(HFSource(hf_model("llama2")), target, None)
