@@ -44,6 +44,8 @@ class Interrupted(Stopped):
         super().__init__("interrupted before the end")
 
 
+#: Letters of a file's name or value in a message.
+_MAX_SHOWN = 200
 #: By errno: what helps.
 _REMEDIES = {
     errno.ENOSPC: "free some space or choose another disk",
@@ -58,6 +60,16 @@ def reason_of(error: OSError) -> str:
     """What the system says, and what helps against it where that is known."""
     remedy = _REMEDIES.get(error.errno or 0)
     return f"{error.strerror or error}{f'; {remedy}' if remedy else ''}"
+
+
+def one_line(value: object) -> str:
+    """A name or value of a file for a message, which damage may have made anything: printable, and not too long."""
+    try:
+        text = str(value)
+    except (RecursionError, ValueError):  # endless lists; numbers of more digits than Python converts
+        text = f"a {type(value).__name__}"
+    shown = text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}…"
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in shown)
 
 
 def raise_all(what: str, problems: Iterable[str], limit: int = 50, remedy: str | None = None) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from .dtypes import DType, dtype_named
-from .errors import ConversionError
+from .errors import ConversionError, one_line
 from .families import FAMILIES
 from .families.rules import layer_types
 from .families.table import Family
@@ -48,7 +48,7 @@ def family_of_config(config: Mapping[str, Any]) -> Family:
             f"config.json has architectures={architectures!r} and model_type={model_type!r}, which name different "
             "models; correct the one that is wrong"
         )
-    named = ", ".join(architectures) or config.get("model_type") or "no architecture"
+    named = one_line(", ".join(architectures) or model_type or "no architecture")
     known = ", ".join(family.architecture for family in FAMILIES.values())
     raise ConversionError(f"config.json names {named}, which is not supported; supported are {known}")
 
@@ -76,10 +76,11 @@ def _refuse_unclaimed(config: Mapping[str, Any], family: Family, ignored: Iterab
     if all(kind == "full_attention" for kind in layer_types(config)):
         unknown = [key for key in unknown if key != "layer_types"]
     if unknown:
+        names = [one_line(key) for key in unknown]
         raise ConversionError(
-            f"config.json has fields that the {family.name} family does not know: {', '.join(unknown)}; "
+            f"config.json has fields that the {family.name} family does not know: {', '.join(names)}; "
             "they may change what the model computes. If they do not, pass "
-            f"--ignore-config-fields {','.join(unknown)}"
+            f"--ignore-config-fields {','.join(names)}"
         )
 
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from .endpoints.megatron_checkpoint import TRACKER
 from .endpoints.megatron_common import checkpoint_directory
-from .errors import ConversionError, reason_of
+from .errors import ConversionError, one_line, reason_of
 from .execute import default_lanes
 from .journal import MANIFEST, read_manifest
 from .progress import Progress
@@ -119,9 +119,8 @@ def check_output(folder: Path, progress: Progress) -> Checked:
 
 def _recorded(folder: Path, name: str, entry: Any) -> _File:
     """An entry of the manifest, which may have been damaged like everything else."""
-    inside = PurePosixPath(name)
     try:
-        if inside.is_absolute() or ".." in inside.parts:
+        if not _is_inside(name):
             raise ValueError("it lies outside the folder")
         tensors = {key: _Recorded.of(value) for key, value in entry["tensors"].items()}
         if type(entry["bytes"]) is not int or type(entry["outside"]) is not str:
@@ -131,16 +130,24 @@ def _recorded(folder: Path, name: str, entry: Any) -> _File:
         return _File(name, str(folder / name), entry["bytes"], entry["outside"], tensors)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ConversionError(
-            f"{folder / MANIFEST}: the entry for {name} is damaged, or of an older version ({error!r}); "
+            f"{folder / MANIFEST}: the entry for {one_line(name)} is damaged, or of an older version ({error!r}); "
             "compare the output with its source instead"
         ) from error
+
+
+def _is_inside(name: str) -> bool:
+    """Whether it is the path of a file within the folder."""
+    path = PurePosixPath(name)
+    return not path.is_absolute() and ".." not in path.parts and "\0" not in name
 
 
 def _beside(folder: Path, recorded: Any) -> Iterator[Fault]:
     """Small files that are not as they were written: configuration, tokenizer, arguments."""
     for name, value in (recorded if isinstance(recorded, dict) else {}).items():
-        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-            raise ConversionError(f"{folder / MANIFEST}: {name} lies outside the folder; the manifest is damaged")
+        if not _is_inside(name):
+            raise ConversionError(
+                f"{folder / MANIFEST}: {one_line(name)} lies outside the folder; the manifest is damaged"
+            )
         try:
             same = digest([(folder / name).read_bytes()]) == value
         except OSError as error:

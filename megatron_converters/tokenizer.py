@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from . import tokenizer_rebuild
-from .errors import ConversionError, reason_of
+from .errors import ConversionError, one_line, reason_of
 from .json_files import read_json, write_json
 
 #: What a tokenizer may consist of, beside a model's weights and configuration.
@@ -132,11 +132,11 @@ def write_tokenizer(
 
 def _locate(source: str, explicit: bool) -> Path:
     """The folder or file that `source` means. A file that is part of a Hugging Face folder means the folder."""
-    path = Path(source).expanduser()
-    if path.is_file():
+    path = Path(os.path.expanduser(source))  # pathlib's raises for a user whom this machine does not know
+    if os.path.isfile(path):  # pathlib's raise for a name that is too long
         in_folder = path.name in _VOCABULARIES and (path.parent / "tokenizer_config.json").is_file()
         return path.parent if in_folder else path
-    if path.is_dir():
+    if os.path.isdir(path):
         configured = any((path / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
         bare = path / "tokenizer.model"  # as in Meta's downloads
         return bare if bare.is_file() and not configured else path
@@ -146,7 +146,7 @@ def _locate(source: str, explicit: bool) -> Path:
         raise ConversionError(
             f"--tokenizer-model {source} does not exist; give a file, a folder or a Hugging Face name"
         )
-    raise _NoTokenizer(f"{source}, which the checkpoint names, does not exist here")
+    raise _NoTokenizer(f"{one_line(source)}, which the checkpoint names, does not exist here")
 
 
 def _cached(name: str) -> Path:

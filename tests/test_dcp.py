@@ -196,7 +196,7 @@ def places(metadata: Metadata) -> list[_StorageInfo]:
             "stored compressed or otherwise transformed",
         ),
         (lambda m: m.storage_data.update({7: places(m)[0]}), "a int has no fqn"),
-        (lambda m: m.storage_data.update({MetadataIndex(7): places(m)[0]}), "it lists a int"),  # type: ignore[arg-type]
+        (lambda m: m.storage_data.update({MetadataIndex(7): places(m)[0]}), "it lists 7 by way of a name"),  # type: ignore[arg-type]
         (lambda m: [setattr(i, "length", i.length + 999) for i in places(m)], r"is truncated: 999 bytes are missing"),
         (lambda m: [setattr(i, "relative_path", "__9_9.distcp") for i in places(m)], "__9_9.distcp is missing"),
     ],
@@ -274,3 +274,27 @@ def test_objects_alone(tmp_path: Path) -> None:
     (tmp_path / ".metadata").write_bytes(pickle.dumps(metadata))
     index = dcp.read_index(tmp_path)
     assert not index.tensors and index.objects["o"].nbytes == 3
+
+
+@pytest.mark.parametrize("name", ["a\0b", "a\nb", "\ud800", "", "..", "../x", "/etc/passwd"])
+def test_a_file_name_that_is_none(saved: Path, name: str) -> None:
+    def rename(metadata: Metadata) -> None:
+        for info in metadata.storage_data.values():
+            info.relative_path = name
+
+    edit(saved, rename)
+    with pytest.raises(ConversionError, match=r"is said to be in .*, which is no file of the folder") as caught:
+        dcp.read_index(saved)
+    assert str(caught.value).isprintable()
+
+
+def test_a_file_name_that_is_too_long(saved: Path) -> None:
+    edit(saved, lambda metadata: [setattr(i, "relative_path", "x" * 5000) for i in metadata.storage_data.values()])
+    with pytest.raises(ConversionError, match="cannot be read: File name too long"):
+        dcp.read_index(saved)
+
+
+def test_a_key_that_is_no_name(saved: Path) -> None:
+    edit(saved, lambda metadata: metadata.state_dict_metadata.update({"a\nb": metadata.state_dict_metadata["w"]}))
+    with pytest.raises(ConversionError, match=r"it lists a\\nb by way of a name"):
+        dcp.read_index(saved)

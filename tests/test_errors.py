@@ -20,6 +20,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megatron_converters.endpoints.hf_source import HFSource
+from megatron_converters.errors import ConversionError
 from megatron_converters.hf_config import spec_of_config
 from megatron_converters.json_files import read_json
 from tests.helpers import (
@@ -61,6 +63,10 @@ def sharded(hf_model: HFModel, tmp_path: Path) -> Path:
 def meg(megatron_model: MegatronModel, tmp_path: Path) -> Path:
     """A checkpoint of TP 2 and PP 2, to be damaged."""
     return shutil.copytree(megatron_model("llama2")[1], tmp_path / "meg")
+
+
+def _nested(depth: int) -> list[Any]:
+    return [_nested(depth - 1)] if depth else []
 
 
 def forward(source: Path, *options: Any, **more: Any) -> Run:
@@ -197,6 +203,28 @@ def test_index_and_shards_disagree(sharded: Path) -> None:
     index["weight_map"]["model.extra.weight"] = shards[1]
     path.write_text(json.dumps(index))
     refused(forward(sharded), "model.norm.weight", f"model.extra.weight should be in {shards[1]}")
+
+
+@pytest.mark.parametrize("name", ["a\0b", "a\nb", "\ud800", "x" * 5000])
+def test_an_index_with_a_file_name_that_is_none(name: str, sharded: Path) -> None:
+    path = sharded / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"]["model.norm.weight"] = name
+    path.write_text(json.dumps(index))
+    with pytest.raises(ConversionError, match=r"has no weight_map|is named by model\.safetensors\.index\.json"):
+        HFSource(sharded)
+
+
+@pytest.mark.parametrize("name", ["a\0b", "~nobody-here/x", "x" * 5000, 5])
+def test_a_tokenizer_that_args_name_and_none_can_have(name: Any, meg: Path) -> None:
+    edit_args(meg, tokenizer_model=name)
+    assert "warning: wrote no tokenizer" in succeeded(back(meg)).err
+
+
+@pytest.mark.parametrize("value", [1 << 2000, _nested(50)], ids=["long", "deep"])
+def test_args_that_no_run_has(value: Any, meg: Path) -> None:
+    edit_args(meg, norm_epsilon=value)
+    refused(back(meg), "the args are damaged: no run has such a value of norm_epsilon")
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}'])

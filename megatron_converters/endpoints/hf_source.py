@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..dtypes import DType
-from ..errors import ConversionError, raise_all
+from ..errors import ConversionError, one_line, raise_all
 from ..families import FAMILIES
 from ..families.table import Family
 from ..hf_config import spec_of_config
@@ -20,6 +21,7 @@ from ..plan import Piece, Sources, StoredName
 from ..slots import SLOTS, Ref, refs
 from ..spec import ModelSpec
 from ..storage import safetensors, torch_zip
+from ..storage.source import is_name
 from ..storage.tensor import StoredTensor
 from .base import first_dtype
 from .hf_names import HFNames
@@ -93,7 +95,7 @@ def read_tensors(folder: Path) -> dict[str, StoredTensor]:
 
 def _read_sharded(folder: Path, index: Path) -> dict[str, StoredTensor]:
     weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+    if not isinstance(weight_map, dict) or not all(map(is_name, itertools.chain(*weight_map.items()))):
         raise ConversionError(f"{index} has no weight_map of tensor names to file names")
     tensors: dict[str, StoredTensor] = {}
     problems = []
@@ -102,7 +104,7 @@ def _read_sharded(folder: Path, index: Path) -> dict[str, StoredTensor]:
         promised_in.setdefault(name, set()).add(tensor)
     for name, promised in sorted(promised_in.items()):
         path = folder / name
-        if Path(name).name != name or not path.is_file():
+        if Path(name).name != name or not os.path.isfile(path):  # also where the name is too long for a file's
             problems.append(f"{path} is named by {index.name}, but is not there; copy it again")
             continue
         found = _read_file(path)
@@ -121,9 +123,7 @@ def _read_file(path: Path) -> dict[str, StoredTensor]:
     state: Any = torch_zip.read(path)
     if not isinstance(state, Mapping):
         raise ConversionError(f"{path} holds a {type(state).__name__}, not a dictionary of tensors")
-    others = [
-        str(key) for key, value in state.items() if not (isinstance(key, str) and isinstance(value, StoredTensor))
-    ]
+    others = [one_line(key) for key, value in state.items() if not (is_name(key) and isinstance(value, StoredTensor))]
     if others:
         raise ConversionError(f"{path} holds entries that are no named tensors: {', '.join(others[:_SHOWN_NAMES])}")
     return dict(state)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..dtypes import DType
-from ..errors import ConversionError, Unclear, UsageError, reason_of
+from ..errors import ConversionError, Unclear, UsageError, one_line, reason_of
 from ..hf_config import differences, infer_family, spec_of_config
 from ..json_files import read_json
 from ..megatron_args import expert_args, model_args, spec_fields, stated_heads
@@ -20,6 +20,7 @@ from ..parallel import Parallel, padded_vocab
 from ..pipeline import PipelineSplit, stages_per_rank
 from ..spec import ModelSpec, whole
 from ..storage import dcp
+from ..storage.source import is_name
 from ..storage.unpickle import StandIn
 from .megatron_checkpoint import TRACKER
 
@@ -46,6 +47,8 @@ class MegatronReadOptions:
 
 #: Nothing beyond the checkpoint itself.
 AS_STORED = MegatronReadOptions()
+#: Far beyond any training run's args: containers in containers, values in all, bits of a number.
+_DEEPEST, _MOST_VALUES, _WIDEST = 32, 1_000_000, 1024
 
 
 def checkpoint_directory(load_dir: Path, name: str | None) -> Path:
@@ -84,6 +87,41 @@ def listing(folder: Path) -> list[Path]:
         return sorted(folder.iterdir())
     except OSError as error:
         raise ConversionError(f"cannot list {folder}: {reason_of(error)}") from error
+
+
+def args_in(content: Mapping[str, Any], where: object) -> argparse.Namespace | None:
+    """The args of a file, None where it has none; raises for such as could neither be shown nor written."""
+    args = content.get("args")
+    if not isinstance(args, argparse.Namespace):
+        return None
+    for name, value in vars(args).items():
+        if not (is_name(name) and _is_sound(value)):
+            raise ConversionError(f"{where}: the args are damaged: no run has such a value of {one_line(name)}")
+    return args
+
+
+def _is_sound(value: Any) -> bool:
+    """Whether a value is of a size that can be shown: a hostile one may hold itself, or one thing a million times."""
+    left, seen = [(value, 0)], 0
+    while left:
+        value, depth = left.pop()
+        seen += 1
+        if depth > _DEEPEST or seen + len(left) > _MOST_VALUES:
+            return False
+        if isinstance(value, int) and value.bit_length() > _WIDEST:
+            return False
+        left += [(item, depth + 1) for item in _held_by(value)]
+    return True
+
+
+def _held_by(value: Any) -> Iterable[Any]:
+    if isinstance(value, Mapping):
+        return [*value.keys(), *value.values()]
+    if isinstance(value, StandIn):
+        return value.args, value.kwargs, value.state, value.items
+    if isinstance(value, argparse.Namespace):
+        return vars(value).values()
+    return value if isinstance(value, (list, tuple, set, frozenset)) else ()
 
 
 def describe(
@@ -196,10 +234,14 @@ def _split_of(args: argparse.Namespace, where: Path) -> PipelineSplit:
 def left_out_of(content: Mapping[Any, Any]) -> set[str]:
     """Entries of a checkpoint's top level that are not read and not empty."""
     return {
-        str(key)
+        one_line(key)
         for key, value in content.items()
-        if not _EXPECTED_ENTRIES.fullmatch(str(key)) and value not in (None, {}, [])
+        if not _EXPECTED_ENTRIES.fullmatch(one_line(key)) and not _is_empty(value)
     }
+
+
+def _is_empty(value: Any) -> bool:
+    return value is None or (isinstance(value, (dict, list)) and not value)
 
 
 def origin_of(
@@ -211,11 +253,16 @@ def origin_of(
         described=str(directory),
         hf_config=_beside(args, "hf_config", reference, "config.json"),
         generation_config=_beside(args, "hf_generation_config", reference, "generation_config.json"),
-        tokenizer=str(reference) if reference else getattr(args, "tokenizer_model", None),
+        tokenizer=str(reference) if reference else _path(getattr(args, "tokenizer_model", None)),
         margs=args,
         iteration=iteration if isinstance(iteration, int) else None,
         **more,
     )
+
+
+def _path(value: Any) -> str | None:
+    """What the args name as a path, if a system can have such a one."""
+    return value if isinstance(value, str) and "\0" not in value else None
 
 
 def padding_note(padded: int, spec: ModelSpec) -> list[str]:

@@ -16,7 +16,7 @@ from typing import Any
 
 from ..capacity_bins import CAPACITY_BINS, of_ranks
 from ..dtypes import DType
-from ..errors import ConversionError, raise_all
+from ..errors import ConversionError, one_line, raise_all
 from ..megatron_args import stamp
 from ..megatron_names import EXPERTS, EXTRA_STATE_SUFFIX, LOCAL, STACKED, keys
 from ..origin import identity_of
@@ -25,12 +25,14 @@ from ..placement import Placement, Share
 from ..plan import Piece, Sources, StoredName
 from ..slots import Ref, refs
 from ..storage import torch_zip
+from ..storage.source import is_name
 from ..storage.tensor import StoredTensor, contiguous_strides
 from .base import first_dtype
 from .megatron_common import (
     AS_STORED,
     RANK,
     MegatronReadOptions,
+    args_in,
     checkpoint_directory,
     describe,
     left_out_of,
@@ -209,8 +211,8 @@ def _one_of_stack(stack: StoredTensor, expert: int, experts: int, shape: tuple[i
 
 
 def _args_of(content: Mapping[str, Any], where: Path) -> argparse.Namespace:
-    args = content.get("args")
-    if not isinstance(args, argparse.Namespace):
+    args = args_in(content, where)
+    if args is None:
         raise ConversionError(
             f"{where}: rank 0's file has no args; a checkpoint without them does not say what its tensors mean"
         )
@@ -251,15 +253,15 @@ def _tensors_of(content: Mapping[str, Any], parallel: Parallel, where: Path) -> 
     for number, entry in enumerate(parallel.entries):
         model = content.get(entry)
         if not isinstance(model, Mapping):
-            held = ", ".join(map(str, content))
+            held = ", ".join(map(one_line, content))
             why = f", though the args mean {parallel.vpp} virtual pipeline stages a rank" if parallel.vpp > 1 else ""
             raise ConversionError(f"{where}: there is no {entry!r} entry{why}; the file holds {held}")
         prefix = parallel.prefix(number * parallel.pp)
         for key, value in model.items():
-            if isinstance(value, StoredTensor) and isinstance(key, str):
+            if isinstance(value, StoredTensor) and is_name(key):
                 tensors[prefix + key] = value
-            elif not str(key).endswith(EXTRA_STATE_SUFFIX):
-                odd.append(f"{prefix}{key}")
+            elif not one_line(key).endswith(EXTRA_STATE_SUFFIX):
+                odd.append(f"{prefix}{one_line(key)}")
     if odd:
         raise ConversionError(f"{where}: model entries that are no named tensors: {', '.join(odd[:20])}")
     return tensors

@@ -43,6 +43,7 @@ from .megatron_common import (
     FORMAT_FILE,
     RANK,
     MegatronReadOptions,
+    args_in,
     checkpoint_directory,
     describe,
     left_out_of,
@@ -288,10 +289,10 @@ def _common(directory: Path, index: dcp.Index) -> tuple[Mapping[str, Any], Path]
 
 def _args_of(common: Mapping[str, Any], where: Path, options: MegatronReadOptions) -> argparse.Namespace:
     """The args; none where a reference says what the model is."""
-    args = common.get("args")
-    if args is None and options.hf_config is not None:
+    args = args_in(common, where)
+    if args is None and common.get("args") is None and options.hf_config is not None:
         return argparse.Namespace()
-    if not isinstance(args, argparse.Namespace):
+    if args is None:
         raise ConversionError(
             f"{where} has no args, so the checkpoint does not say what its tensors mean; "
             "give a reference model with --hf-config DIR"

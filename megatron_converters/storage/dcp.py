@@ -15,13 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from ..dtypes import DType
-from ..errors import ConversionError, raise_all
+from ..errors import ConversionError, one_line, raise_all, reason_of
 from . import torch_zip, unpickle
-from .source import open_source
+from .source import is_name, open_source
 from .tensor import StoredTensor
 from .unpickle import StandIn
 
 METADATA = ".metadata"
+#: Bytes or elements that no file has.
+_BEYOND = 1 << 63
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,7 @@ class _Reader:
         self._items = dict(self._placed(places))
         tensors, objects = {}, {}
         for key, entry in entries.items():
+            self._check_name(key)
             if getattr(entry, "qualname", None) == "BytesStorageMetadata":
                 objects[key] = self._item(key, None)
             else:
@@ -127,16 +130,15 @@ class _Reader:
     def _placed(self, places: Mapping[Any, Any]) -> Iterator[tuple[tuple[str, Any], Item]]:
         for index, info in places.items():
             key, offset = self._fields(index, "fqn", "offset", optional=True)
-            if type(key) is not str:
-                raise self._damaged(f"it lists a {type(key).__name__} by way of a name")
+            self._check_name(key)
             offset = offset if offset is None else self._numbers(offset, key)
             path, start, nbytes = self._fields(info, "relative_path", "offset", "length")
             if self._fields(info, "transform_descriptors", optional=True) != [None]:
                 raise ConversionError(
                     f"{self._where}: {key} is stored compressed or otherwise transformed; save the checkpoint again without"
                 )
-            if type(path) is not str or os.path.basename(path) != path or path in ("", ".", ".."):
-                raise self._damaged(f"{key} is said to be in {path!r}, which is no file of the folder")
+            if not is_name(path) or os.path.basename(path) != path or path in ("", ".", ".."):
+                raise self._damaged(f"{key} is said to be in {one_line(path)}, which is no file of the folder")
             start, nbytes = self._numbers((start, nbytes), key)
             yield (key, offset), Item(str(self._folder / path), start, nbytes)
 
@@ -173,8 +175,12 @@ class _Reader:
             raise self._damaged(f"a {kind} has no {' or no '.join(names)}")
         return [state.get(name) for name in names]
 
+    def _check_name(self, key: Any) -> None:
+        if not is_name(key):
+            raise self._damaged(f"it lists {one_line(key)} by way of a name")
+
     def _numbers(self, values: Any, key: Any) -> tuple[int, ...]:
-        if type(values) is not tuple or not all(type(value) is int and value >= 0 for value in values):
+        if type(values) is not tuple or not all(type(value) is int and 0 <= value < _BEYOND for value in values):
             raise self._damaged(f"{key} has a {type(values).__name__} where it should have whole numbers")
         return values
 
@@ -192,6 +198,9 @@ def _check_files(folder: Path, reader: _Reader) -> None:
             size = os.stat(path).st_size
         except FileNotFoundError:
             problems.append(f"{os.path.basename(path)} is missing")
+            continue
+        except OSError as error:
+            problems.append(f"{one_line(os.path.basename(path))} cannot be read: {reason_of(error)}")
             continue
         if size < end:
             problems.append(f"{os.path.basename(path)} is truncated: {end - size} bytes are missing")

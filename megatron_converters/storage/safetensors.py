@@ -13,14 +13,16 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 from ..dtypes import BY_SAFETENSORS, DType
-from ..errors import ConversionError
+from ..errors import ConversionError, one_line
 from .checksum import digest
 from .output import Layout, OutputFile
-from .source import file_size, open_source
+from .source import file_size, is_name, open_source
 from .tensor import StoredTensor, contiguous_strides
 
 _LENGTH_BYTES = 8
 _METADATA = "__metadata__"
+#: Elements or bytes that no file has.
+_BEYOND = 1 << 63
 #: tensor.rs, MAX_HEADER_SIZE: the library reads no larger header.
 _MAX_HEADER_BYTES = 100_000_000
 #: tensor.rs, `prepare`: the header is padded with spaces so that the data starts at a multiple of this.
@@ -96,7 +98,7 @@ def _read_header(path: str, file: BinaryIO, size: int) -> tuple[dict[str, Any], 
         header = json.loads(file.read(length).decode(), object_pairs_hook=_without_duplicates)
     except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
         raise ConversionError(
-            f"{path} is damaged or not a safetensors file: its header is no JSON ({error})"
+            f"{path} is damaged or not a safetensors file: its header is no JSON ({one_line(error)})"
         ) from error
     if not isinstance(header, dict):
         raise ConversionError(f"{path} is damaged or not a safetensors file: its header is no JSON object")
@@ -112,18 +114,24 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _stored_tensor(path: str, data_start: int, name: str, entry: Any) -> StoredTensor:
+    if not is_name(name):
+        raise ConversionError(f"{path} is damaged: its header names a tensor {one_line(name)}; copy it again")
     try:
         code, shape, (start, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
     except (KeyError, TypeError, ValueError) as error:
         raise ConversionError(f"{path}: the header's entry for {name} is not dtype, shape, data_offsets") from error
-    if not all(type(number) is int and number >= 0 for number in (*shape, start, stop)):
-        raise ConversionError(f"{path}: {name} has a shape or offset that is no whole number: {shape}, {start}, {stop}")
+    if not all(type(number) is int and 0 <= number < _BEYOND for number in (*shape, start, stop)):
+        found = one_line(f"{shape}, {start}, {stop}")
+        raise ConversionError(f"{path}: {name} has a shape or offset that is no whole number: {found}")
     dtype = BY_SAFETENSORS.get(code) if isinstance(code, str) else None
     if dtype is None:
-        raise ConversionError(f"{path}: {name} has dtype {code}, which is not one of {', '.join(BY_SAFETENSORS)}")
-    if stop - start != math.prod(shape) * dtype.itemsize:
         raise ConversionError(
-            f"{path}: {name} is {dtype} {shape}, {math.prod(shape) * dtype.itemsize} bytes, "
+            f"{path}: {name} has dtype {one_line(code)}, which is not one of {', '.join(BY_SAFETENSORS)}"
+        )
+    nbytes = math.prod(shape) * dtype.itemsize
+    if stop - start != nbytes:
+        raise ConversionError(
+            f"{path}: {name} is {dtype} {one_line(shape)}, {one_line(nbytes)} bytes, "
             f"but its offsets {start} to {stop} span {stop - start}"
         )
     return StoredTensor(path, data_start + start, dtype, shape, contiguous_strides(shape))

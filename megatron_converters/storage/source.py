@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
-from typing import BinaryIO
+from typing import BinaryIO, TypeGuard
 
 from ..errors import ConversionError, reason_of
 
@@ -26,6 +26,11 @@ def open_source(path: str) -> BinaryIO:
         raise ConversionError(f"{path} {fault}")
     file.seek(0)
     return file
+
+
+def is_name(value: object) -> TypeGuard[str]:
+    """Whether it can name a tensor or a file: no system opens a path with a NUL, and a line break would end a message."""
+    return isinstance(value, str) and value.isprintable()
 
 
 def file_size(file: BinaryIO) -> int:

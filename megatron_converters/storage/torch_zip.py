@@ -21,7 +21,7 @@ from .archive import BYTE_ORDER, PICKLE, Archive
 from .checksum import digest
 from .output import Layout, OutputFile, Pieces
 from .pickling import NewTensor, dumps
-from .source import file_size, open_source
+from .source import file_size, is_name, open_source
 from .tensor import StoredTensor
 from .unpickle import Builder, StandIn
 from .zip_layout import ALIGNMENT, Record, ZipLayout
@@ -122,7 +122,7 @@ class _Storages:
 
     def load(self, pid: Any) -> _Storage:
         """The storage of `("storage", class, key, location, numel)`; where it lived (cpu, cuda:0) does not matter."""
-        if not (type(pid) is tuple and len(pid) == 5 and pid[0] == "storage" and type(pid[2]) is str):
+        if not (type(pid) is tuple and len(pid) == 5 and pid[0] == "storage" and is_name(pid[2])):
             raise pickle.UnpicklingError("it has a persistent id that torch.save does not write")
         _, dtype, key, _, numel = pid
         if not (isinstance(dtype, DType) and type(numel) is int):

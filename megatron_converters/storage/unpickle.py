@@ -19,8 +19,9 @@ from typing import Any, NoReturn
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import ConversionError
+from ..errors import ConversionError, one_line
 from . import opcodes
+from .source import is_name
 
 #: Python 2's names, which pickles of protocol 2 still use.
 _OLD_MODULES = {"__builtin__": "builtins", "copy_reg": "copyreg"}
@@ -54,7 +55,9 @@ def load(data: bytes, where: str, names: Mapping[tuple[str, str], Any], persiste
         opcodes.check(data)
         return _Unpickler(data, where, names, persistent_load).load()
     except _FAULTS as error:
-        raise ConversionError(f"{where} is damaged or hostile: its pickle cannot be read ({error})") from error
+        raise ConversionError(
+            f"{where} is damaged or hostile: its pickle cannot be read ({one_line(error)})"
+        ) from error
 
 
 class _SealedType(type):
@@ -145,9 +148,10 @@ class _Unpickler(pickle.Unpickler):
         module = _OLD_MODULES.get(module, module)
         found = self._known.get((module, name))
         if found is None:
-            if not _is_inert(module, name):
+            if not (is_name(f"{module}.{name}") and _is_inert(module, name)):
+                asked = one_line(f"{module}.{name}")
                 raise ConversionError(
-                    f"{self._where} asks for {module}.{name}, which is not among what a checkpoint needs, and nothing "
+                    f"{self._where} asks for {asked}, which is not among what a checkpoint needs, and nothing "
                     "of it was run; if you trust the file, load it with the program that wrote it and save it again "
                     "without that object"
                 )
