@@ -18,7 +18,7 @@ from .handover import receives_ours
 from .sealed import Sealed
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class DType(Sealed):
     """Element type: torch's name, bytes per element, safetensors' code, and torch's typed-storage class.
 
@@ -39,6 +39,9 @@ class DType(Sealed):
 
     def __str__(self) -> str:
         return self.name
+
+    def __repr__(self) -> str:
+        return f"torch.{self.name}"
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _received, (self.name,)

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from typing import Any
 
-from .dtypes import DType
+from .dtypes import BY_NAME, DType
 from .errors import ConversionError, Unclear
 from .margs_json import inheritable
 from .megatron_limits import FIXED, MEGATRON_LLAMA3, SINKHORN, refuse_unsupported
@@ -33,10 +34,26 @@ _ROWS = {
     "initializer_range": "init_method_std",
     "attention_dropout": "attention_dropout",
 }
-_SIZES = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size")
-_SWITCHES = ("group_query_attention", "untie_embeddings_and_output_weights", "add_bias_linear", "add_qkv_bias")
-#: What every rank of one save records alike.
-_OF_ALL_RANKS = (*_ROWS.values(), *FIXED, *_SIZES, *_SWITCHES, "num_query_groups", "num_experts", "rotary_base")
+#: What we write as rank 0's and a training run as each rank's own.
+_OF_A_RANK = {"rank"}
+#: Some model whose args hold every attribute that any model's do: experts, and a router wider than the rest.
+_EVERYTHING = ModelSpec(
+    family="mixtral",
+    num_layers=1,
+    hidden_size=1,
+    ffn_hidden_size=1,
+    num_attention_heads=1,
+    num_query_groups=1,
+    kv_channels=1,
+    vocab_size=1,
+    max_position_embeddings=1,
+    norm_epsilon=1e-5,
+    rotary_base=1e4,
+    dtype=BY_NAME["bfloat16"],
+    num_experts=1,
+    moe_ffn_hidden_size=1,
+    moe_router_topk=1,
+)
 
 
 def spec_fields(args: argparse.Namespace) -> dict[str, Any]:
@@ -184,12 +201,28 @@ def stated_heads(args: argparse.Namespace) -> tuple[str, ...]:
     return tuple(name for name, value in stated.items() if value)
 
 
-def stamp(content: Mapping[str, Any]) -> dict[str, Any]:
-    """What a rank's file says that all files of its save say, as far as it says it: iteration, model and sizes."""
-    args = content.get("args")
-    said = plain_args(vars(args)) if isinstance(args, argparse.Namespace) else {}
-    found = {"iteration": content.get("iteration"), **{name: said.get(name) for name in _OF_ALL_RANKS}}
-    return {name: value for name, value in found.items() if value is not None}
+def stamp(iteration: Any, args: argparse.Namespace | None) -> dict[str, Any]:
+    """What a rank's file says that all files of its save say: iteration, model and sizes.
+
+    It has no iteration or no args where the file has none; of args, an attribute that is not there is one that is None.
+    """
+    found = {} if iteration is None else {"iteration": iteration}
+    said = {} if args is None else {name: getattr(args, name, None) for name in _of_all_ranks()}
+    # Objects, such as Megatron-LM's of a pipeline layout, are never equal; what they say of themselves is.
+    return {**found, **{name: value if _plain(value) else repr(value) for name, value in said.items()}}
+
+
+@lru_cache(maxsize=1)
+def _of_all_ranks() -> tuple[str, ...]:
+    """The attributes that every rank of one save records alike: all that say what a model is and how it is cut."""
+    parallel = Parallel(1, (_EVERYTHING.num_layers,))
+    written = {
+        **model_args(_EVERYTHING),
+        **layout_args(parallel, 1, 1, ""),
+        **expert_args(_EVERYTHING, parallel, STACKED),
+        **router_args(_EVERYTHING, BY_NAME["float32"]),
+    }
+    return tuple(sorted(written.keys() - _OF_A_RANK))
 
 
 def _norm_epsilon(values: Mapping[str, Any]) -> float:

@@ -304,7 +304,8 @@ def test_a_divisor_is_found_where_none_is_recorded(
     folder = hf_to_megatron(hf_model("llama3"), tmp_path / "meg", tp=2, divisor=50)
     args = args_of(folder)
     del args.make_vocab_size_divisible_by
-    edit_rank(folder, "mp_rank_00", args=args)
+    for rank in ("mp_rank_00", "mp_rank_01"):
+        edit_rank(folder, rank, args=args)
     said = parsed(words_of(capsys, folder))
     assert said["padded_vocab_size"] == 200
     divisor = said["make_vocab_size_divisible_by"] * said["tensor_model_parallel_size"]

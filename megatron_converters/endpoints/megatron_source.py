@@ -126,12 +126,15 @@ class MegatronSource:
         problems = [f"{name} is missing" for name in sorted(wanted.keys() - present)]
         problems += [f"{name} is there, but the args mean other ranks" for name in sorted(present - wanted.keys())]
         raise_all(f"{self._dir}: the args say tp={parallel.tp}, pp={parallel.pp}, ep={parallel.ep}, but", problems)
-        ranks, left_out, expected = {}, set(), stamp(first)
+        ranks, left_out, expected = {}, set(), stamp(first.get("iteration"), args)
         for name, rank in wanted.items():
             content = self._read_file(name)
-            said = stamp(content)
+            said = stamp(content.get("iteration"), args_in(content, self._dir / name))
             others = (key for key in expected.keys() & said.keys() if said[key] != expected[key])
-            problems += [f"{name}: {key} is {said[key]!r}, not {expected[key]!r}" for key in sorted(others)]
+            problems += [
+                f"{name}: {key} is {one_line(repr(said[key]))}, not {one_line(repr(expected[key]))}"
+                for key in sorted(others)
+            ]
             ranks[rank] = _RankFile(name, _tensors_of(content, parallel, self._dir / name))
             left_out |= left_out_of(content)
         remedy = "They are of different saves; copy all ranks of one again."
