@@ -227,8 +227,10 @@ class _Run:
         path = str(Path(file.path).relative_to(self._staging.files))
         tensors = self._entries.pop(path, {})
         checksums = file.checksums()
-        for name, region in self._outline.files[path].regions.items():
-            tensors[name] |= {"at": list(region), "crc32": f"{checksums[name]:08x}"}
+        layout = self._outline.files[path]
+        for name, region in layout.regions.items():
+            placed = {"shape": list(layout.shapes[name]), "at": list(region)}
+            tensors[name] |= {**placed, "crc32": f"{checksums[name]:08x}"}
         session = self._journal.session()
         if session != self._session:  # this process is what is left of a run that another one continues
             happened = "someone has removed" if session is None else "another run has taken over"

@@ -1,8 +1,8 @@
 """What a run is and what it has finished, kept while it lasts; and the manifest, `conversion.json`, that remains.
 
-The manifest says for each tensor of each file which slots it holds, which source tensors they came from, where it lies (first byte,
-bytes) and the CRC-32 of its bytes, and has a digest of the rest of the file, so that the files can be checked later without the
-source. It holds no time and no host: equal runs write equal ones.
+The manifest says for each tensor of each file which slots it holds, which source tensors they came from, its shape, where it lies
+(first byte, bytes) and the CRC-32 of its bytes, and has a digest of the rest of the file, so that the files can be checked later
+without the source. It holds no time and no host: equal runs write equal ones.
 """
 
 from __future__ import annotations

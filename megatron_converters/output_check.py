@@ -1,7 +1,7 @@
 """Check an output against its manifest alone: every byte of its files, without the source and without a model.
 
 Each tensor's bytes have a CRC-32 in the manifest, and the bytes beside the tensors a digest. A file whose other bytes changed is
-read as its format says, to tell which tensors it lost, gained or moved.
+read as its format says, to tell which tensors it lost, gained, moved or holds in another shape.
 """
 
 from __future__ import annotations
@@ -14,18 +14,22 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
+from .dtypes import DType
 from .endpoints.megatron_checkpoint import TRACKER
 from .endpoints.megatron_common import checkpoint_directory
 from .errors import ConversionError, one_line, reason_of
 from .execute import default_lanes
 from .journal import MANIFEST, read_manifest
 from .progress import Progress
-from .storage import safetensors, torch_zip
+from .storage import dcp, safetensors, torch_zip
 from .storage.checksum import blocks, digest, of_file
+from .storage.dcp_layout import chunk_name
 from .storage.tensor import StoredTensor, contiguous_strides
 
 #: Entries of a rank's file that are models.
 _MODEL = re.compile(r"model\d*")
+#: A tensor of a file, or why it cannot be read.
+_Found = StoredTensor | ConversionError
 
 
 @dataclass(frozen=True)
@@ -54,10 +58,11 @@ class Checked:
 
 
 class _Recorded(NamedTuple):
-    """What the manifest says of a tensor."""
+    """What the manifest says of a tensor. Those of earlier versions say no shape."""
 
     holds: tuple[str, ...]
     dtype: str
+    shape: tuple[int, ...] | None
     offset: int
     nbytes: int
     crc32: int
@@ -68,7 +73,12 @@ class _Recorded(NamedTuple):
         offset, nbytes = entry["at"]
         if type(offset) is not int or type(nbytes) is not int or min(offset, nbytes) < 0:
             raise ValueError(f"{offset!r} and {nbytes!r} are no stretch of a file")
-        return cls(tuple(map(str, entry["holds"])), str(entry["dtype"]), offset, nbytes, int(entry["crc32"], 16))
+        shape = tuple(map(int, entry["shape"])) if "shape" in entry else None
+        return cls(tuple(map(str, entry["holds"])), str(entry["dtype"]), shape, offset, nbytes, int(entry["crc32"], 16))
+
+    def other_shape(self, shape: tuple[int, ...]) -> str | None:
+        """What is wrong with a stored tensor of this shape."""
+        return None if self.shape in (None, shape) else _instead(shape, self.shape)
 
 
 @dataclass(frozen=True)
@@ -111,6 +121,8 @@ def check_output(folder: Path, progress: Progress) -> Checked:
         found, to_read = _look_at(file)
         faults += found
         tasks += to_read
+    if (folder / dcp.METADATA).exists() and any(fault.file == dcp.METADATA for fault in faults):
+        faults += _of_index(folder, files)
     faults += _check_tensors(tasks, progress)
     order = {(file.name, tensor): number for file in files for number, tensor in enumerate(("", *file.tensors))}
     faults.sort(key=lambda fault: (fault.file, order.get((fault.file, fault.tensor), len(order))))
@@ -193,7 +205,7 @@ def _look_at(file: _File) -> tuple[list[Fault], list[_Task]]:
     try:
         found = read(file.path)
     except ConversionError as error:
-        faults.append(Fault(file.name, "", (), f"cannot be read: {error}"))
+        faults.append(Fault(file.name, "", (), _unreadable(error)))
         return faults, as_written if same_size else []
     return _match(file, found, faults)
 
@@ -206,7 +218,7 @@ def _beside_tensors(file: _File) -> Iterator[bytes]:
     yield from blocks(file.path, end, max(file.nbytes - end, 0))
 
 
-def _match(file: _File, found: Mapping[str, StoredTensor], faults: list[Fault]) -> tuple[list[Fault], list[_Task]]:
+def _match(file: _File, found: Mapping[str, _Found], faults: list[Fault]) -> tuple[list[Fault], list[_Task]]:
     """Faults of a file that was written anew, and where its tensors lie now."""
     tasks = []
     faults += [
@@ -216,9 +228,13 @@ def _match(file: _File, found: Mapping[str, StoredTensor], faults: list[Fault]) 
         data = found.get(name)
         if data is None:
             faults.append(Fault(file.name, name, recorded.holds, "is missing"))
+        elif isinstance(data, ConversionError):
+            faults.append(Fault(file.name, name, recorded.holds, _unreadable(data)))
         elif str(data.dtype) != recorded.dtype or data.nbytes != recorded.nbytes:
             text = f"is {data.nbytes} bytes of {data.dtype} instead of {recorded.nbytes} of {recorded.dtype}"
             faults.append(Fault(file.name, name, recorded.holds, text))
+        elif (other := recorded.other_shape(data.shape)) is not None:
+            faults.append(Fault(file.name, name, recorded.holds, other))
         elif data.strides != contiguous_strides(data.shape):
             faults.append(Fault(file.name, name, recorded.holds, "is stored in another order of its elements"))
         else:
@@ -239,7 +255,73 @@ def _model_of_torch(path: str) -> Mapping[str, StoredTensor]:
     }
 
 
-_READERS: dict[str, Callable[[str], Mapping[str, StoredTensor]]] = {
+def _chunks_of(path: str) -> Mapping[str, _Found]:
+    """The chunks of a distributed checkpoint's file, as its index finds them."""
+    index = dcp.read_index(Path(path).parent)
+    return {
+        chunk_name(key, chunk.offsets): _stored(chunk, tensor.dtype)
+        for key, tensor in index.tensors.items()
+        for chunk in tensor.chunks
+        if chunk.item.path == path
+    }
+
+
+def _stored(chunk: dcp.Chunk, dtype: DType) -> _Found:
+    try:
+        return dcp.stored(chunk, dtype)
+    except ConversionError as error:
+        return error
+
+
+def _of_index(folder: Path, files: Iterable[_File]) -> Iterator[Fault]:
+    """What a distributed checkpoint's index says of its chunks otherwise than they were written; of another's index, that alone."""
+    try:
+        index = dcp.read_index(folder)
+    except ConversionError as error:
+        yield Fault(dcp.METADATA, "", (), _unreadable(error))
+        return
+    left = {name: (file, tensor) for file in files for name, tensor in file.tensors.items()}
+    for key, tensor in index.tensors.items():
+        ends = []
+        for chunk in tensor.chunks:
+            name = chunk_name(key, chunk.offsets)
+            if name not in left:
+                yield Fault(dcp.METADATA, name, (), "is no tensor of the manifest")
+                continue
+            file, recorded = left.pop(name)
+            yield from (
+                Fault(dcp.METADATA, name, recorded.holds, text) for text in _faults_of(chunk, tensor, file, recorded)
+            )
+            if recorded.shape is not None:
+                ends.append([offset + size for offset, size in zip(chunk.offsets, recorded.shape, strict=False)])
+        whole = tuple(map(max, zip(*ends, strict=False)))
+        if len(ends) == len(tensor.chunks) and whole != tensor.shape:
+            yield Fault(dcp.METADATA, key, (), _instead(tensor.shape, whole))
+    yield from (Fault(dcp.METADATA, name, recorded.holds, "is missing") for name, (_, recorded) in left.items())
+
+
+def _faults_of(chunk: dcp.Chunk, tensor: dcp.ChunkedTensor, file: _File, recorded: _Recorded) -> Iterator[str]:
+    """What the index says wrongly of one chunk."""
+    item = chunk.item
+    if str(tensor.dtype) != recorded.dtype:
+        yield f"is {tensor.dtype} instead of {recorded.dtype}"
+    if (other := recorded.other_shape(chunk.sizes)) is not None:
+        yield other
+    if item.path != file.path or not item.start <= recorded.offset <= item.start + item.nbytes - recorded.nbytes:
+        yield f"is said to lie in {item}, where it does not"
+
+
+def _unreadable(error: ConversionError) -> str:
+    """In one line, of whatever lists the error consists."""
+    return f"cannot be read: {' '.join(str(error).split())}"
+
+
+def _instead(shape: Iterable[int], written: Iterable[int] | None) -> str:
+    return f"has shape {list(shape)} instead of {list(written or ())}"
+
+
+_READERS: dict[str, Callable[[str], Mapping[str, _Found]]] = {
+    ".distcp": _chunks_of,
     ".safetensors": lambda path: safetensors.read(path).tensors,
     ".pt": _model_of_torch,
 }

@@ -701,6 +701,7 @@ def _tensor(key: str, value: Any) -> Callable[[dict[str, Any]], None]:
         _tensor("at", [10**12, 8]),
         _tensor("crc32", "xyz"),
         _tensor("holds", None),
+        _tensor("shape", ["x"]),
         lambda files: files.update({"../x": files["model.safetensors"]}),
         lambda files: files.update({"/x": files["model.safetensors"]}),
         lambda files: files.update({"x": None}),

@@ -38,7 +38,12 @@ class NewChunk(NamedTuple):
     @property
     def name(self) -> str:
         """What it is called in its file."""
-        return f"{self.key} [{','.join(map(str, self.offsets))}]"
+        return chunk_name(self.key, self.offsets)
+
+
+def chunk_name(key: str, offsets: Iterable[int]) -> str:
+    """What the chunk of a tensor that begins there is called."""
+    return f"{key} [{','.join(map(str, offsets))}]"
 
 
 class NewObject(NamedTuple):
@@ -58,7 +63,9 @@ class Placed(NamedTuple):
 
 def lay_out(file: str, items: Sequence[NewChunk | NewObject]) -> tuple[Layout, list[Placed]]:
     """Where everything will lie in a file of these items, in this order."""
-    placed, parts, regions = [], [], {}
+    placed, parts = [], []
+    regions: dict[str, tuple[int, int]] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     end = 0
     for item in items:
         start = end + -end % ALIGNMENT
@@ -66,7 +73,7 @@ def lay_out(file: str, items: Sequence[NewChunk | NewObject]) -> tuple[Layout, l
         if isinstance(item, NewChunk):
             name, archive = item.name, _of_tensor(item.dtype, item.sizes)
             offset, nbytes = archive.regions[_ARCHIVE]
-            regions[name] = (start + offset, nbytes)
+            regions[name], shapes[name] = (start + offset, nbytes), item.sizes
         placed.append(Placed(item, file, start, archive.nbytes))
         parts.append((start, archive, name))
         end = start + archive.nbytes
@@ -80,7 +87,7 @@ def lay_out(file: str, items: Sequence[NewChunk | NewObject]) -> tuple[Layout, l
             end = start + archive.nbytes
 
     structure = digest(archive.structure.encode() for _, archive, _ in parts)
-    return Layout(end, regions, finish, structure), placed
+    return Layout(end, regions, finish, structure, shapes=shapes), placed
 
 
 @lru_cache(maxsize=1024)

@@ -27,6 +27,7 @@ class Layout:
     (offset, bytes). It is written last, so that a file left by a killed run never reads as a complete one. `structure` is a
     digest of what decides that rest but for the checksums: names, shapes, dtypes, arguments.
     `parts` names the tensors that are filled as so many equal parts, each on its own, one after the other in the file.
+    `shapes` gives each tensor's shape as the file says it.
     """
 
     nbytes: int
@@ -34,6 +35,7 @@ class Layout:
     finish: Callable[[Mapping[str, int]], Pieces]
     structure: str
     parts: Mapping[str, int] = field(default_factory=dict)
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     def create(self, path: str | os.PathLike[str]) -> OutputFile:
         """The file at its full size, to be filled; replaces an existing one."""

@@ -77,7 +77,8 @@ def layout(tensors: Mapping[str, tuple[DType, tuple[int, ...]]], metadata: Mappi
     data_start = _LENGTH_BYTES + len(encoded)
     regions = {name: (data_start + start, nbytes) for name, (start, nbytes) in spans.items()}
     start_of_file = len(encoded).to_bytes(_LENGTH_BYTES, "little") + encoded
-    return Layout(data_start + end, regions, lambda _: [(0, start_of_file)], digest([start_of_file]))
+    shapes = {name: shape for name, (_, shape) in tensors.items()}
+    return Layout(data_start + end, regions, lambda _: [(0, start_of_file)], digest([start_of_file]), shapes=shapes)
 
 
 def lay_out(

@@ -89,7 +89,8 @@ def layout(path: str | os.PathLike[str], tree: Any) -> Layout:
     regions = {
         tensor.name: (archive.offsets[name], tensor.numel * tensor.dtype.itemsize) for name, tensor in tensor_of.items()
     }
-    return Layout(archive.nbytes, regions, finish, digest([folder.encode(), data]))
+    shapes = {tensor.name: tensor.shape for tensor in tensors}
+    return Layout(archive.nbytes, regions, finish, digest([folder.encode(), data]), shapes=shapes)
 
 
 def lay_out(path: str | os.PathLike[str], tree: Any) -> OutputFile:
