@@ -45,17 +45,27 @@ class Placement:
     def __init__(self, spec: ModelSpec, parallel: Parallel, padded: int) -> None:
         self._spec, self._parallel, self._padded = spec, parallel, padded
         self._shares: dict[tuple[Slot, int, int | None], tuple[Share, ...]] = {}
+        self._stages = [parallel.place(layer)[0] for layer in range(spec.num_layers)]
         self._prefixes = [parallel.prefix(stage) for stage in range(len(parallel.stages))]
 
     def homes(self, ref: Ref) -> Iterator[Home]:
         """Where a tensor lies: one stage, or for tied embeddings two."""
-        parallel, experts = self._parallel, self._spec.num_experts
-        local = parallel.local_expert(ref.expert, experts)
-        ep = None if ref.expert is None else ref.expert // (experts // parallel.ep)
+        parallel = self._parallel
+        local = parallel.local_expert(ref.expert, self._spec.num_experts)
+        ep = self._ep(ref)
         for stage, slot, layer in homes(ref, self._spec, parallel):
             yield Home(
                 stage, self._prefixes[stage], slot, layer, local, self._shares_of(ref.slot, stage % parallel.pp, ep)
             )
+
+    def shares(self, ref: Ref) -> tuple[Share, ...]:
+        """The shares on the first stage that holds a tensor."""
+        stage = next(homes(ref, self._spec, self._parallel))[0] if ref.layer is None else self._stages[ref.layer]
+        return self._shares_of(ref.slot, stage % self._parallel.pp, self._ep(ref))
+
+    def _ep(self, ref: Ref) -> int | None:
+        """The expert-parallel number of the ranks that hold an expert."""
+        return None if ref.expert is None else ref.expert // (self._spec.num_experts // self._parallel.ep)
 
     def _shares_of(self, slot: Slot, pp: int, ep: int | None) -> tuple[Share, ...]:
         """The shares on the ranks of pipeline stage `pp`: on all, or for an expert on those of one expert-parallel number."""

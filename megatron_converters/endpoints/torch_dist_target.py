@@ -27,7 +27,7 @@ from ..megatron_names import (
 )
 from ..outline import Fill
 from ..parallel import Rank, boxes
-from ..placement import Home, Placement
+from ..placement import Placement, Share
 from ..slots import Ref, Slot, refs
 from ..storage import dcp, dcp_layout, torch_zip
 from ..storage.dcp_layout import NewChunk, NewObject, Placed
@@ -134,17 +134,16 @@ class TorchDistTarget(CheckpointTarget):
         key, index, axes = self._address(_NAMES[self._options.impl][slot.name], ref.layer, ref.expert)
         rows, *cols = slot.shape(spec)
         shape, ones = (*axes, self._padded if slot.vocab else rows, *cols), (1,) * len(index)
-        home = next(self._placement.homes(ref))
-        for box in self._boxes_of(slot, home):
+        for box in self._boxes_of(slot, self._placement.shares(ref)):
             offsets = (*index, box.row, box.col) if cols else (*index, box.row)
             yield box, NewChunk(key, shape, dtype, offsets, ones + box.shape)
 
-    def _boxes_of(self, slot: Slot, home: Home) -> tuple[_Box, ...]:
-        """A slot's shares on the ranks of a home, worked out once for all layers and experts there."""
-        key = slot, home.shares[0].rank
+    def _boxes_of(self, slot: Slot, shares: tuple[Share, ...]) -> tuple[_Box, ...]:
+        """A slot's shares as boxes, each once, worked out once for all layers and experts on these ranks."""
+        key = slot, shares[0].rank
         if key not in self._boxes:
             first_of: dict[int, Rank] = {}
-            for share in home.shares:
+            for share in shares:
                 first_of.setdefault(share.number, share.rank)
             self._boxes[key] = tuple(box for rank in first_of.values() for box in self._cut(slot, rank))
         return self._boxes[key]

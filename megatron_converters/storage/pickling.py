@@ -32,7 +32,7 @@ class NewTensor(NamedTuple):
         return math.prod(self.shape)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, slots=True)
 class Instance:
     """An object of a class that is not here: unpickling makes one without a call to `__init__` and gives it `state`.
 

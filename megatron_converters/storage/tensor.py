@@ -6,6 +6,7 @@ import math
 import mmap
 import os
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -48,6 +49,7 @@ class StoredTensor(Sealed):
             raise ConversionError(f"{self.path} has become shorter since it was opened") from error
 
 
+@lru_cache(maxsize=1024)
 def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     """Row-major strides, in elements, of a tensor of `shape`."""
     strides: list[int] = []
