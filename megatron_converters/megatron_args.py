@@ -222,7 +222,8 @@ def _of_all_ranks() -> tuple[str, ...]:
         **expert_args(_EVERYTHING, parallel, STACKED),
         **router_args(_EVERYTHING, BY_NAME["float32"]),
     }
-    return tuple(sorted(written.keys() - _OF_A_RANK))
+    # The configuration that a conversion recorded says what these cannot.
+    return tuple(sorted({*written, "hf_config"} - _OF_A_RANK))
 
 
 def _norm_epsilon(values: Mapping[str, Any]) -> float:

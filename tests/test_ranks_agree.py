@@ -91,6 +91,14 @@ def test_what_one_rank_says_otherwise_is_named(family: str, rank: str, saved: Ca
     assert said == {f"{rank}: {name} is {value!r}, not {kept.get(name)!r}" for name, value in CHANGES[family].items()}
 
 
+def test_a_recorded_configuration_counts_too(saved: Callable[[str], Path]) -> None:
+    """It says what args cannot."""
+    checkpoint = saved("llama3.1")
+    _change(checkpoint, "mp_rank_01", hf_config=None)
+    with pytest.raises(ConversionError, match=r"mp_rank_01: hf_config is None, not {'architectures'"):
+        MegatronSource(checkpoint)
+
+
 def test_what_ranks_may_say_otherwise(saved: Callable[[str], Path]) -> None:
     """Their own numbers and what no model depends on; None is as good as nothing, and args are not everywhere."""
     checkpoint = saved("qwen2-moe")
