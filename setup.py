@@ -33,12 +33,15 @@ setup(
     python_requires=">=3.10",
     packages=[*find_packages(include=["megatron_converters", "megatron_converters.*"]), *PLUGINS],
     package_dir=PLUGINS,
-    package_data={"megatron_converters": ["py.typed"], "megatron_converters.shard_map": ["page.html", "tooltip.js"]},
+    package_data={
+        "megatron_converters": ["py.typed"],
+        "megatron_converters.inspection.shard_map": ["page.html", "tooltip.js"],
+    },
     entry_points={
         "console_scripts": [
-            "megatron-converters = megatron_converters.cli:main",
-            "megatron-convert = megatron_converters.convert:main",
-            "megatron-convert-mlm-to-hf = megatron_converters.convert_mlm_to_hf_checkpoint:main",
+            "megatron-converters = megatron_converters.cli.main:main",
+            "megatron-convert = megatron_converters.cli.queue_convert:main",
+            "megatron-convert-mlm-to-hf = megatron_converters.cli.mlm_to_hf:main",
         ]
     },
     install_requires=requirements("requirements.txt"),

@@ -6,8 +6,8 @@ import argparse
 from functools import partial
 from typing import Any
 
-from megatron_converters.options.reading import add_hf_source_arguments, open_hf_source
-from megatron_converters.plugins import add_common_arguments, run_loader
+from megatron_converters.cli.options.reading import add_hf_source_arguments, open_hf_source
+from megatron_converters.cli.plugins import add_common_arguments, run_loader
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

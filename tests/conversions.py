@@ -7,17 +7,17 @@ from typing import Any
 
 import torch
 
-from megatron_converters.conversion import convert
-from megatron_converters.dtypes import DType
-from megatron_converters.endpoints.base import Source, Target
-from megatron_converters.endpoints.hf_source import HFSource
-from megatron_converters.endpoints.hf_target import HFOptions, HFTarget
-from megatron_converters.endpoints.megatron_checkpoint import MegatronOptions
-from megatron_converters.endpoints.megatron_common import MegatronReadOptions
-from megatron_converters.endpoints.megatron_target import MegatronTarget
-from megatron_converters.endpoints.open_megatron import open_megatron
-from megatron_converters.endpoints.torch_dist_target import TorchDistTarget
-from megatron_converters.progress import Silent
+from megatron_converters.basics.dtypes import DType
+from megatron_converters.conversion.endpoint import Source, Target
+from megatron_converters.conversion.progress import Silent
+from megatron_converters.conversion.run import convert
+from megatron_converters.formats.huggingface.source import HFSource
+from megatron_converters.formats.huggingface.target import HFOptions, HFTarget
+from megatron_converters.formats.megatron.opening import open_megatron
+from megatron_converters.formats.megatron.rank_files_target import MegatronTarget
+from megatron_converters.formats.megatron.reading import MegatronReadOptions
+from megatron_converters.formats.megatron.torch_dist_target import TorchDistTarget
+from megatron_converters.formats.megatron.writing import MegatronOptions
 
 
 def run(source: Source, target: Target, dtype: DType | None = None) -> list[str]:

@@ -7,7 +7,7 @@ import signal
 import time
 from pathlib import Path
 
-from megatron_converters.errors import ConversionError
+from megatron_converters.basics.errors import ConversionError
 
 
 def nothing(rank: int, size: int, folder: Path) -> None:

@@ -6,13 +6,13 @@ import os
 from pathlib import Path
 from typing import Any
 
-from megatron_converters.dtypes import dtype_named
-from megatron_converters.endpoints.base import Target
-from megatron_converters.endpoints.hf_target import HFOptions, HFTarget
-from megatron_converters.endpoints.megatron_checkpoint import TRACKER, MegatronOptions
-from megatron_converters.endpoints.megatron_target import MegatronTarget
-from megatron_converters.origin import Origin
-from megatron_converters.spec import ModelSpec, RopeScaling
+from megatron_converters.assets.origin import Origin
+from megatron_converters.basics.dtypes import dtype_named
+from megatron_converters.conversion.endpoint import Target
+from megatron_converters.formats.huggingface.target import HFOptions, HFTarget
+from megatron_converters.formats.megatron.rank_files_target import MegatronTarget
+from megatron_converters.formats.megatron.writing import TRACKER, MegatronOptions
+from megatron_converters.model.spec import ModelSpec, RopeScaling
 
 _LLAMA3: dict[str, Any] = dict(
     family="llama",

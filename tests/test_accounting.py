@@ -11,25 +11,26 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_converters import cli, parallel
-from megatron_converters.conversion import convert
-from megatron_converters.dtypes import dtype_named
-from megatron_converters.endpoints import torch_dist_target
-from megatron_converters.endpoints.hf_source import HFSource
-from megatron_converters.endpoints.hf_target import HFOptions, HFTarget
-from megatron_converters.endpoints.megatron_checkpoint import MegatronOptions
-from megatron_converters.endpoints.megatron_target import MegatronTarget
-from megatron_converters.endpoints.queue_target import QueueTarget, stream
-from megatron_converters.endpoints.torch_dist_target import TorchDistTarget
-from megatron_converters.errors import ConversionError
-from megatron_converters.execute import Executor, gather_chunks
-from megatron_converters.forecast import forecast
-from megatron_converters.megatron_args import uncut_args
-from megatron_converters.outline import Fill
-from megatron_converters.parallel import Cut
-from megatron_converters.plan import Planner
-from megatron_converters.progress import Silent
-from megatron_converters.slots import Ref, Slot
+from megatron_converters.basics.dtypes import dtype_named
+from megatron_converters.basics.errors import ConversionError
+from megatron_converters.cli import main as cli
+from megatron_converters.conversion.composing import Planner
+from megatron_converters.conversion.copying import Executor, gather_chunks
+from megatron_converters.conversion.dry_run import forecast
+from megatron_converters.conversion.outline import Fill
+from megatron_converters.conversion.progress import Silent
+from megatron_converters.conversion.run import convert
+from megatron_converters.formats.huggingface.source import HFSource
+from megatron_converters.formats.huggingface.target import HFOptions, HFTarget
+from megatron_converters.formats.megatron import torch_dist_target
+from megatron_converters.formats.megatron.arguments import uncut_args
+from megatron_converters.formats.megatron.rank_files_target import MegatronTarget
+from megatron_converters.formats.megatron.torch_dist_target import TorchDistTarget
+from megatron_converters.formats.megatron.writing import MegatronOptions
+from megatron_converters.formats.queue.target import QueueTarget, stream
+from megatron_converters.model.slots import Ref, Slot
+from megatron_converters.sharding import ranks
+from megatron_converters.sharding.ranks import Cut
 from tests.tiny import piece
 
 HFModel = Callable[..., Path]
@@ -142,7 +143,7 @@ CUTS: dict[str, Callable[..., Cut]] = {
 def test_a_wrong_cut_of_fc1_is_refused(
     wrong: str, act: str, hf_model: HFModel, tmp_path: Path, monkeypatch: Any, capsys: Any
 ) -> None:
-    right, kept = parallel.cut, {}
+    right, kept = ranks.cut, {}
 
     def cut(slot: Slot, *sizes: Any) -> Cut:
         rank = sizes[-2]
@@ -150,7 +151,7 @@ def test_a_wrong_cut_of_fc1_is_refused(
             return right(slot, *sizes)
         return kept.setdefault(sizes, CUTS[wrong](right, slot, *sizes))
 
-    monkeypatch.setattr(parallel, "cut", cut)
+    monkeypatch.setattr(ranks, "cut", cut)
     with pytest.raises(SystemExit, match=r"^1$"):
         cli.main([act, str(hf_model("llama2")), str(tmp_path / "out"), "--tp", "2"])
     told = capsys.readouterr().err

@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 
-from megatron_converters import cli
-from megatron_converters.dtypes import dtype_named
-from megatron_converters.megatron_args import expert_args, layout_args, model_args, router_args
-from megatron_converters.megatron_flags import FLAGS, all_flags, flag_warnings
-from megatron_converters.parallel import parallel_for
-from megatron_converters.pipeline import PipelineSplit
+from megatron_converters.basics.dtypes import dtype_named
+from megatron_converters.cli import main as cli
+from megatron_converters.formats.megatron.arguments import expert_args, layout_args, model_args, router_args
+from megatron_converters.formats.megatron.flags import FLAGS, all_flags, flag_warnings
+from megatron_converters.sharding.ranks import parallel_for
+from megatron_converters.sharding.stages import PipelineSplit
 from tests.conversions import hf_to_megatron
 from tests.helpers import args_of, edit_rank
 from tests.sparse import PUBLISHED, sparse_hf, sparse_megatron

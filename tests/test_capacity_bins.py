@@ -12,18 +12,18 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_converters import capacity_bins
-from megatron_converters.conversion import convert as endpoints_convert
-from megatron_converters.endpoints.hf_source import HFSource
-from megatron_converters.endpoints.hf_target import HFOptions, HFTarget
-from megatron_converters.endpoints.megatron_checkpoint import MegatronOptions
-from megatron_converters.endpoints.megatron_common import MegatronReadOptions
-from megatron_converters.endpoints.megatron_source import MegatronSource
-from megatron_converters.endpoints.megatron_target import MegatronTarget
-from megatron_converters.errors import ConversionError, UsageError
-from megatron_converters.handover import receive_ours, receives_ours
-from megatron_converters.pipeline import PipelineSplit
-from megatron_converters.progress import Silent
+from megatron_converters.assets import capacity_bins
+from megatron_converters.basics.errors import ConversionError, UsageError
+from megatron_converters.basics.handover import receive_ours, receives_ours
+from megatron_converters.conversion.progress import Silent
+from megatron_converters.conversion.run import convert as endpoints_convert
+from megatron_converters.formats.huggingface.source import HFSource
+from megatron_converters.formats.huggingface.target import HFOptions, HFTarget
+from megatron_converters.formats.megatron.rank_files_source import MegatronSource
+from megatron_converters.formats.megatron.rank_files_target import MegatronTarget
+from megatron_converters.formats.megatron.reading import MegatronReadOptions
+from megatron_converters.formats.megatron.writing import MegatronOptions
+from megatron_converters.sharding.stages import PipelineSplit
 from tests.conversions import hf_to_megatron, run
 from tests.helpers import (
     RANK_FILE,

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_converters import cli
+from megatron_converters.cli import main as cli
 from tests.helpers import (
     BACK,
     CONVERT,

@@ -14,9 +14,10 @@ from typing import Any
 
 import pytest
 
-from megatron_converters import cli, console
-from megatron_converters.errors import ConversionError
-from megatron_converters.progress import Bar, Lines
+from megatron_converters.basics.errors import ConversionError
+from megatron_converters.cli import console
+from megatron_converters.cli import main as cli
+from megatron_converters.conversion.progress import Bar, Lines
 from tests.helpers import CONVERT, ROOT, TRACKER, Run, succeeded, verb
 
 HFModel = Callable[..., Path]

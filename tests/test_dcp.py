@@ -24,11 +24,11 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from megatron_converters.dtypes import BY_NAME
-from megatron_converters.errors import ConversionError
-from megatron_converters.execute import CHUNK_BYTES, Executor
-from megatron_converters.outline import Fill
-from megatron_converters.plan import Piece, StoredName
+from megatron_converters.basics.dtypes import BY_NAME
+from megatron_converters.basics.errors import ConversionError
+from megatron_converters.conversion.composing import Piece, StoredName
+from megatron_converters.conversion.copying import CHUNK_BYTES, Executor
+from megatron_converters.conversion.outline import Fill
 from megatron_converters.storage import dcp, safetensors
 from megatron_converters.storage.tensor import StoredTensor
 

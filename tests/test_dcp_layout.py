@@ -16,7 +16,7 @@ import torch.distributed.checkpoint as torch_dcp
 from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, TensorProperties
 
-from megatron_converters.dtypes import BY_NAME
+from megatron_converters.basics.dtypes import BY_NAME
 from megatron_converters.storage import dcp, dcp_layout
 from megatron_converters.storage.dcp_layout import NewChunk, NewObject, Placed
 
@@ -127,7 +127,8 @@ def test_items_are_archives_of_torch_save(tmp_path: Path) -> None:
 
 def test_torch_is_not_imported() -> None:
     code = (
-        "import sys; from megatron_converters.storage import dcp_layout as d; from megatron_converters.dtypes import BY_NAME;"
+        "import sys; from megatron_converters.storage import dcp_layout as d;"
+        "from megatron_converters.basics.dtypes import BY_NAME;"
         "l, p = d.lay_out('f', [d.NewChunk('w', (2,), BY_NAME['float32'], (0,), (2,)), d.NewObject('o')]); d.index(p);"
         "assert 'torch' not in sys.modules"
     )

@@ -20,10 +20,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_converters.endpoints.hf_source import HFSource
-from megatron_converters.errors import ConversionError
-from megatron_converters.hf_config import spec_of_config
-from megatron_converters.json_files import read_json
+from megatron_converters.basics.errors import ConversionError
+from megatron_converters.basics.json_files import read_json
+from megatron_converters.families.config_json import spec_of_config
+from megatron_converters.formats.huggingface.source import HFSource
 from tests.helpers import (
     CONVERT,
     RANK_FILE,
@@ -767,14 +767,14 @@ def test_a_disk_that_is_too_small_is_found_before_writing(hf_model: HFModel, meg
 
 
 def test_free_space_is_compared_with_what_is_needed(meg: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from megatron_converters import convert_mlm_to_hf_checkpoint
+    from megatron_converters.cli import mlm_to_hf
 
     real = os.statvfs(meg)
     nearly = os.statvfs_result((real.f_bsize, 1, real.f_blocks, 600_000, 600_000, *tuple(real)[5:]))
     monkeypatch.setattr(os, "statvfs", lambda path: nearly)
     target = meg.parent / "out"
     with pytest.raises(SystemExit) as caught:
-        convert_mlm_to_hf_checkpoint.main(["--load-path", str(meg), "--save-path", str(target), "--quiet"])
+        mlm_to_hf.main(["--load-path", str(meg), "--save-path", str(target), "--quiet"])
     assert caught.value.code == 1
     nothing_complete(target)
 

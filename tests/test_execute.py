@@ -12,15 +12,15 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from megatron_converters import execute
-from megatron_converters.dtypes import DType, dtype_named
-from megatron_converters.endpoints.queue_source import MemoryTensor
-from megatron_converters.errors import ConversionError
-from megatron_converters.execute import Executor, materialise
-from megatron_converters.outline import Fill
-from megatron_converters.plan import Piece, Planner, StoredName
+from megatron_converters.basics.dtypes import DType, dtype_named
+from megatron_converters.basics.errors import ConversionError
+from megatron_converters.conversion import copying
+from megatron_converters.conversion.composing import Piece, Planner, StoredName
+from megatron_converters.conversion.copying import Executor, materialise
+from megatron_converters.conversion.outline import Fill
+from megatron_converters.formats.queue.source import MemoryTensor
 from megatron_converters.storage import safetensors
-from megatron_converters.storage.output import OutputFile
+from megatron_converters.storage.output_file import OutputFile
 from tests.tiny import piece
 
 Array = npt.NDArray[Any]
@@ -29,7 +29,7 @@ RANDOM = np.random.default_rng(0)
 
 @pytest.fixture(params=[1, 24, 1 << 20], ids=["chunks of a row", "chunks of 24 bytes", "one chunk"])
 def chunk_bytes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
-    monkeypatch.setattr(execute, "CHUNK_BYTES", request.param)
+    monkeypatch.setattr(copying, "CHUNK_BYTES", request.param)
     yield request.param
 
 
@@ -226,7 +226,7 @@ def test_a_failure_is_raised_by_a_later_fill_and_the_file_stays_incomplete(tmp_p
 
 def test_the_first_failure_stops_tensors_that_are_being_filled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A mismatch found while a large tensor is copied must not wait for the rest of it."""
-    monkeypatch.setattr(execute, "CHUNK_BYTES", 16)
+    monkeypatch.setattr(copying, "CHUNK_BYTES", 16)
     failed, written = threading.Event(), []
     good = piece(numbers(500, 2), range(500))
 
@@ -247,7 +247,7 @@ def test_the_first_failure_stops_tensors_that_are_being_filled(tmp_path: Path, m
 
 
 def test_cancel_stops_within_a_tensor_and_raises_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(execute, "CHUNK_BYTES", 16)
+    monkeypatch.setattr(copying, "CHUNK_BYTES", 16)
     begun, go_on, written = threading.Event(), threading.Event(), []
 
     def progress(count: int) -> None:

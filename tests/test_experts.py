@@ -16,21 +16,21 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_converters.dtypes import BY_NAME
-from megatron_converters.endpoints.handles import StackedHandle, TensorHandle
-from megatron_converters.endpoints.hf_source import HFSource
-from megatron_converters.endpoints.megatron_checkpoint import MegatronOptions
-from megatron_converters.endpoints.megatron_target import MegatronTarget
-from megatron_converters.endpoints.queue_source import QueueSource
-from megatron_converters.endpoints.queue_target import QueueTarget
-from megatron_converters.errors import ConversionError, UsageError
-from megatron_converters.execute import materialise
-from megatron_converters.handover import receive_ours, receives_ours
-from megatron_converters.megatron_args import expert_args, spec_fields, uncut_args
-from megatron_converters.megatron_names import extra_state, keys
-from megatron_converters.parallel import Rank, kept_etp, parallel_for
-from megatron_converters.plan import Piece, Planner, StoredName
-from megatron_converters.slots import SLOTS, Ref, refs
+from megatron_converters.basics.dtypes import BY_NAME
+from megatron_converters.basics.errors import ConversionError, UsageError
+from megatron_converters.basics.handover import receive_ours, receives_ours
+from megatron_converters.conversion.composing import Piece, Planner, StoredName
+from megatron_converters.conversion.copying import materialise
+from megatron_converters.formats.huggingface.source import HFSource
+from megatron_converters.formats.megatron.arguments import expert_args, spec_fields, uncut_args
+from megatron_converters.formats.megatron.names import extra_state, keys
+from megatron_converters.formats.megatron.rank_files_target import MegatronTarget
+from megatron_converters.formats.megatron.writing import MegatronOptions
+from megatron_converters.formats.queue.handles import StackedHandle, TensorHandle
+from megatron_converters.formats.queue.source import QueueSource
+from megatron_converters.formats.queue.target import QueueTarget
+from megatron_converters.model.slots import SLOTS, Ref, refs
+from megatron_converters.sharding.ranks import Rank, kept_etp, parallel_for
 from megatron_converters.storage import safetensors
 from tests.conversions import hf_to_megatron, megatron_to_hf, reshard, run
 from tests.helpers import (

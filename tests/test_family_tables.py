@@ -9,17 +9,17 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_converters.endpoints.hf_names import HFNames
-from megatron_converters.endpoints.queue_names import ENTRIES, message_name
-from megatron_converters.errors import ConversionError
+from megatron_converters.basics.errors import ConversionError
+from megatron_converters.basics.json_files import read_json
 from megatron_converters.families import FAMILIES
+from megatron_converters.families.config_json import spec_of_config
 from megatron_converters.families.table import Family, HFEntry
-from megatron_converters.hf_config import spec_of_config
-from megatron_converters.json_files import read_json
-from megatron_converters.layouts import GATED, GROUPED_QKV, SAME
-from megatron_converters.megatron_names import DIALECTS, EXPERTS, STACKED
-from megatron_converters.slots import SLOTS, Layers, Ref, Scope, refs
-from megatron_converters.spec import ModelSpec
+from megatron_converters.formats.huggingface.parts import HFNames
+from megatron_converters.formats.megatron.names import DIALECTS, EXPERTS, STACKED
+from megatron_converters.formats.queue.messages import ENTRIES, message_name
+from megatron_converters.model.layouts import GATED, GROUPED_QKV, SAME
+from megatron_converters.model.slots import SLOTS, Layers, Ref, Scope, refs
+from megatron_converters.model.spec import ModelSpec
 from tests.helpers import hf_tensors
 from tests.oracle.hf import FAMILIES as CONFIGS
 from tests.oracle.hf import MOE_FAMILIES

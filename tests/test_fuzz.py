@@ -25,8 +25,8 @@ import torch
 import torch.distributed.checkpoint as torch_dcp
 from safetensors.torch import save_file
 
-from megatron_converters.endpoints.torch_dist_source import COMMON_FILE, TorchDistSource
-from megatron_converters.errors import ConversionError
+from megatron_converters.basics.errors import ConversionError
+from megatron_converters.formats.megatron.torch_dist_source import COMMON_FILE, TorchDistSource
 from megatron_converters.storage import dcp, safetensors, torch_zip
 from tests.conversions import hf_to_torch_dist
 from tests.damage import Damage, any_bytes, any_json, any_opcodes, in_archive, in_header

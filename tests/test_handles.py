@@ -14,12 +14,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from megatron_converters.dtypes import BY_NAME
-from megatron_converters.endpoints.handles import TensorHandle, part_of, to_torch
-from megatron_converters.errors import ConversionError
-from megatron_converters.execute import materialise
-from megatron_converters.handover import receive_ours, receives_ours
-from megatron_converters.plan import Piece, Planner, StoredName
+from megatron_converters.basics.dtypes import BY_NAME
+from megatron_converters.basics.errors import ConversionError
+from megatron_converters.basics.handover import receive_ours, receives_ours
+from megatron_converters.conversion.composing import Piece, Planner, StoredName
+from megatron_converters.conversion.copying import materialise
+from megatron_converters.formats.queue.handles import TensorHandle, part_of, to_torch
 from megatron_converters.storage import safetensors
 from megatron_converters.storage.tensor import StoredTensor
 from tests.tiny import piece, tiny_spec

@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
-from megatron_converters.dtypes import dtype_named
-from megatron_converters.errors import ConversionError
+from megatron_converters.basics.dtypes import dtype_named
+from megatron_converters.basics.errors import ConversionError
+from megatron_converters.basics.json_files import read_json
 from megatron_converters.families import FAMILIES
-from megatron_converters.hf_config import (
+from megatron_converters.families.config_json import (
     config_for,
     config_of_spec,
     differences,
@@ -20,8 +21,7 @@ from megatron_converters.hf_config import (
     infer_family,
     spec_of_config,
 )
-from megatron_converters.json_files import read_json
-from megatron_converters.spec import ModelSpec, RopeScaling
+from megatron_converters.model.spec import ModelSpec, RopeScaling
 from tests.tiny import tiny_spec
 
 SIZES = {

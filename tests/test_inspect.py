@@ -19,13 +19,14 @@ from typing import Any
 
 import pytest
 
-from megatron_converters import cli, shard_map
-from megatron_converters.options.any_format import open_any
-from megatron_converters.shard_map.grid import KINDS, grid
-from megatron_converters.shard_map.page import page
-from megatron_converters.slots import SLOTS
-from megatron_converters.survey import Survey, count_parameters, survey
-from megatron_converters.units import size
+from megatron_converters.basics.quantities import size
+from megatron_converters.cli import main as cli
+from megatron_converters.cli.options.any_format import open_any
+from megatron_converters.inspection import shard_map
+from megatron_converters.inspection.inventory import Survey, count_parameters, survey
+from megatron_converters.inspection.shard_map.grid import KINDS, grid
+from megatron_converters.inspection.shard_map.page import page
+from megatron_converters.model.slots import SLOTS
 from tests.conversions import hf_to_megatron
 from tests.helpers import ROOT, args_of, edit_rank
 from tests.sparse import PUBLISHED, sparse_hf, sparse_megatron
@@ -51,7 +52,7 @@ def surveyed(folder: Path) -> Survey:
     import argparse
 
     parser = argparse.ArgumentParser()
-    from megatron_converters.options.any_format import add_reading_arguments
+    from megatron_converters.cli.options.any_format import add_reading_arguments
 
     add_reading_arguments(parser)
     return survey(*open_any(str(folder), parser.parse_args([])))
@@ -176,7 +177,7 @@ def test_megatron_files(
 
 
 def test_virtual_stages(hf_model: HFModel, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    from megatron_converters.pipeline import PipelineSplit
+    from megatron_converters.sharding.stages import PipelineSplit
 
     folder = hf_to_megatron(hf_model("mixtral"), tmp_path / "meg", pp=2, split=PipelineSplit(virtual=2))
     found = as_json(capsys, folder)
@@ -267,7 +268,7 @@ def test_text_of_a_checkpoint(hf_model: HFModel, capsys: pytest.CaptureFixture[s
 
 
 def test_uneven_stages_are_spelled_out(hf_model: HFModel, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    from megatron_converters.pipeline import PipelineSplit
+    from megatron_converters.sharding.stages import PipelineSplit
 
     folder = hf_to_megatron(hf_model("llama3"), tmp_path / "meg", pp=3, split=PipelineSplit(first=2))
     assert re.search(r"pipeline parallel +3 \(layers 2 \+ 2 x 1\)", inspect(capsys, folder))
@@ -429,7 +430,7 @@ def test_bars_are_as_long_as_their_cells_have_bytes(
 def test_every_slot_has_one_colour() -> None:
     slots = [slot for slots in KINDS.values() for slot in slots]
     assert sorted(slots) == sorted(SLOTS)
-    style = (ROOT / "megatron_converters/shard_map/page.html").read_text()
+    style = (ROOT / "megatron_converters/inspection/shard_map/page.html").read_text()
     for index in range(len(KINDS)):
         assert f".k{index} {{ fill: var(--k{index}); }}" in style
 
@@ -448,7 +449,7 @@ def _contrast(one: str, other: str) -> float:
 
 @pytest.mark.parametrize("scheme", [0, 1], ids=["light", "dark"])
 def test_text_and_bars_stand_out(scheme: int) -> None:
-    style = (ROOT / "megatron_converters/shard_map/page.html").read_text()
+    style = (ROOT / "megatron_converters/inspection/shard_map/page.html").read_text()
     colours = dict(re.findall(r"--(\w+): (#\w{6});", re.findall(r":root \{(.*?)\}", style, re.DOTALL)[scheme]))
     for ground in ("page", "surface", "stripe"):
         for text in ("text", "soft"):
@@ -508,7 +509,7 @@ def test_many_ranks_share_columns_and_many_tensors_a_colour(
 
 def test_nothing_of_torch_is_imported(hf_model: HFModel) -> None:
     script = (
-        "import sys\nfrom megatron_converters import cli\n"
+        "import sys\nfrom megatron_converters.cli import main as cli\n"
         f"for verb in ('inspect', 'args'):\n    try:\n        cli.main([verb, {str(hf_model('llama3'))!r}])\n"
         "    except SystemExit as error:\n        assert error.code == 0\n"
         "assert not {'torch', 'transformers', 'megatron'} & sys.modules.keys()\n"
@@ -518,5 +519,5 @@ def test_nothing_of_torch_is_imported(hf_model: HFModel) -> None:
 
 def test_the_page_is_installed_with_the_package() -> None:
     setup = (ROOT / "setup.py").read_text()
-    for path in (ROOT / "megatron_converters/shard_map").iterdir():
+    for path in (ROOT / "megatron_converters/inspection/shard_map").iterdir():
         assert path.suffix in (".py", "") or f'"{path.name}"' in setup

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_converters.errors import ConversionError
-from megatron_converters.layouts import (
+from megatron_converters.basics.errors import ConversionError
+from megatron_converters.model.layouts import (
     GATED,
     GROUPED_INTERLEAVED_QKV,
     GROUPED_QKV,
@@ -18,7 +18,7 @@ from megatron_converters.layouts import (
     row_maps,
     runs,
 )
-from megatron_converters.slots import SLOTS
+from megatron_converters.model.slots import SLOTS
 from tests.tiny import tiny_spec
 
 # Query row "q1b" is row b of query head 1; with 2 groups, heads 0 and 1 share key and value head 0.

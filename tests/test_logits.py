@@ -18,18 +18,18 @@ import psutil
 import pytest
 import torch
 
-from megatron_converters.endpoints.megatron_common import MegatronReadOptions
-from megatron_converters.errors import ConversionError, UsageError
+from megatron_converters.basics.errors import ConversionError, UsageError
+from megatron_converters.basics.json_files import read_json
 from megatron_converters.families import FAMILIES
-from megatron_converters.hf_config import spec_of_config
-from megatron_converters.json_files import read_json
+from megatron_converters.families.config_json import spec_of_config
+from megatron_converters.formats.megatron.arguments import expert_args, model_args
+from megatron_converters.formats.megatron.reading import MegatronReadOptions
 from megatron_converters.logits import compare_logits, logits_of, memory
-from megatron_converters.logits.arguments import check
+from megatron_converters.logits.buildable_args import check
 from megatron_converters.logits.compare import _common_vocabulary, _opened, _unseen
 from megatron_converters.logits.megatron import MegatronModel, _join, _logits, _parameters
 from megatron_converters.logits.pool import Pool
-from megatron_converters.megatron_args import expert_args, model_args
-from megatron_converters.parallel import parallel_for
+from megatron_converters.sharding.ranks import parallel_for
 from tests import pool_jobs
 from tests.conversions import hf_to_megatron
 from tests.helpers import ROOT, finished, start

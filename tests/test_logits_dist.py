@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch.distributed.checkpoint.metadata import Metadata
 
-from megatron_converters.endpoints.megatron_common import MegatronReadOptions
-from megatron_converters.errors import ConversionError
+from megatron_converters.basics.errors import ConversionError
+from megatron_converters.formats.megatron.reading import MegatronReadOptions
 from megatron_converters.logits import compare_logits
 from megatron_converters.logits.megatron import MegatronModel, _join, _joined, _logits
 from megatron_converters.logits.pool import Pool

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_converters.endpoints.megatron_common import MegatronReadOptions
-from megatron_converters.errors import ConversionError
+from megatron_converters.basics.errors import ConversionError
+from megatron_converters.formats.megatron.reading import MegatronReadOptions
 from megatron_converters.logits.checkpoint import Checkpoint
 from megatron_converters.logits.megatron import MegatronModel, _join, _joined, _logits
 from megatron_converters.logits.pool import Pool
-from megatron_converters.pipeline import PipelineSplit
+from megatron_converters.sharding.stages import PipelineSplit
 from tests.conversions import hf_to_megatron
 from tests.oracle.args import megatron_args
 from tests.oracle.hf import hf_logits, make_model, sample_tokens

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from megatron_converters.dtypes import BY_NAME, dtype_named
-from megatron_converters.errors import ConversionError
-from megatron_converters.margs_json import inheritable, margs_from_json, margs_to_json
+from megatron_converters.assets.training_args import inheritable, margs_from_json, margs_to_json
+from megatron_converters.basics.dtypes import BY_NAME, dtype_named
+from megatron_converters.basics.errors import ConversionError
 
 
 def stored(tmp_path: Path, **values: Any) -> dict[str, Any]:

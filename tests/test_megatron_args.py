@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from megatron_converters.dtypes import DType, dtype_named
-from megatron_converters.errors import ConversionError
-from megatron_converters.megatron_args import (
+from megatron_converters.basics.dtypes import DType, dtype_named
+from megatron_converters.basics.errors import ConversionError
+from megatron_converters.formats.megatron.arguments import (
     RUN_DEFAULTS,
     expert_args,
     layout_args,
@@ -22,11 +22,11 @@ from megatron_converters.megatron_args import (
     spec_fields,
     training_args,
 )
-from megatron_converters.megatron_flags import FLAGS, Group, flag_warnings, flags
-from megatron_converters.megatron_limits import inexpressible
-from megatron_converters.parallel import parallel_for
-from megatron_converters.pipeline import PipelineSplit
-from megatron_converters.spec import ModelSpec, RopeScaling
+from megatron_converters.formats.megatron.flags import FLAGS, Group, flag_warnings, flags
+from megatron_converters.formats.megatron.limits import inexpressible
+from megatron_converters.model.spec import ModelSpec, RopeScaling
+from megatron_converters.sharding.ranks import parallel_for
+from megatron_converters.sharding.stages import PipelineSplit
 from tests.tiny import tiny_spec
 
 MOE = {"num_experts": 8, "moe_ffn_hidden_size": 6, "moe_router_topk": 3}

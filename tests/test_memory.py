@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_converters.errors import ConversionError
+from megatron_converters.basics.errors import ConversionError
 from megatron_converters.logits import cgroup, memory
 
 CACHED = "anon 5\ninactive_file 30\nactive_file 20\nfile 1000\n"

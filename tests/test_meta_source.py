@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_converters.endpoints.megatron_checkpoint import MegatronOptions
-from megatron_converters.endpoints.megatron_target import MegatronTarget
-from megatron_converters.endpoints.meta_source import MetaSource
-from megatron_converters.errors import ConversionError
+from megatron_converters.basics.errors import ConversionError
+from megatron_converters.formats.megatron.rank_files_target import MegatronTarget
+from megatron_converters.formats.megatron.writing import MegatronOptions
+from megatron_converters.formats.meta.source import MetaSource
 from tests.conversions import different, megatron_to_hf, run
 from tests.helpers import hf_tensors
 from tests.oracle.hf import make_model

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_converters.endpoints.megatron_source import MegatronSource
-from megatron_converters.errors import ConversionError
+from megatron_converters.basics.errors import ConversionError
+from megatron_converters.formats.megatron.rank_files_source import MegatronSource
 from tests.conversions import different, hf_to_megatron, megatron_to_hf, reshard
 from tests.helpers import (
     args_of,

@@ -13,9 +13,9 @@ import pytest
 import torch
 from torch.distributed.checkpoint import Metadata
 
-from megatron_converters.journal import signed
-from megatron_converters.output_check import check_output
-from megatron_converters.progress import Silent
+from megatron_converters.comparison.manifest_check import check_output
+from megatron_converters.conversion.journal import signed
+from megatron_converters.conversion.progress import Silent
 from megatron_converters.storage import dcp
 from tests.conversions import hf_to_megatron, hf_to_torch_dist, megatron_to_hf
 

@@ -6,10 +6,10 @@ import random
 
 import pytest
 
-from megatron_converters.errors import ConversionError
-from megatron_converters.parallel import Parallel, Rank, cut, padded_vocab, parallel_for
-from megatron_converters.slots import SLOTS, Shard
-from megatron_converters.spec import ModelSpec
+from megatron_converters.basics.errors import ConversionError
+from megatron_converters.model.slots import SLOTS, Shard
+from megatron_converters.model.spec import ModelSpec
+from megatron_converters.sharding.ranks import Parallel, Rank, cut, padded_vocab, parallel_for
 from tests.tiny import tiny_spec
 
 

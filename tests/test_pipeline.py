@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from megatron_converters.errors import ConversionError
-from megatron_converters.parallel import Parallel
-from megatron_converters.pipeline import PipelineSplit, stage_layers, stages_per_rank
+from megatron_converters.basics.errors import ConversionError
+from megatron_converters.sharding.ranks import Parallel
+from megatron_converters.sharding.stages import PipelineSplit, stage_layers, stages_per_rank
 
 #: Run apart, so that no other test finds megatron imported. Reads cases and writes, for each, the global numbers of the layers
 #: that megatron-core builds on each rank for each virtual stage, or null where it refuses.

@@ -10,15 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from megatron_converters.conversion import convert
-from megatron_converters.endpoints.hf_source import HFSource
-from megatron_converters.endpoints.hf_target import HFOptions, HFTarget
-from megatron_converters.endpoints.megatron_checkpoint import MegatronOptions
-from megatron_converters.endpoints.megatron_target import MegatronTarget
-from megatron_converters.endpoints.open_megatron import open_megatron
-from megatron_converters.errors import ConversionError, Stopped
-from megatron_converters.progress import Silent
-from megatron_converters.staging import Staging
+from megatron_converters.basics.errors import ConversionError, Stopped
+from megatron_converters.conversion.progress import Silent
+from megatron_converters.conversion.run import convert
+from megatron_converters.conversion.staging import Staging
+from megatron_converters.formats.huggingface.source import HFSource
+from megatron_converters.formats.huggingface.target import HFOptions, HFTarget
+from megatron_converters.formats.megatron.opening import open_megatron
+from megatron_converters.formats.megatron.rank_files_target import MegatronTarget
+from megatron_converters.formats.megatron.writing import MegatronOptions
 from tests.helpers import TRACKER
 
 HFModel = Callable[..., Path]

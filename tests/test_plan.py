@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_converters.errors import ConversionError
-from megatron_converters.plan import Planner, Sources, as_matrix
-from megatron_converters.slots import SLOTS, Ref
+from megatron_converters.basics.errors import ConversionError
+from megatron_converters.conversion.composing import Planner, Sources, as_matrix
+from megatron_converters.model.slots import SLOTS, Ref
 from tests.tiny import piece, tiny_spec
 
 FC2 = Ref(SLOTS["fc2"], 1)  # 8 rows, 4 columns
@@ -115,7 +115,7 @@ def test_columns_are_cut_to_what_both_have() -> None:
 
 
 def test_look_ups_are_kept_by_identity_and_never_mixed_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("megatron_converters.plan._MAX_KEPT", 3)
+    monkeypatch.setattr("megatron_converters.conversion.composing._MAX_KEPT", 3)
     planner = Planner()
     source = part([3, 2, 1, 0])
     wanted = np.array([0, 1])

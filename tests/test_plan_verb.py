@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from megatron_converters.errors import ConversionError
-from megatron_converters.staging import Staging, check_place
+from megatron_converters.basics.errors import ConversionError
+from megatron_converters.conversion.staging import Staging, check_place
 from tests.helpers import ROOT, refused, succeeded, verb
 from tests.sparse import PUBLISHED, sparse_hf
 from tests.test_resume import FULL, site
@@ -164,13 +164,13 @@ import os, resource, sys
 from pathlib import Path
 limit = int(sys.argv[3])
 resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
-from megatron_converters import staging
-from megatron_converters.conversion import convert
-from megatron_converters.crew import Word
-from megatron_converters.endpoints.hf_source import HFSource
-from megatron_converters.endpoints.megatron_checkpoint import MegatronOptions
-from megatron_converters.endpoints.megatron_target import MegatronTarget
-from megatron_converters.progress import Silent
+from megatron_converters.conversion import staging
+from megatron_converters.conversion.run import convert
+from megatron_converters.conversion.crew import Word
+from megatron_converters.formats.huggingface.source import HFSource
+from megatron_converters.formats.megatron.writing import MegatronOptions
+from megatron_converters.formats.megatron.rank_files_target import MegatronTarget
+from megatron_converters.conversion.progress import Silent
 
 staging.check_space.__globals__["free_space"] = lambda folder: 10**15
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from megatron_converters.convert import make_queue
-from megatron_converters.errors import ConversionError
+from megatron_converters.basics.errors import ConversionError
+from megatron_converters.cli.queue_convert import make_queue
 from tests.helpers import (
     BACK,
     CONVERT,
@@ -38,7 +38,7 @@ LAYERS = 60
 #: A saver like ours that takes its time, and leaves its process id once it has received `MESSAGES` messages.
 SLOW_SAVER = """
 import os, time
-from megatron_converters.endpoints import queue_source
+from megatron_converters.formats.queue import source as queue_source
 from savers import saver_mcore
 
 add_arguments = saver_mcore.add_arguments

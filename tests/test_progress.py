@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from megatron_converters.progress import Bar, Lines, Silent, make_progress
+from megatron_converters.conversion.progress import Bar, Lines, Silent, make_progress
 
 
 class Terminal(io.StringIO):
@@ -25,7 +25,7 @@ class Clock:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 100.0
-        monkeypatch.setattr("megatron_converters.progress.time.monotonic", lambda: self.now)
+        monkeypatch.setattr("megatron_converters.conversion.progress.time.monotonic", lambda: self.now)
 
 
 def test_lines_show_bytes_rate_and_time_left(monkeypatch: pytest.MonkeyPatch) -> None:

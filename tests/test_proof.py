@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_converters.pipeline import PipelineSplit
+from megatron_converters.sharding.stages import PipelineSplit
 from tests.conversions import different, hf_to_megatron, megatron_to_hf, reshard
 from tests.helpers import args_of, hf_tensors
 from tests.oracle.args import megatron_args

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_converters.endpoints.hf_target import FUSED, HFOptions, HFTarget
-from megatron_converters.endpoints.megatron_source import MegatronSource
-from megatron_converters.errors import ConversionError
+from megatron_converters.basics.errors import ConversionError
+from megatron_converters.formats.huggingface.target import FUSED, HFOptions, HFTarget
+from megatron_converters.formats.megatron.rank_files_source import MegatronSource
 from tests.conversions import different, hf_to_megatron, megatron_to_hf, reshard, run
 from tests.helpers import hf_tensors
 from tests.oracle.args import megatron_args

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_converters.endpoints.megatron_source import MegatronSource
-from megatron_converters.errors import ConversionError
-from megatron_converters.megatron_args import stamp
-from megatron_converters.storage.unpickle import StandIn
+from megatron_converters.basics.errors import ConversionError
+from megatron_converters.formats.megatron.arguments import stamp
+from megatron_converters.formats.megatron.rank_files_source import MegatronSource
+from megatron_converters.storage.pickle_reader import StandIn
 from tests.conversions import hf_to_megatron
 from tests.helpers import edit_rank, rank_content
 

@@ -16,17 +16,17 @@ from typing import Any
 
 import pytest
 
-from megatron_converters import conversion
-from megatron_converters.crew import Word
-from megatron_converters.endpoints.hf_source import HFSource
-from megatron_converters.endpoints.megatron_checkpoint import MegatronOptions
-from megatron_converters.endpoints.megatron_target import MegatronTarget
-from megatron_converters.errors import ConversionError, Interrupted
-from megatron_converters.journal import Journal
-from megatron_converters.plan import Sources
-from megatron_converters.progress import Silent
-from megatron_converters.slots import SLOTS, Ref
-from megatron_converters.staging import Staging
+from megatron_converters.basics.errors import ConversionError, Interrupted
+from megatron_converters.conversion import run as conversion
+from megatron_converters.conversion.composing import Sources
+from megatron_converters.conversion.crew import Word
+from megatron_converters.conversion.journal import Journal
+from megatron_converters.conversion.progress import Silent
+from megatron_converters.conversion.staging import Staging
+from megatron_converters.formats.huggingface.source import HFSource
+from megatron_converters.formats.megatron.rank_files_target import MegatronTarget
+from megatron_converters.formats.megatron.writing import MegatronOptions
+from megatron_converters.model.slots import SLOTS, Ref
 from tests.helpers import (
     ROOT,
     TRACKER,

@@ -17,9 +17,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from megatron_converters.dtypes import BY_NAME, DType
-from megatron_converters.errors import ConversionError
-from megatron_converters.storage import output, safetensors
+from megatron_converters.basics.dtypes import BY_NAME, DType
+from megatron_converters.basics.errors import ConversionError
+from megatron_converters.storage import output_file, safetensors
 from megatron_converters.storage.tensor import StoredTensor
 
 TensorMap = dict[str, torch.Tensor]
@@ -43,7 +43,7 @@ def raw(tensor: torch.Tensor) -> bytes:
     return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
-def fill(file: output.OutputFile, tensors: TensorMap, step: int = 7) -> None:
+def fill(file: output_file.OutputFile, tensors: TensorMap, step: int = 7) -> None:
     """Write each tensor in pieces of `step` bytes."""
     for name, tensor in tensors.items():
         data = raw(tensor)
@@ -172,7 +172,7 @@ def test_other_files(tmp_path: Path) -> None:
         safetensors.layout({"__metadata__": (BY_NAME["int8"], (1,))}, {})
 
 
-def one_tensor_file(path: Path) -> output.OutputFile:
+def one_tensor_file(path: Path) -> output_file.OutputFile:
     return safetensors.lay_out(path, {"w": (BY_NAME["uint8"], (8,)), "v": (BY_NAME["uint8"], (2,))}, {})
 
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_converters.errors import ConversionError
-from megatron_converters.tokenizer import generation_config, token_ids, token_ids_of, write_tokenizer
+from megatron_converters.assets.tokenizer import generation_config, token_ids, token_ids_of, write_tokenizer
+from megatron_converters.basics.errors import ConversionError
 
 WORDS = (
     "the quick brown fox jumps over lazy dogs It's we're I'LL don't 12345 678 99 naïve façade Straße über 你好 世界 "
@@ -391,7 +391,7 @@ def test_token_ids_of_older_and_of_broken_files(tmp_path):
 
 def test_importing_needs_no_heavy_package():
     code = (
-        "import sys, megatron_converters.tokenizer;"
+        "import sys, megatron_converters.assets.tokenizer;"
         "print({'torch', 'transformers', 'tokenizers', 'sentencepiece'} & {*sys.modules})"
     )
     root = Path(__file__).parent.parent

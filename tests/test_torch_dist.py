@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex
 
-from megatron_converters.endpoints.torch_dist_source import TorchDistSource
-from megatron_converters.errors import ConversionError
+from megatron_converters.basics.errors import ConversionError
+from megatron_converters.formats.megatron.torch_dist_source import TorchDistSource
 from tests.conversions import different, hf_to_megatron, megatron_to_hf, reshard
 from tests.helpers import (
     convert,

@@ -14,17 +14,17 @@ import torch.distributed.checkpoint as torch_dcp
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-from megatron_converters.capacity_bins import CapacityBins
-from megatron_converters.dtypes import DType, dtype_named
-from megatron_converters.endpoints import torch_dist_target
-from megatron_converters.endpoints.hf_source import HFSource
-from megatron_converters.endpoints.megatron_checkpoint import MegatronOptions
-from megatron_converters.endpoints.open_megatron import open_megatron
-from megatron_converters.endpoints.torch_dist_target import TorchDistTarget
-from megatron_converters.errors import ConversionError, UsageError
-from megatron_converters.output_check import check_output
-from megatron_converters.progress import Silent
-from megatron_converters.slots import Ref
+from megatron_converters.assets.capacity_bins import CapacityBins
+from megatron_converters.basics.dtypes import DType, dtype_named
+from megatron_converters.basics.errors import ConversionError, UsageError
+from megatron_converters.comparison.manifest_check import check_output
+from megatron_converters.conversion.progress import Silent
+from megatron_converters.formats.huggingface.source import HFSource
+from megatron_converters.formats.megatron import torch_dist_target
+from megatron_converters.formats.megatron.opening import open_megatron
+from megatron_converters.formats.megatron.torch_dist_target import TorchDistTarget
+from megatron_converters.formats.megatron.writing import MegatronOptions
+from megatron_converters.model.slots import Ref
 from megatron_converters.storage import dcp, torch_zip
 from tests.conversions import different, hf_to_megatron, hf_to_torch_dist, megatron_to_hf, reshard, run
 from tests.helpers import TRACKER, convert, convert_back, hf_tensors, succeeded, verb

@@ -19,8 +19,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.serialization import config
 
-from megatron_converters.dtypes import BY_NAME, DType
-from megatron_converters.errors import ConversionError
+from megatron_converters.basics.dtypes import BY_NAME, DType
+from megatron_converters.basics.errors import ConversionError
 from megatron_converters.storage import torch_zip
 from megatron_converters.storage.tensor import StoredTensor
 from megatron_converters.storage.torch_zip import NewTensor

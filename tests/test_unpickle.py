@@ -21,10 +21,10 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_converters.dtypes import BY_NAME
-from megatron_converters.errors import ConversionError
-from megatron_converters.storage import pickling, torch_zip, unpickle
-from megatron_converters.storage.unpickle import Builder, StandIn
+from megatron_converters.basics.dtypes import BY_NAME
+from megatron_converters.basics.errors import ConversionError
+from megatron_converters.storage import pickle_reader, pickle_writer, torch_zip
+from megatron_converters.storage.pickle_reader import Builder, StandIn
 
 REFUSED = "nothing of it was run|damaged or hostile"
 
@@ -106,7 +106,7 @@ def test_calls_are_refused(tmp_path: Path, protocol: int) -> None:
         ("numpy.core.multiarray", "fromfile"),
         ("collections", "OrderedDict.__reduce__"),
         ("megatronic", "anything"),
-        ("megatron_converters.storage.unpickle.os", "system"),
+        ("megatron_converters.storage.pickle_reader.os", "system"),
         ("torch.distributed.run", "main"),
     ],
 )
@@ -141,7 +141,7 @@ def state_of(**values: bytes) -> bytes:
     return b"}" + b"".join(text(key) + value + b"s" for key, value in values.items())
 
 
-TENSOR = pickling.dumps(pickling.NewTensor("w", BY_NAME["uint8"], (4,)))[0][2:-1]
+TENSOR = pickle_writer.dumps(pickle_writer.NewTensor("w", BY_NAME["uint8"], (4,)))[0][2:-1]
 STORAGE = b"(" + text("storage") + name("torch", "ByteStorage") + text("0") + text("cpu") + b"K\4tQ"
 
 
@@ -296,8 +296,8 @@ def test_load_takes_further_names() -> None:
         RED = 1
 
     data = program(name("somewhere", "colour"), b"K\1\x85R")
-    found = unpickle.load(data, "a file", {("somewhere", "colour"): Builder(Colour)}, lambda pid: None)
+    found = pickle_reader.load(data, "a file", {("somewhere", "colour"): Builder(Colour)}, lambda pid: None)
     assert found is Colour.RED
     with pytest.raises(ConversionError, match=r"^a file asks for somewhere\.colour"):
-        unpickle.load(data, "a file", {}, lambda pid: None)
-    assert unpickle.load(pickle.dumps(OrderedDict(a=1)), "a file", {}, lambda pid: None) == OrderedDict(a=1)
+        pickle_reader.load(data, "a file", {}, lambda pid: None)
+    assert pickle_reader.load(pickle.dumps(OrderedDict(a=1)), "a file", {}, lambda pid: None) == OrderedDict(a=1)

@@ -16,19 +16,19 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_converters.cli import main
-from megatron_converters.compare import Comparison, Rules, compare
-from megatron_converters.conversion import convert
-from megatron_converters.dtypes import dtype_named
-from megatron_converters.endpoints.hf_source import HFSource
-from megatron_converters.endpoints.megatron_checkpoint import MegatronOptions
-from megatron_converters.endpoints.megatron_source import MegatronSource
-from megatron_converters.endpoints.megatron_target import MegatronTarget
-from megatron_converters.errors import ConversionError
-from megatron_converters.journal import signed
-from megatron_converters.output_check import check_output
-from megatron_converters.progress import Silent
-from megatron_converters.staging import Staging
+from megatron_converters.basics.dtypes import dtype_named
+from megatron_converters.basics.errors import ConversionError
+from megatron_converters.cli.main import main
+from megatron_converters.comparison.manifest_check import check_output
+from megatron_converters.comparison.tensors import Comparison, Rules, compare
+from megatron_converters.conversion.journal import signed
+from megatron_converters.conversion.progress import Silent
+from megatron_converters.conversion.run import convert
+from megatron_converters.conversion.staging import Staging
+from megatron_converters.formats.huggingface.source import HFSource
+from megatron_converters.formats.megatron.rank_files_source import MegatronSource
+from megatron_converters.formats.megatron.rank_files_target import MegatronTarget
+from megatron_converters.formats.megatron.writing import MegatronOptions
 from megatron_converters.storage import safetensors, torch_zip
 from tests.conversions import hf_to_megatron, megatron_to_hf, reshard
 from tests.helpers import ROOT

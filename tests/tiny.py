@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megatron_converters.dtypes import dtype_named
-from megatron_converters.endpoints.queue_source import MemoryTensor
-from megatron_converters.plan import Piece, StoredName
-from megatron_converters.spec import ModelSpec
+from megatron_converters.basics.dtypes import dtype_named
+from megatron_converters.conversion.composing import Piece, StoredName
+from megatron_converters.formats.queue.source import MemoryTensor
+from megatron_converters.model.spec import ModelSpec
 
 
 def tiny_spec(**fields: Any) -> ModelSpec:

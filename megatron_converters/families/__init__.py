@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .llama import FAMILY as LLAMA
 from .mistral import FAMILY as MISTRAL
-from .moe import MIXTRAL, OLMOE, QWEN2_MOE, QWEN3_MOE
+from .mixtures import MIXTRAL, OLMOE, QWEN2_MOE, QWEN3_MOE
 from .qwen import QWEN2, QWEN3
 from .table import Family
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..layouts import GATED, GROUPED_QKV, SAME
-from ..spec import whole
+from ..model.layouts import GATED, GROUPED_QKV, SAME
+from ..model.spec import whole
 from .rules import Config, Fixed, Rope, Row, Rule
 from .table import Family, HFEntry
 

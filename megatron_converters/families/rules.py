@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from ..errors import ConversionError
-from ..spec import ModelSpec, RopeScaling, number, whole
+from ..basics.errors import ConversionError
+from ..model.spec import ModelSpec, RopeScaling, number, whole
 
 Config = Mapping[str, Any]
 REQUIRED = object()

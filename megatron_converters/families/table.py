@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from ..layouts import Layout
-from ..slots import SLOTS, Scope
+from ..model.layouts import Layout
+from ..model.slots import SLOTS, Scope
 from .rules import Rule
 
 

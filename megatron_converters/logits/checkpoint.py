@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from ..parallel import Parallel
-from ..spec import ModelSpec
+from ..model.spec import ModelSpec
+from ..sharding.ranks import Parallel
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from ..endpoints.megatron_common import MegatronReadOptions
-from ..errors import ConversionError, UsageError
-from ..formats import HF, MEGATRON, format_of
+from ..basics.errors import ConversionError, UsageError
+from ..formats.detect import HF, MEGATRON, format_of
+from ..formats.megatron.reading import MegatronReadOptions
 from . import memory
 from .hf import HFModel
 from .megatron import MegatronModel

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
 
-from ..parallel import Parallel, Rank
+from ..sharding.ranks import Parallel, Rank
 
 #: Packages that megatron-core would use, and that fail where there is no GPU. It has code of its own for each.
 _GPU_PACKAGES = ("apex", "transformer_engine")

@@ -20,8 +20,8 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
-from ..errors import ConversionError
-from . import arguments
+from ..basics.errors import ConversionError
+from . import buildable_args
 from .cpu import cuda_is_cpu
 
 # What a CPU and a comparison in float32 need; none of it changes what the model computes.
@@ -50,7 +50,11 @@ def build(args: Namespace, initialise: bool = False) -> list[GPTModel]:
     Without `initialise` parameters hold nothing, and lack megatron's attributes; a strict load then fills them all.
     Raises `ConversionError` where arguments are missing.
     """
-    required = (*arguments.CONFIG, *arguments.MODEL, *(arguments.CONFIG_WITH_EXPERTS if _experts(args) else ()))
+    required = (
+        *buildable_args.CONFIG,
+        *buildable_args.MODEL,
+        *(buildable_args.CONFIG_WITH_EXPERTS if _experts(args) else ()),
+    )
     missing = [name for name in required if not hasattr(args, name)]
     if missing:
         raise ConversionError(f"args lack {', '.join(missing)}")
@@ -106,11 +110,11 @@ def _run(model: GPTModel, tokens: torch.Tensor) -> torch.Tensor | None:
 def _config(args: Namespace, initialise: bool) -> TransformerConfig:
     """As Megatron-LM's `core_transformer_config_from_args` (0.16)."""
     experts = _experts(args)
-    names: tuple[str, ...] = (*arguments.CONFIG, *arguments.OPTIONAL)
+    names: tuple[str, ...] = (*buildable_args.CONFIG, *buildable_args.OPTIONAL)
     if experts:
-        names += (*arguments.CONFIG_WITH_EXPERTS, *arguments.OPTIONAL_WITH_EXPERTS)
+        names += (*buildable_args.CONFIG_WITH_EXPERTS, *buildable_args.OPTIONAL_WITH_EXPERTS)
     fields = {name: getattr(args, name) for name in names if hasattr(args, name)}
-    fields |= {name: getattr(args, argument, None) for name, argument in arguments.RENAMED.items()}
+    fields |= {name: getattr(args, argument, None) for name, argument in buildable_args.RENAMED.items()}
     if not fields.get(_ONLY_IN_0_16):
         fields.pop(_ONLY_IN_0_16, None)
     if experts:

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..endpoints.hf_source import read_tensors
-from ..errors import ConversionError, raise_all
+from ..basics.errors import ConversionError, raise_all
+from ..basics.json_files import read_json
 from ..families import FAMILIES
-from ..json_files import read_json
+from ..formats.huggingface.source import read_tensors
 from .needs import need
 from .pool import Pool
 

@@ -14,9 +14,9 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTenso
 from megatron.core.models.gpt import GPTModel
 from torch.distributed.checkpoint.api import CheckpointException
 
-from ..endpoints.megatron_target import FILE
-from ..megatron_names import EXTRA_STATE_SUFFIX, LOCAL
-from ..parallel import Rank
+from ..formats.megatron.names import EXTRA_STATE_SUFFIX, LOCAL
+from ..formats.megatron.rank_files_target import FILE
+from ..sharding.ranks import Rank
 from ..storage import torch_zip
 from ..storage.tensor import StoredTensor
 from . import gpt

@@ -9,11 +9,11 @@ from collections.abc import Iterator
 
 import torch
 
-from ..capacity_bins import CAPACITY_BINS
-from ..megatron_names import EXPERTS, EXTRA_STATE_SUFFIX, LOCAL, STACKED, keys
-from ..parallel import Parallel, Rank, homes
-from ..slots import SLOTS, Shard, refs
-from ..spec import ModelSpec
+from ..assets.capacity_bins import CAPACITY_BINS
+from ..formats.megatron.names import EXPERTS, EXTRA_STATE_SUFFIX, LOCAL, STACKED, keys
+from ..model.slots import SLOTS, Shard, refs
+from ..model.spec import ModelSpec
+from ..sharding.ranks import Parallel, Rank, homes
 
 State = dict[str, torch.Tensor]
 _ONE_BY_ONE = EXPERTS["sequential"]

@@ -15,16 +15,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..endpoints.megatron_common import MegatronReadOptions, checkpoint_directory
-from ..endpoints.megatron_source import MegatronSource
-from ..endpoints.open_megatron import open_megatron
-from ..endpoints.torch_dist_source import TorchDistSource
-from ..errors import ConversionError
-from ..megatron_args import expert_args, layout_args, model_args, plain_args
-from ..parallel import Parallel, homes, parallel_for
-from ..slots import refs
-from ..spec import ModelSpec
-from . import arguments, view
+from ..basics.errors import ConversionError
+from ..formats.megatron.arguments import expert_args, layout_args, model_args, plain_args
+from ..formats.megatron.opening import open_megatron
+from ..formats.megatron.rank_files_source import MegatronSource
+from ..formats.megatron.reading import MegatronReadOptions, checkpoint_directory
+from ..formats.megatron.torch_dist_source import TorchDistSource
+from ..model.slots import refs
+from ..model.spec import ModelSpec
+from ..sharding.ranks import Parallel, homes, parallel_for
+from . import buildable_args, view
 from .checkpoint import Checkpoint, Part
 from .needs import need
 from .pool import Pool
@@ -111,7 +111,7 @@ def _joined(parts: Sequence[Part], vocab_size: int) -> dict[int, npt.NDArray[np.
 def _arguments(spec: ModelSpec, parallel: Parallel, path: Path) -> dict[str, Any]:
     """Megatron-LM's arguments for the model, to be built of local layers, experts one by one."""
     said = {**model_args(spec), **expert_args(spec, parallel, _LOCAL_LAYERS["expert_layout"])}
-    arguments.check(said, str(path))
+    buildable_args.check(said, str(path))
     layout = layout_args(parallel, 0, 1, _LOCAL_LAYERS["transformer_impl"])
     del layout["padded_vocab_size"]  # whoever sees the tensors counts it
     return {**layout, **said}
@@ -137,7 +137,7 @@ def _parameters(spec: ModelSpec, parallel: Parallel) -> int:
 
 def _join(rank: int, size: int, folder: Path) -> None:
     """In a process: get ready. Imported here, since the process that starts the others never imports torch."""
-    from ..handover import receive_ours
+    from ..basics.handover import receive_ours
     from .cpu import join
 
     receive_ours()

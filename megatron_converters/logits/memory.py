@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..errors import ConversionError
+from ..basics.errors import ConversionError
 from . import cgroup
 
 _MEMINFO = Path("/proc/meminfo")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 
-from ..errors import ConversionError
+from ..basics.errors import ConversionError
 
 
 def need(module: str, package: str) -> None:

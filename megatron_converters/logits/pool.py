@@ -23,7 +23,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
-from ..errors import ConversionError
+from ..basics.errors import ConversionError
 
 Setup = Callable[[int, int, Path], None]
 """What a process does first, given its number, their number, and a folder that they have in common until they end."""

@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ..errors import raise_all
+from ..basics.errors import raise_all
 from . import cpu, gpt
 from .checkpoint import Checkpoint, Part
 from .load import load

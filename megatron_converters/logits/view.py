@@ -16,12 +16,12 @@ import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from ..endpoints.megatron_common import FORMAT_FILE
-from ..endpoints.torch_dist_source import COMMON_FILE, TorchDistSource
-from ..endpoints.torch_dist_target import FORMAT
-from ..megatron_names import DISTRIBUTED, DISTRIBUTED_LOCAL, GATE_AND_UP
-from ..plan import Planner
-from ..slots import refs
+from ..conversion.composing import Planner
+from ..formats.megatron.names import DISTRIBUTED, DISTRIBUTED_LOCAL, GATE_AND_UP
+from ..formats.megatron.reading import FORMAT_FILE
+from ..formats.megatron.torch_dist_source import COMMON_FILE, TorchDistSource
+from ..formats.megatron.torch_dist_target import FORMAT
+from ..model.slots import refs
 from ..storage import dcp, dcp_layout, torch_zip
 from ..storage.dcp import ChunkedTensor
 from ..storage.dcp_layout import NewChunk, Placed

@@ -11,8 +11,8 @@ import zipfile
 import zlib
 from typing import BinaryIO, cast
 
-from ..errors import ConversionError
-from .source import file_size
+from ..basics.errors import ConversionError
+from .opening import file_size
 
 #: Records that every archive has: the pickle of the object, and (torch >= 2.1) the byte order of its tensors.
 PICKLE = "data.pkl"

@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..dtypes import DType
-from ..errors import ConversionError, one_line, raise_all, reason_of
-from . import torch_zip, unpickle
-from .source import is_name, open_source
+from ..basics.dtypes import DType
+from ..basics.errors import ConversionError, one_line, raise_all, reason_of
+from . import pickle_reader, torch_zip
+from .opening import is_name, open_source
+from .pickle_reader import StandIn
 from .tensor import StoredTensor
-from .unpickle import StandIn
 
 METADATA = ".metadata"
 #: Bytes or elements that no file has.
@@ -83,7 +83,7 @@ def read_index(folder: Path) -> Index:
     where = str(folder / METADATA)
     with open_source(where) as file:
         data = file.read()
-    reader = _Reader(folder, where, unpickle.load(data, where, torch_zip.PLAIN_NAMES, _no_storages))
+    reader = _Reader(folder, where, pickle_reader.load(data, where, torch_zip.PLAIN_NAMES, _no_storages))
     _check_files(folder, reader)
     return reader.index
 

@@ -13,11 +13,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from ..dtypes import DType
+from ..basics.dtypes import DType
 from . import torch_zip
 from .checksum import digest
-from .output import Layout, Pieces, fixed
-from .pickling import Call, Instance, NewTensor, Pairs, dumps
+from .output_file import Layout, Pieces, fixed
+from .pickle_writer import Call, Instance, NewTensor, Pairs, dumps
 from .zip_layout import ALIGNMENT
 
 #: The inner folder of an archive that `torch.save` writes into an open file.

@@ -12,11 +12,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
-from ..dtypes import BY_SAFETENSORS, DType
-from ..errors import ConversionError, one_line
+from ..basics.dtypes import BY_SAFETENSORS, DType
+from ..basics.errors import ConversionError, one_line
 from .checksum import digest
-from .output import Layout, OutputFile
-from .source import file_size, is_name, open_source
+from .opening import file_size, is_name, open_source
+from .output_file import Layout, OutputFile
 from .tensor import StoredTensor, contiguous_strides
 
 _LENGTH_BYTES = 8

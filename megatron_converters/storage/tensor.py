@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..dtypes import DType
-from ..errors import ConversionError, reason_of
-from ..sealed import Sealed
+from ..basics.dtypes import DType
+from ..basics.errors import ConversionError, reason_of
+from ..basics.pickle_proof import Sealed
 
 
 @dataclass(frozen=True)

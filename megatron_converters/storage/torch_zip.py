@@ -13,17 +13,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..dtypes import BY_NAME, BY_STORAGE, DType
-from ..errors import ConversionError
-from ..sealed import Sealed
-from . import unpickle
+from ..basics.dtypes import BY_NAME, BY_STORAGE, DType
+from ..basics.errors import ConversionError
+from ..basics.pickle_proof import Sealed
+from . import pickle_reader
 from .archive import BYTE_ORDER, PICKLE, Archive
 from .checksum import digest
-from .output import Layout, OutputFile, Pieces
-from .pickling import NewTensor, dumps
-from .source import file_size, is_name, open_source
+from .opening import file_size, is_name, open_source
+from .output_file import Layout, OutputFile, Pieces
+from .pickle_reader import Builder, StandIn
+from .pickle_writer import NewTensor, dumps
 from .tensor import StoredTensor
-from .unpickle import Builder, StandIn
 from .zip_layout import ALIGNMENT, Record, ZipLayout
 
 __all__ = ["NewTensor", "StandIn", "lay_out", "layout", "read", "read_embedded"]
@@ -51,7 +51,7 @@ def read_embedded(path: str, start: int, nbytes: int) -> Any:
 
 
 def _read(archive: Archive) -> Any:
-    return unpickle.load(archive.content(PICKLE), archive.where, _NAMES, _Storages(archive).load)
+    return pickle_reader.load(archive.content(PICKLE), archive.where, _NAMES, _Storages(archive).load)
 
 
 def layout(path: str | os.PathLike[str], tree: Any) -> Layout:

@@ -14,7 +14,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from .output import Pieces
+from .output_file import Pieces
 
 #: torch.utils.serialization.config.save.storage_alignment
 ALIGNMENT = 64

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_converters.errors import ConversionError
+from megatron_converters.basics.errors import ConversionError
 
 
 class OracleError(ConversionError):

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from megatron_converters.errors import ConversionError
+from megatron_converters.basics.errors import ConversionError
 from megatron_converters.logits import cpu
 from megatron_converters.logits.pool import Pool
 

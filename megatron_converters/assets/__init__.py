@@ -1,0 +1,1 @@
+"""What travels beside the weights: training arguments, tokenizers, capacity bins."""

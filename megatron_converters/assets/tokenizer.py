@@ -1,0 +1,233 @@
+"""The tokenizer and the generation settings of a Hugging Face folder. Nothing is ever downloaded."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from ..basics.errors import ConversionError, one_line, reason_of
+from ..basics.json_files import read_json, write_json
+from . import tokenizer_rebuild
+
+#: What a tokenizer may consist of, beside a model's weights and configuration.
+_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "tokenizer.model",
+    "tekken.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "additional_chat_templates/*.jinja",
+    "tokenization_*.py",
+)
+#: Which tokens are special, the later file's word last.
+_SETTINGS = ("special_tokens_map.json", "tokenizer_config.json")
+#: Any of these holds a vocabulary; the other files say how to use it.
+_VOCABULARIES = frozenset({"tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "tekken.json"})
+_PACKAGES = {"google": "protobuf"}
+_HUB_NAME = re.compile(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)?")
+
+#: `--source-model-type`: begin token, end token, and the end tokens of an instruct model.
+_TOKEN_IDS: dict[str, tuple[int, int, int | list[int]]] = {
+    "llama2": (1, 2, 2),
+    "mixtral": (1, 2, 2),
+    "llama3": (128000, 128001, [128001, 128009]),
+    "llama3.1": (128000, 128001, [128001, 128008, 128009]),
+}
+
+
+class _NoTokenizer(Exception):
+    """None can be had; the text says why."""
+
+
+def token_ids(source_model_type: str | None, instruct: bool) -> dict[str, Any]:
+    """`bos_token_id` and `eos_token_id` for config.json; empty for a type that has no fixed ones."""
+    if source_model_type not in _TOKEN_IDS:
+        return {}
+    bos, eos, instruct_eos = _TOKEN_IDS[source_model_type]
+    return {"bos_token_id": bos, "eos_token_id": instruct_eos if instruct else eos}
+
+
+def token_ids_of(folder: Path) -> dict[str, int]:
+    """The same two by the tokenizer in `folder`, as far as its files name them and their numbers; broken files name none."""
+    try:
+        settings = {name: value for file in _SETTINGS for name, value in _json_or_nothing(folder / file).items()}
+        numbers = _numbers(settings, _json_or_nothing(folder / "tokenizer.json"))
+        named = {f"{key}_id": numbers.get(_text(settings.get(key))) for key in ("bos_token", "eos_token")}
+    except (
+        AttributeError,
+        KeyError,
+        TypeError,
+        ValueError,
+        ConversionError,
+    ):  # of another form than transformers writes
+        return {}
+    return {key: number for key, number in named.items() if isinstance(number, int)}
+
+
+def _numbers(settings: dict[str, Any], content: dict[str, Any]) -> dict[str | None, int]:
+    """Each token's number, by tokenizer.json and then by what tokenizer_config.json adds."""
+    vocab = content.get("model", {}).get("vocab", {})
+    numbers = dict(vocab) if isinstance(vocab, dict) else {piece[0]: number for number, piece in enumerate(vocab)}
+    numbers |= {token["content"]: int(token["id"]) for token in content.get("added_tokens", ())}
+    return numbers | {_text(token): int(number) for number, token in settings.get("added_tokens_decoder", {}).items()}
+
+
+def _text(token: Any) -> str | None:
+    """A token of tokenizer_config.json, which is a string or an object with its content."""
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def _json_or_nothing(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.is_file() else {}
+
+
+def generation_config(source_model_type: str | None) -> dict[str, Any]:
+    """generation_config.json of an instruct model: the sampling that Meta publishes with Llama's."""
+    return {**token_ids(source_model_type, instruct=True), "do_sample": True, "temperature": 0.6, "top_p": 0.9}
+
+
+def write_tokenizer(
+    source: str | Path | None,
+    out_dir: Path,
+    *,
+    vocab_size: int,
+    source_model_type: str | None = None,
+    instruct: bool = False,
+    explicit: bool = False,
+) -> list[str]:
+    """Write the files of `source`'s tokenizer into `out_dir`, for a model of `vocab_size` rows; returns notes.
+
+    `source` is a Hugging Face folder (its files are copied byte for byte), a tokenizer.json, a sentencepiece BPE model,
+    a tiktoken file of Llama 3 (for "llama3" or else "llama3.1", with a chat template if `instruct`), or a name in the
+    local Hugging Face cache. Without a tokenizer the note is a warning. If the user named it (`explicit`), one that is
+    broken, has more tokens than the model, or a path where nothing is, raises `ConversionError`.
+    """
+    try:
+        if source is None or str(source) == "":
+            raise _NoTokenizer("the checkpoint names none")
+        path = _locate(str(source), explicit)
+        if path.is_dir():
+            return _copy_folder(path, out_dir, vocab_size)
+        return _write_file(path, out_dir, vocab_size, source_model_type, instruct)
+    except ModuleNotFoundError as error:
+        module = str(error.name).partition(".")[0]
+        reason = f"{source} needs a package that is missing; run pip install {_PACKAGES.get(module, module)}"
+    except _NoTokenizer as error:
+        reason = str(error)
+    except ConversionError as error:
+        if explicit:
+            raise
+        reason = str(error)
+    return [f"warning: wrote no tokenizer: {reason}. The model is complete; name a tokenizer with --tokenizer-model"]
+
+
+def _locate(source: str, explicit: bool) -> Path:
+    """The folder or file that `source` means. A file that is part of a Hugging Face folder means the folder."""
+    path = Path(os.path.expanduser(source))  # pathlib's raises for a user whom this machine does not know
+    if os.path.isfile(path):  # pathlib's raise for a name that is too long
+        in_folder = path.name in _VOCABULARIES and (path.parent / "tokenizer_config.json").is_file()
+        return path.parent if in_folder else path
+    if os.path.isdir(path):
+        configured = any((path / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
+        bare = path / "tokenizer.model"  # as in Meta's downloads
+        return bare if bare.is_file() and not configured else path
+    if _HUB_NAME.fullmatch(source) and path.suffix not in (".model", ".json"):
+        return _cached(source)
+    if explicit:
+        raise ConversionError(
+            f"--tokenizer-model {source} does not exist; give a file, a folder or a Hugging Face name"
+        )
+    raise _NoTokenizer(f"{one_line(source)}, which the checkpoint names, does not exist here")
+
+
+def _cached(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, local_files_only=True))
+    except (HFValidationError, LocalEntryNotFoundError):
+        raise _NoTokenizer(f"{name} is neither a path nor in the local Hugging Face cache") from None
+
+
+def recorded(source: str | None) -> str | None:
+    """A tokenizer as a checkpoint names it, to be found from any folder: a path that is here in full, else as it is."""
+    return os.path.abspath(source) if source and os.path.exists(source) else source
+
+
+def tokenizer_files(folder: Path) -> list[Path]:
+    """The files of a folder that belong to its tokenizer."""
+    return [path for pattern in _FILES for path in sorted(folder.glob(pattern)) if path.is_file()]
+
+
+def _copy_folder(folder: Path, out_dir: Path, vocab_size: int) -> list[str]:
+    names = [path.relative_to(folder) for path in tokenizer_files(folder)]
+    if _VOCABULARIES.isdisjoint(map(str, names)):
+        raise _NoTokenizer(f"{folder} holds none")
+    if Path("tokenizer.json") in names:
+        _check_size(folder, _size_of_json(folder / "tokenizer.json"), vocab_size)
+    for name in names:
+        (out_dir / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(folder / name, out_dir / name)
+    return [f"copied the tokenizer of {folder} ({', '.join(map(str, names))})"]
+
+
+def _write_file(path: Path, out_dir: Path, vocab_size: int, model_type: str | None, instruct: bool) -> list[str]:
+    head = _head(path)
+    if head.lstrip().startswith(b"{"):
+        size = _size_of_json(path)
+        _check_size(path, size, vocab_size)
+        shutil.copyfile(path, out_dir / "tokenizer.json")
+        write_json(out_dir / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"})
+        return [f"copied the tokenizer {path} ({size} tokens); it names no begin and end tokens"]
+    if tokenizer_rebuild.is_tiktoken(head):
+        rebuilt = tokenizer_rebuild.from_tiktoken(path, model_type, instruct)
+    else:
+        rebuilt = tokenizer_rebuild.from_sentencepiece(path)
+    size = rebuilt.tokenizer.get_vocab_size(with_added_tokens=True)
+    _check_size(path, size, vocab_size)
+    rebuilt.tokenizer.save(str(out_dir / "tokenizer.json"))
+    write_json(out_dir / "tokenizer_config.json", rebuilt.config)
+    return [f"made the tokenizer of {path}, {rebuilt.description} ({size} tokens)"]
+
+
+def is_rank_file(path: Path) -> bool:
+    """Whether a file holds tiktoken's ranks, as Llama 3's tokenizer.model does; raises where it cannot be read."""
+    return tokenizer_rebuild.is_tiktoken(_head(path))
+
+
+def _head(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return file.read(4096)
+    except OSError as error:
+        raise ConversionError(f"cannot read the tokenizer {path}: {reason_of(error)}") from error
+
+
+def _check_size(path: Path, size: int, vocab_size: int) -> None:
+    if size > vocab_size:
+        raise ConversionError(
+            f"the tokenizer {path} has {size} tokens, but the model has {vocab_size} rows of embeddings; "
+            "name the tokenizer that this model was trained with"
+        )
+
+
+def _size_of_json(path: Path) -> int:
+    """One more than the largest token number in a tokenizer.json."""
+    content = read_json(path)
+    try:
+        vocab = content["model"]["vocab"]
+        indices = vocab.values() if isinstance(vocab, dict) else range(len(vocab))
+        added = [token["id"] for token in content.get("added_tokens", ())]
+        return int(max([*indices, *added])) + 1
+    except (KeyError, TypeError, ValueError):
+        raise ConversionError(f"{path} is not a tokenizer.json: it has no model with a vocabulary") from None

@@ -1,0 +1,53 @@
+"""`source_megatron_args.json`: training arguments kept beside a Hugging Face model, typed.
+
+Habana's converter writes such a file with every value that is not JSON as its `str`; those files are read too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from ..basics.dtypes import BY_NAME, DType, dtype_named
+from ..basics.json_files import read_json
+
+#: Attributes that belong to one run on one machine, not to the model: a new checkpoint must not inherit them.
+_OF_A_RUN = frozenset(
+    """
+    load save pretrained_checkpoint tensorboard_dir wandb_save_dir data_path train_data_path valid_data_path
+    test_data_path rank local_rank world_size data_parallel_size tokenizer_type use_checkpoint_args exit_on_missing_checkpoint
+    use_distributed_optimizer sequence_parallel consumed_train_samples consumed_valid_samples skipped_train_samples
+    no_load_optim no_load_rng finetune ckpt_step
+    """.split()
+)
+_PREFIX = "torch."
+
+
+def margs_to_json(margs: argparse.Namespace) -> dict[str, Any]:
+    """The arguments as JSON values; dtypes as `torch.bfloat16`, anything else that is not JSON as its `str`."""
+    result: dict[str, Any] = json.loads(json.dumps(vars(margs), default=_plain))
+    return dict(sorted(result.items()))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (set, frozenset)):  # whose own order is another in each process
+        return sorted(value, key=str)
+    return f"{_PREFIX}{value}" if isinstance(value, DType) else str(value)
+
+
+def margs_from_json(path: Path) -> argparse.Namespace:
+    """The arguments of a `source_megatron_args.json`; `torch.bfloat16` comes back as a dtype."""
+    return argparse.Namespace(**{name: _typed(value) for name, value in read_json(path).items()})
+
+
+def _typed(value: Any) -> Any:
+    if isinstance(value, str) and value.startswith(_PREFIX) and value.removeprefix(_PREFIX) in BY_NAME:
+        return dtype_named(value)
+    return value
+
+
+def inheritable(margs: argparse.Namespace | None) -> dict[str, Any]:
+    """What a new checkpoint takes over from the arguments of an older one."""
+    return {} if margs is None else {name: value for name, value in vars(margs).items() if name not in _OF_A_RUN}

@@ -1,0 +1,1 @@
+"""What every part uses: errors, element types, quantities in words, JSON."""

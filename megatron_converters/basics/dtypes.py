@@ -1,0 +1,137 @@
+"""Element types under one name each, without importing torch.
+
+The bytes of a tensor are carried through numpy as unsigned integers of the same width, since numpy has no bfloat16;
+torch is imported only when values change type (`cast`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .errors import ConversionError
+from .handover import receives_ours
+from .pickle_proof import Sealed
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class DType(Sealed):
+    """Element type: torch's name, bytes per element, safetensors' code, and torch's typed-storage class.
+
+    There is one object for each in a process.
+
+    `storage` is None for types that `torch.save` writes through `UntypedStorage` with `_rebuild_tensor_v3`.
+    """
+
+    name: str
+    itemsize: int
+    safetensors: str
+    storage: str | None
+
+    @property
+    def floating(self) -> bool:
+        """Whether weights can have it as it is; 8-bit floats need scales that no slot has."""
+        return self.name in ("float64", "float32", "float16", "bfloat16")
+
+    def __str__(self) -> str:
+        return self.name
+
+    def __repr__(self) -> str:
+        return f"torch.{self.name}"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _received, (self.name,)
+
+    def __copy__(self) -> DType:
+        return self
+
+    def __deepcopy__(self, _: Any) -> DType:
+        return self
+
+    @cached_property
+    def carrier(self) -> np.dtype[Any]:
+        """The numpy type that carries this type's bytes: unsigned, same width."""
+        return np.dtype(f"u{self.itemsize}")
+
+    @property
+    def torch(self) -> Any:
+        """The torch dtype (imports torch)."""
+        import torch
+
+        return getattr(torch, self.name)
+
+
+_ALL = (
+    DType("float64", 8, "F64", "DoubleStorage"),
+    DType("float32", 4, "F32", "FloatStorage"),
+    DType("float16", 2, "F16", "HalfStorage"),
+    DType("bfloat16", 2, "BF16", "BFloat16Storage"),
+    DType("int64", 8, "I64", "LongStorage"),
+    DType("int32", 4, "I32", "IntStorage"),
+    DType("int16", 2, "I16", "ShortStorage"),
+    DType("int8", 1, "I8", "CharStorage"),
+    DType("uint8", 1, "U8", "ByteStorage"),
+    DType("bool", 1, "BOOL", "BoolStorage"),
+    DType("float8_e4m3fn", 1, "F8_E4M3", None),
+    DType("float8_e5m2", 1, "F8_E5M2", None),
+)
+BY_NAME = {dtype.name: dtype for dtype in _ALL}
+BY_SAFETENSORS = {dtype.safetensors: dtype for dtype in _ALL}
+BY_STORAGE = {dtype.storage: dtype for dtype in _ALL if dtype.storage}
+_SHORT = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "half": "float16", "float": "float32"}
+
+
+def dtype_named(name: Any) -> DType:
+    """The type called `name`: torch's name with or without `torch.`, or bf16/fp16/fp32."""
+    plain = name.removeprefix("torch.") if isinstance(name, str) else ""  # configurations are written by hand, too
+    try:
+        return BY_NAME[_SHORT.get(plain, plain)]
+    except KeyError:
+        raise ConversionError(f"unknown dtype {name!r}; known: {', '.join(BY_NAME)}") from None
+
+
+def _received(name: str) -> Any:
+    """What another process unpickles: this module's type, or torch's for a process that is not ours."""
+    return BY_NAME[name] if receives_ours() else BY_NAME[name].torch
+
+
+#: Types that numpy has too, by their numpy names.
+_NUMPY = {
+    name: np.dtype(name) for name in ("float64", "float32", "float16", "int64", "int32", "int16", "int8", "uint8")
+}
+
+
+def values(array: npt.NDArray[Any], dtype: DType) -> npt.NDArray[np.float64]:
+    """The values of a carrier array as float64: exact but for whole numbers beyond 2**53. Imports torch for 8-bit floats alone."""
+    if dtype.name in _NUMPY:
+        return array.view(_NUMPY[dtype.name]).astype(np.float64)
+    single = np.empty(array.shape, np.uint32)
+    if dtype.name == "bfloat16":  # the upper half of a float32
+        np.left_shift(array, 16, out=single, dtype=np.uint32)
+    else:
+        cast(array, dtype, single, BY_NAME["float32"])
+    with np.errstate(invalid="ignore"):  # signalling NaNs
+        return single.view(np.float32).astype(np.float64)
+
+
+def cast(source: npt.NDArray[Any], source_dtype: DType, target: npt.NDArray[Any], target_dtype: DType) -> bool:
+    """Write the values of `source` (carrier array, any strides) into `target`, rounding to nearest even as torch does.
+
+    Returns whether every finite value stayed finite.
+    """
+    import torch
+
+    def view(array: npt.NDArray[Any], dtype: DType) -> Any:
+        signed = array.view(f"i{dtype.itemsize}")  # torch has no uint16/uint32 arithmetic, but views of int16 are free
+        return torch.from_numpy(signed).view(dtype.torch)
+
+    # A copy, since torch warns of arrays that it cannot write to, as mapped sources are; chunks are small.
+    values, result = view(np.array(source, order="C"), source_dtype), view(target, target_dtype)
+    result.copy_(values)
+    if source_dtype.itemsize == 1:  # torch has no isfinite of 8-bit floats; float32 holds them all
+        values = values.float()
+    return bool((torch.isfinite(result) | ~torch.isfinite(values)).all())

@@ -1,0 +1,1 @@
+"""The command lines: verbs, options, the plugins' contract, and what is printed."""

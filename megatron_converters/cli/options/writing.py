@@ -1,0 +1,239 @@
+"""Options of everything that writes a model, and the target that they mean."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Collection, Sequence
+from typing import Any
+
+from ...basics.errors import UsageError
+from ...formats.huggingface.target import FUSED, SEPARATE, HFOptions, HFTarget
+from ...formats.megatron.names import EXPERTS
+from ...formats.megatron.rank_files_target import MegatronTarget
+from ...formats.megatron.torch_dist_target import TorchDistTarget
+from ...formats.megatron.writing import CheckpointTarget, MegatronOptions
+from ...sharding.stages import PipelineSplit
+from .values import IMPLS, add_argument, byte_size, new_folder, positive
+
+
+def add_megatron_target_arguments(parser: Any) -> None:
+    """Options of savers that write a Megatron-LM checkpoint."""
+    default = "by default the source's, or 1"
+    add_argument(
+        parser,
+        "--target-tensor-parallel-size",
+        "--tp",
+        metavar="N",
+        type=positive,
+        default=None,
+        help=f"Tensor-parallel size; {default}.",
+    )
+    add_argument(
+        parser,
+        "--target-pipeline-parallel-size",
+        "--pp",
+        metavar="N",
+        type=positive,
+        default=None,
+        help=f"Pipeline-parallel size; {default}.",
+    )
+    add_argument(
+        parser,
+        "--target-expert-parallel-size",
+        "--target-expert-paralell-size",  # the spelling of Habana's documentation
+        "--ep",
+        metavar="N",
+        type=positive,
+        default=None,
+        help=f"Expert-parallel size; {default}.",
+    )
+    add_argument(
+        parser,
+        "--target-expert-tensor-parallel-size",
+        "--etp",
+        metavar="N",
+        type=positive,
+        default=None,
+        help="Tensor-parallel size of experts; by default the source's if it has one of its own that goes with the target's "
+        "sizes, else that of the rest.",
+    )
+    add_expert_layout_argument(parser, tuple(EXPERTS))
+    add_argument(
+        parser,
+        "--saver-transformer-impl",
+        default="transformer_engine",
+        choices=IMPLS,
+        help="Whose parameter names to write.",
+    )
+    add_argument(
+        parser,
+        "--decoder-first-pipeline-num-layers",
+        metavar="N",
+        type=positive,
+        default=None,
+        help="Layers on the first stage.",
+    )
+    add_argument(
+        parser,
+        "--decoder-last-pipeline-num-layers",
+        metavar="N",
+        type=positive,
+        default=None,
+        help="Layers on the last stage.",
+    )
+    counted = "Count the {} as a layer when stages are cut."
+    add_argument(
+        parser, "--account-for-embedding-in-pipeline-split", action="store_true", help=counted.format("embedding")
+    )
+    add_argument(parser, "--account-for-loss-in-pipeline-split", action="store_true", help=counted.format("loss"))
+    virtual = "Several stages on each rank (interleaved pipeline): how many {}."
+    add_argument(
+        parser,
+        "--target-num-layers-per-virtual-pipeline-stage",
+        metavar="N",
+        type=positive,
+        default=None,
+        help=virtual.format("layers each has"),
+    )
+    add_argument(
+        parser,
+        "--target-num-virtual-stages-per-pipeline-rank",
+        metavar="N",
+        type=positive,
+        default=None,
+        help=virtual.format("they are"),
+    )
+    add_argument(
+        parser,
+        "--pipeline-model-parallel-layout",
+        metavar="LAYOUT",
+        default=None,
+        help="Every stage spelled out as in Megatron-LM, such as 'Et*3|(tt|)*6,L'.",
+    )
+    add_argument(
+        parser,
+        "--ckpt-format",
+        choices=sorted(_CHECKPOINTS),
+        default="torch",
+        help="Format of the checkpoint: a file for each rank (torch, the default), or chunks that any sizes load (torch_dist).",
+    )
+    add_argument(parser, "--release", action="store_true", help="Write a release directory instead of iter_0000001.")
+    add_argument(
+        parser,
+        "--allow-inexpressible",
+        action="store_true",
+        help="Convert although Megatron-LM's arguments cannot express all of the model; warns what it will not compute.",
+    )
+    add_argument(
+        parser,
+        "--load-capacity-bins",
+        action="store_true",
+        help="Restore Habana's capacity bins, from capacity_bins.pt of a Hugging Face folder; for the same parallel sizes alone.",
+    )
+
+
+#: How experts can be stored, in the words of help; the first of each format is its default.
+_EXPERT_LAYOUTS = {
+    "grouped": "grouped weights (with transformer_engine)",
+    "sequential": "one module for each expert (with local)",
+    "stacked": "weight1 and weight2 of older Megatron-LM",
+    "dynamic": "Habana's",
+    SEPARATE: "separate tensors, as published models have",
+    FUSED: "3-D tensors, as transformers 5 holds them in memory",
+}
+
+
+def add_expert_layout_argument(parser: Any, layouts: Sequence[str]) -> None:
+    """--expert-layout for a target that has these."""
+    words = "; ".join(f"{name}: {_EXPERT_LAYOUTS[name]}" for name in layouts)
+    add_argument(
+        parser, "--expert-layout", choices=list(layouts), default=None, help=f"How experts are stored. {words}."
+    )
+
+
+def _expert_layout(args: argparse.Namespace, layouts: Collection[str], format_name: str) -> str | None:
+    layout: str | None = args.expert_layout
+    if layout is not None and layout not in layouts:
+        raise UsageError(f"--expert-layout {layout}: {format_name} has {', '.join(layouts)}")
+    return layout
+
+
+_CHECKPOINTS: dict[str, type[CheckpointTarget]] = {kind.format: kind for kind in (MegatronTarget, TorchDistTarget)}
+
+
+def open_megatron_target(args: argparse.Namespace) -> CheckpointTarget:
+    """The checkpoint to write in --save-dir."""
+    split = PipelineSplit(
+        args.decoder_first_pipeline_num_layers,
+        args.decoder_last_pipeline_num_layers,
+        args.account_for_embedding_in_pipeline_split,
+        args.account_for_loss_in_pipeline_split,
+        args.target_num_virtual_stages_per_pipeline_rank,
+        args.target_num_layers_per_virtual_pipeline_stage,
+        args.pipeline_model_parallel_layout,
+    )
+    options = MegatronOptions(
+        tp=args.target_tensor_parallel_size,
+        pp=args.target_pipeline_parallel_size,
+        ep=args.target_expert_parallel_size,
+        etp=args.target_expert_tensor_parallel_size,
+        expert_layout=_expert_layout(args, EXPERTS, "a Megatron-LM checkpoint"),
+        split=split,
+        impl=args.saver_transformer_impl,
+        divisor=getattr(args, "make_vocab_size_divisible_by", None),
+        release=args.release,
+        overwrite=args.overwrite,
+        allow_inexpressible=args.allow_inexpressible,
+        load_capacity_bins=args.load_capacity_bins,
+        tokenizer=getattr(args, "tokenizer_model", None),
+    )
+    return _CHECKPOINTS[args.ckpt_format](new_folder(args.save_dir), options)
+
+
+def add_hf_target_arguments(parser: Any) -> None:
+    """Options of entry points that write a Hugging Face folder."""
+    add_argument(
+        parser, "--max-shard-size", metavar="SIZE", default="5GB", help="Largest file, such as 500MB; 5GB by default."
+    )
+    add_argument(
+        parser,
+        "--tokenizer-model",
+        metavar="PATH",
+        default=None,
+        help="Tokenizer to write; by default the one that args name.",
+    )
+    add_argument(
+        parser,
+        "--instruct",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="The model is instruction-tuned: write its end-of-turn token, chat template and generation_config.json.",
+    )
+    add_expert_layout_argument(parser, (SEPARATE, FUSED))
+    add_argument(
+        parser,
+        "--source-model-type",
+        default=None,
+        choices=["llama2", "llama3", "llama3.1", "mixtral"],
+        help="Special tokens of a Llama 3 tokenizer rebuilt from a tiktoken file; the architecture comes from args.",
+    )
+    add_argument(
+        parser,
+        "--save-capacity-bins",
+        action="store_true",
+        help="Keep the capacity bins of Habana's routers in capacity_bins.pt.",
+    )
+
+
+def open_hf_target(args: argparse.Namespace) -> HFTarget:
+    """The folder to write in --save-dir."""
+    options = HFOptions(
+        max_shard_size=byte_size(str(args.max_shard_size)),
+        overwrite=args.overwrite,
+        tokenizer=args.tokenizer_model,
+        instruct=args.instruct,
+        source_model_type=args.source_model_type,
+        expert_layout=_expert_layout(args, (SEPARATE, FUSED), "a Hugging Face folder") or SEPARATE,
+        save_capacity_bins=args.save_capacity_bins,
+    )
+    return HFTarget(new_folder(args.save_dir), options)

@@ -1,0 +1,163 @@
+"""Megatron-LM's loader/saver contract: one process loads, another saves, a queue between them.
+
+Takes the options of stock tools/checkpoint/convert.py and its plugins too. Unlike stock, it notices within seconds when
+either process dies, and its exit code says whether the result is there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import multiprocessing
+import queue as queues
+import sys
+import types
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any
+
+from ..basics.errors import ConversionError, UsageError
+from ..formats.queue.channel import check_exit
+from ..formats.queue.messages import DONE
+from .console import errors_told, prepare_process
+
+#: Names that stock and Habana's tools give to the same plugins.
+_ALIASES = {"loader": {"mcore": "core", "megatron": "core"}, "saver": {"core": "mcore", "megatron": "mcore"}}
+#: Seconds to wait for a message that the saver has left unread.
+_LAST_LOOK = 0.05
+#: Seconds that a saver has to clean up after the loader failed.
+_GRACE = 5.0
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run a conversion; exits with 0 only if the saver has completed its output."""
+    prepare_process()
+    with errors_told("convert"):
+        _main(sys.argv[1:] if argv is None else argv)
+
+
+def _main(argv: Sequence[str]) -> None:
+    # Which options there are depends on the plugins; until they are known, neither --help nor a missing option matters.
+    names = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    _add_plugin_names(names)
+    known, _ = names.parse_known_args(argv)
+    parser = _base_parser()
+    loader = load_plugin("loader", known.loader)
+    saver = load_plugin("saver", known.saver)
+    loader.add_arguments(parser)
+    saver.add_arguments(parser)
+    args = parser.parse_args(argv)
+    context = multiprocessing.get_context(args.start_method)
+    queue = make_queue(context, args.max_queue_size)
+    process = context.Process(target=saver.save_checkpoint, args=(queue, args), name="saver")
+    process.start()
+    try:
+        loader.load_checkpoint(queue, args)
+        process.join()
+    except BaseException:
+        _end(process)
+        raise
+    finally:
+        queue.cancel_join_thread()  # the saver has ended: nobody will read what is still buffered
+    if process.exitcode == 0 and _unread(queue):
+        raise ConversionError("the saver ended before it had received the whole model, although with exit code 0")
+    check_exit(process)
+
+
+def make_queue(context: Any, size: int) -> Any:
+    """A queue of at most `size` messages; one sentence where the system has no room for its locks."""
+    try:
+        return context.Queue(maxsize=size)
+    except OSError as error:  # its locks are semaphores, which are files there
+        raise ConversionError(
+            f"cannot make the queue between loader and saver: {error.strerror}; make /dev/shm writable, or use "
+            "`megatron-converters convert`, which needs none"
+        ) from error
+
+
+def _unread(queue: Any) -> bool:
+    """Whether messages are left; a second "done", as some stock loaders send, is none."""
+    with suppress(queues.Empty):
+        while queue.get(timeout=_LAST_LOOK) == DONE:
+            pass
+        return True
+    return False
+
+
+def _base_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="convert.py",
+        description="Convert a model between Hugging Face and Megatron-LM: a loader reads it, a saver writes it.",
+        epilog="Options of a loader and a saver are shown with --help and --loader NAME --saver NAME.",
+        allow_abbrev=False,
+        conflict_handler="resolve",
+    )
+    parser.add_argument(
+        "--model-type", choices=["GPT", "BERT"], default="GPT", help="GPT; BERT is accepted by stock plugins only."
+    )
+    _add_plugin_names(parser)
+    parser.add_argument("--load-dir", metavar="DIR", required=True, help="Folder of the model or checkpoint to read.")
+    parser.add_argument("--save-dir", metavar="DIR", required=True, help="Folder to write to.")
+    parser.add_argument(
+        "--max-queue-size", metavar="N", type=int, default=50, help="Messages that may wait between loader and saver."
+    )
+    parser.add_argument(
+        "--no-checking",
+        action="store_false",
+        dest="checking",
+        help="Do not check the names and the contents of messages.",
+    )
+    parser.add_argument(
+        "--start-method",
+        choices=multiprocessing.get_all_start_methods(),
+        default=None,
+        help="How to start the saver's process.",
+    )
+    return parser
+
+
+def _add_plugin_names(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--loader", metavar="NAME", default="llama_mistral", help="llama_mistral, core, or the name of another plugin."
+    )
+    parser.add_argument("--saver", metavar="NAME", default="mcore", help="mcore, hf, or the name of another plugin.")
+
+
+def load_plugin(kind: str, name: str) -> types.ModuleType:
+    """The plugin `name`: ours from a checkout or installed, else any `loader_NAME`/`saver_NAME` or module on the path."""
+    name = _ALIASES[kind].get(name, name)
+    candidates = (f"{kind}s.{kind}_{name}", f"megatron_converters.{kind}s.{kind}_{name}", f"{kind}_{name}", name)
+    for candidate in candidates:
+        if _exists(candidate):
+            plugin = importlib.import_module(candidate)
+            if not hasattr(plugin, "add_arguments"):
+                raise UsageError(f"module {candidate} is no {kind} plugin: it has no add_arguments")
+            return plugin
+    raise UsageError(
+        f"there is no {kind} {name!r}; ours are {_OURS[kind]}, others must be on PYTHONPATH as {kind}_{name}.py"
+    )
+
+
+_OURS = {"loader": "llama_mistral, mixtral_hf, hf and core", "saver": "mcore and hf"}
+
+
+def _exists(module: str) -> bool:
+    """Whether a module can be found; an error inside it must surface later and not look like its absence."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except (ModuleNotFoundError, ValueError):
+        return False
+
+
+def _end(process: Any) -> None:
+    process.join(_GRACE)
+    if process.is_alive():
+        process.terminate()
+        process.join(_GRACE)
+        process.kill()
+        process.join()
+
+
+if __name__ == "__main__":
+    main()

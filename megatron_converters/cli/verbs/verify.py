@@ -1,0 +1,213 @@
+"""`verify A B`: whether two folders of any formats hold the same model, with `--logits` whether they compute the same;
+`verify OUT`: whether an output is as it was written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from ...basics.errors import UsageError
+from ...basics.quantities import count, duration, size
+from ...comparison.manifest_check import Checked, check_output, find_output
+from ...comparison.tensors import Comparison, Rules, compare
+from ...conversion.progress import make_progress
+from ...formats.megatron.reading import MegatronReadOptions
+from ..console import put_json, say
+from ..options.values import folder, natural
+from .pair import Pair, add_pair_arguments, describe_pair, of_whole_tensors, open_pair, say_pair
+
+_DEFAULT_LIMIT = 50
+#: What decides the tokens of a comparison of logits.
+_LOGITS = {
+    "seed": (0, "Seed of the random tokens"),
+    "batch": (2, "Sequences"),
+    "length": (128, "Tokens of each sequence"),
+}
+#: Options, as attributes, that only a comparison of tensors heeds.
+_OF_TENSORS = ("ignore_dtype", "source_format", "b_format", "untie", "ignore_config_fields", "source_margs_file")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the verb's options."""
+    parser.add_argument("a", metavar="A", help="Folder of any format; alone: an output to check against its manifest.")
+    parser.add_argument("b", metavar="B", nargs="?", default=None, help="Folder that should hold the same model.")
+    add_pair_arguments(parser)
+    parser.add_argument(
+        "--tolerance",
+        metavar="X",
+        type=_tolerance,
+        default=None,
+        help="Largest difference between values; by default bits are compared. Of logits: as a part of the largest one.",
+    )
+    parser.add_argument(
+        "--ignore-dtype", action="store_true", help="Take tensors of different dtypes for equal if their values are."
+    )
+    parser.add_argument(
+        "--limit",
+        metavar="N",
+        type=natural,
+        default=_DEFAULT_LIMIT,
+        help=f"Differences to print, {_DEFAULT_LIMIT} by default; 0 for all.",
+    )
+    logits = parser.add_argument_group("logits")
+    logits.add_argument(
+        "--logits", action="store_true", help="Build both models on this CPU in float32 and compare what they compute."
+    )
+    for name, (default, words) in _LOGITS.items():
+        logits.add_argument(
+            f"--{name}", metavar="N", type=natural, default=None, help=f"{words}; {default} by default."
+        )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Compare; 0 if nothing differs."""
+    if args.b is None:
+        _refuse(
+            args,
+            ("logits", "tolerance", *_LOGITS, *_OF_TENSORS),
+            "compares two folders; a manifest is compared byte by byte",
+        )
+        return _verify_output(args)
+    if args.logits:
+        _refuse(args, _OF_TENSORS, "is for comparing tensors; leave it out with --logits")
+        return _verify_logits(args)
+    _refuse(args, _LOGITS, "is for comparing logits; give --logits, too")
+    return _verify_pair(args)
+
+
+def _refuse(args: argparse.Namespace, names: Iterable[str], why: str) -> None:
+    """Raise if one of these options is given."""
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and value is not False and value != "":
+            option = {"source_format": "from", "b_format": "from-b"}.get(name, name.replace("_", "-"))
+            raise UsageError(f"--{option} {why}")
+
+
+def _verify_logits(args: argparse.Namespace) -> int:
+    from ...logits import compare_logits
+    from ...logits.compare import TOLERANCE
+
+    reference = folder(args.hf_config) if args.hf_config is not None else None
+    report = compare_logits(
+        folder(args.a),
+        folder(args.b),
+        **{
+            name: default if getattr(args, name) is None else getattr(args, name)
+            for name, (default, _) in _LOGITS.items()
+        },
+        tolerance=TOLERANCE if args.tolerance is None else args.tolerance,
+        options=MegatronReadOptions(args.ckpt_dir_name, reference, args.true_vocab_size),
+    )
+    if args.json:
+        put_json({"equal": report.ok, **dataclasses.asdict(report)})
+    else:
+        say(args, str(report))
+    return 0 if report.ok else 1
+
+
+def _verify_pair(args: argparse.Namespace) -> int:
+    pair = open_pair(args)
+    if not args.json:
+        say_pair(args, pair)
+    rules = Rules(tolerance=args.tolerance or 0.0, ignore_dtype=args.ignore_dtype)
+    begun = time.monotonic()
+    comparison = compare(*pair.sources, rules, make_progress(args.quiet, "comparing", "compared"))
+    if args.json:
+        put_json(_pair_json(pair, comparison))
+    else:
+        _say_all(args, list(_findings(comparison)), "different: ")
+        say(args, _pair_summary(comparison, time.monotonic() - begun))
+    return 0 if comparison.equal else 1
+
+
+def _verify_output(args: argparse.Namespace) -> int:
+    begun = time.monotonic()
+    where = find_output(folder(args.a), args.ckpt_dir_name)
+    checked = check_output(where, make_progress(args.quiet, "checking", "checked"))
+    if args.json:
+        put_json(_output_json(checked))
+    else:
+        _say_all(args, [str(fault) for fault in checked.faults], "damaged: ")
+        say(args, _output_summary(checked, time.monotonic() - begun))
+    return 1 if checked.faults else 0
+
+
+def _findings(comparison: Comparison) -> Iterator[str]:
+    yield from comparison.spec
+    yield from of_whole_tensors(comparison)
+    for tensor in comparison.different:
+        for finding in tensor.findings:
+            if finding.measure is not None:
+                first, *rest = finding.lines()
+                yield "\n".join([f"{tensor.ref}: {first}", *rest])
+
+
+def _pair_summary(comparison: Comparison, seconds: float) -> str:
+    what = f"{count(len(comparison.tensors), 'tensor')}, {_rate(comparison.nbytes, seconds)}"
+    padded = ", ".join(f"{rows} of {name}" for name, rows in zip("AB", comparison.padding, strict=True) if rows)
+    beside = f"; rows of vocabulary padding not compared: {padded}" if padded else ""
+    if comparison.equal:
+        return f"EQUAL: {what}{beside}"
+    spec = f"{count(len(comparison.spec), 'setting')} and " if comparison.spec else ""
+    return f"DIFFERENT: {spec}{len(comparison.different)} of {what}{beside}"
+
+
+def _output_summary(checked: Checked, seconds: float) -> str:
+    where = f"{count(checked.files, 'file')} of {checked.folder}"
+    what = f"{count(checked.tensors, 'tensor')} in {where}, {_rate(checked.nbytes, seconds)}"
+    return f"DAMAGED: {count(len(checked.faults), 'fault')}; checked {what}" if checked.faults else f"INTACT: {what}"
+
+
+def _rate(nbytes: int, seconds: float) -> str:
+    return f"{size(nbytes)} read in {duration(seconds)} ({size(nbytes / max(seconds, 1e-3))}/s)"
+
+
+def _pair_json(pair: Pair, comparison: Comparison) -> dict[str, Any]:
+    return {
+        "equal": comparison.equal,
+        **describe_pair(pair),
+        "tensors": len(comparison.tensors),
+        "bytes": comparison.nbytes,
+        "padding rows not compared": dict(zip("ab", comparison.padding, strict=True)),
+        "spec": comparison.spec,
+        "different": [tensor.to_json() for tensor in comparison.different],
+    }
+
+
+def _output_json(checked: Checked) -> dict[str, Any]:
+    faults = [
+        {"file": fault.file, "tensor": fault.tensor or None, "holds": list(fault.holds), "text": fault.text}
+        for fault in checked.faults
+    ]
+    return {
+        "intact": not faults,
+        "folder": str(checked.folder),
+        "files": checked.files,
+        "tensors": checked.tensors,
+        "bytes": checked.nbytes,
+        "faults": faults,
+    }
+
+
+def _say_all(args: argparse.Namespace, found: list[str], prefix: str) -> None:
+    shown = found if args.limit <= 0 else found[: args.limit]
+    for text in shown:
+        say(args, prefix + text)
+    if len(found) > len(shown):
+        say(args, f"… and {len(found) - len(shown)} more (--limit 0 prints all)")
+
+
+def _tolerance(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value) or value < 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from 0 on")
+    return value

@@ -1,0 +1,1 @@
+"""Two models, or a model and the manifest of its conversion, compared."""

@@ -1,0 +1,270 @@
+"""Compare two models tensor by tensor, whatever their formats: what `verify` and `diff` report.
+
+Both sides are read as whole slots, a megabyte at a time from mapped files, in a few threads. Bits are compared as unsigned
+integers; values are computed only of chunks that differ, or where norms are asked for. Rows of vocabulary padding belong to no
+slot, so they are never read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from ..basics.dtypes import BY_NAME, DType, values
+from ..basics.errors import ConversionError
+from ..basics.json_values import differences
+from ..conversion.composing import Piece, Planner, Sources, as_matrix
+from ..conversion.copying import default_lanes, gather_chunks
+from ..conversion.endpoint import Source
+from ..conversion.progress import Progress
+from ..model.layouts import RowMap, interned
+from ..model.slots import SLOTS, Ref, Scope, refs
+from ..storage.tensor import StoredTensor
+from .measure import Measure, Place, Tally
+
+#: What the two sides are called.
+NAMES = ("A", "B")
+_SCOPES, _SLOTS = list(Scope), list(SLOTS)
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What counts as different: bits, or values more than `tolerance` apart if that is above 0.
+
+    Tensors of two dtypes are compared as float32 (float64 if one is); that they are is a difference by itself unless
+    `ignore_dtype`. `norms` asks for the norms of all tensors, which takes longer.
+    """
+
+    tolerance: float = 0.0
+    ignore_dtype: bool = False
+    norms: bool = False
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that differs in a tensor; `measure` where elements do."""
+
+    kind: str
+    text: str
+    measure: Measure | None = None
+
+    def lines(self) -> Iterator[str]:
+        """For people: the finding, then where the first differing element lies on both sides."""
+        yield self.text
+        if self.measure is not None:
+            yield from (f"  {place}" for place in self.measure.places)
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One tensor of either model, and what differs in it. `measure` is None where only one side has it or shapes differ."""
+
+    ref: Ref
+    findings: tuple[Finding, ...]
+    measure: Measure | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {
+            "tensor": str(self.ref),
+            "findings": [
+                {"kind": found.kind, "text": found.text, **({} if found.measure is None else found.measure.to_json())}
+                for found in self.findings
+            ],
+        }
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What was compared, in the order of slots. `padding` counts each side's rows of vocabulary padding, which were not."""
+
+    spec: list[str]
+    tensors: list[Compared]
+    padding: tuple[int, int]
+    nbytes: int
+
+    @property
+    def different(self) -> list[Compared]:
+        """The tensors that something was found in."""
+        return [tensor for tensor in self.tensors if tensor.findings]
+
+    def alike(self) -> dict[str, list[str]]:
+        """Findings about whole tensors, such as another dtype, each with the tensors that it was made of."""
+        found: dict[str, list[str]] = {}
+        for tensor in self.different:
+            for finding in tensor.findings:
+                if finding.measure is None:
+                    found.setdefault(finding.text, []).append(str(tensor.ref))
+        return found
+
+    @property
+    def equal(self) -> bool:
+        """Whether nothing differs."""
+        return not self.spec and not self.different
+
+
+def compare(one: Source, other: Source, rules: Rules, progress: Progress) -> Comparison:
+    """Compare every tensor that both have and the copies that each has of its own; name what only one has."""
+    return _Comparer((one, other), rules, progress).run()
+
+
+def spec_differences(one: Source, other: Source) -> list[str]:
+    """The fields in which the models differ, but not their dtype, which each tensor has for itself.
+
+    The family is compared only where both sides say it: arguments of Megatron-LM do not.
+    """
+    left, right = one.spec, dataclasses.replace(other.spec, dtype=one.spec.dtype)
+    if one.origin.hf_config is None or other.origin.hf_config is None:
+        right = dataclasses.replace(right, family=left.family)
+    return differences(left.to_dict(), right.to_dict(), "", in_a_and_b)
+
+
+def in_a_and_b(name: str, one: Any, other: Any) -> str:
+    """A setting that differs, in words."""
+    return f"{name}: A has {one}, B has {other}"
+
+
+def ordered(found: Iterable[Ref]) -> list[Ref]:
+    """The refs of two models in the order that `refs` gives to those of one."""
+
+    def place(ref: Ref) -> tuple[int, ...]:
+        return _SCOPES.index(ref.slot.scope), ref.layer or 0, _SLOTS.index(ref.slot.name), ref.expert or 0
+
+    return sorted(found, key=place)
+
+
+@dataclass
+class _Comparer:
+    sides: tuple[Source, Source]
+    rules: Rules
+    progress: Progress
+    _planner: Planner = field(default_factory=Planner)
+    _planning: threading.Lock = field(default_factory=threading.Lock)
+    _stop: threading.Event = field(default_factory=threading.Event)
+
+    def run(self) -> Comparison:
+        known = [set(refs(side.spec)) for side in self.sides]
+        held = [_held(side, own, known[0] & known[1]) for side, own in zip(self.sides, known, strict=True)]
+        nbytes = held[0][0] + held[1][0]
+        self.progress.start(nbytes)
+        pool = ThreadPoolExecutor(default_lanes())
+        try:
+            tensors = list(pool.map(lambda ref: self._compare(ref, known), ordered(known[0] | known[1])))
+        finally:
+            self._stop.set()  # only matters after an interrupt or a failure
+            pool.shutdown(cancel_futures=True)
+            self.progress.stop()
+        return Comparison(spec_differences(*self.sides), tensors, (held[0][1], held[1][1]), nbytes)
+
+    def _compare(self, ref: Ref, known: Sequence[Collection[Ref]]) -> Compared:
+        read = {name: side.read(ref) for name, side, own in zip(NAMES, self.sides, known, strict=True) if ref in own}
+        faults = {name: self._fault(ref, name, sources) for name, sources in read.items()}
+        findings = [fault for fault in faults.values() if fault is not None]
+        measure = None
+        if len(read) == 1:
+            findings.append(Finding("only one", f"only {next(iter(read))} has it"))
+        elif not findings:
+            findings, measure = self._sides(ref, read[NAMES[0]], read[NAMES[1]])
+        for name, sources in read.items():
+            for replica in sources.replicas if faults[name] is None else ():
+                labels = (name, f"{name}, copy")
+                findings += self._contrast("copy", labels, replica.rows, replica.col, sources.pieces, (replica,))[0]
+        return Compared(ref, tuple(findings), measure)
+
+    def _fault(self, ref: Ref, name: str, sources: Sources) -> Finding | None:
+        """Why one side's parts make up no tensor."""
+        by_dtype = {piece.data.dtype: piece.name for piece in reversed(sources.pieces)}
+        if len(by_dtype) > 1:
+            listed = "; ".join(f"{name} is {dtype}" for dtype, name in sorted(by_dtype.items(), key=str))
+            return Finding("dtype", f"the parts of {name} are of {len(by_dtype)} dtypes: {listed}")
+        side = self.sides[NAMES.index(name)]
+        try:
+            with self._planning:
+                self._planner.check_cover(ref, side.spec, sources)
+        except ConversionError as error:
+            return Finding("parts", f"{name}: {error}")
+        return None
+
+    def _sides(self, ref: Ref, one: Sources, other: Sources) -> tuple[list[Finding], Measure | None]:
+        shapes = [ref.slot.shape(side.spec) for side in self.sides]
+        findings, rows = [], min(shape[0] for shape in shapes)
+        if shapes[0] != shapes[1]:
+            findings.append(Finding("shape", f"A has shape {list(shapes[0])}, B {list(shapes[1])}"))
+            if not ref.slot.vocab or shapes[0][1:] != shapes[1][1:]:  # tokens that both know have the same rows
+                return findings, None
+        wanted = interned(np.arange(rows, dtype=np.int64))
+        found, measure = self._contrast("values", NAMES, wanted, 0, one.pieces, other.pieces)
+        return findings + found, measure
+
+    def _contrast(
+        self,
+        kind: str,
+        labels: tuple[str, str],
+        rows: RowMap,
+        col: int,
+        left: Sequence[Piece],
+        right: Sequence[Piece],
+    ) -> tuple[list[Finding], Measure]:
+        """Compare two sets of pieces in the slot's `rows`, from its column `col` on as far as the last piece goes."""
+        cols = max(piece.col + piece.cols for piece in right) - col
+        dtypes = left[0].data.dtype, right[0].data.dtype
+        common = _common(*dtypes)
+        with self._planning:
+            gathers = [self._planner.compose(rows, col, cols, pieces) for pieces in (left, right)]
+        streams = [gather_chunks(some, (rows.size, cols), common, kind, rows) for some in gathers]
+        # The pieces that a copy is compared with are counted once, where they are compared with the other side.
+        itemsize = sum(dtype.itemsize for dtype in (dtypes if kind == "values" else dtypes[1:]))
+        tally = Tally(self.rules.tolerance, self.rules.norms)
+        for (start, one), (_, other) in zip(*streams, strict=True):
+            if self._stop.is_set():
+                break
+            count = tally.add(rows[start : start + one.shape[0]], col, one, other, common)
+            self.progress(count * itemsize)
+        pairs = zip(labels, (left, right), strict=True)
+        first = tally.first
+        measure = tally.measure(() if first is None else (_place(label, pieces, *first) for label, pieces in pairs))
+        findings = []
+        if dtypes[0] != dtypes[1] and not self.rules.ignore_dtype:
+            findings.append(Finding("dtype", f"{labels[0]} is {dtypes[0]}, {labels[1]} is {dtypes[1]}"))
+        if measure.differing:
+            findings.append(Finding(kind, _described(kind, labels[0], right[0], measure), measure))
+        return findings, measure
+
+
+def _described(kind: str, name: str, copy: Piece, measure: Measure) -> str:
+    return str(measure) if kind == "values" else f"{name} has a copy in {copy.name} that is another: {measure}"
+
+
+def _held(side: Source, own: Iterable[Ref], common: Collection[Ref]) -> tuple[int, int]:
+    """Bytes that will be read of one side, and rows of padding that will not be."""
+    nbytes = padding = 0
+    for ref in own:
+        sources = side.read(ref)
+        for piece in (*(sources.pieces if ref in common else ()), *sources.replicas):
+            nbytes += int(np.count_nonzero(piece.rows >= 0)) * piece.cols * piece.data.dtype.itemsize
+        padding += sum(int(np.count_nonzero(piece.rows < 0)) for piece in sources.pieces)
+    return nbytes, padding
+
+
+def _common(one: DType, other: DType) -> DType:
+    """The type in which both are compared."""
+    if one == other:
+        return one
+    return BY_NAME["float64" if "float64" in (one.name, other.name) else "float32"]
+
+
+def _place(side: str, pieces: Sequence[Piece], row: int, col: int) -> Place:
+    """Where an element of a slot is stored; the pieces cover it."""
+    piece = next(p for p in pieces if p.col <= col < p.col + p.cols and bool((p.rows == row).any()))
+    data, at = piece.data, (int(np.flatnonzero(piece.rows == row)[0]), col - piece.col)
+    byte = None
+    if isinstance(data, StoredTensor):
+        byte = data.offset + data.dtype.itemsize * sum(n * step for n, step in zip(at, data.strides, strict=False))
+    stored = data.array().reshape(as_matrix(data.shape))[at[0] : at[0] + 1, at[1]]
+    return Place(side, str(piece.name), *at, byte, float(values(stored, data.dtype)[0]))

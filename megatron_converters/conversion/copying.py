@@ -1,0 +1,279 @@
+"""Fill each target tensor a chunk at a time from views of its sources, and compare copies that must agree.
+
+Memory is one buffer a lane, whatever the model's size. A file has a lane of its own where there are enough files, since two threads
+that write into one file wait for each other; lanes help since copying, checksums and writing release the interpreter.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import os
+import queue
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..basics.dtypes import DType, cast
+from ..basics.errors import ConversionError
+from ..model.layouts import RowMap, runs
+from ..model.slots import Ref
+from ..model.spec import ModelSpec
+from ..storage.output_file import OutputFile
+from .composing import Gather, Piece, Planner, Sources, StoredName, as_matrix
+from .outline import Fill
+
+#: Bytes gathered and written at a time: large enough to amortise calls, small enough to stay in a core's cache.
+CHUNK_BYTES = 1 << 20
+#: Chunks with more runs than this are gathered by index instead of run by run.
+_MAX_RUNS = 32
+_MAX_LANES = 4
+#: Fills that may wait in a lane: enough to reach beyond one file of a few GB, so that other lanes find theirs.
+_AHEAD = 1024
+
+Array = npt.NDArray[Any]
+
+
+def gather_chunks(
+    gathers: Sequence[Gather], shape: tuple[int, int], dtype: DType, what: str, wanted: RowMap | None = None
+) -> Iterator[tuple[int, Array]]:
+    """The target's rows in order, as (first row, array of whole rows); the array is reused by the next chunk.
+
+    Where `wanted` is -1, a row need not be filled and holds anything. Raises `ConversionError`, which names the target as
+    `what`, where the gathers leave anything else unfilled, so that no memory is taken for weights.
+    """
+    rows, cols = shape
+    step = max(1, CHUNK_BYTES // (cols * dtype.itemsize))
+    sources = [(gather, _matrix(gather.source)) for gather in gathers]
+    buffer = np.empty((min(step, rows), cols), dtype.carrier)
+    for start in range(0, rows, step):
+        stop = min(start + step, rows)
+        direct = _direct(sources, start, stop, dtype)
+        if direct is None:
+            direct = buffer[: stop - start]
+            placed = sum(
+                _place(direct[:, gather.target_cols], dtype, source[:, gather.source_cols], gather, start, stop)
+                for gather, source in sources
+            )
+            due = cols * (stop - start if wanted is None else int(np.count_nonzero(wanted[start:stop] >= 0)))
+            if placed != due:
+                raise ConversionError(
+                    f"{what}: rows {start} to {stop - 1} get {placed} elements instead of {due}; this is a fault of this "
+                    "program, please report it"
+                )
+        yield start, direct
+
+
+def transposed_chunks(
+    gathers: Sequence[Gather], shape: tuple[int, int], dtype: DType, what: str
+) -> Iterator[tuple[int, Array]]:
+    """As `gather_chunks` for the transposed target: (first column, array [columns, rows]); `shape` is not transposed."""
+    rows, cols = shape
+    step = max(1, CHUNK_BYTES // (rows * dtype.itemsize))
+    for start in range(0, cols, step):
+        stop = min(start + step, cols)
+        some = [part for gather in gathers for part in _columns(gather, start, stop)]
+        result = np.empty((rows, stop - start), dtype.carrier)
+        for first, chunk in gather_chunks(some, result.shape, dtype, what):
+            result[first : first + chunk.shape[0]] = chunk
+        yield start, np.ascontiguousarray(result.T)
+
+
+def _columns(gather: Gather, start: int, stop: int) -> Iterator[Gather]:
+    """What a gather gives to the target's columns from `start` to `stop`."""
+    left, right = max(start, gather.target_cols.start), min(stop, gather.target_cols.stop)
+    if left < right:
+        shift = gather.source_cols.start - gather.target_cols.start
+        yield dataclasses.replace(
+            gather,
+            source_cols=slice(left + shift, right + shift),
+            target_cols=slice(left - start, right - start),
+            whole_width=False,
+        )
+
+
+def _matrix(piece: Piece) -> Array:
+    return piece.data.array().reshape(as_matrix(piece.data.shape))
+
+
+def _direct(sources: Sequence[tuple[Gather, Array]], start: int, stop: int, dtype: DType) -> Array | None:
+    """A view of the source itself where the chunk lies in it as it will lie in the target."""
+    if len(sources) != 1:
+        return None
+    gather, source = sources[0]
+    wanted = gather.rows[start:stop]
+    if not gather.whole_width or gather.source.data.dtype != dtype or not _is_run(wanted):
+        return None
+    view = source[wanted[0] : wanted[0] + wanted.size]
+    return view if view.flags.c_contiguous else None
+
+
+def _is_run(wanted: RowMap) -> bool:
+    first, last = int(wanted[0]), int(wanted[-1])
+    return first >= 0 and last - first == wanted.size - 1 and next(runs(wanted))[2] == wanted.size
+
+
+def _place(target: Array, dtype: DType, source: Array, gather: Gather, start: int, stop: int) -> int:
+    """Write what a gather gives to rows from `start` to `stop`; returns the number of elements."""
+    wanted = gather.rows[start:stop]
+    source_dtype, width = gather.source.data.dtype, int(target.shape[1])
+    stretches = list(islice(runs(wanted), _MAX_RUNS + 1))
+    if len(stretches) > _MAX_RUNS:
+        chosen = wanted >= 0
+        target[chosen] = _converted(source[wanted[chosen]], source_dtype, dtype, gather.source.name)
+        return int(np.count_nonzero(chosen)) * width
+    for position, first, length in stretches:
+        part = source[first : first + length]
+        target[position : position + length] = _converted(part, source_dtype, dtype, gather.source.name)
+    return sum(length for _, _, length in stretches) * width
+
+
+def _converted(part: Array, source: DType, target: DType, name: StoredName) -> Array:
+    if source == target:
+        return part
+    result = np.empty(part.shape, target.carrier)
+    if not cast(part, source, result, target):
+        raise ConversionError(
+            f"{name} holds values beyond the range of {target}; keep its dtype or convert to bfloat16"
+        )
+    return result
+
+
+def materialise(planner: Planner, pieces: Sequence[Piece], shape: tuple[int, ...], dtype: DType) -> Array:
+    """The whole tensor that the pieces make up, in memory, in the dtype's carrier type."""
+    rows, cols = as_matrix(shape)
+    result = np.empty((rows, cols), dtype.carrier)
+    gathers = planner.compose(np.arange(rows, dtype=np.int64), 0, cols, pieces)
+    for start, chunk in gather_chunks(gathers, (rows, cols), dtype, "a tensor of the queue"):
+        result[start : start + chunk.shape[0]] = chunk
+    return result.reshape(shape)
+
+
+def default_lanes() -> int:
+    """Lanes of an executor that is not told how many."""
+    # A job may be given fewer CPUs than the machine has.
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(_MAX_LANES, cpus)
+
+
+class Executor:
+    """Fills and compares in a few lanes, for a run that writes so many `files`.
+
+    `progress(bytes)` is called from the lanes as bytes are written, `filled(file)` when all tensors of a file are.
+    The first failure stops the rest and is raised by the next `fill` or `compare` or by `finish`.
+    """
+
+    def __init__(
+        self,
+        progress: Callable[[int], None] = lambda _: None,
+        filled: Callable[[OutputFile], None] = lambda _: None,
+        *,
+        files: int = 1,
+        lanes: int | None = None,
+    ) -> None:
+        self.planner = Planner()
+        self._progress, self._filled = progress, filled
+        self._stop = threading.Event()
+        self._failure: BaseException | None = None
+        self._lock = threading.Lock()
+        self._files: dict[OutputFile, tuple[int, Iterator[int]]] = {}
+        self._lanes = [queue.Queue[Callable[[], None] | None](_AHEAD) for _ in range(lanes or default_lanes())]
+        self._width = max(1, len(self._lanes) // max(files, 1))
+        self._threads = [threading.Thread(target=self._serve, args=(lane,), daemon=True) for lane in self._lanes]
+        for thread in self._threads:
+            thread.start()
+
+    def check(self, ref: Ref, spec: ModelSpec, sources: Sources, *, replicas: bool = True) -> None:
+        """Raise unless the pieces cover the slot once; queue the comparison of the copies that must agree with them."""
+        self.planner.check_cover(ref, spec, sources)
+        for replica in sources.replicas if replicas else ():
+            self.compare(replica, sources.pieces, str(ref))
+
+    def plan(self, fill: Fill, pieces: Sequence[Piece]) -> list[Gather]:
+        """What each piece gives to one tensor, or to a part of it."""
+        return self.planner.compose(fill.rows, fill.col, as_matrix(fill.shape)[1], pieces)
+
+    def fill(self, file: OutputFile, fill: Fill, gathers: Sequence[Gather]) -> None:
+        """Queue one tensor of `file`, or a part of it. Waits while many are queued."""
+        self._submit(self._lane_of(file), lambda: self._fill(file, fill, gathers))
+
+    def _lane_of(self, file: OutputFile) -> int:
+        """A file's own lane, or the next of its lanes where there are more than files."""
+        if file not in self._files:
+            self._files[file] = len(self._files) * self._width, itertools.cycle(range(self._width))
+        first, turn = self._files[file]
+        return (first + next(turn)) % len(self._lanes)
+
+    def compare(self, replica: Piece, pieces: Sequence[Piece], what: str) -> None:
+        """Queue a check that a further copy of a tensor equals the pieces, bit for bit."""
+        gathers = self.planner.compose(replica.rows, replica.col, replica.cols, pieces)
+        # Of lanes with equal queues the last: it is the least likely to be filling a file.
+        shortest = min(reversed(range(len(self._lanes))), key=lambda lane: self._lanes[lane].qsize())
+        self._submit(shortest, lambda: self._compare(replica, gathers, what))
+
+    def finish(self) -> None:
+        """Wait for all that is queued; raise the first failure."""
+        self._end()
+        self._raise_failure()
+
+    def cancel(self) -> None:
+        """Stop as soon as the chunks in flight are done; raises nothing."""
+        self._stop.set()
+        self._end()
+
+    def _end(self) -> None:
+        for lane, thread in zip(self._lanes, self._threads, strict=True):
+            if thread.is_alive():
+                lane.put(None)
+        for thread in self._threads:
+            thread.join()
+
+    def _submit(self, lane: int, task: Callable[[], None]) -> None:
+        self._raise_failure()
+        self._lanes[lane].put(task)
+
+    def _raise_failure(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+
+    def _serve(self, lane: queue.Queue[Callable[[], None] | None]) -> None:
+        while (task := lane.get()) is not None:
+            if not self._stop.is_set():  # else all that is queued would be thrown away
+                self._run(task)
+
+    def _run(self, task: Callable[[], None]) -> None:
+        try:
+            task()
+        except BaseException as error:  # noqa: BLE001 - raised again where the executor is used
+            with self._lock:
+                self._failure = self._failure or error
+            self._stop.set()
+
+    def _fill(self, file: OutputFile, fill: Fill, gathers: Sequence[Gather]) -> None:
+        shape = as_matrix(fill.shape)
+        chunks = transposed_chunks if fill.transposed else gather_chunks
+        line_bytes = shape[0 if fill.transposed else 1] * fill.dtype.itemsize
+        for line, chunk in chunks(gathers, shape, fill.dtype, f"{fill.file}: {fill.name}"):
+            if self._stop.is_set():
+                return
+            file.write(fill.name, fill.start + line * line_bytes, chunk)
+            self._progress(chunk.nbytes)
+        if file.claim():
+            self._filled(file)
+
+    def _compare(self, replica: Piece, gathers: Sequence[Gather], what: str) -> None:
+        stored = _matrix(replica)
+        kept = replica.rows >= 0
+        shape, dtype = as_matrix(replica.data.shape), replica.data.dtype
+        for start, chunk in gather_chunks(gathers, shape, dtype, str(replica.name), replica.rows):
+            if self._stop.is_set():
+                return
+            rows = slice(start, start + chunk.shape[0])
+            differs = (stored[rows] != chunk).any(axis=1) & kept[rows]
+            if differs.any():
+                row = start + int(np.flatnonzero(differs)[0])
+                raise ConversionError(f"{what}: {replica.name} differs from {gathers[0].source.name} in row {row}")

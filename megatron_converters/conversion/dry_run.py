@@ -1,0 +1,184 @@
+"""What a conversion would write and need, found by going through it without filling anything."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..basics.dtypes import DType
+from ..basics.errors import ConversionError
+from ..model.slots import refs
+from .accounting import Accounts
+from .composing import Planner, StoredName
+from .copying import CHUNK_BYTES, default_lanes
+from .endpoint import Source, Target, wanted_dtype
+from .journal import Journal, describe_run, is_output_of, refuse_other
+from .outline import Fill, Outline
+from .staging import Staging, check_place, free_space, nearest
+
+#: Bytes written to measure a rate, and the most time that it may take.
+_SAMPLE_BYTES = 256 << 20
+_SAMPLE_SECONDS = 2.0
+#: Memory of Python, numpy and the plan itself (scripts/bench measures it), and of a lane's buffers.
+_BASE_BYTES = 48 << 20
+_LANE_BYTES = 3 * CHUNK_BYTES
+#: torch, which is imported only to cast.
+_TORCH_BYTES = 200 << 20
+
+
+@dataclass
+class FilePlan:
+    """One file to be written. `tensor_bytes` without the file's own structure; `padding_rows` repeat another row."""
+
+    tensors: int
+    nbytes: int
+    tensor_bytes: int
+    padding_rows: int = 0
+
+
+@dataclass
+class Forecast:
+    """What `plan` says. Sizes in bytes, `seconds` None where no rate could be measured."""
+
+    files: dict[str, FilePlan]
+    nbytes: int
+    free: int
+    memory: int
+    source_tensors: int
+    target_tensors: int
+    casts: dict[str, int]
+    padding_rows: int
+    #: Bytes of tensors, without padding, that are written more than once, as several ranks hold them.
+    copies: int
+    ignored: list[str]
+    notes: list[str]
+    #: Files that an interrupted run of the same conversion has finished, and bytes that are left to write.
+    finished: list[str]
+    left: int
+    #: The same conversion is complete already.
+    complete: bool = False
+    #: What would make the conversion fail: something at the final place, or another run.
+    obstacle: str | None = None
+    rate: float | None = None
+    seconds: float | None = None
+    dtypes: dict[str, int] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return dataclasses.asdict(self)
+
+
+def forecast(source: Source, target: Target, dtype: DType | None, workers: int = 1) -> Forecast:
+    """Go through the whole conversion, checking that each tensor is covered once; nothing is written."""
+    outline = target.prepare(source.spec, source.origin, wanted_dtype(source, dtype))
+    files = {file: FilePlan(0, layout.nbytes, outline.tensor_bytes(file)) for file, layout in outline.files.items()}
+    read: set[StoredName] = set()
+    casts: Counter[str] = Counter()
+    dtypes: Counter[str] = Counter()
+    planner, accounts, copies = Planner(), Accounts(source.spec, outline), 0
+    for ref in refs(source.spec):
+        sources = source.read(ref)
+        planner.check_cover(ref, source.spec, sources)
+        read.update(piece.name for piece in (*sources.pieces, *sources.replicas))
+        fills = list(target.fills(ref))
+        accounts.add(ref, fills)
+        copies += sum(map(_bytes_of, fills)) - math.prod(ref.slot.shape(source.spec)) * fills[0].dtype.itemsize
+        for fill in fills:
+            files[fill.file].padding_rows += fill.padding
+            dtypes[str(fill.dtype)] += 1
+            if sources.dtype != fill.dtype:
+                casts[f"{sources.dtype} to {fill.dtype}"] += 1
+    accounts.close()
+    for file, layout in outline.files.items():
+        files[file].tensors = len(layout.regions)
+    standing = _standing(source, target, outline)
+    return Forecast(
+        files=files,
+        nbytes=outline.nbytes,
+        free=free_space(target.save_dir),
+        memory=workers * (_BASE_BYTES + default_lanes() * _LANE_BYTES + (_TORCH_BYTES if casts else 0)),
+        source_tensors=len(read),
+        target_tensors=sum(plan.tensors for plan in files.values()),
+        casts=dict(casts),
+        padding_rows=sum(plan.padding_rows for plan in files.values()),
+        copies=copies,
+        ignored=source.origin.ignored,
+        notes=source.origin.notes,
+        finished=standing.finished,
+        left=0
+        if standing.complete
+        else sum(plan.nbytes for file, plan in files.items() if file not in standing.finished),
+        complete=standing.complete,
+        obstacle=standing.obstacle,
+        dtypes=dict(dtypes),
+    )
+
+
+def _bytes_of(fill: Fill) -> int:
+    """Bytes of a tensor without its padding."""
+    rows, *cols = fill.shape
+    return (rows - fill.padding) * math.prod(cols) * fill.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class _Standing:
+    """What earlier runs, or others, have left where the conversion would write."""
+
+    finished: list[str] = field(default_factory=list)
+    complete: bool = False
+    obstacle: str | None = None
+
+
+def _standing(source: Source, target: Target, outline: Outline) -> _Standing:
+    run, shown = describe_run(outline, source.origin), target.shown()
+    if shown is not None and is_output_of(shown, run):
+        return _Standing(complete=True)
+    staging = Staging(target.save_dir, outline.name)
+    journal = Journal(staging.state)
+    old, finished = journal.run(), journal.finished_in(staging.files)
+    try:
+        check_place(target.save_dir)
+        if old is not None and finished:
+            refuse_other(staging, old, run, len(finished))
+        if not journal.complete:
+            target.refuse_existing()
+    except ConversionError as error:
+        return _Standing(obstacle=str(error))
+    return _Standing(list(finished), obstacle=staging.in_use())
+
+
+def measure(result: Forecast, source: Source, save_dir: Path) -> None:
+    """Add the time that it should take, from a short copy of the source into a file without a name, which leaves nothing."""
+    # Not on a disk where the sample would matter to others.
+    rate = _rate(source, nearest(save_dir)) if result.free > 4 * _SAMPLE_BYTES else None
+    if rate:
+        result.rate, result.seconds = rate, result.left / rate
+
+
+def _rate(source: Source, folder: Path) -> float | None:
+    """Bytes a second, reading the source's first tensors and writing them there; None where that is not possible."""
+    try:
+        fd = os.open(folder, os.O_TMPFILE | os.O_WRONLY)
+    except (AttributeError, OSError):  # not every system and file system has files without a name
+        return None
+    try:
+        begun, done = time.monotonic(), 0
+        for ref in refs(source.spec):
+            for piece in source.read(ref).pieces:
+                data = piece.data.array()
+                rows = max(1, CHUNK_BYTES // max(data[:1].nbytes, 1))
+                for start in range(0, data.shape[0], rows):
+                    done += os.pwrite(fd, data[start : start + rows].tobytes(), done)
+                    if done >= _SAMPLE_BYTES or time.monotonic() - begun > _SAMPLE_SECONDS:
+                        return done / max(time.monotonic() - begun, 1e-6)
+        return done / max(time.monotonic() - begun, 1e-6)
+    except OSError:  # a disk that is full: the plan says so in bytes
+        return None
+    finally:
+        os.close(fd)

@@ -1,0 +1,282 @@
+"""The loop that joins a source and a target: all or nothing, and what was interrupted goes on."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import numpy as np
+
+from ..assets.origin import changed_files
+from ..basics.dtypes import DType
+from ..basics.errors import ConversionError, DiskError, Interrupted, Stopped, raise_all, reason_of
+from ..model.slots import refs
+from ..storage.output_file import OutputFile
+from .accounting import check_target
+from .copying import Executor
+from .crew import ALONE, Crew, agree, meet, share
+from .endpoint import Source, Target, wanted_dtype
+from .journal import Entries, Journal, describe_run, is_output_of, refuse_other, tensor_entry, write_manifest
+from .outline import Outline
+from .progress import Progress
+from .staging import Staging, check_place, check_space
+
+T = TypeVar("T")
+#: Seconds that a network file system may take to show what another machine has written.
+_PATIENCE = 60.0
+
+
+def convert(
+    source: Source,
+    target: Target,
+    override: DType | None,
+    progress: Progress,
+    *,
+    restart: bool = False,
+    crew: Crew = ALONE,
+) -> list[str]:
+    """Write every tensor of `source` to `target`; all or nothing. Returns what to tell the user.
+
+    A run that was killed, or stopped by a full disk, left its finished files in a hidden folder; the same run goes on from
+    there, and any other is refused unless `restart`. All processes of a crew call this alike; only the first returns lines.
+    """
+    with _disk_errors():
+        outline = target.prepare(source.spec, source.origin, wanted_dtype(source, override))
+        check_target(source.spec, outline, target.fills)
+        return _Run(source, target, outline, crew, progress).work(restart)
+
+
+@contextmanager
+def _disk_errors() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise DiskError(f"cannot read or write {error.filename or 'the output'}: {reason_of(error)}") from error
+
+
+class _Run:
+    """One process's part in one conversion."""
+
+    def __init__(self, source: Source, target: Target, outline: Outline, crew: Crew, progress: Progress) -> None:
+        self._source, self._target, self._outline = source, target, outline
+        self._crew, self._progress = crew, progress
+        self._staging = Staging(target.save_dir, outline.name)
+        self._journal = Journal(self._staging.state)
+        self._description = describe_run(outline, source.origin)
+        self._begun = self._shown = False
+        self._session = ""
+        self._open: dict[str, OutputFile] = {}
+        self._entries: dict[str, Entries] = {}
+
+    def work(self, restart: bool) -> list[str]:
+        """All steps, each together with the other processes; returns what to tell the user."""
+        try:
+            agree(self._crew, self._together(lambda: self._description), "conversion")
+            if self._led(self._complete_already):
+                words = "is complete already; nothing to do (--overwrite writes it again)"
+                return self._led(lambda: [f"{self._target.shown()} {words}"])
+            finished, self._session = self._led(partial(self._begin, restart))
+            self._begun = True
+            self._together(self._see_folder)
+            done = self._together(partial(self._copy, self._take_share(finished)))
+            lines = self._led(partial(self._end, set(finished).union(*done)))
+            if finished:
+                lines.insert(
+                    0,
+                    f"went on from an interrupted run, with {len(finished)} of {len(self._outline.files)} files finished",
+                )
+        except BaseException as error:
+            for file in self._open.values():
+                if not file.closed:
+                    file.discard()
+            reason = Interrupted() if isinstance(error, KeyboardInterrupt) else error
+            if self._crew.rank == 0:
+                self._give_up(reason)
+            raise reason from error
+        finally:
+            self._progress.stop()
+        return lines
+
+    def _together(self, action: Callable[[], T]) -> list[T]:
+        """Do something and wait for the others; returns what each has got. A failure of one is a failure of all."""
+        result: T | None = None
+        failure: BaseException | None = None
+        try:
+            result = action()
+        except BaseException as error:  # noqa: BLE001 - raised again by `meet`
+            failure = error
+        return meet(self._crew, result, failure)
+
+    def _led(self, action: Callable[[], T]) -> T:
+        """Do something in the first process alone; returns in all of them what it has got."""
+        return cast("T", self._together(lambda: action() if self._crew.rank == 0 else None)[0])
+
+    def _complete_already(self) -> bool:
+        """Whether this very run has been completed before, so that repeating a command is no error."""
+        folder = self._target.shown()
+        if folder is None or not is_output_of(folder, self._description):
+            return False
+        if self._staging.path.exists():  # killed while it cleaned up
+            self._staging.open()
+            self._staging.discard()
+        return True
+
+    def _begin(self, restart: bool) -> tuple[list[str], str]:
+        """Open the hidden folder, anew or where the same run has stopped; returns the files that are finished, and whose it is."""
+        if not self._staging.path.exists():
+            check_place(self._target.save_dir)
+            self._target.refuse_existing()
+            check_space(self._target.save_dir, self._outline.nbytes)
+        self._staging.open()
+        old, finished = self._journal.run(), self._finished()
+        if restart or old is None or old["source"]["files"] is None or not finished:
+            self._target.refuse_existing()
+            self._staging.empty()
+            self._journal.begin(self._description)
+            finished = {}
+        else:
+            refuse_other(self._staging, old, self._description, len(finished))
+            if self._journal.complete:
+                return list(self._outline.files), self._journal.take()
+            self._target.refuse_existing()
+            self._staging.keep_only(list(finished))
+        left = self._outline.files.keys() - finished.keys()
+        check_space(self._target.save_dir, sum(self._outline.files[file].nbytes for file in left))
+        self._target.assets(self._staging.files)
+        return list(finished), self._journal.take()
+
+    def _see_folder(self) -> None:
+        """Raise in a process that does not see what the first one has made."""
+        if self._await(self._journal.run, lambda run: run == self._description) != self._description:
+            raise ConversionError(
+                f"process {self._crew.rank} does not see {self._staging.path}, which process 0 has made; all must share that folder"
+            )
+
+    def _finished(self) -> dict[str, dict[str, Any]]:
+        return self._journal.finished_in(self._staging.files)
+
+    def _take_share(self, finished: list[str]) -> set[str]:
+        """The files that this process fills."""
+        left = {file: self._outline.tensor_bytes(file) for file in self._outline.files if file not in finished}
+        mine = share(left, self._crew)
+        self._progress.start(sum(left[file] for file in mine))
+        return mine
+
+    def _copy(self, mine: set[str]) -> list[str]:
+        """Fill these files; returns them."""
+        executor = Executor(self._progress, self._finish, files=len(mine))
+        try:
+            for number, ref in enumerate(refs(self._source.spec)):
+                sources = self._source.read(ref)
+                executor.check(ref, self._source.spec, sources, replicas=number % self._crew.size == self._crew.rank)
+                for fill in self._target.fills(ref):
+                    if fill.file in mine:
+                        gathers = executor.plan(fill, sources.pieces)
+                        tensor_entry(self._entries.setdefault(fill.file, {}), ref, fill, gathers)
+                        executor.fill(self._file(fill.file), fill, gathers)
+            executor.finish()
+        except BaseException:
+            executor.cancel()
+            raise
+        self._source.close()
+        raise_all(
+            f"the source changed while it was read, so nothing of this run is kept: {self._source.origin.described}",
+            changed_files(self._source.origin),
+            remedy="wait until nothing writes there, and run the same command again",
+        )
+        for path in sorted(mine):  # a file without tensors is finished by nobody else; one with gaps says so here
+            if not self._file(path).closed:
+                self._finish(self._file(path))
+        return sorted(mine)
+
+    def _file(self, path: str) -> OutputFile:
+        file = self._open.get(path)
+        if file is None:
+            place = self._staging.files / path
+            place.parent.mkdir(parents=True, exist_ok=True)
+            file = self._open[path] = self._outline.files[path].create(place)
+            self._give(file, path)
+        return file
+
+    def _give(self, file: OutputFile, path: str) -> None:
+        """Write the small tensors of a file that belong to no slot."""
+        for name, data in self._outline.given.get(path, {}).items():
+            file.write(name, 0, np.ascontiguousarray(data.array()))
+            self._progress(data.nbytes)
+            self._entries.setdefault(path, {})[name] = {
+                "holds": [],
+                "from": {data.path: "all"},
+                "dtype": str(data.dtype),
+            }
+
+    def _finish(self, file: OutputFile) -> None:
+        """Complete a file and record it; called once its last tensor is written, from the lane that wrote it."""
+        file.close()
+        path = str(Path(file.path).relative_to(self._staging.files))
+        tensors = self._entries.pop(path, {})
+        checksums = file.checksums()
+        layout = self._outline.files[path]
+        for name, region in layout.regions.items():
+            placed = {"shape": list(layout.shapes[name]), "at": list(region)}
+            tensors[name] |= {**placed, "crc32": f"{checksums[name]:08x}"}
+        session = self._journal.session()
+        if session != self._session:  # this process is what is left of a run that another one continues
+            happened = "someone has removed" if session is None else "another run has taken over"
+            raise Stopped(f"{happened} {self._staging.path}")
+        self._journal.finish(path, file.nbytes, self._outline.outside(path, checksums), tensors)
+
+    def _end(self, done: set[str]) -> list[str]:
+        """Show the result, once every file is finished."""
+        if not self._journal.complete:
+            finished = self._await(self._finished, lambda found: done <= found.keys())
+            lost = sorted(self._outline.files.keys() - finished.keys())
+            if lost:
+                raise ConversionError(f"{', '.join(lost)} should be finished and are not; run the same command again")
+            self._refuse_what_came()
+            write_manifest(self._staging.files, self._description, finished, self._source.origin)
+            self._journal.mark_complete()
+        if not self._journal.cleared:
+            self._target.clear(self._staging)
+            self._journal.mark_cleared()
+        lines = self._target.show(self._staging)
+        self._shown = True
+        self._staging.discard()
+        return lines
+
+    def _refuse_what_came(self) -> None:
+        """Raise if something has appeared at the final place since this began; what is finished is kept."""
+        try:
+            self._target.refuse_existing()
+        except ConversionError as error:
+            raise Stopped(f"something else was saved there meanwhile: {error}") from error
+
+    def _await(self, look: Callable[[], T], good: Callable[[T], bool]) -> T:
+        """What is seen once it is good, or at last: other machines' files may take a while to be seen here."""
+        deadline = time.monotonic() + (_PATIENCE if self._crew.size > 1 else 0.0)
+        while not good(seen := look()) and time.monotonic() < deadline:
+            time.sleep(1.0)
+        return seen
+
+    def _give_up(self, error: BaseException) -> None:
+        """Leave nothing, but what the same run can use when it is started again."""
+        if not self._staging.held:
+            return
+        if self._shown:  # the next run takes the hidden folder away
+            self._staging.leave()
+            if isinstance(error, ConversionError):
+                error.hint = "; the output is complete all the same"
+            return
+        finished = self._finished()
+        of_this_run = self._begun and self._source.origin.identity is not None
+        worth_keeping = isinstance(error, (Stopped, OSError)) if of_this_run else not self._begun
+        if not self._journal.complete and not (finished and worth_keeping):
+            self._staging.discard()
+            return
+        self._staging.leave()
+        if of_this_run and isinstance(error, ConversionError):
+            count = f"{len(finished)} of {len(self._outline.files)}"
+            error.hint = f"; {count} files are finished and kept, run the same command again to go on"

@@ -1,1 +1,0 @@
-"""The ends of a conversion: each reads or writes the slots of a model in one format, and knows no other format."""

@@ -1,0 +1,154 @@
+"""config.json ↔ `ModelSpec`, by the rules of the family's table."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from ..basics.dtypes import DType, dtype_named
+from ..basics.errors import ConversionError, one_line
+from ..model.spec import ModelSpec
+from . import FAMILIES
+from .rules import layer_types
+from .table import Family
+
+#: Keys of config.json that change no weight and no arithmetic of a forward pass (transformers PretrainedConfig; marks
+#: that transformers, nanotron, transformers.js, Unsloth and the first Llamas' converter leave).
+HARMLESS = frozenset(
+    """
+    _attn_implementation _attn_implementation_autoset _name_or_path add_cross_attention architectures auto_map
+    bad_words_ids begin_suppress_tokens bos_token_id chunk_size_feed_forward classifier_dropout
+    cross_attention_hidden_size decoder_start_token_id diversity_penalty do_sample dtype early_stopping
+    encoder_no_repeat_ngram_size eos_token_id exponential_decay_length_penalty finetuning_task forced_bos_token_id
+    forced_eos_token_id id2label is_decoder is_encoder_decoder is_llama_config is_qwen2_config label2id length_penalty
+    max_length max_sequence_length min_length model_type no_repeat_ngram_size num_beam_groups num_beams num_return_sequences
+    output_attentions output_hidden_states output_router_logits output_scores pad_token_id prefix pretraining_tp
+    problem_type pruned_heads remove_invalid_values repetition_penalty return_dict return_dict_in_generate
+    router_jitter_noise sep_token_id suppress_tokens task_specific_params temperature tf_legacy_loss
+    tie_encoder_decoder tokenizer_class top_k top_p torch_dtype torchscript transformers.js_config
+    transformers_version typical_p unsloth_fixed unsloth_version use_bfloat16 use_cache
+    """.split()
+)
+
+
+def family_of_config(config: Mapping[str, Any]) -> Family:
+    """The family that config.json names by `architectures` or, failing that, `model_type`; where both are, they must agree."""
+    architectures = config.get("architectures") or []
+    if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
+        raise ConversionError(f"config.json has architectures={architectures!r}; it must be a list of names")
+    model_type = config.get("model_type")
+    found = [family for family in FAMILIES.values() if family.architecture in architectures or not architectures]
+    agreed = [family for family in found if model_type == family.model_type or (architectures and model_type is None)]
+    if len(agreed) == 1:
+        return agreed[0]
+    if architectures and found:  # transformers builds what model_type says, other programs what architectures say
+        raise ConversionError(
+            f"config.json has architectures={architectures!r} and model_type={model_type!r}, which name different "
+            "models; correct the one that is wrong"
+        )
+    named = one_line(", ".join(architectures) or model_type or "no architecture")
+    known = ", ".join(family.architecture for family in FAMILIES.values())
+    raise ConversionError(f"config.json names {named}, which is not supported; supported are {known}")
+
+
+def spec_of_config(config: Mapping[str, Any], ignored: Iterable[str] = ()) -> ModelSpec:
+    """Read config.json's object. `ignored` names keys that the user vouches for.
+
+    The spec's dtype is what the config says, float32 if nothing; readers of files replace it by what the files hold.
+    """
+    family = family_of_config(config)
+    _refuse_unclaimed(config, family, ignored)
+    fields: dict[str, Any] = {}
+    for rule in family.rules:
+        fields.update(rule.read(config))
+    dtype = dtype_named(config.get("torch_dtype") or config.get("dtype") or "float32")
+    return ModelSpec(family=family.name, dtype=dtype, **fields)
+
+
+def _refuse_unclaimed(config: Mapping[str, Any], family: Family, ignored: Iterable[str]) -> None:
+    if config.get("quantization_config"):
+        raise ConversionError("config.json has a quantization_config; convert the unquantised model instead")
+    claimed = HARMLESS.union(ignored, *(rule.keys for rule in family.rules))
+    unknown = sorted(key for key, value in config.items() if key not in claimed and value not in (None, False))
+    # Layer types are spelled out by transformers 5 for every architecture; all full attention says nothing new.
+    if all(kind == "full_attention" for kind in layer_types(config)):
+        unknown = [key for key in unknown if key != "layer_types"]
+    if unknown:
+        names = [one_line(key) for key in unknown]
+        raise ConversionError(
+            f"config.json has fields that the {family.name} family does not know: {', '.join(names)}; "
+            "they may change what the model computes. If they do not, pass "
+            f"--ignore-config-fields {','.join(names)}"
+        )
+
+
+def config_of_spec(spec: ModelSpec) -> dict[str, Any]:
+    """A complete config.json object for the spec. Raises if the family cannot express it, naming the fields."""
+    family = FAMILIES[spec.family]
+    config: dict[str, Any] = {"architectures": [family.architecture], "model_type": family.model_type}
+    for rule in family.rules:
+        for key, value in rule.write(spec).items():
+            config.setdefault(key, value)
+    config = {**config, "torch_dtype": spec.dtype.name, "use_cache": True}
+    lost = differences(spec, spec_of_config(config))
+    if lost:
+        raise ConversionError(f"the {family.name} architecture cannot express {'; '.join(lost)}")
+    return config
+
+
+def infer_family(fields: Mapping[str, Any]) -> ModelSpec:
+    """The spec with the first family whose config.json can express these fields (all of `ModelSpec` but `family`)."""
+    reasons = []
+    choices = [fields]
+    if fields.get("num_experts") and not fields.get("dense_layers"):  # the size of a dense MLP then says nothing
+        choices.append({**fields, "ffn_hidden_size": fields["moe_ffn_hidden_size"]})
+    for choice, name in itertools.product(choices, FAMILIES):
+        spec = ModelSpec(family=name, **choice)
+        try:
+            config_of_spec(spec)
+        except ConversionError as error:
+            reasons.append(str(error))
+        else:
+            return spec
+    raise ConversionError("no supported architecture has this model's shape: " + "; ".join(reasons))
+
+
+def differences(one: ModelSpec, other: ModelSpec, among: Iterable[str] | None = None) -> list[str]:
+    """The fields in which two specs differ, all or `among` these, as `name: value, not value`."""
+    return [
+        f"{name}: {_show(getattr(one, name))}, not {_show(getattr(other, name))}"
+        for name in among or [field.name for field in dataclasses.fields(ModelSpec)]
+        if getattr(one, name) != getattr(other, name)
+    ]
+
+
+def _show(value: Any) -> str:
+    return value.name if isinstance(value, DType) else str(value)
+
+
+def config_for(spec: ModelSpec, base: Mapping[str, Any] | None) -> tuple[dict[str, Any], list[str]]:
+    """The config.json to write, and the fields of `base` that had to change, as `key: old -> new`.
+
+    `base` is the configuration that the model came from or a reference; what it says beside the spec is kept.
+    """
+    written = config_of_spec(spec)
+    if base is None:
+        return written, []
+    family = FAMILIES[spec.family]
+    config = dict(base)
+    for rule in family.rules:
+        if rule.read(base) != {name: getattr(spec, name) for name in rule.read(base)}:
+            config = {key: value for key, value in config.items() if key not in rule.keys}
+            config.update({key: written[key] for key in rule.write(spec)})
+    config.update(architectures=[family.architecture], model_type=family.model_type)
+    config.pop("auto_map", None)  # names code beside the source, which is not copied; the class is transformers' own
+    dtype_key = "dtype" if "dtype" in base else "torch_dtype"
+    config[dtype_key] = spec.dtype.name
+    changed = [
+        f"{key}: {base.get(key, 'absent')} -> {config.get(key, 'absent')}"
+        for key in sorted({*base, *config})
+        if base.get(key, "absent") != config.get(key, "absent")
+    ]
+    return config, changed

@@ -1,0 +1,135 @@
+"""Mixtures of experts: Mixtral, Qwen2-MoE (a shared expert with its gate), Qwen3-MoE and OLMoE, as transformers has them."""
+
+from __future__ import annotations
+
+from ..model.layouts import GATED, SAME
+from .llama import DENSE, DERIVED_HEAD_DIM, PROJ_BIAS, QK_NORM, QKV_BIAS, SIZES, query_groups
+from .rules import DenseLayers, Experts, Fixed, Implied, NormedChoice, NoWindow, Rope, Row, Window
+from .table import Family, HFEntry
+
+_LAYER = "model.layers.{layer}."
+_MIXTRAL = _LAYER + "block_sparse_moe."
+_MLP = _LAYER + "mlp."
+_EXPERT = _MLP + "experts.{expert}."
+_SHARED = _MLP + "shared_expert."
+#: Names in files that transformers 5 saved as it holds them in memory.
+_FUSED_FC1, _FUSED_FC2 = _MLP + "experts.gate_up_proj", _MLP + "experts.down_proj"
+
+_ATTENTION = {name: entry for name, entry in DENSE.items() if name not in ("mlp_norm", "fc1", "fc2")}
+_NORM = {"moe_norm": HFEntry(SAME, (_LAYER + "post_attention_layernorm.weight",))}
+_EXPERTS = {
+    **_NORM,
+    "router": HFEntry(SAME, (_MLP + "gate.weight",)),
+    "expert_fc1": HFEntry(GATED, (_EXPERT + "gate_proj.weight", _EXPERT + "up_proj.weight"), _FUSED_FC1),
+    "expert_fc2": HFEntry(SAME, (_EXPERT + "down_proj.weight",), _FUSED_FC2),
+}
+_DENSE_MLP = {name: DENSE[name] for name in ("mlp_norm", "fc1", "fc2")}
+
+MIXTRAL = Family(
+    name="mixtral",
+    model_type="mixtral",
+    architecture="MixtralForCausalLM",
+    tensors={
+        **_ATTENTION,
+        **_NORM,
+        "router": HFEntry(SAME, (_MIXTRAL + "gate.weight",), _MLP + "gate.weight"),
+        "expert_fc1": HFEntry(
+            GATED, (_MIXTRAL + "experts.{expert}.w1.weight", _MIXTRAL + "experts.{expert}.w3.weight"), _FUSED_FC1
+        ),
+        "expert_fc2": HFEntry(SAME, (_MIXTRAL + "experts.{expert}.w2.weight",), _FUSED_FC2),
+    },
+    rules=(
+        *SIZES,
+        query_groups(absent=8),
+        DERIVED_HEAD_DIM,
+        Rope(1e6),
+        Window(default=None),
+        Row("max_position_embeddings", "max_position_embeddings", 4096 * 32),
+        Row("num_experts", "num_local_experts", 8),
+        Row("moe_router_topk", "num_experts_per_tok", 2),
+        Row("norm_epsilon", "rms_norm_eps", 1e-5),
+        Row("moe_ffn_hidden_size", "intermediate_size"),
+        Row("moe_aux_loss_coeff", "router_aux_loss_coef", 0.001),
+        Implied("moe_router_pre_softmax", False),
+    ),
+)
+
+_QWEN_ROWS = (
+    Rope(),
+    NoWindow(),
+    DenseLayers(),
+    NormedChoice(),
+    Row("max_position_embeddings", "max_position_embeddings", 32768),
+    Row("moe_aux_loss_coeff", "router_aux_loss_coef", 0.001),
+)
+
+QWEN2_MOE = Family(
+    name="qwen2_moe",
+    model_type="qwen2_moe",
+    architecture="Qwen2MoeForCausalLM",
+    tensors={
+        **_ATTENTION,
+        **QKV_BIAS,
+        **_DENSE_MLP,
+        **_EXPERTS,
+        "shared_fc1": HFEntry(GATED, (_SHARED + "gate_proj.weight", _SHARED + "up_proj.weight")),
+        "shared_fc2": HFEntry(SAME, (_SHARED + "down_proj.weight",)),
+        "shared_gate": HFEntry(SAME, (_MLP + "shared_expert_gate.weight",)),
+    },
+    rules=(
+        *SIZES,
+        query_groups(absent=16),
+        DERIVED_HEAD_DIM,
+        *_QWEN_ROWS,
+        Row("qkv_bias", "qkv_bias", True),
+        Experts(60),
+        Row("moe_router_topk", "num_experts_per_tok", 4),
+        Row("moe_ffn_hidden_size", "moe_intermediate_size", 1408),
+        Row("shared_ffn_hidden_size", "shared_expert_intermediate_size", 5632),
+        Implied("shared_gate", True),
+    ),
+)
+
+QWEN3_MOE = Family(
+    name="qwen3_moe",
+    model_type="qwen3_moe",
+    architecture="Qwen3MoeForCausalLM",
+    tensors={**_ATTENTION, **QKV_BIAS, **PROJ_BIAS, **QK_NORM, **_DENSE_MLP, **_EXPERTS},
+    rules=(
+        *SIZES,
+        query_groups(absent=4),
+        DERIVED_HEAD_DIM,
+        *_QWEN_ROWS,
+        Row("qkv_bias", "attention_bias", False),
+        Row("proj_bias", "attention_bias", False),
+        Experts(128),
+        Row("moe_router_topk", "num_experts_per_tok", 8),
+        Row("moe_ffn_hidden_size", "moe_intermediate_size", 768),
+        Implied("qk_norm", True),
+    ),
+)
+
+OLMOE = Family(
+    name="olmoe",
+    model_type="olmoe",
+    architecture="OlmoeForCausalLM",
+    tensors={**_ATTENTION, **QKV_BIAS, **PROJ_BIAS, **QK_NORM, **_EXPERTS},
+    rules=(
+        *SIZES,
+        query_groups(),
+        DERIVED_HEAD_DIM,
+        Rope(),
+        NormedChoice(),
+        Fixed("clip_qkv", None),
+        Row("max_position_embeddings", "max_position_embeddings", 4096),
+        Row("norm_epsilon", "rms_norm_eps", 1e-5),
+        Row("qkv_bias", "attention_bias", False),
+        Row("proj_bias", "attention_bias", False),
+        Experts(64),
+        Row("moe_router_topk", "num_experts_per_tok", 8),
+        Row("moe_ffn_hidden_size", "intermediate_size"),
+        Row("moe_aux_loss_coeff", "router_aux_loss_coef", 0.01),
+        Implied("qk_norm", True),
+        Implied("qk_norm_over_heads", True),
+    ),
+)

@@ -1,0 +1,1 @@
+"""Megatron-LM checkpoints, of the `torch` and the `torch_dist` format."""

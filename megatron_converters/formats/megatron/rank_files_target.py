@@ -1,0 +1,148 @@
+"""Write a Megatron-LM checkpoint of the `torch` format: one `mp_rank_*/model_optim_rng.pt` a rank, filled in place.
+
+Format: Megatron-LM core_v0.17.1, training/checkpointing.py, and the files that it writes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ...basics.errors import ConversionError
+from ...basics.quantities import count
+from ...conversion.outline import Fill
+from ...model.layouts import RowMap
+from ...model.slots import Ref, Shard, refs
+from ...sharding.placement import Placement
+from ...sharding.ranks import Cut, Rank
+from ...storage import torch_zip
+from ...storage.output_file import Layout
+from ...storage.tensor import StoredTensor
+from .names import DIALECTS, EXPERTS, EXTRA_STATE_SUFFIX, LAST_EXTRA_STATE, STACKED, extra_state
+from .writing import CheckpointTarget, sizes
+
+FILE = "model_optim_rng.pt"
+
+
+class _Stored(NamedTuple):
+    """Tensor of a rank's file, and how many experts share it."""
+
+    tensor: torch_zip.NewTensor
+    parts: int
+
+
+_Group = dict[str, _Stored]
+
+
+class MegatronTarget(CheckpointTarget):
+    """A checkpoint of the `torch` format: a file for each rank."""
+
+    format = "torch"
+
+    def _lay_out(self) -> tuple[dict[str, Layout], dict[str, dict[str, StoredTensor]]]:
+        parallel = self._parallel
+        self._placement = Placement(self._spec, parallel, self._padded)
+        self._names = {**DIALECTS[self._options.impl], **EXPERTS[self._expert_layout]}
+        ranks = [rank for stage in range(parallel.pp) for rank in parallel.ranks(stage)]
+        self._files = {rank: f"{parallel.directory(rank)}/{FILE}" for rank in ranks}
+        groups = self._groups(ranks)
+        given = {rank: {} if self._bins is None else dict(self._bins.on(rank, parallel)) for rank in ranks}
+        layouts: dict[tuple[int, tuple[_Stored, ...]], Layout] = {}
+        files = {}
+        for rank in ranks:
+            bins = {key: _Stored(_new(key, data.dtype, data.shape), 1) for key, data in given[rank].items()}
+            stored = groups[rank.pp, rank.ep] | bins
+            kind = rank.pp, tuple(stored.values())
+            if kind not in layouts:  # ranks whose files have one structure share its layout
+                layouts[kind] = self._layout(rank.pp, stored)
+            files[self._files[rank]] = layouts[kind]
+        self._tensors = sum(len(layout.regions) for layout in files.values())
+        return files, {self._files[rank]: bins for rank, bins in given.items()}
+
+    def fills(self, ref: Ref) -> Iterator[Fill]:
+        """The slot's share on every rank that holds it."""
+        dtype, transposed = self._dtype_of(ref), self._stacks(ref)
+        for home in self._placement.homes(ref):
+            key = home.key(self._names[home.slot], ref.expert)
+            for rank, cut, _ in home.shares:
+                rows = resolve_padding(cut, self._spec.vocab_size)
+                start = (home.expert or 0) * math.prod(cut.shape) * dtype.itemsize if transposed else 0
+                yield Fill(self._files[rank], key, dtype, cut.shape, rows, cut.col, start, transposed, cut.padding)
+
+    def _groups(self, ranks: Sequence[Rank]) -> dict[tuple[int, int], _Group]:
+        """The tensors of a rank by key, in the order of its layers: alike on all ranks of one pipeline and expert number."""
+        groups: dict[tuple[int, int], _Group] = {(rank.pp, rank.ep): {} for rank in ranks}
+        for ref in refs(self._spec):
+            parts = self._spec.num_experts // self._parallel.ep if self._stacks(ref) else 1
+            for home in self._placement.homes(ref):
+                key = home.key(self._names[home.slot], ref.expert)
+                stored = _Stored(self._tensor(ref, key, home.shares[0].cut.shape, parts), parts)
+                for group in dict.fromkeys((share.rank.pp, share.rank.ep) for share in home.shares):
+                    if groups[group].setdefault(key, stored) != stored:
+                        raise ConversionError(
+                            f"{ref} is {stored.tensor.dtype}, but others in {key} are not; give one dtype"
+                        )
+        return groups
+
+    def _stacks(self, ref: Ref) -> bool:
+        """Whether a tensor is one of several that share a stored one, transposed."""
+        return ref.expert is not None and self._expert_layout == STACKED
+
+    def _tensor(self, ref: Ref, key: str, shape: tuple[int, ...], parts: int) -> torch_zip.NewTensor:
+        """The stored tensor. Megatron-LM gives stacks of transposed matrices only two dimensions."""
+        if self._stacks(ref):
+            rows, cols = shape
+            shape = (cols, parts * rows) if ref.slot.shard is Shard.COLUMN else (parts * cols, rows)
+        return _new(key, self._dtype_of(ref), shape)
+
+    def _layout(self, pp: int, stored: Mapping[str, _Stored]) -> Layout:
+        tensors = {key: entry.tensor for key, entry in stored.items()}
+        parts = {key: entry.parts for key, entry in stored.items() if entry.parts > 1}
+        return dataclasses.replace(torch_zip.layout(FILE, self._tree(self._models(pp, tensors))), parts=parts)
+
+    def _models(self, pp: int, tensors: Mapping[str, torch_zip.NewTensor]) -> dict[str, OrderedDict[str, Any]]:
+        """The state dicts of a rank, one for each of its stages; `tensors` have the stage's prefix."""
+        parallel = self._parallel
+        models = {}
+        for entry, stage in zip(parallel.entries, range(pp, len(parallel.stages), parallel.pp), strict=True):
+            prefix = parallel.prefix(stage)
+            mine = [(key.removeprefix(prefix), tensor) for key, tensor in tensors.items() if key.startswith(prefix)]
+            models[entry] = OrderedDict([*mine, *dict.fromkeys(self._extra_state(stage)).items()])
+        return models
+
+    def _extra_state(self, stage: int) -> Iterator[str]:
+        parallel, impl = self._parallel, self._options.impl
+        before = sum(parallel.stages[:stage])
+        experts = self._spec.num_experts // parallel.ep
+        for layer in range(parallel.stages[stage]):
+            for module in extra_state(impl, self._expert_layout, self._spec, before + layer, experts):
+                yield f"{module.format(layer=layer)}.{EXTRA_STATE_SUFFIX}"
+        if stage == len(parallel.stages) - 1:
+            yield from (f"{module}.{EXTRA_STATE_SUFFIX}" for module in LAST_EXTRA_STATE[impl])
+
+    def _written(self) -> str:
+        ranks = sum(len(self._parallel.ranks(stage)) for stage in range(self._parallel.pp))
+        return (
+            f"{count(self._tensors, 'tensor')} on {count(ranks, 'rank')} "
+            f"({sizes(self._parallel)}, layers {'+'.join(map(str, self._parallel.stages))})"
+        )
+
+
+_new = torch_zip.NewTensor
+
+
+def resolve_padding(share: Cut, vocab: int) -> RowMap:
+    """The slot's row of each row of a share, padding resolved."""
+    return _padded_rows(share, vocab) if share.padding else share.rows
+
+
+@lru_cache(maxsize=64)
+def _padded_rows(share: Cut, vocab: int) -> RowMap:
+    """Padding repeats the last row of the vocabulary, as Megatron-LM's own converters do."""
+    return np.where(share.rows < 0, vocab - 1, share.rows)

@@ -1,0 +1,201 @@
+"""Write a Megatron-LM checkpoint of the `torch_dist` format: whole tensors in chunks, filled in place.
+
+A chunk is what one rank of the sizes asked for holds, so that a run of these sizes reads what it needs and no more; any other run
+loads it, too. Format: see torch_dist_source.py; layers are an axis where all are of one kind, as Megatron-LM writes them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from ...basics.dtypes import DType
+from ...basics.errors import ConversionError, UsageError
+from ...basics.quantities import count
+from ...conversion.outline import Fill
+from ...model.layouts import RowMap, interned
+from ...model.slots import Ref, Slot, refs
+from ...sharding.placement import Placement, Share
+from ...sharding.ranks import Rank, boxes
+from ...storage import dcp, dcp_layout, torch_zip
+from ...storage.dcp_layout import NewChunk, NewObject, Placed
+from ...storage.output_file import Layout
+from ...storage.tensor import StoredTensor
+from .names import DISTRIBUTED, DISTRIBUTED_EXPERTS, DISTRIBUTED_LOCAL, EXTRA_STATE_SUFFIX, distributed_extra_state
+from .reading import FORMAT_FILE
+from .torch_dist_source import COMMON_FILE
+from .writing import CheckpointTarget, sizes
+
+_NAMES = {"local": DISTRIBUTED_LOCAL, "transformer_engine": DISTRIBUTED}
+#: What `FORMAT_FILE` holds.
+FORMAT = {
+    "sharded_backend": "torch_dist",
+    "sharded_backend_version": 1,
+    "common_backend": "torch",
+    "common_backend_version": 1,
+}
+#: What Megatron-LM (0.14 on) records of the way in which it names keys (training/checkpointing.py).
+_CONTENT = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
+_FINAL_NORM = "decoder.final_layernorm"
+#: A rank begins another file when one has reached this size; files are what several threads or processes share.
+_FILE_BYTES = 1 << 30
+
+
+class _Box(NamedTuple):
+    """A share of a slot: the number of the rank that writes it, its first row and column, and what fills it.
+
+    `padding` counts its rows at the end that are vocabulary padding; `rows` has the slot's row of each.
+    """
+
+    rank: int
+    row: int
+    col: int
+    shape: tuple[int, ...]
+    rows: RowMap
+    padding: int
+
+
+class TorchDistTarget(CheckpointTarget):
+    """A checkpoint of the `torch_dist` format."""
+
+    format = "torch_dist"
+    directories = False
+
+    def _lay_out(self) -> tuple[dict[str, Layout], dict[str, dict[str, StoredTensor]]]:
+        ranks = (rank for stage in range(self._parallel.pp) for rank in self._parallel.ranks(stage))
+        self._numbers = {rank: number for number, rank in enumerate(ranks)}
+        self._placement = Placement(self._spec, self._parallel, self._padded)
+        self._boxes: dict[tuple[Slot, Rank], tuple[_Box, ...]] = {}
+        self._stacked = len({self._spec.is_moe(layer) for layer in range(self._spec.num_layers)}) == 1
+        files: dict[str, Layout] = {}
+        placed: list[Placed] = []
+        for rank, items in sorted(self._items().items()):
+            for number, part in enumerate(_by_size(items)):
+                name = f"__{rank}_{number}.distcp"
+                files[name], mine = dcp_layout.lay_out(name, part)
+                placed += mine
+        self._files = {entry.item.name: entry.file for entry in placed if isinstance(entry.item, NewChunk)}
+        self._chunks = [entry.item for entry in placed if isinstance(entry.item, NewChunk)]
+        common = {**self._tree({}), "content_metadata": dict(_CONTENT)}
+        files[COMMON_FILE] = torch_zip.layout(COMMON_FILE, common)
+        files[dcp.METADATA] = dcp_layout.index(placed)
+        return files, {}
+
+    def _choose_bins(self) -> None:
+        if self._options.load_capacity_bins or self._expert_layout == "dynamic":
+            raise UsageError(
+                "Habana's experts and capacity bins have no place in a torch_dist checkpoint; use --ckpt-format torch"
+            )
+
+    def assets(self, folder: Path) -> None:
+        """Write the flags that training needs, and the name of the format."""
+        super().assets(folder)
+        (folder / FORMAT_FILE).write_text(json.dumps(FORMAT), encoding="utf-8")
+
+    def fills(self, ref: Ref) -> Iterator[Fill]:
+        """The slot's chunks."""
+        for box, chunk in self._chunks_of(ref):
+            name = chunk.name
+            yield Fill(self._files[name], name, chunk.dtype, box.shape, box.rows, box.col, padding=box.padding)
+
+    def _items(self) -> dict[int, list[NewChunk | NewObject]]:
+        """What each rank writes."""
+        items: dict[int, list[NewChunk | NewObject]] = {}
+        dtypes: dict[str, DType] = {}
+        for ref in refs(self._spec):
+            for box, chunk in self._chunks_of(ref):
+                items.setdefault(box.rank, []).append(chunk)
+                if dtypes.setdefault(chunk.key, chunk.dtype) != chunk.dtype:
+                    raise ConversionError(
+                        f"{ref} is {chunk.dtype}, but others in {chunk.key} are {dtypes[chunk.key]}; give one dtype"
+                    )
+        stages = self._parallel.stages
+        for layer in range(self._spec.num_layers):
+            objects = items.setdefault(self._writer(self._parallel.place(layer)[0]), [])
+            objects += map(NewObject, self._extra_state(layer))
+        items[self._writer(len(stages) - 1)].append(NewObject(f"{_FINAL_NORM}.{EXTRA_STATE_SUFFIX}/shard_0_1"))
+        return items
+
+    def _chunks_of(self, ref: Ref) -> Iterator[tuple[_Box, NewChunk]]:
+        """A slot's chunks: each share of it once, from the first rank that holds it."""
+        spec, slot, dtype = self._spec, ref.slot, self._dtype_of(ref)
+        key, index, axes = self._address(_NAMES[self._options.impl][slot.name], ref.layer, ref.expert)
+        rows, *cols = slot.shape(spec)
+        shape, ones = (*axes, self._padded if slot.vocab else rows, *cols), (1,) * len(index)
+        for box in self._boxes_of(slot, self._placement.shares(ref)):
+            offsets = (*index, box.row, box.col) if cols else (*index, box.row)
+            yield box, NewChunk(key, shape, dtype, offsets, ones + box.shape)
+
+    def _boxes_of(self, slot: Slot, shares: tuple[Share, ...]) -> tuple[_Box, ...]:
+        """A slot's shares as boxes, each once, worked out once for all layers and experts on these ranks."""
+        key = slot, shares[0].rank
+        if key not in self._boxes:
+            first_of: dict[int, Rank] = {}
+            for share in shares:
+                first_of.setdefault(share.number, share.rank)
+            self._boxes[key] = tuple(box for rank in first_of.values() for box in self._cut(slot, rank))
+        return self._boxes[key]
+
+    def _cut(self, slot: Slot, rank: Rank) -> Iterator[_Box]:
+        spec, parallel = self._spec, self._parallel
+        vector = len(slot.shape(spec)) == 1
+        ways, mine = (parallel.etp, rank.etp) if slot.expert else (parallel.tp, rank.tp)
+        for row, height, col, width in boxes(slot, spec, ways, mine, self._padded):
+            limit = spec.vocab_size if slot.vocab else row + height
+            padding = min(max(row + height - limit, 0), height)
+            shape = (height,) if vector else (height, width)
+            yield _Box(self._numbers[rank], row, col, shape, _rows(row, height, limit), padding)
+
+    def _address(
+        self, template: str, layer: int | None, expert: int | None
+    ) -> tuple[str, tuple[int, ...], tuple[int, ...]]:
+        """The key of a layer's tensor or object, where it lies on the key's first axes, and the sizes of these."""
+        spec = self._spec
+        own, experts = ((), ()) if expert is None else ((expert,), (spec.num_experts,))
+        if layer is None or not self._stacked:
+            return template.format(layer=layer), own, experts
+        return template.replace("{layer}.", ""), (layer, *own), (spec.num_layers, *experts)
+
+    def _extra_state(self, layer: int) -> Iterator[str]:
+        for module in distributed_extra_state(self._spec, layer):
+            for expert in range(self._spec.num_experts) if DISTRIBUTED_EXPERTS in module else (None,):
+                key, index, axes = self._address(module, layer, expert)
+                place, count = (".".join(map(str, numbers)) for numbers in (index or (0,), axes or (1,)))
+                yield f"{key}.{EXTRA_STATE_SUFFIX}/shard_{place}_{count}"
+
+    def _writer(self, stage: int) -> int:
+        return self._numbers[self._parallel.ranks(stage)[0]]
+
+    def _written(self) -> str:
+        keys, files = {chunk.key for chunk in self._chunks}, set(self._files.values())
+        return (
+            f"{count(len(keys), 'tensor')} in {count(len(self._chunks), 'chunk')} and {count(len(files), 'file')}, "
+            f"cut for {sizes(self._parallel)},"
+        )
+
+
+def _by_size(items: Sequence[NewChunk | NewObject]) -> Iterator[list[NewChunk | NewObject]]:
+    """The items of a rank as files: no more than `_FILE_BYTES` of tensors in each that has several."""
+    part: list[NewChunk | NewObject] = []
+    filled = 0
+    for item in items:
+        nbytes = math.prod(item.sizes) * item.dtype.itemsize if isinstance(item, NewChunk) else 0
+        if part and filled + nbytes > _FILE_BYTES:
+            yield part
+            part, filled = [], 0
+        part.append(item)
+        filled += nbytes
+    if part:
+        yield part
+
+
+@lru_cache(maxsize=512)
+def _rows(first: int, count: int, limit: int) -> RowMap:
+    """The slot's rows from `first` on; those from `limit` on repeat the last before it. One object for equal ones."""
+    return interned(np.minimum(np.arange(first, first + count, dtype=np.int64), limit - 1))

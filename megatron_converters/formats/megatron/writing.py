@@ -1,0 +1,278 @@
+"""What writing a Megatron-LM checkpoint of any format has in common: checks, sizes, args, flags, and how it appears.
+
+Format: Megatron-LM core_v0.17.1, training/checkpointing.py, and the files that it writes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import shlex
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from ...assets import capacity_bins
+from ...assets.capacity_bins import CapacityBins
+from ...assets.origin import Origin
+from ...assets.tokenizer import recorded
+from ...assets.training_args import inheritable, margs_to_json
+from ...basics.dtypes import DType
+from ...basics.errors import ConversionError, UsageError, raise_all
+from ...basics.quantities import count
+from ...conversion.outline import Fill, Outline
+from ...conversion.staging import Staging
+from ...model.slots import SLOTS, Ref
+from ...model.spec import ModelSpec, whole
+from ...sharding.ranks import Parallel, kept_etp, padded_vocab, parallel_for
+from ...sharding.stages import EVEN, PipelineSplit
+from ...storage.output_file import Layout
+from ...storage.tensor import StoredTensor
+from .arguments import (
+    RUN_DEFAULTS,
+    expert_args,
+    layout_args,
+    model_args,
+    plain_args,
+    router_args,
+    router_dtype,
+    router_warnings,
+    seq_length_of,
+    training_args,
+)
+from .flags import as_shell, flag_warnings, flags
+from .limits import inexpressible, rounding_warnings
+
+TRACKER = "latest_checkpointed_iteration.txt"
+FLAGS_FILE = "pretrain_gpt_flags.txt"
+DEFAULT_DIVISOR = 128
+_CHECKPOINT_VERSION = 3.0
+_EMBEDDINGS = "word_embeddings"
+
+
+@dataclass(frozen=True)
+class MegatronOptions:
+    """How to cut and name the checkpoint. Sizes left None are the source's, or 1."""
+
+    tp: int | None = None
+    pp: int | None = None
+    ep: int | None = None
+    etp: int | None = None
+    split: PipelineSplit = EVEN
+    #: A key of `megatron_names.EXPERTS`; None means what current Megatron-LM trains fastest.
+    expert_layout: str | None = None
+    impl: str = "transformer_engine"
+    divisor: int | None = None
+    release: bool = False
+    overwrite: bool = False
+    allow_inexpressible: bool = False
+    load_capacity_bins: bool = False
+    tokenizer: str | None = None
+
+
+class CheckpointTarget(ABC):
+    """A checkpoint directory that appears in `save_dir` when it is complete, the tracker file last."""
+
+    #: Megatron-LM's name of the format (`--ckpt-format`).
+    format: ClassVar[str]
+    #: Whether each rank has an `mp_rank_*` directory of its own.
+    directories: ClassVar[bool] = True
+
+    def __init__(self, save_dir: Path, options: MegatronOptions) -> None:
+        self.save_dir = save_dir
+        self._options = options
+
+    def prepare(self, spec: ModelSpec, origin: Origin, dtype_of: Callable[[Ref], DType]) -> Outline:
+        """Check what Megatron-LM can express and how the model can be cut; lay out every file."""
+        self._warnings = self._check_expressible(spec)
+        self._spec = dataclasses.replace(spec, dtype=dtype_of(Ref(SLOTS[_EMBEDDINGS])))
+        self._origin = origin
+        self._dtype_of = dtype_of
+        self._warnings += rounding_warnings(self._spec, dtype_of)
+        self._iteration = 1 if origin.iteration is None else origin.iteration
+        self._name = "release" if self._options.release else f"iter_{self._iteration:07d}"
+        self._parallel = self._choose_parallel()
+        default_layout = "grouped" if self._options.impl == "transformer_engine" else "sequential"
+        self._expert_layout = self._options.expert_layout or default_layout
+        self._divisor = self._choose_divisor()
+        self._padded = padded_vocab(spec.vocab_size, self._divisor, self._parallel.tp)
+        self._bins = self._choose_bins()
+        self._router = router_dtype(spec, dtype_of)
+        self._args = self._make_args()
+        files, given = self._lay_out()
+        content = {"args": margs_to_json(argparse.Namespace(**self._args))}
+        return Outline(self._name, files, self._decided(), given, content)
+
+    def _decided(self) -> dict[str, Any]:
+        """What was asked for or chosen, in one form for all options that mean the same."""
+        asked = self._options
+        return {
+            "format": f"megatron, {self.format}",
+            "dtype": self._spec.dtype.name,
+            "parallel": dataclasses.asdict(self._parallel),
+            "expert_layout": self._expert_layout,
+            "vocabulary divisor": self._divisor,
+            "names": asked.impl,
+            "release": asked.release,
+            "allow_inexpressible": asked.allow_inexpressible,
+            "load_capacity_bins": asked.load_capacity_bins,
+            "tokenizer": recorded(asked.tokenizer),
+        }
+
+    @abstractmethod
+    def _lay_out(self) -> tuple[dict[str, Layout], dict[str, dict[str, StoredTensor]]]:
+        """Every file, and by file the small tensors that belong to no slot."""
+
+    @abstractmethod
+    def fills(self, ref: Ref) -> Iterator[Fill]:
+        """Where one tensor of the model goes."""
+
+    @abstractmethod
+    def _written(self) -> str:
+        """What was written, in words, without its place."""
+
+    def _tree(self, models: Mapping[str, Any]) -> dict[str, Any]:
+        """What a checkpoint says beside its tensors, and these models."""
+        return {
+            "args": argparse.Namespace(**self._args),
+            "checkpoint_version": _CHECKPOINT_VERSION,
+            "iteration": self._iteration,
+            **models,
+            "num_floating_point_operations_so_far": 0,
+        }
+
+    def shown(self) -> Path | None:
+        """The directory that the tracker points at, if it is this one."""
+        there = self._tracked() == self._tracker_text() and not self._options.overwrite
+        return self.save_dir / self._name if there else None
+
+    def _tracked(self) -> str | None:
+        path = self.save_dir / TRACKER
+        return path.read_text(encoding="utf-8", errors="replace").strip() if path.is_file() else None
+
+    def _tracker_text(self) -> str:
+        return "release" if self._options.release else str(self._iteration)
+
+    def refuse_existing(self) -> None:
+        """Neither a checkpoint of this name nor the tracker is replaced unless that is asked for."""
+        if self._options.overwrite:
+            return
+        if os.path.lexists(self.save_dir / self._name):
+            raise ConversionError(f"{self.save_dir / self._name} already exists; save elsewhere or pass --overwrite")
+        current = self._tracked()
+        if current is not None:
+            raise ConversionError(
+                f"{self.save_dir / TRACKER} points at {current!r}, and saving {self._name} there would redirect it; "
+                "save elsewhere or pass --overwrite"
+            )
+
+    def assets(self, folder: Path) -> None:
+        """Write the flags that training needs."""
+        (folder / FLAGS_FILE).write_text(self._flags_text(), encoding="utf-8", errors="surrogateescape")
+
+    def clear(self, staging: Staging) -> None:  # noqa: B027 - what a format may add to
+        """Nothing: the directory is replaced as a whole."""
+
+    def show(self, staging: Staging) -> list[str]:
+        """Show the directory under its name, then point the tracker at it."""
+        staging.move_to(self.save_dir / self._name)
+        staging.put(self.save_dir / TRACKER, self._tracker_text())
+        shown = flags(self._args)
+        warnings = [*self._warnings, *flag_warnings(self._spec, shown, self._parallel.tp)]
+        warnings += router_warnings(self._spec, self._router)
+        return [
+            f"wrote {self._written()} to {self.save_dir / self._name}{self._padding()}",
+            *self._origin.notes,
+            *self._bins_note(),
+            *warnings,
+            f"pretrain_gpt.py needs:\n{self._flags_text()}".rstrip(),
+        ]
+
+    def _padding(self) -> str:
+        rows = self._padded - self._spec.vocab_size
+        return (
+            f"; {count(rows, 'row')} of padding repeat the last of the vocabulary's {self._spec.vocab_size}"
+            if rows
+            else ""
+        )
+
+    def _flags_text(self) -> str:
+        shown = flags(self._args)
+        if self._bins is not None:
+            shown.append(f"--moe-capacity-bins-num {self._bins.count}")
+        return as_shell([f"--load {shlex.quote(os.path.abspath(self.save_dir))}", *shown]) + "\n"
+
+    def _check_expressible(self, spec: ModelSpec) -> list[str]:
+        reasons = inexpressible(spec)
+        if not self._options.allow_inexpressible:
+            raise_all(
+                "Megatron-LM cannot express this model (pass --allow-inexpressible to convert the weights all the same):",
+                reasons,
+            )
+        return [f"warning: Megatron-LM will not compute {reason}" for reason in reasons]
+
+    def _choose_parallel(self) -> Parallel:
+        source, options = self._origin.parallel, self._options
+        tp = options.tp or (source.tp if source else 1)
+        pp = options.pp or (source.pp if source else 1)
+        ep = options.ep or (source.ep if source else 1)
+        keeps_stages = source is not None and pp == source.pp and options.split == EVEN
+        split = source.split if source is not None and keeps_stages else options.split
+        etp = options.etp or (kept_etp(source, tp, ep) if self._spec.num_experts else None)
+        return parallel_for(self._spec, tp, pp, split, ep, etp, directories=self.directories)
+
+    def _choose_divisor(self) -> int:
+        inherited = getattr(self._origin.margs, "make_vocab_size_divisible_by", None)
+        return self._options.divisor or (inherited if whole(inherited) and inherited > 0 else DEFAULT_DIVISOR)
+
+    def _choose_bins(self) -> CapacityBins | None:
+        bins = self._origin.capacity_bins
+        if not self._options.load_capacity_bins:
+            return None
+        if self._parallel.vpp > 1:
+            raise UsageError(
+                "--load-capacity-bins: Habana's checkpoints have no virtual pipeline stages; leave one out"
+            )
+        if bins is None:
+            raise UsageError(f"--load-capacity-bins: {self._origin.described} gives no capacity bins; leave it out")
+        capacity_bins.check(bins, self._spec, self._parallel)
+        return bins
+
+    def _bins_note(self) -> list[str]:
+        bins = self._origin.capacity_bins
+        if bins is None:
+            return []
+        if self._bins is None:
+            return [capacity_bins.left_out(bins, "--load-capacity-bins")]
+        return [f"{len(bins.tensors)} capacity-bin buffers of {bins.where} are kept"]
+
+    def _make_args(self) -> dict[str, Any]:
+        inherited = plain_args(inheritable(self._origin.margs))
+        seq_length = seq_length_of(self._spec, inherited)
+        tokenizer = recorded(self._options.tokenizer or self._origin.tokenizer or inherited.get("tokenizer_model"))
+        args = {
+            **RUN_DEFAULTS,
+            **inherited,
+            **model_args(self._spec),
+            **layout_args(self._parallel, self._padded, self._divisor, self._options.impl, self.format),
+            **expert_args(self._spec, self._parallel, self._expert_layout),
+            **router_args(self._spec, self._router),
+            **training_args(self._spec, inherited),
+            **({} if self._bins is None else {"moe_capacity_bins_num": self._bins.count}),
+            "seq_length": seq_length,
+            "encoder_seq_length": seq_length,
+            "tokenizer_model": tokenizer,
+            "iteration": self._iteration,
+        }
+        configs = {"hf_config": self._origin.hf_config, "hf_generation_config": self._origin.generation_config}
+        return {**args, **{name: value for name, value in configs.items() if value is not None}}
+
+
+def sizes(parallel: Parallel) -> str:
+    """Parallel sizes in words."""
+    experts = f", ep={parallel.ep}, etp={parallel.etp}" if parallel.ep > 1 or parallel.etp != parallel.tp else ""
+    virtual = f", vpp={parallel.vpp}" if parallel.vpp > 1 else ""
+    return f"tp={parallel.tp}, pp={parallel.pp}{virtual}{experts}"

@@ -1,0 +1,169 @@
+"""Read a Llama checkpoint as Meta publishes it: params.json and consolidated.NN.pth, one file per model-parallel rank.
+
+Source: meta-llama/llama and meta-llama/llama3, llama/model.py (names, model-parallel layers, `apply_rotary_emb` on
+neighbouring pairs), and transformers' convert_llama_weights_to_hf.py for sizes that params.json leaves out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ...assets.origin import Origin, identity_of
+from ...basics.dtypes import DType
+from ...basics.errors import ConversionError, raise_all
+from ...basics.json_files import read_json
+from ...conversion.composing import Piece, Sources, StoredName
+from ...conversion.endpoint import first_dtype
+from ...model.layouts import GATED, GROUPED_INTERLEAVED_QKV, SAME, Layout, interned, row_maps
+from ...model.slots import Ref, Shard, refs
+from ...model.spec import ModelSpec, RopeScaling
+from ...storage import torch_zip
+from ...storage.tensor import StoredTensor
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """Meta's names of a slot's parts, and how model parallelism cuts them."""
+
+    layout: Layout
+    names: tuple[str, ...]
+    shard: Shard
+
+
+_LAYER = "layers.{layer}."
+_ENTRIES = {
+    "word_embeddings": _Entry(SAME, ("tok_embeddings.weight",), Shard.COLUMN),
+    "input_norm": _Entry(SAME, (_LAYER + "attention_norm.weight",), Shard.REPLICATED),
+    "qkv": _Entry(GROUPED_INTERLEAVED_QKV, tuple(f"{_LAYER}attention.w{part}.weight" for part in "qkv"), Shard.COLUMN),
+    "proj": _Entry(SAME, (_LAYER + "attention.wo.weight",), Shard.ROW),
+    "mlp_norm": _Entry(SAME, (_LAYER + "ffn_norm.weight",), Shard.REPLICATED),
+    "fc1": _Entry(GATED, (_LAYER + "feed_forward.w1.weight", _LAYER + "feed_forward.w3.weight"), Shard.COLUMN),
+    "fc2": _Entry(SAME, (_LAYER + "feed_forward.w2.weight",), Shard.ROW),
+    "final_norm": _Entry(SAME, ("norm.weight",), Shard.REPLICATED),
+    "output_layer": _Entry(SAME, ("output.weight",), Shard.COLUMN),
+}
+#: Rotary frequencies that some files store; they follow from params.json.
+_IGNORED = "rope.freqs"
+
+
+class MetaSource:
+    """A published Llama checkpoint whose every file and tensor is known, named and shaped as params.json says."""
+
+    def __init__(self, folder: Path) -> None:
+        params = read_json(folder / "params.json")
+        files = sorted(folder.glob("consolidated.*.pth"))
+        if [path.name for path in files] != [f"consolidated.{rank:02d}.pth" for rank in range(len(files))] or not files:
+            found = ", ".join(path.name for path in files) or "none"
+            raise ConversionError(
+                f"{folder} must hold consolidated.00.pth, consolidated.01.pth and so on; it has {found}"
+            )
+        ranks = [_read(path) for path in files]
+        self.spec = _spec(params, ranks)
+        self._pieces, self._replicas = _match(folder, self.spec, ranks, files)
+        tokenizer = next(
+            (str(path) for path in (folder / "tokenizer.model", folder.parent / "tokenizer.model") if path.exists()),
+            None,
+        )
+        identity = identity_of(folder, [folder / "params.json", *files])
+        self.origin = Origin(described=str(folder), tokenizer=tokenizer, identity=identity)
+
+    def dtype_of(self, ref: Ref) -> DType:
+        """The dtype in the files."""
+        return first_dtype(self._pieces[ref])
+
+    def read(self, ref: Ref) -> Sources:
+        """The shares of all model-parallel ranks, and the copies of what they share."""
+        return Sources(self._pieces[ref], self._replicas[ref])
+
+    def close(self) -> None:
+        """Nothing is left: every tensor was matched when the folder was opened."""
+
+
+def _read(path: Path) -> Mapping[str, StoredTensor]:
+    content: Any = torch_zip.read(path)
+    if not isinstance(content, Mapping) or not all(isinstance(value, StoredTensor) for value in content.values()):
+        raise ConversionError(f"{path} holds no flat dictionary of tensors; it is no checkpoint of Meta's")
+    return content
+
+
+def _spec(params: Mapping[str, Any], ranks: list[Mapping[str, StoredTensor]]) -> ModelSpec:
+    missing = [name for name in ("dim", "n_layers", "n_heads", "norm_eps") if name not in params]
+    if missing:
+        raise ConversionError(f"params.json lacks {', '.join(missing)}")
+    size, heads = params["dim"], params["n_heads"]
+    output = [_shape(rank, "output.weight")[0] for rank in ranks]
+    scaled = bool(params.get("use_scaled_rope"))
+    factor = float(params.get("rope_scaling_factor", 8.0))
+    theta = float(params.get("rope_theta", 10000.0))
+    return ModelSpec(
+        family="llama",
+        num_layers=params["n_layers"],
+        hidden_size=size,
+        ffn_hidden_size=sum(_shape(rank, "layers.0.feed_forward.w1.weight")[0] for rank in ranks),
+        num_attention_heads=heads,
+        num_query_groups=params.get("n_kv_heads") or heads,
+        kv_channels=params.get("head_dim") or size // heads,
+        vocab_size=sum(output),
+        max_position_embeddings=131072 if scaled else 8192 if theta > 10000 else 4096,
+        norm_epsilon=params["norm_eps"],
+        rotary_base=theta,
+        rope_scaling=RopeScaling("llama3", factor) if scaled else None,
+        dtype=ranks[0]["output.weight"].dtype,
+    )
+
+
+def _shape(rank: Mapping[str, StoredTensor], name: str) -> tuple[int, ...]:
+    if name not in rank or len(rank[name].shape) != 2:
+        raise ConversionError(f"the checkpoint has no matrix {name}; it is no Llama of Meta's")
+    return rank[name].shape
+
+
+_Pieces = dict[Ref, tuple[Piece, ...]]
+
+
+def _match(
+    folder: Path, spec: ModelSpec, ranks: list[Mapping[str, StoredTensor]], files: list[Path]
+) -> tuple[_Pieces, _Pieces]:
+    problems: list[str] = []
+    pieces: _Pieces = {}
+    replicas: _Pieces = {}
+    unused = {(number, name) for number, rank in enumerate(ranks) for name in rank if name != _IGNORED}
+    for ref in refs(spec):
+        entry = _ENTRIES[ref.slot.name]
+        found: list[Piece] = []
+        for template, rows in zip(entry.names, row_maps(entry.layout, ref.slot, spec), strict=True):
+            name = template.format(layer=ref.layer)
+            shape = (rows.size, *ref.slot.shape(spec)[1:])
+            dim = _cut_dimension(entry.shard, ref, ranks, name, shape)
+            for number, rank in enumerate(ranks):
+                unused.discard((number, name))
+                wanted = tuple(size // len(ranks) if axis == dim else size for axis, size in enumerate(shape))
+                where = StoredName(files[number].name, name)
+                if name not in rank:
+                    problems.append(f"{where} ({ref}) is missing")
+                elif rank[name].shape != wanted:
+                    problems.append(
+                        f"{where} ({ref}) has shape {list(rank[name].shape)}; params.json means {list(wanted)}"
+                    )
+                else:
+                    mine = interned(rows[number * wanted[0] :][: wanted[0]]) if dim == 0 else rows
+                    found.append(Piece(rank[name], mine, number * wanted[1] if dim == 1 else 0, where))
+        count = len(found) if entry.shard.cuts else 1
+        pieces[ref], replicas[ref] = tuple(found[:count]), tuple(found[count:])
+    problems += [f"{files[number].name}: {name} is no tensor of a Llama of Meta's" for number, name in sorted(unused)]
+    raise_all(f"{folder}: the tensors are not those of the model that params.json describes", problems)
+    return pieces, replicas
+
+
+def _cut_dimension(
+    shard: Shard, ref: Ref, ranks: list[Mapping[str, StoredTensor]], name: str, shape: tuple[int, ...]
+) -> int | None:
+    """The dimension that model parallelism cuts; Llama 1 and 2 cut the embedding's width, Llama 3 its vocabulary."""
+    if not shard.cuts:
+        return None
+    if ref.slot.name == "word_embeddings" and name in ranks[0] and ranks[0][name].shape[0] == shape[0]:
+        return 1
+    return 0 if shard is Shard.COLUMN else 1

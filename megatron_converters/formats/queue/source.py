@@ -1,0 +1,242 @@
+"""The saver's end of the queue: Megatron-LM's messages as a model, from our loader or from a stock one."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ... import __version__
+from ...assets.origin import Origin
+from ...basics.dtypes import BY_NAME, DType
+from ...basics.errors import ConversionError, raise_all
+from ...basics.handover import receive_ours
+from ...conversion.composing import Piece, Sources, StoredName, TensorData
+from ...families.config_json import infer_family
+from ...model.layouts import RowMap, interned, row_maps
+from ...model.slots import Ref
+from ...model.spec import ModelSpec
+from ...sharding.ranks import Parallel
+from .channel import check_parent, receive
+from .handles import StackedHandle, TensorHandle
+from .messages import DONE, ENTRIES, message_name
+
+#: The `ModelSpec` fields that Megatron-LM's `args` decide: all but family, dtype and vocab_size.
+FieldsOf = Callable[[argparse.Namespace], dict[str, Any]]
+
+
+@dataclass(frozen=True, eq=False)
+class MemoryTensor:
+    """A torch tensor that came over the queue, as carrier array; the tensor's memory lives as long as this does."""
+
+    dtype: DType
+    shape: tuple[int, ...]
+    values: npt.NDArray[Any]
+
+    def array(self) -> npt.NDArray[Any]:
+        """The elements."""
+        return self.values
+
+
+class QueueSource:
+    """Reads messages in the order of the protocol, one at a time."""
+
+    def __init__(self, queue: Any, fields_of: FieldsOf, *, checking: bool = True) -> None:
+        receive_ours()
+        self._queue = queue
+        self._checking = checking
+        self._ended = False
+        metadata = receive(queue)
+        self._message: dict[str, Any] = {}
+        self._used: set[str] = set()
+        ours = getattr(metadata, "megatron_converters", None)
+        if ours is not None:
+            if ours["version"] != __version__:
+                raise ConversionError(
+                    f"the loader is version {ours['version']}, this saver {__version__}; use one version"
+                )
+            self.spec = ModelSpec.from_dict(ours["spec"])
+            self.origin: Origin = ours["origin"]
+            self._dtypes: dict[str, str] | None = ours["dtypes"]
+        else:
+            self._dtypes = None
+            _check_metadata(metadata)
+            self._begin("embeddings")
+            embeddings = _memory_tensor(self._peek("word embeddings"), "the word embeddings")
+            self.spec = _stock_spec(metadata, embeddings, fields_of)
+            self.origin = _stock_origin(metadata)
+
+    def dtype_of(self, ref: Ref) -> DType:
+        """The loader's word; a stock loader sends every tensor in one dtype."""
+        return self.spec.dtype if self._dtypes is None else BY_NAME[self._dtypes[str(ref)]]
+
+    def read(self, ref: Ref) -> Sources:
+        """The slot's parts from the current message, or from the next if it begins there."""
+        name = message_name(ref)
+        if self._message.get("name") != name:
+            self._end()
+            self._begin(name)
+        entry = ENTRIES[ref.slot.name]
+        layout, keys = entry.received(self._message)
+        shape = ref.slot.shape(self.spec)
+        pieces: list[Piece] = []
+        for key, rows in zip(keys, row_maps(layout, ref.slot, self.spec), strict=True):
+            where, value = StoredName(f"message {name!r}", key), self._take(key, name)
+            if entry.stacked:
+                value = _one_expert(where, value, ref.expert or 0, self.spec.num_experts)
+            pieces += self._pieces(where, value, rows, (rows.size, *shape[1:]), ref)
+        return Sources(tuple(pieces))
+
+    def close(self) -> None:
+        """The messages must end here, and the loader be there to tell the user."""
+        self._end()
+        check_parent()
+        last = receive(self._queue)
+        self._ended = True
+        if last != DONE:
+            held = last.get("name") if isinstance(last, dict) else last
+            raise ConversionError(f"the loader sent {held!r} after the last tensor of the model; expected {DONE!r}")
+
+    def drain(self) -> None:
+        """Take what the loader still sends of a model that is not needed: it takes a saver that leaves for one that failed."""
+        while not self._ended:
+            self._ended = receive(self._queue) == DONE
+
+    def _pieces(self, where: StoredName, value: Any, rows: RowMap, shape: tuple[int, ...], ref: Ref) -> list[Piece]:
+        if isinstance(value, TensorHandle):
+            if value.shape != shape:
+                raise ConversionError(f"{where} has shape {list(value.shape)}, expected {list(shape)} for {ref}")
+            return [_in_slot(piece, rows) for piece in value.pieces]
+        data = _memory_tensor(value, where)
+        trimmed = ref.slot.vocab and data.shape[0] > shape[0] and data.shape[1:] == shape[1:]
+        if data.shape != shape and not trimmed:
+            raise ConversionError(f"{where} has shape {list(data.shape)}, expected {list(shape)} for {ref}")
+        if data.dtype != self.dtype_of(ref):
+            raise ConversionError(f"{where} is {data.dtype}, but the metadata say {self.dtype_of(ref)}")
+        padding = np.full(data.shape[0] - rows.size, -1, np.int64)
+        padded = interned(np.concatenate([rows, padding])) if trimmed else rows
+        return [Piece(data, padded, 0, where)]
+
+    def _begin(self, name: str) -> None:
+        message = receive(self._queue)
+        if not isinstance(message, dict):
+            raise ConversionError(f"the loader sent {message!r} where message {name!r} was due")
+        if self._checking and message.get("name") != name:
+            raise ConversionError(f"the loader sent message {message.get('name')!r} where {name!r} was due")
+        self._message = {**message, "name": name}
+        self._used = {"name"}
+
+    def _end(self) -> None:
+        unused = sorted(self._message.keys() - self._used)
+        if self._checking:
+            name = self._message.get("name")
+            raise_all(f"message {name!r} holds tensors that this model does not have:", map(repr, unused))
+        self._message = {}
+        self._used = set()
+
+    def _peek(self, key: str) -> Any:
+        if key not in self._message:
+            raise ConversionError(f"message {self._message['name']!r} has no {key!r}; it has {sorted(self._message)}")
+        return self._message[key]
+
+    def _take(self, key: str, name: str) -> Any:
+        value = self._peek(key)
+        self._used.add(key)
+        return value
+
+
+def _one_expert(where: StoredName, stack: Any, expert: int, experts: int) -> Any:
+    """One expert's tensor of those that travel together."""
+    if isinstance(stack, StackedHandle):
+        stack, shape = stack.handles, (len(stack.handles), 0, 0)
+    else:
+        shape = tuple(getattr(stack, "shape", ()))
+    if len(shape) != 3 or shape[0] != experts:
+        raise ConversionError(f"{where} has shape {list(shape)}; expected one matrix for each of {experts} experts")
+    return stack[expert]
+
+
+def _in_slot(piece: Piece, rows: RowMap) -> Piece:
+    """A piece of a part, seen from the slot: `rows` gives the slot's row of each of the part's rows."""
+    return Piece(piece.data, interned(np.where(piece.rows >= 0, rows[piece.rows], -1)), piece.col, piece.name)
+
+
+def _memory_tensor(value: Any, where: StoredName | str) -> TensorData:
+    name = str(getattr(value, "dtype", "")).removeprefix("torch.")
+    if name not in BY_NAME:
+        raise ConversionError(f"{where} is a {type(value).__name__} and no tensor of a known dtype")
+    import torch
+
+    dtype = BY_NAME[name]
+    signed = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
+    values = value.detach().cpu().contiguous().view(signed).numpy().view(dtype.carrier)
+    return MemoryTensor(dtype, tuple(value.shape), values)
+
+
+#: Attributes of a stock loader's metadata that say what the model is.
+_METADATA = (
+    "model_type num_layers hidden_size num_attention_heads max_position_embeddings position_embedding_type swiglu "
+    "linear_bias norm_has_bias output_layer true_vocab_size make_vocab_size_divisible_by iteration checkpoint_args"
+).split()
+
+
+def _check_metadata(metadata: Any) -> None:
+    if isinstance(metadata, (str, dict)):
+        raise ConversionError("the loader sent a message of weights where the model's metadata were due")
+    missing = [name for name in _METADATA if not hasattr(metadata, name)]
+    if missing:
+        raise ConversionError(f"the loader's metadata lack {', '.join(missing)}, which Megatron-LM's own loaders send")
+
+
+def _stock_spec(metadata: Any, embeddings: TensorData, fields_of: FieldsOf) -> ModelSpec:
+    """What Megatron-LM's own loaders say about a model, in metadata and the source's arguments."""
+    if metadata.model_type != "GPT":
+        raise ConversionError(f"the loader sends a {metadata.model_type} model; only GPT is supported")
+    args = argparse.Namespace(**vars(metadata.checkpoint_args))
+    args.num_experts = getattr(metadata, "num_experts", None)
+    for name in (
+        "num_layers",
+        "hidden_size",
+        "num_attention_heads",
+        "max_position_embeddings",
+        "position_embedding_type",
+        "swiglu",
+    ):
+        setattr(args, name, getattr(metadata, name))
+    args.add_bias_linear = metadata.linear_bias
+    args.add_qkv_bias = getattr(metadata, "qkv_bias", False)
+    args.untie_embeddings_and_output_weights = metadata.output_layer
+    if metadata.norm_has_bias:
+        raise ConversionError("the loader sends norms with a bias; no supported model has them")
+    dtype = embeddings.dtype
+    vocab = metadata.true_vocab_size or embeddings.shape[0]
+    return infer_family({**fields_of(args), "vocab_size": vocab, "dtype": dtype})
+
+
+def _stock_origin(metadata: Any) -> Origin:
+    args = argparse.Namespace(**vars(metadata.checkpoint_args))
+    args.make_vocab_size_divisible_by = metadata.make_vocab_size_divisible_by
+    # Loaders of Hugging Face models leave argparse's defaults there, which say nothing of a run.
+    args.hidden_dropout = args.moe_token_dispatcher_type = None
+    for name, value in vars(args).items():
+        known = str(value).removeprefix("torch.")
+        if type(value).__module__ == "torch" and known in BY_NAME:
+            setattr(args, name, BY_NAME[known])
+    return Origin(
+        described="the loader",
+        tokenizer=getattr(args, "tokenizer_model", None),
+        margs=args,
+        iteration=metadata.iteration,
+        parallel=_previous_parallel(metadata),
+    )
+
+
+def _previous_parallel(metadata: Any) -> Parallel:
+    """The source's sizes as far as the loader names them: those of experts only Habana's does."""
+    kinds = ("tensor", "pipeline", "expert_model", "expert_tensor")
+    tp, pp, ep, etp = (getattr(metadata, f"previous_{kind}_parallel_size", None) for kind in kinds)
+    return Parallel(int(tp or 1), (0,) * int(pp or 1), ep=int(ep or 1), etp=int(etp or tp or 1))

@@ -1,0 +1,152 @@
+"""The loader's end of the queue: a model as Megatron-LM's messages, tensors as handles."""
+
+from __future__ import annotations
+
+import argparse
+import types
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ... import __version__
+from ...assets.origin import Origin
+from ...basics.dtypes import DType
+from ...basics.errors import ConversionError, raise_all
+from ...conversion.accounting import Coverage
+from ...conversion.composing import Sources
+from ...conversion.copying import Executor
+from ...conversion.endpoint import Source, wanted_dtype
+from ...conversion.outline import Fill
+from ...model.layouts import row_maps
+from ...model.slots import SLOTS, Ref, refs
+from ...model.spec import ModelSpec
+from .channel import send
+from .handles import StackedHandle, TensorHandle, part_of
+from .messages import DONE, ENTRIES, message_name
+
+#: What Megatron-LM's `args` say of a model, and of a source that has such args itself.
+ArgsOf = Callable[[ModelSpec, argparse.Namespace | None], dict[str, Any]]
+#: Where a stock saver expects sizes that no model decides.
+_SEQ_LENGTH = 4096
+
+
+class QueueTarget:
+    """Sends metadata, then each message once all its tensors are there, then "done"."""
+
+    def __init__(
+        self,
+        queue: Any,
+        args_of: ArgsOf,
+        *,
+        model_type: str,
+        divisor: int | None,
+        true_vocab_size: int | None = None,
+    ) -> None:
+        self._queue = queue
+        self._args_of = args_of
+        self._model_type = model_type
+        self._divisor = divisor
+        self._true_vocab_size = true_vocab_size
+        self._message: dict[str, Any] = {}
+
+    def begin(self, spec: ModelSpec, origin: Origin, dtype_of: Callable[[Ref], DType]) -> None:
+        """Send the metadata."""
+        missing = sorted({ref.slot.name for ref in refs(spec)} - ENTRIES.keys())
+        if missing:
+            raise ConversionError(f"the queue has no message for {', '.join(missing)}")
+        self._spec, self._dtype_of = spec, dtype_of
+        send(self._queue, self._metadata(origin))
+
+    def fills(self, ref: Ref) -> list[Fill]:
+        """Where a tensor goes: for each of its parts the message and the key, of which a part of every expert may be one."""
+        entry, dtype = ENTRIES[ref.slot.name], self._dtype_of(ref)
+        _, *cols = ref.slot.shape(self._spec)
+        maps = row_maps(entry.layout, ref.slot, self._spec)
+        return [
+            Fill(message_name(ref), key, dtype, (rows.size, *cols), rows, 0)
+            for key, rows in zip(entry.keys, maps, strict=True)
+        ]
+
+    def write(self, ref: Ref, sources: Sources, fills: Sequence[Fill]) -> None:
+        """Add a tensor to its message; a message is sent when the next begins."""
+        rows, _ = ref.slot.matrix(self._spec)
+        for fill in fills:
+            if self._message.get("name", fill.file) != fill.file:
+                self._flush()
+            self._message["name"] = fill.file
+            handle = TensorHandle(fill.shape, fill.dtype, part_of(sources.pieces, fill.rows, rows))
+            if ENTRIES[ref.slot.name].stacked:
+                self._message.setdefault(fill.name, StackedHandle()).handles.append(handle)
+            else:
+                self._message[fill.name] = handle
+
+    def end(self) -> None:
+        """Send the last message and "done"."""
+        self._flush()
+        send(self._queue, DONE)
+
+    def _flush(self) -> None:
+        if self._message:
+            send(self._queue, self._message)
+        self._message = {}
+
+    def _metadata(self, origin: Origin) -> types.SimpleNamespace:
+        spec = self._spec
+        dtype = self._dtype_of(Ref(SLOTS["word_embeddings"]))
+        args = self._args_of(spec, origin.margs)
+        divisor = self._divisor or args.get("make_vocab_size_divisible_by")
+        checkpoint_args = argparse.Namespace(**{**args, "sequence_parallel": False, "params_dtype": dtype})
+        return types.SimpleNamespace(
+            model_type=self._model_type,
+            num_layers=spec.num_layers,
+            hidden_size=spec.hidden_size,
+            seq_length=args.get("seq_length") or min(_SEQ_LENGTH, spec.max_position_embeddings),
+            num_attention_heads=spec.num_attention_heads,
+            max_position_embeddings=spec.max_position_embeddings,
+            tokenizer_type="HuggingFaceTokenizer",
+            iteration=origin.iteration or 1,
+            params_dtype=dtype,
+            bert_binary_head=True,
+            output_layer=not spec.tied,
+            position_embedding_type="rope",
+            linear_bias=spec.proj_bias and spec.mlp_bias,
+            qkv_bias=spec.qkv_bias,
+            norm_has_bias=False,
+            swiglu=True,
+            previous_tensor_parallel_size=origin.parallel.tp if origin.parallel else 1,
+            previous_pipeline_parallel_size=origin.parallel.pp if origin.parallel else 1,
+            true_vocab_size=spec.vocab_size,
+            make_vocab_size_divisible_by=divisor,
+            checkpoint_args=checkpoint_args,
+            consumed_train_samples=0,
+            consumed_valid_samples=0,
+            megatron_converters=self._ours(origin),
+            **({"num_experts": spec.num_experts} if spec.num_experts else {}),
+        )
+
+    def _ours(self, origin: Origin) -> dict[str, Any]:
+        """What our own saver needs beyond the protocol: the exact spec, every dtype, and what travels beside weights."""
+        return {
+            "version": __version__,
+            "spec": self._spec.to_dict(),
+            "dtypes": {str(ref): self._dtype_of(ref).name for ref in refs(self._spec)},
+            "origin": origin,
+        }
+
+
+def stream(source: Source, target: QueueTarget, override: DType | None) -> None:
+    """Send every tensor of `source` as messages."""
+    executor, coverage = Executor(), Coverage(source.spec)
+    try:
+        target.begin(source.spec, source.origin, wanted_dtype(source, override))
+        for ref in refs(source.spec):
+            sources = source.read(ref)
+            executor.check(ref, source.spec, sources)
+            fills = target.fills(ref)
+            raise_all("the messages would not be the model:", coverage.faults(ref, fills))
+            target.write(ref, sources, fills)
+        executor.finish()
+    except BaseException:
+        executor.cancel()
+        raise
+    source.close()
+    target.end()

@@ -1,0 +1,248 @@
+"""A survey in words: sections of labelled rows, and a table of files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from ..assets import capacity_bins
+from ..basics.quantities import count, size
+from ..families import FAMILIES
+from ..formats.detect import HF, MEGATRON, META
+from ..model.spec import ModelSpec, RopeScaling
+from ..sharding.ranks import Parallel
+from .inventory import Holding, Survey, count_parameters
+
+Rows = list[tuple[str, str]]
+_FORMATS = {HF: "Hugging Face", META: "Meta", MEGATRON: "Megatron-LM"}
+_NAMES = {"local": "Megatron-LM's local layers", "transformer_engine": "Transformer Engine"}
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading and what belongs under it."""
+
+    title: str
+    rows: Rows
+
+
+def headline(found: Survey) -> str:
+    """The folder in one line."""
+    total, active = count_parameters(found.spec)
+    of_these = f" ({active:,} active)" if active != total else ""
+    return f"{found.origin.described}: {_FORMATS[found.kind]}, {found.spec.family}, {total:,} parameters{of_these}"
+
+
+def sections(found: Survey) -> list[Section]:
+    """All that there is to say, by heading, but for the files."""
+    return [
+        Section("model", list(_model(found.spec))),
+        *([Section("experts", list(_experts(found.spec)))] if found.spec.num_experts else []),
+        Section("weights", list(_weights(found))),
+        Section("layout", list(_layout(found))),
+        Section("beside the weights", list(_beside(found))),
+    ]
+
+
+def lines(found: Survey) -> Iterator[str]:
+    """The whole survey as aligned text."""
+    yield headline(found)
+    for section in sections(found):
+        yield ""
+        yield section.title
+        width = max(len(label) for label, _ in section.rows)
+        yield from (f"  {label:<{width}}  {value}" for label, value in section.rows)
+    yield ""
+    yield "files"
+    rows = [("", "tensors", "weights", "on the disk"), *file_rows(found)]
+    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    for name, *numbers in rows:
+        columns = (f"{number:>{width}}" for number, width in zip(numbers, widths[1:], strict=True))
+        yield f"  {name:<{widths[0]}}  {'  '.join(columns)}".rstrip()
+
+
+def file_rows(found: Survey) -> Iterator[tuple[str, str, str, str]]:
+    """Name, tensors, bytes of weights and bytes on the disk of each file; neighbours on a stage that are alike as one row."""
+
+    def alike(item: tuple[str, list[Holding]]) -> tuple[Any, ...]:
+        file, holdings = item
+        return found.stage(file), count_tensors(holdings), nbytes_of(holdings), found.files[file] if found.cut else file
+
+    for (stage, tensors, nbytes, _), group in groupby(found.by_file.items(), alike):
+        files = [file for file, _ in group]
+        first, last = short(files[0]), short(files[-1])
+        name = first if len(files) == 1 else f"{first} to {last}"
+        about = [
+            *([f"{len(files)} alike"] if len(files) > 1 else []),
+            *([layers_of(found, stage)] if found.cut is not None and found.cut.pp > 1 else []),
+        ]
+        where = f"{name} ({', '.join(about)})" if about else name
+        yield where, f"{tensors:,}", size(nbytes), f"{found.files[files[0]]:,} B"
+
+
+def short(file: str) -> str:
+    """A file's name, or the folder's in which a rank has its file."""
+    path = Path(file)
+    return path.name if path.parent == Path() else str(path.parent)
+
+
+def count_tensors(holdings: Iterable[Holding]) -> int:
+    """Stored tensors: those that hold several slots count once."""
+    return len({(holding.file, holding.name) for holding in holdings})
+
+
+def layers_of(found: Survey, stage: int) -> str:
+    """The layers of a pipeline stage, counted over all stages."""
+    layers = found.layers[stage]
+    runs = [[layer for _, layer in run] for _, run in groupby(enumerate(layers), lambda item: item[1] - item[0])]
+    words = [str(run[0]) if len(run) == 1 else f"{run[0]} to {run[-1]}" for run in runs]
+    return f"layer{'' if len(layers) == 1 else 's'} {', '.join(words)}" if layers else "no layers"
+
+
+def nbytes_of(holdings: Iterable[Holding]) -> int:
+    """Bytes of weights."""
+    return sum(holding.nbytes for holding in holdings)
+
+
+def _model(spec: ModelSpec) -> Iterator[tuple[str, str]]:
+    total, active = count_parameters(spec)
+    yield "architecture", f"{spec.family} ({FAMILIES[spec.family].architecture})"
+    yield "parameters", f"{total:,}"
+    if active != total:
+        yield "active for a token", f"{active:,}"
+    yield "layers", str(spec.num_layers)
+    yield "hidden size", str(spec.hidden_size)
+    yield "MLP size", str(spec.ffn_hidden_size)
+    yield (
+        "attention",
+        f"{spec.num_attention_heads} heads of {spec.kv_channels} in {count(spec.num_query_groups, 'query group')}",
+    )
+    yield "query and key norms", _norms(spec)
+    yield "biases", _biases(spec)
+    yield "vocabulary", str(spec.vocab_size)
+    yield "output layer", "tied to the embeddings" if spec.tied else "weights of its own"
+    yield "positions", str(spec.max_position_embeddings)
+    yield "rotary base", f"{spec.rotary_base:,.15g}".replace(",", "")
+    yield "rotary scaling", _scaling(spec.rope_scaling)
+    yield "sliding window", _window(spec)
+    yield "norm epsilon", f"{spec.norm_epsilon:g}"
+    yield "dtype", str(spec.dtype)
+
+
+def _norms(spec: ModelSpec) -> str:
+    if not spec.qk_norm:
+        return "none"
+    return "over all heads together" if spec.qk_norm_over_heads else "for each head"
+
+
+def _biases(spec: ModelSpec) -> str:
+    held = {"query, key and value": spec.qkv_bias, "attention output": spec.proj_bias, "MLP": spec.mlp_bias}
+    return ", ".join(name for name, present in held.items() if present) or "none"
+
+
+def _scaling(scaling: RopeScaling | None) -> str:
+    if scaling is None:
+        return "none"
+    if scaling.kind == "linear":
+        return f"linear, factor {scaling.factor:g}"
+    return (
+        f"{scaling.kind}, factor {scaling.factor:g}, low {scaling.low_freq_factor:g}, high {scaling.high_freq_factor:g}, "
+        f"from {scaling.original_max_position_embeddings} positions"
+    )
+
+
+def _window(spec: ModelSpec) -> str:
+    if spec.sliding_window is None:
+        return "none"
+    return f"{spec.sliding_window} positions" + (
+        f", from layer {spec.sliding_window_from} on" if spec.sliding_window_from else ""
+    )
+
+
+def _experts(spec: ModelSpec) -> Iterator[tuple[str, str]]:
+    yield "experts", f"{spec.num_experts}, of which {spec.moe_router_topk} for a token"
+    yield "MLP size of each", str(spec.moe_ffn_hidden_size)
+    shared = spec.shared_ffn_hidden_size
+    yield "shared expert", f"MLP size {shared}{', with a gate' if spec.shared_gate else ''}" if shared else "none"
+    yield "router's softmax", "over all experts" if spec.moe_router_pre_softmax else "over the chosen experts"
+    yield "auxiliary loss", f"{spec.moe_aux_loss_coeff:g}"
+    yield "layers without experts", ", ".join(map(str, spec.dense_layers)) or "none"
+
+
+def _weights(found: Survey) -> Iterator[tuple[str, str]]:
+    total = nbytes_of(found.holdings)
+    yield "weights", f"{total:,} B ({size(total)}) in {count(count_tensors(found.holdings), 'tensor')}"
+    for dtype, held in by_dtype(found).items():
+        yield (
+            f"of {dtype}",
+            f"{nbytes_of(held):,} B ({size(nbytes_of(held))}) in {count(count_tensors(held), 'tensor')}",
+        )
+    copies = [holding for holding in found.holdings if holding.copy]
+    if copies:
+        yield (
+            "of these, copies",
+            f"{nbytes_of(copies):,} B ({size(nbytes_of(copies))}) in {count(count_tensors(copies), 'tensor')}",
+        )
+    padding = found.padded_vocab - found.spec.vocab_size
+    yield "vocabulary padding", f"{padding} rows (embeddings have {found.padded_vocab})" if padding else "none"
+
+
+def by_dtype(found: Survey) -> dict[str, list[Holding]]:
+    """What is stored in each dtype, by its name."""
+    held: dict[str, list[Holding]] = {}
+    for holding in found.holdings:
+        held.setdefault(str(holding.dtype), []).append(holding)
+    return held
+
+
+def _layout(found: Survey) -> Iterator[tuple[str, str]]:
+    parallel, names, experts = found.origin.parallel, found.names, found.expert_layout
+    written = "" if found.cut else ", when it was written"
+    yield "format", _FORMATS[found.kind] + (f", {found.checkpoint_format}" if found.checkpoint_format else "")
+    if parallel is not None:
+        yield "tensor parallel", f"{parallel.tp}{written}"
+        yield "pipeline parallel", f"{_stages(parallel)}{written}"
+        if found.spec.num_experts:
+            yield "expert parallel", f"{parallel.ep}{written}"
+            yield "expert tensor parallel", f"{parallel.etp}{written}"
+    if names is not None:
+        yield "names", f"{_NAMES[names]} ({names})"
+    if experts is not None:
+        yield "experts stored", experts
+    with_weights = len(found.by_file)
+    on_disk = sum(found.files[file] for file in found.by_file)
+    yield "files with weights", f"{with_weights:,}, {on_disk:,} B ({size(on_disk)})"
+
+
+def _stages(parallel: Parallel) -> str:
+    if parallel.pp == 1:
+        return "1"
+    of_ranks = [sum(parallel.stages[rank :: parallel.pp]) for rank in range(parallel.pp)]
+    runs = [(layers, len(list(group))) for layers, group in groupby(of_ranks)]
+    shown = " + ".join(str(layers) if times == 1 else f"{times} x {layers}" for layers, times in runs)
+    said = [f"layers {shown}"]
+    if parallel.vpp > 1:
+        said.append(f"{parallel.vpp} virtual stages on each")
+    counted = {"embedding": parallel.split.embedding, "loss": parallel.split.loss}
+    if any(counted.values()):
+        said.append(f"counting the {' and the '.join(name for name, on in counted.items() if on)}")
+    return f"{parallel.pp} ({', '.join(said)})"
+
+
+def _beside(found: Survey) -> Iterator[tuple[str, str]]:
+    origin = found.origin
+    yield "iteration", "none" if origin.iteration is None else str(origin.iteration)
+    yield "tokenizer", origin.tokenizer or "none"
+    if found.kind == MEGATRON:
+        yield "Hugging Face configuration", "recorded" if origin.hf_config else "none is recorded"
+    yield from (("note", note) for note in origin.notes)
+    yield from (("left out", what) for what in left_out(found))
+
+
+def left_out(found: Survey) -> list[str]:
+    """Tensors that no conversion takes along unless it is asked to."""
+    bins = found.origin.capacity_bins
+    return [*found.origin.ignored, *([] if bins is None else [capacity_bins.left_out(bins, "--save-capacity-bins")])]

@@ -1,0 +1,158 @@
+"""Drawing the grid as SVG, which scales with the page; colours are the page's."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator
+from html import escape
+
+from ...basics.quantities import size
+from .grid import KINDS, Cell, Column, Grid, Panel, Segment
+
+_WIDTH, _GUTTER = 1080.0, 84.0
+_ROW, _BAR = 17.0, 13.0
+#: Height of the line that names columns, and from which width on a column has room for its name and its bytes.
+_HEADER, _TALL_HEADER = 34.0, 62.0
+_ROOM_FOR_LABEL = 52.0
+#: Room that a letter takes.
+_LETTER = 7.0
+#: A tensor is seen however small it is.
+_LEAST = 1.0
+_CHART, _CHART_BASE, _CHART_HIGH = 132.0, 106.0, 96.0
+_CLASS = {kind: f"k{index}" for index, kind in enumerate(KINDS)}
+
+
+def kind_class(kind: str) -> str:
+    """The page's class of a kind's colour."""
+    return _CLASS[kind]
+
+
+def panel_svg(panel: Panel, largest: int, name: str) -> str:
+    """One panel; `largest` bytes fill a column. `name` makes its ids unique in the page."""
+    pitch = (_WIDTH - _GUTTER) / len(panel.columns)
+    top = _TALL_HEADER if pitch < _ROOM_FOR_LABEL else _HEADER
+    height = top + _ROW * len(panel.rows) + 4
+    described = f"{len(panel.rows)} rows by {len(panel.columns)} columns; bars are as long as their cells have bytes"
+    return "".join(
+        [
+            _open(_WIDTH, height, name, f"Shard map, {panel.title}", described),
+            *_row_labels(panel.rows, top),
+            *_column_labels(panel.columns, pitch, top, height),
+            *(_cell(cell, pitch, top, largest) for cell in panel.cells),
+            "</svg>",
+        ]
+    )
+
+
+def totals_svg(grid: Grid) -> str:
+    """The bytes of every column of all panels as standing bars, pipeline stages a little apart."""
+    stages: dict[int | None, list[Column]] = {}
+    for panel in grid.panels:
+        stages.setdefault(panel.stage, []).extend(panel.columns)
+    count = sum(map(len, stages.values()))
+    gap = min(10.0, 240.0 / len(stages))
+    pitch = (_WIDTH - _GUTTER - gap * (len(stages) - 1)) / count
+    most = max(column.nbytes for columns in stages.values() for column in columns)
+    parts = [
+        _open(_WIDTH, _CHART, "totals", "Bytes of weights in each column of the map", "stacked by kind of tensor"),
+        _text(_GUTTER - 8, _CHART_BASE - _CHART_HIGH + 8, size(most), "axis end"),
+        _text(_GUTTER - 8, _CHART_BASE, "0", "axis end"),
+        f'<path class="line" d="M{_number(_GUTTER)} {_number(_CHART_BASE + 0.5)}H{_number(_WIDTH)}"/>',
+    ]
+    left = _GUTTER
+    for stage, columns in stages.items():
+        width = pitch * len(columns)
+        if len(stages) > 1 and width + gap > 16:
+            parts.append(
+                _text(left + width / 2, _CHART_BASE + 18, f"stage {stage}" if width > 56 else str(stage), "axis middle")
+            )
+        for column in columns:
+            parts.append(_standing(column, left, pitch, _CHART_HIGH / most if most else 0.0))
+            if len(stages) == 1 and pitch >= _ROOM_FOR_LABEL:
+                parts.append(_text(left + pitch / 2, _CHART_BASE + 18, _fitting(column, pitch), "axis middle"))
+            left += pitch
+        left += gap
+    return "".join([*parts, "</svg>"])
+
+
+def _fitting(column: Column, room: float) -> str:
+    """The longest name of a column that has room."""
+    return column.name if len(column.name) * _LETTER <= room - 8 else column.label
+
+
+def _standing(column: Column, left: float, pitch: float, scale: float) -> str:
+    width = min(pitch * (0.8 if pitch > 4 else 1.0), 90.0)
+    bars, bottom = [], _CHART_BASE
+    for segment in column.kinds:
+        bottom -= segment.nbytes * scale
+        bars.append(_rect(segment.kind, left + (pitch - width) / 2, bottom, width, segment.nbytes * scale))
+    lines = [f"{column.name}, {size(column.nbytes)}", *(f"{kind}: {size(nbytes)}" for kind, nbytes in column.kinds)]
+    return _group("\n".join(lines), "".join(bars))
+
+
+def _open(width: float, height: float, name: str, title: str, described: str) -> str:
+    return (
+        f'<svg viewBox="0 0 {_number(width)} {_number(height)}" role="img" aria-labelledby="{name}-t {name}-d">'
+        f'<title id="{name}-t">{escape(title)}</title><desc id="{name}-d">{escape(described)}</desc>'
+    )
+
+
+def _row_labels(rows: Iterable[str], top: float) -> Iterator[str]:
+    for index, row in enumerate(rows):
+        y = top + index * _ROW
+        if index % 2 == 0:
+            yield f'<rect class="stripe" x="0" y="{_number(y)}" width="{_number(_WIDTH)}" height="{_number(_ROW)}"/>'
+        yield _text(_GUTTER - 8, y + _ROW - 5, row, "row end")
+
+
+def _column_labels(columns: tuple[Column, ...], pitch: float, top: float, height: float) -> Iterator[str]:
+    for index, column in enumerate(columns):
+        x = _GUTTER + index * pitch
+        yield f'<path class="line" d="M{_number(x)} {_number(top - 4)}V{_number(height)}"/>'
+        if pitch >= _ROOM_FOR_LABEL:
+            yield _text(x + 4, top - 20, _fitting(column, pitch), "column")
+            yield _text(x + 4, top - 7, size(column.nbytes), "axis")
+        else:
+            middle = x + min(pitch / 2, 8) + 3
+            yield (
+                f'<text class="axis" transform="translate({_number(middle)} {_number(top - 7)}) rotate(-90)">'
+                f"{escape(column.label)}</text>"
+            )
+
+
+def _cell(cell: Cell, pitch: float, top: float, largest: int) -> str:
+    x, y = _GUTTER + cell.column * pitch, top + cell.row * _ROW + (_ROW - _BAR) / 2
+    margin = 4.0 if pitch >= _ROOM_FOR_LABEL else min(pitch * 0.1, 2.0)
+    room = pitch - 2 * margin
+    length = max(room * cell.nbytes / largest, _LEAST) if largest else _LEAST
+    bars = []
+    for segment, (left, right) in zip(cell.segments, _cuts(cell.segments, length), strict=True):
+        bars.append(_rect(segment.kind, x + margin + left, y, right - left, _BAR))
+    return _group(cell.text, "".join(bars))
+
+
+def _cuts(segments: tuple[Segment, ...], length: float) -> list[tuple[float, float]]:
+    """Where each segment of a bar begins and ends: by bytes, but none so short that it is not seen while there is room."""
+    total = sum(segment.nbytes for segment in segments)
+    least = min(_LEAST, length / (2 * len(segments)))
+    lengths = [max(length * segment.nbytes / total, least) if total else least for segment in segments]
+    spare, excess = sum(max(one - least, 0.0) for one in lengths), sum(lengths) - length
+    shrink = 1 - excess / spare if spare > 0 else 1.0
+    ends = list(itertools.accumulate((least + (one - least) * shrink for one in lengths), initial=0.0))
+    return list(itertools.pairwise(ends))
+
+
+def _group(text: str, inner: str) -> str:
+    return f'<g class="cell"><title>{escape(text)}</title>{inner}</g>'
+
+
+def _rect(kind: str, x: float, y: float, width: float, height: float) -> str:
+    return f'<rect class="{_CLASS[kind]}" x="{_number(x)}" y="{_number(y)}" width="{_number(width)}" height="{_number(height)}"/>'
+
+
+def _text(x: float, y: float, text: str, names: str) -> str:
+    return f'<text class="{names}" x="{_number(x)}" y="{_number(y)}">{escape(text)}</text>'
+
+
+def _number(value: float) -> str:
+    return f"{value:.2f}".rstrip("0").rstrip(".")

@@ -1,0 +1,1 @@
+"""How parallelism cuts a model: ranks and pipeline stages."""

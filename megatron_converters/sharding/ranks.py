@@ -1,0 +1,262 @@
+"""Tensor and pipeline parallelism as arithmetic: which rank holds which rows, columns and layers.
+
+Sources: Megatron-LM core_v0.16.1, `vocab_size_with_padding` (training/tokenizer), `get_checkpoint_name`
+(training/checkpointing.py).
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from itertools import accumulate
+from typing import NamedTuple
+
+import numpy as np
+
+from ..basics.errors import ConversionError, UsageError
+from ..model.layouts import RowMap, interned
+from ..model.slots import Ref, Scope, Shard, Slot
+from ..model.spec import ModelSpec
+from .stages import EVEN, PipelineSplit, any_of, stage_layers
+
+
+class Rank(NamedTuple):
+    """A rank's numbers in the tensor-, pipeline-, expert- and expert-tensor-parallel groups."""
+
+    tp: int
+    pp: int
+    ep: int = 0
+    etp: int = 0
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """Sizes of the parallel groups and the layers of each pipeline stage, in the model's order.
+
+    With `vpp` virtual stages on each pipeline rank, rank p holds the stages p, p + pp, p + 2 pp, …: one model for each.
+    """
+
+    tp: int
+    stages: tuple[int, ...]
+    split: PipelineSplit = EVEN
+    ep: int = 1
+    etp: int = 1
+    vpp: int = 1
+
+    @property
+    def pp(self) -> int:
+        """Pipeline-parallel size."""
+        return len(self.stages) // self.vpp
+
+    @property
+    def entries(self) -> tuple[str, ...]:
+        """The entries of a rank's file that hold its models, in the order of its stages."""
+        return ("model",) if self.vpp == 1 else tuple(f"model{number}" for number in range(self.vpp))
+
+    def prefix(self, stage: int) -> str:
+        """What tells a tensor of this stage from one of the same key in another model of its rank."""
+        return "" if self.vpp == 1 else f"{self.entries[stage // self.pp]}."
+
+    def place(self, layer: int) -> tuple[int, int]:
+        """The stage of a layer and its number there."""
+        stage = bisect_right(self._ends, layer)
+        if stage == len(self.stages):
+            raise ConversionError(f"layer {layer} is beyond the {sum(self.stages)} layers of the model")
+        return stage, layer - self._ends[stage] + self.stages[stage]
+
+    @cached_property
+    def _ends(self) -> list[int]:
+        """For each stage, the number of layers up to its end."""
+        return list(accumulate(self.stages))
+
+    def ranks(self, stage: int) -> tuple[Rank, ...]:
+        """The ranks of a stage that have a file: one for each pair of tensor- and expert-parallel numbers that occurs.
+
+        Source: Megatron-LM core_v0.16.1, `RankGenerator` in core/parallel_state.py and `get_checkpoint_name`.
+        """
+        count = math.lcm(self.tp, self.etp * self.ep)
+        pp = stage % self.pp
+        found = [Rank(r % self.tp, pp, r // self.etp % self.ep, r % self.etp) for r in range(count)]
+        return tuple(dict.fromkeys(found))
+
+    def directory(self, rank: Rank) -> str:
+        """The directory of one rank. With one pipeline stage, the last number is the expert-parallel one."""
+        pp = "" if self.pp == 1 else f"_{rank.pp:03d}"
+        ep = "" if self.ep == 1 else f"_{rank.ep:03d}"
+        return f"mp_rank_{rank.tp:02d}{pp}{ep}"
+
+    def holds(self, rank: Rank, expert: int | None, experts: int) -> bool:
+        """Whether a rank holds an expert, or a tensor that belongs to none."""
+        return expert is None or expert // (experts // self.ep) == rank.ep
+
+    def local_expert(self, expert: int | None, experts: int) -> int | None:
+        """An expert's number on the rank that holds it."""
+        return None if expert is None else expert % (experts // self.ep)
+
+    def share(self, slot: Slot, spec: ModelSpec, rank: Rank, padded: int) -> Cut:
+        """A rank's share of a slot that it holds."""
+        ways, index = (self.etp, rank.etp) if slot.expert else (self.tp, rank.tp)
+        return cut(slot, spec, ways, index, padded)
+
+    def share_number(self, slot: Slot, rank: Rank) -> int:
+        """Equal for ranks that hold the same share."""
+        return 0 if not slot.shard.cuts else rank.etp if slot.expert else rank.tp
+
+
+def homes(ref: Ref, spec: ModelSpec, parallel: Parallel) -> Iterator[tuple[int, str, int | None]]:
+    """Where a ref lies: stage, the slot as which it lies there, and the layer's number on the stage.
+
+    Tied embeddings also end the last stage, as its output layer.
+    """
+    last = len(parallel.stages) - 1
+    if ref.layer is not None:
+        stage, local = parallel.place(ref.layer)
+        yield stage, ref.slot.name, local
+    elif ref.slot.scope is Scope.FIRST:
+        yield 0, ref.slot.name, None
+        if spec.tied and last > 0:
+            yield last, "output_layer", None
+    else:
+        yield last, ref.slot.name, None
+
+
+def parallel_for(
+    spec: ModelSpec,
+    tp: int,
+    pp: int,
+    split: PipelineSplit = EVEN,
+    ep: int = 1,
+    etp: int | None = None,
+    *,
+    directories: bool = True,
+) -> Parallel:
+    """Check that these sizes can cut this model and say how; the error names the sizes that can.
+
+    `etp` is `tp` where it is None. `directories` says that each rank needs an `mp_rank_*` directory of its own.
+    """
+    if tp < 1 or pp < 1:
+        raise ConversionError(f"tensor- and pipeline-parallel sizes must be at least 1, not {tp} and {pp}")
+    if not _tp_fits(spec, tp):
+        fitting = [size for size in range(1, spec.num_attention_heads + 1) if _tp_fits(spec, size)]
+        raise ConversionError(
+            f"{spec.num_attention_heads} attention heads of {spec.kv_channels} in {spec.num_query_groups} query groups "
+            f"and an MLP of {spec.ffn_hidden_size} cannot be cut over tp={tp}; use tp {any_of(fitting)}"
+        )
+    stages = stage_layers(spec.num_layers, pp, split)
+    vpp = len(stages) // pp
+    if not spec.num_experts:
+        if ep != 1:
+            raise UsageError(f"--target-expert-parallel-size {ep}: a dense model has no experts to spread; use 1")
+        if etp not in (None, 1, tp):
+            raise UsageError(f"--target-expert-tensor-parallel-size {etp}: a dense model has no experts to cut; use 1")
+        return Parallel(tp, stages, split, etp=tp, vpp=vpp)
+    return _with_experts(spec, Parallel(tp, stages, split, ep, tp if etp is None else etp, vpp), directories)
+
+
+def _with_experts(spec: ModelSpec, parallel: Parallel, directories: bool) -> Parallel:
+    experts, ep, etp = spec.num_experts, parallel.ep, parallel.etp
+    if ep < 1 or etp < 1 or experts % ep:
+        fitting = [size for size in range(1, experts + 1) if experts % size == 0]
+        raise ConversionError(f"{experts} experts cannot be spread over ep={ep}; use ep {any_of(fitting)}")
+    if spec.moe_ffn_hidden_size % etp:
+        raise ConversionError(f"experts with an MLP of {spec.moe_ffn_hidden_size} cannot be cut over etp={etp}")
+    if spec.shared_ffn_hidden_size % parallel.tp:
+        raise ConversionError(f"shared experts of {spec.shared_ffn_hidden_size} cannot be cut over tp={parallel.tp}")
+    if directories and not _own_directories(parallel):
+        raise ConversionError(
+            f"tp={parallel.tp} and ep={ep} with etp={etp}: several ranks would share one mp_rank_* directory, whose name has "
+            "no expert-tensor number; use an etp that divides tp"
+        )
+    return parallel
+
+
+def _own_directories(parallel: Parallel) -> bool:
+    """Whether no two ranks that hold different shares have one `mp_rank_*` directory."""
+    ranks = parallel.ranks(0)
+    return len({(rank.tp, rank.ep) for rank in ranks}) == len(ranks)
+
+
+def kept_etp(source: Parallel | None, tp: int, ep: int) -> int | None:
+    """The source's expert-tensor-parallel size if it has one of its own and these sizes allow it; else None, which means `tp`.
+
+    One that equals the source's `tp` is Megatron-LM's default, and follows the new `tp`.
+    """
+    if source is None or source.etp == source.tp or not _own_directories(Parallel(tp, (0,), ep=ep, etp=source.etp)):
+        return None
+    return source.etp
+
+
+def _tp_fits(spec: ModelSpec, tp: int) -> bool:
+    groups = spec.num_query_groups
+    qkv_rows = (spec.num_attention_heads + 2 * groups) * spec.kv_channels
+    # tp % groups == 0: megatron-core from 0.16 on gathers the groups that a rank lacks at run time.
+    return not (
+        spec.num_attention_heads % tp or spec.ffn_hidden_size % tp or qkv_rows % tp or (groups % tp and tp % groups)
+    )
+
+
+def padded_vocab(vocab: int, divisor: int, tp: int) -> int:
+    """Rows of the embedding after Megatron's padding: the next multiple of `divisor * tp`."""
+    multiple = divisor * tp
+    return -(-vocab // multiple) * multiple
+
+
+@dataclass(frozen=True, eq=False)
+class Cut:
+    """One rank's share of a slot: its shape, the slot's row of each of its rows, its first column.
+
+    Rows of vocabulary padding are `padding` rows at the end; `rows` is -1 there.
+    """
+
+    shape: tuple[int, ...]
+    rows: RowMap
+    col: int
+    padding: int = 0
+
+
+@lru_cache(maxsize=4096)
+def cut(slot: Slot, spec: ModelSpec, tp: int, rank: int, padded: int) -> Cut:
+    """Rank `rank`'s share of `slot`. `padded` counts embedding rows with padding. Cached: equal maps are one object."""
+    rows, cols = slot.matrix(spec)
+    if slot.shard is Shard.ROW:
+        width = _share(slot, cols, tp)
+        return Cut((rows, width), _all_rows(rows), rank * width)
+    if slot.shard is Shard.REPLICATED:
+        return Cut(slot.shape(spec), _all_rows(rows), 0)
+    total = padded if slot.vocab else rows
+    share = _share(slot, total, tp * slot.blocks)
+    mine = np.arange(total, dtype=np.int64).reshape(slot.blocks, tp, share)[:, rank].ravel()
+    mine[mine >= rows] = -1
+    mine.flags.writeable = False  # shared by all who ask
+    shape = (mine.size,) if slot.cols is None else (mine.size, cols)
+    return Cut(shape, mine, 0, int(np.count_nonzero(mine < 0)))
+
+
+@lru_cache(maxsize=256)
+def _all_rows(rows: int) -> RowMap:
+    return interned(np.arange(rows, dtype=np.int64))
+
+
+@lru_cache(maxsize=4096)
+def boxes(slot: Slot, spec: ModelSpec, ways: int, index: int, padded: int) -> tuple[tuple[int, int, int, int], ...]:
+    """A rank's share as boxes of the whole tensor, padding included: first row, rows, first column, columns of each."""
+    rows, cols = slot.matrix(spec)
+    if slot.shard is Shard.ROW:
+        width = _share(slot, cols, ways)
+        return ((0, rows, index * width, width),)
+    if slot.shard is Shard.REPLICATED:
+        return ((0, rows, 0, cols),)
+    block = _share(slot, padded if slot.vocab else rows, slot.blocks)
+    share = _share(slot, block, ways)
+    return tuple((number * block + index * share, share, 0, cols) for number in range(slot.blocks))
+
+
+def _share(slot: Slot, size: int, ways: int) -> int:
+    if size % ways:
+        raise ConversionError(
+            f"{slot.name}: {size} cannot be cut {ways} ways; choose a tensor-parallel size that divides it"
+        )
+    return size // ways

@@ -1,0 +1,190 @@
+"""A file whose layout is known before its first byte: created at full size, filled in place, completed at the end."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy.typing as npt
+
+from ..basics.errors import ConversionError, DiskError, raise_all, reason_of
+from .checksum import combined, crc32, digest
+
+Pieces = Iterable[tuple[int, bytes]]
+#: After so many bytes the disk is told to begin: it then writes while the next are copied, and the flush at the end is short.
+_AHEAD_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a file will hold, decided without touching the disk.
+
+    `regions` gives each tensor's (offset, bytes); `finish` takes each tensor's CRC-32 and gives the rest of the file as
+    (offset, bytes). It is written last, so that a file left by a killed run never reads as a complete one. `structure` is a
+    digest of what decides that rest but for the checksums: names, shapes, dtypes, arguments.
+    `parts` names the tensors that are filled as so many equal parts, each on its own, one after the other in the file.
+    `shapes` gives each tensor's shape as the file says it.
+    """
+
+    nbytes: int
+    regions: Mapping[str, tuple[int, int]]
+    finish: Callable[[Mapping[str, int]], Pieces]
+    structure: str
+    parts: Mapping[str, int] = field(default_factory=dict)
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+    def create(self, path: str | os.PathLike[str]) -> OutputFile:
+        """The file at its full size, to be filled; replaces an existing one."""
+        return OutputFile(path, self)
+
+
+def fixed(content: bytes) -> Layout:
+    """A file without tensors."""
+    return Layout(len(content), {}, lambda _: [(0, content)], digest([content]))
+
+
+@dataclass
+class _Part:
+    """A stretch of a tensor, `start` counting from the tensor's first byte."""
+
+    offset: int
+    start: int
+    nbytes: int
+    filled: int = 0
+    crc: int = 0
+
+
+class OutputFile:
+    """A file being filled: `write` every tensor, then `close`; or `discard` it."""
+
+    def __init__(self, path: str | os.PathLike[str], layout: Layout) -> None:
+        self.path = os.fspath(path)
+        self.nbytes = layout.nbytes
+        self._layout = layout
+        self._tensors = {name: _parts(*region, layout.parts.get(name, 1)) for name, region in layout.regions.items()}
+        self._open_parts = sum(part.nbytes > 0 for parts in self._tensors.values() for part in parts)
+        self._lock = threading.Lock()
+        # The system makes writers of one file wait in turn, spinning; this way the others can gather meanwhile.
+        self._turn = threading.Lock()
+        self._claimed = False
+        self._unsent = (self.nbytes, 0, 0)  # first offset, end and bytes of what was written since
+        self._fd = -1
+        try:
+            with self._disk_errors("the file"):
+                self._fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+                os.ftruncate(self._fd, self.nbytes)
+        except ConversionError:
+            if self._fd >= 0:
+                self.discard()
+            raise
+
+    def write(self, name: str, start: int, data: memoryview | npt.NDArray[Any]) -> None:
+        """Write C-contiguous `data` at byte `start` of the tensor `name`.
+
+        Calls for one part of a tensor come in ascending order without gaps, from one thread at a time; other parts and
+        tensors may be written by other threads. Raises `ConversionError` for a breach of this and for a full or failing disk.
+        """
+        parts = self._tensors.get(name)
+        if parts is None:
+            raise ConversionError(f"{self.path} was laid out without a tensor called {name}")
+        if data.nbytes == 0:
+            return
+        part = parts[min(start // max(parts[0].nbytes, 1), len(parts) - 1)]
+        stop = start + data.nbytes
+        if start != part.start + part.filled or stop > part.start + part.nbytes:
+            raise ConversionError(
+                f"{self.path}: bytes {start} to {stop} of {name} do not follow on the "
+                f"{part.start + part.filled} bytes written before, or exceed its {part.start + part.nbytes}"
+            )
+        # As bytes first: numpy hands out no plain view of elements at an odd address, as embedded archives have them.
+        view = data.cast("B") if isinstance(data, memoryview) else data.reshape(-1).view("u1").data
+        with self._disk_errors(name):
+            with self._turn:
+                self._put(view, part.offset + part.filled)
+            self._send(part.offset + part.filled, len(view))
+        part.crc = crc32(view, part.crc)
+        part.filled += data.nbytes
+        if part.filled == part.nbytes:
+            with self._lock:
+                self._open_parts -= 1
+
+    @property
+    def closed(self) -> bool:
+        """Whether the file is complete or discarded."""
+        return self._fd < 0
+
+    def claim(self) -> bool:
+        """Whether every tensor is written completely; true for the first caller alone, who is to close the file."""
+        with self._lock:
+            first = self._open_parts == 0 and not self._claimed
+            self._claimed = self._claimed or first
+        return first
+
+    def checksums(self) -> dict[str, int]:
+        """The CRC-32 of each tensor, of what has been written of it."""
+        return {name: combined([(part.crc, part.filled) for part in parts]) for name, parts in self._tensors.items()}
+
+    def close(self) -> None:
+        """Complete the file, flush it to the disk and close it; closing it again does nothing.
+
+        Raises `ConversionError` naming each tensor that was not written completely; the file is then still open.
+        """
+        if self._fd < 0:
+            return
+        raise_all(
+            f"{self.path} is incomplete:",
+            (
+                f"{name}: {sum(part.filled for part in parts)} of {sum(part.nbytes for part in parts)} bytes written"
+                for name, parts in self._tensors.items()
+                if any(part.filled != part.nbytes for part in parts)
+            ),
+        )
+        with self._disk_errors("its directory"):
+            for offset, data in self._layout.finish(self.checksums()):
+                self._put(memoryview(data), offset)
+            os.fsync(self._fd)
+            fd, self._fd = self._fd, -1
+            os.close(fd)
+
+    def discard(self) -> None:
+        """Close and delete the file; one that is gone already is no error."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+        with suppress(FileNotFoundError):
+            os.unlink(self.path)
+
+    def _put(self, view: memoryview, offset: int) -> None:
+        """`os.pwrite` in full: one call may write less than asked (2 GiB at most on Linux)."""
+        done = os.pwrite(self._fd, view, offset)
+        while done < len(view):
+            done += os.pwrite(self._fd, view[done:], offset + done)
+
+    def _send(self, offset: int, nbytes: int) -> None:
+        """Have the disk begin with what is written, now and then."""
+        with self._lock:
+            first, end, count = self._unsent
+            first, end, count = min(first, offset), max(end, offset + nbytes), count + nbytes
+            full = count >= _AHEAD_BYTES
+            self._unsent = (self.nbytes, 0, 0) if full else (first, end, count)
+        if full and hasattr(os, "posix_fadvise"):
+            # On Linux this starts writing dirty pages and waits for none. Pages that are being written stay in memory.
+            os.posix_fadvise(self._fd, first, end - first, os.POSIX_FADV_DONTNEED)
+
+    @contextmanager
+    def _disk_errors(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise DiskError(f"cannot write {what} to {self.path}: {reason_of(error)}") from error
+
+
+def _parts(offset: int, nbytes: int, count: int) -> list[_Part]:
+    if nbytes % count:
+        raise ConversionError(f"{nbytes} bytes cannot be filled as {count} equal parts")
+    each = nbytes // count
+    return [_Part(offset + start, start, each) for start in range(0, nbytes, each)] if each else [_Part(offset, 0, 0)]
