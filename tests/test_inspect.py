@@ -21,7 +21,7 @@ import pytest
 
 from megatron_converters.basics.quantities import size
 from megatron_converters.cli import main as cli
-from megatron_converters.cli.options.any_format import open_any
+from megatron_converters.cli.options.reading import open_any
 from megatron_converters.inspection import shard_map
 from megatron_converters.inspection.inventory import Survey, count_parameters, survey
 from megatron_converters.inspection.shard_map.grid import KINDS, grid
@@ -52,7 +52,7 @@ def surveyed(folder: Path) -> Survey:
     import argparse
 
     parser = argparse.ArgumentParser()
-    from megatron_converters.cli.options.any_format import add_reading_arguments
+    from megatron_converters.cli.options.reading import add_reading_arguments
 
     add_reading_arguments(parser)
     return survey(*open_any(str(folder), parser.parse_args([])))

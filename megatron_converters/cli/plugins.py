@@ -21,19 +21,12 @@ from ..formats.queue.messages import EXIT
 from ..formats.queue.source import QueueSource
 from ..formats.queue.target import QueueTarget, stream
 from .console import errors_told, fail, prepare_process, report
-from .options.values import add_argument
+from .options.shared import add_argument, add_shared
 
 
 def add_common_arguments(parser: Any) -> None:
     """Options that either side reads and stock convert.py lacks."""
-    add_argument(parser, "--quiet", action="store_true", help="Print errors and warnings only.")
-    add_argument(parser, "--overwrite", action="store_true", help="Replace a model or checkpoint in --save-dir.")
-    add_argument(
-        parser,
-        "--restart",
-        action="store_true",
-        help="Throw away what an interrupted run has finished, instead of going on from it.",
-    )
+    add_shared(parser, "--quiet", "--overwrite", "--restart")
     add_argument(
         parser,
         "--megatron-path",

@@ -7,13 +7,14 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 from ...basics.errors import UsageError
-from ...formats.huggingface.target import FUSED, SEPARATE, HFOptions, HFTarget
+from ...conversion.endpoint import Target
+from ...formats.huggingface.target import FUSED, SEPARATE, HFOptions
 from ...formats.megatron.names import EXPERTS
-from ...formats.megatron.rank_files_target import MegatronTarget
-from ...formats.megatron.torch_dist_target import TorchDistTarget
-from ...formats.megatron.writing import CheckpointTarget, MegatronOptions
+from ...formats.megatron.writing import MegatronOptions
+from ...formats.writing import CHECKPOINTS, open_target
 from ...sharding.stages import PipelineSplit
-from .values import IMPLS, add_argument, byte_size, new_folder, positive
+from .shared import add_argument, add_shared
+from .values import IMPLS, byte_size, positive
 
 
 def add_megatron_target_arguments(parser: Any) -> None:
@@ -113,17 +114,12 @@ def add_megatron_target_arguments(parser: Any) -> None:
     add_argument(
         parser,
         "--ckpt-format",
-        choices=sorted(_CHECKPOINTS),
+        choices=sorted(CHECKPOINTS),
         default="torch",
         help="Format of the checkpoint: a file for each rank (torch, the default), or chunks that any sizes load (torch_dist).",
     )
     add_argument(parser, "--release", action="store_true", help="Write a release directory instead of iter_0000001.")
-    add_argument(
-        parser,
-        "--allow-inexpressible",
-        action="store_true",
-        help="Convert although Megatron-LM's arguments cannot express all of the model; warns what it will not compute.",
-    )
+    add_shared(parser, "--allow-inexpressible")
     add_argument(
         parser,
         "--load-capacity-bins",
@@ -158,11 +154,8 @@ def _expert_layout(args: argparse.Namespace, layouts: Collection[str], format_na
     return layout
 
 
-_CHECKPOINTS: dict[str, type[CheckpointTarget]] = {kind.format: kind for kind in (MegatronTarget, TorchDistTarget)}
-
-
-def open_megatron_target(args: argparse.Namespace) -> CheckpointTarget:
-    """The checkpoint to write in --save-dir."""
+def megatron_options(args: argparse.Namespace) -> MegatronOptions:
+    """How to write a checkpoint."""
     split = PipelineSplit(
         args.decoder_first_pipeline_num_layers,
         args.decoder_last_pipeline_num_layers,
@@ -172,7 +165,7 @@ def open_megatron_target(args: argparse.Namespace) -> CheckpointTarget:
         args.target_num_layers_per_virtual_pipeline_stage,
         args.pipeline_model_parallel_layout,
     )
-    options = MegatronOptions(
+    return MegatronOptions(
         tp=args.target_tensor_parallel_size,
         pp=args.target_pipeline_parallel_size,
         ep=args.target_expert_parallel_size,
@@ -186,8 +179,13 @@ def open_megatron_target(args: argparse.Namespace) -> CheckpointTarget:
         allow_inexpressible=args.allow_inexpressible,
         load_capacity_bins=args.load_capacity_bins,
         tokenizer=getattr(args, "tokenizer_model", None),
+        ckpt_format=args.ckpt_format,
     )
-    return _CHECKPOINTS[args.ckpt_format](new_folder(args.save_dir), options)
+
+
+def open_megatron_target(args: argparse.Namespace) -> Target:
+    """The checkpoint to write in --save-dir."""
+    return open_target(args.save_dir, megatron_options(args))
 
 
 def add_hf_target_arguments(parser: Any) -> None:
@@ -195,13 +193,7 @@ def add_hf_target_arguments(parser: Any) -> None:
     add_argument(
         parser, "--max-shard-size", metavar="SIZE", default="5GB", help="Largest file, such as 500MB; 5GB by default."
     )
-    add_argument(
-        parser,
-        "--tokenizer-model",
-        metavar="PATH",
-        default=None,
-        help="Tokenizer to write; by default the one that args name.",
-    )
+    add_shared(parser, "--tokenizer-model")
     add_argument(
         parser,
         "--instruct",
@@ -225,9 +217,9 @@ def add_hf_target_arguments(parser: Any) -> None:
     )
 
 
-def open_hf_target(args: argparse.Namespace) -> HFTarget:
-    """The folder to write in --save-dir."""
-    options = HFOptions(
+def hf_options(args: argparse.Namespace) -> HFOptions:
+    """How to write a Hugging Face folder."""
+    return HFOptions(
         max_shard_size=byte_size(str(args.max_shard_size)),
         overwrite=args.overwrite,
         tokenizer=args.tokenizer_model,
@@ -236,4 +228,8 @@ def open_hf_target(args: argparse.Namespace) -> HFTarget:
         expert_layout=_expert_layout(args, (SEPARATE, FUSED), "a Hugging Face folder") or SEPARATE,
         save_capacity_bins=args.save_capacity_bins,
     )
-    return HFTarget(new_folder(args.save_dir), options)
+
+
+def open_hf_target(args: argparse.Namespace) -> Target:
+    """The folder to write in --save-dir."""
+    return open_target(args.save_dir, hf_options(args))

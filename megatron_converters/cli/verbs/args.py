@@ -13,25 +13,21 @@ from ...formats.megatron.limits import inexpressible
 from ...inspection.inventory import survey
 from ...inspection.training_flags import arguments
 from ..console import put, put_json, warn
-from ..options.any_format import add_reading_arguments, open_any, refuse_unheeded
+from ..options.reading import add_reading_arguments, open_any
+from ..options.shared import add_shared
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's options."""
     parser.add_argument("folder", metavar="X", help="Folder to look at; its format is recognised.")
     parser.add_argument("--json", action="store_true", help="Print one JSON object: flags as words, arguments, notes.")
-    parser.add_argument(
-        "--allow-inexpressible",
-        action="store_true",
-        help="Print flags although Megatron-LM's arguments cannot express all of the model; warns what it will not compute.",
-    )
+    add_shared(parser, "--allow-inexpressible")
     add_reading_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the flags on standard output and what to know of them on standard error; 0 if they express the model."""
     kind, source = open_any(args.folder, args)
-    refuse_unheeded([kind], args)
     reasons = inexpressible(source.spec)
     if not args.allow_inexpressible:
         raise_all(

@@ -12,8 +12,9 @@ from ...conversion.progress import Progress, Silent, make_progress
 from ...conversion.run import convert
 from ...formats.queue.channel import Watched
 from ..console import report
+from ..options.shared import add_shared
 from ..options.values import positive
-from .job import add_job_arguments, job_of
+from .job import add_job_arguments, request_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,12 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=1,
         help="Processes on this machine. On several, start the same command under torchrun or srun instead.",
     )
-    parser.add_argument(
-        "--restart",
-        action="store_true",
-        help="Throw away what an interrupted run has finished, instead of going on from it.",
-    )
-    parser.add_argument("--quiet", action="store_true", help="Print errors and warnings only.")
+    add_shared(parser, "--restart", "--quiet")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -50,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
 
 def work(crew: Crew, args: argparse.Namespace) -> list[str]:
     """One process's part; returns what to tell the user."""
-    job = job_of(args)
+    job = request_of(args).open()
     if crew.rank == 0:
         origin, spec = job.source.origin, job.source.spec
         among = f", {crew.size} processes" if crew is not ALONE else ""

@@ -12,13 +12,14 @@ from ...inspection.in_words import lines
 from ...inspection.inventory import survey
 from ...inspection.shard_map.page import page
 from ..console import put, put_json
-from ..options.any_format import add_reading_arguments, open_any, refuse_unheeded
+from ..options.reading import add_reading_arguments, open_any
+from ..options.shared import add_shared
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's options."""
     parser.add_argument("folder", metavar="X", help="Folder to look at; its format is recognised.")
-    parser.add_argument("--json", action="store_true", help="Print one JSON object instead of text.")
+    add_shared(parser, "--json")
     parser.add_argument(
         "--html",
         metavar="FILE",
@@ -32,7 +33,6 @@ def run(args: argparse.Namespace) -> int:
     """Look at the folder; 0 if it can be read."""
     target = None if args.html is None else _writable(Path(args.html))
     kind, source = open_any(args.folder, args)
-    refuse_unheeded([kind], args)
     found = survey(kind, source)
     if args.json:
         put_json(as_json(found))

@@ -1,38 +1,25 @@
-"""The conversion that `convert` and `plan` are asked for: options, source, target, dtype."""
+"""Options of `convert` and `plan`, and the conversion that they ask for."""
 
 from __future__ import annotations
 
 import argparse
-import os
-from typing import Any, NamedTuple
+from typing import Any
 
-from ...basics.dtypes import DType, dtype_named
 from ...basics.errors import UsageError
-from ...conversion.endpoint import Source, Target
-from ...formats.detect import HF, MEGATRON
+from ...basics.folders import existing_folder
+from ...formats.detect import HF, MEGATRON, format_of
 from ...formats.huggingface.target import FUSED, SEPARATE
 from ...formats.megatron.names import EXPERTS
-from ..options.any_format import add_reading_arguments, open_any, refuse_unheeded
-from ..options.values import new_folder, positive
+from ...request import TARGETS, Request, target_format
+from ..options.reading import add_reading_arguments, read_options
+from ..options.shared import add_shared
 from ..options.writing import (
     add_expert_layout_argument,
     add_hf_target_arguments,
     add_megatron_target_arguments,
-    open_hf_target,
-    open_megatron_target,
+    hf_options,
+    megatron_options,
 )
-
-_TARGETS = {HF: "a Hugging Face folder", MEGATRON: "a Megatron-LM checkpoint"}
-
-
-class Job(NamedTuple):
-    """What is to be converted into what; `dtype` is None where the source's is kept."""
-
-    source_format: str
-    source: Source
-    target_format: str
-    target: Target
-    dtype: DType | None
 
 
 def add_job_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,12 +37,8 @@ def add_job_arguments(parser: argparse.ArgumentParser) -> None:
         "--dtype", choices=["bf16", "fp16", "fp32"], default=None, help="Type to write; the source's by default."
     )
     add_reading_arguments(parser)
-    parser.set_defaults(overwrite=False)
     add_expert_layout_argument(parser, (*EXPERTS, SEPARATE, FUSED))
-    parser.add_argument(
-        "--tokenizer-model", metavar="PATH", default=None, help="Tokenizer to record or write; by default the source's."
-    )
-    parser.add_argument("--overwrite", action="store_true", help="Replace a model or checkpoint in DST.")
+    add_shared(parser, "--tokenizer-model", "--overwrite")
     _add_megatron_arguments(parser.add_argument_group("writing a Megatron-LM checkpoint"))
     add_hf_target_arguments(parser.add_argument_group("writing a Hugging Face folder"))
     parser.set_defaults(**{name: None for defaults in _defaults().values() for name in defaults})
@@ -63,13 +46,11 @@ def add_job_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_megatron_arguments(parser: Any) -> None:
     add_megatron_target_arguments(parser)
-    parser.add_argument(
-        "--make-vocab-size-divisible-by",
-        metavar="N",
-        type=positive,
-        default=None,
-        help="Vocabulary padding; 128 by default.",
-    )
+    add_shared(parser, "--make-vocab-size-divisible-by")
+
+
+#: Options that both formats heed.
+_OF_BOTH = ("expert_layout", "tokenizer_model")
 
 
 def _defaults() -> dict[str, dict[str, Any]]:
@@ -78,44 +59,32 @@ def _defaults() -> dict[str, dict[str, Any]]:
     for name, declare in {MEGATRON: _add_megatron_arguments, HF: add_hf_target_arguments}.items():
         parser = argparse.ArgumentParser(add_help=False)
         declare(parser)
-        found[name] = vars(parser.parse_args([]))
-    shared = found[MEGATRON].keys() & found[HF].keys()
-    return {name: {key: defaults[key] for key in defaults.keys() - shared} for name, defaults in found.items()}
+        declared = vars(parser.parse_args([])).items()
+        found[name] = {key: value for key, value in declared if key not in _OF_BOTH}
+    return found
 
 
-def job_of(args: argparse.Namespace) -> Job:
-    """Open the source and choose the target."""
-    if os.path.realpath(new_folder(args.load_dir)) == os.path.realpath(new_folder(args.save_dir)):
-        raise UsageError(f"{args.save_dir} is the source itself; choose another folder to write to")
-    source_format, source = open_any(args.load_dir, args)
-    refuse_unheeded([source_format], args)
-    read = os.path.realpath(source.origin.described)
-    if args.overwrite and os.path.dirname(read) == os.path.realpath(args.save_dir):
-        raise UsageError(
-            f"{args.load_dir} lies in {args.save_dir}, where --overwrite could replace it; choose another folder to write to"
-        )
-    target_format = _target_format(source_format, args)
-    unsaid = {name: value for name, value in _defaults()[target_format].items() if getattr(args, name) is None}
-    chosen = argparse.Namespace(**{**vars(args), **unsaid})
-    target: Target = open_hf_target(chosen) if target_format == HF else open_megatron_target(chosen)
-    return Job(source_format, source, target_format, target, dtype_named(args.dtype) if args.dtype else None)
-
-
-def _target_format(source_format: str, args: argparse.Namespace) -> str:
-    """What --to says, or else: a checkpoint becomes a folder unless an option of checkpoints is given, all else a checkpoint.
-
-    Raises where an option of the other format is given, which would go unheeded.
-    """
-    given = {
-        name: sorted(key for key in defaults if getattr(args, key) is not None)
-        for name, defaults in _defaults().items()
-    }
+def request_of(args: argparse.Namespace) -> Request:
+    """The conversion that the options ask for."""
+    defaults = _defaults()
+    given = {name: [key for key in own if getattr(args, key) is not None] for name, own in defaults.items()}
     asks = bool(given[MEGATRON]) or args.expert_layout in EXPERTS
-    chosen: str = args.to or (HF if source_format == MEGATRON and not asks else MEGATRON)
+    chosen = args.to or target_format(args.source_format or format_of(existing_folder(args.load_dir)), None, asks)
     other = HF if chosen == MEGATRON else MEGATRON
     if given[other]:
-        options = ", ".join(f"--{name.replace('_', '-')}" for name in given[other])
+        options = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(given[other]))
         raise UsageError(
-            f"{options}: only for writing {_TARGETS[other]}, but this writes {_TARGETS[chosen]}; leave it out, or pass --to {other}"
+            f"{options}: only for writing {TARGETS[other]}, but this writes {TARGETS[chosen]}; leave it out, or pass --to {other}"
         )
-    return chosen
+    unset = {key: value for key, value in defaults[chosen].items() if getattr(args, key) is None}
+    complete = argparse.Namespace(**{**vars(args), **unset})
+    return Request(
+        args.load_dir,
+        args.save_dir,
+        chosen,
+        args.dtype,
+        args.overwrite,
+        read_options(args),
+        megatron_options(complete) if chosen == MEGATRON else None,
+        hf_options(complete) if chosen == HF else None,
+    )

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from collections.abc import Iterator
 from typing import NamedTuple
 
 from ...comparison.tensors import Comparison
 from ...conversion.endpoint import Source
 from ...formats.detect import FORMATS
+from ...formats.reading import open_source, refuse_unheeded
 from ..console import say
-from ..options.any_format import add_reading_arguments, open_any, refuse_unheeded
+from ..options.reading import add_reading_arguments, read_options
+from ..options.shared import add_shared
 
 #: Tensors that a line about several names.
 _NAMED = 3
@@ -29,16 +32,16 @@ def add_pair_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--from-b", dest="b_format", choices=FORMATS, default=None, help="Format of B; --from is that of A."
     )
-    parser.add_argument("--json", action="store_true", help="Print one JSON object instead of text.")
-    parser.add_argument("--quiet", action="store_true", help="Print errors and warnings only.")
+    add_shared(parser, "--json", "--quiet")
 
 
 def open_pair(args: argparse.Namespace) -> Pair:
     """Open A and B. An option of one format is for each side of that format; a folder of ranks may be given by itself."""
-    first, one = open_any(args.a, args)
-    second, other = open_any(args.b, argparse.Namespace(**{**vars(args), "source_format": args.b_format}))
-    refuse_unheeded([first, second], args)
-    return Pair((first, second), (one, other))
+    options = read_options(args)
+    first = open_source(args.a, options)
+    second = open_source(args.b, dataclasses.replace(options, format=args.b_format))
+    refuse_unheeded([first.format, second.format], options)
+    return Pair((first.format, second.format), (first.source, second.source))
 
 
 def describe_pair(pair: Pair) -> dict[str, dict[str, str]]:

@@ -7,9 +7,11 @@ from collections.abc import Iterator
 
 from ...basics.quantities import count, duration, size
 from ...conversion.dry_run import Forecast, forecast, measure
+from ...request import Job
 from ..console import put, put_json
+from ..options.shared import add_shared
 from ..options.values import positive
-from .job import Job, add_job_arguments, job_of
+from .job import add_job_arguments, request_of
 
 _SHOWN_FILES = 64
 _SHOWN_IGNORED = 20
@@ -24,12 +26,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--no-measure", action="store_true", help="Do not measure a rate; the time is then not estimated."
     )
-    parser.add_argument("--json", action="store_true", help="Print one JSON object.")
+    add_shared(parser, "--json")
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the plan; 0 if the conversion is possible, 1 if something is in its way."""
-    job = job_of(args)
+    job = request_of(args).open()
     result = forecast(job.source, job.target, job.dtype, args.workers)
     if not args.no_measure:
         measure(result, job.source, job.target.save_dir)

@@ -12,13 +12,14 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from ...basics.errors import UsageError
+from ...basics.folders import existing_folder
 from ...basics.quantities import count, duration, size
 from ...comparison.manifest_check import Checked, check_output, find_output
 from ...comparison.tensors import Comparison, Rules, compare
 from ...conversion.progress import make_progress
 from ...formats.megatron.reading import MegatronReadOptions
 from ..console import put_json, say
-from ..options.values import folder, natural
+from ..options.values import natural
 from .pair import Pair, add_pair_arguments, describe_pair, of_whole_tensors, open_pair, say_pair
 
 _DEFAULT_LIMIT = 50
@@ -93,10 +94,10 @@ def _verify_logits(args: argparse.Namespace) -> int:
     from ...logits import compare_logits
     from ...logits.compare import TOLERANCE
 
-    reference = folder(args.hf_config) if args.hf_config is not None else None
+    reference = existing_folder(args.hf_config) if args.hf_config is not None else None
     report = compare_logits(
-        folder(args.a),
-        folder(args.b),
+        existing_folder(args.a),
+        existing_folder(args.b),
         **{
             name: default if getattr(args, name) is None else getattr(args, name)
             for name, (default, _) in _LOGITS.items()
@@ -128,7 +129,7 @@ def _verify_pair(args: argparse.Namespace) -> int:
 
 def _verify_output(args: argparse.Namespace) -> int:
     begun = time.monotonic()
-    where = find_output(folder(args.a), args.ckpt_dir_name)
+    where = find_output(existing_folder(args.a), args.ckpt_dir_name)
     checked = check_output(where, make_progress(args.quiet, "checking", "checked"))
     if args.json:
         put_json(_output_json(checked))

@@ -71,6 +71,8 @@ class MegatronOptions:
     allow_inexpressible: bool = False
     load_capacity_bins: bool = False
     tokenizer: str | None = None
+    #: Megatron-LM's name of the format: a file for each rank (torch), or chunks that any sizes load (torch_dist).
+    ckpt_format: str = "torch"
 
 
 class CheckpointTarget(ABC):
@@ -199,11 +201,14 @@ class CheckpointTarget(ABC):
             else ""
         )
 
+    @property
+    def flags(self) -> list[str]:
+        """What `pretrain_gpt.py` needs to load the checkpoint, quoted for a shell; known once the target is prepared."""
+        shown = [f"--load {shlex.quote(os.path.abspath(self.save_dir))}", *flags(self._args)]
+        return shown if self._bins is None else [*shown, f"--moe-capacity-bins-num {self._bins.count}"]
+
     def _flags_text(self) -> str:
-        shown = flags(self._args)
-        if self._bins is not None:
-            shown.append(f"--moe-capacity-bins-num {self._bins.count}")
-        return as_shell([f"--load {shlex.quote(os.path.abspath(self.save_dir))}", *shown]) + "\n"
+        return as_shell(self.flags) + "\n"
 
     def _check_expressible(self, spec: ModelSpec) -> list[str]:
         reasons = inexpressible(spec)

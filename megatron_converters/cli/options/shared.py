@@ -1,0 +1,83 @@
+"""Options that several commands have, each declared once."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from .values import IMPLS, positive
+
+#: By flag, what `add_argument` takes beside it.
+_DECLARED: dict[str, dict[str, Any]] = {
+    "--ckpt-dir-name": dict(
+        metavar="NAME", default=None, help="Megatron: folder to read (iter_0000008) instead of the latest."
+    ),
+    "--hf-config": dict(
+        metavar="DIR",
+        default=None,
+        help="Megatron: reference model folder; configuration and tokenizer are taken from it.",
+    ),
+    "--true-vocab-size": dict(
+        metavar="N",
+        type=positive,
+        default=None,
+        help="Megatron: vocabulary without padding, where args lack it. Elsewhere config.json says it, and another value is an "
+        "error.",
+    ),
+    "--untie": dict(
+        action="store_true", help="Hugging Face: keep a stored lm_head apart although config.json ties it."
+    ),
+    "--ignore-config-fields": dict(
+        metavar="NAMES", default="", help="Hugging Face: comma-separated unknown config.json fields to ignore."
+    ),
+    "--source-margs-file": dict(
+        metavar="FILE",
+        default=None,
+        help="source_megatron_args.json with training arguments to take over.",
+    ),
+    "--tokenizer-model": dict(
+        metavar="PATH", default=None, help="Tokenizer to record or to write; by default the source's."
+    ),
+    "--make-vocab-size-divisible-by": dict(
+        metavar="N",
+        type=positive,
+        default=None,
+        help="Vocabulary padding, times the tensor-parallel size; by default the source's, or 128.",
+    ),
+    "--vocab-file": dict(
+        metavar="FILE",
+        default=None,
+        help="JSON vocabulary of a checkpoint; its length is the vocabulary without padding. Elsewhere config.json says it.",
+    ),
+    "--loader-transformer-impl": dict(
+        default=None, choices=IMPLS, help="Accepted for compatibility; the names in the source say it."
+    ),
+    "--bf16": dict(action="store_true", help="Write bfloat16; without it the source's dtype is kept."),
+    "--fp16": dict(action="store_true", help="Write float16; without it the source's dtype is kept."),
+    "--quiet": dict(action="store_true", help="Print errors and warnings only."),
+    "--overwrite": dict(action="store_true", help="Replace a model or checkpoint in the folder that is written to."),
+    "--restart": dict(
+        action="store_true",
+        help="Throw away what an interrupted run has finished, instead of going on from it.",
+    ),
+    "--json": dict(action="store_true", help="Print one JSON object instead of text."),
+    "--allow-inexpressible": dict(
+        action="store_true",
+        help="Go on although Megatron-LM's arguments cannot express all of the model; warns what it will not compute.",
+    ),
+}
+
+
+def add_shared(parser: Any, *flags: str) -> None:
+    """Declare some of these options."""
+    for flag in flags:
+        add_argument(parser, flag, **_DECLARED[flag])
+
+
+def add_argument(parser: Any, *names: str, **options: Any) -> None:
+    """Add an option unless the parser has it: loader, saver and convert.py share some."""
+    try:
+        parser.add_argument(*names, **options)
+    except argparse.ArgumentError as error:
+        if "conflicting option" not in str(error):
+            raise

@@ -1,0 +1,116 @@
+"""Opening a source of any format: the format is recognised, and options say what the folder does not."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from ..assets import capacity_bins
+from ..assets.origin import Origin
+from ..assets.training_args import margs_from_json
+from ..basics.errors import UsageError
+from ..basics.folders import existing_folder
+from ..conversion.endpoint import Source
+from .detect import FORMATS, HF, MEGATRON, META, format_of
+from .huggingface.source import HFSource
+from .megatron.opening import open_megatron
+from .megatron.reading import MegatronReadOptions
+from .meta.source import MetaSource
+
+
+@dataclass(frozen=True)
+class ReadOptions:
+    """What to know of a source beyond what its folder says; each field is the command-line option of its name.
+
+    `format` is "hf", "meta" or "megatron", and recognised where it is None. Of a Megatron-LM checkpoint, `ckpt_dir_name` is the
+    folder to read (iter_0000008) instead of the latest, `hf_config` a reference model's folder, `true_vocab_size` the vocabulary
+    without padding where args lack it. Of a Hugging Face folder, `untie` keeps a stored lm_head although config.json ties it,
+    and `ignore_config_fields` names unknown fields of config.json that do not matter. `source_margs_file` is a
+    source_megatron_args.json whose training arguments are taken over, and `capacity_bins` asks for capacity_bins.pt.
+    """
+
+    format: str | None = None
+    ckpt_dir_name: str | None = None
+    hf_config: str | os.PathLike[str] | None = None
+    true_vocab_size: int | None = None
+    untie: bool = False
+    ignore_config_fields: tuple[str, ...] = ()
+    source_margs_file: str | os.PathLike[str] | None = None
+    capacity_bins: bool = False
+
+
+#: Nothing beyond what the folder says.
+AS_FOUND = ReadOptions()
+
+
+class Opened(NamedTuple):
+    """A source and the name of its format."""
+
+    format: str
+    source: Source
+
+
+def open_source(path: str | os.PathLike[str], options: ReadOptions = AS_FOUND) -> Opened:
+    """Open a folder of any format; no weight is read.
+
+    Raises `ConversionError` where it is of no known format, damaged, or not the model that its configuration describes.
+    """
+    folder = existing_folder(path)
+    if options.format not in (None, *FORMATS):
+        raise UsageError(f"format {options.format!r} is not one of {', '.join(FORMATS)}")
+    found = options.format or format_of(folder)
+    source = _OPENERS[found](folder, options)
+    if options.source_margs_file is not None:
+        source.origin.margs = margs_from_json(Path(options.source_margs_file))
+    return Opened(found, source)
+
+
+def refuse_unheeded(formats: Collection[str], options: ReadOptions) -> None:
+    """Raise `UsageError` for an option that no source of these formats heeds."""
+    for name, only in _HEEDED_BY.items():
+        if getattr(options, name) and only not in formats:
+            option = name.replace("_", "-")
+            raise UsageError(f"--{option} is for reading {_NAMES[only]}, which this is not; leave it out")
+
+
+def _open_hf(folder: Path, options: ReadOptions) -> Source:
+    return _checked(HFSource(folder, ignored_config=options.ignore_config_fields, untie=options.untie), folder, options)
+
+
+def _open_meta(folder: Path, options: ReadOptions) -> Source:
+    return _checked(MetaSource(folder), folder, options)
+
+
+def _open_megatron(folder: Path, options: ReadOptions) -> Source:
+    reference = None if options.hf_config is None else existing_folder(options.hf_config)
+    return open_megatron(folder, MegatronReadOptions(options.ckpt_dir_name, reference, options.true_vocab_size))
+
+
+def _checked(source: Source, folder: Path, options: ReadOptions) -> Source:
+    """The source of a model whose configuration says the vocabulary's size itself."""
+    given, known = options.true_vocab_size, source.spec.vocab_size
+    if given not in (None, known):
+        raise UsageError(f"--true-vocab-size {given} disagrees with vocab_size {known} of config.json")
+    _add_capacity_bins(source.origin, folder / capacity_bins.FILE, options.capacity_bins)
+    return source
+
+
+def _add_capacity_bins(origin: Origin, path: Path, wanted: bool) -> None:
+    if wanted:
+        origin.capacity_bins = capacity_bins.read(path)
+    elif path.exists():
+        origin.notes.append(
+            f"{path} is left out; a saver of Megatron-LM checkpoints takes it with --load-capacity-bins"
+        )
+
+
+_OPENERS: dict[str, Callable[[Path, ReadOptions], Source]] = {
+    HF: _open_hf,
+    META: _open_meta,
+    MEGATRON: _open_megatron,
+}
+_HEEDED_BY = {"ckpt_dir_name": MEGATRON, "hf_config": MEGATRON, "untie": HF, "ignore_config_fields": HF}
+_NAMES = {MEGATRON: "a Megatron-LM checkpoint", HF: "a Hugging Face folder"}

@@ -1,0 +1,83 @@
+"""A conversion as it is asked for, and the source and target that it means. Command lines and the API meet here."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from .basics.dtypes import DType, dtype_named
+from .basics.errors import UsageError
+from .basics.folders import new_folder
+from .conversion.endpoint import Source, Target
+from .formats.detect import HF, MEGATRON
+from .formats.huggingface.target import HFOptions
+from .formats.megatron.writing import MegatronOptions
+from .formats.reading import AS_FOUND, ReadOptions, open_source, refuse_unheeded
+from .formats.writing import open_target
+
+#: Formats that can be written, in words.
+TARGETS = {HF: "a Hugging Face folder", MEGATRON: "a Megatron-LM checkpoint"}
+
+
+class Job(NamedTuple):
+    """Opened source and target of a conversion; `dtype` is None where the source's is kept."""
+
+    source_format: str
+    source: Source
+    target_format: str
+    target: Target
+    dtype: DType | None
+
+
+@dataclass(frozen=True)
+class Request:
+    """Conversion of the folder `src` into the folder `dst`.
+
+    `to` is "hf" or "megatron"; where it is None, a checkpoint becomes a Hugging Face folder unless `megatron` options are given,
+    and everything else a checkpoint. `dtype` is a name such as "bf16". Options of the format that is not written are refused.
+    """
+
+    src: str | os.PathLike[str]
+    dst: str | os.PathLike[str]
+    to: str | None = None
+    dtype: str | None = None
+    overwrite: bool = False
+    read: ReadOptions = AS_FOUND
+    megatron: MegatronOptions | None = None
+    hf: HFOptions | None = None
+
+    def open(self) -> Job:
+        """Open both sides; nothing is written. Raises `ConversionError` where the request or the source is not sound."""
+        same = os.path.realpath(new_folder(self.src)) == os.path.realpath(new_folder(self.dst))
+        if same:
+            raise UsageError(f"{self.dst} is the source itself; choose another folder to write to")
+        bins = self.megatron is not None and self.megatron.load_capacity_bins
+        source_format, source = open_source(self.src, dataclasses.replace(self.read, capacity_bins=bins))
+        refuse_unheeded([source_format], self.read)
+        read = os.path.realpath(source.origin.described)
+        if self.overwrite and os.path.dirname(read) == os.path.realpath(self.dst):
+            raise UsageError(
+                f"{self.src} lies in {self.dst}, where --overwrite could replace it; choose another folder to write to"
+            )
+        chosen = target_format(source_format, self.to, self.megatron is not None)
+        options = self._options(chosen)
+        target = open_target(self.dst, dataclasses.replace(options, overwrite=self.overwrite))
+        return Job(source_format, source, chosen, target, None if self.dtype is None else dtype_named(self.dtype))
+
+    def _options(self, chosen: str) -> HFOptions | MegatronOptions:
+        if chosen not in TARGETS:
+            raise UsageError(f"to={chosen!r}: the formats that can be written are {', '.join(TARGETS)}")
+        other = HF if chosen == MEGATRON else MEGATRON
+        if (self.hf if other == HF else self.megatron) is not None:
+            raise UsageError(
+                f"options for writing {TARGETS[other]} are given, but this writes {TARGETS[chosen]}; leave them out, or pass "
+                f"to={other!r}"
+            )
+        return (self.hf or HFOptions()) if chosen == HF else (self.megatron or MegatronOptions())
+
+
+def target_format(source_format: str, to: str | None, asks_for_checkpoint: bool) -> str:
+    """Format to write: `to`, or the one that a source of this format is usually converted to."""
+    return to or (HF if source_format == MEGATRON and not asks_for_checkpoint else MEGATRON)
