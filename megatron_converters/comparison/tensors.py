@@ -25,7 +25,7 @@ from ..conversion.endpoint import Source
 from ..conversion.progress import Progress
 from ..model.layouts import RowMap, interned
 from ..model.slots import SLOTS, Ref, Scope, refs
-from ..storage.tensor import StoredTensor
+from ..storage.tensor import StoredTensor, release_mappings
 from .measure import Measure, Place, Tally
 
 #: What the two sides are called.
@@ -111,7 +111,10 @@ class Comparison:
 
 def compare(one: Source, other: Source, rules: Rules, progress: Progress) -> Comparison:
     """Compare every tensor that both have and the copies that each has of its own; name what only one has."""
-    return _Comparer((one, other), rules, progress).run()
+    try:
+        return _Comparer((one, other), rules, progress).run()
+    finally:
+        release_mappings()
 
 
 def spec_differences(one: Source, other: Source) -> list[str]:

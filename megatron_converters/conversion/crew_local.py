@@ -74,8 +74,8 @@ class _Member:
         self._connection.close()
 
 
-def run(count: int, work: Work[T], argument: Any) -> T:
-    """Run `work(crew, argument)` in `count` processes; returns the first one's result."""
+def run(count: int, work: Work[Any], argument: Any, lead: Callable[[Crew], T]) -> T:
+    """Run `lead(crew)` in this process and `work(crew, argument)` in `count` - 1 others; returns the first one's result."""
     context = multiprocessing.get_context("spawn")
     others: list[tuple[BaseProcess, Connection]] = []
     try:
@@ -86,7 +86,7 @@ def run(count: int, work: Work[T], argument: Any) -> T:
                 process.start()
             theirs.close()
             others.append((process, ours))
-        return work(_Leader(others), argument)
+        return lead(_Leader(others))
     finally:
         _end(others)
 

@@ -14,6 +14,7 @@ from typing import Any
 from ..basics.dtypes import DType
 from ..basics.errors import ConversionError
 from ..model.slots import refs
+from ..storage.tensor import release_mappings
 from .accounting import Accounts
 from .composing import Planner, StoredName
 from .copying import CHUNK_BYTES, default_lanes
@@ -156,7 +157,10 @@ def _standing(source: Source, target: Target, outline: Outline) -> _Standing:
 def measure(result: Forecast, source: Source, save_dir: Path) -> None:
     """Add the time that it should take, from a short copy of the source into a file without a name, which leaves nothing."""
     # Not on a disk where the sample would matter to others.
-    rate = _rate(source, nearest(save_dir)) if result.free > 4 * _SAMPLE_BYTES else None
+    try:
+        rate = _rate(source, nearest(save_dir)) if result.free > 4 * _SAMPLE_BYTES else None
+    finally:
+        release_mappings()
     if rate:
         result.rate, result.seconds = rate, result.left / rate
 

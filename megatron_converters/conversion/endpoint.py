@@ -44,6 +44,11 @@ class Target(Protocol):
         """Check that the model can be written, and say to the byte which files will be."""
         ...
 
+    @property
+    def output(self) -> Path:
+        """The folder that will hold the files and the manifest; known once the target is prepared."""
+        ...
+
     def shown(self) -> Path | None:
         """The folder of a complete output at the final place; None where there is none, or it is to be replaced."""
         ...

@@ -16,6 +16,7 @@ from ..basics.dtypes import DType
 from ..basics.errors import ConversionError, DiskError, Interrupted, Stopped, raise_all, reason_of
 from ..model.slots import refs
 from ..storage.output_file import OutputFile
+from ..storage.tensor import release_mappings
 from .accounting import check_target
 from .copying import Executor
 from .crew import ALONE, Crew, agree, meet, share
@@ -44,10 +45,13 @@ def convert(
     A run that was killed, or stopped by a full disk, left its finished files in a hidden folder; the same run goes on from
     there, and any other is refused unless `restart`. All processes of a crew call this alike; only the first returns lines.
     """
-    with _disk_errors():
-        outline = target.prepare(source.spec, source.origin, wanted_dtype(source, override))
-        check_target(source.spec, outline, target.fills)
-        return _Run(source, target, outline, crew, progress).work(restart)
+    try:
+        with _disk_errors():
+            outline = target.prepare(source.spec, source.origin, wanted_dtype(source, override))
+            check_target(source.spec, outline, target.fills)
+            return _Run(source, target, outline, crew, progress).work(restart)
+    finally:
+        release_mappings()
 
 
 @contextmanager

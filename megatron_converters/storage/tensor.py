@@ -64,6 +64,11 @@ def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
 _MAPPINGS: dict[str, tuple[tuple[int, ...], mmap.mmap]] = {}
 
 
+def release_mappings() -> None:
+    """Forget all mapped files; each is unmapped once no array uses it. A conversion still running maps its files anew."""
+    _MAPPINGS.clear()
+
+
 def mapped(path: str) -> mmap.mmap:
     """The file, mapped read-only once per process, and anew where it was replaced or changed since."""
     try:

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import argparse
 import shlex
-from pathlib import Path
 
+from ...api import training_flags
 from ...assets.training_args import margs_to_json
-from ...basics.errors import raise_all
-from ...formats.megatron.flags import all_flags, as_shell, flag_warnings
-from ...formats.megatron.limits import inexpressible
-from ...inspection.inventory import survey
-from ...inspection.training_flags import arguments
+from ...formats.megatron.flags import as_shell
 from ..console import put, put_json, warn
-from ..options.reading import add_reading_arguments, open_any
+from ..options.reading import add_reading_arguments, read_options
 from ..options.shared import add_shared
 
 
@@ -27,24 +23,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the flags on standard output and what to know of them on standard error; 0 if they express the model."""
-    kind, source = open_any(args.folder, args)
-    reasons = inexpressible(source.spec)
-    if not args.allow_inexpressible:
-        raise_all(
-            "Megatron-LM's arguments cannot express this model (pass --allow-inexpressible to see them all the same):",
-            reasons,
-        )
-    named = args.folder if args.ckpt_dir_name is None else source.origin.described
-    said, notes = arguments(survey(kind, source), source, Path(named))
-    shown = all_flags(said)
-    notes += [f"warning: Megatron-LM will not compute {reason}" for reason in reasons]
-    notes += flag_warnings(source.spec, shown, said.get("tensor_model_parallel_size", 1))
+    found = training_flags(args.folder, allow_inexpressible=args.allow_inexpressible, read=read_options(args))
     if args.json:
-        words = shlex.split(" ".join(shown))
-        plain = margs_to_json(argparse.Namespace(**said))
-        put_json({"flags": words, "arguments": plain, "notes": notes})
+        words = shlex.split(" ".join(found.flags))
+        plain = margs_to_json(argparse.Namespace(**found.arguments))
+        put_json({"flags": words, "arguments": plain, "notes": found.notes})
     else:
-        put(as_shell(shown))
-        for note in notes:
+        put(as_shell(found.flags))
+        for note in found.notes:
             warn(note)
     return 0

@@ -36,7 +36,11 @@ def run(args: argparse.Namespace) -> int:
     if args.workers > 1 and crew.size > 1:
         raise UsageError("--workers is for one machine; under torchrun or srun, let them start more processes")
     try:
-        lines = crew_local.run(args.workers, work, args) if args.workers > 1 else work(crew, args)
+        lines = (
+            crew_local.run(args.workers, work, args, lambda led: work(led, args))
+            if args.workers > 1
+            else work(crew, args)
+        )
     finally:
         crew.close()
     for line in lines if crew.rank == 0 else []:

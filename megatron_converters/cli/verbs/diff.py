@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
-from typing import Any
 
+from ...comparison.report import difference_json, of_whole_tensors, ranked
 from ...comparison.settings import settings_differences
 from ...comparison.tensors import Compared, Comparison, Rules, compare
 from ...conversion.progress import make_progress
 from ..console import put_json, say
 from ..options.values import natural
-from .pair import Pair, add_pair_arguments, describe_pair, of_whole_tensors, open_pair, say_pair
+from .pair import add_pair_arguments, pair_of
 
 _DEFAULT_TOP = 20
 _HEADINGS = ("relative", "||A-B||", "||A||", "max |A-B|", "differing", "elements", "tensor")
@@ -34,14 +34,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Compare; 0 if nothing differs."""
-    pair = open_pair(args)
-    if not args.json:
-        say_pair(args, pair)
+    pair = pair_of(args)
     settings = settings_differences(*pair.sources)
     comparison = compare(*pair.sources, Rules(norms=True), make_progress(args.quiet, "comparing", "compared"))
     equal = comparison.equal and not any(settings.values())
     if args.json:
-        put_json(_as_json(pair, settings, comparison, equal))
+        put_json(difference_json(pair, settings, comparison, equal))
     else:
         for line in _report(args, settings, comparison):
             say(args, line)
@@ -58,24 +56,14 @@ def _report(args: argparse.Namespace, settings: dict[str, list[str]], comparison
         for finding in tensor.findings:
             if finding.measure is not None and finding.kind == "copy":
                 yield f"{tensor.ref}: {next(finding.lines())}"
-    ranked = _ranked(comparison)
-    differing = [tensor for tensor in ranked if tensor.measure is not None and tensor.measure.differing]
-    shown = ranked if args.all else differing[: args.top]
+    order = ranked(comparison)
+    differing = [tensor for tensor in order if tensor.measure is not None and tensor.measure.differing]
+    shown = order if args.all else differing[: args.top]
     if shown:
         yield from _table(shown)
     if not args.all and len(differing) > len(shown):
         yield f"… and {len(differing) - len(shown)} more tensors that differ (--top N, --all)"
-    yield f"{len(differing)} of {len(ranked)} compared tensors differ in their elements"
-
-
-def _ranked(comparison: Comparison) -> list[Compared]:
-    """Compared tensors, those first that differ most for their size; equals keep the order of slots."""
-    found = [tensor for tensor in comparison.tensors if tensor.measure is not None]
-    return sorted(found, key=_rank)
-
-
-def _rank(tensor: Compared) -> tuple[float, int]:
-    return (-tensor.measure.relative, -tensor.measure.differing) if tensor.measure is not None else (0.0, 0)
+    yield f"{len(differing)} of {len(order)} compared tensors differ in their elements"
 
 
 def _table(tensors: list[Compared]) -> Iterator[str]:
@@ -92,18 +80,3 @@ def _row(tensor: Compared) -> tuple[str, ...]:
         return ("",) * (len(_HEADINGS) - 1) + (str(tensor.ref),)
     sizes = (measure.relative, measure.distance or 0.0, measure.norm or 0.0, measure.largest)
     return (*(f"{size:.4g}" for size in sizes), str(measure.differing), str(measure.elements), str(tensor.ref))
-
-
-def _as_json(pair: Pair, settings: dict[str, list[str]], comparison: Comparison, equal: bool) -> dict[str, Any]:
-    ranked = [
-        {"tensor": str(tensor.ref), **tensor.measure.to_json()}
-        for tensor in _ranked(comparison)
-        if tensor.measure is not None
-    ]
-    return {
-        "equal": equal,
-        **describe_pair(pair),
-        "settings": settings,
-        "different": [tensor.to_json() for tensor in comparison.different],
-        "tensors": ranked,
-    }

@@ -8,19 +8,19 @@ import argparse
 import dataclasses
 import math
 import time
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Iterable
 
 from ...basics.errors import UsageError
 from ...basics.folders import existing_folder
 from ...basics.quantities import count, duration, size
 from ...comparison.manifest_check import Checked, check_output, find_output
+from ...comparison.report import check_json, findings, verification_json
 from ...comparison.tensors import Comparison, Rules, compare
 from ...conversion.progress import make_progress
 from ...formats.megatron.reading import MegatronReadOptions
 from ..console import put_json, say
 from ..options.values import natural
-from .pair import Pair, add_pair_arguments, describe_pair, of_whole_tensors, open_pair, say_pair
+from .pair import add_pair_arguments, pair_of
 
 _DEFAULT_LIMIT = 50
 #: What decides the tokens of a comparison of logits.
@@ -113,16 +113,14 @@ def _verify_logits(args: argparse.Namespace) -> int:
 
 
 def _verify_pair(args: argparse.Namespace) -> int:
-    pair = open_pair(args)
-    if not args.json:
-        say_pair(args, pair)
+    pair = pair_of(args)
     rules = Rules(tolerance=args.tolerance or 0.0, ignore_dtype=args.ignore_dtype)
     begun = time.monotonic()
     comparison = compare(*pair.sources, rules, make_progress(args.quiet, "comparing", "compared"))
     if args.json:
-        put_json(_pair_json(pair, comparison))
+        put_json(verification_json(pair, comparison))
     else:
-        _say_all(args, list(_findings(comparison)), "different: ")
+        _say_all(args, list(findings(comparison)), "different: ")
         say(args, _pair_summary(comparison, time.monotonic() - begun))
     return 0 if comparison.equal else 1
 
@@ -132,21 +130,11 @@ def _verify_output(args: argparse.Namespace) -> int:
     where = find_output(existing_folder(args.a), args.ckpt_dir_name)
     checked = check_output(where, make_progress(args.quiet, "checking", "checked"))
     if args.json:
-        put_json(_output_json(checked))
+        put_json(check_json(checked))
     else:
         _say_all(args, [str(fault) for fault in checked.faults], "damaged: ")
         say(args, _output_summary(checked, time.monotonic() - begun))
     return 1 if checked.faults else 0
-
-
-def _findings(comparison: Comparison) -> Iterator[str]:
-    yield from comparison.spec
-    yield from of_whole_tensors(comparison)
-    for tensor in comparison.different:
-        for finding in tensor.findings:
-            if finding.measure is not None:
-                first, *rest = finding.lines()
-                yield "\n".join([f"{tensor.ref}: {first}", *rest])
 
 
 def _pair_summary(comparison: Comparison, seconds: float) -> str:
@@ -167,33 +155,6 @@ def _output_summary(checked: Checked, seconds: float) -> str:
 
 def _rate(nbytes: int, seconds: float) -> str:
     return f"{size(nbytes)} read in {duration(seconds)} ({size(nbytes / max(seconds, 1e-3))}/s)"
-
-
-def _pair_json(pair: Pair, comparison: Comparison) -> dict[str, Any]:
-    return {
-        "equal": comparison.equal,
-        **describe_pair(pair),
-        "tensors": len(comparison.tensors),
-        "bytes": comparison.nbytes,
-        "padding rows not compared": dict(zip("ab", comparison.padding, strict=True)),
-        "spec": comparison.spec,
-        "different": [tensor.to_json() for tensor in comparison.different],
-    }
-
-
-def _output_json(checked: Checked) -> dict[str, Any]:
-    faults = [
-        {"file": fault.file, "tensor": fault.tensor or None, "holds": list(fault.holds), "text": fault.text}
-        for fault in checked.faults
-    ]
-    return {
-        "intact": not faults,
-        "folder": str(checked.folder),
-        "files": checked.files,
-        "tensors": checked.tensors,
-        "bytes": checked.nbytes,
-        "faults": faults,
-    }
 
 
 def _say_all(args: argparse.Namespace, found: list[str], prefix: str) -> None:

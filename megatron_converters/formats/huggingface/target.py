@@ -130,6 +130,11 @@ class HFTarget:
         layouts = {file: _layout(shard) for file, shard in shards.items()}
         return Outline(_NAME, layouts, options, content=self._small_files({}))
 
+    @property
+    def output(self) -> Path:
+        """The folder itself."""
+        return self.save_dir
+
     def shown(self) -> Path | None:
         """The folder itself, once its configuration is there."""
         there = (self.save_dir / "config.json").exists() and not self._options.overwrite

@@ -146,10 +146,15 @@ class CheckpointTarget(ABC):
             "num_floating_point_operations_so_far": 0,
         }
 
+    @property
+    def output(self) -> Path:
+        """The directory of the iteration."""
+        return self.save_dir / self._name
+
     def shown(self) -> Path | None:
         """The directory that the tracker points at, if it is this one."""
         there = self._tracked() == self._tracker_text() and not self._options.overwrite
-        return self.save_dir / self._name if there else None
+        return self.output if there else None
 
     def _tracked(self) -> str | None:
         path = self.save_dir / TRACKER
@@ -162,8 +167,8 @@ class CheckpointTarget(ABC):
         """Neither a checkpoint of this name nor the tracker is replaced unless that is asked for."""
         if self._options.overwrite:
             return
-        if os.path.lexists(self.save_dir / self._name):
-            raise ConversionError(f"{self.save_dir / self._name} already exists; save elsewhere or pass --overwrite")
+        if os.path.lexists(self.output):
+            raise ConversionError(f"{self.output} already exists; save elsewhere or pass --overwrite")
         current = self._tracked()
         if current is not None:
             raise ConversionError(
@@ -180,13 +185,13 @@ class CheckpointTarget(ABC):
 
     def show(self, staging: Staging) -> list[str]:
         """Show the directory under its name, then point the tracker at it."""
-        staging.move_to(self.save_dir / self._name)
+        staging.move_to(self.output)
         staging.put(self.save_dir / TRACKER, self._tracker_text())
         shown = flags(self._args)
         warnings = [*self._warnings, *flag_warnings(self._spec, shown, self._parallel.tp)]
         warnings += router_warnings(self._spec, self._router)
         return [
-            f"wrote {self._written()} to {self.save_dir / self._name}{self._padding()}",
+            f"wrote {self._written()} to {self.output}{self._padding()}",
             *self._origin.notes,
             *self._bins_note(),
             *warnings,

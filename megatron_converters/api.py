@@ -1,0 +1,309 @@
+"""Python API: what the command lines do, as functions that return values, print nothing and raise `ConversionError`.
+
+Importing it imports numpy; torch is imported only where values change type or logits are compared.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from .basics.errors import ConversionError, UsageError, raise_all
+from .basics.folders import existing_folder
+from .comparison.manifest_check import check_output, find_output
+from .comparison.report import check_json, difference_json, findings, open_pair, verification_json
+from .comparison.settings import settings_differences
+from .comparison.tensors import Rules, compare
+from .conversion import crew_local
+from .conversion.crew import ALONE, Crew
+from .conversion.dry_run import Forecast, forecast, measure
+from .conversion.journal import MANIFEST
+from .conversion.progress import Progress, Silent
+from .conversion.run import convert as run_conversion
+from .families import FAMILIES
+from .formats.huggingface.target import HFOptions
+from .formats.megatron.flags import all_flags, flag_warnings
+from .formats.megatron.limits import inexpressible
+from .formats.megatron.writing import CheckpointTarget, MegatronOptions
+from .formats.reading import AS_FOUND, ReadOptions, open_source, refuse_unheeded
+from .inspection.in_json import as_json
+from .inspection.inventory import survey
+from .inspection.training_flags import arguments
+from .request import Request
+from .sharding.stages import PipelineSplit
+
+__all__ = [
+    "ConversionError",
+    "Difference",
+    "Family",
+    "Forecast",
+    "HFOptions",
+    "MegatronOptions",
+    "PipelineSplit",
+    "ReadOptions",
+    "Result",
+    "TrainingFlags",
+    "UsageError",
+    "Verification",
+    "convert",
+    "diff",
+    "inspect",
+    "plan",
+    "supported_families",
+    "training_flags",
+    "verify",
+]
+
+#: A folder as callers name it.
+Folder = str | os.PathLike[str]
+#: Called with bytes done and bytes in all, from several threads in turn. An exception that it raises ends the conversion.
+OnProgress = Callable[[int, int], None]
+_WARNING = "warning: "
+
+
+@dataclass(frozen=True)
+class Result:
+    """Finished conversion.
+
+    `path` is the folder with the files: of a checkpoint that of its iteration. `flags` are what `pretrain_gpt.py` needs to load
+    a checkpoint, quoted for a shell, empty for a Hugging Face folder. `manifest` says where every tensor came from.
+    """
+
+    path: Path
+    flags: tuple[str, ...]
+    notes: tuple[str, ...]
+    warnings: tuple[str, ...]
+    manifest: Path
+
+
+@dataclass(frozen=True)
+class Verification:
+    """Outcome of a verification: `findings` name what differs, or is damaged; `report` is the JSON of the command."""
+
+    equal: bool
+    findings: tuple[str, ...]
+    report: dict[str, Any] = field(repr=False)
+
+    def __bool__(self) -> bool:
+        return self.equal
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Differences of two folders: settings by kind, and the JSON of `diff`, whose `tensors` are ordered by relative distance."""
+
+    equal: bool
+    settings: dict[str, list[str]]
+    report: dict[str, Any] = field(repr=False)
+
+    def __bool__(self) -> bool:
+        return not self.equal
+
+
+@dataclass(frozen=True)
+class TrainingFlags:
+    """Flags of `pretrain_gpt.py`, quoted for a shell, the values behind them by attribute, and what to know of them."""
+
+    flags: tuple[str, ...]
+    arguments: dict[str, Any]
+    notes: tuple[str, ...]
+
+
+class Family(NamedTuple):
+    """Model family, by the names that Hugging Face's config.json has for it."""
+
+    name: str
+    model_type: str
+    architecture: str
+
+
+def convert(
+    src: Folder,
+    dst: Folder,
+    *,
+    to: str | None = None,
+    tp: int | None = None,
+    pp: int | None = None,
+    ep: int | None = None,
+    etp: int | None = None,
+    dtype: str | None = None,
+    overwrite: bool = False,
+    restart: bool = False,
+    workers: int = 1,
+    read: ReadOptions = AS_FOUND,
+    megatron: MegatronOptions | None = None,
+    hf: HFOptions | None = None,
+    progress: OnProgress | None = None,
+) -> Result:
+    """Convert the folder `src`, of any format, into the folder `dst`; all or nothing, and the same call goes on after a kill.
+
+    `to` is "hf" or "megatron"; by default a checkpoint becomes a Hugging Face folder unless sizes or `megatron` options are
+    given, everything else a checkpoint. `tp`, `pp`, `ep` and `etp` are parallel sizes, the source's or 1 where None. `dtype`
+    ("bf16", "fp16", "fp32") is the source's where None. `workers` is the number of processes, which are spawned: a script that
+    asks for several needs the usual `if __name__ == "__main__":`. Raises `ConversionError` and leaves nothing that looks
+    complete.
+    """
+    request = _request(src, dst, to, (tp, pp, ep, etp), dtype, overwrite, read, megatron, hf)
+
+    def lead(crew: Crew) -> Result:
+        return _convert(crew, request, restart, Silent() if progress is None else _Reported(progress))
+
+    if workers == 1:
+        return lead(ALONE)
+    return crew_local.run(workers, _assist, (request, restart), lead)
+
+
+def plan(
+    src: Folder,
+    dst: Folder,
+    *,
+    to: str | None = None,
+    tp: int | None = None,
+    pp: int | None = None,
+    ep: int | None = None,
+    etp: int | None = None,
+    dtype: str | None = None,
+    overwrite: bool = False,
+    workers: int = 1,
+    read: ReadOptions = AS_FOUND,
+    megatron: MegatronOptions | None = None,
+    hf: HFOptions | None = None,
+    measured: bool = False,
+) -> Forecast:
+    """What `convert` would write and need; nothing is written.
+
+    With `measured`, up to two seconds are spent on measuring a rate, from which `seconds` follows.
+    """
+    job = _request(src, dst, to, (tp, pp, ep, etp), dtype, overwrite, read, megatron, hf).open()
+    result = forecast(job.source, job.target, job.dtype, workers)
+    if measured:
+        measure(result, job.source, job.target.save_dir)
+    return result
+
+
+def inspect(src: Folder, *, read: ReadOptions = AS_FOUND) -> dict[str, Any]:
+    """What a folder of any format holds, from headers alone: the JSON of `inspect --json`, sizes in bytes."""
+    return as_json(survey(*_open(src, read)))
+
+
+def verify(
+    a: Folder,
+    b: Folder | None = None,
+    *,
+    tolerance: float = 0.0,
+    ignore_dtype: bool = False,
+    read: ReadOptions = AS_FOUND,
+    read_b_format: str | None = None,
+) -> Verification:
+    """Whether two folders of any formats hold the same model, bit for bit or within `tolerance`.
+
+    Without `b`: whether the output `a` is as its manifest says.
+    """
+    if b is None:
+        checked = check_output(find_output(existing_folder(a), read.ckpt_dir_name), Silent())
+        return Verification(not checked.faults, tuple(map(str, checked.faults)), check_json(checked))
+    pair = open_pair(a, b, read, read_b_format)
+    comparison = compare(*pair.sources, Rules(tolerance=tolerance, ignore_dtype=ignore_dtype), Silent())
+    return Verification(comparison.equal, tuple(findings(comparison)), verification_json(pair, comparison))
+
+
+def diff(a: Folder, b: Folder, *, read: ReadOptions = AS_FOUND, read_b_format: str | None = None) -> Difference:
+    """What differs between two folders of any formats: settings, training arguments, and each tensor by how much."""
+    pair = open_pair(a, b, read, read_b_format)
+    settings = settings_differences(*pair.sources)
+    comparison = compare(*pair.sources, Rules(norms=True), Silent())
+    equal = comparison.equal and not any(settings.values())
+    return Difference(equal, settings, difference_json(pair, settings, comparison, equal))
+
+
+def training_flags(src: Folder, *, allow_inexpressible: bool = False, read: ReadOptions = AS_FOUND) -> TrainingFlags:
+    """All `pretrain_gpt.py` flags of a model or a checkpoint.
+
+    Raises `ConversionError` where Megatron-LM's arguments cannot express the model, unless `allow_inexpressible`.
+    """
+    kind, source = _open(src, read)
+    reasons = inexpressible(source.spec)
+    if not allow_inexpressible:
+        raise_all(
+            "Megatron-LM's arguments cannot express this model (pass --allow-inexpressible to see them all the same):",
+            reasons,
+        )
+    named = src if read.ckpt_dir_name is None else source.origin.described
+    values, notes = arguments(survey(kind, source), source, Path(named))
+    flags = all_flags(values)
+    notes += [f"{_WARNING}Megatron-LM will not compute {reason}" for reason in reasons]
+    notes += flag_warnings(source.spec, flags, values.get("tensor_model_parallel_size", 1))
+    return TrainingFlags(tuple(flags), values, tuple(notes))
+
+
+def supported_families() -> tuple[Family, ...]:
+    """Every family that can be converted."""
+    return tuple(Family(family.name, family.model_type, family.architecture) for family in FAMILIES.values())
+
+
+def _open(src: Folder, read: ReadOptions) -> tuple[str, Any]:
+    opened = open_source(src, read)
+    refuse_unheeded([opened.format], read)
+    return opened
+
+
+def _request(
+    src: Folder,
+    dst: Folder,
+    to: str | None,
+    sizes: tuple[int | None, int | None, int | None, int | None],
+    dtype: str | None,
+    overwrite: bool,
+    read: ReadOptions,
+    megatron: MegatronOptions | None,
+    hf: HFOptions | None,
+) -> Request:
+    given: dict[str, Any] = {
+        name: size for name, size in zip(("tp", "pp", "ep", "etp"), sizes, strict=True) if size is not None
+    }
+    if given:
+        megatron = dataclasses.replace(megatron or MegatronOptions(), **given)
+    return Request(src, dst, to, dtype, overwrite, read, megatron, hf)
+
+
+def _convert(crew: Crew, request: Request, restart: bool, progress: Progress) -> Result:
+    job = request.open()
+    lines = run_conversion(job.source, job.target, job.dtype, progress, restart=restart, crew=crew)
+    warnings = [line.removeprefix(_WARNING) for line in lines if line.startswith(_WARNING)]
+    notes = [line for line in lines if not line.startswith((_WARNING, "pretrain_gpt.py needs"))]
+    flags = job.target.flags if isinstance(job.target, CheckpointTarget) else []
+    return Result(job.target.output, tuple(flags), tuple(notes), tuple(warnings), job.target.output / MANIFEST)
+
+
+def _assist(crew: Crew, work: tuple[Request, bool]) -> None:
+    """In another process: its share of a conversion."""
+    request, restart = work
+    _convert(crew, request, restart, Silent())
+
+
+class _Reported:
+    """Progress that is passed on to a caller."""
+
+    def __init__(self, on_progress: OnProgress) -> None:
+        self._on_progress = on_progress
+        self._lock = threading.Lock()
+        self._done = self._total = 0
+
+    def start(self, total: int) -> None:
+        """Begin to count towards `total` bytes."""
+        self._done, self._total = 0, total
+        self._on_progress(0, total)
+
+    def __call__(self, count: int) -> None:
+        """Add bytes; called from several threads."""
+        with self._lock:
+            self._done += count
+            self._on_progress(self._done, self._total)
+
+    def stop(self) -> None:
+        """Nothing: the last call has told the last figure."""

@@ -1,0 +1,116 @@
+"""Two folders opened side by side, and what a comparison found, as lines and as JSON values."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from ..conversion.endpoint import Source
+from ..formats.reading import ReadOptions, open_source, refuse_unheeded
+from .manifest_check import Checked
+from .tensors import Compared, Comparison
+
+#: Tensors that a line about several names.
+_NAMED = 3
+
+
+class Pair(NamedTuple):
+    """Both sources with their formats."""
+
+    formats: tuple[str, str]
+    sources: tuple[Source, Source]
+
+
+def open_pair(
+    a: str | os.PathLike[str], b: str | os.PathLike[str], options: ReadOptions, b_format: str | None = None
+) -> Pair:
+    """Open A and B. An option of one format is for each side of that format."""
+    first = open_source(a, options)
+    second = open_source(b, dataclasses.replace(options, format=b_format))
+    refuse_unheeded([first.format, second.format], options)
+    return Pair((first.format, second.format), (first.source, second.source))
+
+
+def findings(comparison: Comparison) -> Iterator[str]:
+    """Everything that differs: settings, whole tensors, then elements with the place of the first on both sides."""
+    yield from comparison.spec
+    yield from of_whole_tensors(comparison)
+    for tensor in comparison.different:
+        for finding in tensor.findings:
+            if finding.measure is not None:
+                first, *rest = finding.lines()
+                yield "\n".join([f"{tensor.ref}: {first}", *rest])
+
+
+def of_whole_tensors(comparison: Comparison, *, each: bool = False) -> Iterator[str]:
+    """Findings about whole tensors, such as another dtype: a line for all that have it in common, or for `each`."""
+    for text, names in comparison.alike().items():
+        if each:
+            yield from (f"{name}: {text}" for name in names)
+        else:
+            more = f" and {len(names) - _NAMED:,} more tensors" if len(names) > _NAMED else ""
+            yield f"{', '.join(names[:_NAMED])}{more}: {text}"
+
+
+def ranked(comparison: Comparison) -> list[Compared]:
+    """Compared tensors, those first that differ most for their size; equals keep the order of slots."""
+    found = [tensor for tensor in comparison.tensors if tensor.measure is not None]
+    return sorted(found, key=_rank)
+
+
+def _rank(tensor: Compared) -> tuple[float, int]:
+    return (-tensor.measure.relative, -tensor.measure.differing) if tensor.measure is not None else (0.0, 0)
+
+
+def verification_json(pair: Pair, comparison: Comparison) -> dict[str, Any]:
+    """Report of `verify A B`."""
+    return {
+        "equal": comparison.equal,
+        **_pair_json(pair),
+        "tensors": len(comparison.tensors),
+        "bytes": comparison.nbytes,
+        "padding rows not compared": dict(zip("ab", comparison.padding, strict=True)),
+        "spec": comparison.spec,
+        "different": [tensor.to_json() for tensor in comparison.different],
+    }
+
+
+def difference_json(pair: Pair, settings: dict[str, list[str]], comparison: Comparison, equal: bool) -> dict[str, Any]:
+    """Report of `diff A B`."""
+    tensors = [
+        {"tensor": str(tensor.ref), **tensor.measure.to_json()}
+        for tensor in ranked(comparison)
+        if tensor.measure is not None
+    ]
+    return {
+        "equal": equal,
+        **_pair_json(pair),
+        "settings": settings,
+        "different": [tensor.to_json() for tensor in comparison.different],
+        "tensors": tensors,
+    }
+
+
+def check_json(checked: Checked) -> dict[str, Any]:
+    """Report of `verify OUT`."""
+    faults = [
+        {"file": fault.file, "tensor": fault.tensor or None, "holds": list(fault.holds), "text": fault.text}
+        for fault in checked.faults
+    ]
+    return {
+        "intact": not faults,
+        "folder": str(checked.folder),
+        "files": checked.files,
+        "tensors": checked.tensors,
+        "bytes": checked.nbytes,
+        "faults": faults,
+    }
+
+
+def _pair_json(pair: Pair) -> dict[str, dict[str, str]]:
+    return {
+        name: {"path": source.origin.described, "format": found}
+        for name, found, source in zip("ab", pair.formats, pair.sources, strict=True)
+    }
