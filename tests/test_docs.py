@@ -24,6 +24,7 @@ DOCUMENTS = (
     "docs/architecture.md",
     "docs/adding-a-family.md",
     "docs/messages.md",
+    "docs/python-api.md",
     "scripts/bench/README.md",
 )
 _BLOCK = re.compile(r"^```bash\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -36,6 +37,10 @@ _ELSEWHERE = ("scripts/test.sh", "scripts/quickstart.sh")
 def commands() -> list[str]:
     blocks = [block for name in DOCUMENTS for block in _BLOCK.findall((ROOT / name).read_text())]
     return [block for block in blocks if not any(name in block for name in _ELSEWHERE)]
+
+
+def python_blocks(name: str) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", (ROOT / name).read_text(), re.MULTILINE | re.DOTALL)
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +76,17 @@ def test_commands_run_as_written(command: str, model: tuple[Path, Path, Path], t
     assert any((tmp_path / "out").iterdir())
 
 
+def test_the_blocks_of_the_python_api_run_one_after_the_other(
+    model: tuple[Path, Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = {"HF": str(model[0]), "MEG": str(model[1]), "OUT": str(tmp_path)}
+    for block in python_blocks("docs/python-api.md"):
+        exec(compile(block, "docs/python-api.md", "exec"), names)
+    shown = capsys.readouterr().out
+    for words in (f"{tmp_path}/megatron/iter_0000001", "--use-checkpoint-args", "LlamaForCausalLM", "; use tp 1"):
+        assert words in shown
+
+
 @pytest.mark.slow
 def test_quickstart(tmp_path: Path) -> None:
     shown = run(f"bash scripts/quickstart.sh {tmp_path / 'demo'}", {"PYTHON": sys.executable})
@@ -97,7 +113,7 @@ def test_the_example_family_converts(tmp_path: Path, monkeypatch: pytest.MonkeyP
         r"^```python\n(.*?)^```", (ROOT / "docs/adding-a-family.md").read_text(), re.MULTILINE | re.DOTALL
     )
     namespace: dict[str, Family] = {}
-    exec(code, namespace)  # noqa: S102 - the documentation's own example
+    exec(code, namespace)
     monkeypatch.setitem(families.FAMILIES, "example", namespace["FAMILY"])
     folder = make_model("qwen2", tmp_path / "hf")
     as_example(folder)

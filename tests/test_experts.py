@@ -619,7 +619,7 @@ def stock_queue(hf_model: HFModel) -> Iterator[Any]:
     target = QueueTarget(sent, uncut_args, model_type="GPT", divisor=128)
     target.begin(source.spec, source.origin, source.dtype_of)
     for ref in refs(source.spec):
-        target.write(ref, source.read(ref))
+        target.write(ref, source.read(ref), target.fills(ref))
     target.end()
     received = queue.Queue[Any]()
     while not sent.empty():
