@@ -1,4 +1,4 @@
-"""What every endpoint offers."""
+"""Source and target, as every format offers them."""
 
 from __future__ import annotations
 
@@ -17,70 +17,70 @@ from .staging import Staging
 
 
 class Source(Protocol):
-    """A model to read."""
+    """Model to read, one tensor at a time."""
 
     spec: ModelSpec
     origin: Origin
 
     def dtype_of(self, ref: Ref) -> DType:
-        """The dtype in which the source holds a tensor."""
+        """Dtype in which the source holds a tensor."""
         ...
 
     def read(self, ref: Ref) -> Sources:
-        """Where the tensor's elements lie."""
+        """Pieces that hold a tensor's elements."""
         ...
 
     def close(self) -> None:
-        """Called after the last read; raises if anything was left unread."""
+        """End reading; raises `ConversionError` if anything was left unread."""
         ...
 
 
 class Target(Protocol):
-    """Files to write. `prepare` first, which touches nothing; `assets`, all fills, `clear` and `show` follow in this order."""
+    """Files to write. `prepare`, which touches nothing, comes first; then `assets`, all fills, `clear` and `show`, in this order."""
 
     save_dir: Path
 
     def prepare(self, spec: ModelSpec, origin: Origin, dtype_of: Callable[[Ref], DType]) -> Outline:
-        """Check that the model can be written, and say to the byte which files will be."""
+        """Check that the model can be written; returns the files to the byte."""
         ...
 
     @property
     def output(self) -> Path:
-        """The folder that will hold the files and the manifest; known once the target is prepared."""
+        """Folder of the files and the manifest, known once the target is prepared."""
         ...
 
     def shown(self) -> Path | None:
-        """The folder of a complete output at the final place; None where there is none, or it is to be replaced."""
+        """Folder of a complete output at the final place; None where there is none, or where it is to be replaced."""
         ...
 
     def refuse_existing(self) -> None:
-        """Raise if there is something at the final place that may not be replaced."""
+        """Raise if something at the final place may not be replaced."""
         ...
 
     def assets(self, folder: Path) -> None:
-        """Write the small files into the folder where the others are being filled."""
+        """Write the small files (configuration, tokenizer, flags) into `folder`, beside the files being filled."""
         ...
 
     def fills(self, ref: Ref) -> Iterator[Fill]:
-        """Where one tensor of the model goes."""
+        """Places in the files where one tensor goes."""
         ...
 
     def clear(self, staging: Staging) -> None:
-        """Take away what the complete files replace, as far as they will not do so themselves."""
+        """Remove older files that the complete ones would not overwrite."""
         ...
 
     def show(self, staging: Staging) -> list[str]:
-        """Move the complete files to their final place, what makes them a model to readers last; returns what to tell the user.
+        """Move the complete files to their final place, last the file that makes them a model; returns lines for the user.
 
-        Goes on where a run that was killed meanwhile has stopped.
+        Can be repeated after a kill.
         """
         ...
 
 
 def wanted_dtype(source: Source, override: DType | None) -> Callable[[Ref], DType]:
-    """The dtype to write: the source's, unless `override` asks for another. Raises where weights are no floats.
+    """Dtype to write each tensor in: the source's, or `override`. Raises `ConversionError` where weights are no floats.
 
-    A router that is wider than the model is meant to be; it stays so.
+    A router wider than the model stays so: rounding it would change which experts are chosen.
     """
 
     def dtype_of(ref: Ref) -> DType:
@@ -96,5 +96,5 @@ def wanted_dtype(source: Source, override: DType | None) -> Callable[[Ref], DTyp
 
 
 def first_dtype(pieces: tuple[Piece, ...]) -> DType:
-    """The dtype of a slot held as these pieces (their agreement is checked when they are planned)."""
+    """Dtype of a slot held as these pieces; that they agree is checked when they are planned."""
     return pieces[0].data.dtype

@@ -1,4 +1,4 @@
-"""The loop that joins a source and a target: all or nothing, and what was interrupted goes on."""
+"""Conversion of a source into a target: all or nothing, and an interrupted run goes on."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ def convert(
     restart: bool = False,
     crew: Crew = ALONE,
 ) -> list[str]:
-    """Write every tensor of `source` to `target`; all or nothing. Returns what to tell the user.
+    """Write every tensor of `source` to `target`; all or nothing. Returns lines for the user.
 
-    A run that was killed, or stopped by a full disk, left its finished files in a hidden folder; the same run goes on from
-    there, and any other is refused unless `restart`. All processes of a crew call this alike; only the first returns lines.
+    A run that was killed, or stopped by a full disk, leaves its finished files in a hidden folder. The same run goes on from
+    there; any other is refused unless `restart`. All processes of a crew call this; only the first gets lines.
     """
     try:
         with _disk_errors():
@@ -63,7 +63,7 @@ def _disk_errors() -> Iterator[None]:
 
 
 class _Run:
-    """One process's part in one conversion."""
+    """Part of one process in a conversion."""
 
     def __init__(self, source: Source, target: Target, outline: Outline, crew: Crew, progress: Progress) -> None:
         self._source, self._target, self._outline = source, target, outline
@@ -77,17 +77,17 @@ class _Run:
         self._entries: dict[str, Entries] = {}
 
     def work(self, restart: bool) -> list[str]:
-        """All steps, each together with the other processes; returns what to tell the user."""
+        """Take all steps, each together with the other processes; returns lines for the user."""
         try:
             agree(self._crew, self._together(lambda: self._description), "conversion")
-            if self._led(self._complete_already):
+            if self._first_alone(self._complete_already):
                 words = "is complete already; nothing to do (--overwrite writes it again)"
-                return self._led(lambda: [f"{self._target.shown()} {words}"])
-            finished, self._session = self._led(partial(self._begin, restart))
+                return self._first_alone(lambda: [f"{self._target.shown()} {words}"])
+            finished, self._session = self._first_alone(partial(self._begin, restart))
             self._begun = True
-            self._together(self._see_folder)
+            self._together(self._check_folder)
             done = self._together(partial(self._copy, self._take_share(finished)))
-            lines = self._led(partial(self._end, set(finished).union(*done)))
+            lines = self._first_alone(partial(self._end, set(finished).union(*done)))
             if finished:
                 lines.insert(
                     0,
@@ -106,7 +106,7 @@ class _Run:
         return lines
 
     def _together(self, action: Callable[[], T]) -> list[T]:
-        """Do something and wait for the others; returns what each has got. A failure of one is a failure of all."""
+        """Run `action` in every process and wait for all; returns their results by rank. A failure of one fails all."""
         result: T | None = None
         failure: BaseException | None = None
         try:
@@ -115,12 +115,12 @@ class _Run:
             failure = error
         return meet(self._crew, result, failure)
 
-    def _led(self, action: Callable[[], T]) -> T:
-        """Do something in the first process alone; returns in all of them what it has got."""
+    def _first_alone(self, action: Callable[[], T]) -> T:
+        """Run `action` in the first process alone; returns its result in all of them."""
         return cast("T", self._together(lambda: action() if self._crew.rank == 0 else None)[0])
 
     def _complete_already(self) -> bool:
-        """Whether this very run has been completed before, so that repeating a command is no error."""
+        """Whether this very run was completed before: repeating a command is no error."""
         folder = self._target.shown()
         if folder is None or not is_output_of(folder, self._description):
             return False
@@ -130,7 +130,7 @@ class _Run:
         return True
 
     def _begin(self, restart: bool) -> tuple[list[str], str]:
-        """Open the hidden folder, anew or where the same run has stopped; returns the files that are finished, and whose it is."""
+        """Open the hidden folder, anew or where the same run stopped; returns the finished files and the session's mark."""
         if not self._staging.path.exists():
             check_place(self._target.save_dir)
             self._target.refuse_existing()
@@ -153,18 +153,19 @@ class _Run:
         self._target.assets(self._staging.files)
         return list(finished), self._journal.take()
 
-    def _see_folder(self) -> None:
-        """Raise in a process that does not see what the first one has made."""
+    def _check_folder(self) -> None:
+        """Raise in a process that does not see the hidden folder of the first."""
         if self._await(self._journal.run, lambda run: run == self._description) != self._description:
             raise ConversionError(
                 f"process {self._crew.rank} does not see {self._staging.path}, which process 0 has made; all must share that folder"
             )
 
     def _finished(self) -> dict[str, dict[str, Any]]:
+        """Records of the finished files, by path."""
         return self._journal.finished_in(self._staging.files)
 
     def _take_share(self, finished: list[str]) -> set[str]:
-        """The files that this process fills."""
+        """Files that this process is to fill."""
         left = {file: self._outline.tensor_bytes(file) for file in self._outline.files if file not in finished}
         mine = share(left, self._crew)
         self._progress.start(sum(left[file] for file in mine))
@@ -203,11 +204,11 @@ class _Run:
             place = self._staging.files / path
             place.parent.mkdir(parents=True, exist_ok=True)
             file = self._open[path] = self._outline.files[path].create(place)
-            self._give(file, path)
+            self._write_given(file, path)
         return file
 
-    def _give(self, file: OutputFile, path: str) -> None:
-        """Write the small tensors of a file that belong to no slot."""
+    def _write_given(self, file: OutputFile, path: str) -> None:
+        """Write a file's small tensors that belong to no slot."""
         for name, data in self._outline.given.get(path, {}).items():
             file.write(name, 0, np.ascontiguousarray(data.array()))
             self._progress(data.nbytes)
@@ -218,7 +219,7 @@ class _Run:
             }
 
     def _finish(self, file: OutputFile) -> None:
-        """Complete a file and record it; called once its last tensor is written, from the lane that wrote it."""
+        """Complete a file and record it; the lane that wrote its last tensor calls this."""
         file.close()
         path = str(Path(file.path).relative_to(self._staging.files))
         tensors = self._entries.pop(path, {})
@@ -229,8 +230,8 @@ class _Run:
             tensors[name] |= {**placed, "crc32": f"{checksums[name]:08x}"}
         session = self._journal.session()
         if session != self._session:  # this process is what is left of a run that another one continues
-            happened = "someone has removed" if session is None else "another run has taken over"
-            raise Stopped(f"{happened} {self._staging.path}")
+            cause = "someone has removed" if session is None else "another run has taken over"
+            raise Stopped(f"{cause} {self._staging.path}")
         self._journal.finish(path, file.nbytes, self._outline.outside(path, checksums), tensors)
 
     def _end(self, done: set[str]) -> list[str]:
@@ -240,7 +241,7 @@ class _Run:
             lost = sorted(self._outline.files.keys() - finished.keys())
             if lost:
                 raise ConversionError(f"{', '.join(lost)} should be finished and are not; run the same command again")
-            self._refuse_what_came()
+            self._refuse_newcomers()
             write_manifest(self._staging.files, self._description, finished, self._source.origin)
             self._journal.mark_complete()
         if not self._journal.cleared:
@@ -251,22 +252,22 @@ class _Run:
         self._staging.discard()
         return lines
 
-    def _refuse_what_came(self) -> None:
-        """Raise if something has appeared at the final place since this began; what is finished is kept."""
+    def _refuse_newcomers(self) -> None:
+        """Raise if something has appeared at the final place since the start; finished files are kept."""
         try:
             self._target.refuse_existing()
         except ConversionError as error:
             raise Stopped(f"something else was saved there meanwhile: {error}") from error
 
     def _await(self, look: Callable[[], T], good: Callable[[T], bool]) -> T:
-        """What is seen once it is good, or at last: other machines' files may take a while to be seen here."""
+        """Look until the result is good or patience ends: files of other machines may take a while to be visible here."""
         deadline = time.monotonic() + (_PATIENCE if self._crew.size > 1 else 0.0)
-        while not good(seen := look()) and time.monotonic() < deadline:
+        while not good(found := look()) and time.monotonic() < deadline:
             time.sleep(1.0)
-        return seen
+        return found
 
     def _give_up(self, error: BaseException) -> None:
-        """Leave nothing, but what the same run can use when it is started again."""
+        """Leave nothing but what the same run can use when it is started again."""
         if not self._staging.held:
             return
         if self._shown:  # the next run takes the hidden folder away
@@ -275,12 +276,12 @@ class _Run:
                 error.hint = "; the output is complete all the same"
             return
         finished = self._finished()
-        of_this_run = self._begun and self._source.origin.identity is not None
-        worth_keeping = isinstance(error, (Stopped, OSError)) if of_this_run else not self._begun
+        resumable = self._begun and self._source.origin.identity is not None
+        worth_keeping = isinstance(error, (Stopped, OSError)) if resumable else not self._begun
         if not self._journal.complete and not (finished and worth_keeping):
             self._staging.discard()
             return
         self._staging.leave()
-        if of_this_run and isinstance(error, ConversionError):
+        if resumable and isinstance(error, ConversionError):
             count = f"{len(finished)} of {len(self._outline.files)}"
             error.hint = f"; {count} files are finished and kept, run the same command again to go on"
