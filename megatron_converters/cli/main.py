@@ -1,4 +1,4 @@
-"""`megatron-converters VERB …`: one command over every format. A verb's module is imported when it is asked for."""
+"""`megatron-converters VERB …`: one command over every format. A verb's module is imported when the verb is used."""
 
 from __future__ import annotations
 

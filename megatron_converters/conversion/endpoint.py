@@ -36,7 +36,7 @@ class Source(Protocol):
 
 
 class Target(Protocol):
-    """Files to write. `prepare`, which touches nothing, comes first; then `assets`, all fills, `clear` and `show`, in this order."""
+    """Files to write. `prepare`, which touches nothing, comes first; then `assets`, all fills, `clear`, `show`, in this order."""
 
     save_dir: Path
 

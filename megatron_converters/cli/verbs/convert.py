@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def work(crew: Crew, args: argparse.Namespace) -> list[str]:
-    """One process's part; returns what to tell the user."""
+    """Do one process's part; returns lines for the user."""
     job = request_of(args).open()
     if crew.rank == 0:
         origin, spec = job.source.origin, job.source.spec

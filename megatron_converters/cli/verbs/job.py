@@ -23,7 +23,7 @@ from ..options.writing import (
 
 
 def add_job_arguments(parser: argparse.ArgumentParser) -> None:
-    """SRC, DST and the options of every format."""
+    """Declare SRC, DST and the options of every format."""
     parser.add_argument("load_dir", metavar="SRC", help="Folder to read; its format is recognised.")
     parser.add_argument("save_dir", metavar="DST", help="Folder to write to.")
     parser.add_argument(
@@ -54,7 +54,7 @@ _OF_BOTH = ("expert_layout", "tokenizer_model")
 
 
 def _defaults() -> dict[str, dict[str, Any]]:
-    """By format, the options that it alone has, with their defaults. The parser itself has None, which says "not given"."""
+    """Options that one format alone has, with their defaults, by format. In the parser itself None means "not given"."""
     found = {}
     for name, declare in {MEGATRON: _add_megatron_arguments, HF: add_hf_target_arguments}.items():
         parser = argparse.ArgumentParser(add_help=False)

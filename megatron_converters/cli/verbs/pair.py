@@ -1,4 +1,4 @@
-"""The two folders that `verify` and `diff` compare: their options, and what is said of them."""
+"""Options of `verify` and `diff`, and the two folders that they compare."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def add_pair_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def pair_of(args: argparse.Namespace) -> Pair:
-    """A and B, opened; unless JSON is wanted, what each has to say of itself is printed."""
+    """Open A and B; prints what they are, and their notes, unless JSON is wanted."""
     pair = open_pair(args.a, args.b, read_options(args), args.b_format)
     if not args.json:
         for name, found, source in zip("AB", pair.formats, pair.sources, strict=True):
