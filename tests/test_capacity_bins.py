@@ -14,7 +14,7 @@ import torch
 
 from megatron_converters.assets import capacity_bins
 from megatron_converters.basics.errors import ConversionError, UsageError
-from megatron_converters.basics.handover import receive_ours, receives_ours
+from megatron_converters.basics.handover import receive_own_types, receives_own_types
 from megatron_converters.conversion.progress import Silent
 from megatron_converters.conversion.run import convert as endpoints_convert
 from megatron_converters.formats.huggingface.source import HFSource
@@ -430,11 +430,11 @@ def test_bins_cross_as_directions_to_files(ours: bool, small: Path, tmp_path: Pa
     add_bins(meg, (1, 1, 1, 1), ((0, 1),))
     bins = MegatronSource(meg, MegatronReadOptions()).origin.capacity_bins
     assert bins is not None
-    before = receives_ours()
-    receive_ours(ours)
+    before = receives_own_types()
+    receive_own_types(ours)
     try:
         found = pickle.loads(pickle.dumps(bins))
     finally:
-        receive_ours(before)
+        receive_own_types(before)
     assert (found.names, found.layers, len(found.tensors)) == (tuple(NAMES), 2, 10)
     assert (found == bins) == ours  # elsewhere dtypes are torch's

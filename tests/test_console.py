@@ -152,7 +152,7 @@ def test_the_limit_of_open_files_is_raised_as_far_as_it_goes(hf_model: HFModel, 
     [
         (
             PermissionError(errno.EACCES, "Permission denied", "a/b"),
-            "a/b: Permission denied; the user who runs this must",
+            "a/b: Permission denied; give the user who runs this",
         ),
         (FileNotFoundError(errno.ENOENT, "No such file or directory"), "the current folder has been removed"),
         (OSError(errno.EIO, "Input/output error", "a"), "a: Input/output error\n"),

@@ -185,9 +185,9 @@ def places(metadata: Metadata) -> list[_StorageInfo]:
         (lambda m: setattr(m.state_dict_metadata["w"], "size", [3, 4]), "w has a list where"),
         (lambda m: setattr(m.state_dict_metadata["w"], "chunks", None), "no dtype or no chunks"),
         (lambda m: setattr(m.state_dict_metadata["w"].chunks[0], "sizes", torch.Size([12])), r"has a chunk \[12\]"),
-        (lambda m: setattr(places(m)[0], "relative_path", "../other.distcp"), "is no file of the folder"),
-        (lambda m: setattr(places(m)[0], "relative_path", "/etc/passwd"), "is no file of the folder"),
-        (lambda m: setattr(places(m)[0], "relative_path", ".."), "is no file of the folder"),
+        (lambda m: setattr(places(m)[0], "relative_path", "../other.distcp"), "is not a file in the folder"),
+        (lambda m: setattr(places(m)[0], "relative_path", "/etc/passwd"), "is not a file in the folder"),
+        (lambda m: setattr(places(m)[0], "relative_path", ".."), "is not a file in the folder"),
         (lambda m: setattr(places(m)[0], "offset", -1), "where it should have whole numbers"),
         (lambda m: setattr(places(m)[0], "length", "9"), "where it should have whole numbers"),
         (lambda m: setattr(places(m)[0], "length", None), "has no relative_path or no offset or no length"),
@@ -196,7 +196,7 @@ def places(metadata: Metadata) -> list[_StorageInfo]:
             "stored compressed or otherwise transformed",
         ),
         (lambda m: m.storage_data.update({7: places(m)[0]}), "a int has no fqn"),
-        (lambda m: m.storage_data.update({MetadataIndex(7): places(m)[0]}), "it lists 7 by way of a name"),  # type: ignore[arg-type]
+        (lambda m: m.storage_data.update({MetadataIndex(7): places(m)[0]}), "it lists 7 as a name"),  # type: ignore[arg-type]
         (lambda m: [setattr(i, "length", i.length + 999) for i in places(m)], r"is truncated: 999 bytes are missing"),
         (lambda m: [setattr(i, "relative_path", "__9_9.distcp") for i in places(m)], "__9_9.distcp is missing"),
     ],
@@ -218,7 +218,7 @@ def test_a_chunk_that_is_not_what_the_index_says_is_refused(saved: Path) -> None
         TensorProperties(dtype=torch.float16), torch.Size([3, 4]), [chunk(0, 0, sizes=(3, 4))]
     )
     edit(saved, lambda metadata: metadata.state_dict_metadata.update(w=entry))
-    with pytest.raises(ConversionError, match=r"should hold float16 \[3, 4\] and holds float32 \[3, 4\]"):
+    with pytest.raises(ConversionError, match=r"should hold float16 \[3, 4\] but holds float32 \[3, 4\]"):
         first_of(saved)
 
 
@@ -228,7 +228,7 @@ def test_a_chunk_that_is_no_tensor_is_refused(saved: Path) -> None:
         metadata.storage_data[w], metadata.storage_data[x] = metadata.storage_data[x], metadata.storage_data[w]
 
     edit(saved, exchange)
-    with pytest.raises(ConversionError, match="and holds list"):
+    with pytest.raises(ConversionError, match="but holds list"):
         first_of(saved)
 
 
@@ -283,7 +283,7 @@ def test_a_file_name_that_is_none(saved: Path, name: str) -> None:
             info.relative_path = name
 
     edit(saved, rename)
-    with pytest.raises(ConversionError, match=r"is said to be in .*, which is no file of the folder") as caught:
+    with pytest.raises(ConversionError, match=r"is placed in .*, which is not a file in the folder") as caught:
         dcp.read_index(saved)
     assert str(caught.value).isprintable()
 
@@ -296,5 +296,5 @@ def test_a_file_name_that_is_too_long(saved: Path) -> None:
 
 def test_a_key_that_is_no_name(saved: Path) -> None:
     edit(saved, lambda metadata: metadata.state_dict_metadata.update({"a\nb": metadata.state_dict_metadata["w"]}))
-    with pytest.raises(ConversionError, match=r"it lists a\\nb by way of a name"):
+    with pytest.raises(ConversionError, match=r"it lists a\\nb as a name"):
         dcp.read_index(saved)

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from megatron_converters.basics.dtypes import BY_NAME
 from megatron_converters.basics.errors import ConversionError, UsageError
-from megatron_converters.basics.handover import receive_ours, receives_ours
+from megatron_converters.basics.handover import receive_own_types, receives_own_types
 from megatron_converters.conversion.composing import Piece, Planner, StoredName
 from megatron_converters.conversion.copying import materialise
 from megatron_converters.formats.huggingface.source import HFSource
@@ -584,10 +584,10 @@ def test_a_missing_rank_is_named(name: str, hf_model: HFModel, tmp_path: Path) -
 @pytest.fixture(params=[True, False], ids=["ours", "another's"])
 def ours(request: pytest.FixtureRequest) -> Iterator[bool]:
     """Whose process unpickles."""
-    before = receives_ours()
-    receive_ours(request.param)
+    before = receives_own_types()
+    receive_own_types(request.param)
     yield request.param
-    receive_ours(before)
+    receive_own_types(before)
 
 
 def test_stacked_handles_cross_as_handles_or_as_one_tensor(ours: bool, tmp_path: Path) -> None:
@@ -613,8 +613,8 @@ def test_stacked_handles_cross_as_handles_or_as_one_tensor(ours: bool, tmp_path:
 @pytest.fixture
 def stock_queue(hf_model: HFModel) -> Iterator[Any]:
     """What a stock saver receives of a Mixtral: tensors, in messages; none of what is only for our saver."""
-    before = receives_ours()
-    receive_ours(False)
+    before = receives_own_types()
+    receive_own_types(False)
     source, sent = HFSource(hf_model("mixtral", **SMALL)), queue.Queue[Any]()
     target = QueueTarget(sent, uncut_args, model_type="GPT", divisor=128)
     target.begin(source.spec, source.origin, source.dtype_of)
@@ -628,7 +628,7 @@ def stock_queue(hf_model: HFModel) -> Iterator[Any]:
             del message.megatron_converters
         received.put(message)
     yield received
-    receive_ours(before)
+    receive_own_types(before)
 
 
 def test_a_stock_saver_receives_stacks_and_a_stock_loader_s_stacks_are_read(

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from megatron_converters.basics.dtypes import BY_NAME
 from megatron_converters.basics.errors import ConversionError
-from megatron_converters.basics.handover import receive_ours, receives_ours
+from megatron_converters.basics.handover import receive_own_types, receives_own_types
 from megatron_converters.conversion.composing import Piece, Planner, StoredName
 from megatron_converters.conversion.copying import materialise
 from megatron_converters.formats.queue.handles import TensorHandle, part_of, to_torch
@@ -28,26 +28,26 @@ from tests.tiny import piece, tiny_spec
 @pytest.fixture(params=[True, False], ids=["ours", "another's"])
 def ours(request: pytest.FixtureRequest) -> Iterator[bool]:
     """Whose process unpickles."""
-    before = receives_ours()
-    receive_ours(request.param)
+    before = receives_own_types()
+    receive_own_types(request.param)
     yield request.param
-    receive_ours(before)
+    receive_own_types(before)
 
 
 @pytest.fixture
 def as_torch() -> Iterator[None]:
-    before = receives_ours()
-    receive_ours(False)
+    before = receives_own_types()
+    receive_own_types(False)
     yield
-    receive_ours(before)
+    receive_own_types(before)
 
 
 @pytest.fixture
 def as_ours() -> Iterator[None]:
-    before = receives_ours()
-    receive_ours(True)
+    before = receives_own_types()
+    receive_own_types(True)
     yield
-    receive_ours(before)
+    receive_own_types(before)
 
 
 def sent(value: Any) -> Any:

@@ -116,7 +116,7 @@ def _retype(metadata: Metadata) -> None:
         ),
         (
             lambda metadata: _resize(metadata, _NORM, (63,)),
-            [f"cannot be read: {{}}/.metadata is damaged or no index of a distributed checkpoint: {_NORM}"],
+            [f"cannot be read: {{}}/.metadata is damaged or not the index of a distributed checkpoint: {_NORM}"],
         ),
     ],
     ids=["size", "chunk size", "dtype", "place", "contradiction"],
@@ -155,7 +155,7 @@ def test_an_archive_that_holds_another_shape(dist_out: Path) -> None:
     assert first == "__0_0.distcp has other bytes beside its tensors"
     assert second.startswith(f"__0_0.distcp: {_OUTPUT} [0,0] (output_layer) cannot be read: ")
     assert second.endswith(
-        "should hold float32 [128, 64] and holds float32 [64, 128]; the checkpoint is damaged, copy it again"
+        "should hold float32 [128, 64] but holds float32 [64, 128]; the checkpoint is damaged, copy it again"
     )
 
 

@@ -139,7 +139,7 @@ def test_a_pipe_among_the_files_is_not_waited_for(hf_model: HFModel, name: str, 
     source = shutil.copytree(hf_model("llama2"), tmp_path / "hf")
     (source / name).unlink()
     os.mkfifo(source / name)
-    with pytest.raises(ConversionError, match=f"{name} is no file"):
+    with pytest.raises(ConversionError, match=f"{name} is not a file"):
         HFSource(source)
 
 

@@ -135,16 +135,16 @@ def test_truncated(tmp_path: Path, cut: int) -> None:
         ({"a": entry(0, 4, shape=[5])}, b"1234", r"a is uint8 \(5,\), 5 bytes, but its offsets 0 to 4 span 4"),
         ({"a": entry(0, 4, dtype="F4")}, b"1234", r"a has dtype F4"),
         ({"a": entry(0, 4, dtype=[])}, b"1234", r"a has dtype \[\]"),  # type: ignore[arg-type]
-        ({"a": entry(0, 4, shape=[-2, -2])}, b"1234", r"a has a shape or offset that is no whole number"),
-        ({"a": entry(0, 4, shape=[True, 4])}, b"1234", r"no whole number"),
+        ({"a": entry(0, 4, shape=[-2, -2])}, b"1234", r"a has a shape or offset that is not a whole number"),
+        ({"a": entry(0, 4, shape=[True, 4])}, b"1234", r"not a whole number"),
         ({"a": {"dtype": "U8"}}, b"", r"entry for a is not dtype, shape, data_offsets"),
         ({"a": 3}, b"", r"entry for a"),
         ({"__metadata__": {"a": 1}}, b"", r"not a map of strings"),
         (b'{"a": {}, "a": {}}', b"", r"a occurs twice"),
-        (b"[]", b"", r"no JSON object"),
-        (b"{", b"", r"no JSON"),
-        (b"\xff", b"", r"no JSON"),
-        (b"[" * 100_000, b"", r"no JSON"),
+        (b"[]", b"", r"not a JSON object"),
+        (b"{", b"", r"not JSON"),
+        (b"\xff", b"", r"not JSON"),
+        (b"[" * 100_000, b"", r"not JSON"),
     ],
 )
 def test_faults_name_file_and_tensor(tmp_path: Path, header: object, data: bytes, message: str) -> None:
@@ -181,7 +181,7 @@ def test_writes_must_follow_on_each_other(tmp_path: Path) -> None:
     file.write("w", 0, memoryview(b"1234"))
     for start, data in ((0, b"1"), (3, b"1"), (5, b"1"), (4, b"12345")):
         with pytest.raises(
-            ConversionError, match=r"a: bytes . to . of w do not follow on the 4 bytes written before, or exceed its 8"
+            ConversionError, match=r"a: bytes . to . of w do not follow the 4 bytes written before, or exceed its 8"
         ):
             file.write("w", start, memoryview(data))
     with pytest.raises(ConversionError, match="without a tensor called x"):

@@ -26,7 +26,7 @@ from megatron_converters.basics.errors import ConversionError
 from megatron_converters.storage import pickle_reader, pickle_writer, torch_zip
 from megatron_converters.storage.pickle_reader import Builder, StandIn
 
-REFUSED = "nothing of it was run|damaged or hostile"
+REFUSED = "nothing in it was run|damaged or hostile"
 
 
 def archive(path: Path, data: bytes, storage: bytes = b"") -> Path:

@@ -1,1 +1,1 @@
-"""What every part uses: errors, element types, quantities in words, JSON."""
+"""Shared basics: errors, element types, quantities as text, JSON."""

@@ -1,7 +1,7 @@
-"""Element types under one name each, without importing torch.
+"""Element types, without importing torch.
 
-The bytes of a tensor are carried through numpy as unsigned integers of the same width, since numpy has no bfloat16;
-torch is imported only when values change type (`cast`).
+numpy has no bfloat16, so numpy arrays carry a tensor's bytes as unsigned integers of the same width. torch is imported
+only to convert values (`cast`).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .errors import ConversionError
-from .handover import receives_ours
+from .handover import receives_own_types
 from .pickle_proof import Sealed
 
 
@@ -22,9 +22,8 @@ from .pickle_proof import Sealed
 class DType(Sealed):
     """Element type: torch's name, bytes per element, safetensors' code, and torch's typed-storage class.
 
-    There is one object for each in a process.
-
-    `storage` is None for types that `torch.save` writes through `UntypedStorage` with `_rebuild_tensor_v3`.
+    Each type is one object per process. `storage` is None for types that `torch.save` writes through `UntypedStorage`
+    with `_rebuild_tensor_v3`.
     """
 
     name: str
@@ -34,7 +33,7 @@ class DType(Sealed):
 
     @property
     def floating(self) -> bool:
-        """Whether weights can have it as it is; 8-bit floats need scales that no slot has."""
+        """Whether weights can have this type; 8-bit floats need scales, which slots do not have."""
         return self.name in ("float64", "float32", "float16", "bfloat16")
 
     def __str__(self) -> str:
@@ -44,7 +43,7 @@ class DType(Sealed):
         return f"torch.{self.name}"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _received, (self.name,)
+        return _unpickled, (self.name,)
 
     def __copy__(self) -> DType:
         return self
@@ -54,7 +53,7 @@ class DType(Sealed):
 
     @cached_property
     def carrier(self) -> np.dtype[Any]:
-        """The numpy type that carries this type's bytes: unsigned, same width."""
+        """numpy type that carries the bytes: unsigned, same width."""
         return np.dtype(f"u{self.itemsize}")
 
     @property
@@ -86,27 +85,29 @@ _SHORT = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "half": "flo
 
 
 def dtype_named(name: Any) -> DType:
-    """The type called `name`: torch's name with or without `torch.`, or bf16/fp16/fp32."""
-    plain = name.removeprefix("torch.") if isinstance(name, str) else ""  # configurations are written by hand, too
+    """Type called `name`: torch's name with or without `torch.`, or a short form such as bf16; else `ConversionError`."""
+    plain = (
+        name.removeprefix("torch.") if isinstance(name, str) else ""
+    )  # a hand-written configuration may hold anything
     try:
         return BY_NAME[_SHORT.get(plain, plain)]
     except KeyError:
         raise ConversionError(f"unknown dtype {name!r}; known: {', '.join(BY_NAME)}") from None
 
 
-def _received(name: str) -> Any:
-    """What another process unpickles: this module's type, or torch's for a process that is not ours."""
-    return BY_NAME[name] if receives_ours() else BY_NAME[name].torch
+def _unpickled(name: str) -> Any:
+    """Type that the receiving process gets: ours, or torch's dtype in a process of stock Megatron-LM."""
+    return BY_NAME[name] if receives_own_types() else BY_NAME[name].torch
 
 
-#: Types that numpy has too, by their numpy names.
+#: Types that numpy also has, by name.
 _NUMPY = {
     name: np.dtype(name) for name in ("float64", "float32", "float16", "int64", "int32", "int16", "int8", "uint8")
 }
 
 
 def values(array: npt.NDArray[Any], dtype: DType) -> npt.NDArray[np.float64]:
-    """The values of a carrier array as float64: exact but for whole numbers beyond 2**53. Imports torch for 8-bit floats alone."""
+    """Values of a carrier array as float64: exact except for integers beyond 2**53. Only 8-bit floats and bool import torch."""
     if dtype.name in _NUMPY:
         return array.view(_NUMPY[dtype.name]).astype(np.float64)
     single = np.empty(array.shape, np.uint32)
@@ -129,9 +130,9 @@ def cast(source: npt.NDArray[Any], source_dtype: DType, target: npt.NDArray[Any]
         signed = array.view(f"i{dtype.itemsize}")  # torch has no uint16/uint32 arithmetic, but views of int16 are free
         return torch.from_numpy(signed).view(dtype.torch)
 
-    # A copy, since torch warns of arrays that it cannot write to, as mapped sources are; chunks are small.
+    # Copied because torch warns about read-only arrays, such as mapped files; chunks are small.
     values, result = view(np.array(source, order="C"), source_dtype), view(target, target_dtype)
     result.copy_(values)
-    if source_dtype.itemsize == 1:  # torch has no isfinite of 8-bit floats; float32 holds them all
+    if source_dtype.itemsize == 1:  # torch has no isfinite for 8-bit floats; float32 represents them all
         values = values.float()
     return bool((torch.isfinite(result) | ~torch.isfinite(values)).all())

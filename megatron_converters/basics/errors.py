@@ -1,4 +1,4 @@
-"""The one exception that a user is meant to read."""
+"""Errors that a user is meant to read, and helpers for their messages."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections.abc import Iterable
 
 
 class ConversionError(Exception):
-    """A conversion cannot go on; the message says what is wrong, where, and what to do.
+    """A conversion cannot continue; the message says what is wrong, where, and what to do.
 
     Entry points print the message alone, without a traceback, and exit with `exit_code`.
     """
 
     exit_code = 1
-    #: What follows the message, where more is known of how to go on.
+    #: Printed after the message: how to continue, where that is known.
     hint = ""
 
 
@@ -24,11 +24,11 @@ class UsageError(ConversionError):
 
 
 class Unclear(ConversionError):
-    """A source does not say something that a reference can say."""
+    """The source leaves open something that a reference model can settle."""
 
 
 class Stopped(ConversionError):
-    """Something outside ended the run. What is finished is kept, since the same command can go on from there."""
+    """Something outside ended the run. Finished work is kept: the same command continues from there."""
 
 
 class DiskError(Stopped):
@@ -44,38 +44,38 @@ class Interrupted(Stopped):
         super().__init__("interrupted before the end")
 
 
-#: Letters of a file's name or value in a message.
+#: Characters of a name or value from a file that a message shows at most.
 _MAX_SHOWN = 200
-#: By errno: what helps.
+#: Remedies by errno.
 _REMEDIES = {
     errno.ENOSPC: "free some space or choose another disk",
     errno.EDQUOT: "the quota is used up; free some space or choose another disk",
     errno.EMFILE: "raise the limit of open files (ulimit -n)",
-    errno.EACCES: "the user who runs this must have the right to it",
-    errno.EROFS: "choose a place that can be written",
+    errno.EACCES: "give the user who runs this access to it",
+    errno.EROFS: "choose a writable place",
 }
 
 
 def reason_of(error: OSError) -> str:
-    """What the system says, and what helps against it where that is known."""
+    """The system's error text, followed by a remedy where one is known."""
     remedy = _REMEDIES.get(error.errno or 0)
     return f"{error.strerror or error}{f'; {remedy}' if remedy else ''}"
 
 
 def one_line(value: object) -> str:
-    """A name or value of a file for a message, which damage may have made anything: printable, and not too long."""
+    """A name or value from a file that may be damaged, made printable and short enough for a message."""
     try:
         text = str(value)
-    except (RecursionError, ValueError):  # endless lists; numbers of more digits than Python converts
+    except (RecursionError, ValueError):  # lists that contain themselves; integers of more digits than Python converts
         text = f"a {type(value).__name__}"
     shown = text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}…"
     return "".join(char if char.isprintable() else repr(char)[1:-1] for char in shown)
 
 
 def raise_all(what: str, problems: Iterable[str], limit: int = 50, remedy: str | None = None) -> None:
-    """Raise one `ConversionError` that lists every problem (the first `limit` of them, then a count); nothing if none.
+    """Raise one `ConversionError` that lists the first `limit` problems and counts the rest; do nothing if there are none.
 
-    `remedy` is a last line that says what to do.
+    `remedy` is an additional last line.
     """
     listed = list(problems)
     if not listed:

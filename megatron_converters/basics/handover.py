@@ -1,20 +1,20 @@
-"""What the process at the other end of the queue gets when it unpickles our objects.
+"""Types that a process gets when it unpickles this package's objects from the queue: ours, or torch's.
 
-A stock Megatron-LM saver must find torch tensors and torch dtypes. Our own saver calls `receive_ours` first and gets our
-objects instead: then no tensor travels, and torch need not be imported.
+A stock Megatron-LM saver needs torch tensors and torch dtypes. Our own saver calls `receive_own_types` first and gets our
+objects instead, so that no tensor data is sent and torch need not be imported.
 """
 
 from __future__ import annotations
 
-_receives_ours = False
+_own_types = False
 
 
-def receive_ours(wanted: bool = True) -> None:
-    """From now on, unpickling in this process gives our own objects (or no longer does)."""
-    global _receives_ours
-    _receives_ours = wanted
+def receive_own_types(enabled: bool = True) -> None:
+    """Make unpickling in this process give our own types, or torch's again if not `enabled`."""
+    global _own_types
+    _own_types = enabled
 
 
-def receives_ours() -> bool:
-    """Whether unpickling gives our own objects."""
-    return _receives_ours
+def receives_own_types() -> bool:
+    """Whether unpickling in this process gives our own types."""
+    return _own_types

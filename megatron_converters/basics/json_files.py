@@ -10,9 +10,9 @@ from .errors import ConversionError, reason_of
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; one sentence if it is missing or broken."""
-    if path.exists() and not path.is_file():  # a pipe would be waited for, without end
-        raise ConversionError(f"{path} is no file; give a folder that holds one")
+    """Read the object in a JSON file; `ConversionError` if it is missing or broken."""
+    if path.exists() and not path.is_file():  # reading a pipe would block forever
+        raise ConversionError(f"{path} is not a file; give a folder that holds one")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -31,6 +31,6 @@ def write_json(path: Path, value: Any) -> None:
     text = json.dumps(value, indent=2, ensure_ascii=False)
     try:
         text.encode()
-    except UnicodeEncodeError:  # a path that is no text
+    except UnicodeEncodeError:  # a path that is not valid Unicode
         text = json.dumps(value, indent=2)
     path.write_text(text + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Values as JSON has them, and where two of them differ."""
+"""JSON values: replacing non-finite floats, and finding differences."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def finite(value: Any) -> Any:
-    """The same with each float that is no finite number as its `str`: JSON has none, and a NaN equals nothing."""
+    """A copy with non-finite floats as strings, since JSON cannot hold them and NaN does not equal itself."""
     if isinstance(value, dict):
         return {key: finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -17,7 +17,7 @@ def finite(value: Any) -> Any:
 
 
 def differences(old: Any, new: Any, place: str, words: Callable[[str, Any, Any], str]) -> list[str]:
-    """Where two values differ, in `words(place, old, new)`; objects are compared entry by entry."""
+    """Differences between two values, each as `words(place, old, new)`; dicts are compared key by key."""
     if old == new:
         return []
     if isinstance(old, dict) and isinstance(new, dict):

@@ -8,9 +8,9 @@ from typing import Any, NoReturn
 
 
 class Sealed:
-    """Base of frozen dataclasses that appear in what an untrusted pickle builds.
+    """Base class of frozen dataclasses that an untrusted pickle can reach.
 
-    A pickle's BUILD writes into `__dict__`, frozen or not, unless the class takes its state itself. Without this a
+    The BUILD opcode writes into `__dict__` even of a frozen class, unless it defines `__setstate__`. Without this a
     hostile checkpoint could make a tensor point into another file, or change a dtype for the whole process.
     """
 

@@ -1,4 +1,4 @@
-"""Quantities in words."""
+"""Quantities as text."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ def size(nbytes: float) -> str:
 
 
 def count(number: int, noun: str) -> str:
-    """A number with its noun, in the plural but for one."""
+    """A number with its noun, plural unless the number is 1."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def duration(seconds: float) -> str:
-    """Seconds, minutes or hours."""
+    """A duration in seconds, minutes or hours."""
     if seconds < 90:
         return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

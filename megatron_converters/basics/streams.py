@@ -1,4 +1,4 @@
-"""Text streams that a reader or a full disk may close at any time."""
+"""Text streams whose reader may leave, or whose disk may fill, at any time."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .errors import reason_of
 
 
 def write(stream: TextIO | None, text: str) -> str | None:
-    """Write a line; returns why it could not be, None where it is written or the reader has enough."""
+    """Write a line; return why it failed, or None if it was written or the reader has closed the pipe."""
     if stream is None:
         return "the stream is closed"
     try:
@@ -25,8 +25,8 @@ def write(stream: TextIO | None, text: str) -> str | None:
 
 
 def _mute(stream: TextIO) -> None:
-    """Let nothing else that is written there fail, Python's own flush at the end included."""
+    """Redirect the stream to the null device, so that no later write fails, including Python's flush at exit."""
     with suppress(OSError):  # a stream without a file
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, stream.fileno())
-        os.close(nowhere)
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, stream.fileno())
+        os.close(null)

@@ -22,7 +22,7 @@ from ..conversion.progress import Progress
 from ..formats.megatron.reading import checkpoint_directory
 from ..formats.megatron.writing import TRACKER
 from ..storage import dcp, safetensors, torch_zip
-from ..storage.checksum import blocks, digest, of_file
+from ..storage.checksum import blocks, digest, file_crc32
 from ..storage.dcp_layout import chunk_name
 from ..storage.tensor import StoredTensor, contiguous_strides
 
@@ -342,7 +342,7 @@ def _check_tensors(tasks: Iterable[_Task], progress: Progress) -> list[Fault]:
 def _check(task: _Task, progress: Progress) -> Fault | None:
     recorded = task.file.tensors[task.tensor]
     try:
-        crc = of_file(task.file.path, task.offset, task.nbytes, progress)
+        crc = file_crc32(task.file.path, task.offset, task.nbytes, progress)
     except (OSError, EOFError) as error:
         return Fault(task.file.name, task.tensor, recorded.holds, f"cannot be read: {error}")
     if crc == recorded.crc32:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from ..basics.dtypes import DType
 from ..model.layouts import RowMap
 from ..storage.checksum import digest
-from ..storage.output_file import Layout
+from ..storage.output_file import FileLayout
 from ..storage.tensor import StoredTensor
 
 
@@ -40,7 +40,7 @@ class Outline:
     """
 
     name: str
-    files: Mapping[str, Layout]
+    files: Mapping[str, FileLayout]
     options: Mapping[str, Any]
     given: Mapping[str, Mapping[str, StoredTensor]] = field(default_factory=dict)
     content: Mapping[str, Any] = field(default_factory=dict)

@@ -137,10 +137,10 @@ def _parameters(spec: ModelSpec, parallel: Parallel) -> int:
 
 def _join(rank: int, size: int, folder: Path) -> None:
     """In a process: get ready. Imported here, since the process that starts the others never imports torch."""
-    from ..basics.handover import receive_ours
+    from ..basics.handover import receive_own_types
     from .cpu import join
 
-    receive_ours()
+    receive_own_types()
     join(rank, size, folder)
 
 

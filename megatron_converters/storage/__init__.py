@@ -1,1 +1,1 @@
-"""Files that hold tensors: safetensors and torch's zip. Reading maps them; writing lays them out first and fills them in place."""
+"""Tensor files: safetensors, torch's zip and DCP folders. Reading maps them; writing lays them out, then fills them in place."""

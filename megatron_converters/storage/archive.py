@@ -1,4 +1,4 @@
-"""Where the records of a `torch.save` archive lie, for one that is a whole file or is embedded in one.
+"""Records of a `torch.save` archive that is a whole file or embedded in one.
 
 Source: `torch/serialization.py` of torch 1.13 to 2.13; section numbers refer to PKWARE's APPNOTE.TXT 6.3.10.
 """
@@ -19,41 +19,41 @@ PICKLE = "data.pkl"
 BYTE_ORDER = "byteorder"
 _LOCAL_SIGNATURE = b"PK\3\4"
 _LOCAL_HEADER_BYTES = 30
-#: How a file of torch < 1.6 starts: a pickle of `torch.serialization.MAGIC_NUMBER`.
+#: First bytes of a file of torch < 1.6: a pickle of `torch.serialization.MAGIC_NUMBER`.
 _LEGACY_START = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"
 
 
 class _Window:
-    """A stretch of a file as a file of its own, as far as `zipfile` asks."""
+    """Byte range of a file as a file object, with the methods that `zipfile` uses."""
 
     def __init__(self, file: BinaryIO, start: int, nbytes: int) -> None:
         self._fd = file.fileno()
         self._start = start
         self._nbytes = nbytes
-        self._at = 0
+        self._position = 0
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._nbytes}[whence]
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._nbytes}[whence]
         if base + offset < 0:
-            raise OSError("a place before the start")
-        self._at = base + offset
-        return self._at
+            raise OSError("seek to before the start")
+        self._position = base + offset
+        return self._position
 
     def tell(self) -> int:
-        return self._at
+        return self._position
 
     def seekable(self) -> bool:
         return True
 
     def read(self, count: int = -1) -> bytes:
-        left = max(self._nbytes - self._at, 0)
-        data = os.pread(self._fd, left if count < 0 else min(count, left), self._start + self._at)
-        self._at += len(data)
+        left = max(self._nbytes - self._position, 0)
+        data = os.pread(self._fd, left if count < 0 else min(count, left), self._start + self._position)
+        self._position += len(data)
         return data
 
 
 class Archive:
-    """The directory of a `torch.save` archive, which is a whole file or lies inside one; offsets are the file's."""
+    """Directory of a `torch.save` archive; offsets count from the start of the file that holds it."""
 
     def __init__(self, path: str, file: BinaryIO, start: int, nbytes: int) -> None:
         self.path = path
@@ -64,8 +64,10 @@ class Archive:
         infos = self._directory()
         self._folder = infos[0].filename.partition("/")[0] if infos else ""
         self._infos = {info.filename: info for info in infos}
-        if len(self._infos) != len(infos):  # readers differ in which of them they take
-            raise ConversionError(f"{self.where} has several records of one name; the file is damaged, copy it again")
+        if len(self._infos) != len(infos):  # readers disagree about which one to use
+            raise ConversionError(
+                f"{self.where} has several records with the same name; the file is damaged, copy it again"
+            )
         if f"{self._folder}/{PICKLE}" not in self._infos:
             raise ConversionError(f"{self.where} is a zip file without {PICKLE}, so torch.save did not write it")
         order = self.content(BYTE_ORDER) if f"{self._folder}/{BYTE_ORDER}" in self._infos else b"little"
@@ -92,21 +94,23 @@ class Archive:
         return self._window.read(nbytes)
 
     def span(self, name: str) -> tuple[int, int]:
-        """Offset of a record's data in the file, and its bytes."""
+        """Offset of a record's data in the file, and its size in bytes."""
         info = self._infos.get(f"{self._folder}/{name}")
         if info is None:
             raise ConversionError(f"{self.where} lacks its record {name}; the file is damaged, copy it again")
         if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
             raise ConversionError(
-                f"{self.where} is compressed or encrypted ({name}), as torch.save never does; save it again with torch"
+                f"{self.where} has a compressed or encrypted record {name}, which torch.save never writes; save it again with torch"
             )
         if not 0 <= info.header_offset < self._size:
-            raise ConversionError(f"{self.where} has no room for its record {name}; the file is damaged, copy it again")
+            raise ConversionError(
+                f"{self.where} places its record {name} outside the file; it is damaged, copy it again"
+            )
         # The local header repeats the name, and its extra field differs from the directory's (APPNOTE 4.3.7).
         header = self._bytes(info.header_offset, _LOCAL_HEADER_BYTES)
         if len(header) < _LOCAL_HEADER_BYTES or not header.startswith(_LOCAL_SIGNATURE):
             raise ConversionError(
-                f"{self.where} has no record {name} where it should; the file is damaged, copy it again"
+                f"{self.where} has no record {name} where its directory places it; the file is damaged, copy it again"
             )
         offset = info.header_offset + _LOCAL_HEADER_BYTES + sum(struct.unpack_from("<2H", header, 26))
         if offset + info.file_size > self._size:
@@ -114,7 +118,7 @@ class Archive:
         return self._start + offset, info.file_size
 
     def content(self, name: str) -> bytes:
-        """A record's bytes."""
+        """Content of a record, checked against its CRC-32."""
         offset, nbytes = self.span(name)
         data = self._bytes(offset - self._start, nbytes)
         # torch.serialization.set_crc32_options(False) leaves all checksums zero

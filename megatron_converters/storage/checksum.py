@@ -1,4 +1,4 @@
-"""CRC-32 of data that arrives in pieces: the check value of zip files, and of the manifest of a conversion.
+"""CRC-32 of data that arrives in parts: the checksum of zip files and of a conversion's manifest.
 
 isal computes it as fast as memory is read (50 GB/s); zlib, which is always there, at 3 to 4 GB/s.
 """
@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 try:
     from isal.isal_zlib import crc32
-except ImportError:  # isal only makes it faster
+except ImportError:  # isal is optional, only faster
     from zlib import crc32
 
-__all__ = ["blocks", "combined", "crc32", "digest", "of_file"]
+__all__ = ["blocks", "combined", "crc32", "digest", "file_crc32"]
 
 #: zip's polynomial, bits reversed (APPNOTE 4.4.7).
 _POLYNOMIAL = 0xEDB88320
@@ -22,7 +22,7 @@ _Matrix = tuple[int, ...]
 
 
 def combined(parts: Sequence[tuple[int, int]]) -> int:
-    """The CRC-32 of data that is the concatenation of parts, from each one's (CRC-32, bytes)."""
+    """CRC-32 of concatenated parts, from the (CRC-32, bytes) of each."""
     total = 0
     for crc, nbytes in parts:
         total = _append_zeros(total, nbytes) ^ crc
@@ -30,7 +30,7 @@ def combined(parts: Sequence[tuple[int, int]]) -> int:
 
 
 def digest(blocks: Iterable[bytes]) -> str:
-    """16 hexadecimal digits of the SHA-256 of the blocks' concatenation."""
+    """First 16 hexadecimal digits of the SHA-256 of the concatenated blocks."""
     total = hashlib.sha256()
     for block in blocks:
         total.update(block)
@@ -38,7 +38,7 @@ def digest(blocks: Iterable[bytes]) -> str:
 
 
 def blocks(path: str, offset: int, nbytes: int, chunk: int = 1 << 20) -> Iterator[bytes]:
-    """A stretch of a file, `chunk` bytes at a time. Raises `EOFError` if the file ends before."""
+    """Byte range of a file, `chunk` bytes at a time. Raises `EOFError` if the file ends early."""
     left = nbytes
     with open(path, "rb", buffering=0) as file:
         file.seek(offset)
@@ -50,8 +50,8 @@ def blocks(path: str, offset: int, nbytes: int, chunk: int = 1 << 20) -> Iterato
             left -= len(data)
 
 
-def of_file(path: str, offset: int, nbytes: int, progress: Callable[[int], None] = lambda _: None) -> int:
-    """The CRC-32 of a stretch of a file. `progress` is told of bytes as they are read."""
+def file_crc32(path: str, offset: int, nbytes: int, progress: Callable[[int], None] = lambda _: None) -> int:
+    """CRC-32 of a byte range of a file. `progress` is called with the size of each block read."""
     value = 0
     for data in blocks(path, offset, nbytes):
         value = crc32(data, value)
@@ -60,19 +60,19 @@ def of_file(path: str, offset: int, nbytes: int, progress: Callable[[int], None]
 
 
 def _append_zeros(crc: int, nbytes: int) -> int:
-    """The CRC of the same data followed by `nbytes` zeros: one linear map for each binary digit of `nbytes`."""
+    """CRC of the same data followed by `nbytes` zero bytes: one linear map for each binary digit of `nbytes`."""
     digit = 0
     while nbytes and crc:
         if nbytes & 1:
-            crc = _times(_POWERS[digit], crc)
+            crc = _multiplied(_ZERO_BYTES[digit], crc)
         nbytes >>= 1
         digit += 1
-        if digit == len(_POWERS):
-            _POWERS.append(_squared(_POWERS[-1]))
+        if digit == len(_ZERO_BYTES):
+            _ZERO_BYTES.append(_squared(_ZERO_BYTES[-1]))
     return crc
 
 
-def _times(matrix: _Matrix, vector: int) -> int:
+def _multiplied(matrix: _Matrix, vector: int) -> int:
     total, row = 0, 0
     while vector:
         if vector & 1:
@@ -83,13 +83,13 @@ def _times(matrix: _Matrix, vector: int) -> int:
 
 
 def _squared(matrix: _Matrix) -> _Matrix:
-    return tuple(_times(matrix, row) for row in matrix)
+    return tuple(_multiplied(matrix, row) for row in matrix)
 
 
-def _one_byte() -> _Matrix:
+def _one_zero_byte() -> _Matrix:
     one_bit: _Matrix = (_POLYNOMIAL, *(1 << bit for bit in range(31)))
     return _squared(_squared(_squared(one_bit)))
 
 
-#: What 1, 2, 4, … zero bytes do to a CRC.
-_POWERS: list[_Matrix] = [_one_byte()]
+#: Matrices that append 1, 2, 4, … zero bytes to a CRC.
+_ZERO_BYTES: list[_Matrix] = [_one_zero_byte()]

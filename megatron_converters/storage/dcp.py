@@ -2,7 +2,7 @@
 
 `.metadata` names every tensor with its chunks, and for each chunk the file, offset and length of an archive as `torch.save`
 writes it. Source: `torch/distributed/checkpoint/metadata.py` and `filesystem.py` of torch 2.1 to 2.13. The classes in the
-pickle become stand-ins, whatever else they carry (megatron-core adds its plans), and their states are checked here.
+pickle become stand-ins, including those of other packages (megatron-core adds its plans); their states are checked here.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from .pickle_reader import StandIn
 from .tensor import StoredTensor
 
 METADATA = ".metadata"
-#: Bytes or elements that no file has.
-_BEYOND = 1 << 63
+#: More bytes or elements than any file has.
+_TOO_LARGE = 1 << 63
 
 
 @dataclass(frozen=True)
 class Item:
-    """An archive inside a file: `nbytes` from byte `start` on."""
+    """Archive inside a file: `nbytes` bytes from byte `start` on."""
 
     path: str
     start: int
@@ -40,7 +40,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Chunk:
-    """A box of a tensor: its first index and its size along each dimension, and where it is stored."""
+    """Box of a tensor: first index and size along each dimension, and where it is stored."""
 
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
@@ -49,7 +49,7 @@ class Chunk:
 
 @dataclass(frozen=True)
 class ChunkedTensor:
-    """A tensor as the index has it. Chunks may overlap or leave gaps; whoever puts them together has to check."""
+    """Tensor as the index describes it. Chunks may overlap or leave gaps; the code that assembles them must check."""
 
     dtype: DType
     shape: tuple[int, ...]
@@ -57,28 +57,28 @@ class ChunkedTensor:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its chunks in the files."""
+        """Bytes of the chunks in the files."""
         return sum(chunk.item.nbytes for chunk in self.chunks)
 
 
 @dataclass(frozen=True)
 class Index:
-    """What a folder holds, by key: tensors, and objects that are no tensors."""
+    """Contents of a folder by key: tensors, and objects that are not tensors."""
 
     tensors: Mapping[str, ChunkedTensor]
     objects: Mapping[str, Item]
 
     @property
     def files(self) -> set[str]:
-        """The files that hold them."""
+        """Paths of the files that hold them."""
         chunks = (chunk.item for tensor in self.tensors.values() for chunk in tensor.chunks)
         return {item.path for item in itertools.chain(chunks, self.objects.values())}
 
 
 def read_index(folder: Path) -> Index:
-    """The index of a folder, checked against its files' sizes; no tensor is read.
+    """Read a folder's index and check it against the sizes of its files; no tensor is read.
 
-    Raises `ConversionError` for a damaged index, one that contradicts itself, and for files that are missing or too short.
+    Raises `ConversionError` for an index that is damaged or contradicts itself, and for missing or truncated files.
     """
     where = str(folder / METADATA)
     with open_source(where) as file:
@@ -89,22 +89,22 @@ def read_index(folder: Path) -> Index:
 
 
 def stored(chunk: Chunk, dtype: DType) -> StoredTensor:
-    """The chunk's data in its file; raises `ConversionError` if that is not what the index says."""
+    """Data of a chunk in its file; raises `ConversionError` if its shape or dtype is not the index's."""
     found = torch_zip.read_embedded(chunk.item.path, chunk.item.start, chunk.item.nbytes)
     if not isinstance(found, StoredTensor) or found.shape != chunk.sizes or found.dtype != dtype:
         held = f"{found.dtype} {list(found.shape)}" if isinstance(found, StoredTensor) else type(found).__name__
         raise ConversionError(
-            f"{chunk.item} should hold {dtype} {list(chunk.sizes)} and holds {held}; the checkpoint is damaged, copy it again"
+            f"{chunk.item} should hold {dtype} {list(chunk.sizes)} but holds {held}; the checkpoint is damaged, copy it again"
         )
     return found
 
 
 def _no_storages(_: Any) -> Any:
-    raise ValueError("it has a persistent id, which an index has not")
+    raise ValueError("it has a persistent id, which no index has")
 
 
 class _Reader:
-    """Turns the stand-ins of an index into records."""
+    """Checks the stand-ins of an index and turns them into an `Index`."""
 
     def __init__(self, folder: Path, where: str, metadata: Any) -> None:
         self._folder = folder
@@ -112,7 +112,7 @@ class _Reader:
         entries, places = self._fields(metadata, "state_dict_metadata", "storage_data")
         if not isinstance(entries, dict) or not isinstance(places, dict):
             raise self._damaged("it does not say what is stored where")
-        self._items = dict(self._placed(places))
+        self._items = dict(self._read_places(places))
         tensors, objects = {}, {}
         for key, entry in entries.items():
             self._check_name(key)
@@ -124,10 +124,10 @@ class _Reader:
 
     @property
     def items(self) -> Iterator[Item]:
-        """Every archive that is listed."""
+        """Every listed archive."""
         return iter(self._items.values())
 
-    def _placed(self, places: Mapping[Any, Any]) -> Iterator[tuple[tuple[str, Any], Item]]:
+    def _read_places(self, places: Mapping[Any, Any]) -> Iterator[tuple[tuple[str, Any], Item]]:
         for index, info in places.items():
             key, offset = self._fields(index, "fqn", "offset", optional=True)
             self._check_name(key)
@@ -135,10 +135,10 @@ class _Reader:
             path, start, nbytes = self._fields(info, "relative_path", "offset", "length")
             if self._fields(info, "transform_descriptors", optional=True) != [None]:
                 raise ConversionError(
-                    f"{self._where}: {key} is stored compressed or otherwise transformed; save the checkpoint again without"
+                    f"{self._where}: {key} is stored compressed or otherwise transformed; save the checkpoint again untransformed"
                 )
             if not is_name(path) or os.path.basename(path) != path or path in ("", ".", ".."):
-                raise self._damaged(f"{key} is said to be in {one_line(path)}, which is no file of the folder")
+                raise self._damaged(f"{key} is placed in {one_line(path)}, which is not a file in the folder")
             start, nbytes = self._numbers((start, nbytes), key)
             yield (key, offset), Item(str(self._folder / path), start, nbytes)
 
@@ -177,15 +177,15 @@ class _Reader:
 
     def _check_name(self, key: Any) -> None:
         if not is_name(key):
-            raise self._damaged(f"it lists {one_line(key)} by way of a name")
+            raise self._damaged(f"it lists {one_line(key)} as a name")
 
     def _numbers(self, values: Any, key: Any) -> tuple[int, ...]:
-        if type(values) is not tuple or not all(type(value) is int and 0 <= value < _BEYOND for value in values):
+        if type(values) is not tuple or not all(type(value) is int and 0 <= value < _TOO_LARGE for value in values):
             raise self._damaged(f"{key} has a {type(values).__name__} where it should have whole numbers")
         return values
 
     def _damaged(self, fault: str) -> ConversionError:
-        return ConversionError(f"{self._where} is damaged or no index of a distributed checkpoint: {fault}")
+        return ConversionError(f"{self._where} is damaged or not the index of a distributed checkpoint: {fault}")
 
 
 def _check_files(folder: Path, reader: _Reader) -> None:

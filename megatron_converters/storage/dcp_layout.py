@@ -1,7 +1,7 @@
 """Folders of `torch.distributed.checkpoint` (DCP), laid out before their contents are known.
 
-A file is one embedded archive after the other, each as `torch.save` would write it, at a multiple of 64 bytes so that tensors
-lie as aligned as in a file of their own. The index is the pickle of torch's own classes by name, written without torch: with the
+A file is a sequence of embedded archives, each as `torch.save` would write it, at a multiple of 64 bytes so that tensors are
+as aligned as in a file of their own. The index is a pickle that names torch's own classes, written without torch: it has the
 attributes that every torch since 2.3 reads, whereas an installed torch would add those of its own version.
 Source: `torch/distributed/checkpoint/metadata.py`, `filesystem.py` and `planner_helpers.py` of torch 2.3 to 2.13.
 """
@@ -16,18 +16,18 @@ from typing import Any, NamedTuple
 from ..basics.dtypes import DType
 from . import torch_zip
 from .checksum import digest
-from .output_file import Layout, Pieces, fixed
+from .output_file import FileLayout, Writes, fixed
 from .pickle_writer import Call, Instance, NewTensor, Pairs, dumps
 from .zip_layout import ALIGNMENT
 
-#: The inner folder of an archive that `torch.save` writes into an open file.
+#: Inner folder of an archive that `torch.save` writes into an open file.
 _ARCHIVE = "archive"
 _METADATA = "torch.distributed.checkpoint.metadata"
 _FILESYSTEM = "torch.distributed.checkpoint.filesystem"
 
 
 class NewChunk(NamedTuple):
-    """A box of the tensor `key`, of shape `shape` as a whole, to be filled under `name`."""
+    """Box of the tensor `key`, to be filled under `name`; `shape` is the whole tensor's."""
 
     key: str
     shape: tuple[int, ...]
@@ -37,23 +37,23 @@ class NewChunk(NamedTuple):
 
     @property
     def name(self) -> str:
-        """What it is called in its file."""
+        """Name under which the chunk is filled in its file."""
         return chunk_name(self.key, self.offsets)
 
 
 def chunk_name(key: str, offsets: Iterable[int]) -> str:
-    """What the chunk of a tensor that begins there is called."""
+    """Name of the chunk of the tensor `key` that begins at `offsets`."""
     return f"{key} [{','.join(map(str, offsets))}]"
 
 
 class NewObject(NamedTuple):
-    """An object without content under `key`: how megatron-core stores the extra state of a module that has none."""
+    """Empty object under `key`, as megatron-core stores the extra state of a module that has none."""
 
     key: str
 
 
 class Placed(NamedTuple):
-    """An item of a file: `nbytes` from byte `start` on."""
+    """Item at its place in a file: `nbytes` bytes from byte `start` on."""
 
     item: NewChunk | NewObject
     file: str
@@ -61,24 +61,24 @@ class Placed(NamedTuple):
     nbytes: int
 
 
-def lay_out(file: str, items: Sequence[NewChunk | NewObject]) -> tuple[Layout, list[Placed]]:
-    """Where everything will lie in a file of these items, in this order."""
+def lay_out(file: str, items: Sequence[NewChunk | NewObject]) -> tuple[FileLayout, list[Placed]]:
+    """Layout of a file of these items in this order, and the place of each."""
     placed, parts = [], []
     regions: dict[str, tuple[int, int]] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     end = 0
     for item in items:
         start = end + -end % ALIGNMENT
-        name, archive = None, _of_nothing()
+        name, archive = None, _empty_archive()
         if isinstance(item, NewChunk):
-            name, archive = item.name, _of_tensor(item.dtype, item.sizes)
+            name, archive = item.name, _tensor_archive(item.dtype, item.sizes)
             offset, nbytes = archive.regions[_ARCHIVE]
             regions[name], shapes[name] = (start + offset, nbytes), item.sizes
         placed.append(Placed(item, file, start, archive.nbytes))
         parts.append((start, archive, name))
         end = start + archive.nbytes
 
-    def finish(crcs: Mapping[str, int]) -> Pieces:
+    def finish(crcs: Mapping[str, int]) -> Writes:
         end = 0
         for start, archive, name in parts:
             yield end, bytes(start - end)
@@ -87,21 +87,21 @@ def lay_out(file: str, items: Sequence[NewChunk | NewObject]) -> tuple[Layout, l
             end = start + archive.nbytes
 
     structure = digest(archive.structure.encode() for _, archive, _ in parts)
-    return Layout(end, regions, finish, structure, shapes=shapes), placed
+    return FileLayout(end, regions, finish, structure, shapes=shapes), placed
 
 
 @lru_cache(maxsize=1024)
-def _of_tensor(dtype: DType, sizes: tuple[int, ...]) -> Layout:
+def _tensor_archive(dtype: DType, sizes: tuple[int, ...]) -> FileLayout:
     return torch_zip.layout(_ARCHIVE, NewTensor(_ARCHIVE, dtype, sizes))
 
 
 @lru_cache(maxsize=1)
-def _of_nothing() -> Layout:
+def _empty_archive() -> FileLayout:
     return torch_zip.layout(_ARCHIVE, [None])
 
 
-def index(placed: Sequence[Placed]) -> Layout:
-    """The file `.metadata` for all items of all files."""
+def index(placed: Sequence[Placed]) -> FileLayout:
+    """Layout of the file `.metadata`, which lists all items of all files."""
     chunks: dict[str, list[NewChunk]] = {}
     for item, *_ in placed:
         found = chunks.setdefault(item.key, [])
@@ -110,25 +110,25 @@ def index(placed: Sequence[Placed]) -> Layout:
     content = {
         "state_dict_metadata": Pairs((key, _entry(found)) for key, found in chunks.items()),
         "planner_data": None,
-        "storage_data": Pairs(_places(placed)),
+        "storage_data": Pairs(_storage_data(placed)),
     }
     return fixed(dumps(Instance(_METADATA, "Metadata", content))[0])
 
 
-def _places(placed: Iterable[Placed]) -> Iterator[tuple[Instance, Instance]]:
-    """Where each item lies."""
+def _storage_data(placed: Iterable[Placed]) -> Iterator[tuple[Instance, Instance]]:
+    """Index entries (`MetadataIndex`, `_StorageInfo`) that say where each item is stored."""
     numbers: Counter[str] = Counter()
     for item, file, start, nbytes in placed:
         key: dict[str, Any] = {"fqn": item.key, "index": None}
         if isinstance(item, NewChunk):
-            key = {"fqn": item.key, "index": numbers[item.key], "offset": _size(item.offsets)}
+            key = {"fqn": item.key, "index": numbers[item.key], "offset": _torch_size(item.offsets)}
             numbers[item.key] += 1
         place = {"relative_path": file, "offset": start, "length": nbytes}
         yield Instance(_METADATA, "MetadataIndex", key), Instance(_FILESYSTEM, "_StorageInfo", place)
 
 
 def _entry(chunks: Sequence[NewChunk]) -> Instance:
-    """What the index says of a tensor in these chunks, or of an object, which has none."""
+    """Index entry of a tensor with these chunks, or of an object, which has none."""
     if not chunks:
         return Instance(_METADATA, "BytesStorageMetadata", {})
     strided = Call("torch.serialization", "_get_layout", ("torch.strided",))
@@ -136,12 +136,16 @@ def _entry(chunks: Sequence[NewChunk]) -> Instance:
     # dtype, layout, requires_grad, memory format, pinned (`TensorProperties.__getstate__`)
     properties = Instance(_METADATA, "TensorProperties", (chunks[0].dtype, strided, False, contiguous, False))
     boxes = [
-        Instance(_METADATA, "ChunkStorageMetadata", {"offsets": _size(chunk.offsets), "sizes": _size(chunk.sizes)})
+        Instance(
+            _METADATA,
+            "ChunkStorageMetadata",
+            {"offsets": _torch_size(chunk.offsets), "sizes": _torch_size(chunk.sizes)},
+        )
         for chunk in chunks
     ]
-    state = {"properties": properties, "size": _size(chunks[0].shape), "chunks": boxes}
+    state = {"properties": properties, "size": _torch_size(chunks[0].shape), "chunks": boxes}
     return Instance(_METADATA, "TensorStorageMetadata", state)
 
 
-def _size(numbers: tuple[int, ...]) -> Call:
+def _torch_size(numbers: tuple[int, ...]) -> Call:
     return Call("torch", "Size", (numbers,))

@@ -1,4 +1,4 @@
-"""Opening an input file, with the causes of a wrong one that users meet most."""
+"""Opening of input files, with messages for the faults that users meet most."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import BinaryIO, TypeGuard
 
 from ..basics.errors import ConversionError, reason_of
 
-#: How a Git LFS pointer starts (git-lfs docs/spec.md): what a clone without `git lfs` leaves in place of the weights.
+#: First bytes of a Git LFS pointer (git-lfs docs/spec.md), which a clone without `git lfs` leaves in place of the weights.
 _LFS_POINTER = b"version https://git-lfs"
 
 
 def open_source(path: str) -> BinaryIO:
-    """The file, open for reading at its start; `ConversionError` where it cannot be opened or holds no weights."""
+    """Open a file for reading; `ConversionError` if it cannot be opened, is empty or is a Git LFS pointer."""
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would be waited for, without end
-            raise ConversionError(f"{path} is no file; copy or download it again")
+        if not stat.S_ISREG(os.stat(path).st_mode):  # reading a pipe would block forever
+            raise ConversionError(f"{path} is not a file; copy or download it again")
         file = open(path, "rb")  # noqa: SIM115 - handed to the caller, who closes it
     except OSError as error:
         raise ConversionError(f"cannot open {path}: {reason_of(error)}") from error
@@ -29,7 +29,7 @@ def open_source(path: str) -> BinaryIO:
 
 
 def is_name(value: object) -> TypeGuard[str]:
-    """Whether it can name a tensor or a file: no system opens a path with a NUL, and a line break would end a message."""
+    """Whether a value can name a tensor or a file: no system opens a path with a NUL, and a line break would split a message."""
     return isinstance(value, str) and value.isprintable()
 
 

@@ -1,4 +1,4 @@
-"""A file whose layout is known before its first byte: created at full size, filled in place, completed at the end."""
+"""Output files whose layout is known in advance: created at full size, filled in place, completed at the end."""
 
 from __future__ import annotations
 
@@ -14,42 +14,43 @@ import numpy.typing as npt
 from ..basics.errors import ConversionError, DiskError, raise_all, reason_of
 from .checksum import combined, crc32, digest
 
-Pieces = Iterable[tuple[int, bytes]]
-#: After so many bytes the disk is told to begin: it then writes while the next are copied, and the flush at the end is short.
-_AHEAD_BYTES = 64 << 20
+#: (offset in the file, content) of each write.
+Writes = Iterable[tuple[int, bytes]]
+#: Writeback to disk starts after this many bytes: it then overlaps with copying, and the flush at the end is short.
+_WRITEBACK_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
-class Layout:
-    """What a file will hold, decided without touching the disk.
+class FileLayout:
+    """Layout of a file, decided without touching the disk.
 
-    `regions` gives each tensor's (offset, bytes); `finish` takes each tensor's CRC-32 and gives the rest of the file as
-    (offset, bytes). It is written last, so that a file left by a killed run never reads as a complete one. `structure` is a
-    digest of what decides that rest but for the checksums: names, shapes, dtypes, arguments.
-    `parts` names the tensors that are filled as so many equal parts, each on its own, one after the other in the file.
-    `shapes` gives each tensor's shape as the file says it.
+    `regions` gives the (offset, bytes) of each tensor; `finish` takes the CRC-32 of each tensor and gives the rest of the
+    file as (offset, content), which is written last, so that a file left by a killed run never reads as a complete one.
+    `structure` is a digest of all that decides that rest, except the checksums: names, shapes, dtypes, arguments.
+    `parts` gives the number of equal, consecutive parts of tensors whose parts are filled independently.
+    `shapes` gives the shape of each tensor as stored in the file.
     """
 
     nbytes: int
     regions: Mapping[str, tuple[int, int]]
-    finish: Callable[[Mapping[str, int]], Pieces]
+    finish: Callable[[Mapping[str, int]], Writes]
     structure: str
     parts: Mapping[str, int] = field(default_factory=dict)
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     def create(self, path: str | os.PathLike[str]) -> OutputFile:
-        """The file at its full size, to be filled; replaces an existing one."""
+        """Create the file at its full size, to be filled; replaces an existing one."""
         return OutputFile(path, self)
 
 
-def fixed(content: bytes) -> Layout:
-    """A file without tensors."""
-    return Layout(len(content), {}, lambda _: [(0, content)], digest([content]))
+def fixed(content: bytes) -> FileLayout:
+    """Layout of a file of this content, without tensors."""
+    return FileLayout(len(content), {}, lambda _: [(0, content)], digest([content]))
 
 
 @dataclass
 class _Part:
-    """A stretch of a tensor, `start` counting from the tensor's first byte."""
+    """Part of a tensor; `offset` counts bytes from the start of the file, `start` from that of the tensor."""
 
     offset: int
     start: int
@@ -61,17 +62,17 @@ class _Part:
 class OutputFile:
     """A file being filled: `write` every tensor, then `close`; or `discard` it."""
 
-    def __init__(self, path: str | os.PathLike[str], layout: Layout) -> None:
+    def __init__(self, path: str | os.PathLike[str], layout: FileLayout) -> None:
         self.path = os.fspath(path)
         self.nbytes = layout.nbytes
         self._layout = layout
         self._tensors = {name: _parts(*region, layout.parts.get(name, 1)) for name, region in layout.regions.items()}
         self._open_parts = sum(part.nbytes > 0 for parts in self._tensors.values() for part in parts)
-        self._lock = threading.Lock()
-        # The system makes writers of one file wait in turn, spinning; this way the others can gather meanwhile.
-        self._turn = threading.Lock()
+        self._state_lock = threading.Lock()
+        # Without it the system makes the writers of one file spin while they wait; blocked threads leave the CPU to others.
+        self._write_lock = threading.Lock()
         self._claimed = False
-        self._unsent = (self.nbytes, 0, 0)  # first offset, end and bytes of what was written since
+        self._pending = (self.nbytes, 0, 0)  # first offset, end and bytes written since the last writeback
         self._fd = -1
         try:
             with self._disk_errors("the file"):
@@ -85,8 +86,8 @@ class OutputFile:
     def write(self, name: str, start: int, data: memoryview | npt.NDArray[Any]) -> None:
         """Write C-contiguous `data` at byte `start` of the tensor `name`.
 
-        Calls for one part of a tensor come in ascending order without gaps, from one thread at a time; other parts and
-        tensors may be written by other threads. Raises `ConversionError` for a breach of this and for a full or failing disk.
+        Calls for one part of a tensor must come in ascending order without gaps, from one thread at a time; other threads
+        may write other parts and tensors. Raises `ConversionError` if they do not, and for a full or failing disk.
         """
         parts = self._tensors.get(name)
         if parts is None:
@@ -97,19 +98,19 @@ class OutputFile:
         stop = start + data.nbytes
         if start != part.start + part.filled or stop > part.start + part.nbytes:
             raise ConversionError(
-                f"{self.path}: bytes {start} to {stop} of {name} do not follow on the "
+                f"{self.path}: bytes {start} to {stop} of {name} do not follow the "
                 f"{part.start + part.filled} bytes written before, or exceed its {part.start + part.nbytes}"
             )
-        # As bytes first: numpy hands out no plain view of elements at an odd address, as embedded archives have them.
+        # Viewed as bytes: numpy exports no buffer of unaligned elements, which embedded archives contain.
         view = data.cast("B") if isinstance(data, memoryview) else data.reshape(-1).view("u1").data
         with self._disk_errors(name):
-            with self._turn:
-                self._put(view, part.offset + part.filled)
-            self._send(part.offset + part.filled, len(view))
+            with self._write_lock:
+                self._pwrite(view, part.offset + part.filled)
+            self._start_writeback(part.offset + part.filled, len(view))
         part.crc = crc32(view, part.crc)
         part.filled += data.nbytes
         if part.filled == part.nbytes:
-            with self._lock:
+            with self._state_lock:
                 self._open_parts -= 1
 
     @property
@@ -118,14 +119,14 @@ class OutputFile:
         return self._fd < 0
 
     def claim(self) -> bool:
-        """Whether every tensor is written completely; true for the first caller alone, who is to close the file."""
-        with self._lock:
+        """Whether the caller must close the file: true once all tensors are complete, for the first caller only."""
+        with self._state_lock:
             first = self._open_parts == 0 and not self._claimed
             self._claimed = self._claimed or first
         return first
 
     def checksums(self) -> dict[str, int]:
-        """The CRC-32 of each tensor, of what has been written of it."""
+        """CRC-32 of each tensor's bytes written so far."""
         return {name: combined([(part.crc, part.filled) for part in parts]) for name, parts in self._tensors.items()}
 
     def close(self) -> None:
@@ -145,34 +146,34 @@ class OutputFile:
         )
         with self._disk_errors("its directory"):
             for offset, data in self._layout.finish(self.checksums()):
-                self._put(memoryview(data), offset)
+                self._pwrite(memoryview(data), offset)
             os.fsync(self._fd)
             fd, self._fd = self._fd, -1
             os.close(fd)
 
     def discard(self) -> None:
-        """Close and delete the file; one that is gone already is no error."""
+        """Close and delete the file; it may be gone already."""
         fd, self._fd = self._fd, -1
         if fd >= 0:
             os.close(fd)
         with suppress(FileNotFoundError):
             os.unlink(self.path)
 
-    def _put(self, view: memoryview, offset: int) -> None:
+    def _pwrite(self, view: memoryview, offset: int) -> None:
         """`os.pwrite` in full: one call may write less than asked (2 GiB at most on Linux)."""
         done = os.pwrite(self._fd, view, offset)
         while done < len(view):
             done += os.pwrite(self._fd, view[done:], offset + done)
 
-    def _send(self, offset: int, nbytes: int) -> None:
-        """Have the disk begin with what is written, now and then."""
-        with self._lock:
-            first, end, count = self._unsent
+    def _start_writeback(self, offset: int, nbytes: int) -> None:
+        """Start writeback to disk after every `_WRITEBACK_BYTES`."""
+        with self._state_lock:
+            first, end, count = self._pending
             first, end, count = min(first, offset), max(end, offset + nbytes), count + nbytes
-            full = count >= _AHEAD_BYTES
-            self._unsent = (self.nbytes, 0, 0) if full else (first, end, count)
+            full = count >= _WRITEBACK_BYTES
+            self._pending = (self.nbytes, 0, 0) if full else (first, end, count)
         if full and hasattr(os, "posix_fadvise"):
-            # On Linux this starts writing dirty pages and waits for none. Pages that are being written stay in memory.
+            # On Linux this starts to write dirty pages without waiting; pages that are being written stay in memory.
             os.posix_fadvise(self._fd, first, end - first, os.POSIX_FADV_DONTNEED)
 
     @contextmanager

@@ -1,7 +1,7 @@
-"""A first look at a pickle, before it is interpreted: only known opcodes, within bounds.
+"""Opcode check of a pickle before it is interpreted: only known opcodes, within bounds.
 
-It closes what the interpreter leaves open: extension codes, which may name objects without being asked about them, and
-memo numbers, for which it would reserve up to 64 GB.
+It refuses what the unpickler would accept: extension codes, which may name objects without a call of `find_class`, and
+memo numbers for which it would reserve up to 64 GB.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from __future__ import annotations
 import pickle
 import pickletools
 
-#: Bytes of the length that stands before an argument, by pickletools' description of the argument.
-_COUNTS = {
+#: Bytes of the length prefix of an argument, by pickletools' code for the argument's size.
+_PREFIX_BYTES = {
     pickletools.TAKEN_FROM_ARGUMENT1: 1,
     pickletools.TAKEN_FROM_ARGUMENT4: 4,
     pickletools.TAKEN_FROM_ARGUMENT4U: 4,
@@ -22,7 +22,7 @@ _GLOBAL, _LONG_BINPUT, _STOP = pickle.GLOBAL[0], pickle.LONG_BINPUT[0], pickle.S
 
 
 def _tables() -> tuple[dict[int, int], dict[int, int]]:
-    fixed, counted = {}, {}
+    fixed, prefixed = {}, {}
     for opcode in pickletools.opcodes:
         width = opcode.arg.n if opcode.arg else 0
         if opcode.name in _REFUSED or width == pickletools.UP_TO_NEWLINE:
@@ -30,33 +30,33 @@ def _tables() -> tuple[dict[int, int], dict[int, int]]:
         if width >= 0:
             fixed[ord(opcode.code)] = 1 + width
         else:
-            counted[ord(opcode.code)] = _COUNTS[width]
+            prefixed[ord(opcode.code)] = _PREFIX_BYTES[width]
     del fixed[_LONG_BINPUT], fixed[_STOP]
-    return fixed, counted
+    return fixed, prefixed
 
 
-#: Whole size of an opcode with an argument of fixed size; bytes of the length of one of variable size.
-_FIXED, _COUNTED = _tables()
+#: By opcode: bytes of the opcode and its fixed-size argument; bytes of the length prefix of a variable-size argument.
+_FIXED, _PREFIXED = _tables()
 
 
 def check(data: bytes) -> None:
-    """Raise `pickle.UnpicklingError` unless `data` is a run of opcodes of protocol 2 and later up to STOP."""
-    at, end = 0, len(data)
-    while at < end:
-        code = data[at]
+    """Raise `pickle.UnpicklingError` unless `data` is a sequence of opcodes of protocol 2 or later that ends with STOP."""
+    position, end = 0, len(data)
+    while position < end:
+        code = data[position]
         size = _FIXED.get(code)
         if size is not None:
-            at += size
+            position += size
         elif code == _LONG_BINPUT:
-            number = int.from_bytes(data[at + 1 : at + 5], "little")
+            number = int.from_bytes(data[position + 1 : position + 5], "little")
             if number > end:
-                raise pickle.UnpicklingError(f"it numbers an object {number}")
-            at += 5
-        elif code in _COUNTED:
-            start = at + 1 + _COUNTED[code]
-            at = start + int.from_bytes(data[at + 1 : start], "little")
+                raise pickle.UnpicklingError(f"it has the memo number {number}")
+            position += 5
+        elif code in _PREFIXED:
+            start = position + 1 + _PREFIXED[code]
+            position = start + int.from_bytes(data[position + 1 : start], "little")
         elif code == _GLOBAL:
-            at = data.index(b"\n", data.index(b"\n", at) + 1) + 1
+            position = data.index(b"\n", data.index(b"\n", position) + 1) + 1
         elif code == _STOP:
             return
         else:

@@ -3,7 +3,7 @@
 A pickle is a program: it may call anything it can name. Here it can name only what is listed, and everything listed
 is harmless. Each object that it can reach is a plain container, number or string, or one that refuses to be altered
 (`Sealed`, `Builder`, the metaclass of stand-ins), so that no opcode can change what lies outside the result.
-What a hostile pickle can still do is to need memory and time in proportion to its size.
+A hostile pickle can still use memory and time in proportion to its size.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from ..basics.errors import ConversionError, one_line
 from . import pickle_opcodes
 from .opening import is_name
 
-#: Python 2's names, which pickles of protocol 2 still use.
+#: Module names of Python 2, which pickles of protocol 2 still use.
 _OLD_MODULES = {"__builtin__": "builtins", "copy_reg": "copyreg"}
 #: Modules whose classes become stand-ins. They occur in a Megatron checkpoint's `args`, states and plans of distributed
 #: checkpoints; none of their behaviour is needed.
 _INERT_MODULES = ("megatron", "transformer_engine", "signal", "pathlib")
 _INERT_PREFIXES = ("megatron_", "torch.distributed.")
 _INERT_NAMES = {("_io", "BytesIO"), ("numpy", "ndarray"), ("torch", "Tensor"), ("torch.nn.parameter", "Parameter")}
-#: What damaged pickles make the unpickler, and the builders here, raise.
+#: Exceptions that the unpickler and the builders below raise for damaged pickles.
 _FAULTS = (
     pickle.UnpicklingError,
     ArithmeticError,
@@ -46,10 +46,10 @@ _FAULTS = (
 
 
 def load(data: bytes, where: str, names: Mapping[tuple[str, str], Any], persistent_load: Callable[[Any], Any]) -> Any:
-    """The object that the pickle `data` describes.
+    """Read the object that the pickle `data` describes.
 
-    `names` says what further (module, name) pairs stand for: sealed values or a `Builder`. `where` names the file in
-    errors. Raises `ConversionError` for any other name and for a damaged pickle; no code of the pickle's is ever run.
+    `names` maps further (module, name) pairs to what they stand for: sealed values or a `Builder`. `where` names the file in
+    errors. Raises `ConversionError` for any other name and for a damaged pickle; no code of the pickle is ever run.
     """
     try:
         pickle_opcodes.check(data)
@@ -65,11 +65,11 @@ class _SealedType(type):
         raise pickle.UnpicklingError(f"it alters the class {cls.__name__}")
 
 
-_NOTHING: Mapping[str, Any] = MappingProxyType({})
+_NO_KWARGS: Mapping[str, Any] = MappingProxyType({})
 
 
 class StandIn(metaclass=_SealedType):
-    """An object whose class is unknown here: what the pickle says of it, and nothing of its behaviour."""
+    """Object of a class that is unknown here: its pickled data, without any behaviour."""
 
     __slots__ = ("args", "items", "kwargs", "state")
     module = ""
@@ -78,7 +78,7 @@ class StandIn(metaclass=_SealedType):
     def __new__(cls, *args: Any, **kwargs: Any) -> StandIn:
         self = super().__new__(cls)
         self.args = args
-        self.kwargs = kwargs or _NOTHING  # an index of a distributed checkpoint holds a million of these objects
+        self.kwargs = kwargs or _NO_KWARGS  # shared: a distributed checkpoint's index has a million stand-ins
         self.state = None
         self.items = ()
         return self
@@ -90,7 +90,7 @@ class StandIn(metaclass=_SealedType):
 
     @property
     def value(self) -> Any:
-        """An enum's value (or, from Python 3.11.0 to 3.11.3, its member's name): the one argument; otherwise None."""
+        """The only argument, else None: an enum's value (or, from Python 3.11.0 to 3.11.3, its member's name)."""
         return self.args[0] if len(self.args) == 1 else None
 
     def __setstate__(self, state: Any) -> None:
@@ -100,7 +100,7 @@ class StandIn(metaclass=_SealedType):
         self.append((key, value))
 
     def append(self, value: Any) -> None:
-        """Take an element of a list-like object."""
+        """Add an element of a list-like object."""
         if not isinstance(self.items, list):
             self.items = []
         self.items.append(value)
@@ -110,7 +110,7 @@ class StandIn(metaclass=_SealedType):
 
 
 class Builder:
-    """A function that a pickle may call. Unlike a bare function it has no attributes for the pickle to set."""
+    """Function that a pickle may call. Unlike a plain function it has no attributes that the pickle could set."""
 
     __slots__ = ("_function",)
     _function: Callable[..., Any]
@@ -125,8 +125,8 @@ class Builder:
         raise pickle.UnpicklingError("it alters a function")
 
 
-class _NewNamespace(metaclass=_SealedType):
-    """Stands for the class `argparse.Namespace`, which a pickle could alter, and makes real ones."""
+class _NamespaceFactory(metaclass=_SealedType):
+    """Replacement for the class `argparse.Namespace`, which a pickle could alter; creates real namespaces."""
 
     def __new__(cls) -> Any:
         return argparse.Namespace()
@@ -149,10 +149,10 @@ class _Unpickler(pickle.Unpickler):
         found = self._known.get((module, name))
         if found is None:
             if not (is_name(f"{module}.{name}") and _is_inert(module, name)):
-                asked = one_line(f"{module}.{name}")
+                shown = one_line(f"{module}.{name}")
                 raise ConversionError(
-                    f"{self._where} asks for {asked}, which is not among what a checkpoint needs, and nothing "
-                    "of it was run; if you trust the file, load it with the program that wrote it and save it again "
+                    f"{self._where} asks for {shown}, which no checkpoint needs, so nothing "
+                    "in it was run; if you trust the file, load it with the program that wrote it and save it again "
                     "without that object"
                 )
             body = {"__slots__": (), "module": module, "qualname": name}
@@ -165,22 +165,22 @@ def _is_inert(module: str, name: str) -> bool:
     return package in _INERT_MODULES or module.startswith(_INERT_PREFIXES) or (module, name) in _INERT_NAMES
 
 
-def _member(cls: Any, name: Any) -> StandIn:
-    """`getattr` as enums pickle themselves in Python 3.11.0 to 3.11.3 (`Enum.__reduce_ex__`): for stand-ins alone."""
+def _enum_member(cls: Any, name: Any) -> StandIn:
+    """`getattr`, with which Python 3.11.0 to 3.11.3 pickle enums (`Enum.__reduce_ex__`); for stand-ins only."""
     if not (isinstance(cls, type) and issubclass(cls, StandIn) and isinstance(name, str)):
         raise pickle.UnpicklingError("it calls getattr")
     return cls(name)
 
 
-def _encoded(text: Any, encoding: Any) -> bytes:
-    """`_codecs.encode`, by which pickles of protocol 2 hold bytes."""
+def _codecs_encode(text: Any, encoding: Any) -> bytes:
+    """`_codecs.encode`, with which pickles of protocol 2 store bytes."""
     if type(text) is not str or encoding != "latin1":
         raise pickle.UnpicklingError("it calls codecs.encode")
     return text.encode("latin1")
 
 
 class _NumpyDType(metaclass=_SealedType):
-    """`numpy.dtype` as pickled: the type's code, and the byte order as its state."""
+    """`numpy.dtype` as pickled: type code, and byte order as its state."""
 
     __slots__ = ("_code", "_order")
     _code: Any
@@ -196,7 +196,7 @@ class _NumpyDType(metaclass=_SealedType):
         self._order = state[1]
 
     def real(self) -> np.dtype[Any]:
-        """The numpy type, if it is one of plain numbers: others hold objects, or sizes that numpy does not check."""
+        """The numpy type, if it is numeric; other types hold objects, or sizes that numpy does not check."""
         plain = type(self._code) is str and self._code[:1] in tuple("biufc") and self._code[1:].isdecimal()
         if not plain or self._order not in ("<", ">", "|", "="):
             raise pickle.UnpicklingError(f"it holds a numpy array of {self._code}")
@@ -205,21 +205,21 @@ class _NumpyDType(metaclass=_SealedType):
 
 
 def _numpy_scalar(dtype: Any, data: Any) -> Any:
-    return np.frombuffer(data, _real(dtype), count=1)[0]
+    return np.frombuffer(data, _numpy_type(dtype), count=1)[0]
 
 
-def _real(dtype: Any) -> np.dtype[Any]:
+def _numpy_type(dtype: Any) -> np.dtype[Any]:
     if not isinstance(dtype, _NumpyDType):
         raise pickle.UnpicklingError("it holds a numpy array of an unknown type")
     return dtype.real()
 
 
 class _Array(np.ndarray[Any, Any]):
-    """A numpy array that takes over its pickled state only if that is consistent and of plain numbers."""
+    """numpy array that accepts its pickled state only if it is consistent and numeric."""
 
     def __setstate__(self, state: Any) -> None:
         version, shape, dtype, fortran, data = state
-        real = _real(dtype)
+        real = _numpy_type(dtype)
         checked = np.frombuffer(data, real).reshape(shape)
         super().__setstate__((version, checked.shape, real, fortran, data))
 
@@ -229,15 +229,15 @@ def _empty_array(*_: Any) -> npt.NDArray[Any]:
 
 
 _NAMES: dict[tuple[str, str], Any] = {
-    ("argparse", "Namespace"): _NewNamespace,
+    ("argparse", "Namespace"): _NamespaceFactory,
     ("collections", "OrderedDict"): OrderedDict,
     ("builtins", "set"): set,
     ("builtins", "frozenset"): frozenset,
     ("builtins", "complex"): complex,
     ("builtins", "slice"): slice,
-    ("builtins", "bytes"): Builder(lambda: b""),  # protocol 2 calls it for empty bytes alone
-    ("builtins", "getattr"): Builder(_member),
-    ("_codecs", "encode"): Builder(_encoded),
+    ("builtins", "bytes"): Builder(lambda: b""),  # protocol 2 calls it only for empty bytes
+    ("builtins", "getattr"): Builder(_enum_member),
+    ("_codecs", "encode"): Builder(_codecs_encode),
     ("numpy", "dtype"): _NumpyDType,
     **{
         (module, name): Builder(function)

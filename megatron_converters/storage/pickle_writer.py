@@ -1,6 +1,6 @@
-"""Pickles, as `torch.save` would write them, of trees whose tensors have no data yet. Needs no torch.
+"""Pickle writer for trees whose tensors have no data yet, with `torch.save`'s result. Needs no torch.
 
-Opcodes: Python's `pickletools`; those of protocol 2 alone, which `torch.load(weights_only=True)` reads.
+Opcodes: Python's `pickletools`; only those of protocol 2, which `torch.load(weights_only=True)` reads.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .tensor import contiguous_strides
 
 
 class NewTensor(NamedTuple):
-    """A contiguous tensor of its own storage, to be filled under `name`."""
+    """Contiguous tensor with a storage of its own, to be filled under `name`."""
 
     name: str
     dtype: DType
@@ -34,9 +34,9 @@ class NewTensor(NamedTuple):
 
 @dataclass(eq=False, slots=True)
 class Instance:
-    """An object of a class that is not here: unpickling makes one without a call to `__init__` and gives it `state`.
+    """Object of a class that is not imported here: unpickling creates it without `__init__` and sets its `state`.
 
-    Two are never equal, so that they may be keys.
+    Two instances are never equal, so that they can be dict keys.
     """
 
     module: str
@@ -45,7 +45,7 @@ class Instance:
 
 
 class Call(NamedTuple):
-    """What a function or class that is not here returns for these arguments, which are hashable."""
+    """Result of a function or class that is not imported here, for these arguments, which must be hashable."""
 
     module: str
     name: str
@@ -53,13 +53,13 @@ class Call(NamedTuple):
 
 
 class Pairs(NamedTuple):
-    """A dict that is made and written pair by pair, since millions of them need not be in memory together."""
+    """Dict that is produced and written pair by pair, so that millions of pairs need not be in memory at once."""
 
     pairs: Iterable[tuple[Any, Any]]
 
 
 def dumps(tree: Any) -> tuple[bytes, list[NewTensor]]:
-    """The pickle of `tree`, and its tensors in the order of their storages ("0", "1", …).
+    """Pickle of `tree`, and its tensors in the order of their storages ("0", "1", …).
 
     The tree is made of dict, OrderedDict, argparse.Namespace, list, tuple, str, int, float, bool, None, `DType` (read
     back as the torch dtype), `NewTensor`, `Instance`, `Call` and `Pairs`. Anything else raises `ConversionError` with
@@ -75,7 +75,7 @@ def dumps(tree: Any) -> tuple[bytes, list[NewTensor]]:
 
 
 class _Unwritable(Exception):
-    """A value of the tree has no place in a checkpoint."""
+    """A value of the tree that a checkpoint cannot hold."""
 
     def __init__(self, value: Any, what: str) -> None:
         super().__init__(what)
@@ -99,17 +99,17 @@ def _walk(value: Any, place: str) -> Iterator[tuple[str, Any]]:
 
 
 class _Writer:
-    """Appends opcodes to `out`. What is written often, such as a name or the numbers of a shape, is encoded once."""
+    """Appends opcodes to `out`. Frequent values, such as names and shapes, are encoded once."""
 
     def __init__(self) -> None:
         self.out = bytearray()
         self.tensors: list[NewTensor] = []
         self._names: set[str] = set()
-        #: By constant, the opcode that pushes it from the unpickler's memo.
+        #: By constant: the opcode that pushes it from the unpickler's memo.
         self._memo: dict[Any, bytes] = {}
         self._strings: dict[str, bytes] = {}
-        #: By dtype and shape, the opcodes of a tensor before and after its storage's number.
-        self._around: dict[tuple[DType, tuple[int, ...]], tuple[bytes, bytes]] = {}
+        #: By dtype and shape: a tensor's opcodes before and after the number of its storage.
+        self._tensor_codes: dict[tuple[DType, tuple[int, ...]], tuple[bytes, bytes]] = {}
         self._calls: dict[Call, bytes] = {}
 
     def save(self, value: Any) -> None:
@@ -120,7 +120,7 @@ class _Writer:
         known = "tensors, dtypes, numbers, strings, None, lists, tuples, dicts and Namespaces"
         raise _Unwritable(value, f"a {kind}; a checkpoint holds only {known}")
 
-    def _once(self, constant: Any, code: bytes) -> None:
+    def _constant(self, constant: Any, code: bytes) -> None:
         """Write opcodes that push a constant: in full the first time, by its memo number afterwards."""
         known = self._memo.get(constant)
         if known is None:
@@ -132,7 +132,7 @@ class _Writer:
     def _global(self, module: str, name: str) -> None:
         known = self._memo.get((module, name))
         if known is None:
-            self._once((module, name), pickle.GLOBAL + f"{module}\n{name}\n".encode())
+            self._constant((module, name), pickle.GLOBAL + f"{module}\n{name}\n".encode())
         else:
             self.out += known
 
@@ -218,7 +218,7 @@ class _Writer:
         self._global(value.module, value.name)
         self.save(value.args)
         self.out += pickle.REDUCE
-        if len(self._memo) == known:  # it has put nothing into the memo, so it can be repeated as it is
+        if len(self._memo) == known:  # nothing was added to the memo, so the code can be repeated unchanged
             self._calls[value] = bytes(self.out[start:])
 
     def _items(self, pairs: Iterable[tuple[Any, Any]]) -> None:
@@ -239,21 +239,21 @@ class _Writer:
         number = _str_code(str(len(self.tensors)))
         self.tensors.append(value)
         kind = value.dtype, value.shape
-        if kind in self._around:
-            before, after = self._around[kind]
+        if kind in self._tensor_codes:
+            before, after = self._tensor_codes[kind]
             self.out += before + number + after
             return
         known, start = len(self._memo), len(self.out)
-        self._before_number(value)
+        self._tensor_head(value)
         middle = len(self.out)
         self.out += number
-        self._after_number(value)
+        self._tensor_tail(value)
         if len(self._memo) == known:
-            self._around[kind] = bytes(self.out[start:middle]), bytes(self.out[middle + len(number) :])
+            self._tensor_codes[kind] = bytes(self.out[start:middle]), bytes(self.out[middle + len(number) :])
 
-    def _before_number(self, value: NewTensor) -> None:
-        """`torch._utils._rebuild_tensor_v2(storage, offset, size, stride, requires_grad, backward_hooks)` as far as the
-        persistent id `("storage", class, key, location, numel)` of its storage (`torch/serialization.py`, `_save`) has its key.
+    def _tensor_head(self, value: NewTensor) -> None:
+        """Begin `torch._utils._rebuild_tensor_v2(storage, offset, size, stride, requires_grad, backward_hooks)`, up to the key
+        in its storage's persistent id `("storage", class, key, location, numel)` (`torch/serialization.py`, `_save`).
 
         Float8 has no typed storage: `_rebuild_tensor_v3` takes its bytes and the dtype (`torch/_tensor.py`,
         `Tensor._reduce_ex_internal`).
@@ -261,12 +261,12 @@ class _Writer:
         typed = value.dtype.storage
         self._global("torch._utils", "_rebuild_tensor_v2" if typed else "_rebuild_tensor_v3")
         self.out += pickle.MARK + pickle.MARK
-        self._once("storage", _str_code("storage"))
+        self._constant("storage", _str_code("storage"))
         self._global(*(("torch", typed) if typed else ("torch.storage", "UntypedStorage")))
 
-    def _after_number(self, value: NewTensor) -> None:
+    def _tensor_tail(self, value: NewTensor) -> None:
         typed = value.dtype.storage
-        self._once("cpu", _str_code("cpu"))
+        self._constant("cpu", _str_code("cpu"))
         self._int(value.numel if typed else value.numel * value.dtype.itemsize)
         self.out += pickle.TUPLE + pickle.BINPERSID
         self._int(0)
@@ -281,7 +281,7 @@ class _Writer:
 
 _INT = struct.Struct("<ci").pack
 _MEMO = struct.Struct("<cI").pack
-#: Make an instance of the class on the stack.
+#: Create an instance of the class on the stack.
 _NEW = pickle.EMPTY_TUPLE + pickle.NEWOBJ
 
 
@@ -290,14 +290,14 @@ def _str_code(value: str) -> bytes:
     return pickle.BINUNICODE + struct.pack("<I", len(encoded)) + encoded
 
 
-class _ByType(dict[type, Callable[[_Writer, Any], None]]):
-    """How to write values, by exact type: neither an enum nor a numpy float would be read back as the int or float that it is."""
+class _MethodByType(dict[type, Callable[[_Writer, Any], None]]):
+    """Writer methods by exact type: an enum that is an int, or a numpy float, would be read back as a plain number."""
 
     def __missing__(self, kind: type) -> Callable[[_Writer, Any], None]:
         return _Writer.refuse
 
 
-_SAVE = _ByType(
+_SAVE = _MethodByType(
     {
         type(None): _Writer._none,
         bool: _Writer._bool,

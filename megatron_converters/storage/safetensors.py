@@ -16,13 +16,13 @@ from ..basics.dtypes import BY_SAFETENSORS, DType
 from ..basics.errors import ConversionError, one_line
 from .checksum import digest
 from .opening import file_size, is_name, open_source
-from .output_file import Layout, OutputFile
+from .output_file import FileLayout, OutputFile
 from .tensor import StoredTensor, contiguous_strides
 
 _LENGTH_BYTES = 8
 _METADATA = "__metadata__"
-#: Elements or bytes that no file has.
-_BEYOND = 1 << 63
+#: More bytes or elements than any file has.
+_TOO_LARGE = 1 << 63
 #: tensor.rs, MAX_HEADER_SIZE: the library reads no larger header.
 _MAX_HEADER_BYTES = 100_000_000
 #: tensor.rs, `prepare`: the header is padded with spaces so that the data starts at a multiple of this.
@@ -38,9 +38,9 @@ class SafetensorsFile:
 
 
 def read(path: str | os.PathLike[str]) -> SafetensorsFile:
-    """The file's header as mapped tensors; no tensor is read.
+    """Read a file's header; its tensors are mapped, not read.
 
-    Raises `ConversionError` where the file is truncated, too long, or its header contradicts itself or the file.
+    Raises `ConversionError` if the file is truncated or too long, or if its header contradicts itself or the file.
     """
     path = os.fspath(path)
     with open_source(path) as file:
@@ -54,10 +54,10 @@ def read(path: str | os.PathLike[str]) -> SafetensorsFile:
     return SafetensorsFile(tensors, metadata)
 
 
-def layout(tensors: Mapping[str, tuple[DType, tuple[int, ...]]], metadata: Mapping[str, str]) -> Layout:
-    """Where everything will lie in a file of these tensors (name -> dtype, shape); `nbytes` is the file's exact size.
+def layout(tensors: Mapping[str, tuple[DType, tuple[int, ...]]], metadata: Mapping[str, str]) -> FileLayout:
+    """Layout of a file of these tensors (name -> dtype, shape); `nbytes` is the file's exact size.
 
-    Wider element types come first, as in the library, so that every tensor is aligned (torch cannot view others);
+    Wider element types come first, as in the library, so that every tensor is aligned (torch cannot view unaligned ones);
     within one width the mapping's order is kept.
     """
     if _METADATA in tensors:
@@ -78,7 +78,7 @@ def layout(tensors: Mapping[str, tuple[DType, tuple[int, ...]]], metadata: Mappi
     regions = {name: (data_start + start, nbytes) for name, (start, nbytes) in spans.items()}
     start_of_file = len(encoded).to_bytes(_LENGTH_BYTES, "little") + encoded
     shapes = {name: shape for name, (_, shape) in tensors.items()}
-    return Layout(data_start + end, regions, lambda _: [(0, start_of_file)], digest([start_of_file]), shapes=shapes)
+    return FileLayout(data_start + end, regions, lambda _: [(0, start_of_file)], digest([start_of_file]), shapes=shapes)
 
 
 def lay_out(
@@ -99,10 +99,10 @@ def _read_header(path: str, file: BinaryIO, size: int) -> tuple[dict[str, Any], 
         header = json.loads(file.read(length).decode(), object_pairs_hook=_without_duplicates)
     except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
         raise ConversionError(
-            f"{path} is damaged or not a safetensors file: its header is no JSON ({one_line(error)})"
+            f"{path} is damaged or not a safetensors file: its header is not JSON ({one_line(error)})"
         ) from error
     if not isinstance(header, dict):
-        raise ConversionError(f"{path} is damaged or not a safetensors file: its header is no JSON object")
+        raise ConversionError(f"{path} is damaged or not a safetensors file: its header is not a JSON object")
     return header, data_start
 
 
@@ -121,9 +121,9 @@ def _stored_tensor(path: str, data_start: int, name: str, entry: Any) -> StoredT
         code, shape, (start, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
     except (KeyError, TypeError, ValueError) as error:
         raise ConversionError(f"{path}: the header's entry for {name} is not dtype, shape, data_offsets") from error
-    if not all(type(number) is int and 0 <= number < _BEYOND for number in (*shape, start, stop)):
-        found = one_line(f"{shape}, {start}, {stop}")
-        raise ConversionError(f"{path}: {name} has a shape or offset that is no whole number: {found}")
+    if not all(type(number) is int and 0 <= number < _TOO_LARGE for number in (*shape, start, stop)):
+        shown = one_line(f"{shape}, {start}, {stop}")
+        raise ConversionError(f"{path}: {name} has a shape or offset that is not a whole number: {shown}")
     dtype = BY_SAFETENSORS.get(code) if isinstance(code, str) else None
     if dtype is None:
         raise ConversionError(
@@ -148,7 +148,7 @@ def _check_extent(path: str, tensors: Mapping[str, StoredTensor], data_start: in
             raise ConversionError(f"{path}: {name} {fault} {before}; the file is damaged, copy it again")
     last, end = bounds[-1]
     if size < end:
-        raise ConversionError(_truncated(path, end - size, f"from within or before {last}"))
+        raise ConversionError(_truncated(path, end - size, f"in or before {last}"))
     if size > end:
         raise ConversionError(f"{path} is damaged: {size - end} bytes follow {last}, its last tensor; copy it again")
 

@@ -1,4 +1,4 @@
-"""Where one tensor lies on disk, and the mapped file behind it."""
+"""Tensors on disk, and the mapped files that hold them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ..basics.pickle_proof import Sealed
 
 @dataclass(frozen=True)
 class StoredTensor(Sealed):
-    """A tensor inside a file: `offset` in bytes from the file's start, `strides` in elements.
+    """Tensor inside a file: `offset` in bytes from the file's start, `strides` in elements.
 
     Readers guarantee that the file is long enough for it, so that mapping it cannot fault.
     """
@@ -36,16 +36,16 @@ class StoredTensor(Sealed):
         return math.prod(self.shape) * self.dtype.itemsize
 
     def array(self) -> npt.NDArray[Any]:
-        """A read-only view of the mapped file, in the dtype's carrier type. No bytes are read until it is used.
+        """Read-only view of the mapped file, in the dtype's carrier type. No bytes are read until it is used.
 
-        Raises `ConversionError` where the file has become shorter since it was opened.
+        Raises `ConversionError` if the file has become shorter since it was opened.
         """
         if 0 in self.shape:
             return np.empty(self.shape, self.dtype.carrier)
         strides = tuple(step * self.dtype.itemsize for step in self.strides)
         try:
             return np.ndarray(self.shape, self.dtype.carrier, mapped(self.path), self.offset, strides)
-        except (TypeError, ValueError) as error:  # numpy and mmap have no room for it
+        except (TypeError, ValueError) as error:  # it ends beyond the mapping, or the file is empty
             raise ConversionError(f"{self.path} has become shorter since it was opened") from error
 
 
@@ -60,7 +60,7 @@ def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(reversed(strides))
 
 
-#: By path: which file it was, by device, inode, bytes and time of change, and its mapping.
+#: By path: the file's identity (device, inode, bytes, modification time in ns), and its mapping.
 _MAPPINGS: dict[str, tuple[tuple[int, ...], mmap.mmap]] = {}
 
 
@@ -70,7 +70,7 @@ def release_mappings() -> None:
 
 
 def mapped(path: str) -> mmap.mmap:
-    """The file, mapped read-only once per process, and anew where it was replaced or changed since."""
+    """Read-only mapping of a file, made once per process and again if the file was replaced or changed."""
     try:
         fd = os.open(path, os.O_RDONLY)
     except OSError as error:

@@ -20,7 +20,7 @@ from . import pickle_reader
 from .archive import BYTE_ORDER, PICKLE, Archive
 from .checksum import digest
 from .opening import file_size, is_name, open_source
-from .output_file import Layout, OutputFile, Pieces
+from .output_file import FileLayout, OutputFile, Writes
 from .pickle_reader import Builder, StandIn
 from .pickle_writer import NewTensor, dumps
 from .tensor import StoredTensor
@@ -32,10 +32,10 @@ _SERIALIZATION_ID = ".data/serialization_id"
 
 
 def read(path: str | os.PathLike[str]) -> Any:
-    """The object in a file of `torch.save`, without reading its tensors.
+    """Read the object in a file of `torch.save`, without reading its tensors.
 
-    Tensors and parameters are `StoredTensor`, torch dtypes `DType`, `torch.Size` tuples, devices strings; Namespaces,
-    OrderedDicts and numpy numbers are real; enums and classes of Megatron and Transformer Engine are `StandIn`.
+    Tensors and parameters become `StoredTensor`, torch dtypes `DType`, `torch.Size` tuples, devices strings; Namespaces,
+    OrderedDicts and numpy numbers stay real; enums and classes of Megatron and Transformer Engine become `StandIn`.
     Raises `ConversionError` for other classes (nothing of the file is run), truncated, damaged or compressed files,
     the format of torch < 1.6, and tensors that do not lie within the file.
     """
@@ -45,7 +45,7 @@ def read(path: str | os.PathLike[str]) -> Any:
 
 
 def read_embedded(path: str, start: int, nbytes: int) -> Any:
-    """The same of an archive that lies inside a file, `nbytes` from byte `start` on; the file must be long enough."""
+    """Read an archive inside a file, `nbytes` bytes from byte `start` on, as `read` does; the file must be long enough."""
     with open_source(path) as file:
         return _read(Archive(path, file, start, nbytes))
 
@@ -54,15 +54,15 @@ def _read(archive: Archive) -> Any:
     return pickle_reader.load(archive.content(PICKLE), archive.where, _NAMES, _Storages(archive).load)
 
 
-def layout(path: str | os.PathLike[str], tree: Any) -> Layout:
-    """Where everything will lie in a file of `tree` (see `pickling.dumps`); `nbytes` is the file's exact size.
+def layout(path: str | os.PathLike[str], tree: Any) -> FileLayout:
+    """Layout of a file of `tree` (see `pickle_writer.dumps`); `nbytes` is the file's exact size.
 
-    Nothing is written. `path` gives the archive's inner folder: its name up to the first dot, as in `torch.save`.
+    Nothing is written. `path` gives the name of the archive's inner folder: its file name up to the first dot, as in `torch.save`.
     """
     folder = os.path.basename(os.fspath(path)).partition(".")[0] or "archive"
     data, tensors = dumps(tree)
-    tensor_of = {f"{folder}/data/{number}": tensor for number, tensor in enumerate(tensors)}
-    last = f"{folder}/{_SERIALIZATION_ID}"
+    tensor_by_record = {f"{folder}/data/{number}": tensor for number, tensor in enumerate(tensors)}
+    id_record = f"{folder}/{_SERIALIZATION_ID}"
     archive = ZipLayout(
         [
             *(
@@ -74,23 +74,24 @@ def layout(path: str | os.PathLike[str], tree: Any) -> Layout:
                     (BYTE_ORDER, b"little"),
                 )
             ),
-            *(Record(name, tensor.numel * tensor.dtype.itemsize) for name, tensor in tensor_of.items()),
+            *(Record(name, tensor.numel * tensor.dtype.itemsize) for name, tensor in tensor_by_record.items()),
             Record(f"{folder}/version", 2, b"3\n"),
-            Record(last, 40),
+            Record(id_record, 40),
         ]
     )
 
-    def finish(crcs: Mapping[str, int]) -> Pieces:
-        by_record = {name: crcs[tensor.name] for name, tensor in tensor_of.items()}
+    def finish(crcs: Mapping[str, int]) -> Writes:
+        by_record = {name: crcs[tensor.name] for name, tensor in tensor_by_record.items()}
         identity = _serialization_id(data, by_record.values())
-        yield archive.offsets[last], identity
-        yield from archive.pieces({**by_record, last: zlib.crc32(identity)})
+        yield archive.offsets[id_record], identity
+        yield from archive.writes({**by_record, id_record: zlib.crc32(identity)})
 
     regions = {
-        tensor.name: (archive.offsets[name], tensor.numel * tensor.dtype.itemsize) for name, tensor in tensor_of.items()
+        tensor.name: (archive.offsets[name], tensor.numel * tensor.dtype.itemsize)
+        for name, tensor in tensor_by_record.items()
     }
     shapes = {tensor.name: tensor.shape for tensor in tensors}
-    return Layout(archive.nbytes, regions, finish, digest([folder.encode(), data]), shapes=shapes)
+    return FileLayout(archive.nbytes, regions, finish, digest([folder.encode(), data]), shapes=shapes)
 
 
 def lay_out(path: str | os.PathLike[str], tree: Any) -> OutputFile:
@@ -99,13 +100,13 @@ def lay_out(path: str | os.PathLike[str], tree: Any) -> OutputFile:
 
 
 def _serialization_id(data: bytes, crcs: Any) -> bytes:
-    """40 digits that tell files of different content apart, which is all that torch asks of them."""
+    """40 digits that differ between files of different content, which is all that torch requires."""
     return b"%020d%020d" % (zlib.crc32(data), zlib.crc32(b"".join(struct.pack("<I", crc) for crc in crcs)))
 
 
 @dataclass(frozen=True)
 class _Storage(Sealed):
-    """The data of one or more tensors: `offset` in the file, the element type that its class names, bytes."""
+    """Data of one or more tensors: offset in the file, element type that its class names, bytes."""
 
     path: str
     key: str
@@ -115,14 +116,14 @@ class _Storage(Sealed):
 
 
 class _Storages:
-    """Storages by the persistent ids of a pickle, each looked up once."""
+    """Storages of a pickle by persistent id, each looked up once."""
 
     def __init__(self, archive: Archive) -> None:
         self._archive = archive
         self._loaded: dict[str, _Storage] = {}
 
     def load(self, pid: Any) -> _Storage:
-        """The storage of `("storage", class, key, location, numel)`; where it lived (cpu, cuda:0) does not matter."""
+        """Storage of the id `("storage", class, key, location, numel)`; its device (cpu, cuda:0) does not matter."""
         if not (type(pid) is tuple and len(pid) == 5 and pid[0] == "storage" and is_name(pid[2])):
             raise pickle.UnpicklingError("it has a persistent id that torch.save does not write")
         _, dtype, key, _, numel = pid
@@ -149,7 +150,7 @@ def _tensor(
     if not isinstance(storage, _Storage):
         raise pickle.UnpicklingError("a tensor has no storage")
     _refuse_bits(bits)
-    return _stored(storage, storage.dtype, offset, size, stride)
+    return _checked_tensor(storage, storage.dtype, offset, size, stride)
 
 
 def _untyped_tensor(
@@ -159,16 +160,16 @@ def _untyped_tensor(
     if not (isinstance(storage, _Storage) and isinstance(dtype, DType)):
         raise pickle.UnpicklingError("a tensor has no storage or dtype")
     _refuse_bits(bits)
-    return _stored(storage, dtype, offset, size, stride)
+    return _checked_tensor(storage, dtype, offset, size, stride)
 
 
 def _refuse_bits(bits: Any) -> None:
-    """Raise where torch would read the stored elements as something else: negated or conjugated (`get_tensor_metadata`)."""
+    """Raise if torch would read the stored elements differently: negated or conjugated (`get_tensor_metadata`)."""
     if bits:
         raise pickle.UnpicklingError(f"a tensor is stored as a view with {bits}; save it again after .clone()")
 
 
-def _stored(storage: _Storage, dtype: DType, offset: Any, size: Any, stride: Any) -> StoredTensor:
+def _checked_tensor(storage: _Storage, dtype: DType, offset: Any, size: Any, stride: Any) -> StoredTensor:
     if not (type(size) is tuple and type(stride) is tuple and len(size) == len(stride)):
         raise pickle.UnpicklingError("a tensor has no shape or strides")
     for number in (offset, *size, *stride):
@@ -204,7 +205,7 @@ def _layout_name(name: str) -> str:
     return name
 
 
-#: Torch's names that describe a tensor, and what they stand for: dtypes, shapes, devices.
+#: torch's names for dtypes, shapes, devices and memory layouts, and what they stand for.
 PLAIN_NAMES: dict[tuple[str, str], Any] = {
     **{("torch", name): dtype for name, dtype in BY_NAME.items()},
     ("torch", "Size"): Builder(tuple),

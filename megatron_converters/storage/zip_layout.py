@@ -1,7 +1,7 @@
 """The zip archive that `torch.save` writes, laid out before its contents are known.
 
 Section numbers refer to PKWARE's APPNOTE.TXT 6.3.10. What PyTorch adds (`caffe2/serialize/inline_container.cc` over its
-miniz): every record is stored, not compressed; its data start at a multiple of 64 bytes, the gap filled by an extra
+miniz): every record is stored, not compressed; its data starts at a multiple of 64 bytes, the gap filled by an extra
 field `FB`; sizes and CRC follow the data in a descriptor, except after an empty record. The result equals
 `torch.save`'s byte for byte, so that `torch.load` may also compute offsets instead of reading them
 (`config.load.calculate_storage_offsets`).
@@ -14,7 +14,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from .output_file import Pieces
+from .output_file import Writes
 
 #: torch.utils.serialization.config.save.storage_alignment
 ALIGNMENT = 64
@@ -49,7 +49,7 @@ class Record:
 
 
 class ZipLayout:
-    """Where each record of an archive lies. `offsets` has the file offset of each record's data; `nbytes` is exact."""
+    """Places of an archive's records. `offsets` has the file offset of each record's data; `nbytes` is exact."""
 
     def __init__(self, records: Sequence[Record]) -> None:
         self.offsets: dict[str, int] = {}
@@ -64,14 +64,14 @@ class ZipLayout:
         self._directory_nbytes = sum(_CENTRAL.size + len(placed.name) + len(placed.zip64) for placed in self._placed)
         self.nbytes = end + self._directory_nbytes + _END64.size + _LOCATOR64.size + _END.size
 
-    def pieces(self, crcs: Mapping[str, int]) -> Pieces:
-        """All bytes of the archive but those to be filled in, whose CRC-32 `crcs` gives by record name."""
-        crc_of = [
+    def writes(self, crcs: Mapping[str, int]) -> Writes:
+        """All bytes of the archive except the records to be filled in, whose CRC-32 `crcs` gives by record name."""
+        record_crcs = [
             crcs[placed.record.name] if placed.record.data is None else zlib.crc32(placed.record.data)
             for placed in self._placed
         ]
         start, run = 0, bytearray()
-        for placed, crc in zip(self._placed, crc_of, strict=True):
+        for placed, crc in zip(self._placed, record_crcs, strict=True):
             run += placed.local_header()
             if placed.record.data is None:
                 yield start, bytes(run)
@@ -79,7 +79,7 @@ class ZipLayout:
             else:
                 run += placed.record.data
             run += placed.descriptor(crc)
-        for placed, crc in zip(self._placed, crc_of, strict=True):
+        for placed, crc in zip(self._placed, record_crcs, strict=True):
             run += placed.central_header(crc)
         yield start, bytes(run + self._end_records())
 
@@ -110,7 +110,7 @@ class _Placed:
         extra_nbytes = self.data_offset - self.offset - _LOCAL.size - len(self.name)
         padding = extra_nbytes - len(self.zip64) - _EXTRA.size
         fields = _LOCAL.pack(b"PK\3\4", 0, self._flags, 0, 0, 0, 0, 0, 0, len(self.name), extra_nbytes)
-        zip64 = _zip64_extra(self.record.nbytes, 0, self.offset)  # miniz: how far it compresses is not known yet
+        zip64 = _zip64_extra(self.record.nbytes, 0, self.offset)  # as miniz: the compressed size is not known yet
         return b"".join((fields, self.name, zip64, _EXTRA.pack(_PADDING_ID, padding), b"Z" * padding))
 
     def descriptor(self, crc: int) -> bytes:

@@ -27,7 +27,7 @@ from ...families.config_json import config_for
 from ...model.slots import SLOTS, Ref, refs
 from ...model.spec import ModelSpec
 from ...storage import safetensors
-from ...storage.output_file import Layout
+from ...storage.output_file import FileLayout
 from .parts import HFNames, Part
 
 _NAME = "hf"
@@ -277,6 +277,6 @@ def _token_family(spec: ModelSpec) -> str | None:
     return "llama2" if spec.vocab_size == _LLAMA2_VOCABULARY else None
 
 
-def _layout(shard: list[_Stored]) -> Layout:
+def _layout(shard: list[_Stored]) -> FileLayout:
     layout = safetensors.layout({tensor.name: (tensor.dtype, tensor.shape) for tensor in shard}, {"format": "pt"})
     return dataclasses.replace(layout, parts={tensor.name: tensor.parts for tensor in shard if tensor.parts > 1})

@@ -22,7 +22,7 @@ from ...model.slots import Ref, Shard, refs
 from ...sharding.placement import Placement
 from ...sharding.ranks import Cut, Rank
 from ...storage import torch_zip
-from ...storage.output_file import Layout
+from ...storage.output_file import FileLayout
 from ...storage.tensor import StoredTensor
 from .names import DIALECTS, EXPERTS, EXTRA_STATE_SUFFIX, LAST_EXTRA_STATE, STACKED, extra_state
 from .writing import CheckpointTarget, sizes
@@ -45,7 +45,7 @@ class MegatronTarget(CheckpointTarget):
 
     format = "torch"
 
-    def _lay_out(self) -> tuple[dict[str, Layout], dict[str, dict[str, StoredTensor]]]:
+    def _lay_out(self) -> tuple[dict[str, FileLayout], dict[str, dict[str, StoredTensor]]]:
         parallel = self._parallel
         self._placement = Placement(self._spec, parallel, self._padded)
         self._names = {**DIALECTS[self._options.impl], **EXPERTS[self._expert_layout]}
@@ -53,7 +53,7 @@ class MegatronTarget(CheckpointTarget):
         self._files = {rank: f"{parallel.directory(rank)}/{FILE}" for rank in ranks}
         groups = self._groups(ranks)
         given = {rank: {} if self._bins is None else dict(self._bins.on(rank, parallel)) for rank in ranks}
-        layouts: dict[tuple[int, tuple[_Stored, ...]], Layout] = {}
+        layouts: dict[tuple[int, tuple[_Stored, ...]], FileLayout] = {}
         files = {}
         for rank in ranks:
             bins = {key: _Stored(_new(key, data.dtype, data.shape), 1) for key, data in given[rank].items()}
@@ -101,7 +101,7 @@ class MegatronTarget(CheckpointTarget):
             shape = (cols, parts * rows) if ref.slot.shard is Shard.COLUMN else (parts * cols, rows)
         return _new(key, self._dtype_of(ref), shape)
 
-    def _layout(self, pp: int, stored: Mapping[str, _Stored]) -> Layout:
+    def _layout(self, pp: int, stored: Mapping[str, _Stored]) -> FileLayout:
         tensors = {key: entry.tensor for key, entry in stored.items()}
         parts = {key: entry.parts for key, entry in stored.items() if entry.parts > 1}
         return dataclasses.replace(torch_zip.layout(FILE, self._tree(self._models(pp, tensors))), parts=parts)

@@ -25,7 +25,7 @@ from ...sharding.placement import Placement, Share
 from ...sharding.ranks import Rank, boxes
 from ...storage import dcp, dcp_layout, torch_zip
 from ...storage.dcp_layout import NewChunk, NewObject, Placed
-from ...storage.output_file import Layout
+from ...storage.output_file import FileLayout
 from ...storage.tensor import StoredTensor
 from .names import DISTRIBUTED, DISTRIBUTED_EXPERTS, DISTRIBUTED_LOCAL, EXTRA_STATE_SUFFIX, distributed_extra_state
 from .reading import FORMAT_FILE
@@ -67,13 +67,13 @@ class TorchDistTarget(CheckpointTarget):
     format = "torch_dist"
     directories = False
 
-    def _lay_out(self) -> tuple[dict[str, Layout], dict[str, dict[str, StoredTensor]]]:
+    def _lay_out(self) -> tuple[dict[str, FileLayout], dict[str, dict[str, StoredTensor]]]:
         ranks = (rank for stage in range(self._parallel.pp) for rank in self._parallel.ranks(stage))
         self._numbers = {rank: number for number, rank in enumerate(ranks)}
         self._placement = Placement(self._spec, self._parallel, self._padded)
         self._boxes: dict[tuple[Slot, Rank], tuple[_Box, ...]] = {}
         self._stacked = len({self._spec.is_moe(layer) for layer in range(self._spec.num_layers)}) == 1
-        files: dict[str, Layout] = {}
+        files: dict[str, FileLayout] = {}
         placed: list[Placed] = []
         for rank, items in sorted(self._items().items()):
             for number, part in enumerate(_by_size(items)):

@@ -29,7 +29,7 @@ from ...model.slots import SLOTS, Ref
 from ...model.spec import ModelSpec, whole
 from ...sharding.ranks import Parallel, kept_etp, padded_vocab, parallel_for
 from ...sharding.stages import EVEN, PipelineSplit
-from ...storage.output_file import Layout
+from ...storage.output_file import FileLayout
 from ...storage.tensor import StoredTensor
 from .arguments import (
     RUN_DEFAULTS,
@@ -125,7 +125,7 @@ class CheckpointTarget(ABC):
         }
 
     @abstractmethod
-    def _lay_out(self) -> tuple[dict[str, Layout], dict[str, dict[str, StoredTensor]]]:
+    def _lay_out(self) -> tuple[dict[str, FileLayout], dict[str, dict[str, StoredTensor]]]:
         """Every file, and by file the small tensors that belong to no slot."""
 
     @abstractmethod

@@ -14,7 +14,7 @@ import numpy as np
 
 from ...basics.dtypes import DType, dtype_named
 from ...basics.errors import ConversionError
-from ...basics.handover import receives_ours
+from ...basics.handover import receives_own_types
 from ...conversion.composing import Piece, Planner, StoredName
 from ...conversion.copying import materialise
 from ...model.layouts import RowMap, interned, runs
@@ -48,7 +48,7 @@ class StackedHandle:
 
 
 def _received_stack(handles: tuple[Any, ...]) -> Any:
-    if receives_ours():
+    if receives_own_types():
         return StackedHandle(handles)
     import torch
 
@@ -94,7 +94,7 @@ def _rows(packed: _Runs, count: int) -> RowMap:
 
 def _received(shape: tuple[int, ...], dtype: str, packed: tuple[_PackedPiece, ...]) -> Any:
     handle = TensorHandle(shape, dtype_named(dtype), [_unpack(piece) for piece in packed])
-    return handle if receives_ours() else to_torch(handle)
+    return handle if receives_own_types() else to_torch(handle)
 
 
 def to_torch(handle: TensorHandle) -> Any:

@@ -14,7 +14,7 @@ from ... import __version__
 from ...assets.origin import Origin
 from ...basics.dtypes import BY_NAME, DType
 from ...basics.errors import ConversionError, raise_all
-from ...basics.handover import receive_ours
+from ...basics.handover import receive_own_types
 from ...conversion.composing import Piece, Sources, StoredName, TensorData
 from ...families.config_json import infer_family
 from ...model.layouts import RowMap, interned, row_maps
@@ -46,7 +46,7 @@ class QueueSource:
     """Reads messages in the order of the protocol, one at a time."""
 
     def __init__(self, queue: Any, fields_of: FieldsOf, *, checking: bool = True) -> None:
-        receive_ours()
+        receive_own_types()
         self._queue = queue
         self._checking = checking
         self._ended = False
