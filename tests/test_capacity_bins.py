@@ -205,7 +205,8 @@ def test_dense_layers_and_uneven_stages(hf_model: HFModel, tmp_path: Path) -> No
     load(tmp_path / "hf", tmp_path / "again", sizes, split=PipelineSplit(first=3))
     same_checkpoints(tmp_path / "again", meg)
     with pytest.raises(
-        ConversionError, match=r"capacity_bins of layer 1 on pp=0, ep=0, tp=0 is there, but no such router"
+        ConversionError,
+        match=r"capacity_bins of layer 1 on pp=0, ep=0, tp=0 is there, but the model has no such router",
     ):
         load(tmp_path / "hf", tmp_path / "no", sizes, split=PipelineSplit(first=1))
     nothing_complete(tmp_path / "no")
@@ -258,7 +259,7 @@ def test_resharding_keeps_them_at_the_same_sizes_if_asked(small: Path, tmp_path:
     succeeded(convert(*options, "--save-dir", tmp_path / "same", "--load-capacity-bins"))
     same_checkpoints(tmp_path / "same", meg)
     other = ("--save-dir", tmp_path / "other", "--target-expert-parallel-size", 1)
-    refused(convert(*options, *other, "--load-capacity-bins"), "which hold for these sizes alone", code=2)
+    refused(convert(*options, *other, "--load-capacity-bins"), "which are valid for these sizes only", code=2)
     out = succeeded(convert(*options, *other)).out
     assert "40 capacity-bin buffers of" not in out  # two ranks have two layers with five buffers each
     assert "20 capacity-bin buffers of" in out
@@ -380,7 +381,7 @@ SPOILT: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     ),
     "too shallow": (
         lambda nested: nested.update(bins_usage=torch.ones(5)),
-        r"there is a StoredTensor at \['bins_usage'\] instead of layers; it is no file of capacity bins",
+        r"there is a StoredTensor at \['bins_usage'\] instead of layers; it is not a file of capacity bins",
     ),
     "too deep": (
         lambda nested: nested["bins_usage"][1][0][0].update({0: {0: torch.ones(5)}}),
@@ -415,7 +416,7 @@ def test_a_dense_model_has_no_bins(hf_model: HFModel, tmp_path: Path) -> None:
     nested = {"bins_usage": {n: {0: {0: {0: torch.arange(5)}}} for n in range(4)}}
     torch.save(nested, hf / FILE)
     with pytest.raises(
-        ConversionError, match="bins_usage of layer 0 on pp=0, ep=0, tp=0 is there, but no such router is"
+        ConversionError, match="bins_usage of layer 0 on pp=0, ep=0, tp=0 is there, but the model has no such router"
     ):
         load(hf, tmp_path / "meg", (1, 1, 1, 1))
 

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from megatron_converters.basics.errors import ConversionError
 from megatron_converters.basics.json_files import read_json
-from megatron_converters.families.config_json import spec_of_config
+from megatron_converters.families.config_json import spec_from_config
 from megatron_converters.formats.huggingface.source import HFSource
 from tests.helpers import (
     CONVERT,
@@ -637,7 +637,9 @@ def test_what_megatron_cannot_express(case: str, hf_model: HFModel, tmp_path: Pa
         target = tmp_path / f"hf{number}"
         succeeded(convert_back("--load-path", tmp_path / "out", "--save-path", target, *reference))
         same_tensors(hf_tensors(target), hf_tensors(source))
-        assert spec_of_config(read_json(target / "config.json")) == spec_of_config(read_json(source / "config.json"))
+        assert spec_from_config(read_json(target / "config.json")) == spec_from_config(
+            read_json(source / "config.json")
+        )
 
 
 def hf_model_of(family: str, tmp_path: Path, config: dict[str, Any]) -> Path:

@@ -12,7 +12,7 @@ import torch
 from megatron_converters.basics.errors import ConversionError
 from megatron_converters.basics.json_files import read_json
 from megatron_converters.families import FAMILIES
-from megatron_converters.families.config_json import spec_of_config
+from megatron_converters.families.config_json import spec_from_config
 from megatron_converters.families.table import Family, HFEntry
 from megatron_converters.formats.huggingface.parts import HFNames
 from megatron_converters.formats.megatron.names import DIALECTS, EXPERTS, STACKED
@@ -58,7 +58,7 @@ def test_names_and_shapes_are_those_of_transformers_models(name: str) -> None:
     expected = names_and_shapes(config)
     values = config.to_dict()
     values["architectures"] = [FAMILIES[config.model_type].architecture]
-    found = ours(spec_of_config(values))
+    found = ours(spec_from_config(values))
     assert found == expected
 
 
@@ -68,7 +68,7 @@ def test_names_and_shapes_are_those_of_the_files_that_transformers_saves(
 ) -> None:
     """In memory transformers 5 fuses the experts of a layer; published files hold each on its own."""
     folder = hf_model(name)
-    spec = spec_of_config(read_json(folder / "config.json"))
+    spec = spec_from_config(read_json(folder / "config.json"))
     assert ours(spec) == {part: tuple(tensor.shape) for part, tensor in hf_tensors(folder).items()}
     fused = hf_tensors(hf_model(name, fused_experts=True))
     sources = {

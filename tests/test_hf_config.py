@@ -15,11 +15,11 @@ from megatron_converters.basics.json_files import read_json
 from megatron_converters.families import FAMILIES
 from megatron_converters.families.config_json import (
     config_for,
-    config_of_spec,
+    config_from_spec,
     differences,
-    family_of_config,
+    family_from_config,
     infer_family,
-    spec_of_config,
+    spec_from_config,
 )
 from megatron_converters.model.spec import ModelSpec, RopeScaling
 from tests.tiny import tiny_spec
@@ -46,7 +46,7 @@ def config(model_type: str = "llama", **fields: Any) -> dict[str, Any]:
 
 
 def spec_of(model_type: str = "llama", **fields: Any) -> ModelSpec:
-    return spec_of_config(config(model_type, **fields))
+    return spec_from_config(config(model_type, **fields))
 
 
 def theirs(values: dict[str, Any]) -> Any:
@@ -127,7 +127,7 @@ def test_absent_keys_mean_what_they_mean_to_transformers(model_type: str) -> Non
 def test_the_class_s_own_default_config_is_read(model_type: str) -> None:
     default = theirs({"model_type": model_type})
     written = {**default.to_dict(), "architectures": [FAMILIES[model_type].architecture]}
-    assert ours(spec_of_config(written)) == facts(default)
+    assert ours(spec_from_config(written)) == facts(default)
 
 
 CASES: dict[str, dict[str, Any]] = {
@@ -213,13 +213,13 @@ def test_configs_mean_what_they_mean_to_transformers_and_so_do_ours(
     model_type: str, name: str, fields: dict[str, Any]
 ) -> None:
     values = config(model_type, **fields)
-    spec = spec_of_config(values)
+    spec = spec_from_config(values)
     assert ours(spec) == facts(theirs(values))
-    written = config_of_spec(spec)
+    written = config_from_spec(spec)
     assert ours(spec) == facts(theirs(written))
-    assert spec_of_config(written) == spec
+    assert spec_from_config(written) == spec
     again = {**theirs(written).to_dict(), "architectures": written["architectures"]}
-    assert spec_of_config(again) == spec  # what transformers 5 saves of it
+    assert spec_from_config(again) == spec  # what transformers 5 saves of it
 
 
 @pytest.mark.parametrize("kind", ["default", "linear", "llama3"])
@@ -247,7 +247,7 @@ def test_both_spellings_of_rope_are_one_spec(kind: str) -> None:
         ("llama", {"rope_scaling": {"type": "linear"}}, "type 'linear' without factor"),
         ("llama", {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "'llama3' without low_freq_factor"),
         ("llama", {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
-        ("llama", {"partial_rotary_factor": 0.5}, "rotates a part of each head"),
+        ("llama", {"partial_rotary_factor": 0.5}, "rotates only a part of each head"),
         ("llama", {"hidden_act": "gelu"}, "hidden_act='gelu'; only 'silu'"),
         ("llama", {"quantization_config": {"bits": 4}}, "quantization_config"),
         (
@@ -314,9 +314,9 @@ def test_what_cannot_be_converted_is_refused(model_type: str, fields: dict[str, 
 
 def test_a_field_that_the_user_vouches_for_is_ignored() -> None:
     values = config(query_multiplier=2.0, attn_clip=8)
-    assert spec_of_config(values, ["query_multiplier", "attn_clip"]) == spec_of()
+    assert spec_from_config(values, ["query_multiplier", "attn_clip"]) == spec_of()
     with pytest.raises(ConversionError, match="does not know: attn_clip;"):
-        spec_of_config(values, ["query_multiplier"])
+        spec_from_config(values, ["query_multiplier"])
 
 
 def test_fields_that_say_nothing_are_no_obstacle() -> None:
@@ -330,20 +330,20 @@ def test_dtypes_are_read_in_both_spellings() -> None:
 
 
 def test_families_are_found_by_architecture_then_by_model_type() -> None:
-    assert family_of_config({"architectures": ["Qwen3ForCausalLM"]}).name == "qwen3"
+    assert family_from_config({"architectures": ["Qwen3ForCausalLM"]}).name == "qwen3"
     assert (
-        family_of_config({"architectures": ["Qwen3Model", "Qwen3ForCausalLM"], "model_type": "qwen3"}).name == "qwen3"
+        family_from_config({"architectures": ["Qwen3Model", "Qwen3ForCausalLM"], "model_type": "qwen3"}).name == "qwen3"
     )
     both = ["LlamaForCausalLM", "MistralForCausalLM"]
-    assert family_of_config({"architectures": both, "model_type": "mistral"}).name == "mistral"
-    assert family_of_config({"model_type": "mistral"}).name == "mistral"
-    assert family_of_config({"model_type": "qwen2", "architectures": []}).name == "qwen2"
+    assert family_from_config({"architectures": both, "model_type": "mistral"}).name == "mistral"
+    assert family_from_config({"model_type": "mistral"}).name == "mistral"
+    assert family_from_config({"model_type": "qwen2", "architectures": []}).name == "qwen2"
     for unknown in ({"architectures": ["GPT2LMHeadModel"], "model_type": "llama"}, {"model_type": "gpt2"}, {}):
         with pytest.raises(ConversionError, match="not supported; supported are LlamaForCausalLM, MistralForCausalLM"):
-            family_of_config(unknown)
+            family_from_config(unknown)
     for torn in ({"architectures": ["Qwen3ForCausalLM"], "model_type": "llama"}, {"architectures": both}):
         with pytest.raises(ConversionError, match="which name different models"):
-            family_of_config(torn)
+            family_from_config(torn)
 
 
 MARKS = ("_attn_implementation_autoset", "is_llama_config", "max_sequence_length", "transformers.js_config")
@@ -356,15 +356,15 @@ def test_marks_that_programs_leave_are_no_obstacle(name: str) -> None:
 
 def test_what_a_family_cannot_say_is_refused() -> None:
     with pytest.raises(ConversionError, match="the llama architecture cannot express qk_norm: True, not False"):
-        config_of_spec(tiny_spec(qk_norm=True))
+        config_from_spec(tiny_spec(qk_norm=True))
     with pytest.raises(ConversionError, match=r"the llama architecture cannot express num_experts: 4, not 0;"):
-        config_of_spec(tiny_spec(**EXPERTS))
+        config_from_spec(tiny_spec(**EXPERTS))
     with pytest.raises(
         ConversionError, match=r"the mixtral architecture cannot express .*dense_layers: \(1,\), not \(\)"
     ):
-        config_of_spec(tiny_spec(family="mixtral", **EXPERTS, dense_layers=(1,)))
+        config_from_spec(tiny_spec(family="mixtral", **EXPERTS, dense_layers=(1,)))
     with pytest.raises(ConversionError, match=r"mistral .* sliding_window_from: 1, not 0"):
-        config_of_spec(tiny_spec(family="mistral", sliding_window=8, sliding_window_from=1))
+        config_from_spec(tiny_spec(family="mistral", sliding_window=8, sliding_window_from=1))
 
 
 @pytest.mark.parametrize(
@@ -415,7 +415,7 @@ def test_config_for_keeps_what_a_base_says_and_lists_what_changes() -> None:
         dtype="float32",
         head_dim=2,
     )
-    spec = spec_of_config(base)
+    spec = spec_from_config(base)
     assert config_for(spec, base) == (base, [])
     changed, changes = config_for(dataclasses.replace(spec, vocab_size=30, dtype=dtype_named("bf16"), tied=True), base)
     assert changed == {**base, "vocab_size": 30, "dtype": "bfloat16", "tie_word_embeddings": True}
@@ -424,30 +424,30 @@ def test_config_for_keeps_what_a_base_says_and_lists_what_changes() -> None:
     other_rope = dataclasses.replace(spec, rotary_base=1e4, rope_scaling=None)
     changed, _ = config_for(other_rope, base)
     assert "rope_parameters" not in changed  # a stale table would win over rope_theta
-    assert spec_of_config(changed) == other_rope
+    assert spec_from_config(changed) == other_rope
     assert facts(theirs(changed))["rotary_base"] == 1e4
 
 
 def test_code_that_stays_behind_is_not_named() -> None:
     """Else loading with trust_remote_code looks for a file that is not there."""
     base = config(auto_map={"AutoModelForCausalLM": "modeling_x.X"}, dtype="float32")
-    written, changes = config_for(spec_of_config(base), base)
+    written, changes = config_for(spec_from_config(base), base)
     assert "auto_map" not in written
     assert changes == ["auto_map: {'AutoModelForCausalLM': 'modeling_x.X'} -> absent"]
 
 
 def test_config_for_changes_a_window_that_is_only_a_default() -> None:
     base = config("mistral")
-    spec = dataclasses.replace(spec_of_config(base), sliding_window=None)
+    spec = dataclasses.replace(spec_from_config(base), sliding_window=None)
     changed, _ = config_for(spec, base)
     assert changed["sliding_window"] is None
-    assert spec_of_config(changed) == spec
+    assert spec_from_config(changed) == spec
 
 
 def test_config_for_without_a_base_is_the_whole_config() -> None:
     spec = tiny_spec()
-    assert config_for(spec, None) == (config_of_spec(spec), [])
-    assert config_of_spec(spec)["torch_dtype"] == "float32"
+    assert config_for(spec, None) == (config_from_spec(spec), [])
+    assert config_from_spec(spec)["torch_dtype"] == "float32"
 
 
 def test_specs_survive_json() -> None:

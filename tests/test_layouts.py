@@ -113,7 +113,7 @@ def test_pairs_pack_and_unpack_matrices_and_vectors() -> None:
 )
 def test_a_layout_that_is_no_permutation_is_refused(rows: int, pair: Any) -> None:
     layout = Layout("broken", lambda _, __: (rows,), pair)
-    with pytest.raises(ConversionError, match=r"'broken' does not cover the 8 rows of fc2"):
+    with pytest.raises(ConversionError, match=r"'broken' does not cover each of the 8 rows of fc2 exactly once"):
         row_maps(layout, SLOTS["fc2"], tiny_spec())
 
 

@@ -21,7 +21,7 @@ import torch
 from megatron_converters.basics.errors import ConversionError, UsageError
 from megatron_converters.basics.json_files import read_json
 from megatron_converters.families import FAMILIES
-from megatron_converters.families.config_json import spec_of_config
+from megatron_converters.families.config_json import spec_from_config
 from megatron_converters.formats.megatron.arguments import expert_args, model_args
 from megatron_converters.formats.megatron.reading import MegatronReadOptions
 from megatron_converters.logits import compare_logits, logits_of, memory
@@ -226,7 +226,7 @@ def test_no_tokens_are_refused(llama: Path) -> None:
 def test_parameters_are_counted_as_often_as_they_are_held(moe: Path, tmp_path: Path) -> None:
     sizes = dict(tp=2, ep=2, etp=1)
     checkpoint = hf_to_megatron(moe, tmp_path, impl="local", expert_layout="sequential", divisor=1, **sizes)
-    spec = spec_of_config(read_json(moe / "config.json"))
+    spec = spec_from_config(read_json(moe / "config.json"))
     padding = 2 * (200 - VOCABULARY) * spec.hidden_size
     assert _parameters(spec, parallel_for(spec, pp=1, **sizes)) == _held(checkpoint) - padding
 
@@ -234,7 +234,7 @@ def test_parameters_are_counted_as_often_as_they_are_held(moe: Path, tmp_path: P
 def test_tied_embeddings_are_counted_on_both_ends(tmp_path: Path) -> None:
     hf = make_model("qwen2-tied", tmp_path / "hf", **SIZES)
     checkpoint = hf_to_megatron(hf, tmp_path / "megatron", pp=2, divisor=1)
-    spec = spec_of_config(read_json(hf / "config.json"))
+    spec = spec_from_config(read_json(hf / "config.json"))
     assert _parameters(spec, parallel_for(spec, 1, 2)) == _held(checkpoint)
 
 
@@ -293,7 +293,7 @@ def test_every_argument_of_every_family_is_built_or_known_to_say_nothing(name: s
     from transformers import AutoConfig
 
     values = AutoConfig.for_model(**{**CONFIGS, **MOE_FAMILIES}[name]).to_dict()
-    spec = spec_of_config({**values, "architectures": [FAMILIES[values["model_type"]].architecture]})
+    spec = spec_from_config({**values, "architectures": [FAMILIES[values["model_type"]].architecture]})
     args = {**model_args(spec), **expert_args(spec, parallel_for(spec, 1, 1), "sequential")}
     if name == "olmoe":
         with pytest.raises(ConversionError, match=r"not built here with\n  - qk_layernorm_over_heads=True$"):

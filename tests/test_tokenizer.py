@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_converters.assets.tokenizer import generation_config, token_ids, token_ids_of, write_tokenizer
+from megatron_converters.assets.tokenizer import generation_config, token_ids, tokenizer_token_ids, write_tokenizer
 from megatron_converters.basics.errors import ConversionError
 
 WORDS = (
@@ -154,7 +154,7 @@ def test_a_character_map_is_kept_and_its_limit_named(sentencepiece_model, tmp_pa
 
 def test_a_unigram_model_is_refused(sentencepiece_model, tmp_path):
     model = sentencepiece_model("unigram", model_type="unigram")
-    with pytest.raises(ConversionError, match="another type than BPE"):
+    with pytest.raises(ConversionError, match="but not of type BPE"):
         write_tokenizer(model, tmp_path, vocab_size=640, explicit=True)
 
 
@@ -377,16 +377,16 @@ TOKENS_OF_FILES = {
 def test_token_ids_of_a_tokenizer(tmp_path, content, settings, expected):
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
-    assert token_ids_of(tmp_path) == expected
+    assert tokenizer_token_ids(tmp_path) == expected
 
 
 def test_token_ids_of_older_and_of_broken_files(tmp_path):
-    assert token_ids_of(tmp_path) == {}
+    assert tokenizer_token_ids(tmp_path) == {}
     (tmp_path / "special_tokens_map.json").write_text('{"bos_token": "<s>", "eos_token": "<s>"}')
     (tmp_path / "tokenizer.json").write_text(json.dumps(_VOCAB))
-    assert token_ids_of(tmp_path) == {"bos_token_id": 1, "eos_token_id": 1}
+    assert tokenizer_token_ids(tmp_path) == {"bos_token_id": 1, "eos_token_id": 1}
     (tmp_path / "tokenizer_config.json").write_text("{")
-    assert token_ids_of(tmp_path) == {}
+    assert tokenizer_token_ids(tmp_path) == {}
 
 
 def test_importing_needs_no_heavy_package():

@@ -1,1 +1,1 @@
-"""What travels beside the weights: training arguments, tokenizers, capacity bins."""
+"""Assets beside the weights: training arguments, tokenizers, capacity bins."""

@@ -1,4 +1,4 @@
-"""Habana's capacity bins: small buffers of each router that say how a run balanced its experts.
+"""Habana's capacity bins: small buffers of each router that record how a run balanced its experts.
 
 They differ from rank to rank and hold for one set of parallel sizes, so Hugging Face has no place for them. Habana's tools keep
 them beside the model, in a `capacity_bins.pt` (HabanaAI/Megatron-LM 1.20 to 1.24, tools/checkpoint/
@@ -24,9 +24,9 @@ from ..storage.output_file import OutputFile
 from ..storage.tensor import StoredTensor
 
 FILE = "capacity_bins.pt"
-#: The buffer whose length is Habana's `moe_capacity_bins_num`.
+#: Buffer whose length is Habana's `moe_capacity_bins_num`.
 _EDGES = "capacity_bins"
-#: The key of a buffer in a rank's file.
+#: Key of a buffer in a rank's file.
 _KEY = "decoder.layers.{layer}.mlp.router.capacity_bins.{name}"
 CAPACITY_BINS = re.compile(
     re.escape(_KEY).replace(r"\{layer\}", r"(?P<layer>\d+)").replace(r"\{name\}", r"(?P<name>[a-z_.]+)")
@@ -34,7 +34,7 @@ CAPACITY_BINS = re.compile(
 
 
 class Place(NamedTuple):
-    """A buffer's keys in `capacity_bins.pt`, in their order."""
+    """Keys of a buffer in `capacity_bins.pt`, in the file's order."""
 
     name: str
     layer: int
@@ -48,7 +48,7 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class CapacityBins:
-    """The buffers of a whole checkpoint, as directions to files, and the sizes that they belong to."""
+    """Buffers of a whole checkpoint, as tensors in its files, and the parallel sizes that they belong to."""
 
     where: str
     layers: int
@@ -59,23 +59,25 @@ class CapacityBins:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The kinds of buffers."""
+        """Names of the kinds of buffers."""
         return tuple(dict.fromkeys(place.name for place in self.tensors))
 
     @property
     def count(self) -> int:
-        """How many bins a router has."""
+        """Number of bins of a router, 0 if it is not known."""
         return next((data.shape[0] for place, data in self.tensors.items() if place.name == _EDGES and data.shape), 0)
 
-    def on(self, rank: Rank, parallel: Parallel) -> Iterator[tuple[str, StoredTensor]]:
-        """The buffers of one rank under their names in a checkpoint."""
+    def on_rank(self, rank: Rank, parallel: Parallel) -> Iterator[tuple[str, StoredTensor]]:
+        """Buffers of one rank, by their keys in a checkpoint."""
         for place, data in self.tensors.items():
             if (place.pp, place.ep, place.tp) == (rank.pp, rank.ep, rank.tp):
                 yield _KEY.format(layer=parallel.place(place.layer)[1], name=place.name), data
 
 
-def of_ranks(where: str, parallel: Parallel, files: Mapping[Rank, Mapping[str, StoredTensor]]) -> CapacityBins | None:
-    """The buffers in a checkpoint's files, by key; None if there are none."""
+def from_rank_files(
+    where: str, parallel: Parallel, files: Mapping[Rank, Mapping[str, StoredTensor]]
+) -> CapacityBins | None:
+    """Capacity bins of a checkpoint from the tensors of its ranks' files, by key; None if there are none."""
     tensors: dict[Place, StoredTensor] = {}
     for rank, file in files.items():
         before = sum(parallel.stages[: rank.pp])
@@ -93,8 +95,8 @@ def check(bins: CapacityBins, spec: ModelSpec, parallel: Parallel) -> None:
     sizes, wanted = (bins.tp, bins.pp, bins.ep), (parallel.tp, parallel.pp, parallel.ep)
     if sizes != wanted:
         raise UsageError(
-            f"{bins.where} has capacity bins of tp={sizes[0]}, pp={sizes[1]} and ep={sizes[2]}, which hold for these sizes "
-            f"alone, not for tp={wanted[0]}, pp={wanted[1]} and ep={wanted[2]}; choose the same sizes or leave the bins out"
+            f"{bins.where} has capacity bins of tp={sizes[0]}, pp={sizes[1]} and ep={sizes[2]}, which are valid for these "
+            f"sizes only, not for tp={wanted[0]}, pp={wanted[1]} and ep={wanted[2]}; choose the same sizes or leave the bins out"
         )
     expected = {
         Place(name, layer, rank.pp, rank.ep, rank.tp)
@@ -104,14 +106,16 @@ def check(bins: CapacityBins, spec: ModelSpec, parallel: Parallel) -> None:
         for rank in parallel.ranks(parallel.place(layer)[0])
     }
     problems = [f"{place} is missing" for place in sorted(expected - bins.tensors.keys())]
-    problems += [f"{place} is there, but no such router is" for place in sorted(bins.tensors.keys() - expected)]
+    problems += [
+        f"{place} is there, but the model has no such router" for place in sorted(bins.tensors.keys() - expected)
+    ]
     if bins.layers != spec.num_layers:
         problems.append(f"there are {bins.layers} layers, but the model has {spec.num_layers}")
     raise_all(f"{bins.where}: the capacity bins are not those of this model's routers:", problems)
 
 
-def left_out(bins: CapacityBins, option: str) -> str:
-    """What to tell a user who did not ask for them."""
+def left_out_note(bins: CapacityBins, option: str) -> str:
+    """Note for a user who did not ask for the bins."""
     return (
         f"{len(bins.tensors)} capacity-bin buffers of {bins.where} are left out; they belong to one run at tp={bins.tp}, "
         f"pp={bins.pp} and ep={bins.ep} ({option} keeps them)"
@@ -119,7 +123,7 @@ def left_out(bins: CapacityBins, option: str) -> str:
 
 
 def write(bins: CapacityBins, path: Path) -> None:
-    """Write a `capacity_bins.pt` as Habana's converter does, to be read with `torch.load(path, weights_only=True)`."""
+    """Write a `capacity_bins.pt` as Habana's converter does, for reading with `torch.load(path, weights_only=True)`."""
 
     def leaf(place: Place) -> Any:
         data = bins.tensors.get(place)
@@ -154,17 +158,17 @@ def _nested(bins: CapacityBins, leaf: Callable[[Place], Any]) -> dict[str, Any]:
 
 
 def read(path: Path) -> CapacityBins:
-    """The buffers in a `capacity_bins.pt`, without reading their elements; raises for a file of another form."""
+    """Buffers in a `capacity_bins.pt`, without reading their elements; raises `ConversionError` for a file of another form."""
     if not path.is_file():
         raise ConversionError(
-            f"{path} is missing; it is made with --save-capacity-bins. Copy it there or leave out --load-capacity-bins"
+            f"{path} is missing; make it with --save-capacity-bins, copy it there or leave out --load-capacity-bins"
         )
     found = dict(_leaves(torch_zip.read(path), (), path))
     names, *numbers = ({keys[level] for keys in found} for level in range(len(_LEVELS)))
     layers, pp, ep, tp = map(len, numbers)
     counted = all(level == set(range(len(level))) for level in numbers)
-    whole = counted and len(found) == len(names) * layers * pp * ep * tp
-    if not whole or not all(isinstance(name, str) for name in names):
+    complete = counted and len(found) == len(names) * layers * pp * ep * tp
+    if not complete or not all(isinstance(name, str) for name in names):
         raise ConversionError(
             f"{path} does not have the same {', '.join(_LEVELS[1:])}, counted from 0, under every name; write it again with "
             "--save-capacity-bins"
@@ -178,7 +182,7 @@ def read(path: Path) -> CapacityBins:
     return CapacityBins(str(path), layers, pp, ep, tp, tensors)
 
 
-#: What the keys of each level are.
+#: Kind of the keys of each level.
 _LEVELS = ("names", "layers", "pipeline ranks", "expert ranks", "tensor ranks")
 
 
@@ -188,11 +192,11 @@ def _leaves(tree: Any, keys: tuple[Any, ...], path: Path) -> Iterator[tuple[tupl
     if len(keys) < len(_LEVELS):
         if not isinstance(tree, Mapping):
             raise ConversionError(
-                f"{path}: there is a {type(tree).__name__} at {place or 'the top'} instead of {_LEVELS[len(keys)]}; it is no "
-                "file of capacity bins"
+                f"{path}: there is a {type(tree).__name__} at {place or 'the top'} instead of {_LEVELS[len(keys)]}; it is not "
+                "a file of capacity bins"
             )
-        for key, below in tree.items():
-            yield from _leaves(below, (*keys, key), path)
+        for key, subtree in tree.items():
+            yield from _leaves(subtree, (*keys, key), path)
     elif isinstance(tree, StoredTensor) or (isinstance(tree, dict) and not tree):
         yield keys, tree
     else:

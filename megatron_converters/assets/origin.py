@@ -1,4 +1,4 @@
-"""What a source has beside the weights, and whether its files are still as they were."""
+"""Assets of a source beside its weights, and changes of its files since it was opened."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .capacity_bins import CapacityBins
 
 @dataclass
 class Origin:
-    """What travels beside the weights: configuration, tokenizer and training arguments of the source, where it has them."""
+    """Assets beside the weights: configuration, tokenizer and training arguments of the source, where it has them."""
 
     described: str
     hf_config: dict[str, Any] | None = None
@@ -27,26 +27,26 @@ class Origin:
     notes: list[str] = field(default_factory=list)
     #: Tensors of the source that are left out, and why.
     ignored: list[str] = field(default_factory=list)
-    #: The source's files by path: bytes, and time of change in nanoseconds. None for what came as messages.
+    #: [bytes, modification time in nanoseconds] of the source's files by path. None for a source that came as messages.
     identity: dict[str, list[int]] | None = None
 
 
-def identity_of(folder: Path, paths: Iterable[str | Path]) -> dict[str, list[int]]:
-    """Each file's bytes and time of change, by its path within `folder`."""
+def file_identities(folder: Path, paths: Iterable[str | Path]) -> dict[str, list[int]]:
+    """[bytes, modification time in nanoseconds] of each file, by its path within `folder`."""
     found = {}
     for path in sorted({Path(path) for path in paths}):
         status = path.stat()
-        inside = path.relative_to(folder) if path.is_relative_to(folder) else path
-        found[str(inside)] = [status.st_size, status.st_mtime_ns]
+        relative = path.relative_to(folder) if path.is_relative_to(folder) else path
+        found[str(relative)] = [status.st_size, status.st_mtime_ns]
     return found
 
 
 def changed_files(origin: Origin) -> list[str]:
-    """The source's files that are no longer as they were when it was opened."""
+    """Files of the source that have changed since it was opened."""
     folder, changed = Path(origin.described), []
     for name, identity in (origin.identity or {}).items():
         try:
-            now = identity_of(folder, [folder / name])[name]
+            now = file_identities(folder, [folder / name])[name]
         except OSError:
             now = []
         if now != identity:

@@ -1,4 +1,4 @@
-"""The tokenizer and the generation settings of a Hugging Face folder. Nothing is ever downloaded."""
+"""Tokenizer and generation settings of a Hugging Face folder. Nothing is ever downloaded."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..basics.errors import ConversionError, one_line, reason_of
 from ..basics.json_files import read_json, write_json
 from . import tokenizer_rebuild
 
-#: What a tokenizer may consist of, beside a model's weights and configuration.
+#: Files of which a tokenizer may consist.
 _FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -28,10 +28,11 @@ _FILES = (
     "additional_chat_templates/*.jinja",
     "tokenization_*.py",
 )
-#: Which tokens are special, the later file's word last.
+#: Files that name the special tokens; a later file overrides an earlier one.
 _SETTINGS = ("special_tokens_map.json", "tokenizer_config.json")
 #: Any of these holds a vocabulary; the other files say how to use it.
 _VOCABULARIES = frozenset({"tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "tekken.json"})
+#: Package to install, by the name of its module, where they differ.
 _PACKAGES = {"google": "protobuf"}
 _HUB_NAME = re.compile(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)?")
 
@@ -45,7 +46,7 @@ _TOKEN_IDS: dict[str, tuple[int, int, int | list[int]]] = {
 
 
 class _NoTokenizer(Exception):
-    """None can be had; the text says why."""
+    """No tokenizer is available; the text says why."""
 
 
 def token_ids(source_model_type: str | None, instruct: bool) -> dict[str, Any]:
@@ -56,42 +57,44 @@ def token_ids(source_model_type: str | None, instruct: bool) -> dict[str, Any]:
     return {"bos_token_id": bos, "eos_token_id": instruct_eos if instruct else eos}
 
 
-def token_ids_of(folder: Path) -> dict[str, int]:
-    """The same two by the tokenizer in `folder`, as far as its files name them and their numbers; broken files name none."""
+def tokenizer_token_ids(folder: Path) -> dict[str, int]:
+    """The same two numbers from the tokenizer in `folder`, as far as its files have them; none if a file is broken."""
     try:
-        settings = {name: value for file in _SETTINGS for name, value in _json_or_nothing(folder / file).items()}
-        numbers = _numbers(settings, _json_or_nothing(folder / "tokenizer.json"))
-        named = {f"{key}_id": numbers.get(_text(settings.get(key))) for key in ("bos_token", "eos_token")}
+        settings = {name: value for file in _SETTINGS for name, value in _json_or_empty(folder / file).items()}
+        numbers = _token_numbers(settings, _json_or_empty(folder / "tokenizer.json"))
+        found = {f"{key}_id": numbers.get(_token_text(settings.get(key))) for key in ("bos_token", "eos_token")}
     except (
         AttributeError,
         KeyError,
         TypeError,
         ValueError,
         ConversionError,
-    ):  # of another form than transformers writes
+    ):  # not as transformers writes them
         return {}
-    return {key: number for key, number in named.items() if isinstance(number, int)}
+    return {key: number for key, number in found.items() if isinstance(number, int)}
 
 
-def _numbers(settings: dict[str, Any], content: dict[str, Any]) -> dict[str | None, int]:
-    """Each token's number, by tokenizer.json and then by what tokenizer_config.json adds."""
+def _token_numbers(settings: dict[str, Any], content: dict[str, Any]) -> dict[str | None, int]:
+    """Number of each token, from tokenizer.json and then from what tokenizer_config.json adds."""
     vocab = content.get("model", {}).get("vocab", {})
     numbers = dict(vocab) if isinstance(vocab, dict) else {piece[0]: number for number, piece in enumerate(vocab)}
     numbers |= {token["content"]: int(token["id"]) for token in content.get("added_tokens", ())}
-    return numbers | {_text(token): int(number) for number, token in settings.get("added_tokens_decoder", {}).items()}
+    return numbers | {
+        _token_text(token): int(number) for number, token in settings.get("added_tokens_decoder", {}).items()
+    }
 
 
-def _text(token: Any) -> str | None:
-    """A token of tokenizer_config.json, which is a string or an object with its content."""
+def _token_text(token: Any) -> str | None:
+    """Text of a token of tokenizer_config.json, which is a string or an object with its content."""
     return token.get("content") if isinstance(token, dict) else token
 
 
-def _json_or_nothing(path: Path) -> dict[str, Any]:
+def _json_or_empty(path: Path) -> dict[str, Any]:
     return read_json(path) if path.is_file() else {}
 
 
 def generation_config(source_model_type: str | None) -> dict[str, Any]:
-    """generation_config.json of an instruct model: the sampling that Meta publishes with Llama's."""
+    """generation_config.json of an instruct model, with the sampling settings that Meta publishes for Llama."""
     return {**token_ids(source_model_type, instruct=True), "do_sample": True, "temperature": 0.6, "top_p": 0.9}
 
 
@@ -108,8 +111,8 @@ def write_tokenizer(
 
     `source` is a Hugging Face folder (its files are copied byte for byte), a tokenizer.json, a sentencepiece BPE model,
     a tiktoken file of Llama 3 (for "llama3" or else "llama3.1", with a chat template if `instruct`), or a name in the
-    local Hugging Face cache. Without a tokenizer the note is a warning. If the user named it (`explicit`), one that is
-    broken, has more tokens than the model, or a path where nothing is, raises `ConversionError`.
+    local Hugging Face cache. Without a tokenizer the note is a warning. If the user named it (`explicit`), a tokenizer that
+    is broken, is missing or has more tokens than the model raises `ConversionError`.
     """
     try:
         if source is None or str(source) == "":
@@ -131,17 +134,17 @@ def write_tokenizer(
 
 
 def _locate(source: str, explicit: bool) -> Path:
-    """The folder or file that `source` means. A file that is part of a Hugging Face folder means the folder."""
-    path = Path(os.path.expanduser(source))  # pathlib's raises for a user whom this machine does not know
-    if os.path.isfile(path):  # pathlib's raise for a name that is too long
-        in_folder = path.name in _VOCABULARIES and (path.parent / "tokenizer_config.json").is_file()
-        return path.parent if in_folder else path
+    """Folder or file that `source` means. A file that is part of a Hugging Face folder means the folder."""
+    path = Path(os.path.expanduser(source))  # Path.expanduser raises for an unknown user
+    if os.path.isfile(path):  # Path.is_file raises for a name that is too long
+        belongs_to_folder = path.name in _VOCABULARIES and (path.parent / "tokenizer_config.json").is_file()
+        return path.parent if belongs_to_folder else path
     if os.path.isdir(path):
         configured = any((path / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
         bare = path / "tokenizer.model"  # as in Meta's downloads
         return bare if bare.is_file() and not configured else path
     if _HUB_NAME.fullmatch(source) and path.suffix not in (".model", ".json"):
-        return _cached(source)
+        return _cached_folder(source)
     if explicit:
         raise ConversionError(
             f"--tokenizer-model {source} does not exist; give a file, a folder or a Hugging Face name"
@@ -149,7 +152,7 @@ def _locate(source: str, explicit: bool) -> Path:
     raise _NoTokenizer(f"{one_line(source)}, which the checkpoint names, does not exist here")
 
 
-def _cached(name: str) -> Path:
+def _cached_folder(name: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
@@ -159,13 +162,13 @@ def _cached(name: str) -> Path:
         raise _NoTokenizer(f"{name} is neither a path nor in the local Hugging Face cache") from None
 
 
-def recorded(source: str | None) -> str | None:
-    """A tokenizer as a checkpoint names it, to be found from any folder: a path that is here in full, else as it is."""
+def recorded_name(source: str | None) -> str | None:
+    """Tokenizer as a checkpoint records it: an existing path made absolute, so that any folder finds it; else unchanged."""
     return os.path.abspath(source) if source and os.path.exists(source) else source
 
 
 def tokenizer_files(folder: Path) -> list[Path]:
-    """The files of a folder that belong to its tokenizer."""
+    """Files of a folder that belong to its tokenizer."""
     return [path for pattern in _FILES for path in sorted(folder.glob(pattern)) if path.is_file()]
 
 
@@ -174,7 +177,7 @@ def _copy_folder(folder: Path, out_dir: Path, vocab_size: int) -> list[str]:
     if _VOCABULARIES.isdisjoint(map(str, names)):
         raise _NoTokenizer(f"{folder} holds none")
     if Path("tokenizer.json") in names:
-        _check_size(folder, _size_of_json(folder / "tokenizer.json"), vocab_size)
+        _check_size(folder, _vocabulary_size(folder / "tokenizer.json"), vocab_size)
     for name in names:
         (out_dir / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(folder / name, out_dir / name)
@@ -182,14 +185,14 @@ def _copy_folder(folder: Path, out_dir: Path, vocab_size: int) -> list[str]:
 
 
 def _write_file(path: Path, out_dir: Path, vocab_size: int, model_type: str | None, instruct: bool) -> list[str]:
-    head = _head(path)
-    if head.lstrip().startswith(b"{"):
-        size = _size_of_json(path)
+    first_bytes = _first_bytes(path)
+    if first_bytes.lstrip().startswith(b"{"):
+        size = _vocabulary_size(path)
         _check_size(path, size, vocab_size)
         shutil.copyfile(path, out_dir / "tokenizer.json")
         write_json(out_dir / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"})
         return [f"copied the tokenizer {path} ({size} tokens); it names no begin and end tokens"]
-    if tokenizer_rebuild.is_tiktoken(head):
+    if tokenizer_rebuild.is_tiktoken(first_bytes):
         rebuilt = tokenizer_rebuild.from_tiktoken(path, model_type, instruct)
     else:
         rebuilt = tokenizer_rebuild.from_sentencepiece(path)
@@ -200,12 +203,12 @@ def _write_file(path: Path, out_dir: Path, vocab_size: int, model_type: str | No
     return [f"made the tokenizer of {path}, {rebuilt.description} ({size} tokens)"]
 
 
-def is_rank_file(path: Path) -> bool:
-    """Whether a file holds tiktoken's ranks, as Llama 3's tokenizer.model does; raises where it cannot be read."""
-    return tokenizer_rebuild.is_tiktoken(_head(path))
+def is_tiktoken_file(path: Path) -> bool:
+    """Whether a file holds tiktoken's ranks, as Llama 3's tokenizer.model does; `ConversionError` if it cannot be read."""
+    return tokenizer_rebuild.is_tiktoken(_first_bytes(path))
 
 
-def _head(path: Path) -> bytes:
+def _first_bytes(path: Path) -> bytes:
     try:
         with path.open("rb") as file:
             return file.read(4096)
@@ -221,7 +224,7 @@ def _check_size(path: Path, size: int, vocab_size: int) -> None:
         )
 
 
-def _size_of_json(path: Path) -> int:
+def _vocabulary_size(path: Path) -> int:
     """One more than the largest token number in a tokenizer.json."""
     content = read_json(path)
     try:

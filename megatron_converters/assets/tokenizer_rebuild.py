@@ -1,7 +1,7 @@
-"""Make a fast tokenizer (tokenizer.json) of the files that models were trained with: sentencepiece and tiktoken.
+"""Fast tokenizers (tokenizer.json) made from the files that models were trained with: sentencepiece and tiktoken.
 
-What comes out encodes as the original library does. Only the packages `tokenizers` and, for sentencepiece files,
-`sentencepiece` and `protobuf` are needed; they are imported when a file asks for them.
+They encode as the original library does. Only the packages `tokenizers` and, for sentencepiece files,
+`sentencepiece` and `protobuf` are needed; they are imported when a file needs them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _SPACE = "▁"  # what sentencepiece writes for a space
 _BPE = 2  # sentencepiece_model.proto, TrainerSpec.ModelType
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6  # ModelProto.SentencePiece.Type
 
-#: How Llama 3 cuts text before it merges bytes (meta-llama/llama3, llama/tokenizer.py, `pat_str`).
+#: How Llama 3 splits text before it merges bytes (meta-llama/llama3, llama/tokenizer.py, `pat_str`).
 _LLAMA3_SPLIT = "|".join(
     [
         r"(?i:'s|'t|'re|'ve|'m|'ll|'d)",
@@ -37,7 +37,7 @@ _RANK_LINE = re.compile(rb"[A-Za-z0-9+/]+=* \d+\s*")
 
 @dataclass(frozen=True)
 class Rebuilt:
-    """A `tokenizers.Tokenizer`, the object for tokenizer_config.json, and a few words for the user."""
+    """A `tokenizers.Tokenizer`, the object for tokenizer_config.json, and a description for the user."""
 
     tokenizer: Any
     config: dict[str, Any]
@@ -46,7 +46,7 @@ class Rebuilt:
 
 @dataclass(frozen=True)
 class _Llama3:
-    """What differs between Llama 3 and 3.1: the special tokens behind the ranks, in order, and the context length."""
+    """Differences between Llama 3 and 3.1: the special tokens after the ranks, in order, and the context length."""
 
     title: str
     special_tokens: tuple[str, ...]
@@ -54,7 +54,7 @@ class _Llama3:
 
 
 def _special_tokens(template: str, size: int = 256) -> tuple[str, ...]:
-    """The named tokens of `template`, `_` being the next reserved one, filled up with reserved ones to `size`."""
+    """Special tokens named by `template`, in which `_` is the next reserved one; padded with reserved ones to `size`."""
     words = [*template.split(), *["_"] * size][:size]
     reserved = iter(range(size))
     return tuple(f"<|reserved_special_token_{next(reserved)}|>" if word == "_" else f"<|{word}|>" for word in words)
@@ -87,13 +87,13 @@ _LLAMA3_CHAT = (
 )
 
 
-def is_tiktoken(head: bytes) -> bool:
-    """Whether a file that starts so holds tiktoken's lines: a token in base64, a space, its rank."""
-    return _RANK_LINE.fullmatch(head.split(b"\n", 1)[0]) is not None
+def is_tiktoken(first_bytes: bytes) -> bool:
+    """Whether a file that starts with `first_bytes` has tiktoken's lines: a token in base64, a space, its rank."""
+    return _RANK_LINE.fullmatch(first_bytes.split(b"\n", 1)[0]) is not None
 
 
 def from_tiktoken(path: Path, model_type: str | None, instruct: bool) -> Rebuilt:
-    """Llama 3's tokenizer of its rank file; `model_type` "llama3" or, for anything else, 3.1's names.
+    """Llama 3's tokenizer from its rank file, with Llama 3's special tokens if `model_type` is "llama3", else with 3.1's.
 
     `instruct` makes `<|eot_id|>` the end token and adds a chat template.
     Raises `ConversionError` for a broken file and `ImportError` without `tokenizers`.
@@ -101,11 +101,11 @@ def from_tiktoken(path: Path, model_type: str | None, instruct: bool) -> Rebuilt
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 
     ranks = _read_ranks(path)
-    table = _LLAMA_3 if model_type == "llama3" else _LLAMA_3_1
+    variant = _LLAMA_3 if model_type == "llama3" else _LLAMA_3_1
     names = {token: _printable(token) for token in ranks}
     merges = [(names[left], names[right]) for left, right in _merges(ranks)]
     vocab = {names[token]: rank for token, rank in ranks.items()}
-    # tiktoken takes a piece that is a token as it is, before any merge.
+    # tiktoken looks up a whole piece as a token before it merges.
     tokenizer = Tokenizer(models.BPE(vocab, merges, ignore_merges=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -114,15 +114,17 @@ def from_tiktoken(path: Path, model_type: str | None, instruct: bool) -> Rebuilt
         ]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in table.special_tokens])
+    tokenizer.add_special_tokens(
+        [AddedToken(token, special=True, normalized=False) for token in variant.special_tokens]
+    )
     bos, eos = "<|begin_of_text|>", "<|eot_id|>" if instruct else "<|end_of_text|>"
     tokenizer.post_processor = processors.Sequence(
-        [processors.ByteLevel(trim_offsets=False), _starting_with(bos, tokenizer.token_to_id(bos))]
+        [processors.ByteLevel(trim_offsets=False), _prepend_bos(bos, tokenizer.token_to_id(bos))]
     )
-    config = _config(bos_token=bos, eos_token=eos, model_max_length=table.context)
+    config = _config(bos_token=bos, eos_token=eos, model_max_length=variant.context)
     if instruct:
         config["chat_template"] = _LLAMA3_CHAT
-    return Rebuilt(tokenizer, config, f"tiktoken ranks with {table.title}'s special tokens")
+    return Rebuilt(tokenizer, config, f"tiktoken ranks with {variant.title}'s special tokens")
 
 
 def _read_ranks(path: Path) -> dict[bytes, int]:
@@ -155,7 +157,7 @@ def _printable(token: bytes) -> str:
 
 
 def _merges(ranked: Mapping[Any, int]) -> Iterator[tuple[Any, Any]]:
-    """Every pair of tokens that makes a token, the lowest rank of the result first, which is all that decides."""
+    """Every pair of tokens that makes a token, lowest rank of the result first; only this order matters."""
     for token in sorted(ranked, key=ranked.__getitem__):
         for cut in range(1, len(token)):
             left, right = token[:cut], token[cut:]
@@ -181,26 +183,26 @@ def from_sentencepiece(path: Path) -> Rebuilt:
             unk_token=unk,
             fuse_unk=True,
             byte_fallback=any(piece.type == _BYTE for piece in pieces),
-            # A user-defined symbol, cut out beforehand, is one token; the name of a byte token right beside one is too.
+            # A user-defined symbol, split off beforehand, is one token; so is the name of a byte token right beside one.
             ignore_merges=bool(symbols),
         )
     )
     dummy_prefix = proto.normalizer_spec.add_dummy_prefix
     tokenizer.normalizer = _normalizer(proto.normalizer_spec)
     if symbols:
-        tokenizer.pre_tokenizer = _cut_out(symbols)
+        tokenizer.pre_tokenizer = _split_off(symbols)
     strip = [decoders.Strip(" ", 1, 0)] if dummy_prefix else []
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
     )
     special = [piece.piece for piece in pieces if piece.type in (_UNKNOWN, _CONTROL)]
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
-    named = {
+    role_tokens = {
         f"{role}_token": _piece(pieces, getattr(proto.trainer_spec, f"{role}_id")) for role in ("bos", "eos", "pad")
     }
-    if named["bos_token"]:
-        tokenizer.post_processor = _starting_with(named["bos_token"], proto.trainer_spec.bos_id)
-    config = _config(unk_token=unk, **{role: token for role, token in named.items() if token})
+    if role_tokens["bos_token"]:
+        tokenizer.post_processor = _prepend_bos(role_tokens["bos_token"], proto.trainer_spec.bos_id)
+    config = _config(unk_token=unk, **{role: token for role, token in role_tokens.items() if token})
     # `tokenizers` maps whole graphemes, sentencepiece the longest match.
     caveat = ", in which combining marks may encode differently" if proto.normalizer_spec.precompiled_charsmap else ""
     return Rebuilt(tokenizer, config, f"a sentencepiece BPE model{caveat}")
@@ -219,8 +221,8 @@ def _read_sentencepiece(path: Path) -> Any:
         raise ConversionError(f"{path} is neither a sentencepiece model nor a tiktoken file nor a tokenizer.json")
     if proto.trainer_spec.model_type != _BPE or proto.trainer_spec.treat_whitespace_as_suffix:
         raise ConversionError(
-            f"{path} is a sentencepiece model of another type than BPE with leading spaces, which cannot be made "
-            "a fast tokenizer; give a Hugging Face folder with its tokenizer instead"
+            f"{path} is a sentencepiece model, but not of type BPE with leading spaces, so no fast tokenizer can be "
+            "made of it; give a Hugging Face folder with its tokenizer instead"
         )
     return proto
 
@@ -232,7 +234,7 @@ def _merge_order(pieces: Collection[Any]) -> dict[str, int]:
 
 
 def _normalizer(spec: Any) -> Any:
-    """What sentencepiece does to text first (NormalizerSpec): map characters, drop spare spaces, add one, show them."""
+    """sentencepiece's normalization (NormalizerSpec): map characters, drop extra spaces, prepend one, replace all by ▁."""
     from tokenizers import Regex, normalizers
 
     steps: list[Any] = []
@@ -245,7 +247,7 @@ def _normalizer(spec: Any) -> Any:
     return normalizers.Sequence([*steps, normalizers.Replace(" ", _SPACE)])
 
 
-def _cut_out(symbols: Collection[str]) -> Any:
+def _split_off(symbols: Collection[str]) -> Any:
     from tokenizers import Regex, pre_tokenizers
 
     longest_first = sorted(symbols, key=len, reverse=True)
@@ -256,7 +258,7 @@ def _piece(pieces: list[Any], index: int) -> str | None:
     return pieces[index].piece if 0 <= index < len(pieces) else None
 
 
-def _starting_with(bos: str, index: int | None) -> Any:
+def _prepend_bos(bos: str, index: int | None) -> Any:
     from tokenizers import processors
 
     return processors.TemplateProcessing(
@@ -265,5 +267,5 @@ def _starting_with(bos: str, index: int | None) -> Any:
 
 
 def _config(**fields: Any) -> dict[str, Any]:
-    """tokenizer_config.json for a tokenizer.json that is complete: the general class takes it as it stands."""
+    """tokenizer_config.json for a complete tokenizer.json, which the generic class uses unchanged."""
     return {**fields, "clean_up_tokenization_spaces": False, "tokenizer_class": "PreTrainedTokenizerFast"}

@@ -14,7 +14,7 @@ from ..basics.dtypes import BY_NAME, DType, dtype_named
 from ..basics.json_files import read_json
 
 #: Attributes that belong to one run on one machine, not to the model: a new checkpoint must not inherit them.
-_OF_A_RUN = frozenset(
+_RUN_ARGUMENTS = frozenset(
     """
     load save pretrained_checkpoint tensorboard_dir wandb_save_dir data_path train_data_path valid_data_path
     test_data_path rank local_rank world_size data_parallel_size tokenizer_type use_checkpoint_args exit_on_missing_checkpoint
@@ -22,32 +22,32 @@ _OF_A_RUN = frozenset(
     no_load_optim no_load_rng finetune ckpt_step
     """.split()
 )
-_PREFIX = "torch."
+_DTYPE_PREFIX = "torch."
 
 
 def margs_to_json(margs: argparse.Namespace) -> dict[str, Any]:
-    """The arguments as JSON values; dtypes as `torch.bfloat16`, anything else that is not JSON as its `str`."""
-    result: dict[str, Any] = json.loads(json.dumps(vars(margs), default=_plain))
+    """Arguments as JSON values; dtypes as `torch.bfloat16`, anything else that is not JSON as its `str`."""
+    result: dict[str, Any] = json.loads(json.dumps(vars(margs), default=_json_value))
     return dict(sorted(result.items()))
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, (set, frozenset)):  # whose own order is another in each process
+def _json_value(value: Any) -> Any:
+    if isinstance(value, (set, frozenset)):  # whose order differs between processes
         return sorted(value, key=str)
-    return f"{_PREFIX}{value}" if isinstance(value, DType) else str(value)
+    return f"{_DTYPE_PREFIX}{value}" if isinstance(value, DType) else str(value)
 
 
 def margs_from_json(path: Path) -> argparse.Namespace:
-    """The arguments of a `source_megatron_args.json`; `torch.bfloat16` comes back as a dtype."""
-    return argparse.Namespace(**{name: _typed(value) for name, value in read_json(path).items()})
+    """Arguments of a `source_megatron_args.json`; `torch.bfloat16` comes back as a dtype."""
+    return argparse.Namespace(**{name: _restored(value) for name, value in read_json(path).items()})
 
 
-def _typed(value: Any) -> Any:
-    if isinstance(value, str) and value.startswith(_PREFIX) and value.removeprefix(_PREFIX) in BY_NAME:
+def _restored(value: Any) -> Any:
+    if isinstance(value, str) and value.startswith(_DTYPE_PREFIX) and value.removeprefix(_DTYPE_PREFIX) in BY_NAME:
         return dtype_named(value)
     return value
 
 
 def inheritable(margs: argparse.Namespace | None) -> dict[str, Any]:
-    """What a new checkpoint takes over from the arguments of an older one."""
-    return {} if margs is None else {name: value for name, value in vars(margs).items() if name not in _OF_A_RUN}
+    """Arguments of an older checkpoint that a new one takes over."""
+    return {} if margs is None else {name: value for name, value in vars(margs).items() if name not in _RUN_ARGUMENTS}

@@ -8,7 +8,7 @@ from .mixtures import MIXTRAL, OLMOE, QWEN2_MOE, QWEN3_MOE
 from .qwen import QWEN2, QWEN3
 from .table import Family
 
-#: In the order in which a checkpoint that names no family is matched: the first that can express it is taken.
+#: In matching order: a checkpoint that names no family gets the first one that can express it.
 FAMILIES: dict[str, Family] = {
     family.name: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, MIXTRAL, QWEN2_MOE, QWEN3_MOE, OLMOE)
 }

@@ -14,8 +14,8 @@ from . import FAMILIES
 from .rules import layer_types
 from .table import Family
 
-#: Keys of config.json that change no weight and no arithmetic of a forward pass (transformers PretrainedConfig; marks
-#: that transformers, nanotron, transformers.js, Unsloth and the first Llamas' converter leave).
+#: Keys of config.json that change neither weights nor the arithmetic of a forward pass (transformers PretrainedConfig;
+#: marks left by transformers, nanotron, transformers.js, Unsloth and the converter of the first Llamas).
 HARMLESS = frozenset(
     """
     _attn_implementation _attn_implementation_autoset _name_or_path add_cross_attention architectures auto_map
@@ -33,17 +33,19 @@ HARMLESS = frozenset(
 )
 
 
-def family_of_config(config: Mapping[str, Any]) -> Family:
-    """The family that config.json names by `architectures` or, failing that, `model_type`; where both are, they must agree."""
+def family_from_config(config: Mapping[str, Any]) -> Family:
+    """Family that config.json names by `architectures` or, without it, `model_type`; if both are there, they must agree."""
     architectures = config.get("architectures") or []
     if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
         raise ConversionError(f"config.json has architectures={architectures!r}; it must be a list of names")
     model_type = config.get("model_type")
-    found = [family for family in FAMILIES.values() if family.architecture in architectures or not architectures]
-    agreed = [family for family in found if model_type == family.model_type or (architectures and model_type is None)]
+    candidates = [family for family in FAMILIES.values() if family.architecture in architectures or not architectures]
+    agreed = [
+        family for family in candidates if model_type == family.model_type or (architectures and model_type is None)
+    ]
     if len(agreed) == 1:
         return agreed[0]
-    if architectures and found:  # transformers builds what model_type says, other programs what architectures say
+    if architectures and candidates:  # transformers goes by model_type, other programs by architectures
         raise ConversionError(
             f"config.json has architectures={architectures!r} and model_type={model_type!r}, which name different "
             "models; correct the one that is wrong"
@@ -53,12 +55,12 @@ def family_of_config(config: Mapping[str, Any]) -> Family:
     raise ConversionError(f"config.json names {named}, which is not supported; supported are {known}")
 
 
-def spec_of_config(config: Mapping[str, Any], ignored: Iterable[str] = ()) -> ModelSpec:
-    """Read config.json's object. `ignored` names keys that the user vouches for.
+def spec_from_config(config: Mapping[str, Any], ignored: Iterable[str] = ()) -> ModelSpec:
+    """Spec of a model by its config.json. `ignored` names keys that the user says are harmless.
 
-    The spec's dtype is what the config says, float32 if nothing; readers of files replace it by what the files hold.
+    The dtype is config.json's, or float32 without one; readers of weight files replace it with the files' dtype.
     """
-    family = family_of_config(config)
+    family = family_from_config(config)
     _refuse_unclaimed(config, family, ignored)
     fields: dict[str, Any] = {}
     for rule in family.rules:
@@ -72,7 +74,7 @@ def _refuse_unclaimed(config: Mapping[str, Any], family: Family, ignored: Iterab
         raise ConversionError("config.json has a quantization_config; convert the unquantised model instead")
     claimed = HARMLESS.union(ignored, *(rule.keys for rule in family.rules))
     unknown = sorted(key for key, value in config.items() if key not in claimed and value not in (None, False))
-    # Layer types are spelled out by transformers 5 for every architecture; all full attention says nothing new.
+    # transformers 5 writes layer_types for every architecture; full attention in all layers is what others leave out.
     if all(kind == "full_attention" for kind in layer_types(config)):
         unknown = [key for key in unknown if key != "layer_types"]
     if unknown:
@@ -84,30 +86,30 @@ def _refuse_unclaimed(config: Mapping[str, Any], family: Family, ignored: Iterab
         )
 
 
-def config_of_spec(spec: ModelSpec) -> dict[str, Any]:
-    """A complete config.json object for the spec. Raises if the family cannot express it, naming the fields."""
+def config_from_spec(spec: ModelSpec) -> dict[str, Any]:
+    """Complete config.json object for the spec. Raises `ConversionError` naming the fields that the family cannot express."""
     family = FAMILIES[spec.family]
     config: dict[str, Any] = {"architectures": [family.architecture], "model_type": family.model_type}
     for rule in family.rules:
         for key, value in rule.write(spec).items():
             config.setdefault(key, value)
     config = {**config, "torch_dtype": spec.dtype.name, "use_cache": True}
-    lost = differences(spec, spec_of_config(config))
-    if lost:
-        raise ConversionError(f"the {family.name} architecture cannot express {'; '.join(lost)}")
+    inexpressible = differences(spec, spec_from_config(config))
+    if inexpressible:
+        raise ConversionError(f"the {family.name} architecture cannot express {'; '.join(inexpressible)}")
     return config
 
 
 def infer_family(fields: Mapping[str, Any]) -> ModelSpec:
-    """The spec with the first family whose config.json can express these fields (all of `ModelSpec` but `family`)."""
+    """Spec with the first family whose config.json can express these fields (all of `ModelSpec` except `family`)."""
     reasons = []
     choices = [fields]
-    if fields.get("num_experts") and not fields.get("dense_layers"):  # the size of a dense MLP then says nothing
+    if fields.get("num_experts") and not fields.get("dense_layers"):  # no layer then has a dense MLP, whatever its size
         choices.append({**fields, "ffn_hidden_size": fields["moe_ffn_hidden_size"]})
     for choice, name in itertools.product(choices, FAMILIES):
         spec = ModelSpec(family=name, **choice)
         try:
-            config_of_spec(spec)
+            config_from_spec(spec)
         except ConversionError as error:
             reasons.append(str(error))
         else:
@@ -116,7 +118,7 @@ def infer_family(fields: Mapping[str, Any]) -> ModelSpec:
 
 
 def differences(one: ModelSpec, other: ModelSpec, among: Iterable[str] | None = None) -> list[str]:
-    """The fields in which two specs differ, all or `among` these, as `name: value, not value`."""
+    """Fields, all or those `among`, in which two specs differ, as `name: value, not value`."""
     return [
         f"{name}: {_show(getattr(one, name))}, not {_show(getattr(other, name))}"
         for name in among or [field.name for field in dataclasses.fields(ModelSpec)]
@@ -129,11 +131,11 @@ def _show(value: Any) -> str:
 
 
 def config_for(spec: ModelSpec, base: Mapping[str, Any] | None) -> tuple[dict[str, Any], list[str]]:
-    """The config.json to write, and the fields of `base` that had to change, as `key: old -> new`.
+    """config.json to write, and the keys of `base` that had to change, as `key: old -> new`.
 
-    `base` is the configuration that the model came from or a reference; what it says beside the spec is kept.
+    `base` is the configuration of the source or of a reference model; its keys that the spec does not decide are kept.
     """
-    written = config_of_spec(spec)
+    written = config_from_spec(spec)
     if base is None:
         return written, []
     family = FAMILIES[spec.family]
@@ -143,7 +145,9 @@ def config_for(spec: ModelSpec, base: Mapping[str, Any] | None) -> tuple[dict[st
             config = {key: value for key, value in config.items() if key not in rule.keys}
             config.update({key: written[key] for key in rule.write(spec)})
     config.update(architectures=[family.architecture], model_type=family.model_type)
-    config.pop("auto_map", None)  # names code beside the source, which is not copied; the class is transformers' own
+    config.pop(
+        "auto_map", None
+    )  # names code in the source's folder, which is not copied; the class is transformers' own
     dtype_key = "dtype" if "dtype" in base else "torch_dtype"
     config[dtype_key] = spec.dtype.name
     changed = [

@@ -1,11 +1,11 @@
-"""Llama 1, 2, 3, 3.1, 3.2 and 3.3 (transformers LlamaForCausalLM), and the rows that its descendants share."""
+"""Llama 1, 2, 3, 3.1, 3.2 and 3.3 (transformers LlamaForCausalLM), and the rows that later families share."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from ..model.layouts import GATED, GROUPED_QKV, SAME
-from ..model.spec import whole
+from ..model.spec import is_whole
 from .rules import Config, Fixed, Rope, Row, Rule
 from .table import Family, HFEntry
 
@@ -50,18 +50,20 @@ SIZES: tuple[Rule, ...] = (
 
 
 def query_groups(absent: int | None = None) -> Rule:
-    """`num_key_value_heads`: null means one group for each head; so does absence, unless the class has a default."""
+    """Row of `num_key_value_heads`: null means one group per head; so does absence, unless the class has a default."""
 
     def default(config: Config) -> Any:
-        null = absent is None or "num_key_value_heads" in config
-        return config["num_attention_heads"] if null else absent
+        one_per_head = absent is None or "num_key_value_heads" in config
+        return config["num_attention_heads"] if one_per_head else absent
 
     return Row("num_query_groups", "num_key_value_heads", default)
 
 
 def _head_dim(config: Config) -> Any:
     hidden, heads = config["hidden_size"], config["num_attention_heads"]
-    return hidden // heads if whole(hidden) and whole(heads) and heads > 0 else None  # the spec says which is wrong
+    return (
+        hidden // heads if is_whole(hidden) and is_whole(heads) and heads > 0 else None
+    )  # ModelSpec names the wrong one
 
 
 DERIVED_HEAD_DIM = Row("kv_channels", "head_dim", _head_dim)

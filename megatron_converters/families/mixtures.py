@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..model.layouts import GATED, SAME
 from .llama import DENSE, DERIVED_HEAD_DIM, PROJ_BIAS, QK_NORM, QKV_BIAS, SIZES, query_groups
-from .rules import DenseLayers, Experts, Fixed, Implied, NormedChoice, NoWindow, Rope, Row, Window
+from .rules import DenseLayers, Experts, Fixed, Implied, NormTopkProb, NoWindow, Rope, Row, Window
 from .table import Family, HFEntry
 
 _LAYER = "model.layers.{layer}."
@@ -12,7 +12,7 @@ _MIXTRAL = _LAYER + "block_sparse_moe."
 _MLP = _LAYER + "mlp."
 _EXPERT = _MLP + "experts.{expert}."
 _SHARED = _MLP + "shared_expert."
-#: Names in files that transformers 5 saved as it holds them in memory.
+#: Names in files that transformers 5 saved as it holds the tensors in memory.
 _FUSED_FC1, _FUSED_FC2 = _MLP + "experts.gate_up_proj", _MLP + "experts.down_proj"
 
 _ATTENTION = {name: entry for name, entry in DENSE.items() if name not in ("mlp_norm", "fc1", "fc2")}
@@ -58,7 +58,7 @@ _QWEN_ROWS = (
     Rope(),
     NoWindow(),
     DenseLayers(),
-    NormedChoice(),
+    NormTopkProb(),
     Row("max_position_embeddings", "max_position_embeddings", 32768),
     Row("moe_aux_loss_coeff", "router_aux_loss_coef", 0.001),
 )
@@ -119,7 +119,7 @@ OLMOE = Family(
         query_groups(),
         DERIVED_HEAD_DIM,
         Rope(),
-        NormedChoice(),
+        NormTopkProb(),
         Fixed("clip_qkv", None),
         Row("max_position_embeddings", "max_position_embeddings", 4096),
         Row("norm_epsilon", "rms_norm_eps", 1e-5),

@@ -1,4 +1,4 @@
-"""Rules that read and write config.json, of which a family's table is made.
+"""Rules of a family's table, which read and write config.json.
 
 A rule claims config keys, reads them into `ModelSpec` fields and writes them back. A key that no rule claims is an error,
 since it may change what the model computes.
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ..basics.errors import ConversionError
-from ..model.spec import ModelSpec, RopeScaling, number, whole
+from ..model.spec import ModelSpec, RopeScaling, is_whole, number
 
 Config = Mapping[str, Any]
 REQUIRED = object()
@@ -28,7 +28,7 @@ class Rule(Protocol):
 
 @dataclass(frozen=True)
 class Row:
-    """One config key for one spec field. An absent or null key takes `default`, which may name another key."""
+    """One config key for one spec field. An absent or null key takes `default`, a value or a function of the config."""
 
     field: str
     key: str
@@ -52,7 +52,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Fixed:
-    """A config key that must have one value, because Megatron's model has no other."""
+    """A config key that must have one value, because Megatron's model supports no other."""
 
     key: str
     value: Any
@@ -90,14 +90,14 @@ class Implied:
 class Rope:
     """Rotary base and scaling, in transformers 4's spelling (rope_theta, rope_scaling) or 5's (rope_parameters).
 
-    Written in the older one, which both read.
+    Written in the older spelling, which both read.
     """
 
     default_theta: float = 10000.0
     keys: tuple[str, ...] = ("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor")
 
     def read(self, config: Config) -> dict[str, Any]:
-        table = config.get("rope_scaling") or config.get("rope_parameters") or {}  # where both are, as transformers
+        table = config.get("rope_scaling") or config.get("rope_parameters") or {}  # the same order as in transformers
         if not isinstance(table, dict):
             raise ConversionError(f"config.json has {table!r} for its rotary embeddings; it must be an object or null")
         if any(isinstance(value, dict) for value in table.values()):
@@ -106,7 +106,7 @@ class Rope:
         theta = table.get("rope_theta", config.get("rope_theta")) or self.default_theta
         if any(where.get("partial_rotary_factor") not in (None, 1.0) for where in (table, config)):
             raise ConversionError(
-                "config.json rotates a part of each head only (partial_rotary_factor); that is not supported"
+                "config.json rotates only a part of each head (partial_rotary_factor); that is not supported"
             )
         return {"rotary_base": number(theta, "rope_theta"), "rope_scaling": _read_scaling(kind, table)}
 
@@ -122,14 +122,14 @@ def _read_scaling(kind: str, table: dict[str, Any]) -> RopeScaling | None:
     if kind == "default":
         return None
     if kind == "linear":
-        return RopeScaling("linear", _needed(table, "factor", kind))
+        return RopeScaling("linear", _required(table, "factor", kind))
     if kind == "llama3":
-        factor, low, high, original = (_needed(table, key, kind) for key in _LLAMA3_KEYS)
+        factor, low, high, original = (_required(table, key, kind) for key in _LLAMA3_KEYS)
         return RopeScaling("llama3", factor, low, high, int(original))
     raise ConversionError(f"config.json has RoPE scaling of type {kind!r}; supported are default, linear and llama3")
 
 
-def _needed(table: dict[str, Any], key: str, kind: str) -> float:
+def _required(table: dict[str, Any], key: str, kind: str) -> float:
     if key not in table:
         raise ConversionError(f"config.json has RoPE scaling of type {kind!r} without {key}")
     return number(table[key], key)
@@ -159,7 +159,7 @@ class Window:
 
 
 def layer_types(config: Config) -> list[str]:
-    """Each layer's kind of attention, as transformers 5 spells it out; empty where it is not said."""
+    """Kind of attention of each layer, as transformers 5 lists it; empty if config.json does not."""
     types = config.get("layer_types") or []
     if not isinstance(types, list) or not all(isinstance(kind, str) for kind in types):
         raise ConversionError(f"config.json has layer_types={types!r}; it must be a list of names")
@@ -176,7 +176,7 @@ class SwitchedWindow:
         layers = config.get("num_hidden_layers", 0)
         window = config.get("sliding_window", 4096) if config.get("use_sliding_window") else None
         start = config.get("max_window_layers", 28) if window is not None else 0
-        if not whole(start) or not whole(layers):
+        if not is_whole(start) or not is_whole(layers):
             raise ConversionError(
                 f"config.json has max_window_layers={start!r} of {layers!r} layers; they must be numbers"
             )
@@ -199,7 +199,7 @@ class SwitchedWindow:
 
 @dataclass(frozen=True)
 class NoWindow:
-    """Qwen's window, which must be off: in mixtures of experts transformers gives it to other layers than in dense models."""
+    """Qwen's window, which must be off: transformers applies it to other layers in mixtures of experts than in dense models."""
 
     keys: tuple[str, ...] = ("use_sliding_window", "sliding_window", "max_window_layers", "layer_types")
 
@@ -216,7 +216,7 @@ class NoWindow:
 
 @dataclass(frozen=True)
 class DenseLayers:
-    """Qwen's layers without experts: those listed, and all but every `decoder_sparse_step`-th."""
+    """Qwen's layers without experts: those listed, and all except every `decoder_sparse_step`-th."""
 
     keys: tuple[str, ...] = ("mlp_only_layers", "decoder_sparse_step")
 
@@ -228,7 +228,7 @@ class DenseLayers:
                 "they must be a list of layers and a whole number above 0"
             )
         count = config.get("num_hidden_layers")
-        layers = range(count if isinstance(count, int) else 0)  # the spec refuses another
+        layers = range(count if isinstance(count, int) else 0)  # ModelSpec refuses anything else
         return {"dense_layers": tuple(layer for layer in layers if layer in listed or (layer + 1) % step)}
 
     def write(self, spec: ModelSpec) -> dict[str, Any]:
@@ -237,7 +237,7 @@ class DenseLayers:
 
 @dataclass(frozen=True)
 class Experts:
-    """The number of experts under its older and its newer key."""
+    """Number of experts, under its older and its newer key."""
 
     default: int
     keys: tuple[str, ...] = ("num_experts", "num_local_experts")
@@ -253,16 +253,16 @@ class Experts:
 
 
 @dataclass(frozen=True)
-class NormedChoice:
-    """`norm_topk_prob`: probabilities normed over the chosen experts are a softmax over the chosen alone."""
+class NormTopkProb:
+    """`norm_topk_prob`: normalizing the probabilities of the chosen experts equals a softmax over only these."""
 
     keys: tuple[str, ...] = ("norm_topk_prob",)
 
     def read(self, config: Config) -> dict[str, Any]:
-        normed = config.get("norm_topk_prob") or False
-        if not isinstance(normed, bool):
-            raise ConversionError(f"norm_topk_prob is {normed!r}; it must be true or false")
-        return {"moe_router_pre_softmax": not normed}
+        normalized = config.get("norm_topk_prob") or False
+        if not isinstance(normalized, bool):
+            raise ConversionError(f"norm_topk_prob is {normalized!r}; it must be true or false")
+        return {"moe_router_pre_softmax": not normalized}
 
     def write(self, spec: ModelSpec) -> dict[str, Any]:
         return {"norm_topk_prob": not spec.moe_router_pre_softmax}

@@ -1,4 +1,4 @@
-"""What a family is: a table of its tensors (slot → Hugging Face names and layout), and rules for config.json."""
+"""Family table: tensors (slot → Hugging Face names and layout), and rules for config.json."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from .rules import Rule
 class HFEntry:
     """Hugging Face tensor names of a slot's parts, in the layout's order; `{layer}` and `{expert}` stand for numbers.
 
-    `fused` names the one tensor that files hold instead where transformers 5 saved it as it is in memory, in the slot's own
-    layout: of a slot of experts all of them, [experts, rows, columns]; of another the slot.
+    `fused` names the single tensor, in the slot's own layout, that files hold instead if transformers 5 saved it as it is in
+    memory: [experts, rows, columns] for all experts of an expert slot, the whole slot otherwise.
     """
 
     layout: Layout
@@ -32,12 +32,17 @@ class Family:
     architecture: str
     tensors: Mapping[str, HFEntry]
     rules: Sequence[Rule]
-    #: Tensor names that files may hold although they are no weights, as suffixes.
+    #: Suffixes of names of tensors that files may hold although they are not weights.
     ignored_suffixes: tuple[str, ...] = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached")
 
     def __post_init__(self) -> None:
-        """Refuse a table that names an unknown slot or a layer name without its place holder."""
+        """Refuse a table that names an unknown slot or a name without its placeholder."""
         for slot, entry in self.tensors.items():
-            for place, wanted in (("{layer}", SLOTS[slot].scope is Scope.LAYER), ("{expert}", SLOTS[slot].expert)):
-                if any((place in name) != wanted for name in entry.names):
-                    raise ValueError(f"family {self.name}: the names of {slot} and its scope disagree about {place}")
+            for placeholder, wanted in (
+                ("{layer}", SLOTS[slot].scope is Scope.LAYER),
+                ("{expert}", SLOTS[slot].expert),
+            ):
+                if any((placeholder in name) != wanted for name in entry.names):
+                    raise ValueError(
+                        f"family {self.name}: the names of {slot} and its scope disagree about {placeholder}"
+                    )

@@ -245,4 +245,7 @@ def _beside(found: Survey) -> Iterator[tuple[str, str]]:
 def left_out(found: Survey) -> list[str]:
     """Tensors that no conversion takes along unless it is asked to."""
     bins = found.origin.capacity_bins
-    return [*found.origin.ignored, *([] if bins is None else [capacity_bins.left_out(bins, "--save-capacity-bins")])]
+    return [
+        *found.origin.ignored,
+        *([] if bins is None else [capacity_bins.left_out_note(bins, "--save-capacity-bins")]),
+    ]

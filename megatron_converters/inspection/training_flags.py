@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..assets.tokenizer import is_rank_file
+from ..assets.tokenizer import is_tiktoken_file
 from ..assets.training_args import inheritable
 from ..conversion.endpoint import Source
 from ..formats.detect import MEGATRON
@@ -92,7 +92,7 @@ def _tokenizer(source: str | None, own: Mapping[str, Any]) -> tuple[dict[str, An
         return {"tokenizer_type": _HF_TOKENIZER, "tokenizer_model": model}, []
     if path.suffix == ".json":
         return {"tokenizer_type": _HF_TOKENIZER, "tokenizer_model": os.path.dirname(model)}, []
-    if is_rank_file(path):
+    if is_tiktoken_file(path):
         return {}, [
             f"{source} is Llama 3's tiktoken file, which Megatron-LM cannot read; name its Hugging Face tokenizer"
         ]

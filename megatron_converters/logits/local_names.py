@@ -13,7 +13,7 @@ from ..assets.capacity_bins import CAPACITY_BINS
 from ..formats.megatron.names import EXPERTS, EXTRA_STATE_SUFFIX, LOCAL, STACKED, keys
 from ..model.slots import SLOTS, Shard, refs
 from ..model.spec import ModelSpec
-from ..sharding.ranks import Parallel, Rank, homes
+from ..sharding.ranks import Parallel, Rank, locations
 
 State = dict[str, torch.Tensor]
 _ONE_BY_ONE = EXPERTS["sequential"]
@@ -54,7 +54,7 @@ def _names(spec: ModelSpec, parallel: Parallel, rank: Rank, stage: int) -> Itera
         if not parallel.holds(rank, ref.expert, spec.num_experts):
             continue
         expert = parallel.local_expert(ref.expert, spec.num_experts)
-        for home, slot, layer in homes(ref, spec, parallel):
+        for home, slot, layer in locations(ref, spec, parallel):
             if home == stage:
                 wanted = (LOCAL if expert is None else _ONE_BY_ONE)[slot].format(layer=layer, expert=expert)
                 yield from ((stored, wanted) for stored in keys(slot, layer, expert, ref.expert) if stored != wanted)

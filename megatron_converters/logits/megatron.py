@@ -23,7 +23,7 @@ from ..formats.megatron.reading import MegatronReadOptions, checkpoint_directory
 from ..formats.megatron.torch_dist_source import TorchDistSource
 from ..model.slots import refs
 from ..model.spec import ModelSpec
-from ..sharding.ranks import Parallel, homes, parallel_for
+from ..sharding.ranks import Parallel, locations, parallel_for
 from . import buildable_args, view
 from .checkpoint import Checkpoint, Part
 from .needs import need
@@ -130,7 +130,7 @@ def _parameters(spec: ModelSpec, parallel: Parallel) -> int:
     total = 0
     for ref in refs(spec):
         ways = parallel.etp * parallel.ep if ref.expert is not None else parallel.tp if ref.slot.shard.cuts else 1
-        places = sum(1 for _ in homes(ref, spec, parallel))
+        places = sum(1 for _ in locations(ref, spec, parallel))
         total += math.prod(ref.slot.shape(spec)) * places * ranks // ways
     return total
 

@@ -1,7 +1,7 @@
-"""How a slot is stored as parts: each layout is one list of paired views, equal in shape, of the slot and of its parts.
+"""Layouts of slots as parts: each is one list of paired views, equal in shape, of a slot and of its parts.
 
-`for a, b in layout.pairs(slot, parts, spec)`: `a[...] = b` packs, `b[...] = a` unpacks. Everything else, such as the row
-that each part's row takes in the slot (`row_maps`), is derived by running the pairs on row numbers.
+`for a, b in layout.pairs(slot, parts, spec)`: `a[...] = b` packs, `b[...] = a` unpacks. Everything else, such as the slot
+row of each part's row (`row_maps`), is derived by running the pairs on row numbers.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Pairs = Iterator[tuple[Array, Array]]
 
 @dataclass(frozen=True)
 class Layout:
-    """`part_rows(spec, slot_rows)` gives the rows of each part; `pairs(slot, parts, spec)` the paired views."""
+    """Layout of a slot: `part_rows(spec, slot_rows)` gives the rows of each part, `pairs(slot, parts, spec)` the views."""
 
     name: str
     part_rows: Callable[[ModelSpec, int], tuple[int, ...]]
@@ -56,7 +56,7 @@ def _grouped_qkv(slot: Array, parts: Sequence[Array], spec: ModelSpec) -> Pairs:
 
 
 def _grouped_interleaved_qkv(slot: Array, parts: Sequence[Array], spec: ModelSpec) -> Pairs:
-    """As `_grouped_qkv`, with query and key heads whose rotary pairs are neighbours in the parts and half a head apart here."""
+    """As `_grouped_qkv`, with query and key heads whose rotary pairs are neighbours in the parts, half a head apart in the slot."""
     query, key, value = parts
     groups, dim, rest = spec.num_query_groups, spec.kv_channels, slot.shape[1:]
     heads = spec.num_attention_heads // groups
@@ -78,8 +78,8 @@ GROUPED_INTERLEAVED_QKV = Layout("grouped qkv, interleaved rotary pairs", _qkv_r
 
 
 def runs(rows: RowMap) -> Iterator[tuple[int, int, int]]:
-    """The stretches of consecutive rows as (position, first row, length); positions that hold -1 are in none."""
-    # -1 before row 0 looks consecutive and is not.
+    """Runs of consecutive rows as (position, first row, length); positions that hold -1 are in none."""
+    # -1 before row 0 looks consecutive, but is not.
     breaks = np.flatnonzero((np.diff(rows) != 1) | (rows[:-1] < 0)) + 1
     bounds = [0, *breaks.tolist(), rows.size]
     for start, stop in pairwise(bounds):
@@ -88,24 +88,26 @@ def runs(rows: RowMap) -> Iterator[tuple[int, int, int]]:
 
 
 @lru_cache(maxsize=512)
-def _kept(data: bytes) -> RowMap:
+def _shared_array(data: bytes) -> RowMap:
     return np.frombuffer(data, np.int64)
 
 
 def interned(rows: RowMap) -> RowMap:
-    """One array for all equal row maps, read-only, so that plans which repeat from layer to layer are made once."""
-    return _kept(rows.tobytes())
+    """Read-only array shared by all equal row maps, so that plans that repeat from layer to layer are made once."""
+    return _shared_array(rows.tobytes())
 
 
 @lru_cache(maxsize=256)
 def row_maps(layout: Layout, slot: Slot, spec: ModelSpec) -> tuple[RowMap, ...]:
-    """For each part, the slot's row of each of its rows. Cached, so that equal maps are one object."""
+    """Row maps of the parts: for each row of a part, the row of the slot. Cached, so that equal maps are one object."""
     rows = slot.rows(spec)
     parts = [np.full(count, -1, np.int64) for count in layout.part_rows(spec, rows)]
     for whole, part in layout.pairs(np.arange(rows, dtype=np.int64), parts, spec):
         part[...] = whole
     if not np.array_equal(np.sort(np.concatenate(parts)), np.arange(rows)):
-        raise ConversionError(f"layout {layout.name!r} does not cover the {rows} rows of {slot.name} once each")
+        raise ConversionError(
+            f"layout {layout.name!r} does not cover each of the {rows} rows of {slot.name} exactly once"
+        )
     for part in parts:
-        part.flags.writeable = False  # shared by all who ask
+        part.flags.writeable = False  # cached, so shared by all callers
     return tuple(parts)

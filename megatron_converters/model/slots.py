@@ -1,6 +1,6 @@
 """The hub's vocabulary: every kind of tensor a GPT can have, its shape, and how tensor parallelism cuts it.
 
-A slot's tensor is Megatron's, whole: unsharded, without vocabulary padding, query groups packed, gate above up.
+A slot's tensor is Megatron's whole tensor: unsharded, without vocabulary padding, query groups packed, gate above up.
 Shapes and cuts: Megatron-LM core_v0.16.1, megatron/core/transformer/{attention,mlp}.py and core/tensor_parallel/layers.py.
 """
 
@@ -49,9 +49,9 @@ def _always(_: ModelSpec) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class Slot:
-    """One kind of tensor, of which there is one object in a process.
+    """One kind of tensor; each kind is one object per process.
 
-    `cols` is None for vectors. `blocks` are stacked along dim 0 and cut each on its own.
+    `cols` is None for vectors. `blocks` are stacked along dim 0 and are cut separately.
     """
 
     name: str
@@ -63,9 +63,9 @@ class Slot:
     blocks: int = 1
     vocab: bool = False
     layers: Layers = Layers.ALL
-    #: Never rounded below what the source holds, since small differences change which expert is chosen.
+    #: Never rounded below the source's precision, since small differences change which expert is chosen.
     keeps_precision: bool = False
-    #: One tensor for each expert; cut by expert-tensor instead of tensor parallelism.
+    #: One tensor per expert; cut by expert-tensor parallelism instead of tensor parallelism.
     expert: bool = False
 
     def shape(self, spec: ModelSpec) -> tuple[int, ...]:
@@ -78,7 +78,7 @@ class Slot:
 
 
 class Ref(NamedTuple):
-    """One tensor of one model: the only address that endpoints exchange.
+    """Address of one tensor of a model: the only address that endpoints exchange.
 
     `layer` counts from 0 over all stages, `expert` over all ranks.
     """

@@ -1,4 +1,4 @@
-"""What a model is, in numbers: the sizes and switches that decide its tensors and its arithmetic.
+"""Model description: the sizes and switches that decide a model's tensors and its arithmetic.
 
 Field names are Megatron-LM's argument names where it has one.
 """
@@ -13,26 +13,26 @@ from typing import Any, TypeGuard
 from ..basics.dtypes import DType, dtype_named
 from ..basics.errors import ConversionError
 
-#: Rows or columns that no model's tensor has, so that a damaged size asks for no memory.
-_BEYOND = 1 << 27
+#: More rows or columns than any model's tensor has, so that a damaged size allocates no memory.
+_TOO_LARGE = 1 << 27
 
 
 def number(value: Any, name: str) -> float:
-    """The value of a field called `name`, which must be a finite number: configurations are written by hand, too."""
+    """Value of the field `name`, which must be a finite number; a hand-written configuration may hold anything."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= sys.float_info.max:
         shown = repr(value)
         raise ConversionError(f"{name} is {shown if len(shown) < 80 else shown[:40] + '…'}; it must be a number")
     return float(value)
 
 
-def whole(value: Any) -> TypeGuard[int]:
-    """Whether a value is a whole number, as a truth value is not."""
+def is_whole(value: Any) -> TypeGuard[int]:
+    """Whether a value is an integer and not a bool."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """How rotary frequencies are stretched. `kind` is "llama3" or "linear"; the last three belong to llama3 alone."""
+    """Scaling of rotary frequencies. `kind` is "llama3" or "linear"; the last three fields apply to llama3 only."""
 
     kind: str
     factor: float
@@ -70,11 +70,11 @@ class ModelSpec:
     sliding_window_from: int = 0
     initializer_range: float = 0.02
     attention_dropout: float = 0.0
-    #: 0 for a dense model. What follows belongs to a mixture of experts.
+    #: 0 for a dense model. The fields from here on describe a mixture of experts.
     num_experts: int = 0
     moe_ffn_hidden_size: int = 0
     moe_router_topk: int = 0
-    #: Softmax over all experts before the choice, as opposed to over the chosen.
+    #: Softmax over all experts before the top-k choice, instead of over the chosen experts after it.
     moe_router_pre_softmax: bool = False
     moe_aux_loss_coeff: float = 0.0
     shared_ffn_hidden_size: int = 0
@@ -87,7 +87,7 @@ class ModelSpec:
         return self.num_experts > 0 and layer not in self.dense_layers
 
     def __post_init__(self) -> None:
-        """Refuse sizes that no model can have, so that later arithmetic need not doubt them."""
+        """Refuse sizes that no model can have, so that later code need not check them."""
         positive: tuple[str, ...] = (
             "num_layers",
             "hidden_size",
@@ -95,18 +95,18 @@ class ModelSpec:
             "num_attention_heads",
             "num_query_groups",
         )
-        if not whole(self.num_experts) or self.num_experts < 0:
+        if not is_whole(self.num_experts) or self.num_experts < 0:
             raise ConversionError(f"num_experts is {self.num_experts!r}; it must be a whole number, 0 for none")
         if self.num_experts:
             positive += ("num_experts", "moe_ffn_hidden_size", "moe_router_topk")
         for name in (*positive, "kv_channels", "vocab_size", "max_position_embeddings"):
             value = getattr(self, name)
-            if not whole(value) or value < 1:
+            if not is_whole(value) or value < 1:
                 raise ConversionError(f"{name} is {value!r}; it must be a whole number above 0")
         for name in (*positive, "kv_channels", "vocab_size"):
-            if getattr(self, name) >= _BEYOND:
+            if getattr(self, name) >= _TOO_LARGE:
                 raise ConversionError(f"{name} is {getattr(self, name)!r:.40}, which no model has")
-        if self.num_attention_heads * self.kv_channels >= _BEYOND:
+        if self.num_attention_heads * self.kv_channels >= _TOO_LARGE:
             raise ConversionError(
                 f"{self.num_attention_heads} attention heads of {self.kv_channels} are more than any model has"
             )
@@ -117,7 +117,7 @@ class ModelSpec:
             if not isinstance(getattr(self, name), bool):
                 raise ConversionError(f"{name} is {getattr(self, name)!r}; it must be true or false")
         window = self.sliding_window
-        if window is not None and (not whole(window) or window < 1):
+        if window is not None and (not is_whole(window) or window < 1):
             raise ConversionError(f"sliding_window is {window!r}; it must be a whole number above 0, or null for none")
         if self.num_attention_heads % self.num_query_groups:
             raise ConversionError(
@@ -127,7 +127,7 @@ class ModelSpec:
 
     def _check_experts(self) -> None:
         shared, dense = self.shared_ffn_hidden_size, self.dense_layers
-        if not whole(shared) or shared < 0:
+        if not is_whole(shared) or shared < 0:
             raise ConversionError(
                 f"shared_ffn_hidden_size is {shared!r}; it must be a whole number above 0, or 0 for none"
             )
@@ -135,7 +135,7 @@ class ModelSpec:
             raise ConversionError(
                 f"moe_router_topk is {self.moe_router_topk}, but there are {self.num_experts} experts"
             )
-        if not all(whole(layer) and 0 <= layer < self.num_layers for layer in dense):
+        if not all(is_whole(layer) and 0 <= layer < self.num_layers for layer in dense):
             raise ConversionError(f"dense_layers is {list(dense)}; they must be layers from 0 to {self.num_layers - 1}")
 
     def to_dict(self) -> dict[str, Any]:

@@ -1,6 +1,6 @@
-"""Where each tensor of a model lies over the ranks of one set of sizes.
+"""Placement of a model's tensors on ranks, for one set of parallel sizes.
 
-What is the same for all layers and experts, such as the shares of a slot, is worked out once.
+What is equal for all layers and experts, such as the shares of a slot, is computed once.
 """
 
 from __future__ import annotations
@@ -10,21 +10,22 @@ from typing import NamedTuple
 
 from ..model.slots import Ref, Slot
 from ..model.spec import ModelSpec
-from .ranks import Cut, Parallel, Rank, homes
+from .ranks import Cut, Parallel, Rank, locations
 
 
 class Share(NamedTuple):
-    """Part of a slot that a rank holds; `number` is equal for ranks that hold the same."""
+    """Part of a slot that a rank holds; `number` is equal for ranks that hold the same part."""
 
     rank: Rank
     cut: Cut
     number: int
 
 
-class Home(NamedTuple):
-    """Pipeline stage that holds a tensor, as `slot`. Layer and expert are numbers on the rank, `shares` those of its ranks.
+class Location(NamedTuple):
+    """Pipeline stage that holds a tensor, and the slot that the tensor is there; `shares` are those of the stage's ranks.
 
-    `prefix` tells the tensor from one of the same key in another model of its rank.
+    `layer` and `expert` are numbers on the rank. `prefix` distinguishes the tensor from one with the same key in another
+    model of its rank.
     """
 
     stage: int
@@ -35,12 +36,12 @@ class Home(NamedTuple):
     shares: tuple[Share, ...]
 
     def key(self, template: str, global_expert: int | None) -> str:
-        """The tensor's key on these ranks, by a template of `megatron_names`."""
+        """Key of the tensor on these ranks, from a template of Megatron names."""
         return self.prefix + template.format(layer=self.layer, expert=self.expert, global_expert=global_expert)
 
 
 class Placement:
-    """Homes of all tensors of a model that is cut by `parallel`; `padded` counts embedding rows with padding."""
+    """Locations of all tensors of a model that is cut by `parallel`; `padded` counts embedding rows with padding."""
 
     def __init__(self, spec: ModelSpec, parallel: Parallel, padded: int) -> None:
         self._spec, self._parallel, self._padded = spec, parallel, padded
@@ -48,27 +49,27 @@ class Placement:
         self._stages = [parallel.place(layer)[0] for layer in range(spec.num_layers)]
         self._prefixes = [parallel.prefix(stage) for stage in range(len(parallel.stages))]
 
-    def homes(self, ref: Ref) -> Iterator[Home]:
-        """Where a tensor lies: one stage, or for tied embeddings two."""
+    def locations(self, ref: Ref) -> Iterator[Location]:
+        """Locations of a tensor: one stage, or two for tied embeddings."""
         parallel = self._parallel
         local = parallel.local_expert(ref.expert, self._spec.num_experts)
         ep = self._ep(ref)
-        for stage, slot, layer in homes(ref, self._spec, parallel):
-            yield Home(
-                stage, self._prefixes[stage], slot, layer, local, self._shares_of(ref.slot, stage % parallel.pp, ep)
+        for stage, slot, layer in locations(ref, self._spec, parallel):
+            yield Location(
+                stage, self._prefixes[stage], slot, layer, local, self._stage_shares(ref.slot, stage % parallel.pp, ep)
             )
 
     def shares(self, ref: Ref) -> tuple[Share, ...]:
-        """The shares on the first stage that holds a tensor."""
-        stage = next(homes(ref, self._spec, self._parallel))[0] if ref.layer is None else self._stages[ref.layer]
-        return self._shares_of(ref.slot, stage % self._parallel.pp, self._ep(ref))
+        """Shares on the first stage that holds a tensor."""
+        stage = next(locations(ref, self._spec, self._parallel))[0] if ref.layer is None else self._stages[ref.layer]
+        return self._stage_shares(ref.slot, stage % self._parallel.pp, self._ep(ref))
 
     def _ep(self, ref: Ref) -> int | None:
-        """The expert-parallel number of the ranks that hold an expert."""
+        """Expert-parallel number of the ranks that hold an expert."""
         return None if ref.expert is None else ref.expert // (self._spec.num_experts // self._parallel.ep)
 
-    def _shares_of(self, slot: Slot, pp: int, ep: int | None) -> tuple[Share, ...]:
-        """The shares on the ranks of pipeline stage `pp`: on all, or for an expert on those of one expert-parallel number."""
+    def _stage_shares(self, slot: Slot, pp: int, ep: int | None) -> tuple[Share, ...]:
+        """Shares of the ranks with pipeline number `pp`: of all, or for an expert of those with expert-parallel number `ep`."""
         key = slot, pp, ep
         if key not in self._shares:
             parallel = self._parallel

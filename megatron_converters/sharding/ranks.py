@@ -20,7 +20,7 @@ from ..basics.errors import ConversionError, UsageError
 from ..model.layouts import RowMap, interned
 from ..model.slots import Ref, Scope, Shard, Slot
 from ..model.spec import ModelSpec
-from .stages import EVEN, PipelineSplit, any_of, stage_layers
+from .stages import EVEN, PipelineSplit, alternatives, stage_layers
 
 
 class Rank(NamedTuple):
@@ -53,15 +53,15 @@ class Parallel:
 
     @property
     def entries(self) -> tuple[str, ...]:
-        """The entries of a rank's file that hold its models, in the order of its stages."""
+        """Entries of a rank's file that hold its models, in the order of its stages."""
         return ("model",) if self.vpp == 1 else tuple(f"model{number}" for number in range(self.vpp))
 
     def prefix(self, stage: int) -> str:
-        """What tells a tensor of this stage from one of the same key in another model of its rank."""
+        """Prefix that distinguishes a tensor of this stage from one with the same key in another model of its rank."""
         return "" if self.vpp == 1 else f"{self.entries[stage // self.pp]}."
 
     def place(self, layer: int) -> tuple[int, int]:
-        """The stage of a layer and its number there."""
+        """Stage of a layer, and the layer's number on it."""
         stage = bisect_right(self._ends, layer)
         if stage == len(self.stages):
             raise ConversionError(f"layer {layer} is beyond the {sum(self.stages)} layers of the model")
@@ -69,7 +69,7 @@ class Parallel:
 
     @cached_property
     def _ends(self) -> list[int]:
-        """For each stage, the number of layers up to its end."""
+        """Number of layers up to the end of each stage."""
         return list(accumulate(self.stages))
 
     def ranks(self, stage: int) -> tuple[Rank, ...]:
@@ -83,7 +83,7 @@ class Parallel:
         return tuple(dict.fromkeys(found))
 
     def directory(self, rank: Rank) -> str:
-        """The directory of one rank. With one pipeline stage, the last number is the expert-parallel one."""
+        """Directory name of a rank. With one pipeline stage, the last number is the expert-parallel one."""
         pp = "" if self.pp == 1 else f"_{rank.pp:03d}"
         ep = "" if self.ep == 1 else f"_{rank.ep:03d}"
         return f"mp_rank_{rank.tp:02d}{pp}{ep}"
@@ -102,14 +102,14 @@ class Parallel:
         return cut(slot, spec, ways, index, padded)
 
     def share_number(self, slot: Slot, rank: Rank) -> int:
-        """Equal for ranks that hold the same share."""
+        """Number of a rank's share, equal for ranks that hold the same."""
         return 0 if not slot.shard.cuts else rank.etp if slot.expert else rank.tp
 
 
-def homes(ref: Ref, spec: ModelSpec, parallel: Parallel) -> Iterator[tuple[int, str, int | None]]:
-    """Where a ref lies: stage, the slot as which it lies there, and the layer's number on the stage.
+def locations(ref: Ref, spec: ModelSpec, parallel: Parallel) -> Iterator[tuple[int, str, int | None]]:
+    """Stage, slot name and local layer number of each place that holds a ref.
 
-    Tied embeddings also end the last stage, as its output layer.
+    Tied embeddings are also the output layer of the last stage.
     """
     last = len(parallel.stages) - 1
     if ref.layer is not None:
@@ -133,9 +133,9 @@ def parallel_for(
     *,
     directories: bool = True,
 ) -> Parallel:
-    """Check that these sizes can cut this model and say how; the error names the sizes that can.
+    """Check that these sizes can cut this model and return the cut; the error names the sizes that can.
 
-    `etp` is `tp` where it is None. `directories` says that each rank needs an `mp_rank_*` directory of its own.
+    `etp` None means `tp`. With `directories`, each rank needs an `mp_rank_*` directory of its own.
     """
     if tp < 1 or pp < 1:
         raise ConversionError(f"tensor- and pipeline-parallel sizes must be at least 1, not {tp} and {pp}")
@@ -143,7 +143,7 @@ def parallel_for(
         fitting = [size for size in range(1, spec.num_attention_heads + 1) if _tp_fits(spec, size)]
         raise ConversionError(
             f"{spec.num_attention_heads} attention heads of {spec.kv_channels} in {spec.num_query_groups} query groups "
-            f"and an MLP of {spec.ffn_hidden_size} cannot be cut over tp={tp}; use tp {any_of(fitting)}"
+            f"and an MLP of {spec.ffn_hidden_size} cannot be cut over tp={tp}; use tp {alternatives(fitting)}"
         )
     stages = stage_layers(spec.num_layers, pp, split)
     vpp = len(stages) // pp
@@ -160,7 +160,7 @@ def _with_experts(spec: ModelSpec, parallel: Parallel, directories: bool) -> Par
     experts, ep, etp = spec.num_experts, parallel.ep, parallel.etp
     if ep < 1 or etp < 1 or experts % ep:
         fitting = [size for size in range(1, experts + 1) if experts % size == 0]
-        raise ConversionError(f"{experts} experts cannot be spread over ep={ep}; use ep {any_of(fitting)}")
+        raise ConversionError(f"{experts} experts cannot be spread over ep={ep}; use ep {alternatives(fitting)}")
     if spec.moe_ffn_hidden_size % etp:
         raise ConversionError(f"experts with an MLP of {spec.moe_ffn_hidden_size} cannot be cut over etp={etp}")
     if spec.shared_ffn_hidden_size % parallel.tp:
@@ -180,9 +180,9 @@ def _own_directories(parallel: Parallel) -> bool:
 
 
 def kept_etp(source: Parallel | None, tp: int, ep: int) -> int | None:
-    """The source's expert-tensor-parallel size if it has one of its own and these sizes allow it; else None, which means `tp`.
+    """Expert-tensor-parallel size to keep from the source, if these sizes allow it; else None, which means `tp`.
 
-    One that equals the source's `tp` is Megatron-LM's default, and follows the new `tp`.
+    A size equal to the source's `tp` is Megatron-LM's default and is not kept: it follows the new `tp`.
     """
     if source is None or source.etp == source.tp or not _own_directories(Parallel(tp, (0,), ep=ep, etp=source.etp)):
         return None
@@ -206,9 +206,9 @@ def padded_vocab(vocab: int, divisor: int, tp: int) -> int:
 
 @dataclass(frozen=True, eq=False)
 class Cut:
-    """One rank's share of a slot: its shape, the slot's row of each of its rows, its first column.
+    """Share of a slot on one rank: its shape, the slot row of each of its rows, and its first column.
 
-    Rows of vocabulary padding are `padding` rows at the end; `rows` is -1 there.
+    The last `padding` rows are vocabulary padding; `rows` is -1 there.
     """
 
     shape: tuple[int, ...]
@@ -219,20 +219,20 @@ class Cut:
 
 @lru_cache(maxsize=4096)
 def cut(slot: Slot, spec: ModelSpec, tp: int, rank: int, padded: int) -> Cut:
-    """Rank `rank`'s share of `slot`. `padded` counts embedding rows with padding. Cached: equal maps are one object."""
+    """Share of `slot` on rank `rank`. `padded` counts embedding rows with padding. Cached, so that equal maps are one object."""
     rows, cols = slot.matrix(spec)
     if slot.shard is Shard.ROW:
-        width = _share(slot, cols, tp)
+        width = _share_size(slot, cols, tp)
         return Cut((rows, width), _all_rows(rows), rank * width)
     if slot.shard is Shard.REPLICATED:
         return Cut(slot.shape(spec), _all_rows(rows), 0)
     total = padded if slot.vocab else rows
-    share = _share(slot, total, tp * slot.blocks)
-    mine = np.arange(total, dtype=np.int64).reshape(slot.blocks, tp, share)[:, rank].ravel()
-    mine[mine >= rows] = -1
-    mine.flags.writeable = False  # shared by all who ask
-    shape = (mine.size,) if slot.cols is None else (mine.size, cols)
-    return Cut(shape, mine, 0, int(np.count_nonzero(mine < 0)))
+    share = _share_size(slot, total, tp * slot.blocks)
+    row_map = np.arange(total, dtype=np.int64).reshape(slot.blocks, tp, share)[:, rank].ravel()
+    row_map[row_map >= rows] = -1
+    row_map.flags.writeable = False  # cached, so shared by all callers
+    shape = (row_map.size,) if slot.cols is None else (row_map.size, cols)
+    return Cut(shape, row_map, 0, int(np.count_nonzero(row_map < 0)))
 
 
 @lru_cache(maxsize=256)
@@ -242,19 +242,19 @@ def _all_rows(rows: int) -> RowMap:
 
 @lru_cache(maxsize=4096)
 def boxes(slot: Slot, spec: ModelSpec, ways: int, index: int, padded: int) -> tuple[tuple[int, int, int, int], ...]:
-    """A rank's share as boxes of the whole tensor, padding included: first row, rows, first column, columns of each."""
+    """Share of a rank as boxes of the whole tensor, padding included: (first row, rows, first column, columns) of each."""
     rows, cols = slot.matrix(spec)
     if slot.shard is Shard.ROW:
-        width = _share(slot, cols, ways)
+        width = _share_size(slot, cols, ways)
         return ((0, rows, index * width, width),)
     if slot.shard is Shard.REPLICATED:
         return ((0, rows, 0, cols),)
-    block = _share(slot, padded if slot.vocab else rows, slot.blocks)
-    share = _share(slot, block, ways)
+    block = _share_size(slot, padded if slot.vocab else rows, slot.blocks)
+    share = _share_size(slot, block, ways)
     return tuple((number * block + index * share, share, 0, cols) for number in range(slot.blocks))
 
 
-def _share(slot: Slot, size: int, ways: int) -> int:
+def _share_size(slot: Slot, size: int, ways: int) -> int:
     if size % ways:
         raise ConversionError(
             f"{slot.name}: {size} cannot be cut {ways} ways; choose a tensor-parallel size that divides it"

@@ -1,4 +1,4 @@
-"""How layers are spread over pipeline stages, virtual ones included.
+"""Distribution of layers over pipeline stages, including virtual ones.
 
 Sources: Megatron-LM core_v0.16.1, `get_num_layers_to_build` (core/transformer/transformer_block.py),
 `TransformerConfig.__post_init__`, core/transformer/pipeline_parallel_layer_layout.py, `validate_args` (training/arguments.py).
@@ -39,7 +39,7 @@ def stage_layers(num_layers: int, pp: int, split: PipelineSplit) -> tuple[int, .
         return _layout_stages(num_layers, pp, split)
     explicit = split.first is not None or split.last is not None
     ranks = _explicit_ranks(num_layers, pp, split) if explicit else _even_ranks(num_layers, pp, split)
-    vpp = _virtual(ranks, split)
+    vpp = _virtual_stages(ranks, split)
     if vpp < 1 or (vpp > 1 and pp == 1) or any(count % vpp for count in ranks):
         raise ConversionError(
             f"pipeline ranks of {', '.join(map(str, ranks))} layers cannot hold {vpp} virtual stages each; "
@@ -53,14 +53,14 @@ def stage_layers(num_layers: int, pp: int, split: PipelineSplit) -> tuple[int, .
     return tuple(stages)
 
 
-def _virtual(ranks: list[int], split: PipelineSplit) -> int:
-    """Stages on each rank; 0 where the layers of a stage are said and do not divide those of a rank."""
+def _virtual_stages(ranks: list[int], split: PipelineSplit) -> int:
+    """Number of stages on each rank; 0 if the given layers of a stage do not divide those of a rank."""
     if split.per_virtual is None:
         return 1 if split.virtual is None else split.virtual
     if split.virtual is not None or split.first is not None or split.last is not None:
         raise ConversionError(
-            "a number of layers for each virtual stage excludes a number of virtual stages and numbers of layers for the "
-            "first or last stage; give the number of virtual stages alone"
+            "the number of layers of each virtual stage cannot be given together with the number of virtual stages or with the "
+            "layers of the first or last stage; give only the number of virtual stages"
         )
     return 0 if ranks[0] % split.per_virtual else ranks[0] // split.per_virtual
 
@@ -75,7 +75,7 @@ def _even_ranks(num_layers: int, pp: int, split: PipelineSplit) -> list[int]:
 def _explicit_ranks(num_layers: int, pp: int, split: PipelineSplit) -> list[int]:
     if split.embedding or split.loss:
         raise ConversionError(
-            "a number of layers for the first or last stage excludes account-for-embedding/loss; give one or the other"
+            "the layers of the first or last stage cannot be given together with account-for-embedding/loss; give one or the other"
         )
     ends = [count for count in (split.first, split.last) if count is not None]
     middle_stages, middle_layers = pp - len(ends), num_layers - sum(ends)
@@ -89,7 +89,7 @@ def _explicit_ranks(num_layers: int, pp: int, split: PipelineSplit) -> list[int]
         )
     if middle_stages == 0 and (split.virtual or 1) > 1:  # `get_transformer_layer_offset` divides by the stages between
         raise ConversionError(
-            "Megatron-LM has no virtual stages where the layers of all ranks are said; use --pipeline-model-parallel-layout"
+            "Megatron-LM has no virtual stages if the layers of all ranks are given; use --pipeline-model-parallel-layout"
         )
     middle = [middle_layers // middle_stages] * middle_stages if middle_stages else []
     head = [] if split.first is None else [split.first]
@@ -101,23 +101,23 @@ def _uneven(num_layers: int, pp: int, total: int, suggest: bool) -> str:
     fitting = [size for size in range(1, num_layers + 1) if total % size == 0]
     last = num_layers - (pp - 1) * -(-num_layers // pp)
     remedy = f" or --decoder-last-pipeline-num-layers {last}" if suggest and pp > 1 and last > 0 else ""
-    return f"{num_layers} layers cannot be cut evenly over pp={pp}; use pp {any_of(fitting)}{remedy}"
+    return f"{num_layers} layers cannot be cut evenly over pp={pp}; use pp {alternatives(fitting)}{remedy}"
 
 
-def any_of(sizes: list[int]) -> str:
-    """A list of sizes in words."""
+def alternatives(sizes: list[int]) -> str:
+    """Sizes as text, such as "1, 2 or 4"."""
     return " or ".join(filter(None, [", ".join(map(str, sizes[:-1])), str(sizes[-1])]))
 
 
 #: `(x|y)*3` and `t*3`, as `PipelineParallelLayerLayout.parse_str_to_list` unrolls them, in this order.
 _REPEATS = (re.compile(r"\(([^)]+)\)\*(\d+)"), re.compile(r"(.)\*(\d+)"))
 _EMBEDDING, _LOSS, _LAYER = "ELt"
-#: Far above any model; what a layout says is unrolled.
+#: Most entries of a layout, far above any model's, since its repeats are unrolled.
 _MAX_UNROLLED = 100_000
 
 
 def layout_entries(layout: str) -> list[str]:
-    """What each stage of a `--pipeline-model-parallel-layout` holds, one letter each: E, t, L."""
+    """Entries of each stage of a `--pipeline-model-parallel-layout`, one letter each: E, t, L."""
     text = layout.replace(",", "")
     for pattern in _REPEATS:
         if sum(len(match[1]) * int(match[2]) for match in pattern.finditer(text)) > _MAX_UNROLLED:
@@ -127,7 +127,7 @@ def layout_entries(layout: str) -> list[str]:
 
 
 def stages_per_rank(pp: int, split: PipelineSplit) -> int:
-    """How many virtual stages each of `pp` ranks has, as far as that can be said without the number of layers."""
+    """Virtual stages of each of `pp` ranks, as far as they are known without the number of layers."""
     if split.layout is None:
         return split.virtual or 1
     stages = len(layout_entries(split.layout))
@@ -140,7 +140,9 @@ def stages_per_rank(pp: int, split: PipelineSplit) -> int:
 
 def _layout_stages(num_layers: int, pp: int, split: PipelineSplit) -> tuple[int, ...]:
     if PipelineSplit(layout=split.layout, virtual=split.virtual) != split:
-        raise ConversionError("a pipeline layout excludes every other option about pipeline stages; give it alone")
+        raise ConversionError(
+            "a pipeline layout cannot be combined with any other option about pipeline stages; give it alone"
+        )
     stages = layout_entries(split.layout or "")
     faults = list(_layout_faults(stages, num_layers, pp))
     if split.virtual is not None and len(stages) != pp * split.virtual:
@@ -151,20 +153,20 @@ def _layout_stages(num_layers: int, pp: int, split: PipelineSplit) -> tuple[int,
 
 
 def _layout_faults(stages: list[str], num_layers: int, pp: int) -> list[str]:
-    everything = "".join(stages)
+    entries = "".join(stages)
     faults = []
-    if "m" in everything:
+    if "m" in entries:
         faults.append("it places multi-token prediction layers, which are not supported")
-    if unknown := sorted(set(everything) - {_EMBEDDING, _LOSS, _LAYER, "m"}):
+    if unknown := sorted(set(entries) - {_EMBEDDING, _LOSS, _LAYER, "m"}):
         faults.append(f"it has {', '.join(map(repr, unknown))}; known are E (embedding), t (layer) and L (loss)")
     if pp == 1 and len(stages) > 1:
         faults.append("several stages on each rank need a pipeline-parallel size above 1")
     if len(stages) % pp:
         faults.append(f"it has {len(stages)} stages, which pp={pp} does not divide")
-    if everything.count(_LAYER) != num_layers:
-        faults.append(f"it has {everything.count(_LAYER)} layers, the model {num_layers}")
-    if everything.count(_EMBEDDING) != 1 or not stages[0].startswith(_EMBEDDING):
-        faults.append("the embedding must come once, as the first of the first stage")
-    if everything.count(_LOSS) != 1 or not stages[-1].endswith(_LOSS):
-        faults.append("the loss must come once, as the last of the last stage")
+    if entries.count(_LAYER) != num_layers:
+        faults.append(f"it has {entries.count(_LAYER)} layers, the model {num_layers}")
+    if entries.count(_EMBEDDING) != 1 or not stages[0].startswith(_EMBEDDING):
+        faults.append("the embedding must come once, as the first entry of the first stage")
+    if entries.count(_LOSS) != 1 or not stages[-1].endswith(_LOSS):
+        faults.append("the loss must come once, as the last entry of the last stage")
     return faults

@@ -9,14 +9,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ...assets.origin import Origin, identity_of
+from ...assets.origin import Origin, file_identities
 from ...basics.dtypes import DType
 from ...basics.errors import ConversionError, one_line, raise_all
 from ...basics.json_files import read_json
 from ...conversion.composing import Piece, Sources, StoredName
 from ...conversion.endpoint import first_dtype
 from ...families import FAMILIES
-from ...families.config_json import spec_of_config
+from ...families.config_json import spec_from_config
 from ...families.table import Family
 from ...model.layouts import row_maps
 from ...model.slots import SLOTS, Ref, refs
@@ -43,7 +43,7 @@ class HFSource:
             )
         config = read_json(folder / "config.json")
         tensors = read_tensors(folder)
-        spec = spec_of_config(config, ignored_config)
+        spec = spec_from_config(config, ignored_config)
         if untie:
             spec = dataclasses.replace(spec, tied=False)
         family = FAMILIES[spec.family]
@@ -58,7 +58,7 @@ class HFSource:
             generation_config=read_json(generation) if generation.exists() else None,
             tokenizer=str(folder) if _has_tokenizer(folder) else None,
             ignored=[f"{name} (no weight)" for name in sorted(tensors) if name.endswith(family.ignored_suffixes)],
-            identity=identity_of(folder, files),
+            identity=file_identities(folder, files),
         )
 
     def dtype_of(self, ref: Ref) -> DType:

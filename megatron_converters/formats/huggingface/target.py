@@ -13,7 +13,14 @@ from typing import Any
 
 from ...assets import capacity_bins
 from ...assets.origin import Origin
-from ...assets.tokenizer import generation_config, recorded, token_ids, token_ids_of, tokenizer_files, write_tokenizer
+from ...assets.tokenizer import (
+    generation_config,
+    recorded_name,
+    token_ids,
+    tokenizer_files,
+    tokenizer_token_ids,
+    write_tokenizer,
+)
 from ...assets.training_args import margs_to_json
 from ...basics.dtypes import DType
 from ...basics.errors import ConversionError, UsageError
@@ -123,7 +130,7 @@ class HFTarget:
         options = {
             **dataclasses.asdict(self._options),
             "overwrite": None,
-            "tokenizer": recorded(self._options.tokenizer),
+            "tokenizer": recorded_name(self._options.tokenizer),
             "format": "hf",
             "dtype": self._spec.dtype.name,
         }
@@ -240,7 +247,7 @@ class HFTarget:
         typical = token_ids(self._model_type, options.instruct)
         if configured or (typical and (options.instruct or options.source_model_type is not None)):
             return typical, []
-        found = token_ids_of(folder)
+        found = tokenizer_token_ids(folder)
         ids = {"bos_token_id": None, "eos_token_id": None, **(found or typical)}
         if not found and not typical:
             return ids, ["config.json names no begin and end tokens, since no tokenizer tells them"]
@@ -253,7 +260,7 @@ class HFTarget:
         if bins is None:
             return ["warning: there are no capacity bins to save"] if wanted else []
         if not wanted:
-            return [capacity_bins.left_out(bins, "--save-capacity-bins")]
+            return [capacity_bins.left_out_note(bins, "--save-capacity-bins")]
         if parallel is not None:
             capacity_bins.check(bins, self._spec, parallel)
         capacity_bins.write(bins, folder / capacity_bins.FILE)

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...assets.capacity_bins import CAPACITY_BINS, of_ranks
-from ...assets.origin import identity_of
+from ...assets.capacity_bins import CAPACITY_BINS, from_rank_files
+from ...assets.origin import file_identities
 from ...basics.dtypes import DType
 from ...basics.errors import ConversionError, one_line, raise_all
 from ...conversion.composing import Piece, Sources, StoredName
@@ -82,8 +82,8 @@ class MegatronSource:
             first.get("iteration"),
             parallel=self.parallel,
             notes=notes,
-            identity=identity_of(self._dir, [self._dir / file.where / FILE for file in self._ranks.values()]),
-            capacity_bins=of_ranks(
+            identity=file_identities(self._dir, [self._dir / file.where / FILE for file in self._ranks.values()]),
+            capacity_bins=from_rank_files(
                 str(self._dir), self.parallel, {rank: file.tensors for rank, file in self._ranks.items()}
             ),
         )
@@ -168,7 +168,7 @@ class MegatronSource:
         for ref in refs(self.spec):
             shares: dict[int, Piece] = {}
             copies: list[Piece] = []
-            for home in placement.homes(ref):
+            for home in placement.locations(ref):
                 names = tuple(home.prefix + key for key in keys(home.slot, home.layer, home.expert, ref.expert))
                 for share in home.shares:
                     piece = self._piece(ref, share, names, unused, problems)

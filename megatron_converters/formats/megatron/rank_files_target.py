@@ -52,7 +52,7 @@ class MegatronTarget(CheckpointTarget):
         ranks = [rank for stage in range(parallel.pp) for rank in parallel.ranks(stage)]
         self._files = {rank: f"{parallel.directory(rank)}/{FILE}" for rank in ranks}
         groups = self._groups(ranks)
-        given = {rank: {} if self._bins is None else dict(self._bins.on(rank, parallel)) for rank in ranks}
+        given = {rank: {} if self._bins is None else dict(self._bins.on_rank(rank, parallel)) for rank in ranks}
         layouts: dict[tuple[int, tuple[_Stored, ...]], FileLayout] = {}
         files = {}
         for rank in ranks:
@@ -68,7 +68,7 @@ class MegatronTarget(CheckpointTarget):
     def fills(self, ref: Ref) -> Iterator[Fill]:
         """The slot's share on every rank that holds it."""
         dtype, transposed = self._dtype_of(ref), self._stacks(ref)
-        for home in self._placement.homes(ref):
+        for home in self._placement.locations(ref):
             key = home.key(self._names[home.slot], ref.expert)
             for rank, cut, _ in home.shares:
                 rows = resolve_padding(cut, self._spec.vocab_size)
@@ -80,7 +80,7 @@ class MegatronTarget(CheckpointTarget):
         groups: dict[tuple[int, int], _Group] = {(rank.pp, rank.ep): {} for rank in ranks}
         for ref in refs(self._spec):
             parts = self._spec.num_experts // self._parallel.ep if self._stacks(ref) else 1
-            for home in self._placement.homes(ref):
+            for home in self._placement.locations(ref):
                 key = home.key(self._names[home.slot], ref.expert)
                 stored = _Stored(self._tensor(ref, key, home.shares[0].cut.shape, parts), parts)
                 for group in dict.fromkeys((share.rank.pp, share.rank.ep) for share in home.shares):

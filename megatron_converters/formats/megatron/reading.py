@@ -14,8 +14,8 @@ from ...assets.origin import Origin
 from ...basics.dtypes import DType
 from ...basics.errors import ConversionError, Unclear, UsageError, one_line, reason_of
 from ...basics.json_files import read_json
-from ...families.config_json import differences, infer_family, spec_of_config
-from ...model.spec import ModelSpec, whole
+from ...families.config_json import differences, infer_family, spec_from_config
+from ...model.spec import ModelSpec, is_whole
 from ...sharding.ranks import Parallel, padded_vocab
 from ...sharding.stages import PipelineSplit, stages_per_rank
 from ...storage import dcp
@@ -143,7 +143,7 @@ def describe(
 def _recorded_spec(config: Mapping[str, Any]) -> ModelSpec:
     """The model of a recorded configuration, whatever unknown fields its user vouched for."""
     try:
-        return spec_of_config(config, ignored=config)
+        return spec_from_config(config, ignored=config)
     except ConversionError as error:
         raise ConversionError(
             f"the configuration that a conversion recorded in the args is no model's: {error}; name a reference with "
@@ -165,7 +165,7 @@ def _updated(recorded: ModelSpec, fields: Mapping[str, Any]) -> ModelSpec:
 
 def _reference(folder: Path, args: argparse.Namespace, dtype: DType, vocab: int | None) -> tuple[ModelSpec, list[str]]:
     config = read_json(folder / "config.json")
-    spec = dataclasses.replace(spec_of_config(config), dtype=dtype)
+    spec = dataclasses.replace(spec_from_config(config), dtype=dtype)
     if vocab is not None and vocab != spec.vocab_size:
         raise UsageError(
             f"--true-vocab-size {vocab} disagrees with vocab_size {spec.vocab_size} of {folder / 'config.json'}"
@@ -303,7 +303,10 @@ def _vocab_size(args: argparse.Namespace, padded: int, given: int | None) -> tup
 def _surplus_warning(args: argparse.Namespace, vocab: int, padded: int) -> list[str]:
     """What to say where padding does not explain that there are so many more rows than the args' vocabulary has."""
     divisor, tp = getattr(args, "make_vocab_size_divisible_by", None), getattr(args, "tensor_model_parallel_size", None)
-    if not (whole(divisor) and whole(tp) and divisor > 0 and tp > 0) or padded_vocab(vocab, divisor, tp) >= padded:
+    if (
+        not (is_whole(divisor) and is_whole(tp) and divisor > 0 and tp > 0)
+        or padded_vocab(vocab, divisor, tp) >= padded
+    ):
         return []
     return [
         f"warning: the args' vocab_size of {vocab} needs {padded_vocab(vocab, divisor, tp)} rows, but there are {padded}; rows "

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from ...assets.origin import identity_of
+from ...assets.origin import file_identities
 from ...basics.dtypes import DType
 from ...basics.errors import ConversionError, raise_all
 from ...basics.json_files import read_json
@@ -114,7 +114,7 @@ class TorchDistSource:
             parallel=parallel,
             notes=notes,
             ignored=[f"{key} (training state)" for key in self._index.tensors if _TRAINING.match(key)],
-            identity=identity_of(self._dir, [common_file, self._dir / dcp.METADATA, *self._index.files]),
+            identity=file_identities(self._dir, [common_file, self._dir / dcp.METADATA, *self._index.files]),
         )
 
     @property

@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 from ...assets import capacity_bins
 from ...assets.capacity_bins import CapacityBins
 from ...assets.origin import Origin
-from ...assets.tokenizer import recorded
+from ...assets.tokenizer import recorded_name
 from ...assets.training_args import inheritable, margs_to_json
 from ...basics.dtypes import DType
 from ...basics.errors import ConversionError, UsageError, raise_all
@@ -26,7 +26,7 @@ from ...basics.quantities import count
 from ...conversion.outline import Fill, Outline
 from ...conversion.staging import Staging
 from ...model.slots import SLOTS, Ref
-from ...model.spec import ModelSpec, whole
+from ...model.spec import ModelSpec, is_whole
 from ...sharding.ranks import Parallel, kept_etp, padded_vocab, parallel_for
 from ...sharding.stages import EVEN, PipelineSplit
 from ...storage.output_file import FileLayout
@@ -121,7 +121,7 @@ class CheckpointTarget(ABC):
             "release": asked.release,
             "allow_inexpressible": asked.allow_inexpressible,
             "load_capacity_bins": asked.load_capacity_bins,
-            "tokenizer": recorded(asked.tokenizer),
+            "tokenizer": recorded_name(asked.tokenizer),
         }
 
     @abstractmethod
@@ -236,7 +236,7 @@ class CheckpointTarget(ABC):
 
     def _choose_divisor(self) -> int:
         inherited = getattr(self._origin.margs, "make_vocab_size_divisible_by", None)
-        return self._options.divisor or (inherited if whole(inherited) and inherited > 0 else DEFAULT_DIVISOR)
+        return self._options.divisor or (inherited if is_whole(inherited) and inherited > 0 else DEFAULT_DIVISOR)
 
     def _choose_bins(self) -> CapacityBins | None:
         bins = self._origin.capacity_bins
@@ -256,13 +256,13 @@ class CheckpointTarget(ABC):
         if bins is None:
             return []
         if self._bins is None:
-            return [capacity_bins.left_out(bins, "--load-capacity-bins")]
+            return [capacity_bins.left_out_note(bins, "--load-capacity-bins")]
         return [f"{len(bins.tensors)} capacity-bin buffers of {bins.where} are kept"]
 
     def _make_args(self) -> dict[str, Any]:
         inherited = plain_args(inheritable(self._origin.margs))
         seq_length = seq_length_of(self._spec, inherited)
-        tokenizer = recorded(self._options.tokenizer or self._origin.tokenizer or inherited.get("tokenizer_model"))
+        tokenizer = recorded_name(self._options.tokenizer or self._origin.tokenizer or inherited.get("tokenizer_model"))
         args = {
             **RUN_DEFAULTS,
             **inherited,

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...assets.origin import Origin, identity_of
+from ...assets.origin import Origin, file_identities
 from ...basics.dtypes import DType
 from ...basics.errors import ConversionError, raise_all
 from ...basics.json_files import read_json
@@ -67,7 +67,7 @@ class MetaSource:
             (str(path) for path in (folder / "tokenizer.model", folder.parent / "tokenizer.model") if path.exists()),
             None,
         )
-        identity = identity_of(folder, [folder / "params.json", *files])
+        identity = file_identities(folder, [folder / "params.json", *files])
         self.origin = Origin(described=str(folder), tokenizer=tokenizer, identity=identity)
 
     def dtype_of(self, ref: Ref) -> DType:
