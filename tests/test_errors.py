@@ -762,7 +762,7 @@ def test_a_disk_that_is_too_small_is_found_before_writing(hf_model: HFModel, meg
             convert("--load-dir", hf_model("llama2"), "--save-dir", disk / "new" / "meg"),
             convert_back("--load-path", meg, "--save-path", disk / "new" / "hf"),
         ):
-            refused(run, disk / "new", "free; make room")
+            refused(run, disk / "new", "free; free some space")
         assert list(disk.iterdir()) == []
     finally:
         subprocess.run(["umount", disk], check=True)

@@ -14,7 +14,7 @@ import torch
 from torch.distributed.checkpoint import Metadata
 
 from megatron_converters.comparison.manifest_check import check_output
-from megatron_converters.conversion.journal import signed
+from megatron_converters.conversion.journal import with_digest
 from megatron_converters.conversion.progress import Silent
 from megatron_converters.storage import dcp
 from tests.conversions import hf_to_megatron, hf_to_torch_dist, megatron_to_hf
@@ -175,7 +175,7 @@ def test_a_manifest_of_an_earlier_version_is_checked_for_the_rest(hf_out: Path, 
         for entry in manifest["files"].values():
             for tensor in entry["tensors"].values():
                 assert tensor.pop("shape")
-        (folder / "conversion.json").write_text(json.dumps(signed(manifest)))
+        (folder / "conversion.json").write_text(json.dumps(with_digest(manifest)))
         assert not _faults(folder)
     _reshape(hf_out)
     assert _faults(hf_out) == ["model.safetensors has other bytes beside its tensors"]

@@ -115,7 +115,7 @@ def test_columns_are_cut_to_what_both_have() -> None:
 
 
 def test_look_ups_are_kept_by_identity_and_never_mixed_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("megatron_converters.conversion.composing._MAX_KEPT", 3)
+    monkeypatch.setattr("megatron_converters.conversion.composing._MAX_LOOKUPS", 3)
     planner = Planner()
     source = part([3, 2, 1, 0])
     wanted = np.array([0, 1])

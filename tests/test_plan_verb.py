@@ -105,7 +105,7 @@ def test_a_place_that_cannot_be_written_is_said_by_both(hf_model: HFModel, name:
 
 def test_a_place_that_this_user_may_not_write_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "access", lambda *_: False)
-    with pytest.raises(ConversionError, match=r"cannot be written by this user; save elsewhere"):
+    with pytest.raises(ConversionError, match=f"this user cannot write to {tmp_path}; save elsewhere"):
         check_place(tmp_path / "below")
 
 
@@ -166,7 +166,7 @@ limit = int(sys.argv[3])
 resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
 from megatron_converters.conversion import staging
 from megatron_converters.conversion.run import convert
-from megatron_converters.conversion.crew import Word
+from megatron_converters.conversion.crew import Report
 from megatron_converters.formats.huggingface.source import HFSource
 from megatron_converters.formats.megatron.writing import MegatronOptions
 from megatron_converters.formats.megatron.rank_files_target import MegatronTarget
@@ -176,8 +176,8 @@ staging.check_space.__globals__["free_space"] = lambda folder: 10**15
 
 class Crew:
     rank, size = 0, 8 * 126
-    def exchange(self, word):
-        return [word] * self.size
+    def exchange(self, report):
+        return [report] * self.size
     def close(self):
         pass
 

@@ -19,7 +19,7 @@ import pytest
 from megatron_converters.basics.errors import ConversionError, Interrupted
 from megatron_converters.conversion import run as conversion
 from megatron_converters.conversion.composing import Sources
-from megatron_converters.conversion.crew import Word
+from megatron_converters.conversion.crew import Report
 from megatron_converters.conversion.journal import Journal
 from megatron_converters.conversion.progress import Silent
 from megatron_converters.conversion.staging import Staging
@@ -588,8 +588,8 @@ class OtherFolder:
     def __init__(self) -> None:
         self._leader: list[Any] = [False, ([], "mark"), None]
 
-    def exchange(self, word: Word) -> list[Word]:
-        return [word if word.value is not None else Word(self._leader.pop(0)), word]
+    def exchange(self, report: Report) -> list[Report]:
+        return [report if report.value is not None else Report(self._leader.pop(0)), report]
 
     def close(self) -> None:
         pass

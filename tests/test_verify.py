@@ -21,7 +21,7 @@ from megatron_converters.basics.errors import ConversionError
 from megatron_converters.cli.main import main
 from megatron_converters.comparison.manifest_check import check_output
 from megatron_converters.comparison.tensors import Comparison, Rules, compare
-from megatron_converters.conversion.journal import signed
+from megatron_converters.conversion.journal import with_digest
 from megatron_converters.conversion.progress import Silent
 from megatron_converters.conversion.run import convert
 from megatron_converters.conversion.staging import Staging
@@ -714,7 +714,7 @@ def test_a_damaged_manifest_is_said_to_be(
     path = outputs[1] / "conversion.json"
     manifest = json.loads(path.read_text())
     change(manifest["files"])
-    path.write_text(json.dumps(signed(manifest)))
+    path.write_text(json.dumps(with_digest(manifest)))
     code, _, err = run(capsys, "verify", outputs[1])
     assert code == 1
     assert "is damaged, or of an older version" in err
@@ -751,7 +751,7 @@ def test_a_manifest_that_lies_of_places_finds_faults(outputs: tuple[Path, Path])
     for change in (_tensor("at", [0, 8]), lambda files: files["model.safetensors"]["tensors"].popitem()):
         manifest = json.loads(written)
         change(manifest["files"])
-        path.write_text(json.dumps(signed(manifest)))
+        path.write_text(json.dumps(with_digest(manifest)))
         assert _faults(outputs[1])
 
 

@@ -1,1 +1,1 @@
-"""Planning and copying from any source to any target, all or nothing, and going on after an interruption."""
+"""Planning and copying from any source to any target: all or nothing, and resumable after an interruption."""

@@ -1,7 +1,7 @@
-"""Where each element of a tensor comes from: stored pieces of a slot, composed with the pieces that must be written.
+"""Composition of source pieces and target fills: where each element to be written comes from.
 
 A piece maps the rows of one stored tensor to rows of a whole slot, and its columns to a range of the slot's columns.
-Composing a target piece with source pieces is then array look-up, and "exactly once" is counting.
+Composing a fill with source pieces is then array look-up, and "exactly once" is counting.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ..model.spec import ModelSpec
 
 
 class TensorData(Protocol):
-    """A tensor that can be viewed as an array of its dtype's carrier type; on disk or in memory."""
+    """Tensor on disk or in memory that can be viewed as an array of its dtype's carrier type."""
 
     @property
     def dtype(self) -> DType: ...
@@ -32,12 +32,12 @@ class TensorData(Protocol):
 
 
 def as_matrix(shape: tuple[int, ...]) -> tuple[int, int]:
-    """A shape as rows and columns: a vector has one column."""
+    """Shape as (rows, columns); a vector has one column."""
     return shape[0], 1 if len(shape) == 1 else shape[1]
 
 
 class StoredName(NamedTuple):
-    """Name of a stored tensor: its file, or what else holds it; its own name there; and what else to say of it."""
+    """Name of a stored tensor for messages: the file (or message) that holds it, its name there, and an optional note."""
 
     file: str
     tensor: str
@@ -49,7 +49,7 @@ class StoredName(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Piece:
-    """A stored part of a slot: `rows[i]` is the slot's row of stored row i (-1: padding), `col` the slot's first column."""
+    """Stored part of a slot: stored row i is the slot's row `rows[i]` (-1: padding), stored column 0 its column `col`."""
 
     data: TensorData
     rows: RowMap
@@ -58,26 +58,26 @@ class Piece:
 
     @property
     def cols(self) -> int:
-        """Columns of the stored tensor."""
+        """Number of columns of the stored tensor."""
         return as_matrix(self.data.shape)[1]
 
 
 @dataclass(frozen=True)
 class Sources:
-    """One slot as an endpoint holds it: the pieces that cover it once, and further copies that must agree with them."""
+    """Pieces that cover one ref exactly once, and replicas: further copies that must equal them."""
 
     pieces: tuple[Piece, ...]
     replicas: tuple[Piece, ...] = ()
 
     @property
     def dtype(self) -> DType:
-        """The pieces' common dtype."""
+        """Common dtype of the pieces."""
         return self.pieces[0].data.dtype
 
 
 @dataclass(frozen=True, eq=False)
 class Gather:
-    """What one source gives to a target: source row per target row (-1: none), and the matching column ranges."""
+    """Share of a target that one piece provides: source row of each target row (-1: none), and matching column ranges."""
 
     source: Piece
     rows: RowMap
@@ -86,32 +86,35 @@ class Gather:
     whole_width: bool
 
 
-#: Look-ups kept at most. A model has some hundred distinct ones; the bound keeps memory flat if ever one has more.
-_MAX_KEPT = 4096
+#: Maximum number of cached look-ups. A model has some hundred distinct ones; the bound limits memory if one has more.
+_MAX_LOOKUPS = 4096
 
 
 @dataclass
 class Planner:
-    """Composes targets with sources. Layers repeat, so results are kept by the identity of the row maps."""
+    """Composer of fills with pieces. Layers repeat, so results are cached by the ids of the row maps."""
 
     _covers: dict[Any, Any] = field(default_factory=dict)
     _lookups: dict[Any, Any] = field(default_factory=dict)
 
     def check_cover(self, ref: Ref, spec: ModelSpec, sources: Sources) -> None:
-        """Every element of the slot must be in exactly one piece, and all pieces must share one dtype."""
+        """Check that every element of the slot is in exactly one piece and that the pieces share one dtype.
+
+        Raises `ConversionError`.
+        """
         dtypes = sorted({str(piece.data.dtype) for piece in sources.pieces})
         if len(dtypes) != 1:
             raise ConversionError(
-                f"{ref}: its parts are of {len(dtypes)} dtypes ({', '.join(dtypes) or 'no parts'}); they must agree"
+                f"{ref}: its parts have {len(dtypes)} dtypes ({', '.join(dtypes) or 'no parts'}); all must have the same"
             )
         shape = ref.slot.matrix(spec)
         key = (shape, *((id(piece.rows), piece.col, piece.cols) for piece in sources.pieces))
         if key not in self._covers:
-            _count_cover(ref, shape, sources.pieces)
-            self._covers[key] = [piece.rows for piece in sources.pieces]  # holds the maps, so that ids stay theirs
+            _check_counts(ref, shape, sources.pieces)
+            self._covers[key] = [piece.rows for piece in sources.pieces]  # holding the maps keeps their ids valid
 
     def compose(self, rows: RowMap, col: int, cols: int, pieces: Iterable[Piece]) -> list[Gather]:
-        """What each piece gives to a target whose rows and columns are these rows and columns of the slot."""
+        """Gathers from each piece to a target that holds `rows` of the slot and `cols` of its columns from `col` on."""
         gathers = []
         for piece in pieces:
             left, right = max(col, piece.col), min(col + cols, piece.col + piece.cols)
@@ -126,7 +129,7 @@ class Planner:
         return gathers
 
     def _look_up(self, wanted: RowMap, stored: RowMap) -> RowMap | None:
-        """For each wanted row of the slot, the stored row that holds it, or -1; None if there is none at all."""
+        """Stored row of each wanted row of the slot, -1 where it is not stored; None if none is."""
         key = (id(wanted), id(stored))
         if key not in self._lookups:
             size = max(int(wanted.max(initial=-1)), int(stored.max(initial=-1))) + 1
@@ -134,7 +137,7 @@ class Planner:
             valid = stored >= 0
             table[stored[valid]] = np.flatnonzero(valid)
             found = table[wanted]
-            if len(self._lookups) > _MAX_KEPT:
+            if len(self._lookups) > _MAX_LOOKUPS:
                 self._lookups.clear()
             self._lookups[key] = (found if bool((found >= 0).any()) else None, wanted, stored)
         result: RowMap | None = self._lookups[key][0]
@@ -142,18 +145,18 @@ class Planner:
 
 
 def coverage(shape: tuple[int, int], parts: Sequence[tuple[RowMap, int, int]]) -> Iterator[tuple[int, int, RowMap]]:
-    """How often parts, each as rows, first column and columns of a matrix of this shape, hold each row, for each range of columns
-    in which that is the same: first column, end, and a count for each row. Rows of -1 are no row of it.
+    """Count how often parts of a matrix hold each of its rows, as (first column, end column, count of each row).
 
-    Raises `ConversionError` for a row or column that the matrix does not have.
+    A part is (rows, first column, number of columns); a row of -1 is padding. There is one result for each range of columns in
+    which the counts are the same. Raises `ConversionError` for a row or column that the matrix does not have.
     """
     rows, cols = shape
     edges = sorted({0, cols, *(col for _, col, _ in parts), *(col + width for _, col, width in parts)})
     if edges[0] < 0 or edges[-1] > cols:
-        raise ConversionError(f"columns {edges[0]} to {edges[-1]} are stored, but the tensor has {cols}")
+        raise ConversionError(f"columns {edges[0]} to {edges[-1]} are stored, but the tensor has {cols} columns")
     beyond = max((int(held.max(initial=-1)) for held, _, _ in parts), default=-1)
     if beyond >= rows:
-        raise ConversionError(f"row {beyond} is stored, but the tensor has {rows}")
+        raise ConversionError(f"row {beyond} is stored, but the tensor has {rows} rows")
     for left, right in pairwise(edges):
         counts = np.zeros(rows, np.int64)
         for held, col, width in parts:
@@ -162,7 +165,7 @@ def coverage(shape: tuple[int, int], parts: Sequence[tuple[RowMap, int, int]]) -
         yield left, right, counts
 
 
-def _count_cover(ref: Ref, shape: tuple[int, int], pieces: Sequence[Piece]) -> None:
+def _check_counts(ref: Ref, shape: tuple[int, int], pieces: Sequence[Piece]) -> None:
     try:
         counted = list(coverage(shape, [(piece.rows, piece.col, piece.cols) for piece in pieces]))
     except ConversionError as error:

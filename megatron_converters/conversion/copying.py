@@ -1,7 +1,7 @@
-"""Fill each target tensor a chunk at a time from views of its sources, and compare copies that must agree.
+"""Chunked copying from source views to output files, and comparison of replicas.
 
-Memory is one buffer a lane, whatever the model's size. A file has a lane of its own where there are enough files, since two threads
-that write into one file wait for each other; lanes help since copying, checksums and writing release the interpreter.
+Memory is one buffer per lane (thread), whatever the model's size. Where there are enough files, each has a lane of its own, since
+two threads that write into one file wait for each other. Copying, checksums and writing release the interpreter lock.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from ..storage.output_file import OutputFile
 from .composing import Gather, Piece, Planner, Sources, StoredName, as_matrix
 from .outline import Fill
 
-#: Bytes gathered and written at a time: large enough to amortise calls, small enough to stay in a core's cache.
+#: Bytes of a chunk: large enough to amortise calls, small enough to stay in a core's cache.
 CHUNK_BYTES = 1 << 20
-#: Chunks with more runs than this are gathered by index instead of run by run.
+#: Maximum number of runs of a chunk that is gathered run by run; one with more is gathered by index.
 _MAX_RUNS = 32
 _MAX_LANES = 4
-#: Fills that may wait in a lane: enough to reach beyond one file of a few GB, so that other lanes find theirs.
-_AHEAD = 1024
+#: Maximum number of tasks queued in a lane: enough to reach beyond one file of a few GB, so that other lanes get work.
+_MAX_QUEUED = 1024
 
 Array = npt.NDArray[Any]
 
@@ -41,10 +41,10 @@ Array = npt.NDArray[Any]
 def gather_chunks(
     gathers: Sequence[Gather], shape: tuple[int, int], dtype: DType, what: str, wanted: RowMap | None = None
 ) -> Iterator[tuple[int, Array]]:
-    """The target's rows in order, as (first row, array of whole rows); the array is reused by the next chunk.
+    """Chunks of the target's rows in order, as (first row, array of whole rows); the next chunk reuses the array.
 
-    Where `wanted` is -1, a row need not be filled and holds anything. Raises `ConversionError`, which names the target as
-    `what`, where the gathers leave anything else unfilled, so that no memory is taken for weights.
+    A row where `wanted` is -1 may stay unfilled and then holds arbitrary values. Raises `ConversionError`, which names the target
+    as `what`, where the gathers leave any other element unfilled, so that uninitialised memory is never written.
     """
     rows, cols = shape
     step = max(1, CHUNK_BYTES // (cols * dtype.itemsize))
@@ -55,14 +55,14 @@ def gather_chunks(
         direct = _direct(sources, start, stop, dtype)
         if direct is None:
             direct = buffer[: stop - start]
-            placed = sum(
-                _place(direct[:, gather.target_cols], dtype, source[:, gather.source_cols], gather, start, stop)
+            copied = sum(
+                _copy_rows(direct[:, gather.target_cols], dtype, source[:, gather.source_cols], gather, start, stop)
                 for gather, source in sources
             )
-            due = cols * (stop - start if wanted is None else int(np.count_nonzero(wanted[start:stop] >= 0)))
-            if placed != due:
+            expected = cols * (stop - start if wanted is None else int(np.count_nonzero(wanted[start:stop] >= 0)))
+            if copied != expected:
                 raise ConversionError(
-                    f"{what}: rows {start} to {stop - 1} get {placed} elements instead of {due}; this is a fault of this "
+                    f"{what}: rows {start} to {stop - 1} get {copied} elements instead of {expected}; this is a fault of this "
                     "program, please report it"
                 )
         yield start, direct
@@ -71,20 +71,20 @@ def gather_chunks(
 def transposed_chunks(
     gathers: Sequence[Gather], shape: tuple[int, int], dtype: DType, what: str
 ) -> Iterator[tuple[int, Array]]:
-    """As `gather_chunks` for the transposed target: (first column, array [columns, rows]); `shape` is not transposed."""
+    """Chunks of the transposed target, as (first column, array [columns, rows]); `shape` is that before transposing."""
     rows, cols = shape
     step = max(1, CHUNK_BYTES // (rows * dtype.itemsize))
     for start in range(0, cols, step):
         stop = min(start + step, cols)
-        some = [part for gather in gathers for part in _columns(gather, start, stop)]
+        narrowed = [part for gather in gathers for part in _columns(gather, start, stop)]
         result = np.empty((rows, stop - start), dtype.carrier)
-        for first, chunk in gather_chunks(some, result.shape, dtype, what):
+        for first, chunk in gather_chunks(narrowed, result.shape, dtype, what):
             result[first : first + chunk.shape[0]] = chunk
         yield start, np.ascontiguousarray(result.T)
 
 
 def _columns(gather: Gather, start: int, stop: int) -> Iterator[Gather]:
-    """What a gather gives to the target's columns from `start` to `stop`."""
+    """Gather limited to the target's columns from `start` to `stop`; nothing if it has none of them."""
     left, right = max(start, gather.target_cols.start), min(stop, gather.target_cols.stop)
     if left < right:
         shift = gather.source_cols.start - gather.target_cols.start
@@ -101,7 +101,7 @@ def _matrix(piece: Piece) -> Array:
 
 
 def _direct(sources: Sequence[tuple[Gather, Array]], start: int, stop: int, dtype: DType) -> Array | None:
-    """A view of the source itself where the chunk lies in it as it will lie in the target."""
+    """View of the source where the chunk lies there exactly as in the target; None where it does not."""
     if len(sources) != 1:
         return None
     gather, source = sources[0]
@@ -117,34 +117,34 @@ def _is_run(wanted: RowMap) -> bool:
     return first >= 0 and last - first == wanted.size - 1 and next(runs(wanted))[2] == wanted.size
 
 
-def _place(target: Array, dtype: DType, source: Array, gather: Gather, start: int, stop: int) -> int:
-    """Write what a gather gives to rows from `start` to `stop`; returns the number of elements."""
+def _copy_rows(target: Array, dtype: DType, source: Array, gather: Gather, start: int, stop: int) -> int:
+    """Copy a gather's rows from `start` to `stop` into `target`; returns the number of elements copied."""
     wanted = gather.rows[start:stop]
     source_dtype, width = gather.source.data.dtype, int(target.shape[1])
-    stretches = list(islice(runs(wanted), _MAX_RUNS + 1))
-    if len(stretches) > _MAX_RUNS:
+    found = list(islice(runs(wanted), _MAX_RUNS + 1))
+    if len(found) > _MAX_RUNS:
         chosen = wanted >= 0
-        target[chosen] = _converted(source[wanted[chosen]], source_dtype, dtype, gather.source.name)
+        target[chosen] = _as_dtype(source[wanted[chosen]], source_dtype, dtype, gather.source.name)
         return int(np.count_nonzero(chosen)) * width
-    for position, first, length in stretches:
+    for position, first, length in found:
         part = source[first : first + length]
-        target[position : position + length] = _converted(part, source_dtype, dtype, gather.source.name)
-    return sum(length for _, _, length in stretches) * width
+        target[position : position + length] = _as_dtype(part, source_dtype, dtype, gather.source.name)
+    return sum(length for _, _, length in found) * width
 
 
-def _converted(part: Array, source: DType, target: DType, name: StoredName) -> Array:
+def _as_dtype(part: Array, source: DType, target: DType, name: StoredName) -> Array:
     if source == target:
         return part
     result = np.empty(part.shape, target.carrier)
     if not cast(part, source, result, target):
         raise ConversionError(
-            f"{name} holds values beyond the range of {target}; keep its dtype or convert to bfloat16"
+            f"{name} holds values beyond the range of {target}; keep its dtype ({source}) or convert to bfloat16"
         )
     return result
 
 
 def materialise(planner: Planner, pieces: Sequence[Piece], shape: tuple[int, ...], dtype: DType) -> Array:
-    """The whole tensor that the pieces make up, in memory, in the dtype's carrier type."""
+    """Whole tensor of the pieces, in memory, as an array of the dtype's carrier type."""
     rows, cols = as_matrix(shape)
     result = np.empty((rows, cols), dtype.carrier)
     gathers = planner.compose(np.arange(rows, dtype=np.int64), 0, cols, pieces)
@@ -154,17 +154,17 @@ def materialise(planner: Planner, pieces: Sequence[Piece], shape: tuple[int, ...
 
 
 def default_lanes() -> int:
-    """Lanes of an executor that is not told how many."""
-    # A job may be given fewer CPUs than the machine has.
+    """Default number of lanes of an executor."""
+    # The CPUs that this process may use, which can be fewer than the machine has.
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(_MAX_LANES, cpus)
 
 
 class Executor:
-    """Fills and compares in a few lanes, for a run that writes so many `files`.
+    """Runner of fills and comparisons in a few lanes (threads); `files` is the number of files that the run writes.
 
-    `progress(bytes)` is called from the lanes as bytes are written, `filled(file)` when all tensors of a file are.
-    The first failure stops the rest and is raised by the next `fill` or `compare` or by `finish`.
+    The lanes call `progress(bytes)` as bytes are written and `filled(file)` when all tensors of a file are.
+    The first failure stops the rest; the next `fill` or `compare`, or `finish`, raises it.
     """
 
     def __init__(
@@ -181,51 +181,51 @@ class Executor:
         self._failure: BaseException | None = None
         self._lock = threading.Lock()
         self._files: dict[OutputFile, tuple[int, Iterator[int]]] = {}
-        self._lanes = [queue.Queue[Callable[[], None] | None](_AHEAD) for _ in range(lanes or default_lanes())]
-        self._width = max(1, len(self._lanes) // max(files, 1))
+        self._lanes = [queue.Queue[Callable[[], None] | None](_MAX_QUEUED) for _ in range(lanes or default_lanes())]
+        self._lanes_per_file = max(1, len(self._lanes) // max(files, 1))
         self._threads = [threading.Thread(target=self._serve, args=(lane,), daemon=True) for lane in self._lanes]
         for thread in self._threads:
             thread.start()
 
     def check(self, ref: Ref, spec: ModelSpec, sources: Sources, *, replicas: bool = True) -> None:
-        """Raise unless the pieces cover the slot once; queue the comparison of the copies that must agree with them."""
+        """Raise unless the pieces cover the ref exactly once; queue the comparison of its replicas."""
         self.planner.check_cover(ref, spec, sources)
         for replica in sources.replicas if replicas else ():
             self.compare(replica, sources.pieces, str(ref))
 
     def plan(self, fill: Fill, pieces: Sequence[Piece]) -> list[Gather]:
-        """What each piece gives to one tensor, or to a part of it."""
+        """Gathers from the pieces to one fill."""
         return self.planner.compose(fill.rows, fill.col, as_matrix(fill.shape)[1], pieces)
 
     def fill(self, file: OutputFile, fill: Fill, gathers: Sequence[Gather]) -> None:
-        """Queue one tensor of `file`, or a part of it. Waits while many are queued."""
-        self._submit(self._lane_of(file), lambda: self._fill(file, fill, gathers))
+        """Queue one fill of `file`; waits while the lane's queue is full."""
+        self._submit(self._next_lane(file), lambda: self._fill(file, fill, gathers))
 
-    def _lane_of(self, file: OutputFile) -> int:
-        """A file's own lane, or the next of its lanes where there are more than files."""
+    def _next_lane(self, file: OutputFile) -> int:
+        """Next lane of a file: its only one, or the next in turn where there are more lanes than files."""
         if file not in self._files:
-            self._files[file] = len(self._files) * self._width, itertools.cycle(range(self._width))
-        first, turn = self._files[file]
-        return (first + next(turn)) % len(self._lanes)
+            self._files[file] = len(self._files) * self._lanes_per_file, itertools.cycle(range(self._lanes_per_file))
+        first, turns = self._files[file]
+        return (first + next(turns)) % len(self._lanes)
 
     def compare(self, replica: Piece, pieces: Sequence[Piece], what: str) -> None:
-        """Queue a check that a further copy of a tensor equals the pieces, bit for bit."""
+        """Queue a check that a replica equals the pieces bit for bit; `what` names the ref in the message."""
         gathers = self.planner.compose(replica.rows, replica.col, replica.cols, pieces)
-        # Of lanes with equal queues the last: it is the least likely to be filling a file.
+        # Among lanes with equally short queues the last one, which is the least likely to be filling a file.
         shortest = min(reversed(range(len(self._lanes))), key=lambda lane: self._lanes[lane].qsize())
         self._submit(shortest, lambda: self._compare(replica, gathers, what))
 
     def finish(self) -> None:
-        """Wait for all that is queued; raise the first failure."""
-        self._end()
+        """Wait for all queued tasks; raise the first failure."""
+        self._join()
         self._raise_failure()
 
     def cancel(self) -> None:
         """Stop as soon as the chunks in flight are done; raises nothing."""
         self._stop.set()
-        self._end()
+        self._join()
 
-    def _end(self) -> None:
+    def _join(self) -> None:
         for lane, thread in zip(self._lanes, self._threads, strict=True):
             if thread.is_alive():
                 lane.put(None)
@@ -242,7 +242,7 @@ class Executor:
 
     def _serve(self, lane: queue.Queue[Callable[[], None] | None]) -> None:
         while (task := lane.get()) is not None:
-            if not self._stop.is_set():  # else all that is queued would be thrown away
+            if not self._stop.is_set():  # after a failure the queued tasks are dropped
                 self._run(task)
 
     def _run(self, task: Callable[[], None]) -> None:

@@ -1,4 +1,4 @@
-"""The processes that share one conversion: each fills some of the output files, the first one begins and ends the run."""
+"""Processes that share one conversion: each fills some of the output files, the first one begins and ends the run."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any, NamedTuple, NoReturn, Protocol
 from ..basics.errors import ConversionError, Stopped
 
 
-class Word(NamedTuple):
-    """What a process says when they meet: its result, or why it failed; `resumable` as in `errors.Stopped`."""
+class Report(NamedTuple):
+    """Report of one process to the others: its result or its failure; `resumable` if the run can go on later."""
 
     value: Any = None
     failure: str | None = None
@@ -17,15 +17,15 @@ class Word(NamedTuple):
 
 
 class Crew(Protocol):
-    """`rank` of `size` processes that see the same source and the same target folder."""
+    """Process `rank` of `size` processes that see the same source and the same target folder."""
 
     @property
     def rank(self) -> int: ...
     @property
     def size(self) -> int: ...
 
-    def exchange(self, word: Word) -> list[Word]:
-        """Wait for the others; returns everybody's word, by rank. Raises `Stopped` if one of them is gone."""
+    def exchange(self, report: Report) -> list[Report]:
+        """Wait for the others; returns all reports, by rank. Raises `Stopped` if a process is gone."""
         ...
 
     def close(self) -> None:
@@ -34,57 +34,57 @@ class Crew(Protocol):
 
 
 class Alone:
-    """One process that does it all."""
+    """Crew of a single process."""
 
     rank = 0
     size = 1
 
-    def exchange(self, word: Word) -> list[Word]:
-        """Its own word."""
-        return [word]
+    def exchange(self, report: Report) -> list[Report]:
+        """Return the process's own report."""
+        return [report]
 
     def close(self) -> None:
-        """Nothing."""
+        """Do nothing."""
 
 
 ALONE = Alone()
 
 
 def meet(crew: Crew, value: Any, failure: BaseException | None) -> list[Any]:
-    """Everybody's values, by rank; raises in all processes if one of them brings a failure."""
+    """Values of all processes, by rank; raises in every process if one of them has failed."""
     resumable = isinstance(failure, (Stopped, OSError, KeyboardInterrupt))
     text = None if failure is None else str(failure) or type(failure).__name__
-    words = crew.exchange(Word(value, text, resumable))
+    reports = crew.exchange(Report(value, text, resumable))
     if failure is not None:
         raise failure
-    for rank, word in enumerate(words):
-        if word.failure is not None:
-            _raise_other(rank, word)
-    return [word.value for word in words]
+    for rank, report in enumerate(reports):
+        if report.failure is not None:
+            _raise_failure(rank, report)
+    return [report.value for report in reports]
 
 
-def _raise_other(rank: int, word: Word) -> NoReturn:
-    kind = Stopped if word.resumable else ConversionError
-    raise kind(f"process {rank} of the conversion failed: {word.failure}")
+def _raise_failure(rank: int, report: Report) -> NoReturn:
+    kind = Stopped if report.resumable else ConversionError
+    raise kind(f"process {rank} of the conversion failed: {report.failure}")
 
 
 def agree(crew: Crew, values: Sequence[Any], what: str) -> None:
-    """Raise unless all processes gave the same value."""
-    odd = [str(rank) for rank, value in enumerate(values) if value != values[0]]
-    if odd:
+    """Raise unless all processes have the same value; `what` names it in the message."""
+    differing = [str(rank) for rank, value in enumerate(values) if value != values[0]]
+    if differing:
         raise ConversionError(
-            f"process {', '.join(odd)} of {crew.size} sees another {what} than process 0; start all of them with the same "
+            f"process {', '.join(differing)} of {crew.size} sees another {what} than process 0; start all processes with the same "
             "command on the same files"
         )
 
 
 def share(files: Mapping[str, int], crew: Crew) -> set[str]:
-    """The files that fall to a process: the largest first, each to the process with the fewest bytes so far."""
-    loads = [0] * crew.size
-    mine = set()
+    """Files that this process fills. The largest file is dealt out first, each to the process with the fewest bytes so far."""
+    assigned = [0] * crew.size
+    own = set()
     for file, nbytes in sorted(files.items(), key=lambda item: (-item[1], item[0])):
-        least = loads.index(min(loads))
-        loads[least] += nbytes
+        least = assigned.index(min(assigned))
+        assigned[least] += nbytes
         if least == crew.rank:
-            mine.add(file)
-    return mine
+            own.add(file)
+    return own

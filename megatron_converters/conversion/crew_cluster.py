@@ -1,4 +1,4 @@
-"""Processes started by torchrun or srun on machines that share a folder: torch.distributed joins them, with gloo."""
+"""Crew of processes that torchrun or srun started on machines that share a folder, connected by torch.distributed (gloo)."""
 
 from __future__ import annotations
 
@@ -8,54 +8,58 @@ from datetime import timedelta
 from typing import NamedTuple
 
 from ..basics.errors import ConversionError, Stopped, UsageError
-from .crew import ALONE, Crew, Word
+from .crew import ALONE, Crew, Report
 
-#: Longest wait for the others to start.
-_RENDEZVOUS = timedelta(minutes=10)
-#: Longest wait for the others to finish their share. A process that dies is noticed at once, by its connections.
-_SHARE = timedelta(days=2)
+#: Longest wait for the other processes to start.
+_RENDEZVOUS_TIMEOUT = timedelta(minutes=10)
+#: Longest wait for the other processes to finish their files. A process that dies is noticed at once, by its connections.
+_SHARE_TIMEOUT = timedelta(days=2)
 
 
-class _Place(NamedTuple):
+class _Process(NamedTuple):
+    """Rank of this process, and number of processes."""
+
     rank: int
     size: int
 
 
-def _place(environment: Mapping[str, str]) -> _Place | None:
-    """This process's rank and the number of processes, as torchrun or srun say; None where neither started it.
+def _process(environment: Mapping[str, str]) -> _Process | None:
+    """Rank of this process and number of processes, as torchrun or srun set them; None where neither started it.
 
-    `SLURM_STEP_NUM_TASKS` is set by srun alone; sbatch sets `SLURM_NTASKS` for its own script, too.
+    Only srun sets `SLURM_STEP_NUM_TASKS`; sbatch sets `SLURM_NTASKS` for its own script, too.
     """
     for rank, size in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS")):
         if rank in environment and size in environment:
             if not (environment[rank].isdecimal() and environment[size].isdecimal()):
-                raise UsageError(f"{rank}={environment[rank]} and {size}={environment[size]} must be numbers")
-            place = _Place(int(environment[rank]), int(environment[size]))
-            if place.rank >= place.size:
-                raise UsageError(f"{rank}={place.rank} must be below {size}={place.size}; unset both to run alone")
-            return place
+                raise UsageError(
+                    f"{rank}={environment[rank]} and {size}={environment[size]} must be numbers; unset both to run alone"
+                )
+            process = _Process(int(environment[rank]), int(environment[size]))
+            if process.rank >= process.size:
+                raise UsageError(f"{rank}={process.rank} must be below {size}={process.size}; unset both to run alone")
+            return process
     return None
 
 
 def crew_of_environment() -> Crew:
-    """The crew that torchrun or srun has started; alone where there is none."""
-    place = _place(os.environ)
-    if place is None or place.size == 1:
+    """Crew that torchrun or srun started; a crew of one where neither did."""
+    process = _process(os.environ)
+    if process is None or process.size == 1:
         return ALONE
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
     if missing:
         raise UsageError(
-            f"this is process {place.rank} of {place.size}, but {' and '.join(missing)} are not set; set them to the first "
-            "node's name and a free port, as scripts/slurm does"
+            f"this is process {process.rank} of {process.size}, but not set: {', '.join(missing)}; set MASTER_ADDR to the first "
+            "node's name and MASTER_PORT to a free port, as scripts/slurm does"
         )
-    return _Cluster(place)
+    return _Cluster(process)
 
 
 class _Cluster:
-    """A crew joined by torch.distributed."""
+    """Crew connected by torch.distributed."""
 
-    def __init__(self, place: _Place) -> None:
-        self.rank, self.size = place
+    def __init__(self, process: _Process) -> None:
+        self.rank, self.size = process
         import torch.distributed as dist
 
         self._dist = dist
@@ -65,23 +69,23 @@ class _Cluster:
                 init_method=f"tcp://{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}",
                 rank=self.rank,
                 world_size=self.size,
-                timeout=_RENDEZVOUS,
+                timeout=_RENDEZVOUS_TIMEOUT,
             )
-            self._group = dist.new_group(backend="gloo", timeout=_SHARE)
+            self._group = dist.new_group(backend="gloo", timeout=_SHARE_TIMEOUT)
         except (RuntimeError, ValueError) as error:
             raise ConversionError(
-                f"process {self.rank} of {self.size} has not met the others at {os.environ['MASTER_ADDR']}:"
+                f"process {self.rank} of {self.size} could not connect to the others at {os.environ['MASTER_ADDR']}:"
                 f"{os.environ['MASTER_PORT']}: {error}"
             ) from error
 
-    def exchange(self, word: Word) -> list[Word]:
-        words: list[Word | None] = [None] * self.size
+    def exchange(self, report: Report) -> list[Report]:
+        reports: list[Report | None] = [None] * self.size
         try:
-            self._dist.all_gather_object(words, word, group=self._group)
+            self._dist.all_gather_object(reports, report, group=self._group)
         except RuntimeError as error:
             raise Stopped(f"another process of the conversion is gone ({str(error).splitlines()[0]})") from error
-        return [said or Word() for said in words]
+        return [received or Report() for received in reports]
 
     def close(self) -> None:
-        """End the connections, which would abort the process where they live until its end."""
+        """Close the connections; any still open when the process ends would abort it."""
         self._dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""Several processes on one machine (`--workers N`): the first starts the others and ends with them."""
+"""Crew of several processes on one machine (`--workers N`): the first process starts the others and ends them."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from multiprocessing.process import BaseProcess
 from typing import Any, TypeVar
 
 from ..basics.errors import ConversionError, Stopped
-from .crew import Crew, Word
+from .crew import Crew, Report
 
 T = TypeVar("T")
-#: What each process does with its crew. A function of a module, since the others import it.
+#: Function that each process calls with its crew. It must belong to a module, since the other processes import it.
 Work = Callable[[Crew, Any], T]
-#: Seconds that the others have to end once the first has.
-_GRACE = 5.0
+#: Seconds that the other processes have to end once the first is done.
+_GRACE_SECONDS = 5.0
 
 
 class _Leader:
-    """The first process's crew: it hears all others and tells them what it heard."""
+    """Crew of the first process, which collects all reports and sends them to the others."""
 
     rank = 0
 
@@ -30,71 +30,73 @@ class _Leader:
         self._others = others
         self.size = len(others) + 1
 
-    def exchange(self, word: Word) -> list[Word]:
-        words = [word, *(self._hear(rank) for rank in range(1, self.size))]
+    def exchange(self, report: Report) -> list[Report]:
+        reports = [report, *(self._receive(rank) for rank in range(1, self.size))]
         for _, connection in self._others:
-            with suppress(OSError):  # one that is gone has been noticed above
-                connection.send(words)
-        return words
+            with suppress(OSError):  # `_receive` has reported a process that is gone
+                connection.send(reports)
+        return reports
 
     def close(self) -> None:
-        """Let the others end."""
+        """Close the connections, which ends the others."""
         for _, connection in self._others:
             connection.close()
 
-    def _hear(self, rank: int) -> Word:
+    def _receive(self, rank: int) -> Report:
         process, connection = self._others[rank - 1]
         try:
-            word: Word = connection.recv()
+            report: Report = connection.recv()
         except (EOFError, OSError):
             process.join()
             code = process.exitcode or 0
             how = f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
-            return Word(failure=f"worker {rank} {how}", resumable=True)
-        return word
+            return Report(failure=f"worker {rank} {how}", resumable=True)
+        return report
 
 
 class _Member:
-    """Another process's crew."""
+    """Crew of a process that the first one started."""
 
     def __init__(self, rank: int, size: int, connection: Connection) -> None:
         self.rank, self.size = rank, size
         self._connection = connection
 
-    def exchange(self, word: Word) -> list[Word]:
+    def exchange(self, report: Report) -> list[Report]:
         try:
-            self._connection.send(word)
-            words: list[Word] = self._connection.recv()
+            self._connection.send(report)
+            reports: list[Report] = self._connection.recv()
         except (EOFError, OSError) as error:
             raise Stopped("the process that leads the conversion is gone") from error
-        return words
+        return reports
 
     def close(self) -> None:
-        """Let the leader notice."""
+        """Close the connection, which the leader notices."""
         self._connection.close()
 
 
 def run(count: int, work: Work[Any], argument: Any, lead: Callable[[Crew], T]) -> T:
-    """Run `lead(crew)` in this process and `work(crew, argument)` in `count` - 1 others; returns the first one's result."""
+    """Run `lead(crew)` in this process and `work(crew, argument)` in `count` - 1 others; returns the result of `lead`."""
     context = multiprocessing.get_context("spawn")
     others: list[tuple[BaseProcess, Connection]] = []
     try:
         for rank in range(1, count):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_member, args=(rank, count, theirs, work, argument), name=f"worker {rank}")
-            with _deaf():
+            own_end, other_end = context.Pipe()
+            process = context.Process(
+                target=_run_member, args=(rank, count, other_end, work, argument), name=f"worker {rank}"
+            )
+            with _sigint_blocked():
                 process.start()
-            theirs.close()
-            others.append((process, ours))
+            other_end.close()
+            others.append((process, own_end))
         return lead(_Leader(others))
     finally:
-        _end(others)
+        _stop(others)
 
 
 @contextmanager
-def _deaf() -> Iterator[None]:
-    """Processes started here never hear of Ctrl-C, which reaches the leader too, who ends them; it waits meanwhile."""
-    resource_tracker.ensure_running()  # which would undo this when the first process has it started
+def _sigint_blocked() -> Iterator[None]:
+    """Block SIGINT, so that processes started meanwhile ignore Ctrl-C; the leader gets it too, and ends them."""
+    resource_tracker.ensure_running()  # if the first process had to start the tracker, that would unblock SIGINT
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -102,16 +104,16 @@ def _deaf() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _member(rank: int, size: int, connection: Connection, work: Work[Any], argument: Any) -> None:
-    with suppress(ConversionError):  # the leader has heard it and says it
+def _run_member(rank: int, size: int, connection: Connection, work: Work[Any], argument: Any) -> None:
+    with suppress(ConversionError):  # the leader has received the failure and reports it
         work(_Member(rank, size, connection), argument)
 
 
-def _end(others: list[tuple[BaseProcess, Connection]]) -> None:
+def _stop(others: list[tuple[BaseProcess, Connection]]) -> None:
     for _, connection in others:
         connection.close()
     for process, _ in others:
-        process.join(_GRACE)
+        process.join(_GRACE_SECONDS)
         if process.is_alive():
             process.kill()
             process.join()

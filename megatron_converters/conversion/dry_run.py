@@ -1,4 +1,4 @@
-"""What a conversion would write and need, found by going through it without filling anything."""
+"""Dry run of a conversion: what it would write and need, without filling any file."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ from .journal import Journal, describe_run, is_output_of, refuse_other
 from .outline import Fill, Outline
 from .staging import Staging, check_place, free_space, nearest
 
-#: Bytes written to measure a rate, and the most time that it may take.
+#: Bytes written to measure a rate, and maximum seconds for it.
 _SAMPLE_BYTES = 256 << 20
 _SAMPLE_SECONDS = 2.0
-#: Memory of Python, numpy and the plan itself (scripts/bench measures it), and of a lane's buffers.
+#: Bytes of memory for Python, numpy and the plan itself (measured by scripts/bench), and for a lane's buffers.
 _BASE_BYTES = 48 << 20
 _LANE_BYTES = 3 * CHUNK_BYTES
-#: torch, which is imported only to cast.
+#: Bytes of memory for torch, which is imported only to cast.
 _TORCH_BYTES = 200 << 20
 
 
 @dataclass
 class FilePlan:
-    """One file to be written. `tensor_bytes` without the file's own structure; `padding_rows` repeat another row."""
+    """Plan of one output file: `nbytes` is its size, `tensor_bytes` that of its tensors; `padding_rows` repeat another row."""
 
     tensors: int
     nbytes: int
@@ -45,7 +45,7 @@ class FilePlan:
 
 @dataclass
 class Forecast:
-    """What `plan` says. Sizes in bytes, `seconds` None where no rate could be measured."""
+    """Result of `plan`. Sizes are in bytes, `rate` in bytes per second; `rate` and `seconds` are None if not measured."""
 
     files: dict[str, FilePlan]
     nbytes: int
@@ -55,28 +55,28 @@ class Forecast:
     target_tensors: int
     casts: dict[str, int]
     padding_rows: int
-    #: Bytes of tensors, without padding, that are written more than once, as several ranks hold them.
+    #: Bytes of tensors, without padding, that are written again because several ranks hold them.
     copies: int
     ignored: list[str]
     notes: list[str]
-    #: Files that an interrupted run of the same conversion has finished, and bytes that are left to write.
+    #: Files finished by an interrupted run of the same conversion, and bytes left to write.
     finished: list[str]
     left: int
-    #: The same conversion is complete already.
+    #: Whether the same conversion is already complete.
     complete: bool = False
-    #: What would make the conversion fail: something at the final place, or another run.
+    #: Reason why the conversion would fail: something at the final place, or another run.
     obstacle: str | None = None
     rate: float | None = None
     seconds: float | None = None
     dtypes: dict[str, int] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values."""
+        """All fields as plain values."""
         return dataclasses.asdict(self)
 
 
 def forecast(source: Source, target: Target, dtype: DType | None, workers: int = 1) -> Forecast:
-    """Go through the whole conversion, checking that each tensor is covered once; nothing is written."""
+    """Plan the whole conversion and check that each tensor is covered once; writes nothing."""
     outline = target.prepare(source.spec, source.origin, wanted_dtype(source, dtype))
     files = {file: FilePlan(0, layout.nbytes, outline.tensor_bytes(file)) for file, layout in outline.files.items()}
     read: set[StoredName] = set()
@@ -89,7 +89,7 @@ def forecast(source: Source, target: Target, dtype: DType | None, workers: int =
         read.update(piece.name for piece in (*sources.pieces, *sources.replicas))
         fills = list(target.fills(ref))
         accounts.add(ref, fills)
-        copies += sum(map(_bytes_of, fills)) - math.prod(ref.slot.shape(source.spec)) * fills[0].dtype.itemsize
+        copies += sum(map(_unpadded_bytes, fills)) - math.prod(ref.slot.shape(source.spec)) * fills[0].dtype.itemsize
         for fill in fills:
             files[fill.file].padding_rows += fill.padding
             dtypes[str(fill.dtype)] += 1
@@ -98,7 +98,7 @@ def forecast(source: Source, target: Target, dtype: DType | None, workers: int =
     accounts.close()
     for file, layout in outline.files.items():
         files[file].tensors = len(layout.regions)
-    standing = _standing(source, target, outline)
+    state = _output_state(source, target, outline)
     return Forecast(
         files=files,
         nbytes=outline.nbytes,
@@ -111,35 +111,33 @@ def forecast(source: Source, target: Target, dtype: DType | None, workers: int =
         copies=copies,
         ignored=source.origin.ignored,
         notes=source.origin.notes,
-        finished=standing.finished,
-        left=0
-        if standing.complete
-        else sum(plan.nbytes for file, plan in files.items() if file not in standing.finished),
-        complete=standing.complete,
-        obstacle=standing.obstacle,
+        finished=state.finished,
+        left=0 if state.complete else sum(plan.nbytes for file, plan in files.items() if file not in state.finished),
+        complete=state.complete,
+        obstacle=state.obstacle,
         dtypes=dict(dtypes),
     )
 
 
-def _bytes_of(fill: Fill) -> int:
-    """Bytes of a tensor without its padding."""
+def _unpadded_bytes(fill: Fill) -> int:
+    """Size of a fill without its padding, in bytes."""
     rows, *cols = fill.shape
     return (rows - fill.padding) * math.prod(cols) * fill.dtype.itemsize
 
 
 @dataclass(frozen=True)
-class _Standing:
-    """What earlier runs, or others, have left where the conversion would write."""
+class _OutputState:
+    """State of the place where the conversion would write, left by earlier runs or by others."""
 
     finished: list[str] = field(default_factory=list)
     complete: bool = False
     obstacle: str | None = None
 
 
-def _standing(source: Source, target: Target, outline: Outline) -> _Standing:
+def _output_state(source: Source, target: Target, outline: Outline) -> _OutputState:
     run, shown = describe_run(outline, source.origin), target.shown()
     if shown is not None and is_output_of(shown, run):
-        return _Standing(complete=True)
+        return _OutputState(complete=True)
     staging = Staging(target.save_dir, outline.name)
     journal = Journal(staging.state)
     old, finished = journal.run(), journal.finished_in(staging.files)
@@ -150,39 +148,39 @@ def _standing(source: Source, target: Target, outline: Outline) -> _Standing:
         if not journal.complete:
             target.refuse_existing()
     except ConversionError as error:
-        return _Standing(obstacle=str(error))
-    return _Standing(list(finished), obstacle=staging.in_use())
+        return _OutputState(obstacle=str(error))
+    return _OutputState(list(finished), obstacle=staging.in_use())
 
 
 def measure(result: Forecast, source: Source, save_dir: Path) -> None:
-    """Add the time that it should take, from a short copy of the source into a file without a name, which leaves nothing."""
-    # Not on a disk where the sample would matter to others.
+    """Set `rate` and `seconds` of a forecast, by a short copy of the source into an unnamed file, which leaves nothing behind."""
+    # Only where the sample takes a small part of the free space.
     try:
-        rate = _rate(source, nearest(save_dir)) if result.free > 4 * _SAMPLE_BYTES else None
+        rate = _measured_rate(source, nearest(save_dir)) if result.free > 4 * _SAMPLE_BYTES else None
     finally:
         release_mappings()
     if rate:
         result.rate, result.seconds = rate, result.left / rate
 
 
-def _rate(source: Source, folder: Path) -> float | None:
-    """Bytes a second, reading the source's first tensors and writing them there; None where that is not possible."""
+def _measured_rate(source: Source, folder: Path) -> float | None:
+    """Rate in bytes per second of copying the source's first tensors to `folder`; None where that is not possible."""
     try:
         fd = os.open(folder, os.O_TMPFILE | os.O_WRONLY)
-    except (AttributeError, OSError):  # not every system and file system has files without a name
+    except (AttributeError, OSError):  # not every system and file system has unnamed files
         return None
     try:
-        begun, done = time.monotonic(), 0
+        start_time, done = time.monotonic(), 0
         for ref in refs(source.spec):
             for piece in source.read(ref).pieces:
                 data = piece.data.array()
                 rows = max(1, CHUNK_BYTES // max(data[:1].nbytes, 1))
                 for start in range(0, data.shape[0], rows):
                     done += os.pwrite(fd, data[start : start + rows].tobytes(), done)
-                    if done >= _SAMPLE_BYTES or time.monotonic() - begun > _SAMPLE_SECONDS:
-                        return done / max(time.monotonic() - begun, 1e-6)
-        return done / max(time.monotonic() - begun, 1e-6)
-    except OSError:  # a disk that is full: the plan says so in bytes
+                    if done >= _SAMPLE_BYTES or time.monotonic() - start_time > _SAMPLE_SECONDS:
+                        return done / max(time.monotonic() - start_time, 1e-6)
+        return done / max(time.monotonic() - start_time, 1e-6)
+    except OSError:  # a full disk, which the forecast shows in bytes
         return None
     finally:
         os.close(fd)

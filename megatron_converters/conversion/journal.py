@@ -1,8 +1,8 @@
-"""What a run is and what it has finished, kept while it lasts; and the manifest, `conversion.json`, that remains.
+"""Journal of a running conversion (its description and finished files), and the manifest `conversion.json` of the output.
 
-The manifest says for each tensor of each file which slots it holds, which source tensors they came from, its shape, where it lies
-(first byte, bytes) and the CRC-32 of its bytes, and has a digest of the rest of the file, so that the files can be checked later
-without the source. It holds no time and no host: equal runs write equal ones.
+For each tensor of each file the manifest has the refs that it holds, the source tensors that they came from, its shape, its place
+(first byte, bytes) and the CRC-32 of its bytes; for each file also a digest of its other bytes. So the files can be checked later
+without the source. The manifest holds no time and no host name: equal runs write equal manifests.
 """
 
 from __future__ import annotations
@@ -30,21 +30,22 @@ from .outline import Fill, Outline
 from .staging import Staging, unfinished_in, write_text
 
 MANIFEST = "conversion.json"
-#: The manifest's digest of all its other entries.
-_OF_ITSELF = "digest"
+#: Manifest key of the digest of all other entries.
+_DIGEST_KEY = "digest"
 _RUN, _COMPLETE, _CLEARED, _FINISHED = "run.json", "complete", "cleared", "finished"
 _SESSION = "session"
 _SHOWN_DIFFERENCES = 10
-#: Parts of a run's description; what follows from earlier ones says less than they do.
-_CAUSES = (("tool", "source", "options"), ("content",), ("files",))
-#: What is known of a file only once it is finished.
-_RESULTS = ("outside", "tensors")
+#: Keys of a run's description, causes before their effects: a difference is reported for the first group that has one.
+_KEY_GROUPS = (("tool", "source", "options"), ("content",), ("files",))
+#: Manifest keys of a file that are known only once it is finished.
+_RESULT_KEYS = ("outside", "tensors")
 
+#: Manifest entries of one file, by tensor.
 Entries = dict[str, dict[str, Any]]
 
 
 def describe_run(outline: Outline, origin: Origin) -> dict[str, Any]:
-    """What decides every byte of the output: two runs with equal descriptions write the same files."""
+    """Description of a run: all that decides the output. Two runs with equal descriptions write the same bytes."""
     files = {file: {"bytes": layout.nbytes, "structure": layout.structure} for file, layout in outline.files.items()}
     run = {
         "tool": f"megatron-converters {__version__}",
@@ -53,18 +54,18 @@ def describe_run(outline: Outline, origin: Origin) -> dict[str, Any]:
         "content": outline.content,
         "files": files,
     }
-    plain: dict[str, Any] = json.loads(json.dumps(finite(run)))  # as it is read back, to be compared with that
+    plain: dict[str, Any] = json.loads(json.dumps(finite(run)))  # in the form in which it is read back, for comparison
     return plain
 
 
 def tensor_entry(entries: Entries, ref: Ref, fill: Fill, gathers: list[Gather]) -> None:
-    """Add to the entries of a file what one fill gives to one of its tensors."""
+    """Add one fill to the manifest entries of its file."""
     entry = entries.setdefault(fill.name, {"holds": [], "from": {}, "dtype": str(fill.dtype)})
     entry["holds"].append(str(ref))
     for gather in gathers:
-        where, part = str(gather.source.name), _part(gather)
-        known = entry["from"].get(where)
-        entry["from"][where] = part if known is None else f"{known}; {part}"
+        name, part = str(gather.source.name), _range_text(gather)
+        known = entry["from"].get(name)
+        entry["from"][name] = part if known is None else f"{known}; {part}"
     dtypes = {str(gather.source.data.dtype) for gather in gathers} - {str(fill.dtype)}
     if dtypes:
         entry["cast from"] = sorted(dtypes)
@@ -74,24 +75,25 @@ def tensor_entry(entries: Entries, ref: Ref, fill: Fill, gathers: list[Gather]) 
         entry["padding rows"] = fill.padding
 
 
-def _part(gather: Gather) -> str:
-    """Which rows and columns of its source a gather takes, and whether it keeps their order."""
-    rows, cols = _rows_taken(gather.rows, gather.source.data.shape[0]), gather.source_cols
+def _range_text(gather: Gather) -> str:
+    """Text for the rows and columns that a gather takes from its piece, and whether they keep their order."""
+    rows, cols = _rows_text(gather.rows, gather.source.data.shape[0]), gather.source_cols
     whole = (cols.start, cols.stop) == (0, gather.source.cols)
     return rows if whole else f"{rows}, columns {cols.start}-{cols.stop - 1}"
 
 
-#: By identity of the row map, which is held so that its identity stays: layers share their maps.
-_TAKEN: dict[tuple[int, int], tuple[str, RowMap]] = {}
-#: A model has some hundred distinct ones; the bound keeps memory flat if ever one has more.
-_MAX_TAKEN = 4096
+#: Texts by the id of the row map and the row count. Layers share their maps; holding a map keeps its id valid.
+_ROWS_TEXTS: dict[tuple[int, int], tuple[str, RowMap]] = {}
+#: Maximum number of cached texts. A model has some hundred distinct ones; the bound limits memory if one has more.
+_MAX_TEXTS = 4096
 
 
-def _rows_taken(rows: RowMap, count: int) -> str:
+def _rows_text(rows: RowMap, count: int) -> str:
+    """Text for the rows that a row map takes of `count` rows."""
     key = (id(rows), count)
-    if key not in _TAKEN:
-        if len(_TAKEN) >= _MAX_TAKEN:
-            _TAKEN.clear()
+    if key not in _ROWS_TEXTS:
+        if len(_ROWS_TEXTS) >= _MAX_TEXTS:
+            _ROWS_TEXTS.clear()
         taken = rows[rows >= 0]
         first, last = int(taken.min()), int(taken.max())
         order = (
@@ -102,48 +104,48 @@ def _rows_taken(rows: RowMap, count: int) -> str:
             else " in parts"
         )
         whole = (first, last) == (0, count - 1)
-        _TAKEN[key] = ("all rows" if whole else f"rows {first}-{last}") + order, rows
-    return _TAKEN[key][0]
+        _ROWS_TEXTS[key] = ("all rows" if whole else f"rows {first}-{last}") + order, rows
+    return _ROWS_TEXTS[key][0]
 
 
 @dataclass(frozen=True)
 class Journal:
-    """The state folder of a staging."""
+    """Files in the state folder of a `Staging`."""
 
     folder: Path
 
     def begin(self, run: Mapping[str, Any]) -> None:
-        """Record what this run is."""
+        """Record the description of this run."""
         _write(self.folder / _RUN, run)
 
     def run(self) -> dict[str, Any] | None:
-        """What the run is that left this folder; None if it left nothing that can be read."""
+        """Description of the run that left this folder; None if there is none that can be read."""
         return _read(self.folder / _RUN)
 
     def take(self) -> str:
-        """Make the folder this run's, and no other's that may still be writing; returns the mark that says so."""
+        """Claim the folder for this run, against any other that may still be writing; returns its session mark."""
         mark = secrets.token_hex(8)
         write_text(self.folder / _SESSION, mark)
         return mark
 
     def session(self) -> str | None:
-        """The mark of the run whose folder it is; None if there is none."""
+        """Session mark of the run that claimed the folder; None if there is none."""
         try:
             return (self.folder / _SESSION).read_text(encoding="utf-8")
         except OSError:
             return None
 
     def finish(self, file: str, nbytes: int, outside: str, tensors: Mapping[str, Any]) -> None:
-        """Record a file that is complete on the disk; `outside` is a digest of its bytes beside the tensors."""
+        """Record a file that is complete on disk; `outside` is the digest of its bytes outside the tensors."""
         _write(self._entry(file), {"file": file, "bytes": nbytes, "outside": outside, "tensors": tensors})
 
     def finished(self) -> dict[str, dict[str, Any]]:
-        """The finished files' records, by path."""
+        """Records of finished files, by path."""
         found = filter(None, map(_read, sorted((self.folder / _FINISHED).glob("*.json"))))
         return {record["file"]: record for record in found}
 
     def finished_in(self, files: Path) -> dict[str, dict[str, Any]]:
-        """The records of finished files that are there, or were: once all are finished they move to their final place."""
+        """Records of finished files that have their full size in `files`; of all, once a complete run may have moved them."""
         found = self.finished()
         if self.complete:
             return found
@@ -151,12 +153,12 @@ class Journal:
 
     @property
     def complete(self) -> bool:
-        """Whether a run had finished all files; what it began to move is then in part at its final place."""
+        """Whether all files were finished. Some may already be at their final place."""
         return (self.folder / _COMPLETE).exists()
 
     @property
     def cleared(self) -> bool:
-        """Whether what the files replace is gone, so that whatever is at the final place is new."""
+        """Whether the files to be replaced are removed, so that all files at the final place are new."""
         return (self.folder / _CLEARED).exists()
 
     def mark_complete(self) -> None:
@@ -164,7 +166,7 @@ class Journal:
         (self.folder / _COMPLETE).touch()
 
     def mark_cleared(self) -> None:
-        """Record that what the files replace is gone."""
+        """Record that the files to be replaced are removed."""
         (self.folder / _CLEARED).touch()
 
     def _entry(self, file: str) -> Path:
@@ -172,9 +174,9 @@ class Journal:
 
 
 def write_manifest(folder: Path, run: Mapping[str, Any], finished: Mapping[str, Any], origin: Origin) -> None:
-    """Write `conversion.json` for a finished run into the folder of its files. Small files beside the weights get a digest."""
+    """Write `conversion.json` of a finished run into the folder of its files; small files beside the weights get a digest."""
     files = {
-        file: {**described, **{key: finished[file][key] for key in _RESULTS}}
+        file: {**described, **{key: finished[file][key] for key in _RESULT_KEYS}}
         for file, described in run["files"].items()
     }
     beside = {
@@ -182,14 +184,14 @@ def write_manifest(folder: Path, run: Mapping[str, Any], finished: Mapping[str, 
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.relative_to(folder).as_posix() not in files
     }
-    told = {"notes": origin.notes, "ignored": origin.ignored}
-    _write(folder / MANIFEST, signed({**run, **told, "beside": beside, "files": files}))
+    remarks = {"notes": origin.notes, "ignored": origin.ignored}
+    _write(folder / MANIFEST, with_digest({**run, **remarks, "beside": beside, "files": files}))
 
 
 def is_output_of(folder: Path, run: Mapping[str, Any]) -> bool:
-    """Whether a folder is the complete output of this run: its manifest says so, and all files are there.
+    """Whether a folder is the complete output of this run, by its manifest, and has all files.
 
-    A run whose source came as messages is never the same as another.
+    Always false for a run whose source came as messages.
     """
     if run["source"]["files"] is None:
         return False
@@ -198,52 +200,53 @@ def is_output_of(folder: Path, run: Mapping[str, Any]) -> bool:
     except ConversionError:
         return False
     files = {
-        file: {key: value for key, value in entry.items() if key not in _RESULTS}
+        file: {key: value for key, value in entry.items() if key not in _RESULT_KEYS}
         for file, entry in manifest["files"].items()
     }
-    wanted = run["files"]
-    same = files == wanted and all(manifest.get(key) == run[key] for key in run.keys() - {"files"})
+    expected = run["files"]
+    same = files == expected and all(manifest.get(key) == run[key] for key in run.keys() - {"files"})
     beside = manifest.get("beside")
-    there = isinstance(beside, dict) and all(size_of(folder / file) >= 0 for file in beside)
-    return same and there and all(size_of(folder / file) == entry["bytes"] for file, entry in wanted.items())
+    present = isinstance(beside, dict) and all(size_of(folder / file) >= 0 for file in beside)
+    return same and present and all(size_of(folder / file) == entry["bytes"] for file, entry in expected.items())
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest at `path`; raises where it is missing, or not as it was written."""
+    """Read the manifest at `path`; raises `ConversionError` if it is missing or was changed."""
     try:
         text = path.read_bytes()
     except FileNotFoundError:
         unfinished = unfinished_in(path.parent)
-        what = "is no output of a conversion that can be checked alone: it has no"
-        raise ConversionError(f"{path.parent} {unfinished or f'{what} {MANIFEST}'}") from None
+        missing = f"is no output of a conversion that can be checked alone: it has no {MANIFEST}"
+        raise ConversionError(f"{path.parent} {unfinished or missing}") from None
     except OSError as error:
         raise ConversionError(f"cannot read {path}: {reason_of(error)}") from error
     try:
         manifest = json.loads(text)
-        sound = signed(manifest) == manifest and isinstance(manifest["files"], dict)
+        valid = with_digest(manifest) == manifest and isinstance(manifest["files"], dict)
     except (ValueError, LookupError, AttributeError, TypeError, RecursionError):
-        sound = False
-    if not sound:
+        valid = False
+    if not valid:
         raise ConversionError(
-            f"{path} is damaged, or of an older version; give the source, too, to compare the output with that"
+            f"{path} is damaged, or of an older version; give the source as well, to compare the output with it"
         )
     plain: dict[str, Any] = manifest
     return plain
 
 
-def signed(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """A manifest with the digest of its other entries."""
-    others = {key: value for key, value in manifest.items() if key != _OF_ITSELF}
-    return {**others, _OF_ITSELF: digest([json.dumps(others, sort_keys=True).encode()])}
+def with_digest(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """Manifest with the digest of its other entries."""
+    others = {key: value for key, value in manifest.items() if key != _DIGEST_KEY}
+    return {**others, _DIGEST_KEY: digest([json.dumps(others, sort_keys=True).encode()])}
 
 
-def _old_not_new(place: str, old: Any, new: Any) -> str:
+def _difference_line(place: str, old: Any, new: Any) -> str:
     if place.startswith("source files "):
-        old, new = _file_in_words(old), _file_in_words(new)
+        old, new = _identity_text(old), _identity_text(new)
     return f"{place}: {old}, not {new}"
 
 
-def _file_in_words(identity: Any) -> str:
+def _identity_text(identity: Any) -> str:
+    """Text for a source file's identity: its size in bytes and its modification time in nanoseconds."""
     if not (isinstance(identity, list) and len(identity) == 2 and all(isinstance(number, int) for number in identity)):
         return "no such file" if identity is None else str(identity)
     nbytes, nanoseconds = identity
@@ -251,21 +254,24 @@ def _file_in_words(identity: Any) -> str:
 
 
 def refuse_other(staging: Staging, old: Mapping[str, Any], new: Mapping[str, Any], finished: int) -> None:
-    """Raise if an unfinished run with finished files is not the one that is asked for."""
-    for keys in _CAUSES:
-        found = [line for key in keys for line in differences(old.get(key), new[key], key, _old_not_new)]
+    """Raise with the differences between the description of an unfinished run (`old`) and of this one (`new`), if any.
+
+    `finished` is the number of files that the unfinished run has finished.
+    """
+    for keys in _KEY_GROUPS:
+        found = [line for key in keys for line in differences(old.get(key), new[key], key, _difference_line)]
         if found:
             break
     raise_all(
-        f"{staging.path} holds {finished} finished file(s) of another run, which differs in",
+        f"{staging.path} holds {finished} finished file(s) of another run, which differs in:",
         found,
         _SHOWN_DIFFERENCES,
-        "repeat that run to finish it, or pass --restart to throw its files away",
+        "repeat that run to finish it, or pass --restart to discard its files",
     )
 
 
 def size_of(path: Path) -> int:
-    """Bytes of a file, -1 where there is none."""
+    """Size of a file in bytes; -1 if there is none."""
     try:
         return path.stat().st_size
     except OSError:
@@ -274,12 +280,12 @@ def size_of(path: Path) -> int:
 
 def _write(path: Path, value: Any) -> None:
     path.parent.mkdir(exist_ok=True)
-    write_text(path, json.dumps(value, indent=1) + "\n")  # in ASCII, since paths need not be text
+    write_text(path, json.dumps(value, indent=1) + "\n")  # in ASCII, since a path may not be valid UTF-8
 
 
 def _read(path: Path) -> dict[str, Any] | None:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # a run that was killed while it wrote its first state
+    except (OSError, ValueError):  # for example of a run that was killed while it wrote its first state
         return None
     return value if isinstance(value, dict) else None

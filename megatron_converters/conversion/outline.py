@@ -1,4 +1,4 @@
-"""What a conversion will write, decided before anything is written: files to the byte, and what fills each tensor."""
+"""Outline of a conversion's output, fixed before anything is written: every file to the byte, and the fills of its tensors."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from ..storage.tensor import StoredTensor
 
 
 class Fill(NamedTuple):
-    """A tensor of an output file, or one part of it that begins at byte `start`, as rows and columns of a slot.
+    """Tensor of an output file, or the part of it that begins at byte `start`, as rows and columns of a slot.
 
-    `rows[i]` is the slot's row of row i and `col` the slot's first column. Where `transposed`, the slot's rows are columns of
-    the file: `shape` is then what the part would be without that. `padding` counts the rows at the end that repeat another.
+    Row i is the slot's row `rows[i]`, column 0 the slot's column `col`. Where `transposed`, the file stores the transposed
+    matrix, and `shape` is that before transposing. `padding` counts the rows at the end that repeat another row.
     """
 
     file: str
@@ -33,31 +33,30 @@ class Fill(NamedTuple):
 
 @dataclass(frozen=True)
 class Outline:
-    """A target's files by path within the folder that will be shown as `name`, and the options that decided them.
+    """Files of a target, by path within the output folder `name`, and the options that decided them.
 
-    `given` has, by file and name, small tensors that belong to no slot and are copied as they are; `content` has what the files
-    will say beside their tensors, as JSON values.
+    `extra_tensors` has, by file and name, small tensors that belong to no slot and are copied unchanged. `content` has what the
+    files hold besides tensors, as JSON values.
     """
 
     name: str
     files: Mapping[str, FileLayout]
     options: Mapping[str, Any]
-    given: Mapping[str, Mapping[str, StoredTensor]] = field(default_factory=dict)
+    extra_tensors: Mapping[str, Mapping[str, StoredTensor]] = field(default_factory=dict)
     content: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
-        """Bytes on the disk, all files together."""
+        """Size of all files together, in bytes."""
         return sum(layout.nbytes for layout in self.files.values())
 
     def tensor_bytes(self, file: str) -> int:
-        """Bytes of one file's tensors."""
+        """Size of one file's tensors, in bytes."""
         return sum(nbytes for _, nbytes in self.files[file].regions.values())
 
     def outside(self, file: str, checksums: Mapping[str, int]) -> str:
-        """A digest of the bytes that a finished file has beside its tensors, in their order, whose CRC-32s `checksums` gives.
+        """Digest of a finished file's bytes outside its tensors, in file order; `checksums` has the tensors' CRC-32s by name.
 
-        It differs from a layout's `structure` in that it can be computed from the file: a zip's directory repeats its tensors'
-        checksums.
+        Unlike a layout's `structure`, it can be computed from the file, since a zip's directory repeats its tensors' checksums.
         """
         return digest(data for _, data in sorted(self.files[file].finish(checksums)))

@@ -11,14 +11,14 @@ from typing import Any, Protocol, TextIO
 from ..basics.quantities import duration, size
 from ..basics.streams import write
 
-#: Seconds between plain lines, at least and at most; between these a line for each such share of the whole, so that the log
-#: of a day has some hundred lines.
-_INTERVAL, _SILENCE = 10.0, 600.0
-_STEP = 0.01
+#: Minimum and maximum seconds between plain lines.
+_MIN_INTERVAL, _MAX_INTERVAL = 10.0, 600.0
+#: Between these, a line per such fraction of the total, so that the log of a day has some hundred lines.
+_FRACTION_PER_LINE = 0.01
 
 
 class Progress(Protocol):
-    """Told of bytes as they are written, from several threads."""
+    """Display of the bytes written so far, which several threads may call."""
 
     def start(self, total: int) -> None: ...
     def __call__(self, count: int) -> None: ...
@@ -26,7 +26,7 @@ class Progress(Protocol):
 
 
 class Silent:
-    """Shows nothing."""
+    """No display at all."""
 
     def start(self, total: int) -> None:
         """Ignored."""
@@ -39,54 +39,54 @@ class Silent:
 
 
 class Lines:
-    """A line now and then with bytes, rate and time left; for logs, and where tqdm is not installed."""
+    """Lines at intervals with bytes, rate and time left; for logs, and where tqdm is not installed."""
 
     def __init__(self, stream: TextIO, done: str = "copied") -> None:
         self._stream = stream
         self._verb = done
         self._lock = threading.Lock()
         self._total = self._done = 0
-        self._begun = self._shown = 0.0
+        self._begun = self._shown_at = 0.0
         self._shown_bytes = 0
 
     def start(self, total: int) -> None:
-        """Begin to count towards `total` bytes."""
+        """Start to count towards `total` bytes."""
         self._total, self._begun = total, time.monotonic()
-        self._shown = self._begun
+        self._shown_at = self._begun
 
     def __call__(self, count: int) -> None:
         """Add bytes; called from several threads."""
         with self._lock:
             self._done += count
             now = time.monotonic()
-            waited, step = now - self._shown, self._done - self._shown_bytes
-            if waited >= _INTERVAL and (step >= _STEP * self._total or waited >= _SILENCE):
-                self._shown, self._shown_bytes = now, self._done
+            waited, step = now - self._shown_at, self._done - self._shown_bytes
+            if waited >= _MIN_INTERVAL and (step >= _FRACTION_PER_LINE * self._total or waited >= _MAX_INTERVAL):
+                self._shown_at, self._shown_bytes = now, self._done
                 self._show(now - self._begun)
 
     def stop(self) -> None:
-        """Show what was done, if anything was."""
+        """Show the total, if any bytes were counted."""
         if self._done:
             seconds = time.monotonic() - self._begun
-            self._say(f"{self._so_far()} in {duration(seconds)} ({size(self._done / max(seconds, 1e-3))}/s)")
+            self._write_line(f"{self._so_far()} in {duration(seconds)} ({size(self._done / max(seconds, 1e-3))}/s)")
 
     def _show(self, seconds: float) -> None:
         rate = self._done / max(seconds, 1e-3)
         left = (self._total - self._done) / max(rate, 1.0)
-        self._say(f"{self._so_far()} at {size(rate)}/s, {duration(left)} left")
+        self._write_line(f"{self._so_far()} at {size(rate)}/s, {duration(left)} left")
 
     def _so_far(self) -> str:
         if self._done == self._total:
             return f"{self._verb} {size(self._done)}"
-        share = 100 * self._done / max(self._total, 1)
-        return f"{self._verb} {size(self._done)} of {size(self._total)} ({share:.0f} %)"
+        percent = 100 * self._done / max(self._total, 1)
+        return f"{self._verb} {size(self._done)} of {size(self._total)} ({percent:.0f} %)"
 
-    def _say(self, line: str) -> None:
-        write(self._stream, line)  # where it cannot be written, the copying goes on
+    def _write_line(self, line: str) -> None:
+        write(self._stream, line)  # a stream that fails does not stop the copying
 
 
 class Bar:
-    """A tqdm bar."""
+    """Progress bar of tqdm."""
 
     def __init__(self, tqdm: Any, doing: str = "copying") -> None:
         self._tqdm = tqdm
@@ -100,18 +100,18 @@ class Bar:
 
     def __call__(self, count: int) -> None:
         """Add bytes; called from several threads."""
-        with self._lock, suppress(OSError):  # a terminal that is gone stops no conversion
+        with self._lock, suppress(OSError):  # a terminal that is gone must not stop the conversion
             self._bar.update(count)
 
     def stop(self) -> None:
-        """Leave the bar as it is."""
+        """Close the bar and leave it on the screen."""
         if self._bar is not None:
             with suppress(OSError):
                 self._bar.close()
 
 
 def make_progress(quiet: bool, doing: str = "copying", done: str = "copied") -> Progress:
-    """What fits: nothing if quiet, a bar on a terminal, lines otherwise. `doing` and `done` say what is done to the bytes."""
+    """Progress display: none if quiet, a bar on a terminal, else lines. `doing` and `done` are forms of a verb, for its text."""
     if quiet or sys.stderr is None:
         return Silent()
     if not sys.stderr.isatty():

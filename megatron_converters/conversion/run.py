@@ -204,12 +204,12 @@ class _Run:
             place = self._staging.files / path
             place.parent.mkdir(parents=True, exist_ok=True)
             file = self._open[path] = self._outline.files[path].create(place)
-            self._write_given(file, path)
+            self._write_extra_tensors(file, path)
         return file
 
-    def _write_given(self, file: OutputFile, path: str) -> None:
+    def _write_extra_tensors(self, file: OutputFile, path: str) -> None:
         """Write a file's small tensors that belong to no slot."""
-        for name, data in self._outline.given.get(path, {}).items():
+        for name, data in self._outline.extra_tensors.get(path, {}).items():
             file.write(name, 0, np.ascontiguousarray(data.array()))
             self._progress(data.nbytes)
             self._entries.setdefault(path, {})[name] = {
