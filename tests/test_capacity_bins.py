@@ -339,7 +339,7 @@ def test_a_key_that_is_no_buffer_of_a_router_is_no_tensor_of_the_model(small: Pa
     model["decoder.layers.0.attention.router.capacity_bins.bins_usage"] = torch.ones(5)
     edit_rank(meg, "mp_rank_00", model=model)
     with pytest.raises(
-        ConversionError, match=r"attention\.router\.capacity_bins\.bins_usage is no tensor of this model"
+        ConversionError, match=r"attention\.router\.capacity_bins\.bins_usage is not a tensor of this model"
     ):
         MegatronSource(meg)
 

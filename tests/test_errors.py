@@ -132,16 +132,16 @@ def test_all_faults_of_the_tensors_are_listed_at_once(hf: Path) -> None:
         forward(hf),
         "model.layers.1.mlp.up_proj.weight (layer 1 fc1) is missing",
         "model.norm.weight (final_norm) is missing",
-        "model.layers.9.mlp.up_proj.weight is no tensor",
-        "model.layers.0.self_attn.q_proj.bias is no tensor",
-        "model.layers.2.self_attn.k_proj.weight (layer 2 qkv) has shape [64, 64]; config.json means [32, 64]",
+        "model.layers.9.mlp.up_proj.weight is not a tensor",
+        "model.layers.0.self_attn.q_proj.bias is not a tensor",
+        "model.layers.2.self_attn.k_proj.weight (layer 2 qkv) has shape [64, 64]; config.json requires [32, 64]",
         "model.layers.3.input_layernorm.weight (layer 3 input_norm) has shape [64, 1]",
     )
 
 
 def test_a_fault_of_every_tensor_is_still_a_readable_message(hf: Path) -> None:
     edit_config(hf, hidden_size=72)
-    run = refused(forward(hf), "model.norm.weight (final_norm) has shape [64]; config.json means [72]")
+    run = refused(forward(hf), "model.norm.weight (final_norm) has shape [64]; config.json requires [72]")
     assert len(run.err.splitlines()) < 60
 
 
@@ -379,8 +379,8 @@ def test_all_faults_of_a_checkpoint_are_listed_at_once(meg: Path) -> None:
     refused(
         back(meg),
         "mp_rank_01_000: layer 0 fc2: decoder.layers.0.mlp.linear_fc2.weight is missing",
-        "mp_rank_01_000: decoder.layers.7.mlp.linear_fc2.weight is no tensor",
-        "decoder.layers.1.mlp.linear_fc1.weight (layer 1 fc1) has shape [10, 64]; the args mean [112, 64]",
+        "mp_rank_01_000: decoder.layers.7.mlp.linear_fc2.weight is not a tensor",
+        "decoder.layers.1.mlp.linear_fc1.weight (layer 1 fc1) has shape [10, 64]; the args require [112, 64]",
         "decoder.layers.1.input_layernorm.weight",
         "mp_rank_00_001: final_norm",
     )
@@ -441,14 +441,14 @@ def test_ranks_of_different_models_are_not_mixed(meg: Path) -> None:
 @pytest.mark.parametrize("rank", ["mp_rank_00_000", "mp_rank_01_001"])
 def test_an_entry_without_a_name(rank: str, meg: Path) -> None:
     edit_model(meg, rank, lambda model: model.update({5: torch.zeros(2)}))
-    refused(back(meg), rank, "no named tensors: 5")
+    refused(back(meg), rank, "not named tensors: 5")
 
 
 def test_a_bin_file_with_an_entry_without_a_name(hf_model: HFModel, tmp_path: Path) -> None:
     source = shutil.copytree(hf_model("llama2", weights="bin"), tmp_path / "hf")
     state = torch.load(source / "pytorch_model.bin")
     torch.save({**state, ("a", 1): torch.zeros(2)}, source / "pytorch_model.bin")
-    refused(forward(source), "no named tensors: ('a', 1)")
+    refused(forward(source), "not named tensors: ('a', 1)")
 
 
 def test_the_ranks_hold_different_dtypes(meg: Path) -> None:

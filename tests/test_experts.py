@@ -446,8 +446,8 @@ EXPERT = "model.layers.1.block_sparse_moe.experts."
     ("change", "config", "words"),
     [
         (unchanged, {"num_local_experts": 5}, [f"{EXPERT}4.w1.weight (layer 1 expert 4 expert_fc1) is missing"]),
-        (unchanged, {"num_local_experts": 5}, ["gate.weight (layer 1 router) has shape [4, 64]", "means [5, 64]"]),
-        (unchanged, {"num_local_experts": 3}, [f"{EXPERT}3.w2.weight is no tensor of the mixtral family"]),
+        (unchanged, {"num_local_experts": 5}, ["gate.weight (layer 1 router) has shape [4, 64]", "requires [5, 64]"]),
+        (unchanged, {"num_local_experts": 3}, [f"{EXPERT}3.w2.weight is not a tensor of the mixtral family"]),
         (
             lambda tensors: tensors.pop(EXPERT + "2.w3.weight"),
             {},
@@ -456,12 +456,12 @@ EXPERT = "model.layers.1.block_sparse_moe.experts."
         (
             lambda tensors: tensors.update({EXPERT + "4.w2.weight": tensors[EXPERT + "0.w2.weight"].clone()}),
             {},
-            [f"  - {EXPERT}4.w2.weight is no tensor"],
+            [f"  - {EXPERT}4.w2.weight is not a tensor"],
         ),
         (
             lambda tensors: tensors.update({EXPERT + "0.w2.weight": tensors[EXPERT + "0.w2.weight"].T.contiguous()}),
             {},
-            [f"{EXPERT}0.w2.weight (layer 1 expert 0 expert_fc2) has shape [112, 64]; config.json means [64, 112]"],
+            [f"{EXPERT}0.w2.weight (layer 1 expert 0 expert_fc2) has shape [112, 64]; config.json requires [64, 112]"],
         ),
     ],
 )
@@ -492,7 +492,7 @@ def test_experts_that_are_stored_twice_are_refused(hf_model: HFModel, tmp_path: 
         tensors["model.layers.0.mlp.experts.down_proj"] = fused["model.layers.0.mlp.experts.down_proj"]
 
     folder = changed(hf_model("mixtral", **SMALL), tmp_path / "hf", add)
-    with pytest.raises(ConversionError, match=r"layers\.0\.block_sparse_moe\.experts\.0\.w2\.weight is no tensor"):
+    with pytest.raises(ConversionError, match=r"layers\.0\.block_sparse_moe\.experts\.0\.w2\.weight is not a tensor"):
         HFSource(folder)
 
 
@@ -507,7 +507,7 @@ def test_experts_that_are_stored_twice_are_refused(hf_model: HFModel, tmp_path: 
             lambda model: model.update(
                 {"decoder.layers.0.mlp.experts.linear_fc2.weight2": torch.ones_like(fc2_of(model))}
             ),
-            r"mp_rank_00_001: decoder\.layers\.0\.mlp\.experts\.linear_fc2\.weight2 is no tensor of this model",
+            r"mp_rank_00_001: decoder\.layers\.0\.mlp\.experts\.linear_fc2\.weight2 is not a tensor of this model",
         ),
         (
             lambda model: model.update(

@@ -95,10 +95,10 @@ QKV = "decoder.layers.self_attention.linear_qkv.weight"
     ("change", "messages"),
     [
         (lambda e: e.pop(QKV), [f"layer 0 qkv: {QKV} is missing", "layer 3 qkv"]),
-        (lambda e: e.update(extra=torch.ones(3)), ["extra is no tensor of this model"]),
-        (lambda e: e.update({"decoder.layers.extra": torch.ones(4, 3)}), ["decoder.layers.extra is no tensor"]),
-        (lambda e: e.update({QKV: e[QKV][:3]}), [f"{QKV} has shape [3, 128, 64]; the args mean [4, 128, 64]"]),
-        (lambda e: e.update({QKV: e[QKV][0]}), [f"{QKV} has shape [128, 64]; the args mean [4, 128, 64]"]),
+        (lambda e: e.update(extra=torch.ones(3)), ["extra is not a tensor of this model"]),
+        (lambda e: e.update({"decoder.layers.extra": torch.ones(4, 3)}), ["decoder.layers.extra is not a tensor"]),
+        (lambda e: e.update({QKV: e[QKV][:3]}), [f"{QKV} has shape [3, 128, 64]; the args require [4, 128, 64]"]),
+        (lambda e: e.update({QKV: e[QKV][0]}), [f"{QKV} has shape [128, 64]; the args require [4, 128, 64]"]),
         (
             lambda e: e.update({QKV.replace("layers.", "layers.2."): torch.ones(128, 64)}),
             [f"layer 2 qkv: {QKV} and decoder.layers.2.self_attention.linear_qkv.weight are both there"],
@@ -108,14 +108,14 @@ QKV = "decoder.layers.self_attention.linear_qkv.weight"
                 {"decoder.layers.1.mlp.linear_fc1.weight_w": e.pop("decoder.layers.mlp.linear_fc1.weight")[1]}
             ),
             [
-                "decoder.layers.1.mlp.linear_fc1.weight_w has shape [224, 64]; the args mean [112, 64]",
+                "decoder.layers.1.mlp.linear_fc1.weight_w has shape [224, 64]; the args require [112, 64]",
                 "layer 1 fc1: decoder.layers.1.mlp.linear_fc1.weight_v is missing",
                 "layer 0 fc1: decoder.layers.mlp.linear_fc1.weight is missing",
             ],
         ),
         (
             lambda e: e.pop("embedding.word_embeddings.weight"),
-            ["is missing or no matrix, so this is no checkpoint of a GPT"],
+            ["is missing or not a matrix, so this is not a checkpoint of a GPT"],
         ),
     ],
 )

@@ -1,1 +1,1 @@
-"""Sources and targets, one folder a format; formats know the hub of slots and never each other."""
+"""Sources and targets, one folder per format. A format knows the slots of the model, never another format."""

@@ -1,4 +1,4 @@
-"""Which format a folder has, by what it holds."""
+"""Format of a folder, recognised by its files."""
 
 from __future__ import annotations
 
@@ -11,19 +11,21 @@ from .megatron.reading import listing
 from .megatron.writing import TRACKER
 
 HF, META, MEGATRON = "hf", "meta", "megatron"
-#: Format: files of which one says that a folder has it.
-_SIGNS = {
+#: Name patterns by format; one match marks a folder as of that format.
+_PATTERNS = {
     HF: ("config.json", "*.safetensors", "pytorch_model*.bin"),
     META: ("consolidated.*.pth",),
     MEGATRON: (TRACKER, "mp_rank_*", ".metadata"),
 }
-FORMATS = tuple(_SIGNS)
+FORMATS = tuple(_PATTERNS)
 
 
 def format_of(path: Path) -> str:
-    """The format of a folder; raises where it is none or could be two."""
+    """Detect the format of a folder; raises `UsageError` if it fits none or several."""
     names = [entry.name for entry in listing(path)]
-    found = [name for name, signs in _SIGNS.items() if any(fnmatch.filter(names, sign) for sign in signs)]
+    found = [
+        name for name, patterns in _PATTERNS.items() if any(fnmatch.filter(names, pattern) for pattern in patterns)
+    ]
     if len(found) == 1:
         return found[0]
     if found:
@@ -31,5 +33,5 @@ def format_of(path: Path) -> str:
     unfinished = unfinished_in(path)
     if unfinished is not None:
         raise UsageError(f"{path} {unfinished}")
-    signs = "; ".join(f"{name}: {', '.join(signs)}" for name, signs in _SIGNS.items())
-    raise UsageError(f"{path} is of no known format; a folder needs one of {signs}")
+    expected = "; ".join(f"{name}: {', '.join(patterns)}" for name, patterns in _PATTERNS.items())
+    raise UsageError(f"{path} is of no known format; a folder needs one of {expected}")

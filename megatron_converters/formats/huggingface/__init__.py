@@ -1,1 +1,1 @@
-"""Hugging Face folders."""
+"""Hugging Face folders: source and target."""

@@ -1,4 +1,4 @@
-"""The tensors of a Hugging Face folder that hold a slot: the separate ones of published models, or fused ones of transformers 5."""
+"""Parts of slots in a Hugging Face folder: separate tensors as in published models, or fused ones as in transformers 5."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from ...storage.tensor import StoredTensor
 
 
 class Part(NamedTuple):
-    """A part of a slot in a file: `rows[i]` is the slot's row of its row i, `shape` its own.
+    """Part of a slot, of shape `shape`, in the stored tensor `name`: row i of the part is the slot's row `rows[i]`.
 
-    `stored_shape` is that of the tensor `name`, which for fused experts holds a matrix more for each of them; `number` is then
-    this one's number in it.
+    `stored_shape` is the shape of the stored tensor. A tensor of fused experts stacks one part per expert along a first axis;
+    `number` is the index of this part there.
     """
 
     name: str
@@ -29,19 +29,19 @@ class Part(NamedTuple):
 
     @property
     def stored_parts(self) -> int:
-        """How many such parts the stored tensor has."""
+        """Number of such parts in the stored tensor."""
         return math.prod(self.stored_shape) // max(math.prod(self.shape), 1)
 
-    def of(self, data: StoredTensor) -> StoredTensor:
-        """This part of the stored tensor."""
+    def view(self, data: StoredTensor) -> StoredTensor:
+        """View of this part in the stored tensor."""
         if self.shape == self.stored_shape:
             return data
         offset = data.offset + self.number * data.strides[0] * data.dtype.itemsize
         return StoredTensor(data.path, offset, data.dtype, data.shape[1:], data.strides[1:])
 
 
-class _Kind(NamedTuple):
-    """What the parts of all tensors of one slot have in common: name template, row map, own shape, stored shape."""
+class _PartTemplate(NamedTuple):
+    """Properties shared by one part of all refs of a slot: name template, row map, shape, and shape of the stored tensor."""
 
     template: str
     rows: RowMap
@@ -50,42 +50,42 @@ class _Kind(NamedTuple):
 
 
 class HFNames:
-    """Names and parts of one model's slots in a Hugging Face folder."""
+    """Names and parts of a model's refs in a Hugging Face folder."""
 
     def __init__(self, family: Family, spec: ModelSpec) -> None:
         self._family, self._spec = family, spec
-        self._kinds: dict[tuple[Slot, bool], tuple[_Kind, ...]] = {}
+        self._templates: dict[tuple[Slot, bool], tuple[_PartTemplate, ...]] = {}
 
     def parts(self, ref: Ref, *, fused: bool) -> list[Part]:
-        """The parts of a slot. `fused` takes the names of transformers 5 where the slot has any."""
+        """Parts of a ref; `fused` selects the fused tensor of transformers 5 where the slot has one."""
         key = ref.slot, fused and self._entry(ref).fused is not None
-        if key not in self._kinds:
-            self._kinds[key] = tuple(self._separate(ref) if not key[1] else self._fused(ref))
-        index = (ref.expert or 0) if key[1] else 0
+        if key not in self._templates:
+            self._templates[key] = tuple(self._separate(ref) if not key[1] else self._fused(ref))
+        number = (ref.expert or 0) if key[1] else 0
         return [
-            Part(template.format(layer=ref.layer, expert=ref.expert), rows, shape, stored, index)
-            for template, rows, shape, stored in self._kinds[key]
+            Part(template.format(layer=ref.layer, expert=ref.expert), rows, shape, stored_shape, number)
+            for template, rows, shape, stored_shape in self._templates[key]
         ]
 
     def names(self, ref: Ref) -> tuple[str, ...]:
-        """The names of a slot's separate parts."""
+        """Names of a ref's separate tensors."""
         return tuple(name.format(layer=ref.layer, expert=ref.expert) for name in self._entry(ref).names)
 
     def fused_name(self, ref: Ref) -> str:
-        """The name of the tensor that transformers 5 has in memory, empty where it is no other."""
+        """Name of a ref's fused tensor in transformers 5; empty if it has none."""
         fused = self._entry(ref).fused
         return "" if fused is None else fused.format(layer=ref.layer)
 
-    def _separate(self, ref: Ref) -> Iterator[_Kind]:
+    def _separate(self, ref: Ref) -> Iterator[_PartTemplate]:
         entry, (_, *cols) = self._entry(ref), ref.slot.shape(self._spec)
         for name, rows in zip(entry.names, row_maps(entry.layout, ref.slot, self._spec), strict=True):
             shape = (rows.size, *cols)
-            yield _Kind(name, rows, shape, shape)
+            yield _PartTemplate(name, rows, shape, shape)
 
-    def _fused(self, ref: Ref) -> Iterator[_Kind]:
+    def _fused(self, ref: Ref) -> Iterator[_PartTemplate]:
         (rows,) = row_maps(SAME, ref.slot, self._spec)
         shape = ref.slot.shape(self._spec)
-        yield _Kind(
+        yield _PartTemplate(
             self._entry(ref).fused or "", rows, shape, (self._spec.num_experts, *shape) if ref.slot.expert else shape
         )
 

@@ -1,4 +1,4 @@
-"""Read a Hugging Face folder: config.json and safetensors or `pytorch_model*.bin`, mapped."""
+"""Source for Hugging Face folders: config.json, and safetensors or `pytorch_model*.bin` files, memory-mapped."""
 
 from __future__ import annotations
 
@@ -26,20 +26,21 @@ from ...storage.opening import is_name
 from ...storage.tensor import StoredTensor
 from .parts import HFNames
 
-#: Index files and single files, in the order of preference of `from_pretrained`.
+#: Weight files of unsharded models, in the order of preference of `from_pretrained`; '.index.json' is appended for an index.
 _SINGLE = ("model.safetensors", "pytorch_model.bin")
+#: Names that a message lists at most.
 _SHOWN_NAMES = 40
 _ADAPTER = "adapter_config.json"
 
 
 class HFSource:
-    """A Hugging Face folder whose every tensor is known, named and shaped as its config.json says."""
+    """Hugging Face folder, with every tensor checked against its config.json by name and shape."""
 
     def __init__(self, folder: Path, *, ignored_config: Sequence[str] = (), untie: bool = False) -> None:
-        if (folder / _ADAPTER).exists():  # transformers would load it, and the model that it names instead of this one
+        if (folder / _ADAPTER).exists():  # transformers would load the adapter with the base model that it names
             raise ConversionError(
-                f"{folder / _ADAPTER} says that there is a PEFT adapter, which is not converted; merge it into its model, or "
-                "remove this file to convert a model without it"
+                f"{folder / _ADAPTER} describes a PEFT adapter, which cannot be converted; merge it into its model, or remove this "
+                "file to convert the model without it"
             )
         config = read_json(folder / "config.json")
         tensors = read_tensors(folder)
@@ -48,7 +49,7 @@ class HFSource:
             spec = dataclasses.replace(spec, tied=False)
         family = FAMILIES[spec.family]
         self._pieces = _match(folder, spec, family, tensors)
-        self._replicas = _tied_copy(spec, family, tensors)
+        self._replicas = _tied_replica(spec, family, tensors)
         files = {data.path for data in tensors.values()} | {folder / "config.json"}
         self.spec = dataclasses.replace(spec, dtype=first_dtype(self._pieces[Ref(SLOTS["word_embeddings"])]))
         generation = folder / "generation_config.json"
@@ -62,15 +63,15 @@ class HFSource:
         )
 
     def dtype_of(self, ref: Ref) -> DType:
-        """The dtype in the files."""
+        """Dtype of a ref in the files."""
         return first_dtype(self._pieces[ref])
 
     def read(self, ref: Ref) -> Sources:
-        """The parts of a slot; a tied model's stored lm_head must equal its embeddings."""
+        """Pieces of a ref; a tied model's stored lm_head is a replica of its embeddings."""
         return Sources(self._pieces[ref], self._replicas if ref.slot.name == "word_embeddings" else ())
 
     def close(self) -> None:
-        """Nothing is left: every tensor was matched when the folder was opened."""
+        """Do nothing: every tensor was matched when the folder was opened."""
 
 
 def _has_tokenizer(folder: Path) -> bool:
@@ -81,7 +82,7 @@ def _has_tokenizer(folder: Path) -> bool:
 
 
 def read_tensors(folder: Path) -> dict[str, StoredTensor]:
-    """Every tensor of the folder by name, from an index or a single file, safetensors preferred."""
+    """Read every tensor of the folder, by name, from an index or a single file; safetensors are preferred."""
     for single in _SINGLE:
         index = folder / f"{single}.index.json"
         if (folder / single).exists():
@@ -90,30 +91,30 @@ def read_tensors(folder: Path) -> dict[str, StoredTensor]:
             return _read_sharded(folder, index)
     shards = sorted(path.name for path in folder.glob("*.safetensors"))
     hint = f"; it has {', '.join(shards)}, but the index of these shards is missing" if shards else ""
-    raise ConversionError(f"{folder} has none of {', '.join(_SINGLE)} nor an index of shards{hint}")
+    raise ConversionError(f"{folder} has neither {' nor '.join(_SINGLE)} nor an index of shards{hint}")
 
 
 def _read_sharded(folder: Path, index: Path) -> dict[str, StoredTensor]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(map(is_name, itertools.chain(*weight_map.items()))):
-        raise ConversionError(f"{index} has no weight_map of tensor names to file names")
+        raise ConversionError(f"{index} has no weight_map from tensor names to file names; copy it again")
     tensors: dict[str, StoredTensor] = {}
     problems = []
-    promised_in: dict[str, set[str]] = {}
+    listed_in: dict[str, set[str]] = {}
     for tensor, name in weight_map.items():
-        promised_in.setdefault(name, set()).add(tensor)
-    for name, promised in sorted(promised_in.items()):
+        listed_in.setdefault(name, set()).add(tensor)
+    for name, listed in sorted(listed_in.items()):
         path = folder / name
-        if Path(name).name != name or not os.path.isfile(path):  # also where the name is too long for a file's
+        if Path(name).name != name or not os.path.isfile(path):  # `isfile` is also False for a name that is too long
             problems.append(f"{path} is named by {index.name}, but is not there; copy it again")
             continue
         found = _read_file(path)
         problems += [
-            f"{tensor} should be in {name} by {index.name}, but is not" for tensor in sorted(promised - found.keys())
+            f"{tensor} should be in {name} by {index.name}, but is not" for tensor in sorted(listed - found.keys())
         ]
-        problems += [f"{tensor} is in {name}, but not in {index.name}" for tensor in sorted(found.keys() - promised)]
+        problems += [f"{tensor} is in {name}, but not in {index.name}" for tensor in sorted(found.keys() - listed)]
         tensors.update(found)
-    raise_all(f"{folder}: the shards and their index disagree", problems)
+    raise_all(f"{folder}: the shards and their index disagree:", problems)
     return tensors
 
 
@@ -125,14 +126,14 @@ def _read_file(path: Path) -> dict[str, StoredTensor]:
         raise ConversionError(f"{path} holds a {type(state).__name__}, not a dictionary of tensors")
     others = [one_line(key) for key, value in state.items() if not (is_name(key) and isinstance(value, StoredTensor))]
     if others:
-        raise ConversionError(f"{path} holds entries that are no named tensors: {', '.join(others[:_SHOWN_NAMES])}")
+        raise ConversionError(f"{path} holds entries that are not named tensors: {', '.join(others[:_SHOWN_NAMES])}")
     return dict(state)
 
 
 def _match(
     folder: Path, spec: ModelSpec, family: Family, tensors: Mapping[str, StoredTensor]
 ) -> dict[Ref, tuple[Piece, ...]]:
-    """Pieces of every ref; every tensor must be used, present and of the right shape, or all faults are listed."""
+    """Match tensors with refs; returns the pieces of every ref. Missing, extra and misshapen tensors are raised together."""
     problems: list[str] = []
     pieces: dict[Ref, tuple[Piece, ...]] = {}
     names = HFNames(family, spec)
@@ -148,17 +149,18 @@ def _match(
                 problems.append(f"{part.name} ({ref}) is missing")
             elif data.shape != part.stored_shape:
                 problems.append(
-                    f"{part.name} ({ref}) has shape {list(data.shape)}; config.json means {list(part.stored_shape)}"
+                    f"{part.name} ({ref}) has shape {list(data.shape)}; config.json requires {list(part.stored_shape)}"
                 )
             else:
-                found.append(Piece(part.of(data), part.rows, 0, StoredName(os.path.basename(data.path), part.name)))
+                found.append(Piece(part.view(data), part.rows, 0, StoredName(os.path.basename(data.path), part.name)))
         pieces[ref] = tuple(found)
-    problems += [f"{name} is no tensor of the {family.name} family with this config.json" for name in sorted(unused)]
-    raise_all(f"{folder}: the tensors are not those of the model that config.json describes", problems)
+    problems += [f"{name} is not a tensor of the {family.name} family with this config.json" for name in sorted(unused)]
+    raise_all(f"{folder}: the tensors do not match the model that config.json describes:", problems)
     return pieces
 
 
-def _tied_copy(spec: ModelSpec, family: Family, tensors: Mapping[str, StoredTensor]) -> tuple[Piece, ...]:
+def _tied_replica(spec: ModelSpec, family: Family, tensors: Mapping[str, StoredTensor]) -> tuple[Piece, ...]:
+    """Stored lm_head of a tied model, as a replica of the embeddings; empty if there is none."""
     (name,) = HFNames(family, spec).names(Ref(SLOTS["output_layer"]))
     data = tensors.get(name)
     if not spec.tied or data is None:
@@ -166,7 +168,7 @@ def _tied_copy(spec: ModelSpec, family: Family, tensors: Mapping[str, StoredTens
     slot = SLOTS["word_embeddings"]
     if data.shape != slot.shape(spec):
         raise ConversionError(
-            f"{name} has shape {list(data.shape)}, but config.json ties it to {list(slot.shape(spec))}"
+            f"{name} has shape {list(data.shape)}, but config.json ties it to the embeddings of shape {list(slot.shape(spec))}"
         )
     (rows,) = row_maps(family.tensors[slot.name].layout, slot, spec)
     stored = StoredName(os.path.basename(data.path), name, "tied; pass --untie to keep it apart")

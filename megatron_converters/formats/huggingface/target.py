@@ -1,4 +1,4 @@
-"""Write a Hugging Face folder: sharded safetensors with index, config.json, generation config, tokenizer, training arguments."""
+"""Target for Hugging Face folders: sharded safetensors, index, config.json, generation config, tokenizer, training arguments."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ from ...storage.output_file import FileLayout
 from .parts import HFNames, Part
 
 _NAME = "hf"
-#: One tensor for each part of each expert, as in published models, or what transformers 5 holds in memory.
+#: Expert layouts: separate tensors for each expert, as in published models, or fused ones, as transformers 5 has in memory.
 SEPARATE, FUSED = "separate", "fused"
 _INDEX = "model.safetensors.index.json"
-#: Written last: a folder without them is not a model to anyone.
-_LAST = (_INDEX, "config.json")
+#: Files moved last: no reader takes a folder without them for a model.
+_MOVED_LAST = (_INDEX, "config.json")
 _GENERATION, _MARGS = "generation_config.json", "source_megatron_args.json"
-#: What makes a folder a model to transformers, what names the other files first.
-_OLD = (
+#: Patterns of the files that transformers reads a model from, those that name other files first.
+_MODEL_PATTERNS = (
     "config.json",
     "*.safetensors.index.json",
     "pytorch_model*.index.json",
@@ -57,7 +57,7 @@ _LLAMA2_VOCABULARY, _LLAMA3_VOCABULARY = 32000, 128256
 
 @dataclass(frozen=True)
 class HFOptions:
-    """How to write the folder. `max_shard_size` in bytes; `tokenizer` is a path that the user gave."""
+    """Options for writing the folder: `max_shard_size` is in bytes, `tokenizer` a path that the user gave."""
 
     max_shard_size: int = 5 * 10**9
     overwrite: bool = False
@@ -70,7 +70,7 @@ class HFOptions:
 
 @dataclass(frozen=True)
 class _Stored:
-    """One tensor of the folder, and how many parts fill it."""
+    """Tensor of the folder, filled by `parts` fills."""
 
     name: str
     dtype: DType
@@ -83,7 +83,7 @@ class _Stored:
 
 
 def split_shards(parts: list[_Stored], limit: int) -> dict[str, list[_Stored]]:
-    """Files by name, in order: each takes tensors until the next would exceed `limit` bytes, as huggingface_hub does."""
+    """Split tensors into files, by name: each is filled until the next tensor would exceed `limit` bytes, as in huggingface_hub."""
     shards: list[list[_Stored]] = [[]]
     size = 0
     for part in parts:
@@ -98,16 +98,16 @@ def split_shards(parts: list[_Stored], limit: int) -> dict[str, list[_Stored]]:
 
 
 class HFTarget:
-    """A Hugging Face folder that appears in `save_dir` when it is complete."""
+    """Hugging Face folder that appears in `save_dir` only when it is complete."""
 
     def __init__(self, save_dir: Path, options: HFOptions) -> None:
         self.save_dir = save_dir
         self._options = options
-        self._file_of: dict[str, str] = {}
+        self._file_names: dict[str, str] = {}
         self._notes: list[str] = []
 
     def prepare(self, spec: ModelSpec, origin: Origin, dtype_of: Callable[[Ref], DType]) -> Outline:
-        """Lay out the shards."""
+        """Lay out all files; raises `ConversionError` if the options do not fit the model."""
         _check_model_type(self._options.source_model_type, spec)
         self._spec = dataclasses.replace(spec, dtype=dtype_of(Ref(SLOTS["word_embeddings"])))
         self._names = HFNames(FAMILIES[spec.family], self._spec)
@@ -122,10 +122,10 @@ class HFTarget:
                 if stored.setdefault(part.name, tensor) != tensor:
                     raise ConversionError(
                         f"{ref} is {tensor.dtype}, but others in {part.name} are {stored[part.name].dtype}; "
-                        "give one dtype for all, or write experts as separate tensors"
+                        "choose one dtype for all, or write experts as separate tensors"
                     )
         shards = split_shards(list(stored.values()), self._options.max_shard_size)
-        self._file_of = {tensor.name: file for file, shard in shards.items() for tensor in shard}
+        self._file_names = {tensor.name: file for file, shard in shards.items() for tensor in shard}
         self._total = sum(tensor.nbytes for tensor in stored.values())
         options = {
             **dataclasses.asdict(self._options),
@@ -143,61 +143,61 @@ class HFTarget:
         return self.save_dir
 
     def shown(self) -> Path | None:
-        """The folder itself, once its configuration is there."""
+        """Return the folder if it has a config.json that is not to be overwritten; else None."""
         there = (self.save_dir / "config.json").exists() and not self._options.overwrite
         return self.save_dir if there else None
 
     def refuse_existing(self) -> None:
-        """A model in the folder, or a part of one, is replaced only when that is asked for."""
+        """Raise if the folder holds a model or files of one, unless `overwrite` is set."""
         if self._options.overwrite:
             return
-        model, beside = self._old_files(), [path for path in self._beside() if os.path.lexists(path)]
+        model, beside = self._model_files(), [path for path in self._small_paths() if os.path.lexists(path)]
         if model or beside:
             what = "a model" if model else "files of a model"
             names = ", ".join(path.name for path in [*model, *beside])
             raise ConversionError(f"{self.save_dir} already holds {what} ({names}); save elsewhere or pass --overwrite")
 
     def fills(self, ref: Ref) -> Iterator[Fill]:
-        """The tensors of one slot."""
+        """Fills of one ref."""
         for part in self._parts(ref):
             dtype = self._dtype_of(ref)
             start = part.number * math.prod(part.shape) * dtype.itemsize
-            yield Fill(self._file_of[part.name], part.name, dtype, part.shape, part.rows, 0, start)
+            yield Fill(self._file_names[part.name], part.name, dtype, part.shape, part.rows, 0, start)
 
     def clear(self, staging: Staging) -> None:
-        """Take away an older model's files, what names the others first, so that no mixture is ever complete."""
-        beside = self._beside()
-        if tokenizer_files(staging.files):  # an older tokenizer stays only where there is no newer one
+        """Remove an older model's files, those that name others first, so that a mixture of two models never looks complete."""
+        beside = self._small_paths()
+        if tokenizer_files(staging.files):  # without a new tokenizer the old one stays
             beside += tokenizer_files(self.save_dir)
-        for path in [*self._old_files(), *beside]:
+        for path in [*self._model_files(), *beside]:
             path.unlink(missing_ok=True)
 
     def show(self, staging: Staging) -> list[str]:
-        """Move the files into place, index and config last."""
-        staging.move_into(self.save_dir, _LAST)
-        files = len(set(self._file_of.values()))
+        """Move the files into place, index and config.json last; returns lines for the user."""
+        staging.move_into(self.save_dir, _MOVED_LAST)
+        files = len(set(self._file_names.values()))
         return [
-            f"wrote {count(len(self._file_of), 'tensor')} ({size(self._total)}) in {count(files, 'file')} to {self.save_dir}",
+            f"wrote {count(len(self._file_names), 'tensor')} ({size(self._total)}) in {count(files, 'file')} to {self.save_dir}",
             *self._notes,
         ]
 
     def _parts(self, ref: Ref) -> list[Part]:
         return self._names.parts(ref, fused=self._options.expert_layout == FUSED)
 
-    def _old_files(self) -> list[Path]:
-        return [path for pattern in _OLD for path in sorted(self.save_dir.glob(pattern))]
+    def _model_files(self) -> list[Path]:
+        return [path for pattern in _MODEL_PATTERNS for path in sorted(self.save_dir.glob(pattern))]
 
-    def _beside(self) -> list[Path]:
-        """Where small files of a model would be that no older one may leave behind."""
+    def _small_paths(self) -> list[Path]:
+        """Paths of a model's small files that an older model must not leave behind."""
         return [self.save_dir / name for name in (_GENERATION, _MARGS, capacity_bins.FILE, MANIFEST)]
 
     def assets(self, folder: Path) -> None:
-        """Write configuration, index, training arguments and tokenizer."""
+        """Write the small files: configuration, index, training arguments and tokenizer."""
         origin, options = self._origin, self._options
         notes = [*origin.notes]
         notes += [f"config.json differs from the reference in {change}" for change in self._changed]
-        if len(set(self._file_of.values())) > 1:
-            index = {"metadata": {"total_size": self._total}, "weight_map": dict(sorted(self._file_of.items()))}
+        if len(set(self._file_names.values())) > 1:
+            index = {"metadata": {"total_size": self._total}, "weight_map": dict(sorted(self._file_names.items()))}
             write_json(folder / _INDEX, index)
         notes += self._write_bins(folder)
         notes += write_tokenizer(
@@ -208,8 +208,8 @@ class HFTarget:
             instruct=options.instruct,
             explicit=options.tokenizer is not None,
         )
-        tokens, notes_of_tokens = self._token_ids(folder)
-        notes += notes_of_tokens
+        tokens, token_notes = self._token_ids(folder)
+        notes += token_notes
         for name, value in self._small_files(tokens).items():
             write_json(folder / name, value)
         self._notes = notes
@@ -217,19 +217,19 @@ class HFTarget:
             self._refuse_tokenizer(folder)
 
     def _refuse_tokenizer(self, folder: Path) -> None:
-        """Raise if the folder has another tokenizer, or a part of one, than will be written: it may be the user's own."""
-        ours = {path.relative_to(folder): path for path in tokenizer_files(folder)}
-        theirs = {path.relative_to(self.save_dir): path for path in tokenizer_files(self.save_dir)}
-        other = [
-            str(name) for name, path in theirs.items() if name not in ours or not cmp(path, ours[name], shallow=False)
+        """Raise if `save_dir` has tokenizer files that differ from the new ones in `folder`: they may be the user's own."""
+        new = {path.relative_to(folder): path for path in tokenizer_files(folder)}
+        old = {path.relative_to(self.save_dir): path for path in tokenizer_files(self.save_dir)}
+        differing = [
+            str(name) for name, path in old.items() if name not in new or not cmp(path, new[name], shallow=False)
         ]
-        if ours and other:
+        if new and differing:
             raise ConversionError(
-                f"{self.save_dir} already holds another tokenizer ({', '.join(other)}); save elsewhere or pass --overwrite"
+                f"{self.save_dir} already holds another tokenizer ({', '.join(differing)}); save elsewhere or pass --overwrite"
             )
 
     def _small_files(self, tokens: dict[str, Any]) -> dict[str, Any]:
-        """Configuration with these tokens, generation settings and training arguments, by file."""
+        """Contents by file name: configuration with these token ids, generation settings and training arguments."""
         origin = self._origin
         generation = generation_config(self._model_type) if self._options.instruct else origin.generation_config
         margs = None if origin.margs is None else margs_to_json(origin.margs)
@@ -237,9 +237,9 @@ class HFTarget:
         return {name: value for name, value in found.items() if value is not None}
 
     def _token_ids(self, folder: Path) -> tuple[dict[str, Any], list[str]]:
-        """What config.json is to say of the tokens that begin and end a text, where no configuration did, and notes on it.
+        """Begin and end token ids for config.json, where no source configuration has them, and notes for the user.
 
-        Without a word there transformers takes numbers of its own: generation by a Llama would end at token 2, whatever that is.
+        Without them transformers uses defaults of its own: generation by a Llama would end at token 2, whatever that is.
         """
         options, configured = self._options, self._origin.hf_config is not None
         if configured and not options.instruct:
@@ -250,10 +250,10 @@ class HFTarget:
         found = tokenizer_token_ids(folder)
         ids = {"bos_token_id": None, "eos_token_id": None, **(found or typical)}
         if not found and not typical:
-            return ids, ["config.json names no begin and end tokens, since no tokenizer tells them"]
-        by = "the tokenizer" if found else f"{self._model_type}, whose vocabulary has this size"
-        said = ", ".join(f"{key} {number}" for key, number in (found or typical).items())
-        return ids, [f"config.json has {said} of {by}"]
+            return ids, ["config.json names no begin and end tokens, since there is no tokenizer that has them"]
+        origin = "the tokenizer" if found else f"{self._model_type}, whose vocabulary has this size"
+        listed = ", ".join(f"{key} {number}" for key, number in (found or typical).items())
+        return ids, [f"config.json has {listed} of {origin}"]
 
     def _write_bins(self, folder: Path) -> list[str]:
         bins, parallel, wanted = self._origin.capacity_bins, self._origin.parallel, self._options.save_capacity_bins
@@ -268,15 +268,15 @@ class HFTarget:
 
 
 def _check_model_type(given: str | None, spec: ModelSpec) -> None:
-    """Mistral has no name among Habana's, and its tokenizer is of Llama 2's kind."""
+    """Raise if `given` does not fit the model. Habana has no name for Mistral, whose tokenizer is of Llama 2's kind."""
     if given is not None and spec.family not in (("mixtral",) if given == "mixtral" else ("llama", "mistral")):
         raise UsageError(
-            f"--source-model-type {given} disagrees with the checkpoint, which holds a {spec.family} model"
+            f"--source-model-type {given} disagrees with the checkpoint, which holds a {spec.family} model; leave it out"
         )
 
 
 def _token_family(spec: ModelSpec) -> str | None:
-    """Whose begin and end tokens a Llama has, by its vocabulary; None if that does not say."""
+    """Model type whose begin and end tokens a Llama has, by its vocabulary size; None if the size does not tell."""
     if spec.family != "llama":
         return None
     if spec.vocab_size == _LLAMA3_VOCABULARY:

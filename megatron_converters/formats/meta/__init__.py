@@ -1,1 +1,1 @@
-"""Meta's own checkpoints of Llama."""
+"""Llama checkpoints as published by Meta: source."""

@@ -1,4 +1,4 @@
-"""Read a Llama checkpoint as Meta publishes it: params.json and consolidated.NN.pth, one file per model-parallel rank.
+"""Source for Llama checkpoints as Meta publishes them: params.json and consolidated.NN.pth, one file per model-parallel rank.
 
 Source: meta-llama/llama and meta-llama/llama3, llama/model.py (names, model-parallel layers, `apply_rotary_emb` on
 neighbouring pairs), and transformers' convert_llama_weights_to_hf.py for sizes that params.json leaves out.
@@ -26,7 +26,7 @@ from ...storage.tensor import StoredTensor
 
 @dataclass(frozen=True)
 class _Entry:
-    """Meta's names of a slot's parts, and how model parallelism cuts them."""
+    """Meta's names for the parts of a slot, and how model parallelism cuts them."""
 
     layout: Layout
     names: tuple[str, ...]
@@ -45,12 +45,12 @@ _ENTRIES = {
     "final_norm": _Entry(SAME, ("norm.weight",), Shard.REPLICATED),
     "output_layer": _Entry(SAME, ("output.weight",), Shard.COLUMN),
 }
-#: Rotary frequencies that some files store; they follow from params.json.
+#: Name of the rotary frequencies, which some files store although they follow from params.json.
 _IGNORED = "rope.freqs"
 
 
 class MetaSource:
-    """A published Llama checkpoint whose every file and tensor is known, named and shaped as params.json says."""
+    """Llama checkpoint of Meta, with every file and tensor checked against params.json by name and shape."""
 
     def __init__(self, folder: Path) -> None:
         params = read_json(folder / "params.json")
@@ -71,30 +71,30 @@ class MetaSource:
         self.origin = Origin(described=str(folder), tokenizer=tokenizer, identity=identity)
 
     def dtype_of(self, ref: Ref) -> DType:
-        """The dtype in the files."""
+        """Dtype of a ref in the files."""
         return first_dtype(self._pieces[ref])
 
     def read(self, ref: Ref) -> Sources:
-        """The shares of all model-parallel ranks, and the copies of what they share."""
+        """Pieces of a ref from all model-parallel ranks; further copies of an uncut tensor are replicas."""
         return Sources(self._pieces[ref], self._replicas[ref])
 
     def close(self) -> None:
-        """Nothing is left: every tensor was matched when the folder was opened."""
+        """Do nothing: every tensor was matched when the folder was opened."""
 
 
 def _read(path: Path) -> Mapping[str, StoredTensor]:
     content: Any = torch_zip.read(path)
     if not isinstance(content, Mapping) or not all(isinstance(value, StoredTensor) for value in content.values()):
-        raise ConversionError(f"{path} holds no flat dictionary of tensors; it is no checkpoint of Meta's")
+        raise ConversionError(f"{path} does not hold a flat dictionary of tensors, so it is not a checkpoint of Meta's")
     return content
 
 
 def _spec(params: Mapping[str, Any], ranks: list[Mapping[str, StoredTensor]]) -> ModelSpec:
     missing = [name for name in ("dim", "n_layers", "n_heads", "norm_eps") if name not in params]
     if missing:
-        raise ConversionError(f"params.json lacks {', '.join(missing)}")
+        raise ConversionError(f"params.json has no {', '.join(missing)}; copy it again")
     size, heads = params["dim"], params["n_heads"]
-    output = [_shape(rank, "output.weight")[0] for rank in ranks]
+    vocab_rows = [_shape(rank, "output.weight")[0] for rank in ranks]
     scaled = bool(params.get("use_scaled_rope"))
     factor = float(params.get("rope_scaling_factor", 8.0))
     theta = float(params.get("rope_theta", 10000.0))
@@ -106,7 +106,7 @@ def _spec(params: Mapping[str, Any], ranks: list[Mapping[str, StoredTensor]]) ->
         num_attention_heads=heads,
         num_query_groups=params.get("n_kv_heads") or heads,
         kv_channels=params.get("head_dim") or size // heads,
-        vocab_size=sum(output),
+        vocab_size=sum(vocab_rows),
         max_position_embeddings=131072 if scaled else 8192 if theta > 10000 else 4096,
         norm_epsilon=params["norm_eps"],
         rotary_base=theta,
@@ -117,7 +117,7 @@ def _spec(params: Mapping[str, Any], ranks: list[Mapping[str, StoredTensor]]) ->
 
 def _shape(rank: Mapping[str, StoredTensor], name: str) -> tuple[int, ...]:
     if name not in rank or len(rank[name].shape) != 2:
-        raise ConversionError(f"the checkpoint has no matrix {name}; it is no Llama of Meta's")
+        raise ConversionError(f"the checkpoint has no matrix {name}, so it is not a Llama of Meta's")
     return rank[name].shape
 
 
@@ -127,6 +127,7 @@ _Pieces = dict[Ref, tuple[Piece, ...]]
 def _match(
     folder: Path, spec: ModelSpec, ranks: list[Mapping[str, StoredTensor]], files: list[Path]
 ) -> tuple[_Pieces, _Pieces]:
+    """Match tensors with refs; returns pieces and replicas of every ref. All problems are raised together."""
     problems: list[str] = []
     pieces: _Pieces = {}
     replicas: _Pieces = {}
@@ -146,22 +147,24 @@ def _match(
                     problems.append(f"{where} ({ref}) is missing")
                 elif rank[name].shape != wanted:
                     problems.append(
-                        f"{where} ({ref}) has shape {list(rank[name].shape)}; params.json means {list(wanted)}"
+                        f"{where} ({ref}) has shape {list(rank[name].shape)}; params.json requires {list(wanted)}"
                     )
                 else:
-                    mine = interned(rows[number * wanted[0] :][: wanted[0]]) if dim == 0 else rows
-                    found.append(Piece(rank[name], mine, number * wanted[1] if dim == 1 else 0, where))
+                    part_rows = interned(rows[number * wanted[0] :][: wanted[0]]) if dim == 0 else rows
+                    found.append(Piece(rank[name], part_rows, number * wanted[1] if dim == 1 else 0, where))
         count = len(found) if entry.shard.cuts else 1
         pieces[ref], replicas[ref] = tuple(found[:count]), tuple(found[count:])
-    problems += [f"{files[number].name}: {name} is no tensor of a Llama of Meta's" for number, name in sorted(unused)]
-    raise_all(f"{folder}: the tensors are not those of the model that params.json describes", problems)
+    problems += [
+        f"{files[number].name}: {name} is not a tensor of a Llama of Meta's" for number, name in sorted(unused)
+    ]
+    raise_all(f"{folder}: the tensors do not match the model that params.json describes:", problems)
     return pieces, replicas
 
 
 def _cut_dimension(
     shard: Shard, ref: Ref, ranks: list[Mapping[str, StoredTensor]], name: str, shape: tuple[int, ...]
 ) -> int | None:
-    """The dimension that model parallelism cuts; Llama 1 and 2 cut the embedding's width, Llama 3 its vocabulary."""
+    """Dimension that model parallelism cuts, None for none. Llama 1 and 2 cut the embedding's width, Llama 3 its vocabulary."""
     if not shard.cuts:
         return None
     if ref.slot.name == "word_embeddings" and name in ranks[0] and ranks[0][name].shape[0] == shape[0]:
