@@ -16,7 +16,7 @@ from ..conversion.endpoint import Source, Target
 from ..conversion.progress import make_progress
 from ..conversion.run import convert
 from ..formats.megatron.arguments import spec_fields, uncut_args
-from ..formats.queue.channel import Watched, check_exit, tell
+from ..formats.queue.channel import WatchedProgress, check_exit, try_send
 from ..formats.queue.messages import EXIT
 from ..formats.queue.source import QueueSource
 from ..formats.queue.target import QueueTarget, stream
@@ -60,13 +60,13 @@ def run_loader(queue: Any, args: argparse.Namespace, open_source: Callable[[], S
         for saver in savers:  # Megatron-LM's own convert.py ends with 0 whatever becomes of its saver
             check_exit(saver)
     except ConversionError as error:
-        tell(queue, EXIT)
+        try_send(queue, EXIT)
         fail("loader", error)
     except KeyboardInterrupt:
-        tell(queue, EXIT)
+        try_send(queue, EXIT)
         fail("loader", Interrupted())
     except BaseException:
-        tell(queue, EXIT)
+        try_send(queue, EXIT)
         raise
 
 
@@ -75,7 +75,7 @@ def run_saver(queue: Any, args: argparse.Namespace, open_target: Callable[[], Ta
     prepare_process()
     with errors_told("saver"):
         source = QueueSource(queue, spec_fields, checking=getattr(args, "checking", True))
-        progress = Watched(make_progress(getattr(args, "quiet", False)))
+        progress = WatchedProgress(make_progress(getattr(args, "quiet", False)))
         lines = convert(source, open_target(), None, progress, restart=getattr(args, "restart", False))
         source.drain()
         for line in lines:

@@ -49,7 +49,7 @@ def crew_of_environment() -> Crew:
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
     if missing:
         raise UsageError(
-            f"this is process {process.rank} of {process.size}, but not set: {', '.join(missing)}; set MASTER_ADDR to the first "
+            f"this is process {process.rank} of {process.size} without {' and '.join(missing)}; set MASTER_ADDR to the first "
             "node's name and MASTER_PORT to a free port, as scripts/slurm does"
         )
     return _Cluster(process)

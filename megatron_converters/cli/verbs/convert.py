@@ -10,7 +10,7 @@ from ...conversion.crew import ALONE, Crew
 from ...conversion.crew_cluster import crew_of_environment
 from ...conversion.progress import Progress, Silent, make_progress
 from ...conversion.run import convert
-from ...formats.queue.channel import Watched
+from ...formats.queue.channel import WatchedProgress
 from ..console import report
 from ..options.shared import add_shared
 from ..options.values import positive
@@ -59,7 +59,7 @@ def work(crew: Crew, args: argparse.Namespace) -> list[str]:
             f"reading {origin.described} ({job.source_format}, {spec.family}), writing {args.save_dir} "
             f"({job.target_format}){among}",
         )
-    progress: Progress = Watched(Silent(), "first process")
+    progress: Progress = WatchedProgress(Silent(), "first process")
     if crew.rank == 0:
         share = f" (the share of process 0 of {crew.size})" if crew.size > 1 else ""
         progress = make_progress(args.quiet, f"copying{share}", f"copied{share}")

@@ -1,1 +1,1 @@
-"""The queue between a loader and a saver, with the messages of Megatron-LM's tools/checkpoint."""
+"""Queue between a loader and a saver, with the messages of Megatron-LM's tools/checkpoint."""

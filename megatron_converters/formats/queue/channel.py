@@ -1,6 +1,6 @@
-"""The queue between loader and saver, watched: neither side waits for a partner that is gone.
+"""Sending and receiving over the queue between loader and saver, where neither side waits for one that is gone.
 
-Works under Megatron-LM's own convert.py, where the saver is a child of the loader's process, as well as under ours.
+Works under this project's convert.py as well as under Megatron-LM's, where the saver is a child of the loader's process.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from typing import Any
 from ...basics.errors import ConversionError, Stopped, UsageError
 from ...conversion.progress import Progress
 
-#: Seconds that a partner which does not read is given.
-_PATIENCE = 2.0
-#: Seconds between looks at whether the partner is alive.
+#: Seconds that `try_send` waits for room in the queue.
+_TRY_SECONDS = 2.0
+#: Seconds between checks that the other process is alive.
 _POLL = 0.5
 
 
 def send(queue: Any, message: Any) -> None:
-    """Put a message; raises if the saver ends before there is room for it."""
+    """Send a message; raises `ConversionError` if the saver ends before there is room for it."""
     while True:
         try:
             queue.put(message, timeout=_POLL)
@@ -31,22 +31,22 @@ def send(queue: Any, message: Any) -> None:
             return
 
 
-def tell(queue: Any, message: Any) -> None:
-    """Put a message if there is room for it soon. On the way out a partner that is stuck or gone must not hold us."""
+def try_send(queue: Any, message: Any) -> None:
+    """Send a message unless the queue stays full. Used on the way out, where a stuck or dead receiver must not block."""
     with suppress(queues.Full):
-        queue.put(message, timeout=_PATIENCE)
+        queue.put(message, timeout=_TRY_SECONDS)
 
 
 def check_saver(queue: Any) -> None:
-    """Raise if this process started a saver and none is alive any more."""
+    """Raise if this process is the one that started the saver and no child of it is alive any more."""
     # active_children() also reaps, so a dead saver is missed for one poll at most.
-    if _had_child() and not multiprocessing.active_children():
-        queue.cancel_join_thread()  # nobody will read what is still buffered; do not wait for it at exit
+    if _is_main_process() and not multiprocessing.active_children():
+        queue.cancel_join_thread()  # nobody will read the buffered messages, so do not wait for that at exit
         raise ConversionError("the saver ended before it had received the whole model; see its message above")
 
 
 def check_exit(saver: Any) -> None:
-    """Wait for a saver's process to end; raise if it did not end well, with its kind of exit code."""
+    """Wait for the saver's process to end; raise if it failed, with an error of the same exit code."""
     saver.join()
     code = saver.exitcode
     if code != 0:
@@ -55,36 +55,36 @@ def check_exit(saver: Any) -> None:
         raise kind(f"the saver ended with {how}; nothing was saved")
 
 
-def _had_child() -> bool:
+def _is_main_process() -> bool:
     return multiprocessing.parent_process() is None
 
 
-class Watched:
-    """Progress that looks now and then whether the process that started this one is alive, since copying takes long."""
+class WatchedProgress:
+    """Progress that also checks, every `_POLL` seconds, that the parent process is alive; copying takes long."""
 
-    def __init__(self, shown: Progress, parent: str = "loader") -> None:
-        self._shown, self._parent = shown, parent
-        self._looked = time.monotonic()
+    def __init__(self, display: Progress, parent: str = "loader") -> None:
+        self._display, self._parent = display, parent
+        self._checked_at = time.monotonic()
 
     def start(self, total: int) -> None:
-        """Begin to count towards `total` bytes."""
-        self._shown.start(total)
+        """Start to count towards `total` bytes."""
+        self._display.start(total)
 
     def __call__(self, count: int) -> None:
-        """Add bytes; raises if that process is gone. Called from several threads."""
+        """Add bytes; raises `Stopped` if the parent is gone. Called from several threads."""
         now = time.monotonic()
-        if now - self._looked >= _POLL:
-            self._looked = now
+        if now - self._checked_at >= _POLL:
+            self._checked_at = now
             check_parent(self._parent)
-        self._shown(count)
+        self._display(count)
 
     def stop(self) -> None:
-        """Show the last figure."""
-        self._shown.stop()
+        """End the display."""
+        self._display.stop()
 
 
 def check_parent(what: str = "loader") -> None:
-    """Raise if the process that started this one is gone."""
+    """Raise `Stopped` if the parent process is gone; `what` names it in the message."""
     parent = multiprocessing.parent_process()
     if parent is not None and not parent.is_alive():
         raise Stopped(f"the {what} ended before its model was saved; nothing was saved")
@@ -93,18 +93,18 @@ def check_parent(what: str = "loader") -> None:
 _LOADER_GONE = "the loader ended before it had sent the whole model; nothing was saved"
 
 
-def _only_read(queue: Any) -> None:
-    """Close this process's own end for writing: else the pipe stays open without the loader, half a message in it."""
+def _close_writer(queue: Any) -> None:
+    """Close this process's writing end, which would keep the pipe open after the loader died within a message."""
     writer = getattr(queue, "_writer", None)
     if writer is not None and not writer.closed:
         writer.close()
 
 
 def receive(queue: Any) -> Any:
-    """The next message; raises if the loader is gone or says that it stopped."""
+    """Receive the next message; raises if the loader is gone, or sent "exit"."""
     parent = multiprocessing.parent_process()
     if parent is not None:
-        _only_read(queue)
+        _close_writer(queue)
     while True:
         try:
             message = queue.get(timeout=_POLL)

@@ -1,7 +1,7 @@
-"""A tensor that crosses a process boundary as directions to files, not as bytes.
+"""Handles that send a tensor to another process as references to files instead of bytes.
 
-A process of ours receives the handle itself and copies from the files; any other receives an ordinary torch tensor that is
-made from the same directions while it unpickles.
+A process of this project receives the handle and copies from the files; any other process receives an ordinary torch tensor,
+which is built from the same references while it unpickles.
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ from ...conversion.copying import materialise
 from ...model.layouts import RowMap, interned, runs
 from ...storage.tensor import StoredTensor, contiguous_strides
 
-#: `layouts.runs` of a row map. A plain tensor has one.
+#: Row map as its `layouts.runs`: (row of the tensor, first row of the slot, number of rows).
 _Runs = tuple[tuple[int, int, int], ...]
+#: Piece as plain values: the arguments of its `StoredTensor`, the runs of its rows, its first column and its name.
 _PackedPiece = tuple[str, int, str, tuple[int, ...], tuple[int, ...], Any, int, tuple[str, ...]]
 
 
 class TensorHandle:
-    """A tensor of `shape`, to be of `dtype`, made of pieces of files. The pieces' rows and columns count within it."""
+    """Tensor of `shape`, to be converted to `dtype`, composed of pieces of files, which map to its own rows and columns."""
 
     def __init__(self, shape: tuple[int, ...], dtype: DType, pieces: Sequence[Piece]) -> None:
         self.shape = shape
@@ -34,20 +35,20 @@ class TensorHandle:
         self.pieces = tuple(pieces)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _received, (self.shape, self.dtype.name, tuple(_pack(piece) for piece in self.pieces))
+        return _receive, (self.shape, self.dtype.name, tuple(_pack(piece) for piece in self.pieces))
 
 
 class StackedHandle:
-    """One handle for each expert; any other process than ours receives them as one tensor with a first dimension more."""
+    """Handles of all experts, one each; a process not of this project receives them as one tensor stacked along a first axis."""
 
     def __init__(self, handles: Sequence[TensorHandle] = ()) -> None:
         self.handles = list(handles)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _received_stack, (tuple(self.handles),)
+        return _receive_stack, (tuple(self.handles),)
 
 
-def _received_stack(handles: tuple[Any, ...]) -> Any:
+def _receive_stack(handles: tuple[Any, ...]) -> Any:
     if receives_own_types():
         return StackedHandle(handles)
     import torch
@@ -56,17 +57,17 @@ def _received_stack(handles: tuple[Any, ...]) -> Any:
 
 
 def part_of(pieces: Sequence[Piece], rows: RowMap, whole_rows: int) -> list[Piece]:
-    """The pieces of a slot seen from one of its parts, whose row i is the slot's `rows[i]`."""
-    place = np.full(whole_rows + 1, -1, np.int64)  # the last entry stays -1, for padding
-    place[rows] = np.arange(rows.size)
-    seen = [Piece(piece.data, place[piece.rows], piece.col, piece.name) for piece in pieces]
-    return [piece for piece in seen if bool((piece.rows >= 0).any())]
+    """Pieces of one part of a slot, whose row i is the slot's row `rows[i]`, from the pieces of the slot."""
+    part_row = np.full(whole_rows + 1, -1, np.int64)  # the last entry stays -1, for padding
+    part_row[rows] = np.arange(rows.size)
+    mapped = [Piece(piece.data, part_row[piece.rows], piece.col, piece.name) for piece in pieces]
+    return [piece for piece in mapped if bool((piece.rows >= 0).any())]
 
 
 def _pack(piece: Piece) -> _PackedPiece:
     data = piece.data
     if not isinstance(data, StoredTensor):
-        raise ConversionError(f"{piece.name} is not in a file and cannot be handed over")
+        raise ConversionError(f"{piece.name} is not in a file, so it cannot be sent to another process")
     return (
         data.path,
         data.offset,
@@ -92,24 +93,24 @@ def _rows(packed: _Runs, count: int) -> RowMap:
     return interned(rows)
 
 
-def _received(shape: tuple[int, ...], dtype: str, packed: tuple[_PackedPiece, ...]) -> Any:
+def _receive(shape: tuple[int, ...], dtype: str, packed: tuple[_PackedPiece, ...]) -> Any:
     handle = TensorHandle(shape, dtype_named(dtype), [_unpack(piece) for piece in packed])
     return handle if receives_own_types() else to_torch(handle)
 
 
 def to_torch(handle: TensorHandle) -> Any:
-    """An ordinary torch tensor: mapped where it lies in one file as it is wanted, else gathered into memory."""
+    """Ordinary torch tensor of a handle: memory-mapped if one stored tensor equals it, else gathered into memory."""
     import torch
 
-    plain = _plain(handle)
+    stored = _identical(handle)
     array = (
-        materialise(Planner(), handle.pieces, handle.shape, handle.dtype) if plain is None else _writable_view(plain)
+        materialise(Planner(), handle.pieces, handle.shape, handle.dtype) if stored is None else _writable_view(stored)
     )
     return torch.from_numpy(array.view(f"i{handle.dtype.itemsize}")).view(handle.dtype.torch)
 
 
-def _plain(handle: TensorHandle) -> StoredTensor | None:
-    """The one stored tensor that is the handle's, element by element, if there is one."""
+def _identical(handle: TensorHandle) -> StoredTensor | None:
+    """Stored tensor that equals the handle's tensor element by element; None if there is none."""
     if len(handle.pieces) != 1:
         return None
     data, rows = handle.pieces[0].data, handle.pieces[0].rows
@@ -121,8 +122,10 @@ def _plain(handle: TensorHandle) -> StoredTensor | None:
 
 
 def _writable_view(data: StoredTensor) -> np.ndarray[Any, Any]:
-    """A private mapping, since torch expects to be allowed to write; writes never reach the file."""
-    start = data.offset - data.offset % mmap.ALLOCATIONGRANULARITY  # only its own pages: writable ones count as memory
+    """Array on a private mapping, since torch expects writable memory; writes never reach the file."""
+    start = (
+        data.offset - data.offset % mmap.ALLOCATIONGRANULARITY
+    )  # map only its own pages, since writable pages count as memory
     length = data.offset + data.nbytes - start
     with open(data.path, "rb") as file:
         private = mmap.mmap(file.fileno(), length, access=mmap.ACCESS_COPY, offset=start)

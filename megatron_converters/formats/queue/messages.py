@@ -1,7 +1,7 @@
-"""The messages of Megatron-LM's loader/saver protocol: which slot travels in which message, under which keys.
+"""Messages of Megatron-LM's loader/saver protocol: which slot is sent in which message, under which keys.
 
-Source: Megatron-LM core_v0.17.1, tools/checkpoint/{convert,loader_base,saver_base}.py. The protocol has no names for query
-and key norms and for shared experts; those here are ours, so models with them need our loader and our saver.
+Source: Megatron-LM core_v0.17.1, tools/checkpoint/{convert,loader_base,saver_base}.py. The protocol has no keys for query
+and key norms or shared experts; the keys here are this project's, so such models need its loader and its saver.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from ...model.slots import Ref
 
 @dataclass(frozen=True)
 class QueueEntry:
-    """The message of a slot, `{layer}` standing for the layer number, its layout, and the keys of its parts."""
+    """Message of a slot (`{layer}` stands for the layer number), its layout there, and the keys of its parts."""
 
     message: str
     layout: Layout
     keys: tuple[str, ...]
-    #: The keys hold a part of every expert, stacked along a first dimension.
+    #: Whether a key holds the parts of all experts, stacked along a first axis.
     stacked: bool = False
-    #: The one key that a loader may send instead, with the slot in its own layout; read only.
+    #: Single key that a loader may send instead, with the slot in layout `SAME`; only read, never sent.
     fused: str | None = None
 
     def received(self, message: Mapping[str, Any]) -> tuple[Layout, tuple[str, ...]]:
-        """The layout and the keys in which a message holds the slot."""
+        """Layout and keys that a received message uses for the slot."""
         return (SAME, (self.fused,)) if self.fused is not None and self.fused in message else (self.layout, self.keys)
 
 
@@ -48,7 +48,7 @@ ENTRIES = {
     "fc2_bias": QueueEntry(_LAYER, SAME, ("mlp l1 bias",)),
     "moe_norm": QueueEntry(_LAYER, SAME, ("post norm weight",)),
     "router": QueueEntry(_LAYER, SAME, ("router weight",)),
-    # Habana's loader sends gate above up in one where there is no CUDA (1.24.0, tools/checkpoint/loader_mixtral_hf.py).
+    # Habana's loader sends gate above up as one tensor where there is no CUDA (1.24.0, tools/checkpoint/loader_mixtral_hf.py).
     "expert_fc1": QueueEntry(
         _LAYER, GATED, ("mlp l0 weight W", "mlp l0 weight V"), stacked=True, fused="mlp l0 weight"
     ),
@@ -63,5 +63,5 @@ DONE, EXIT = "done", "exit"
 
 
 def message_name(ref: Ref) -> str:
-    """The `name` of the message that carries a tensor."""
+    """Name of the message that carries a ref."""
     return ENTRIES[ref.slot.name].message.format(layer=ref.layer)

@@ -1,4 +1,4 @@
-"""The saver's end of the queue: Megatron-LM's messages as a model, from our loader or from a stock one."""
+"""Source for models that a loader sends as Megatron-LM's messages: this project's loader or a stock one."""
 
 from __future__ import annotations
 
@@ -25,25 +25,25 @@ from .channel import check_parent, receive
 from .handles import StackedHandle, TensorHandle
 from .messages import DONE, ENTRIES, message_name
 
-#: The `ModelSpec` fields that Megatron-LM's `args` decide: all but family, dtype and vocab_size.
+#: Function from Megatron-LM's `args` to the `ModelSpec` fields that they decide: all but family, dtype and vocab_size.
 FieldsOf = Callable[[argparse.Namespace], dict[str, Any]]
 
 
 @dataclass(frozen=True, eq=False)
 class MemoryTensor:
-    """A torch tensor that came over the queue, as carrier array; the tensor's memory lives as long as this does."""
+    """Torch tensor received over the queue, as an array of the carrier type that keeps the tensor's memory alive."""
 
     dtype: DType
     shape: tuple[int, ...]
     values: npt.NDArray[Any]
 
     def array(self) -> npt.NDArray[Any]:
-        """The elements."""
+        """Elements, in the carrier type."""
         return self.values
 
 
 class QueueSource:
-    """Reads messages in the order of the protocol, one at a time."""
+    """Reader of messages in the order of the protocol, one at a time."""
 
     def __init__(self, queue: Any, fields_of: FieldsOf, *, checking: bool = True) -> None:
         receive_own_types()
@@ -57,7 +57,7 @@ class QueueSource:
         if ours is not None:
             if ours["version"] != __version__:
                 raise ConversionError(
-                    f"the loader is version {ours['version']}, this saver {__version__}; use one version"
+                    f"the loader is version {ours['version']}, this saver {__version__}; use the same version for both"
                 )
             self.spec = ModelSpec.from_dict(ours["spec"])
             self.origin: Origin = ours["origin"]
@@ -65,21 +65,21 @@ class QueueSource:
         else:
             self._dtypes = None
             _check_metadata(metadata)
-            self._begin("embeddings")
+            self._next_message("embeddings")
             embeddings = _memory_tensor(self._peek("word embeddings"), "the word embeddings")
             self.spec = _stock_spec(metadata, embeddings, fields_of)
             self.origin = _stock_origin(metadata)
 
     def dtype_of(self, ref: Ref) -> DType:
-        """The loader's word; a stock loader sends every tensor in one dtype."""
+        """Dtype of a ref as the loader announced it; a stock loader sends every tensor in one dtype."""
         return self.spec.dtype if self._dtypes is None else BY_NAME[self._dtypes[str(ref)]]
 
     def read(self, ref: Ref) -> Sources:
-        """The slot's parts from the current message, or from the next if it begins there."""
+        """Pieces of a ref from its message: the current one, or the next."""
         name = message_name(ref)
         if self._message.get("name") != name:
-            self._end()
-            self._begin(name)
+            self._finish_message()
+            self._next_message(name)
         entry = ENTRIES[ref.slot.name]
         layout, keys = entry.received(self._message)
         shape = ref.slot.shape(self.spec)
@@ -92,8 +92,8 @@ class QueueSource:
         return Sources(tuple(pieces))
 
     def close(self) -> None:
-        """The messages must end here, and the loader be there to tell the user."""
-        self._end()
+        """Raise unless the messages end here and the loader is still alive."""
+        self._finish_message()
         check_parent()
         last = receive(self._queue)
         self._ended = True
@@ -102,7 +102,7 @@ class QueueSource:
             raise ConversionError(f"the loader sent {held!r} after the last tensor of the model; expected {DONE!r}")
 
     def drain(self) -> None:
-        """Take what the loader still sends of a model that is not needed: it takes a saver that leaves for one that failed."""
+        """Receive and drop all further messages, since the loader takes a saver that ends earlier for one that failed."""
         while not self._ended:
             self._ended = receive(self._queue) == DONE
 
@@ -110,31 +110,33 @@ class QueueSource:
         if isinstance(value, TensorHandle):
             if value.shape != shape:
                 raise ConversionError(f"{where} has shape {list(value.shape)}, expected {list(shape)} for {ref}")
-            return [_in_slot(piece, rows) for piece in value.pieces]
+            return [_piece_of_slot(piece, rows) for piece in value.pieces]
         data = _memory_tensor(value, where)
         trimmed = ref.slot.vocab and data.shape[0] > shape[0] and data.shape[1:] == shape[1:]
         if data.shape != shape and not trimmed:
             raise ConversionError(f"{where} has shape {list(data.shape)}, expected {list(shape)} for {ref}")
         if data.dtype != self.dtype_of(ref):
-            raise ConversionError(f"{where} is {data.dtype}, but the metadata say {self.dtype_of(ref)}")
+            raise ConversionError(
+                f"{where} has dtype {data.dtype}, but the loader's metadata have {self.dtype_of(ref)}"
+            )
         padding = np.full(data.shape[0] - rows.size, -1, np.int64)
         padded = interned(np.concatenate([rows, padding])) if trimmed else rows
         return [Piece(data, padded, 0, where)]
 
-    def _begin(self, name: str) -> None:
+    def _next_message(self, name: str) -> None:
         message = receive(self._queue)
         if not isinstance(message, dict):
-            raise ConversionError(f"the loader sent {message!r} where message {name!r} was due")
+            raise ConversionError(f"the loader sent {message!r}; expected message {name!r}")
         if self._checking and message.get("name") != name:
-            raise ConversionError(f"the loader sent message {message.get('name')!r} where {name!r} was due")
+            raise ConversionError(f"the loader sent message {message.get('name')!r}; expected {name!r}")
         self._message = {**message, "name": name}
         self._used = {"name"}
 
-    def _end(self) -> None:
+    def _finish_message(self) -> None:
         unused = sorted(self._message.keys() - self._used)
         if self._checking:
             name = self._message.get("name")
-            raise_all(f"message {name!r} holds tensors that this model does not have:", map(repr, unused))
+            raise_all(f"message {name!r} has keys that this model does not have:", map(repr, unused))
         self._message = {}
         self._used = set()
 
@@ -150,7 +152,7 @@ class QueueSource:
 
 
 def _one_expert(where: StoredName, stack: Any, expert: int, experts: int) -> Any:
-    """One expert's tensor of those that travel together."""
+    """One expert's tensor, from the stack that holds those of all experts."""
     if isinstance(stack, StackedHandle):
         stack, shape = stack.handles, (len(stack.handles), 0, 0)
     else:
@@ -160,15 +162,15 @@ def _one_expert(where: StoredName, stack: Any, expert: int, experts: int) -> Any
     return stack[expert]
 
 
-def _in_slot(piece: Piece, rows: RowMap) -> Piece:
-    """A piece of a part, seen from the slot: `rows` gives the slot's row of each of the part's rows."""
+def _piece_of_slot(piece: Piece, rows: RowMap) -> Piece:
+    """Piece of a slot from a piece of one of its parts; `rows` has the slot's row of each row of the part."""
     return Piece(piece.data, interned(np.where(piece.rows >= 0, rows[piece.rows], -1)), piece.col, piece.name)
 
 
 def _memory_tensor(value: Any, where: StoredName | str) -> TensorData:
     name = str(getattr(value, "dtype", "")).removeprefix("torch.")
     if name not in BY_NAME:
-        raise ConversionError(f"{where} is a {type(value).__name__} and no tensor of a known dtype")
+        raise ConversionError(f"{where} is a {type(value).__name__}, not a tensor of a supported dtype")
     import torch
 
     dtype = BY_NAME[name]
@@ -177,8 +179,8 @@ def _memory_tensor(value: Any, where: StoredName | str) -> TensorData:
     return MemoryTensor(dtype, tuple(value.shape), values)
 
 
-#: Attributes of a stock loader's metadata that say what the model is.
-_METADATA = (
+#: Attributes of a stock loader's metadata that describe the model.
+_METADATA_ATTRIBUTES = (
     "model_type num_layers hidden_size num_attention_heads max_position_embeddings position_embedding_type swiglu "
     "linear_bias norm_has_bias output_layer true_vocab_size make_vocab_size_divisible_by iteration checkpoint_args"
 ).split()
@@ -186,14 +188,14 @@ _METADATA = (
 
 def _check_metadata(metadata: Any) -> None:
     if isinstance(metadata, (str, dict)):
-        raise ConversionError("the loader sent a message of weights where the model's metadata were due")
-    missing = [name for name in _METADATA if not hasattr(metadata, name)]
+        raise ConversionError("the loader sent a message of weights; expected the model's metadata")
+    missing = [name for name in _METADATA_ATTRIBUTES if not hasattr(metadata, name)]
     if missing:
         raise ConversionError(f"the loader's metadata lack {', '.join(missing)}, which Megatron-LM's own loaders send")
 
 
 def _stock_spec(metadata: Any, embeddings: TensorData, fields_of: FieldsOf) -> ModelSpec:
-    """What Megatron-LM's own loaders say about a model, in metadata and the source's arguments."""
+    """Spec of a model from a stock loader, by its metadata and the source's arguments."""
     if metadata.model_type != "GPT":
         raise ConversionError(f"the loader sends a {metadata.model_type} model; only GPT is supported")
     args = argparse.Namespace(**vars(metadata.checkpoint_args))
@@ -220,12 +222,12 @@ def _stock_spec(metadata: Any, embeddings: TensorData, fields_of: FieldsOf) -> M
 def _stock_origin(metadata: Any) -> Origin:
     args = argparse.Namespace(**vars(metadata.checkpoint_args))
     args.make_vocab_size_divisible_by = metadata.make_vocab_size_divisible_by
-    # Loaders of Hugging Face models leave argparse's defaults there, which say nothing of a run.
+    # Loaders of Hugging Face models leave argparse's defaults here, which do not come from a training run.
     args.hidden_dropout = args.moe_token_dispatcher_type = None
     for name, value in vars(args).items():
-        known = str(value).removeprefix("torch.")
-        if type(value).__module__ == "torch" and known in BY_NAME:
-            setattr(args, name, BY_NAME[known])
+        dtype = str(value).removeprefix("torch.")
+        if type(value).__module__ == "torch" and dtype in BY_NAME:
+            setattr(args, name, BY_NAME[dtype])
     return Origin(
         described="the loader",
         tokenizer=getattr(args, "tokenizer_model", None),
@@ -236,7 +238,7 @@ def _stock_origin(metadata: Any) -> Origin:
 
 
 def _previous_parallel(metadata: Any) -> Parallel:
-    """The source's sizes as far as the loader names them: those of experts only Habana's does."""
+    """Parallel sizes of the source, as far as the loader sends them; only Habana's sends those of experts."""
     kinds = ("tensor", "pipeline", "expert_model", "expert_tensor")
     tp, pp, ep, etp = (getattr(metadata, f"previous_{kind}_parallel_size", None) for kind in kinds)
     return Parallel(int(tp or 1), (0,) * int(pp or 1), ep=int(ep or 1), etp=int(etp or tp or 1))

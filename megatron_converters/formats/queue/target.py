@@ -1,4 +1,4 @@
-"""The loader's end of the queue: a model as Megatron-LM's messages, tensors as handles."""
+"""Target for savers: a model sent as Megatron-LM's messages, with tensors as handles."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from .channel import send
 from .handles import StackedHandle, TensorHandle, part_of
 from .messages import DONE, ENTRIES, message_name
 
-#: What Megatron-LM's `args` say of a model, and of a source that has such args itself.
+#: Function to Megatron-LM's `args`, as a mapping, from a spec and the source's own args, if it has any.
 ArgsOf = Callable[[ModelSpec, argparse.Namespace | None], dict[str, Any]]
-#: Where a stock saver expects sizes that no model decides.
-_SEQ_LENGTH = 4096
+#: Longest sequence length sent to a stock saver, which expects one although no model decides it.
+_MAX_SEQ_LENGTH = 4096
 
 
 class QueueTarget:
-    """Sends metadata, then each message once all its tensors are there, then "done"."""
+    """Sender of metadata, then of each message once its tensors are complete, then of "done"."""
 
     def __init__(
         self,
@@ -52,12 +52,12 @@ class QueueTarget:
         """Send the metadata."""
         missing = sorted({ref.slot.name for ref in refs(spec)} - ENTRIES.keys())
         if missing:
-            raise ConversionError(f"the queue has no message for {', '.join(missing)}")
+            raise ConversionError(f"Megatron-LM's loader/saver protocol has no message for {', '.join(missing)}")
         self._spec, self._dtype_of = spec, dtype_of
         send(self._queue, self._metadata(origin))
 
     def fills(self, ref: Ref) -> list[Fill]:
-        """Where a tensor goes: for each of its parts the message and the key, of which a part of every expert may be one."""
+        """Fills of a ref, one per part: `file` is the name of the message, `name` the key."""
         entry, dtype = ENTRIES[ref.slot.name], self._dtype_of(ref)
         _, *cols = ref.slot.shape(self._spec)
         maps = row_maps(entry.layout, ref.slot, self._spec)
@@ -67,7 +67,7 @@ class QueueTarget:
         ]
 
     def write(self, ref: Ref, sources: Sources, fills: Sequence[Fill]) -> None:
-        """Add a tensor to its message; a message is sent when the next begins."""
+        """Add a ref to its message, which is sent when the next message begins."""
         rows, _ = ref.slot.matrix(self._spec)
         for fill in fills:
             if self._message.get("name", fill.file) != fill.file:
@@ -99,7 +99,7 @@ class QueueTarget:
             model_type=self._model_type,
             num_layers=spec.num_layers,
             hidden_size=spec.hidden_size,
-            seq_length=args.get("seq_length") or min(_SEQ_LENGTH, spec.max_position_embeddings),
+            seq_length=args.get("seq_length") or min(_MAX_SEQ_LENGTH, spec.max_position_embeddings),
             num_attention_heads=spec.num_attention_heads,
             max_position_embeddings=spec.max_position_embeddings,
             tokenizer_type="HuggingFaceTokenizer",
@@ -119,12 +119,12 @@ class QueueTarget:
             checkpoint_args=checkpoint_args,
             consumed_train_samples=0,
             consumed_valid_samples=0,
-            megatron_converters=self._ours(origin),
+            megatron_converters=self._private_metadata(origin),
             **({"num_experts": spec.num_experts} if spec.num_experts else {}),
         )
 
-    def _ours(self, origin: Origin) -> dict[str, Any]:
-        """What our own saver needs beyond the protocol: the exact spec, every dtype, and what travels beside weights."""
+    def _private_metadata(self, origin: Origin) -> dict[str, Any]:
+        """Metadata for this project's saver, beyond the protocol: exact spec, every dtype, and the origin."""
         return {
             "version": __version__,
             "spec": self._spec.to_dict(),
@@ -134,7 +134,7 @@ class QueueTarget:
 
 
 def stream(source: Source, target: QueueTarget, override: DType | None) -> None:
-    """Send every tensor of `source` as messages."""
+    """Send every ref of `source` as messages."""
     executor, coverage = Executor(), Coverage(source.spec)
     try:
         target.begin(source.spec, source.origin, wanted_dtype(source, override))
@@ -142,7 +142,10 @@ def stream(source: Source, target: QueueTarget, override: DType | None) -> None:
             sources = source.read(ref)
             executor.check(ref, source.spec, sources)
             fills = target.fills(ref)
-            raise_all("the messages would not be the model:", coverage.faults(ref, fills))
+            raise_all(
+                "the messages would not hold the model; this is a fault of this program, please report it:",
+                coverage.faults(ref, fills),
+            )
             target.write(ref, sources, fills)
         executor.finish()
     except BaseException:
