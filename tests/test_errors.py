@@ -224,7 +224,7 @@ def test_a_tokenizer_that_args_name_and_none_can_have(name: Any, meg: Path) -> N
 @pytest.mark.parametrize("value", [1 << 2000, _nested(50)], ids=["long", "deep"])
 def test_args_that_no_run_has(value: Any, meg: Path) -> None:
     edit_args(meg, norm_epsilon=value)
-    refused(back(meg), "the args are damaged: no run has such a value of norm_epsilon")
+    refused(back(meg), "the args are damaged: the value of norm_epsilon is not plausible")
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}'])
@@ -441,7 +441,7 @@ def test_ranks_of_different_models_are_not_mixed(meg: Path) -> None:
 @pytest.mark.parametrize("rank", ["mp_rank_00_000", "mp_rank_01_001"])
 def test_an_entry_without_a_name(rank: str, meg: Path) -> None:
     edit_model(meg, rank, lambda model: model.update({5: torch.zeros(2)}))
-    refused(back(meg), rank, "not named tensors: 5")
+    refused(back(meg), rank, "entries that are not named tensors: 5")
 
 
 def test_a_bin_file_with_an_entry_without_a_name(hf_model: HFModel, tmp_path: Path) -> None:
@@ -470,7 +470,7 @@ def test_the_ranks_hold_different_dtypes(meg: Path) -> None:
         ({"virtual_pipeline_model_parallel_size": 0}, ("virtual_pipeline_model_parallel_size is 0",)),
         ({"pipeline_model_parallel_layout": "Et|t|tL"}, ("has 3 stages", "pp=2 does not divide")),
         ({"pipeline_model_parallel_layout": "Et|tttttL"}, ("it has 6 layers, the model 4",)),
-        ({"pipeline_model_parallel_layout": [["embedding"]]}, ("pipeline layout that is no text",)),
+        ({"pipeline_model_parallel_layout": [["embedding"]]}, ("pipeline layout that is not text",)),
         ({"tensor_model_parallel_size": None}, ("tensor",)),
         ({"tensor_model_parallel_size": "2"}, ("tensor",)),
         ({"num_layers": None, "encoder_num_layers": None}, ("num_layers", "--hf-config")),

@@ -481,7 +481,7 @@ def test_files_with_other_experts_than_config_json_says(
 def test_a_stack_of_another_number_of_experts_is_named(hf_model: HFModel, tmp_path: Path) -> None:
     source = hf_model("mixtral", **SMALL, fused_experts=True)
     folder = changed(source, tmp_path / "hf", unchanged, num_local_experts=5)
-    message = r"layers\.0\.mlp\.experts\.down_proj .* has shape \[4, 64, 112\]; config\.json means \[5, 64, 112\]"
+    message = r"layers\.0\.mlp\.experts\.down_proj .* has shape \[4, 64, 112\]; config\.json requires \[5, 64, 112\]"
     with pytest.raises(ConversionError, match=message):
         HFSource(folder)
 
@@ -574,7 +574,7 @@ def fc2_of(model: dict[str, Any]) -> torch.Tensor:
 def test_a_missing_rank_is_named(name: str, hf_model: HFModel, tmp_path: Path) -> None:
     meg = hf_to_megatron(hf_model("mixtral", **SMALL), tmp_path / "meg", tp=2, ep=2)
     shutil.rmtree(meg / "iter_0000001" / name)
-    with pytest.raises(ConversionError, match=rf"tp=2, pp=1, ep=2, but\n  - {name} is missing"):
+    with pytest.raises(ConversionError, match=rf"tp=2, pp=1, ep=2:\n  - {name} is missing"):
         megatron_to_hf(meg, tmp_path / "hf")
 
 

@@ -208,9 +208,18 @@ def test_what_megatron_cannot_express(fields: dict[str, Any], reason: str) -> No
         ({"moe_mlp_glu_interleave_size": 32}, "gate and up of experts in alternating blocks of rows"),
         ({"moe_apply_probs_on_input": True}, "inputs are scaled"),
         ({"moe_latent_size": 16}, "projected inputs"),
-        ({"num_experts": 8, "moe_router_load_balancing_type": "quantile_balancing"}, "otherwise than by a softmax"),
-        ({"num_experts": 8, "moe_router_load_balancing_type": "sinkhorn", "moe_router_topk": 1}, "than by a softmax"),
-        ({"num_experts": 8, "moe_router_load_balancing_type": ["aux_loss", "sinkhorn"]}, "than by a softmax"),
+        (
+            {"num_experts": 8, "moe_router_load_balancing_type": "quantile_balancing"},
+            "does not weight experts by a softmax",
+        ),
+        (
+            {"num_experts": 8, "moe_router_load_balancing_type": "sinkhorn", "moe_router_topk": 1},
+            "does not weight experts by a softmax",
+        ),
+        (
+            {"num_experts": 8, "moe_router_load_balancing_type": ["aux_loss", "sinkhorn"]},
+            "does not weight experts by a softmax",
+        ),
         ({"use_mup": True}, "scaled by muP"),
         ({"qk_l2_norm": True}, "queries and keys of length 1"),
         ({"glu_linear_offset": 1.0}, "an offset"),
@@ -230,8 +239,8 @@ def test_what_megatron_cannot_express(fields: dict[str, Any], reason: str) -> No
         ({"window_size": (7, 7)}, r"window_size=\(7, 7\)"),
         ({"window_size": (-1, 0)}, "window_size"),
         ({"use_rope_scaling": True, "rotary_seq_len_interpolation_factor": 2}, "both llama3 and linear"),
-        ({"num_layers": None}, "no sound num_layers; .*--hf-config"),
-        ({"max_position_embeddings": None}, "no sound max_position_embeddings"),
+        ({"num_layers": None}, "no valid num_layers; .*--hf-config"),
+        ({"max_position_embeddings": None}, "no valid max_position_embeddings"),
     ],
 )
 def test_args_of_models_that_are_not_supported_are_refused(change: dict[str, Any], message: str) -> None:
@@ -453,7 +462,7 @@ UNNEEDED = {"init_method_std"}
 @pytest.mark.parametrize("group", RESTORED)
 def test_what_a_release_does_not_restore_is_a_flag(group: Group) -> None:
     """Else it would compute something else without a word: core_v0.8.0 and 0.9.0 run a Llama 3 with a rotary base of 10000."""
-    kept = {flag.attribute for flag in FLAGS if flag.kept and flag.group is group}
+    kept = {flag.attribute for flag in FLAGS if flag.restored and flag.group is group}
     assert kept - set(RESTORED[group]) - UNNEEDED == set()
 
 

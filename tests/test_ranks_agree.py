@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from megatron_converters.basics.errors import ConversionError
-from megatron_converters.formats.megatron.arguments import stamp
+from megatron_converters.formats.megatron.arguments import rank_invariants
 from megatron_converters.formats.megatron.rank_files_source import MegatronSource
 from megatron_converters.storage.pickle_reader import StandIn
 from tests.conversions import hf_to_megatron
@@ -113,6 +113,7 @@ def test_what_ranks_may_say_otherwise(saved: Callable[[str], Path]) -> None:
 def test_objects_are_compared_by_what_they_hold() -> None:
     """As some versions of Megatron-LM keep a pipeline layout."""
     one, same, other = (
-        stamp(None, argparse.Namespace(pipeline_model_parallel_layout=StandIn(["E", "t", last]))) for last in "LLt"
+        rank_invariants(None, argparse.Namespace(pipeline_model_parallel_layout=StandIn(["E", "t", last])))
+        for last in "LLt"
     )
     assert one == same != other

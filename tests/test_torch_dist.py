@@ -175,7 +175,7 @@ def test_gaps_and_overlaps_between_chunks(made: Path, tmp_path: Path) -> None:
 def test_a_missing_chunk_is_named(made: Path, tmp_path: Path) -> None:
     edit_index(made, lambda metadata: metadata.state_dict_metadata["decoder.final_layernorm.weight"].chunks.clear())
     with pytest.raises(
-        ConversionError, match=r"final_norm: no chunk of decoder\.final_layernorm\.weight holds any of it"
+        ConversionError, match=r"final_norm: no chunk of decoder\.final_layernorm\.weight holds any element of it"
     ):
         megatron_to_hf(made, tmp_path / "hf")
 
@@ -194,7 +194,7 @@ def test_other_formats_are_refused(made: Path) -> None:
         with pytest.raises(ConversionError, match=message):
             TorchDistSource(made)
     (folder / "metadata.json").unlink()
-    with pytest.raises(ConversionError, match="its writing was cut off, or it is not of the torch_dist format"):
+    with pytest.raises(ConversionError, match="saving was interrupted, or it is not of the torch_dist format"):
         TorchDistSource(made)
 
 

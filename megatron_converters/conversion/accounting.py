@@ -18,7 +18,7 @@ from ..model.spec import ModelSpec
 from .composing import as_matrix, coverage
 from .outline import Fill, Outline
 
-#: Fills that a message names at most.
+#: Maximum number of fills named in a message.
 _SHOWN_FILLS = 4
 _TARGET_FAULT = "the output would not hold the model; this is a fault of this program, please report it:"
 
@@ -51,7 +51,7 @@ class Accounts:
             self._filled.setdefault((fill.file, fill.name), []).append((fill.start, stop))
 
     def close(self) -> None:
-        """Raise all problems, those of stored tensors whose bytes are not filled exactly once included."""
+        """Raise all problems, including stored tensors whose bytes are not filled exactly once."""
         for file, layout in self._outline.files.items():
             for name, (_, nbytes) in layout.regions.items():
                 spans = self._filled.pop((file, name), [])

@@ -101,7 +101,7 @@ def _matrix(piece: Piece) -> Array:
 
 
 def _direct(sources: Sequence[tuple[Gather, Array]], start: int, stop: int, dtype: DType) -> Array | None:
-    """View of the source where the chunk lies there exactly as in the target; None where it does not."""
+    """View of the source, if it holds the chunk exactly as the target will; else None."""
     if len(sources) != 1:
         return None
     gather, source = sources[0]

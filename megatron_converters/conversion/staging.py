@@ -26,7 +26,7 @@ _LOCKS_UNSUPPORTED = {errno.ENOSYS, errno.EBADF, errno.ENOTSUP, errno.EOPNOTSUPP
 
 
 def unfinished_in(folder: Path) -> str | None:
-    """Predicate for a message about a folder that holds an interrupted run's files; None if it holds none."""
+    """Message part, to follow the folder's name, if it holds an interrupted run's files; else None."""
     left = sorted(path.name for path in folder.glob(".*.incomplete") if path.is_dir())
     if not left:
         return None

@@ -28,7 +28,7 @@ from .parts import HFNames
 
 #: Weight files of unsharded models, in the order of preference of `from_pretrained`; '.index.json' is appended for an index.
 _SINGLE = ("model.safetensors", "pytorch_model.bin")
-#: Names that a message lists at most.
+#: Maximum number of names listed in a message.
 _SHOWN_NAMES = 40
 _ADAPTER = "adapter_config.json"
 

@@ -1,1 +1,1 @@
-"""Megatron-LM checkpoints, of the `torch` and the `torch_dist` format."""
+"""Megatron-LM checkpoints of the `torch` and the `torch_dist` format: sources and targets."""

@@ -1,7 +1,7 @@
-"""Megatron-LM's `args` Namespace ↔ `ModelSpec`.
+"""Translation between Megatron-LM's `args` Namespace and `ModelSpec`.
 
 Attribute names: Megatron-LM core_v0.8.0 to core_v0.19.0, training/arguments.py and `load_args_from_checkpoint` in
-training/checkpointing.py. Only plain values and torch dtypes go into `args`, so that `weights_only` loading accepts them.
+training/checkpointing.py. Written `args` hold only plain values and torch dtypes, which `weights_only` loading accepts.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from .limits import FIXED, MEGATRON_LLAMA3, SINKHORN, refuse_unsupported
 from .names import STACKED
 
 _DEFAULT_SEQ_LENGTH = 4096
-#: spec field ↔ attribute, where they correspond one to one.
-_ROWS = {
+#: Attribute by spec field, where they correspond one to one.
+_ATTRIBUTES = {
     "num_layers": "num_layers",
     "hidden_size": "hidden_size",
     "ffn_hidden_size": "ffn_hidden_size",
@@ -30,14 +30,14 @@ _ROWS = {
     "kv_channels": "kv_channels",
     "max_position_embeddings": "max_position_embeddings",
     "qk_norm": "qk_layernorm",
-    "qk_norm_over_heads": "qk_layernorm_over_heads",  # ours: Megatron-LM has no such norm
+    "qk_norm_over_heads": "qk_layernorm_over_heads",  # this project's own: Megatron-LM has no such norm
     "initializer_range": "init_method_std",
     "attention_dropout": "attention_dropout",
 }
-#: What we write as rank 0's and a training run as each rank's own.
-_OF_A_RANK = {"rank"}
-#: Some model whose args hold every attribute that any model's do: experts, and a router wider than the rest.
-_EVERYTHING = ModelSpec(
+#: Attributes whose values differ between the ranks of a training run; a conversion writes rank 0's.
+_PER_RANK = {"rank"}
+#: Example of a model whose args have every attribute that the args of any model have.
+_EXAMPLE_SPEC = ModelSpec(
     family="mixtral",
     num_layers=1,
     hidden_size=1,
@@ -57,16 +57,16 @@ _EVERYTHING = ModelSpec(
 
 
 def spec_fields(args: argparse.Namespace) -> dict[str, Any]:
-    """The `ModelSpec` fields that `args` decides: all but family, dtype and vocab_size."""
+    """`ModelSpec` fields that `args` decide: all but family, dtype and vocab_size. Raises `ConversionError`."""
     values = vars(args)
     refuse_unsupported(values)
-    needed = ("num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size", "max_position_embeddings")
-    missing = [name for name in needed if type(values.get(name)) is not int or values[name] < 1]
+    required = ("num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size", "max_position_embeddings")
+    missing = [name for name in required if type(values.get(name)) is not int or values[name] < 1]
     if missing:
         raise Unclear(
-            f"the checkpoint's args have no sound {', '.join(missing)}; give a reference model with --hf-config DIR"
+            f"the checkpoint's args have no valid {', '.join(missing)}; give a reference model with --hf-config DIR"
         )
-    fields = {field: values[name] for field, name in _ROWS.items() if values.get(name) is not None}
+    fields = {field: values[name] for field, name in _ATTRIBUTES.items() if values.get(name) is not None}
     heads = fields["num_attention_heads"]
     fields.setdefault("kv_channels", fields["hidden_size"] // heads)
     linear_bias = bool(values.get("add_bias_linear", True))
@@ -86,7 +86,7 @@ def spec_fields(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _expert_fields(values: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
-    """What args say about experts; nothing for a dense model."""
+    """`ModelSpec` fields of experts; none for a dense model."""
     experts = values.get("num_experts")
     if not experts:
         return {}
@@ -107,24 +107,27 @@ def _is_sinkhorn(values: Mapping[str, Any]) -> bool:
 
 
 def _aux_loss(coefficient: Any) -> float:
-    """The first where there is one for each way of balancing (core_v0.14 on): Hugging Face has one."""
+    """Auxiliary loss coefficient; of a list with one per load balancing type (core_v0.14 on) the first, as Hugging Face has one."""
     first = coefficient[0] if isinstance(coefficient, list) and coefficient else coefficient
     return number(first, "moe_aux_loss_coeff")
 
 
 def _dense_layers(freq: Any, layers: int) -> tuple[int, ...]:
-    """Layers without experts: of every N only the first has them, or a list of 0 and 1 says (core/models/gpt, layer specs)."""
+    """Layers without experts, by `moe_layer_freq`: N means experts in the first of every N layers, a list has 0 or 1 per layer.
+
+    Source: layer specs in core/models/gpt.
+    """
     if isinstance(freq, int) and freq > 0:
         return tuple(layer for layer in range(layers) if layer % freq)
     if isinstance(freq, list) and len(freq) == layers:
         return tuple(layer for layer, kind in enumerate(freq) if not kind)
     raise ConversionError(
-        f"the checkpoint's args have moe_layer_freq={freq!r}; it must be a number or a list of {layers}"
+        f"the checkpoint's args have moe_layer_freq={freq!r}; it must be a number or a list of {layers} values, one per layer"
     )
 
 
 def expert_args(spec: ModelSpec, parallel: Parallel, expert_layout: str) -> dict[str, Any]:
-    """The attributes of a mixture of experts and how its checkpoint is cut; for a dense model, that it is none."""
+    """Attributes of a mixture of experts and of how its checkpoint is cut; for a dense model those that say there is none."""
     if not spec.num_experts:
         return {"num_experts": None, "moe_grouped_gemm": False}
     moe = [int(spec.is_moe(layer)) for layer in range(spec.num_layers)]
@@ -149,31 +152,33 @@ def expert_args(spec: ModelSpec, parallel: Parallel, expert_layout: str) -> dict
     }
 
 
-def training_args(spec: ModelSpec, own: Mapping[str, Any]) -> dict[str, Any]:
-    """How a checkpoint was trained, by its `own` args: choices that a new one takes over instead of our defaults."""
+def training_args(spec: ModelSpec, source_args: Mapping[str, Any]) -> dict[str, Any]:
+    """Attributes of training that a new checkpoint inherits from its source's args, instead of this project's defaults."""
     names = ["hidden_dropout"]
     if spec.num_experts:
         names += ["moe_token_dispatcher_type"]
-        names += ["moe_aux_loss_coeff"] if isinstance(own.get("moe_aux_loss_coeff"), list) else []
-        # Sinkhorn's way weights experts as a softmax over all of them does, whatever else the args say.
-        names += ["moe_router_load_balancing_type"] if spec.moe_router_pre_softmax or not _is_sinkhorn(own) else []
-    return {name: own[name] for name in names if own.get(name) is not None}
+        names += ["moe_aux_loss_coeff"] if isinstance(source_args.get("moe_aux_loss_coeff"), list) else []
+        # Sinkhorn weights experts by a softmax over all of them, whatever other attributes say.
+        names += (
+            ["moe_router_load_balancing_type"] if spec.moe_router_pre_softmax or not _is_sinkhorn(source_args) else []
+        )
+    return {name: source_args[name] for name in names if source_args.get(name) is not None}
 
 
-#: `moe_router_dtype` of a router that is stored in these, wider than the model.
+#: `moe_router_dtype` by the dtype of a stored router that is wider than the model.
 _ROUTER_DTYPES = {"float32": "fp32", "float64": "fp64"}
 
 
 def router_dtype(spec: ModelSpec, dtype_of: Callable[[Ref], DType]) -> DType | None:
-    """The widest type that a router has; None for a model without one."""
+    """Widest dtype of any router; None for a model without routers."""
     dtypes = (dtype_of(ref) for ref in refs(spec) if ref.slot.keeps_precision)
     return max(dtypes, key=lambda dtype: dtype.itemsize, default=None)
 
 
 def router_args(spec: ModelSpec, router: DType | None) -> dict[str, Any]:
-    """The attributes of a router stored in `router` where that is wider than the model; nothing for another, or None.
+    """Attributes of a router stored in dtype `router`, if that is wider than the model; else none.
 
-    Both decide in what experts are chosen: `moe_router_dtype` is Megatron-LM's from 0.12 on, `moe_router_fp32` Habana's.
+    They set the dtype in which the router computes: `moe_router_dtype` in Megatron-LM (0.12 on), `moe_router_fp32` in Habana's.
     """
     if router is None or router.itemsize <= spec.dtype.itemsize:
         return {}
@@ -181,17 +186,17 @@ def router_args(spec: ModelSpec, router: DType | None) -> dict[str, Any]:
 
 
 def router_warnings(spec: ModelSpec, router: DType | None) -> list[str]:
-    """What Megatron-LM makes of such a router's weights (core/transformer/moe/router.py, `reset_parameters`)."""
+    """Warning that Megatron-LM rounds the weights of a wider router (core/transformer/moe/router.py, `reset_parameters`)."""
     if not router_args(spec, router):
         return []
     return [
-        f"warning: the router is stored in {router}, but Megatron-LM holds it in {spec.dtype} like the rest and rounds it as it "
-        "loads; --moe-router-dtype makes it compute in the wider type"
+        f"warning: the router is stored in {router}, but Megatron-LM holds it in {spec.dtype} like other weights and rounds it "
+        "when loading; --moe-router-dtype makes it compute in the wider dtype"
     ]
 
 
 def stated_heads(args: argparse.Namespace) -> tuple[str, ...]:
-    """The `ModelSpec` fields of heads, which no shape tells, that `args` state and do not leave to defaults."""
+    """`ModelSpec` fields of attention heads, which shapes do not determine, that `args` set explicitly."""
     values = vars(args)
     stated = {
         "num_attention_heads": values.get("num_attention_heads"),
@@ -201,29 +206,29 @@ def stated_heads(args: argparse.Namespace) -> tuple[str, ...]:
     return tuple(name for name, value in stated.items() if value)
 
 
-def stamp(iteration: Any, args: argparse.Namespace | None) -> dict[str, Any]:
-    """What a rank's file says that all files of its save say: iteration, model and sizes.
+def rank_invariants(iteration: Any, args: argparse.Namespace | None) -> dict[str, Any]:
+    """Values that all ranks' files of one save have in common: iteration, model and parallel sizes.
 
-    It has no iteration or no args where the file has none; of args, an attribute that is not there is one that is None.
+    A file without an iteration or args gives none of these; a missing attribute of args counts as None.
     """
     found = {} if iteration is None else {"iteration": iteration}
-    said = {} if args is None else {name: getattr(args, name, None) for name in _of_all_ranks()}
-    # Objects, such as Megatron-LM's of a pipeline layout, are never equal; what they say of themselves is.
-    return {**found, **{name: value if _plain(value) else repr(value) for name, value in said.items()}}
+    recorded = {} if args is None else {name: getattr(args, name, None) for name in _invariant_attributes()}
+    # Objects, such as Megatron-LM's pipeline layout, never compare equal, but their representations do.
+    return {**found, **{name: value if _is_plain(value) else repr(value) for name, value in recorded.items()}}
 
 
 @lru_cache(maxsize=1)
-def _of_all_ranks() -> tuple[str, ...]:
-    """The attributes that every rank of one save records alike: all that say what a model is and how it is cut."""
-    parallel = Parallel(1, (_EVERYTHING.num_layers,))
+def _invariant_attributes() -> tuple[str, ...]:
+    """Attributes of which all ranks of one save record the same value: all that describe the model and how it is cut."""
+    parallel = Parallel(1, (_EXAMPLE_SPEC.num_layers,))
     written = {
-        **model_args(_EVERYTHING),
+        **model_args(_EXAMPLE_SPEC),
         **layout_args(parallel, 1, 1, ""),
-        **expert_args(_EVERYTHING, parallel, STACKED),
-        **router_args(_EVERYTHING, BY_NAME["float32"]),
+        **expert_args(_EXAMPLE_SPEC, parallel, STACKED),
+        **router_args(_EXAMPLE_SPEC, BY_NAME["float32"]),
     }
-    # The configuration that a conversion recorded says what these cannot.
-    return tuple(sorted({*written, "hf_config"} - _OF_A_RANK))
+    # A conversion also records the Hugging Face configuration, which has what these attributes cannot express.
+    return tuple(sorted({*written, "hf_config"} - _PER_RANK))
 
 
 def _norm_epsilon(values: Mapping[str, Any]) -> float:
@@ -242,7 +247,7 @@ def _rope_scaling(values: Mapping[str, Any]) -> RopeScaling | None:
     if values.get("use_rope_scaling"):
         if linear:
             raise ConversionError(
-                "the checkpoint's args have both llama3 and linear RoPE scaling; no supported model has"
+                "the checkpoint's args have both llama3 and linear RoPE scaling; no supported model has both"
             )
         factor = values.get("rope_scaling_factor") or MEGATRON_LLAMA3.factor
         return RopeScaling("llama3", number(factor, "rope_scaling_factor"))
@@ -250,7 +255,7 @@ def _rope_scaling(values: Mapping[str, Any]) -> RopeScaling | None:
 
 
 def _window(value: Any) -> int | None:
-    """Megatron's window counts the positions to the left, Hugging Face's the position itself too."""
+    """Sliding window as Hugging Face counts it: with the position itself, while Megatron-LM counts only those to its left."""
     if value is None:
         return None
     parts = value.split(",") if isinstance(value, str) else value
@@ -263,11 +268,11 @@ def _window(value: Any) -> int | None:
 
 
 def model_args(spec: ModelSpec) -> dict[str, Any]:
-    """The attributes that say what the model is, complete for `--use-checkpoint-args` of Megatron-LM 0.8 to 0.19."""
+    """Attributes that describe the model, complete for `--use-checkpoint-args` of Megatron-LM 0.8 to 0.19."""
     scaling = spec.rope_scaling
     linear = scaling.factor if scaling is not None and scaling.kind == "linear" else None
     return {
-        **{name: getattr(spec, field) for field, name in _ROWS.items()},
+        **{name: getattr(spec, field) for field, name in _ATTRIBUTES.items()},
         **{name: value for name, (value, _) in FIXED.items()},
         "encoder_num_layers": spec.num_layers,
         "num_query_groups": spec.num_query_groups,
@@ -297,17 +302,17 @@ def model_args(spec: ModelSpec) -> dict[str, Any]:
 
 
 def _whole(value: float) -> float:
-    """An int where it is one: Megatron-LM parses these options with `int`."""
+    """Whole numbers as int, since Megatron-LM parses these options with `int`."""
     return int(value) if float(value).is_integer() else value
 
 
 def seq_length_of(spec: ModelSpec, inherited: Mapping[str, Any]) -> int:
-    """The length of sequences that a source was trained with, or what the model and a small memory allow."""
+    """Sequence length of the source's training; by default the model's maximum, limited to `_DEFAULT_SEQ_LENGTH`."""
     length: int = inherited.get("seq_length") or min(_DEFAULT_SEQ_LENGTH, spec.max_position_embeddings)
     return length
 
 
-#: Attributes of a training run that a conversion starts anew; a source's own values win over these.
+#: Defaults for attributes of a training run; the source's own values take precedence.
 RUN_DEFAULTS: dict[str, Any] = {
     "micro_batch_size": 1,
     "global_batch_size": 1024,
@@ -318,7 +323,7 @@ RUN_DEFAULTS: dict[str, Any] = {
 
 
 def uncut_args(spec: ModelSpec, margs: argparse.Namespace | None) -> dict[str, Any]:
-    """The attributes of a model that is cut nowhere, experts one by one, as loaders send them; `margs` are the source's own."""
+    """Attributes of an uncut model with sequential experts, as loaders send them; `margs` are the source's args."""
     return {
         **RUN_DEFAULTS,
         **plain_args(inheritable(margs)),
@@ -330,7 +335,7 @@ def uncut_args(spec: ModelSpec, margs: argparse.Namespace | None) -> dict[str, A
 def layout_args(
     parallel: Parallel, padded_vocab: int, divisor: int, impl: str, ckpt_format: str = "torch"
 ) -> dict[str, Any]:
-    """The attributes that say how the checkpoint is cut. Expert sizes are those of a dense model."""
+    """Attributes that describe how the checkpoint is cut, with expert sizes as for a dense model."""
     split = parallel.split
     return {
         "tensor_model_parallel_size": parallel.tp,
@@ -362,25 +367,25 @@ def layout_args(
 
 
 def _virtual_args(parallel: Parallel) -> dict[str, Any]:
-    """How a user says the number of virtual stages: by their layers, or itself where ranks hold different numbers of layers."""
-    said = {"num_layers_per_virtual_pipeline_stage": None, "num_virtual_stages_per_pipeline_rank": None}
+    """Attributes of virtual stages: the layers of each, or their number where first or last stage differ in layers."""
+    unset = {"num_layers_per_virtual_pipeline_stage": None, "num_virtual_stages_per_pipeline_rank": None}
     split = parallel.split
     if parallel.vpp == 1 or split.layout is not None:
-        return said
+        return unset
     if split.first is not None or split.last is not None:
-        return {**said, "num_virtual_stages_per_pipeline_rank": parallel.vpp}
+        return {**unset, "num_virtual_stages_per_pipeline_rank": parallel.vpp}
     layers = sum(parallel.stages) + split.embedding + split.loss
-    return {**said, "num_layers_per_virtual_pipeline_stage": layers // len(parallel.stages)}
+    return {**unset, "num_layers_per_virtual_pipeline_stage": layers // len(parallel.stages)}
 
 
 def plain_args(args: Mapping[str, Any]) -> dict[str, Any]:
-    """The attributes that are plain values, torch dtypes or containers of them; others (enums, timers) are left out."""
-    return {name: value for name, value in args.items() if _plain(value)}
+    """Attributes whose values are plain, torch dtypes or containers of these; others (enums, timers) are left out."""
+    return {name: value for name, value in args.items() if _is_plain(value)}
 
 
-def _plain(value: Any) -> bool:
+def _is_plain(value: Any) -> bool:
     if isinstance(value, (list, tuple)):
-        return all(map(_plain, value))
+        return all(map(_is_plain, value))
     if isinstance(value, dict):
-        return all(isinstance(key, (str, int)) and _plain(item) for key, item in value.items())
+        return all(isinstance(key, (str, int)) and _is_plain(item) for key, item in value.items())
     return value is None or type(value) in (bool, int, float, str) or isinstance(value, DType)

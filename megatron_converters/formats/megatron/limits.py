@@ -1,4 +1,4 @@
-"""What Megatron-LM's arguments say that no supported model has, and what of a model they cannot say.
+"""Limits of Megatron-LM's arguments: values that no supported model has, and model properties that they cannot express.
 
 Attribute names: Megatron-LM core_v0.8.0 to core_v0.19.0, training/arguments.py and core/transformer/transformer_config.py.
 """
@@ -13,7 +13,7 @@ from ...basics.errors import ConversionError
 from ...model.slots import Ref, refs
 from ...model.spec import ModelSpec, RopeScaling
 
-#: attribute: (the value that a supported model has, what another value would mean).
+#: Value that every supported model has, and the meaning of any other value, by attribute.
 FIXED: dict[str, tuple[Any, str]] = {
     "position_embedding_type": ("rope", "position embeddings that are not rotary"),
     "normalization": ("RMSNorm", "a normalisation that is not RMSNorm"),
@@ -47,18 +47,19 @@ FIXED: dict[str, tuple[Any, str]] = {
     "moe_latent_size": (None, "experts on projected inputs"),
     "mtp_num_layers": (None, "multi-token prediction layers"),
 }
-#: Other values that mean the same; any that is false does where the supported one is.
-_MEANS_THE_SAME = {"moe_router_topk_scaling_factor": 1.0}
-#: Sinkhorn's way differs in training; what it weights several experts by is the softmax over all (core/transformer/moe/router.py).
+#: Further values with the same meaning as the supported one. If that is false, any false value has it too.
+_EQUIVALENT = {"moe_router_topk_scaling_factor": 1.0}
+#: Load balancing that differs in training only if several experts are chosen: their weights are then the softmax over all experts
+#: (core/transformer/moe/router.py).
 SINKHORN = "sinkhorn"
-#: Ways to balance experts that leave the choice to the router's probabilities.
-_BALANCING = ("aux_loss", "seq_aux_loss", "global_aux_loss", "none")
-#: What Megatron-LM's llama3 RoPE scaling has built in (core/models/common/embeddings/rotary_pos_embedding.py).
+#: Load balancing types that choose experts by the router's probabilities.
+_PLAIN_BALANCING = ("aux_loss", "seq_aux_loss", "global_aux_loss", "none")
+#: Constants built into Megatron-LM's llama3 RoPE scaling (core/models/common/embeddings/rotary_pos_embedding.py).
 MEGATRON_LLAMA3 = RopeScaling("llama3", 8.0, 1.0, 4.0, 8192)
 
 
 def inexpressible(spec: ModelSpec) -> list[str]:
-    """What Megatron-LM's arguments cannot say about this model, one reason each."""
+    """Properties of a model that Megatron-LM's arguments cannot express, one reason each."""
     reasons = []
     scaling = spec.rope_scaling
     if scaling is not None and scaling.kind == "llama3":
@@ -84,8 +85,8 @@ def inexpressible(spec: ModelSpec) -> list[str]:
         )
     if spec.qk_norm and spec.qk_norm_over_heads:
         reasons.append(
-            "query and key norms over all heads together: Megatron-LM's --qk-layernorm norms each head by itself, and refuses "
-            "these norms' sizes; give the model an attention of your own"
+            "query and key norms over all heads together: Megatron-LM's --qk-layernorm normalises each head by itself, and "
+            "refuses weights of this size; give the model an attention of your own"
         )
     if spec.num_experts and spec.moe_router_topk == 1 and not spec.moe_router_pre_softmax:
         reasons.append(
@@ -98,26 +99,28 @@ def inexpressible(spec: ModelSpec) -> list[str]:
 
 
 def refuse_unsupported(values: Mapping[str, Any]) -> None:
-    """Raise where `args`, as a mapping, mean a model that is none of the supported ones."""
+    """Raise `ConversionError` if `args`, as a mapping, describe a model that is not supported."""
     if values.get("use_rotary_position_embeddings"):  # the older spelling of position_embedding_type
         values = {**values, "position_embedding_type": "rope"}
     for name, (supported, meaning) in FIXED.items():
         value = values.get(name, supported)
         off = not supported and (not any(value) if isinstance(value, list) else not value)
-        if value != supported and not off and value != _MEANS_THE_SAME.get(name):
-            raise ConversionError(f"the checkpoint's args have {name}={value!r}, that is {meaning}; not supported")
+        if value != supported and not off and value != _EQUIVALENT.get(name):
+            raise ConversionError(
+                f"the checkpoint's args have {name}={value!r}, which means {meaning}; only {supported!r} is supported"
+            )
     balancing = values.get("moe_router_load_balancing_type") or "none"
     kinds = balancing if isinstance(balancing, list) else [balancing]
     sinkhorn = kinds == [SINKHORN] and values.get("moe_router_topk") != 1
-    if values.get("num_experts") and not sinkhorn and not all(kind in _BALANCING for kind in kinds):
+    if values.get("num_experts") and not sinkhorn and not all(kind in _PLAIN_BALANCING for kind in kinds):
         raise ConversionError(
             f"the checkpoint's args have moe_router_load_balancing_type={balancing!r} with moe_router_topk="
-            f"{values.get('moe_router_topk')!r}, which weights experts otherwise than by a softmax; not supported"
+            f"{values.get('moe_router_topk')!r}, which does not weight experts by a softmax; not supported"
         )
 
 
 def rounding_warnings(spec: ModelSpec, dtype_of: Callable[[Ref], DType]) -> list[str]:
-    """What Megatron-LM makes of weights in another dtype than the model's, but for routers, which `router_warnings` is about."""
+    """Warning that Megatron-LM rounds weights whose dtype is not the model's; `router_warnings` covers routers."""
     stored = ((ref.slot, dtype_of(ref)) for ref in refs(spec))
     lossy = {
         slot.name: dtype
@@ -128,5 +131,5 @@ def rounding_warnings(spec: ModelSpec, dtype_of: Callable[[Ref], DType]) -> list
         return []
     named = ", ".join(f"{name} ({dtype})" for name, dtype in lossy.items())
     return [
-        f"warning: {named} are stored otherwise than the embeddings in {spec.dtype}: Megatron-LM rounds them to that as it loads"
+        f"warning: {named} differ from the embeddings' dtype, {spec.dtype}: Megatron-LM rounds them to it when loading"
     ]

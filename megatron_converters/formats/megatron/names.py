@@ -1,6 +1,6 @@
-"""Names of slots in a Megatron-LM checkpoint, one table per dialect, and the modules that own an `_extra_state`.
+"""Names of slots in Megatron-LM checkpoints, one table per dialect, and the modules that own an `_extra_state`.
 
-The dialects differ in where norms live: the local spec keeps them apart, Transformer Engine fuses them into the next linear.
+The dialects differ in their norms: the local spec has separate modules, Transformer Engine fuses them into the next linear.
 Source: Megatron-LM core_v0.16.1, core/models/gpt/gpt_layer_specs.py, and state dicts written by core_v0.17.1 with
 Transformer Engine 2.14.
 """
@@ -44,10 +44,10 @@ TRANSFORMER_ENGINE = {
 }
 DIALECTS = {"local": LOCAL, "transformer_engine": TRANSFORMER_ENGINE}
 
-#: Megatron-LM's older grouped experts (`GroupedMLP` up to core_v0.18): one tensor for all of a rank. It is the experts'
-#: transposed matrices one after the other, under the shapes [hidden, experts * rows] and [experts * columns, hidden].
+#: Layout of Megatron-LM's older grouped experts (`GroupedMLP` up to core_v0.18): one tensor for all experts of a rank, which holds
+#: their transposed matrices one after the other, with the shapes [hidden, experts * rows] and [experts * columns, hidden].
 STACKED = "stacked"
-#: Names of experts by layout: `{expert}` is the number on the rank, `{global_expert}` that in the model. Sequential and
+#: Names of experts by layout: `{expert}` is the number on the rank, `{global_expert}` the number in the model. Sequential and
 #: grouped are Megatron-LM's (core/transformer/moe/experts.py), dynamic is Habana's.
 EXPERTS = {
     "sequential": {
@@ -65,7 +65,7 @@ EXPERTS = {
     STACKED: {"expert_fc1": _MLP + "experts.weight1", "expert_fc2": _MLP + "experts.weight2"},
 }
 
-#: Keys of distributed checkpoints, whichever implementation wrote them; "{layer}." is absent where layers are stacked.
+#: Keys of distributed checkpoints, whichever implementation wrote them; stacked layers leave out "{layer}.".
 DISTRIBUTED = {
     **TRANSFORMER_ENGINE,
     "expert_fc1": _MLP + "experts.experts.linear_fc1.weight",
@@ -74,8 +74,9 @@ DISTRIBUTED = {
 #: The local implementation renames every layer's norm before the MLP as if the MLP were dense
 #: (`sharded_state_dict_keys_map` of `get_gpt_layer_local_spec`).
 DISTRIBUTED_LOCAL = {**DISTRIBUTED, "moe_norm": DISTRIBUTED["mlp_norm"]}
-#: Where each expert has keys of its own (`singleton_local_shards`), its number follows this; gate and up are apart then.
+#: Part of a key before the expert's number, where each expert has its own keys (`singleton_local_shards`).
 DISTRIBUTED_EXPERTS = "mlp.experts.experts."
+#: Suffixes of an expert's gate and up where each expert has its own keys; they are separate tensors there.
 GATE_AND_UP = ("_w", "_v")
 
 _ATTENTION_LINEARS = (_ATTENTION + "linear_proj", _ATTENTION + "linear_qkv")
@@ -95,14 +96,14 @@ _EXPERT_LINEARS = {
 
 
 def keys(slot: str, layer: int | None, expert: int | None, global_expert: int | None) -> tuple[str, ...]:
-    """Every key that a slot may have in a checkpoint: `layer` and `expert` are numbers on the rank."""
+    """All keys that a slot can have in a `torch` checkpoint; `layer` and `expert` are numbers on the rank."""
     tables = EXPERTS.values() if slot in EXPERTS[STACKED] else DIALECTS.values()
     numbers = {"layer": layer, "expert": expert, "global_expert": global_expert}
     return tuple(dict.fromkeys(table[slot].format(**numbers) for table in tables))
 
 
 def extra_state(dialect: str, expert_layout: str, spec: ModelSpec, layer: int, experts: int) -> Iterator[str]:
-    """Modules of a layer that own an `_extra_state`, `{layer}` left open; `layer` counts over all stages."""
+    """Modules of a layer that own an `_extra_state`, with `{layer}` as placeholder; `layer` counts over all stages."""
     engine = dialect == "transformer_engine"
     yield from (*(_TE_ATTENTION if engine else ()), *_ATTENTION_LINEARS)
     if engine and spec.qk_norm:
@@ -119,8 +120,9 @@ def extra_state(dialect: str, expert_layout: str, spec: ModelSpec, layer: int, e
 
 
 def distributed_extra_state(spec: ModelSpec, layer: int) -> Iterator[str]:
-    """Modules of a layer whose `_extra_state` some release of megatron-core or the other asks a distributed checkpoint for,
-    `{layer}` left open; surplus ones are ignored. Those of experts are under `DISTRIBUTED_EXPERTS`.
+    """Modules of a layer whose `_extra_state` at least one release of megatron-core reads from a distributed checkpoint.
+
+    `{layer}` stays a placeholder. Releases ignore surplus ones. Those of experts are under `DISTRIBUTED_EXPERTS`.
     """
     yield from (*_TE_ATTENTION, *_ATTENTION_LINEARS)
     if spec.qk_norm:
@@ -134,6 +136,6 @@ def distributed_extra_state(spec: ModelSpec, layer: int) -> Iterator[str]:
     yield from (_LAYER + DISTRIBUTED_EXPERTS + linear for linear in ("linear_fc1", "linear_fc2"))
 
 
-#: Modules of the last stage that own one.
+#: Modules of the last stage that own an `_extra_state`, by dialect.
 LAST_EXTRA_STATE = {"local": ("output_layer",), "transformer_engine": ("decoder.final_layernorm", "output_layer")}
 EXTRA_STATE_SUFFIX = "_extra_state"

@@ -1,4 +1,4 @@
-"""Open a Megatron-LM checkpoint of whatever format it is."""
+"""Opening of Megatron-LM checkpoints of any format."""
 
 from __future__ import annotations
 
@@ -10,6 +10,6 @@ from .torch_dist_source import TorchDistSource
 
 
 def open_megatron(load_dir: Path, options: MegatronReadOptions = AS_STORED) -> MegatronSource | TorchDistSource:
-    """The checkpoint in `load_dir`: of the `torch_dist` format if it has that format's index, else of the `torch` format."""
+    """Open the checkpoint in `load_dir`: as `torch_dist` if it has that format's index, else as `torch`."""
     distributed = is_distributed(checkpoint_directory(load_dir, options.directory_name))
     return TorchDistSource(load_dir, options) if distributed else MegatronSource(load_dir, options)

@@ -1,4 +1,4 @@
-"""Read a Megatron-LM checkpoint of the `torch` format: `mp_rank_*/model_optim_rng.pt`, mapped, in any TP and PP.
+"""Source for Megatron-LM checkpoints of the `torch` format: `mp_rank_*/model_optim_rng.pt`, memory-mapped, at any parallel sizes.
 
 Format: Megatron-LM core_v0.8.0 to core_v0.19.0, training/checkpointing.py.
 """
@@ -26,7 +26,7 @@ from ...sharding.ranks import Parallel, Rank, parallel_for
 from ...storage import torch_zip
 from ...storage.opening import is_name
 from ...storage.tensor import StoredTensor, contiguous_strides
-from .arguments import stamp
+from .arguments import rank_invariants
 from .names import EXPERTS, EXTRA_STATE_SUFFIX, LOCAL, STACKED, keys
 from .rank_files_target import FILE
 from .reading import (
@@ -35,29 +35,30 @@ from .reading import (
     MegatronReadOptions,
     args_in,
     checkpoint_directory,
-    describe,
-    left_out_of,
     listing,
     origin_of,
     padding_note,
     parallel_of,
+    skipped_entries,
+    spec_and_notes,
 )
 
-#: Any layout's name of an expert's first linear.
+#: Key of an expert's first linear, in any expert layout.
 _EXPERT_FC1 = re.compile(r"\.experts\.(.*linear_fc1[._]weight\d*|weight1)$")
-_STACKED = tuple(name.rpartition("}")[2] for name in EXPERTS[STACKED].values())
+#: Last parts of the keys of stacked experts.
+_STACKED_SUFFIXES = tuple(name.rpartition("}")[2] for name in EXPERTS[STACKED].values())
 
 
 @dataclass(frozen=True)
 class _RankFile:
-    """One rank's file: its name for messages, and its tensors by key."""
+    """File of one rank: the name of its folder, and its tensors by key."""
 
-    where: str
+    folder: str
     tensors: Mapping[str, StoredTensor]
 
 
 class MegatronSource:
-    """A checkpoint whose every rank and tensor is known, named and shaped as its args say."""
+    """Checkpoint of the `torch` format, with every rank and tensor checked against its args by name and shape."""
 
     def __init__(self, load_dir: Path, options: MegatronReadOptions = AS_STORED) -> None:
         self._dir = checkpoint_directory(load_dir, options.directory_name)
@@ -66,7 +67,7 @@ class MegatronSource:
         self.parallel, self._ranks, left_out = self._read_ranks(args, first)
         self._embeddings = self.parallel.prefix(0) + LOCAL["word_embeddings"]
         padded = self._padded_vocab()
-        spec, notes = describe(args, padded, self._embedding_dtype(), options)
+        spec, notes = spec_and_notes(args, padded, self._embedding_dtype(), options)
         sizes = self.parallel
         self.parallel = parallel_for(spec, sizes.tp, sizes.pp, sizes.split, sizes.ep, sizes.etp)
         self.spec = spec
@@ -82,29 +83,29 @@ class MegatronSource:
             first.get("iteration"),
             parallel=self.parallel,
             notes=notes,
-            identity=file_identities(self._dir, [self._dir / file.where / FILE for file in self._ranks.values()]),
+            identity=file_identities(self._dir, [self._dir / file.folder / FILE for file in self._ranks.values()]),
             capacity_bins=from_rank_files(
                 str(self._dir), self.parallel, {rank: file.tensors for rank, file in self._ranks.items()}
             ),
         )
 
     def dtype_of(self, ref: Ref) -> DType:
-        """The dtype in the files."""
+        """Dtype of a ref in the files."""
         return first_dtype(self._pieces[ref])
 
     def read(self, ref: Ref) -> Sources:
-        """The shares of all ranks that make up the slot, and the copies on other ranks."""
+        """Pieces of a ref from the ranks that make it up; copies on other ranks are replicas."""
         return Sources(self._pieces[ref], self._replicas.get(ref, ()))
 
     def close(self) -> None:
-        """Nothing is left: every tensor was matched when the checkpoint was opened."""
+        """Do nothing: every tensor was matched when the checkpoint was opened."""
 
     def _first_rank(self) -> str:
         for name in ("mp_rank_00", "mp_rank_00_000", "mp_rank_00_000_000"):
             if (self._dir / name).is_dir():
                 return name
         raise ConversionError(
-            f"{self._dir} has no mp_rank_00, mp_rank_00_000 or mp_rank_00_000_000; copy rank 0's folder"
+            f"{self._dir} has no mp_rank_00, mp_rank_00_000 or mp_rank_00_000_000; copy the folder of rank 0"
         )
 
     def _read_file(self, rank: str) -> dict[str, Any]:
@@ -119,34 +120,39 @@ class MegatronSource:
     def _read_ranks(
         self, args: argparse.Namespace, first: Mapping[str, Any]
     ) -> tuple[Parallel, dict[Rank, _RankFile], set[str]]:
-        parallel = _cut_as_stored(args, first, self._dir)
+        """Read the files of all ranks; returns parallel sizes, files by rank, and the names of entries that are not converted."""
+        parallel = _stored_sizes(args, first, self._dir)
         stages = range(parallel.pp)
         wanted = {parallel.directory(rank): rank for stage in stages for rank in parallel.ranks(stage)}
         present = {path.name for path in listing(self._dir) if RANK.match(path.name)}
         problems = [f"{name} is missing" for name in sorted(wanted.keys() - present)]
-        problems += [f"{name} is there, but the args mean other ranks" for name in sorted(present - wanted.keys())]
-        raise_all(f"{self._dir}: the args say tp={parallel.tp}, pp={parallel.pp}, ep={parallel.ep}, but", problems)
-        ranks, left_out, expected = {}, set(), stamp(first.get("iteration"), args)
+        problems += [f"{name} is there, but the args have no such rank" for name in sorted(present - wanted.keys())]
+        raise_all(
+            f"{self._dir}: the folders do not match the args' tp={parallel.tp}, pp={parallel.pp}, ep={parallel.ep}:",
+            problems,
+        )
+        ranks, left_out, expected = {}, set(), rank_invariants(first.get("iteration"), args)
         for name, rank in wanted.items():
             content = self._read_file(name)
-            said = stamp(content.get("iteration"), args_in(content, self._dir / name))
-            others = (key for key in expected.keys() & said.keys() if said[key] != expected[key])
+            found = rank_invariants(content.get("iteration"), args_in(content, self._dir / name))
+            differing = (key for key in expected.keys() & found.keys() if found[key] != expected[key])
             problems += [
-                f"{name}: {key} is {one_line(repr(said[key]))}, not {one_line(repr(expected[key]))}"
-                for key in sorted(others)
+                f"{name}: {key} is {one_line(repr(found[key]))}, not {one_line(repr(expected[key]))}"
+                for key in sorted(differing)
             ]
             ranks[rank] = _RankFile(name, _tensors_of(content, parallel, self._dir / name))
-            left_out |= left_out_of(content)
-        remedy = "They are of different saves; copy all ranks of one again."
+            left_out |= skipped_entries(content)
+        remedy = "They are of different saves; copy all ranks of one save again."
         raise_all(f"{self._dir}: the ranks' files contradict {self._first_rank()}:", problems, remedy=remedy)
         return parallel, ranks, left_out
 
     def _padded_vocab(self) -> int:
+        """Number of embedding rows on all tensor-parallel ranks, padding included."""
         rows: dict[int, int] = {}
         for rank in self.parallel.ranks(0):
             data = self._ranks[rank].tensors.get(self._embeddings)
             if data is None or len(data.shape) != 2:
-                raise ConversionError(f"{self._ranks[rank].where}: {self._embeddings} is missing or no matrix")
+                raise ConversionError(f"{self._ranks[rank].folder}: {self._embeddings} is missing or not a matrix")
             rows[rank.tp] = data.shape[0]
         return sum(rows.values())
 
@@ -154,7 +160,7 @@ class MegatronSource:
         return self._ranks[self.parallel.ranks(0)[0]].tensors[self._embeddings].dtype
 
     def _match(self) -> tuple[dict[Ref, tuple[Piece, ...]], dict[Ref, tuple[Piece, ...]]]:
-        """Pieces and replicas of every ref; missing, extra and misshapen tensors are listed together."""
+        """Match tensors with refs; returns pieces and replicas of every ref. All problems are raised together."""
         problems: list[str] = []
         unused = {
             (rank, key)
@@ -176,36 +182,37 @@ class MegatronSource:
                         copies.append(piece)
             pieces[ref], replicas[ref] = tuple(shares.values()), tuple(copies)
         problems += [
-            f"{self._ranks[rank].where}: {key} is no tensor of this model" for rank, key in sorted(unused, key=str)
+            f"{self._ranks[rank].folder}: {key} is not a tensor of this model" for rank, key in sorted(unused, key=str)
         ]
-        raise_all(f"{self._dir}: the tensors are not those of the model that the args describe", problems)
+        raise_all(f"{self._dir}: the tensors do not match the model that the args describe:", problems)
         return pieces, replicas
 
     def _piece(
         self, ref: Ref, share: Share, names: Sequence[str], unused: set[tuple[Rank, str]], problems: list[str]
     ) -> Piece | None:
+        """Piece for one share, struck off `unused`; None with an entry in `problems` if it is not stored as the args require."""
         rank, cut, _ = share
         file = self._ranks[rank]
         present = [name for name in names if name in file.tensors]
         if len(present) != 1:
             fault = f"{' and '.join(present)} are both there" if present else f"{names[0]} is missing"
-            problems.append(f"{file.where}: {ref}: {fault}")
+            problems.append(f"{file.folder}: {ref}: {fault}")
             return None
         (key,) = present
         unused.discard((rank, key))
         data = file.tensors[key]
-        if ref.expert is not None and key.endswith(_STACKED):
+        if ref.expert is not None and key.endswith(_STACKED_SUFFIXES):
             data = _one_of_stack(data, ref.expert, self.spec.num_experts // self.parallel.ep, cut.shape)
         if data.shape != cut.shape:
             problems.append(
-                f"{file.where}: {key} ({ref}) has shape {list(data.shape)}; the args mean {list(cut.shape)}"
+                f"{file.folder}: {key} ({ref}) has shape {list(data.shape)}; the args require {list(cut.shape)}"
             )
             return None
-        return Piece(data, cut.rows, cut.col, StoredName(file.where, key))
+        return Piece(data, cut.rows, cut.col, StoredName(file.folder, key))
 
 
 def _one_of_stack(stack: StoredTensor, expert: int, experts: int, shape: tuple[int, ...]) -> StoredTensor:
-    """A view of one expert's matrix, stored transposed; the stack itself if its size is another, to be reported."""
+    """View of one expert's matrix, stored transposed; a stack of another size is returned itself, so that its shape is reported."""
     rows, cols = shape
     if math.prod(stack.shape) != experts * rows * cols or stack.strides != contiguous_strides(stack.shape):
         return stack
@@ -217,13 +224,13 @@ def _args_of(content: Mapping[str, Any], where: Path) -> argparse.Namespace:
     args = args_in(content, where)
     if args is None:
         raise ConversionError(
-            f"{where}: rank 0's file has no args; a checkpoint without them does not say what its tensors mean"
+            f"{where}: the file of rank 0 has no args, which describe the model; copy it again or save the checkpoint with its args"
         )
     return args
 
 
-def _cut_as_stored(args: argparse.Namespace, first: Mapping[str, Any], where: Path) -> Parallel:
-    """Sizes from args; the stages are counted later, when the number of layers is known to be sound."""
+def _stored_sizes(args: argparse.Namespace, first: Mapping[str, Any], where: Path) -> Parallel:
+    """Parallel sizes from args, that of experts from their shapes. Stages get their layers later, once the number is checked."""
     parallel, values = parallel_of(args, where), vars(args)
     if not values.get("num_experts"):
         return parallel
@@ -234,37 +241,41 @@ def _cut_as_stored(args: argparse.Namespace, first: Mapping[str, Any], where: Pa
 def _expert_tensor_parallel(
     values: Mapping[str, Any], tensors: Mapping[str, StoredTensor], parallel: Parallel, where: Path
 ) -> int:
-    """From the experts' shapes: stock savers record 1 whatever they do, and old ones nothing."""
+    """Expert-tensor-parallel size, from the experts' shapes: stock savers always record 1, and old ones nothing."""
     size = values.get("moe_ffn_hidden_size") or values.get("ffn_hidden_size") or 0
-    local = max(values["num_experts"] // parallel.ep, 1)
-    stored = [
-        value.shape[1] // local if key.endswith(_STACKED) else value.shape[0]
+    local_experts = max(values["num_experts"] // parallel.ep, 1)
+    stored_rows = [
+        value.shape[1] // local_experts if key.endswith(_STACKED_SUFFIXES) else value.shape[0]
         for key, value in tensors.items()
         if _EXPERT_FC1.search(key) and len(value.shape) == 2
     ]
-    if not stored:  # this stage has dense layers alone
+    if not stored_rows:  # this stage has only dense layers
         return parallel.etp
-    if not isinstance(size, int) or 2 * size % stored[0]:
-        raise ConversionError(f"{where}: experts have {stored[0]} rows of gate and up, but the args say 2 x {size}")
-    return 2 * size // stored[0]
+    if not isinstance(size, int) or 2 * size % stored_rows[0]:
+        raise ConversionError(
+            f"{where}: experts have {stored_rows[0]} rows of gate and up, but the args require a divisor of 2 x {size}"
+        )
+    return 2 * size // stored_rows[0]
 
 
 def _tensors_of(content: Mapping[str, Any], parallel: Parallel, where: Path) -> Mapping[str, StoredTensor]:
-    """The tensors of all models of a rank, by key; those of virtual stages after the model's prefix."""
+    """Tensors of all models of a rank, by key; keys of virtual stages have the prefix of their model."""
     tensors: dict[str, StoredTensor] = {}
-    odd = []
+    unnamed = []
     for number, entry in enumerate(parallel.entries):
         model = content.get(entry)
         if not isinstance(model, Mapping):
             held = ", ".join(map(one_line, content))
-            why = f", though the args mean {parallel.vpp} virtual pipeline stages a rank" if parallel.vpp > 1 else ""
-            raise ConversionError(f"{where}: there is no {entry!r} entry{why}; the file holds {held}")
+            reason = (
+                f", though the args have {parallel.vpp} virtual pipeline stages per rank" if parallel.vpp > 1 else ""
+            )
+            raise ConversionError(f"{where}: there is no {entry!r} entry{reason}; the file holds {held}")
         prefix = parallel.prefix(number * parallel.pp)
         for key, value in model.items():
             if isinstance(value, StoredTensor) and is_name(key):
                 tensors[prefix + key] = value
             elif not one_line(key).endswith(EXTRA_STATE_SUFFIX):
-                odd.append(f"{prefix}{one_line(key)}")
-    if odd:
-        raise ConversionError(f"{where}: model entries that are no named tensors: {', '.join(odd[:20])}")
+                unnamed.append(f"{prefix}{one_line(key)}")
+    if unnamed:
+        raise ConversionError(f"{where}: model entries that are not named tensors: {', '.join(unnamed[:20])}")
     return tensors

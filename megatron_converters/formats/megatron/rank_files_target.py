@@ -1,4 +1,4 @@
-"""Write a Megatron-LM checkpoint of the `torch` format: one `mp_rank_*/model_optim_rng.pt` a rank, filled in place.
+"""Target for Megatron-LM checkpoints of the `torch` format: one `mp_rank_*/model_optim_rng.pt` per rank, filled in place.
 
 Format: Megatron-LM core_v0.17.1, training/checkpointing.py, and the files that it writes.
 """
@@ -31,17 +31,18 @@ FILE = "model_optim_rng.pt"
 
 
 class _Stored(NamedTuple):
-    """Tensor of a rank's file, and how many experts share it."""
+    """Tensor of a rank's file, and the number of experts that share it."""
 
     tensor: torch_zip.NewTensor
     parts: int
 
 
+#: Tensors of a rank's file, by key.
 _Group = dict[str, _Stored]
 
 
 class MegatronTarget(CheckpointTarget):
-    """A checkpoint of the `torch` format: a file for each rank."""
+    """Checkpoint of the `torch` format: one file per rank."""
 
     format = "torch"
 
@@ -59,14 +60,14 @@ class MegatronTarget(CheckpointTarget):
             bins = {key: _Stored(_new(key, data.dtype, data.shape), 1) for key, data in given[rank].items()}
             stored = groups[rank.pp, rank.ep] | bins
             kind = rank.pp, tuple(stored.values())
-            if kind not in layouts:  # ranks whose files have one structure share its layout
+            if kind not in layouts:  # ranks whose files have the same structure share a layout
                 layouts[kind] = self._layout(rank.pp, stored)
             files[self._files[rank]] = layouts[kind]
         self._tensors = sum(len(layout.regions) for layout in files.values())
         return files, {self._files[rank]: bins for rank, bins in given.items()}
 
     def fills(self, ref: Ref) -> Iterator[Fill]:
-        """The slot's share on every rank that holds it."""
+        """Fills of a ref: one per rank that holds a share of it."""
         dtype, transposed = self._dtype_of(ref), self._stacks(ref)
         for home in self._placement.locations(ref):
             key = home.key(self._names[home.slot], ref.expert)
@@ -76,7 +77,7 @@ class MegatronTarget(CheckpointTarget):
                 yield Fill(self._files[rank], key, dtype, cut.shape, rows, cut.col, start, transposed, cut.padding)
 
     def _groups(self, ranks: Sequence[Rank]) -> dict[tuple[int, int], _Group]:
-        """The tensors of a rank by key, in the order of its layers: alike on all ranks of one pipeline and expert number."""
+        """Tensors of a rank in the order of its layers, by pipeline and expert number, which determine them."""
         groups: dict[tuple[int, int], _Group] = {(rank.pp, rank.ep): {} for rank in ranks}
         for ref in refs(self._spec):
             parts = self._spec.num_experts // self._parallel.ep if self._stacks(ref) else 1
@@ -86,16 +87,16 @@ class MegatronTarget(CheckpointTarget):
                 for group in dict.fromkeys((share.rank.pp, share.rank.ep) for share in home.shares):
                     if groups[group].setdefault(key, stored) != stored:
                         raise ConversionError(
-                            f"{ref} is {stored.tensor.dtype}, but others in {key} are not; give one dtype"
+                            f"{ref} is {stored.tensor.dtype}, but others in {key} are not; choose one dtype for all"
                         )
         return groups
 
     def _stacks(self, ref: Ref) -> bool:
-        """Whether a tensor is one of several that share a stored one, transposed."""
+        """Whether the ref is an expert's that is stored transposed, in one tensor with other experts."""
         return ref.expert is not None and self._expert_layout == STACKED
 
     def _tensor(self, ref: Ref, key: str, shape: tuple[int, ...], parts: int) -> torch_zip.NewTensor:
-        """The stored tensor. Megatron-LM gives stacks of transposed matrices only two dimensions."""
+        """New tensor of a ref, or the stack that holds it; Megatron-LM's stacks of transposed matrices have two dimensions."""
         if self._stacks(ref):
             rows, cols = shape
             shape = (cols, parts * rows) if ref.slot.shard is Shard.COLUMN else (parts * cols, rows)
@@ -107,16 +108,17 @@ class MegatronTarget(CheckpointTarget):
         return dataclasses.replace(torch_zip.layout(FILE, self._tree(self._models(pp, tensors))), parts=parts)
 
     def _models(self, pp: int, tensors: Mapping[str, torch_zip.NewTensor]) -> dict[str, OrderedDict[str, Any]]:
-        """The state dicts of a rank, one for each of its stages; `tensors` have the stage's prefix."""
+        """State dicts of a rank, one for each of its stages; the keys of `tensors` have the stage's prefix."""
         parallel = self._parallel
         models = {}
         for entry, stage in zip(parallel.entries, range(pp, len(parallel.stages), parallel.pp), strict=True):
             prefix = parallel.prefix(stage)
-            mine = [(key.removeprefix(prefix), tensor) for key, tensor in tensors.items() if key.startswith(prefix)]
-            models[entry] = OrderedDict([*mine, *dict.fromkeys(self._extra_state(stage)).items()])
+            own = [(key.removeprefix(prefix), tensor) for key, tensor in tensors.items() if key.startswith(prefix)]
+            models[entry] = OrderedDict([*own, *dict.fromkeys(self._extra_state(stage)).items()])
         return models
 
     def _extra_state(self, stage: int) -> Iterator[str]:
+        """Keys of the `_extra_state` entries of a stage."""
         parallel, impl = self._parallel, self._options.impl
         before = sum(parallel.stages[:stage])
         experts = self._spec.num_experts // parallel.ep
@@ -126,7 +128,7 @@ class MegatronTarget(CheckpointTarget):
         if stage == len(parallel.stages) - 1:
             yield from (f"{module}.{EXTRA_STATE_SUFFIX}" for module in LAST_EXTRA_STATE[impl])
 
-    def _written(self) -> str:
+    def _summary(self) -> str:
         ranks = sum(len(self._parallel.ranks(stage)) for stage in range(self._parallel.pp))
         return (
             f"{count(self._tensors, 'tensor')} on {count(ranks, 'rank')} "
@@ -137,12 +139,12 @@ class MegatronTarget(CheckpointTarget):
 _new = torch_zip.NewTensor
 
 
-def resolve_padding(share: Cut, vocab: int) -> RowMap:
-    """The slot's row of each row of a share, padding resolved."""
-    return _padded_rows(share, vocab) if share.padding else share.rows
+def resolve_padding(cut: Cut, vocab: int) -> RowMap:
+    """Slot row of each row of a cut; a padding row repeats the vocabulary's last row."""
+    return _padded_rows(cut, vocab) if cut.padding else cut.rows
 
 
 @lru_cache(maxsize=64)
-def _padded_rows(share: Cut, vocab: int) -> RowMap:
-    """Padding repeats the last row of the vocabulary, as Megatron-LM's own converters do."""
-    return np.where(share.rows < 0, vocab - 1, share.rows)
+def _padded_rows(cut: Cut, vocab: int) -> RowMap:
+    """Rows of a cut with padding as in Megatron-LM's own converters, which repeat the vocabulary's last row."""
+    return np.where(cut.rows < 0, vocab - 1, cut.rows)

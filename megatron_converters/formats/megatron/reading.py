@@ -1,4 +1,4 @@
-"""What reading a Megatron-LM checkpoint of any format has in common: its folder, and the model that its args describe."""
+"""Common parts of reading Megatron-LM checkpoints of any format: their folder, and the model that their args describe."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from ...storage.pickle_reader import StandIn
 from .arguments import expert_args, model_args, spec_fields, stated_heads
 from .writing import TRACKER
 
-#: What a distributed checkpoint says of its format (core/dist_checkpointing/core.py).
+#: File that describes the format of a distributed checkpoint (core/dist_checkpointing/core.py).
 FORMAT_FILE = "metadata.json"
-#: The folder of one rank in the `torch` format.
+#: Name of a rank's folder in the `torch` format.
 RANK = re.compile(r"mp_rank_\d{2,}(_\d{3,})*$")
 _ITERATION = re.compile(r"[0-9]{1,18}")
-#: Top-level entries of a checkpoint that are not left-out state.
+#: Top-level entries of a checkpoint that do not count as skipped.
 _EXPECTED_ENTRIES = re.compile(
     r"args|model\d*|checkpoint_version|iteration|num_floating_point_operations_so_far|content_metadata"
 )
@@ -37,7 +37,7 @@ _EXPECTED_ENTRIES = re.compile(
 
 @dataclass(frozen=True)
 class MegatronReadOptions:
-    """What the user says about a checkpoint beyond its own args. `directory_name` is a folder such as `iter_0000008`."""
+    """Options of the user that supplement a checkpoint's args. `directory_name` is a folder such as `iter_0000008`."""
 
     directory_name: str | None = None
     hf_config: Path | None = None
@@ -45,14 +45,14 @@ class MegatronReadOptions:
     source_model_type: str | None = None
 
 
-#: Nothing beyond the checkpoint itself.
+#: Options that take everything from the checkpoint itself.
 AS_STORED = MegatronReadOptions()
-#: Far beyond any training run's args: containers in containers, values in all, bits of a number.
-_DEEPEST, _MOST_VALUES, _WIDEST = 32, 1_000_000, 1024
+#: Limits far beyond any training run's args: depth of containers, number of values, bits of an integer.
+_MAX_DEPTH, _MAX_VALUES, _MAX_BITS = 32, 1_000_000, 1024
 
 
 def checkpoint_directory(load_dir: Path, name: str | None) -> Path:
-    """The folder of one iteration: `name`, what the tracker file names, or `load_dir` itself."""
+    """Folder of one iteration: `name` if given, else the one that the tracker file names, else `load_dir` itself."""
     if name is not None:
         if not (load_dir / name).is_dir():
             found = sorted(path.name for path in load_dir.glob("*") if path.is_dir())
@@ -62,27 +62,27 @@ def checkpoint_directory(load_dir: Path, name: str | None) -> Path:
     if tracker.is_file():
         text = tracker.read_text(encoding="utf-8", errors="replace").strip()
         if text != "release" and not _ITERATION.fullmatch(text):
-            raise ConversionError(f"{tracker} says {text[:80]!r}; it must hold an iteration number or 'release'")
+            raise ConversionError(f"{tracker} holds {text[:80]!r}; it must hold an iteration number or 'release'")
         directory = load_dir / (text if text == "release" else f"iter_{int(text):07d}")
         if not directory.is_dir():
             raise ConversionError(
-                f"{tracker} names {directory.name}, which is not there; copy it or name another folder"
+                f"{tracker} names {directory.name}, which does not exist; copy that folder or select another"
             )
         return directory
     if is_distributed(load_dir) or any(RANK.match(path.name) for path in listing(load_dir)):
         return load_dir
     raise ConversionError(
-        f"{load_dir} is no Megatron-LM checkpoint: it has neither {TRACKER} nor mp_rank_* folders nor a {dcp.METADATA} file"
+        f"{load_dir} is not a Megatron-LM checkpoint: it has neither {TRACKER} nor mp_rank_* folders nor a {dcp.METADATA} file"
     )
 
 
 def is_distributed(directory: Path) -> bool:
-    """Whether an iteration's folder is of the `torch_dist` format, or of another that keeps its index in one file."""
+    """Whether an iteration's folder is a distributed checkpoint: of the `torch_dist` format, or another with an index file."""
     return any((directory / name).exists() for name in (dcp.METADATA, FORMAT_FILE))
 
 
 def listing(folder: Path) -> list[Path]:
-    """What is in a folder, in order."""
+    """Entries of a folder, sorted; raises `ConversionError` if it cannot be listed."""
     try:
         return sorted(folder.iterdir())
     except OSError as error:
@@ -90,31 +90,33 @@ def listing(folder: Path) -> list[Path]:
 
 
 def args_in(content: Mapping[str, Any], where: object) -> argparse.Namespace | None:
-    """The args of a file, None where it has none; raises for such as could neither be shown nor written."""
+    """Args of a rank's or common file, None if it has none; raises `ConversionError` if a value is too large to show or write."""
     args = content.get("args")
     if not isinstance(args, argparse.Namespace):
         return None
     for name, value in vars(args).items():
-        if not (is_name(name) and _is_sound(value)):
-            raise ConversionError(f"{where}: the args are damaged: no run has such a value of {one_line(name)}")
+        if not (is_name(name) and _is_plausible(value)):
+            raise ConversionError(
+                f"{where}: the args are damaged: the value of {one_line(name)} is not plausible; copy the checkpoint again"
+            )
     return args
 
 
-def _is_sound(value: Any) -> bool:
-    """Whether a value is of a size that can be shown: a hostile one may hold itself, or one thing a million times."""
-    left, seen = [(value, 0)], 0
-    while left:
-        value, depth = left.pop()
+def _is_plausible(value: Any) -> bool:
+    """Whether a value is of plausible size; a hostile one may contain itself, or one object a million times."""
+    pending, seen = [(value, 0)], 0
+    while pending:
+        value, depth = pending.pop()
         seen += 1
-        if depth > _DEEPEST or seen + len(left) > _MOST_VALUES:
+        if depth > _MAX_DEPTH or seen + len(pending) > _MAX_VALUES:
             return False
-        if isinstance(value, int) and value.bit_length() > _WIDEST:
+        if isinstance(value, int) and value.bit_length() > _MAX_BITS:
             return False
-        left += [(item, depth + 1) for item in _held_by(value)]
+        pending += [(item, depth + 1) for item in _contents(value)]
     return True
 
 
-def _held_by(value: Any) -> Iterable[Any]:
+def _contents(value: Any) -> Iterable[Any]:
     if isinstance(value, Mapping):
         return [*value.keys(), *value.values()]
     if isinstance(value, StandIn):
@@ -124,46 +126,48 @@ def _held_by(value: Any) -> Iterable[Any]:
     return value if isinstance(value, (list, tuple, set, frozenset)) else ()
 
 
-def describe(
+def spec_and_notes(
     args: argparse.Namespace, padded: int, dtype: DType, options: MegatronReadOptions
 ) -> tuple[ModelSpec, list[str]]:
-    """The model that args describe, or the reference's where one is given, with what the user should know."""
+    """Spec of the model that args describe, or of the reference if one is given, and notes for the user."""
     if options.hf_config is not None:
-        return _reference(options.hf_config, args, dtype, options.true_vocab_size)
+        return _reference_spec(options.hf_config, args, dtype, options.true_vocab_size)
     fields = spec_fields(args)
     vocab, notes = _vocab_size(args, padded, options.true_vocab_size)
     fields = {**fields, "vocab_size": vocab, "dtype": dtype}
     recorded = getattr(args, "hf_config", None)
     if isinstance(recorded, dict):
-        return _updated(_recorded_spec(recorded), fields), notes
+        return _updated_spec(_recorded_spec(recorded), fields), notes
     spec = infer_family(fields)
     return spec, [*notes, f"no Hugging Face configuration is recorded; the {spec.family} family fits the args"]
 
 
 def _recorded_spec(config: Mapping[str, Any]) -> ModelSpec:
-    """The model of a recorded configuration, whatever unknown fields its user vouched for."""
+    """Spec of a recorded configuration; unknown fields are ignored, since its user has accepted them."""
     try:
         return spec_from_config(config, ignored=config)
     except ConversionError as error:
         raise ConversionError(
-            f"the configuration that a conversion recorded in the args is no model's: {error}; name a reference with "
+            f"the configuration that a conversion recorded in the args is not valid: {error}; give a reference model with "
             "--hf-config DIR"
         ) from error
 
 
-def _updated(recorded: ModelSpec, fields: Mapping[str, Any]) -> ModelSpec:
-    """The model whose configuration a conversion recorded, and what the args have come to say otherwise since.
+def _updated_spec(recorded: ModelSpec, fields: Mapping[str, Any]) -> ModelSpec:
+    """Spec of the recorded configuration, updated by the fields of args that have changed since.
 
-    Args cannot say all of every model (`inexpressible`): what they say as they would of the recorded one is no news.
+    Args cannot express every model (`inexpressible`), so only fields that differ from the args of the recorded model count.
     """
-    said = spec_fields(
+    original = spec_fields(
         argparse.Namespace(**model_args(recorded), **expert_args(recorded, Parallel(1, (0,)), "grouped"))
     )
-    news = {name: value for name, value in fields.items() if name not in said or said[name] != value}
-    return dataclasses.replace(recorded, **news)
+    changed = {name: value for name, value in fields.items() if name not in original or original[name] != value}
+    return dataclasses.replace(recorded, **changed)
 
 
-def _reference(folder: Path, args: argparse.Namespace, dtype: DType, vocab: int | None) -> tuple[ModelSpec, list[str]]:
+def _reference_spec(
+    folder: Path, args: argparse.Namespace, dtype: DType, vocab: int | None
+) -> tuple[ModelSpec, list[str]]:
     config = read_json(folder / "config.json")
     spec = dataclasses.replace(spec_from_config(config), dtype=dtype)
     if vocab is not None and vocab != spec.vocab_size:
@@ -174,20 +178,20 @@ def _reference(folder: Path, args: argparse.Namespace, dtype: DType, vocab: int 
         fields = {**spec_fields(args), "vocab_size": spec.vocab_size, "dtype": dtype}
     except Unclear as error:
         return spec, [f"taken from {folder} alone, since {error}"]
-    said = ModelSpec(family=spec.family, **fields)
-    packed = [name for name in stated_heads(args) if getattr(said, name) != getattr(spec, name)]
-    if packed:
+    args_spec = ModelSpec(family=spec.family, **fields)
+    heads = [name for name in stated_heads(args) if getattr(args_spec, name) != getattr(spec, name)]
+    if heads:
         raise ConversionError(
-            f"{folder} is another model than the checkpoint: {'; '.join(differences(spec, said, packed))} of the args, by "
-            "which queries, keys and values are packed; name the reference of this model"
+            f"{folder} is another model than the checkpoint: {'; '.join(differences(spec, args_spec, heads))} of the args, by "
+            "which queries, keys and values are packed; give the reference of this model"
         )
-    return spec, [f"taken from {folder}: {difference} of the args" for difference in differences(spec, said)]
+    return spec, [f"taken from {folder}: {difference} of the args" for difference in differences(spec, args_spec)]
 
 
 def parallel_of(args: argparse.Namespace, where: Path) -> Parallel:
-    """Sizes from args, with the stages still uncounted and experts cut as the args say."""
+    """Parallel sizes from args; the layers of the stages are still 0, and experts are cut as the args say."""
     tp, pp = (_size(args, f"{kind}_model_parallel_size", where) for kind in ("tensor", "pipeline"))
-    split = _split_of(args, where)
+    split = _pipeline_split(args, where)
     vpp = stages_per_rank(pp, split)
     stages = (0,) * (pp * vpp)
     if not getattr(args, "num_experts", None):
@@ -203,18 +207,20 @@ def _size(args: argparse.Namespace, name: str, where: Path, absent: int | None =
     if value is None and absent is not None:
         return absent
     if type(value) is not int or value < 1:
-        raise ConversionError(f"{where}: the args have no sound parallel sizes: {name} is {value!r}")
+        raise ConversionError(
+            f"{where}: the args have no valid parallel sizes: {name} is {value!r}, not a positive whole number"
+        )
     return value
 
 
-def _split_of(args: argparse.Namespace, where: Path) -> PipelineSplit:
-    """How the args spread layers over stages. Some versions keep the layout as an object that holds its text."""
+def _pipeline_split(args: argparse.Namespace, where: Path) -> PipelineSplit:
+    """Split of layers over stages, from args. Some releases store the layout as an object that contains its text."""
     values = vars(args)
     layout = values.get("pipeline_model_parallel_layout")
     if isinstance(layout, StandIn) and isinstance(layout.state, dict):
         layout = layout.state.get("input_data")
     if layout is not None and not isinstance(layout, str):
-        raise ConversionError(f"{where}: the args have a pipeline layout that is no text: {layout!r:.80}")
+        raise ConversionError(f"{where}: the args have a pipeline layout that is not text: {layout!r:.80}")
     sizes = (
         "decoder_first_pipeline_num_layers",
         "decoder_last_pipeline_num_layers",
@@ -231,8 +237,8 @@ def _split_of(args: argparse.Namespace, where: Path) -> PipelineSplit:
     )
 
 
-def left_out_of(content: Mapping[Any, Any]) -> set[str]:
-    """Entries of a checkpoint's top level that are not read and not empty."""
+def skipped_entries(content: Mapping[Any, Any]) -> set[str]:
+    """Top-level entries of a checkpoint that are neither read nor empty."""
     return {
         one_line(key)
         for key, value in content.items()
@@ -247,12 +253,12 @@ def _is_empty(value: Any) -> bool:
 def origin_of(
     directory: Path, args: argparse.Namespace, options: MegatronReadOptions, iteration: Any, **more: Any
 ) -> Origin:
-    """What travels beside the weights of a checkpoint; `more` are further fields of it."""
+    """Origin of a checkpoint: what is carried beside its weights. `more` are further fields of `Origin`."""
     reference = options.hf_config
     return Origin(
         described=str(directory),
-        hf_config=_beside(args, "hf_config", reference, "config.json"),
-        generation_config=_beside(args, "hf_generation_config", reference, "generation_config.json"),
+        hf_config=_configuration(args, "hf_config", reference, "config.json"),
+        generation_config=_configuration(args, "hf_generation_config", reference, "generation_config.json"),
         tokenizer=str(reference) if reference else _path(getattr(args, "tokenizer_model", None)),
         margs=args,
         iteration=iteration if isinstance(iteration, int) else None,
@@ -261,18 +267,18 @@ def origin_of(
 
 
 def _path(value: Any) -> str | None:
-    """What the args name as a path, if a system can have such a one."""
+    """Value as a path, if it can be one; else None."""
     return value if isinstance(value, str) and "\0" not in value else None
 
 
 def padding_note(padded: int, spec: ModelSpec) -> list[str]:
-    """What to say about rows of the vocabulary that are not converted."""
+    """Note on vocabulary padding, whose rows are not converted."""
     surplus = padded - spec.vocab_size
     return [f"{surplus} rows of vocabulary padding are left out (vocabulary {spec.vocab_size})"] if surplus > 0 else []
 
 
-def _beside(args: argparse.Namespace, name: str, reference: Path | None, file: str) -> dict[str, Any] | None:
-    """A configuration from the reference if there is one, else as a conversion recorded it in args."""
+def _configuration(args: argparse.Namespace, name: str, reference: Path | None, file: str) -> dict[str, Any] | None:
+    """Configuration from the reference if one is given, else as a conversion recorded it in args; None if there is none."""
     if reference is not None:
         return read_json(reference / file) if (reference / file).exists() else None
     recorded = getattr(args, name, None)
@@ -280,11 +286,10 @@ def _beside(args: argparse.Namespace, name: str, reference: Path | None, file: s
 
 
 def _vocab_size(args: argparse.Namespace, padded: int, given: int | None) -> tuple[int, list[str]]:
+    """Vocabulary size without padding, from `given` or args, and notes on it; `padded` is the number of embedding rows."""
     recorded = getattr(args, "vocab_size", None)
     if isinstance(recorded, int) and getattr(args, "tokenizer_type", None) == "NullTokenizer":
-        recorded += (
-            1  # the end-of-document token comes on top (core_v0.17.1, core/tokenizers/text/libraries/null_tokenizer.py)
-        )
+        recorded += 1  # plus the end-of-document token (core_v0.17.1, core/tokenizers/text/libraries/null_tokenizer.py)
     if given is not None:
         if given > padded:
             raise UsageError(f"--true-vocab-size {given} exceeds the {padded} rows of the embeddings")
@@ -301,7 +306,7 @@ def _vocab_size(args: argparse.Namespace, padded: int, given: int | None) -> tup
 
 
 def _surplus_warning(args: argparse.Namespace, vocab: int, padded: int) -> list[str]:
-    """What to say where padding does not explain that there are so many more rows than the args' vocabulary has."""
+    """Warning that the embeddings have more rows than the args' vocabulary size and its padding explain."""
     divisor, tp = getattr(args, "make_vocab_size_divisible_by", None), getattr(args, "tensor_model_parallel_size", None)
     if (
         not (is_whole(divisor) and is_whole(tp) and divisor > 0 and tp > 0)

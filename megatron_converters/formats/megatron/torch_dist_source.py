@@ -1,8 +1,8 @@
-"""Read a Megatron-LM checkpoint of the `torch_dist` format: whole tensors in chunks, whatever ranks wrote them.
+"""Source for Megatron-LM checkpoints of the `torch_dist` format: whole tensors in chunks, whatever ranks wrote them.
 
 Format: Megatron-LM core_v0.9.0 to core_v0.19.0, core/dist_checkpointing and the modules' `sharded_state_dict`. A layer's
-tensors are slices of one that has the layers as its first axis, or have keys of their own; experts are a further axis, or
-have keys of their own too. Gate above up is the whole tensor's order, not a rank's.
+tensors are slices of one whose first axis is the layers, or have keys of their own; experts are a further axis, or have keys of
+their own too. Gate lies above up in the whole tensor, not in each rank's part.
 """
 
 from __future__ import annotations
@@ -39,27 +39,28 @@ from .reading import (
     MegatronReadOptions,
     args_in,
     checkpoint_directory,
-    describe,
-    left_out_of,
     listing,
     origin_of,
     padding_note,
     parallel_of,
+    skipped_entries,
+    spec_and_notes,
 )
 
 COMMON_FILE = "common.pt"
-#: What `COMMON_FILE` held up to Megatron-LM 0.18 is in 0.19 the only element of a list among the objects.
+#: Object that replaces `COMMON_FILE` since Megatron-LM 0.19: a list whose only element is that file's content.
 _COMMON_OBJECT = "common_state/shard_0_1"
+#: Name and version of the only supported format.
 _BACKEND = ("torch_dist", 1)
-#: First parts of keys that belong to a training run and not to its model.
-_TRAINING = re.compile(
+#: Prefixes of keys that belong to a training run and not to its model.
+_TRAINING_KEY = re.compile(
     r"(optimizer|chained_\d+|rng_state|rerun_state_machine\w*|opt_param_scheduler|dataloader\w*)([./]|$)"
 )
 
 
 @dataclass(frozen=True)
 class _Slice:
-    """A part of a slot: `key`'s tensor at `index` of its first axes, of sizes `axes`; its first row is the slot's `first_row`."""
+    """Part of a slot: tensor `key` at `index` of its first axes, which have the sizes `axes`; row 0 is the slot's `first_row`."""
 
     key: str
     index: tuple[int, ...] = ()
@@ -69,43 +70,48 @@ class _Slice:
 
 @dataclass
 class _Chunks:
-    """The chunks of one tensor by the index of its first axes, as many as are asked for. Looked up once for each layer."""
+    """Chunks of one tensor by index of its first axes. `at` builds the table once; all indices must have the same length."""
 
     tensor: ChunkedTensor
     _by_index: dict[tuple[int, ...], list[Chunk]] = field(default_factory=dict)
 
     def at(self, index: tuple[int, ...]) -> Sequence[Chunk]:
-        """Those that hold some of the tensor at `index`."""
+        """Chunks that hold elements of the tensor at `index`."""
         if not self._by_index:
             for chunk in self.tensor.chunks:
                 spans = [
                     range(chunk.offsets[axis], chunk.offsets[axis] + chunk.sizes[axis]) for axis in range(len(index))
                 ]
-                for place in itertools.product(*spans):
-                    self._by_index.setdefault(place, []).append(chunk)
+                for position in itertools.product(*spans):
+                    self._by_index.setdefault(position, []).append(chunk)
         return self._by_index.get(index, ())
 
 
 class TorchDistSource:
-    """A checkpoint whose every tensor is known, named and shaped as its args say; files are looked into when read."""
+    """Checkpoint of the `torch_dist` format, with every tensor checked against its args; chunk files are opened when read."""
 
     def __init__(self, load_dir: Path, options: MegatronReadOptions = AS_STORED) -> None:
         self._dir = checkpoint_directory(load_dir, options.directory_name)
         _check_format(self._dir)
         self._index = dcp.read_index(self._dir)
-        common, common_file = _common(self._dir, self._index)
+        common, common_file = _read_common(self._dir, self._index)
         args = _args_of(common, common_file, options)
         embeddings = self._embeddings()
-        #: Rows of the embeddings, padding included.
+        #: Number of embedding rows, padding included.
         self.padded = embeddings.shape[0]
         content = common.get("content_metadata")
-        #: How Megatron-LM laid out the keys, as far as it says so itself (0.13 on).
+        #: Megatron-LM's own description of how it named the keys (0.13 on); empty if there is none.
         self.content: dict[str, Any] = content if isinstance(content, dict) else {}
-        self.spec, notes = describe(args, self.padded, embeddings.dtype, options)
+        self.spec, notes = spec_and_notes(args, self.padded, embeddings.dtype, options)
         self._slices = self._match()
         self._chunks: dict[str, _Chunks] = {}
-        parallel, doubts = _sizes(args, self.spec, self._dir)
-        notes += [*padding_note(self.padded, self.spec), *self._left_out(common), *doubts, *_beside(self._dir)]
+        parallel, size_notes = _recorded_sizes(args, self.spec, self._dir)
+        notes += [
+            *padding_note(self.padded, self.spec),
+            *self._training_note(common),
+            *size_notes,
+            *_rank_folders_note(self._dir),
+        ]
         self.origin = origin_of(
             self._dir,
             args,
@@ -113,44 +119,46 @@ class TorchDistSource:
             common.get("iteration"),
             parallel=parallel,
             notes=notes,
-            ignored=[f"{key} (training state)" for key in self._index.tensors if _TRAINING.match(key)],
+            ignored=[f"{key} (training state)" for key in self._index.tensors if _TRAINING_KEY.match(key)],
             identity=file_identities(self._dir, [common_file, self._dir / dcp.METADATA, *self._index.files]),
         )
 
     @property
     def weights(self) -> dict[str, ChunkedTensor]:
-        """The tensors of the model by key, without what else a training run keeps."""
+        """Tensors of the model by key, without training state and `_extra_state`."""
         return {
             key: tensor
             for key, tensor in self._index.tensors.items()
-            if not _TRAINING.match(key) and not key.endswith(EXTRA_STATE_SUFFIX)
+            if not _TRAINING_KEY.match(key) and not key.endswith(EXTRA_STATE_SUFFIX)
         }
 
     def dtype_of(self, ref: Ref) -> DType:
-        """The dtype in the files."""
+        """Dtype of a ref in the files."""
         return self._index.tensors[self._slices[ref][0].key].dtype
 
     def read(self, ref: Ref) -> Sources:
-        """The chunks that hold the slot."""
+        """Pieces of a ref, one per chunk that holds elements of it."""
         pieces = tuple(piece for part in self._slices[ref] for piece in self._pieces(ref, part))
         if not pieces:
             raise ConversionError(
-                f"{ref}: no chunk of {self._slices[ref][0].key} holds any of it; the checkpoint is damaged, copy it again"
+                f"{ref}: no chunk of {self._slices[ref][0].key} holds any element of it; the checkpoint is damaged, copy it again"
             )
         return Sources(pieces)
 
     def close(self) -> None:
-        """Nothing is left: every tensor was matched when the checkpoint was opened."""
+        """Do nothing: every tensor was matched when the checkpoint was opened."""
 
     def _embeddings(self) -> ChunkedTensor:
         key = DISTRIBUTED["word_embeddings"]
         tensor = self._index.tensors.get(key)
         if tensor is None or len(tensor.shape) != 2:
-            raise ConversionError(f"{self._dir}: {key} is missing or no matrix, so this is no checkpoint of a GPT")
+            raise ConversionError(
+                f"{self._dir}: {key} is missing or not a matrix, so this is not a checkpoint of a GPT"
+            )
         return tensor
 
     def _match(self) -> dict[Ref, tuple[_Slice, ...]]:
-        """Where every ref lies; missing, extra and misshapen tensors are listed together."""
+        """Match tensors with refs; returns the slices of every ref. Missing, extra and misshapen tensors are raised together."""
         problems: dict[str, None] = {}
         unused = set(self.weights)
         slices: dict[Ref, tuple[_Slice, ...]] = {}
@@ -164,46 +172,48 @@ class TorchDistSource:
             slices[ref] = choices[0]
             unused.difference_update(part.key for part in choices[0])
             problems.update(
-                dict.fromkeys(fault for part in choices[0] for fault in self._faults(ref, part, choices[0]))
+                dict.fromkeys(fault for part in choices[0] for fault in self._problems(ref, part, choices[0]))
             )
-        problems.update(dict.fromkeys(f"{key} is no tensor of this model" for key in sorted(unused)))
-        raise_all(f"{self._dir}: the tensors are not those of the model that the args describe", problems)
+        problems.update(dict.fromkeys(f"{key} is not a tensor of this model" for key in sorted(unused)))
+        raise_all(f"{self._dir}: the tensors do not match the model that the args describe:", problems)
         return slices
 
     def _has(self, part: _Slice) -> bool:
         return part.key in self._index.tensors
 
-    def _faults(self, ref: Ref, part: _Slice, parts: Sequence[_Slice]) -> Iterator[str]:
+    def _problems(self, ref: Ref, part: _Slice, parts: Sequence[_Slice]) -> Iterator[str]:
+        """Problem of one of the `parts` of a ref, if it is missing or misshapen."""
         tensor = self._index.tensors.get(part.key)
         rows, *cols = ref.slot.shape(self.spec)
         wanted = (*part.axes, self.padded if ref.slot.vocab else rows // len(parts), *cols)
         if tensor is None:
             yield f"{ref}: {part.key} is missing"
         elif tensor.shape != wanted:
-            yield f"{part.key} has shape {list(tensor.shape)}; the args mean {list(wanted)}"
+            yield f"{part.key} has shape {list(tensor.shape)}; the args require {list(wanted)}"
 
     def _pieces(self, ref: Ref, part: _Slice) -> Iterator[Piece]:
+        """Pieces of one part of a ref."""
         chunks = self._chunks.setdefault(part.key, _Chunks(self._index.tensors[part.key]))
         limit = self.spec.vocab_size if ref.slot.vocab else ref.slot.rows(self.spec)
         axes = len(part.index)
         for chunk in chunks.at(part.index):
-            data = _at(
+            data = _subtensor(
                 dcp.stored(chunk, chunks.tensor.dtype), [i - o for i, o in zip(part.index, chunk.offsets, strict=False)]
             )
             row, *col = chunk.offsets[axes:]
             rows = _rows(part.first_row + row, data.shape[0], limit)
-            place = ",".join(map(str, chunk.offsets))
-            name = StoredName(os.path.basename(chunk.item.path), f"{part.key} [{place}]")
+            offsets = ",".join(map(str, chunk.offsets))
+            name = StoredName(os.path.basename(chunk.item.path), f"{part.key} [{offsets}]")
             yield Piece(data, rows, col[0] if col else 0, name)
 
-    def _left_out(self, common: Mapping[str, Any]) -> list[str]:
-        """What of a training run is not converted."""
+    def _training_note(self, common: Mapping[str, Any]) -> list[str]:
+        """Note on optimizer and training state, which is not converted."""
         entries = [
             *((key, tensor.nbytes) for key, tensor in self._index.tensors.items()),
             *((key, item.nbytes) for key, item in self._index.objects.items()),
         ]
-        stored = [(match[1], nbytes) for key, nbytes in entries if (match := _TRAINING.match(key))]
-        kinds = sorted({kind for kind, _ in stored} | left_out_of(common))
+        stored = [(match[1], nbytes) for key, nbytes in entries if (match := _TRAINING_KEY.match(key))]
+        kinds = sorted({kind for kind, _ in stored} | skipped_entries(common))
         if not kinds:
             return []
         total = sum(nbytes for _, nbytes in stored)
@@ -211,7 +221,7 @@ class TorchDistSource:
 
 
 def _choices(ref: Ref, spec: ModelSpec) -> Iterator[tuple[_Slice, ...]]:
-    """The ways in which a ref may be stored, each as the parts that make it up."""
+    """Alternative ways in which a ref may be stored, each as the parts that make it up."""
     expert, experts = ((), ()) if ref.expert is None else ((ref.expert,), (spec.num_experts,))
     for template in dict.fromkeys((DISTRIBUTED[ref.slot.name], DISTRIBUTED_LOCAL[ref.slot.name])):
         if ref.layer is None:
@@ -220,23 +230,23 @@ def _choices(ref: Ref, spec: ModelSpec) -> Iterator[tuple[_Slice, ...]]:
         yield (_Slice(template.replace("{layer}.", ""), (ref.layer, *expert), (spec.num_layers, *experts)),)
         own = template.format(layer=ref.layer)
         yield (_Slice(own, expert, experts),)
-        alone = own.replace(DISTRIBUTED_EXPERTS, f"{DISTRIBUTED_EXPERTS}{ref.expert}.")
+        own_expert = own.replace(DISTRIBUTED_EXPERTS, f"{DISTRIBUTED_EXPERTS}{ref.expert}.")
         if ref.slot.blocks == len(GATE_AND_UP):
             rows = ref.slot.rows(spec) // len(GATE_AND_UP)
-            yield tuple(_Slice(alone + suffix, first_row=rows * block) for block, suffix in enumerate(GATE_AND_UP))
-        elif alone != own:
-            yield (_Slice(alone),)
+            yield tuple(_Slice(own_expert + suffix, first_row=rows * block) for block, suffix in enumerate(GATE_AND_UP))
+        elif own_expert != own:
+            yield (_Slice(own_expert),)
 
 
-def _at(data: StoredTensor, index: Sequence[int]) -> StoredTensor:
-    """A view of the tensor at an index of the first axes."""
+def _subtensor(data: StoredTensor, index: Sequence[int]) -> StoredTensor:
+    """View of a tensor at an index of its first axes."""
     offset = data.offset + sum(i * step for i, step in zip(index, data.strides, strict=False)) * data.dtype.itemsize
     return StoredTensor(data.path, offset, data.dtype, data.shape[len(index) :], data.strides[len(index) :])
 
 
 @lru_cache(maxsize=512)
 def _rows(first: int, count: int, limit: int) -> RowMap:
-    """The slot's rows from `first` on; those from `limit` on are padding. One object for equal ones."""
+    """Row map of the slot's rows from `first` on, -1 (padding) from `limit` on; equal maps are the same object."""
     rows = np.arange(first, first + count, dtype=np.int64)
     return interned(np.where(rows < limit, rows, -1))
 
@@ -244,11 +254,11 @@ def _rows(first: int, count: int, limit: int) -> RowMap:
 def _check_format(directory: Path) -> None:
     if not (directory / FORMAT_FILE).is_file():
         raise ConversionError(
-            f"{directory} has no {FORMAT_FILE}: its writing was cut off, or it is not of the torch_dist format; "
+            f"{directory} has no {FORMAT_FILE}: saving was interrupted, or it is not of the torch_dist format; "
             "load it with Megatron-LM and save it with --ckpt-format torch_dist"
         )
-    said = read_json(directory / FORMAT_FILE)
-    backend = said.get("sharded_backend"), said.get("sharded_backend_version", 1)
+    description = read_json(directory / FORMAT_FILE)
+    backend = description.get("sharded_backend"), description.get("sharded_backend_version", 1)
     if backend != _BACKEND:
         raise ConversionError(
             f"{directory} is of the distributed format {backend[0]}, version {backend[1]}; only torch_dist, version 1, "
@@ -256,22 +266,22 @@ def _check_format(directory: Path) -> None:
         )
 
 
-def _beside(directory: Path) -> list[str]:
-    """What to say where the folder holds a checkpoint of the other format too."""
+def _rank_folders_note(directory: Path) -> list[str]:
+    """Warning if the folder also holds a checkpoint of the `torch` format."""
     if not any(RANK.match(path.name) for path in listing(directory)):
         return []
     return [f"warning: {directory} holds mp_rank_* folders, too; as in Megatron-LM, the torch_dist checkpoint is read"]
 
 
-def _common(directory: Path, index: dcp.Index) -> tuple[Mapping[str, Any], Path]:
-    """What all ranks have in common, and the file that holds it."""
+def _read_common(directory: Path, index: dcp.Index) -> tuple[Mapping[str, Any], Path]:
+    """Read the common state of all ranks; returns it and the file that holds it."""
     path, item = directory / COMMON_FILE, index.objects.get(_COMMON_OBJECT)
-    if path.is_file():  # also where both are there, as in Megatron-LM
+    if path.is_file():  # also if both exist, as in Megatron-LM
         common, where = torch_zip.read(path), str(path)
     elif item is not None:
         path, where = Path(item.path), f"{_COMMON_OBJECT} in {item}"
-        held = torch_zip.read_embedded(item.path, item.start, item.nbytes)
-        common = held[0] if isinstance(held, list) and len(held) == 1 else held
+        content = torch_zip.read_embedded(item.path, item.start, item.nbytes)
+        common = content[0] if isinstance(content, list) and len(content) == 1 else content
     else:
         raise ConversionError(
             f"{path} is missing, and {dcp.METADATA} has no {_COMMON_OBJECT} in its place; copy the checkpoint again"
@@ -282,20 +292,19 @@ def _common(directory: Path, index: dcp.Index) -> tuple[Mapping[str, Any], Path]
 
 
 def _args_of(common: Mapping[str, Any], where: Path, options: MegatronReadOptions) -> argparse.Namespace:
-    """The args; none where a reference says what the model is."""
+    """Args of the common state; empty if it has none and a reference describes the model."""
     args = args_in(common, where)
     if args is None and common.get("args") is None and options.hf_config is not None:
         return argparse.Namespace()
     if args is None:
         raise ConversionError(
-            f"{where} has no args, so the checkpoint does not say what its tensors mean; "
-            "give a reference model with --hf-config DIR"
+            f"{where} has no args, which describe the model; give a reference model with --hf-config DIR"
         )
     return args
 
 
-def _sizes(args: argparse.Namespace, spec: ModelSpec, where: Path) -> tuple[Parallel | None, list[str]]:
-    """The sizes at which the checkpoint was written, which mean nothing to itself; or why they are not taken over."""
+def _recorded_sizes(args: argparse.Namespace, spec: ModelSpec, where: Path) -> tuple[Parallel | None, list[str]]:
+    """Parallel sizes at which the checkpoint was written, as defaults for a target; or None and a note why they cannot be."""
     if not vars(args):
         return None, []
     try:

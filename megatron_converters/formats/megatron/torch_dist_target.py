@@ -1,7 +1,7 @@
-"""Write a Megatron-LM checkpoint of the `torch_dist` format: whole tensors in chunks, filled in place.
+"""Target for Megatron-LM checkpoints of the `torch_dist` format: whole tensors in chunks, filled in place.
 
-A chunk is what one rank of the sizes asked for holds, so that a run of these sizes reads what it needs and no more; any other run
-loads it, too. Format: see torch_dist_source.py; layers are an axis where all are of one kind, as Megatron-LM writes them.
+A chunk is what one rank of the requested parallel sizes holds, so that a run of these sizes reads only what it needs; a run of any
+other sizes can load it too. Format: see torch_dist_source.py. Layers are an axis if all are of one kind, as in Megatron-LM.
 """
 
 from __future__ import annotations
@@ -32,25 +32,26 @@ from .reading import FORMAT_FILE
 from .torch_dist_source import COMMON_FILE
 from .writing import CheckpointTarget, sizes
 
+#: Keys of slots by implementation.
 _NAMES = {"local": DISTRIBUTED_LOCAL, "transformer_engine": DISTRIBUTED}
-#: What `FORMAT_FILE` holds.
+#: Content of `FORMAT_FILE`.
 FORMAT = {
     "sharded_backend": "torch_dist",
     "sharded_backend_version": 1,
     "common_backend": "torch",
     "common_backend_version": 1,
 }
-#: What Megatron-LM (0.14 on) records of the way in which it names keys (training/checkpointing.py).
-_CONTENT = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
+#: Megatron-LM's record of how it names keys (0.14 on, training/checkpointing.py).
+_CONTENT_METADATA = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
 _FINAL_NORM = "decoder.final_layernorm"
-#: A rank begins another file when one has reached this size; files are what several threads or processes share.
+#: Maximum bytes of tensors in a file with several; a rank can have several files, which threads or processes fill in parallel.
 _FILE_BYTES = 1 << 30
 
 
 class _Box(NamedTuple):
-    """A share of a slot: the number of the rank that writes it, its first row and column, and what fills it.
+    """Share of a slot as one box: number of the rank that writes it, first row and column in the slot, shape, and row map.
 
-    `padding` counts its rows at the end that are vocabulary padding; `rows` has the slot's row of each.
+    `padding` counts the rows at the end that are vocabulary padding; `rows` has the slot's row of each row of the box.
     """
 
     rank: int
@@ -62,7 +63,7 @@ class _Box(NamedTuple):
 
 
 class TorchDistTarget(CheckpointTarget):
-    """A checkpoint of the `torch_dist` format."""
+    """Checkpoint of the `torch_dist` format."""
 
     format = "torch_dist"
     directories = False
@@ -78,11 +79,11 @@ class TorchDistTarget(CheckpointTarget):
         for rank, items in sorted(self._items().items()):
             for number, part in enumerate(_by_size(items)):
                 name = f"__{rank}_{number}.distcp"
-                files[name], mine = dcp_layout.lay_out(name, part)
-                placed += mine
+                files[name], entries = dcp_layout.lay_out(name, part)
+                placed += entries
         self._files = {entry.item.name: entry.file for entry in placed if isinstance(entry.item, NewChunk)}
         self._chunks = [entry.item for entry in placed if isinstance(entry.item, NewChunk)]
-        common = {**self._tree({}), "content_metadata": dict(_CONTENT)}
+        common = {**self._tree({}), "content_metadata": dict(_CONTENT_METADATA)}
         files[COMMON_FILE] = torch_zip.layout(COMMON_FILE, common)
         files[dcp.METADATA] = dcp_layout.index(placed)
         return files, {}
@@ -94,18 +95,18 @@ class TorchDistTarget(CheckpointTarget):
             )
 
     def assets(self, folder: Path) -> None:
-        """Write the flags that training needs, and the name of the format."""
+        """Write the flags that training needs, and the description of the format."""
         super().assets(folder)
         (folder / FORMAT_FILE).write_text(json.dumps(FORMAT), encoding="utf-8")
 
     def fills(self, ref: Ref) -> Iterator[Fill]:
-        """The slot's chunks."""
+        """Fills of a ref, one per chunk."""
         for box, chunk in self._chunks_of(ref):
             name = chunk.name
             yield Fill(self._files[name], name, chunk.dtype, box.shape, box.rows, box.col, padding=box.padding)
 
     def _items(self) -> dict[int, list[NewChunk | NewObject]]:
-        """What each rank writes."""
+        """Chunks and objects that each rank writes, by rank number."""
         items: dict[int, list[NewChunk | NewObject]] = {}
         dtypes: dict[str, DType] = {}
         for ref in refs(self._spec):
@@ -113,7 +114,7 @@ class TorchDistTarget(CheckpointTarget):
                 items.setdefault(box.rank, []).append(chunk)
                 if dtypes.setdefault(chunk.key, chunk.dtype) != chunk.dtype:
                     raise ConversionError(
-                        f"{ref} is {chunk.dtype}, but others in {chunk.key} are {dtypes[chunk.key]}; give one dtype"
+                        f"{ref} is {chunk.dtype}, but others in {chunk.key} are {dtypes[chunk.key]}; choose one dtype for all"
                     )
         stages = self._parallel.stages
         for layer in range(self._spec.num_layers):
@@ -123,7 +124,7 @@ class TorchDistTarget(CheckpointTarget):
         return items
 
     def _chunks_of(self, ref: Ref) -> Iterator[tuple[_Box, NewChunk]]:
-        """A slot's chunks: each share of it once, from the first rank that holds it."""
+        """Chunks of a ref with their boxes: each share once, from the first rank that holds it."""
         spec, slot, dtype = self._spec, ref.slot, self._dtype_of(ref)
         key, index, axes = self._address(_NAMES[self._options.impl][slot.name], ref.layer, ref.expert)
         rows, *cols = slot.shape(spec)
@@ -133,7 +134,7 @@ class TorchDistTarget(CheckpointTarget):
             yield box, NewChunk(key, shape, dtype, offsets, ones + box.shape)
 
     def _boxes_of(self, slot: Slot, shares: tuple[Share, ...]) -> tuple[_Box, ...]:
-        """A slot's shares as boxes, each once, worked out once for all layers and experts on these ranks."""
+        """Boxes of a slot's shares, each once; cached for all layers and experts on the same ranks."""
         key = slot, shares[0].rank
         if key not in self._boxes:
             first_of: dict[int, Rank] = {}
@@ -143,36 +144,39 @@ class TorchDistTarget(CheckpointTarget):
         return self._boxes[key]
 
     def _cut(self, slot: Slot, rank: Rank) -> Iterator[_Box]:
+        """Boxes of one rank's share of a slot."""
         spec, parallel = self._spec, self._parallel
-        vector = len(slot.shape(spec)) == 1
-        ways, mine = (parallel.etp, rank.etp) if slot.expert else (parallel.tp, rank.tp)
-        for row, height, col, width in boxes(slot, spec, ways, mine, self._padded):
+        is_vector = len(slot.shape(spec)) == 1
+        ways, number = (parallel.etp, rank.etp) if slot.expert else (parallel.tp, rank.tp)
+        for row, height, col, width in boxes(slot, spec, ways, number, self._padded):
             limit = spec.vocab_size if slot.vocab else row + height
             padding = min(max(row + height - limit, 0), height)
-            shape = (height,) if vector else (height, width)
+            shape = (height,) if is_vector else (height, width)
             yield _Box(self._numbers[rank], row, col, shape, _rows(row, height, limit), padding)
 
     def _address(
         self, template: str, layer: int | None, expert: int | None
     ) -> tuple[str, tuple[int, ...], tuple[int, ...]]:
-        """The key of a layer's tensor or object, where it lies on the key's first axes, and the sizes of these."""
+        """Key of a layer's tensor or object, its index on the first axes, and the sizes of these axes."""
         spec = self._spec
-        own, experts = ((), ()) if expert is None else ((expert,), (spec.num_experts,))
+        expert_index, experts = ((), ()) if expert is None else ((expert,), (spec.num_experts,))
         if layer is None or not self._stacked:
-            return template.format(layer=layer), own, experts
-        return template.replace("{layer}.", ""), (layer, *own), (spec.num_layers, *experts)
+            return template.format(layer=layer), expert_index, experts
+        return template.replace("{layer}.", ""), (layer, *expert_index), (spec.num_layers, *experts)
 
     def _extra_state(self, layer: int) -> Iterator[str]:
+        """Names of the `_extra_state` objects of a layer."""
         for module in distributed_extra_state(self._spec, layer):
             for expert in range(self._spec.num_experts) if DISTRIBUTED_EXPERTS in module else (None,):
                 key, index, axes = self._address(module, layer, expert)
-                place, count = (".".join(map(str, numbers)) for numbers in (index or (0,), axes or (1,)))
-                yield f"{key}.{EXTRA_STATE_SUFFIX}/shard_{place}_{count}"
+                position, size = (".".join(map(str, numbers)) for numbers in (index or (0,), axes or (1,)))
+                yield f"{key}.{EXTRA_STATE_SUFFIX}/shard_{position}_{size}"
 
     def _writer(self, stage: int) -> int:
+        """Number of the rank that writes the objects of a stage."""
         return self._numbers[self._parallel.ranks(stage)[0]]
 
-    def _written(self) -> str:
+    def _summary(self) -> str:
         keys, files = {chunk.key for chunk in self._chunks}, set(self._files.values())
         return (
             f"{count(len(keys), 'tensor')} in {count(len(self._chunks), 'chunk')} and {count(len(files), 'file')}, "
@@ -181,7 +185,7 @@ class TorchDistTarget(CheckpointTarget):
 
 
 def _by_size(items: Sequence[NewChunk | NewObject]) -> Iterator[list[NewChunk | NewObject]]:
-    """The items of a rank as files: no more than `_FILE_BYTES` of tensors in each that has several."""
+    """Split the items of a rank into files of at most `_FILE_BYTES` of tensors, except for a single larger one."""
     part: list[NewChunk | NewObject] = []
     filled = 0
     for item in items:
@@ -197,5 +201,5 @@ def _by_size(items: Sequence[NewChunk | NewObject]) -> Iterator[list[NewChunk | 
 
 @lru_cache(maxsize=512)
 def _rows(first: int, count: int, limit: int) -> RowMap:
-    """The slot's rows from `first` on; those from `limit` on repeat the last before it. One object for equal ones."""
+    """Row map of the slot's rows from `first` on; from `limit` on, row `limit` - 1 repeats. Equal maps are the same object."""
     return interned(np.minimum(np.arange(first, first + count, dtype=np.int64), limit - 1))

@@ -1,4 +1,4 @@
-"""What writing a Megatron-LM checkpoint of any format has in common: checks, sizes, args, flags, and how it appears.
+"""Common parts of writing Megatron-LM checkpoints of any format: checks, parallel sizes, args, flags and final renaming.
 
 Format: Megatron-LM core_v0.17.1, training/checkpointing.py, and the files that it writes.
 """
@@ -55,14 +55,14 @@ _EMBEDDINGS = "word_embeddings"
 
 @dataclass(frozen=True)
 class MegatronOptions:
-    """How to cut and name the checkpoint. Sizes left None are the source's, or 1."""
+    """Options for cutting and naming the checkpoint. Sizes that are None default to the source's, or 1."""
 
     tp: int | None = None
     pp: int | None = None
     ep: int | None = None
     etp: int | None = None
     split: PipelineSplit = EVEN
-    #: A key of `megatron_names.EXPERTS`; None means what current Megatron-LM trains fastest.
+    #: Key of `names.EXPERTS`; None selects the layout that current Megatron-LM trains fastest.
     expert_layout: str | None = None
     impl: str = "transformer_engine"
     divisor: int | None = None
@@ -76,11 +76,11 @@ class MegatronOptions:
 
 
 class CheckpointTarget(ABC):
-    """A checkpoint directory that appears in `save_dir` when it is complete, the tracker file last."""
+    """Checkpoint directory that appears in `save_dir` only when it is complete; the tracker file is written last."""
 
-    #: Megatron-LM's name of the format (`--ckpt-format`).
+    #: Name of the format in Megatron-LM (`--ckpt-format`).
     format: ClassVar[str]
-    #: Whether each rank has an `mp_rank_*` directory of its own.
+    #: Whether each rank has its own `mp_rank_*` directory.
     directories: ClassVar[bool] = True
 
     def __init__(self, save_dir: Path, options: MegatronOptions) -> None:
@@ -88,7 +88,7 @@ class CheckpointTarget(ABC):
         self._options = options
 
     def prepare(self, spec: ModelSpec, origin: Origin, dtype_of: Callable[[Ref], DType]) -> Outline:
-        """Check what Megatron-LM can express and how the model can be cut; lay out every file."""
+        """Check that Megatron-LM can express the model and that it can be cut as requested; lay out every file."""
         self._warnings = self._check_expressible(spec)
         self._spec = dataclasses.replace(spec, dtype=dtype_of(Ref(SLOTS[_EMBEDDINGS])))
         self._origin = origin
@@ -104,40 +104,40 @@ class CheckpointTarget(ABC):
         self._bins = self._choose_bins()
         self._router = router_dtype(spec, dtype_of)
         self._args = self._make_args()
-        files, given = self._lay_out()
+        files, extra_tensors = self._lay_out()
         content = {"args": margs_to_json(argparse.Namespace(**self._args))}
-        return Outline(self._name, files, self._decided(), given, content)
+        return Outline(self._name, files, self._effective_options(), extra_tensors, content)
 
-    def _decided(self) -> dict[str, Any]:
-        """What was asked for or chosen, in one form for all options that mean the same."""
-        asked = self._options
+    def _effective_options(self) -> dict[str, Any]:
+        """Options with defaults resolved, so that options with the same effect are equal."""
+        options = self._options
         return {
             "format": f"megatron, {self.format}",
             "dtype": self._spec.dtype.name,
             "parallel": dataclasses.asdict(self._parallel),
             "expert_layout": self._expert_layout,
             "vocabulary divisor": self._divisor,
-            "names": asked.impl,
-            "release": asked.release,
-            "allow_inexpressible": asked.allow_inexpressible,
-            "load_capacity_bins": asked.load_capacity_bins,
-            "tokenizer": recorded_name(asked.tokenizer),
+            "names": options.impl,
+            "release": options.release,
+            "allow_inexpressible": options.allow_inexpressible,
+            "load_capacity_bins": options.load_capacity_bins,
+            "tokenizer": recorded_name(options.tokenizer),
         }
 
     @abstractmethod
     def _lay_out(self) -> tuple[dict[str, FileLayout], dict[str, dict[str, StoredTensor]]]:
-        """Every file, and by file the small tensors that belong to no slot."""
+        """Lay out every file; returns the layouts, and by file the small tensors that belong to no slot."""
 
     @abstractmethod
     def fills(self, ref: Ref) -> Iterator[Fill]:
-        """Where one tensor of the model goes."""
+        """Fills of one ref."""
 
     @abstractmethod
-    def _written(self) -> str:
-        """What was written, in words, without its place."""
+    def _summary(self) -> str:
+        """Summary of what was written, without its place."""
 
     def _tree(self, models: Mapping[str, Any]) -> dict[str, Any]:
-        """What a checkpoint says beside its tensors, and these models."""
+        """Content of a checkpoint file: the given models and what is stored besides tensors."""
         return {
             "args": argparse.Namespace(**self._args),
             "checkpoint_version": _CHECKPOINT_VERSION,
@@ -152,11 +152,12 @@ class CheckpointTarget(ABC):
         return self.save_dir / self._name
 
     def shown(self) -> Path | None:
-        """The directory that the tracker points at, if it is this one."""
-        there = self._tracked() == self._tracker_text() and not self._options.overwrite
-        return self.output if there else None
+        """Directory of this checkpoint if the tracker points at it and it is not to be overwritten; else None."""
+        current = self._tracked() == self._tracker_text() and not self._options.overwrite
+        return self.output if current else None
 
     def _tracked(self) -> str | None:
+        """Content of the tracker file; None if there is none."""
         path = self.save_dir / TRACKER
         return path.read_text(encoding="utf-8", errors="replace").strip() if path.is_file() else None
 
@@ -164,7 +165,7 @@ class CheckpointTarget(ABC):
         return "release" if self._options.release else str(self._iteration)
 
     def refuse_existing(self) -> None:
-        """Neither a checkpoint of this name nor the tracker is replaced unless that is asked for."""
+        """Raise if a checkpoint of this name or a tracker exists, unless `overwrite` is set."""
         if self._options.overwrite:
             return
         if os.path.lexists(self.output):
@@ -180,25 +181,25 @@ class CheckpointTarget(ABC):
         """Write the flags that training needs."""
         (folder / FLAGS_FILE).write_text(self._flags_text(), encoding="utf-8", errors="surrogateescape")
 
-    def clear(self, staging: Staging) -> None:  # noqa: B027 - what a format may add to
-        """Nothing: the directory is replaced as a whole."""
+    def clear(self, staging: Staging) -> None:  # noqa: B027 - a format may override it
+        """Do nothing: the directory is replaced as a whole."""
 
     def show(self, staging: Staging) -> list[str]:
-        """Show the directory under its name, then point the tracker at it."""
+        """Rename the directory to its final name, then point the tracker at it; returns lines for the user."""
         staging.move_to(self.output)
         staging.put(self.save_dir / TRACKER, self._tracker_text())
         shown = flags(self._args)
         warnings = [*self._warnings, *flag_warnings(self._spec, shown, self._parallel.tp)]
         warnings += router_warnings(self._spec, self._router)
         return [
-            f"wrote {self._written()} to {self.output}{self._padding()}",
+            f"wrote {self._summary()} to {self.output}{self._padding_note()}",
             *self._origin.notes,
             *self._bins_note(),
             *warnings,
             f"pretrain_gpt.py needs:\n{self._flags_text()}".rstrip(),
         ]
 
-    def _padding(self) -> str:
+    def _padding_note(self) -> str:
         rows = self._padded - self._spec.vocab_size
         return (
             f"; {count(rows, 'row')} of padding repeat the last of the vocabulary's {self._spec.vocab_size}"
@@ -219,7 +220,7 @@ class CheckpointTarget(ABC):
         reasons = inexpressible(spec)
         if not self._options.allow_inexpressible:
             raise_all(
-                "Megatron-LM cannot express this model (pass --allow-inexpressible to convert the weights all the same):",
+                "Megatron-LM cannot express this model (pass --allow-inexpressible to convert the weights anyway):",
                 reasons,
             )
         return [f"warning: Megatron-LM will not compute {reason}" for reason in reasons]
@@ -244,7 +245,7 @@ class CheckpointTarget(ABC):
             return None
         if self._parallel.vpp > 1:
             raise UsageError(
-                "--load-capacity-bins: Habana's checkpoints have no virtual pipeline stages; leave one out"
+                "--load-capacity-bins: Habana's checkpoints have no virtual pipeline stages; leave one of the two out"
             )
         if bins is None:
             raise UsageError(f"--load-capacity-bins: {self._origin.described} gives no capacity bins; leave it out")
@@ -282,7 +283,7 @@ class CheckpointTarget(ABC):
 
 
 def sizes(parallel: Parallel) -> str:
-    """Parallel sizes in words."""
+    """Parallel sizes as text."""
     experts = f", ep={parallel.ep}, etp={parallel.etp}" if parallel.ep > 1 or parallel.etp != parallel.tp else ""
     virtual = f", vpp={parallel.vpp}" if parallel.vpp > 1 else ""
     return f"tp={parallel.tp}, pp={parallel.pp}{virtual}{experts}"
