@@ -30,7 +30,7 @@ from .formats.huggingface.target import HFOptions
 from .formats.megatron.flags import all_flags, flag_warnings
 from .formats.megatron.limits import inexpressible
 from .formats.megatron.writing import CheckpointTarget, MegatronOptions
-from .formats.reading import AS_FOUND, ReadOptions, open_source, refuse_unheeded
+from .formats.reading import AS_FOUND, ReadOptions, open_source, refuse_unused
 from .inspection.in_json import as_json
 from .inspection.inventory import survey
 from .inspection.training_flags import arguments
@@ -248,7 +248,7 @@ def supported_families() -> tuple[Family, ...]:
 
 def _open(src: Folder, read: ReadOptions) -> tuple[str, Any]:
     opened = open_source(src, read)
-    refuse_unheeded([opened.format], read)
+    refuse_unused([opened.format], read)
     return opened
 
 

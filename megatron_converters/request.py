@@ -14,7 +14,7 @@ from .conversion.endpoint import Source, Target
 from .formats.detect import HF, MEGATRON
 from .formats.huggingface.target import HFOptions
 from .formats.megatron.writing import MegatronOptions
-from .formats.reading import AS_FOUND, ReadOptions, open_source, refuse_unheeded
+from .formats.reading import AS_FOUND, ReadOptions, open_source, refuse_unused
 from .formats.writing import open_target
 
 #: Formats that can be written, in words.
@@ -55,7 +55,7 @@ class Request:
             raise UsageError(f"{self.dst} is the source itself; choose another folder to write to")
         bins = self.megatron is not None and self.megatron.load_capacity_bins
         source_format, source = open_source(self.src, dataclasses.replace(self.read, capacity_bins=bins))
-        refuse_unheeded([source_format], self.read)
+        refuse_unused([source_format], self.read)
         read = os.path.realpath(source.origin.described)
         if self.overwrite and os.path.dirname(read) == os.path.realpath(self.dst):
             raise UsageError(

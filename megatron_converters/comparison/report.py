@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from ..conversion.endpoint import Source
-from ..formats.reading import ReadOptions, open_source, refuse_unheeded
+from ..formats.reading import ReadOptions, open_source, refuse_unused
 from .manifest_check import Checked
 from .tensors import Compared, Comparison
 
@@ -29,7 +29,7 @@ def open_pair(
     """Open A and B. An option of one format is for each side of that format."""
     first = open_source(a, options)
     second = open_source(b, dataclasses.replace(options, format=b_format))
-    refuse_unheeded([first.format, second.format], options)
+    refuse_unused([first.format, second.format], options)
     return Pair((first.format, second.format), (first.source, second.source))
 
 

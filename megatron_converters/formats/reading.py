@@ -1,4 +1,4 @@
-"""Opening a source of any format: the format is recognised, and options say what the folder does not."""
+"""Opening of sources of any format, which is detected; options supplement what the folder says."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from .meta.source import MetaSource
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """What to know of a source beyond what its folder says; each field is the command-line option of its name.
+    """Options for reading a source; each field is the command-line option of the same name.
 
-    `format` is "hf", "meta" or "megatron", and recognised where it is None. Of a Megatron-LM checkpoint, `ckpt_dir_name` is the
-    folder to read (iter_0000008) instead of the latest, `hf_config` a reference model's folder, `true_vocab_size` the vocabulary
-    without padding where args lack it. Of a Hugging Face folder, `untie` keeps a stored lm_head although config.json ties it,
-    and `ignore_config_fields` names unknown fields of config.json that do not matter. `source_margs_file` is a
-    source_megatron_args.json whose training arguments are taken over, and `capacity_bins` asks for capacity_bins.pt.
+    `format` is "hf", "meta" or "megatron"; None detects it. For a Megatron-LM checkpoint, `ckpt_dir_name` is the folder to read
+    (iter_0000008) instead of the latest, `hf_config` the folder of a reference model, and `true_vocab_size` the vocabulary size
+    without padding, if args lack it. For a Hugging Face folder, `untie` keeps a stored lm_head although config.json ties it, and
+    `ignore_config_fields` names unknown fields of config.json that do not matter. `source_margs_file` is a
+    source_megatron_args.json whose training arguments are inherited, and `capacity_bins` requests capacity_bins.pt.
     """
 
     format: str | None = None
@@ -42,21 +42,22 @@ class ReadOptions:
     capacity_bins: bool = False
 
 
-#: Nothing beyond what the folder says.
+#: Options that take everything from the folder itself.
 AS_FOUND = ReadOptions()
 
 
 class Opened(NamedTuple):
-    """A source and the name of its format."""
+    """Opened source and the name of its format."""
 
     format: str
     source: Source
 
 
 def open_source(path: str | os.PathLike[str], options: ReadOptions = AS_FOUND) -> Opened:
-    """Open a folder of any format; no weight is read.
+    """Open a folder of any format, without reading weights.
 
-    Raises `ConversionError` where it is of no known format, damaged, or not the model that its configuration describes.
+    Raises `ConversionError` if its format is unknown, if it is damaged, or if it does not hold the model that its configuration
+    describes.
     """
     folder = existing_folder(path)
     if options.format not in (None, *FORMATS):
@@ -68,9 +69,9 @@ def open_source(path: str | os.PathLike[str], options: ReadOptions = AS_FOUND) -
     return Opened(found, source)
 
 
-def refuse_unheeded(formats: Collection[str], options: ReadOptions) -> None:
-    """Raise `UsageError` for an option that no source of these formats heeds."""
-    for name, only in _HEEDED_BY.items():
+def refuse_unused(formats: Collection[str], options: ReadOptions) -> None:
+    """Raise `UsageError` for an option that no source of these formats uses."""
+    for name, only in _FORMAT_OF_OPTION.items():
         if getattr(options, name) and only not in formats:
             option = name.replace("_", "-")
             raise UsageError(f"--{option} is for reading {_NAMES[only]}, which this is not; leave it out")
@@ -90,7 +91,7 @@ def _open_megatron(folder: Path, options: ReadOptions) -> Source:
 
 
 def _checked(source: Source, folder: Path, options: ReadOptions) -> Source:
-    """The source of a model whose configuration says the vocabulary's size itself."""
+    """Check options against a source whose configuration has the vocabulary size; add its capacity bins."""
     given, known = options.true_vocab_size, source.spec.vocab_size
     if given not in (None, known):
         raise UsageError(f"--true-vocab-size {given} disagrees with vocab_size {known} of config.json")
@@ -112,5 +113,6 @@ _OPENERS: dict[str, Callable[[Path, ReadOptions], Source]] = {
     META: _open_meta,
     MEGATRON: _open_megatron,
 }
-_HEEDED_BY = {"ckpt_dir_name": MEGATRON, "hf_config": MEGATRON, "untie": HF, "ignore_config_fields": HF}
+#: Only format that uses an option.
+_FORMAT_OF_OPTION = {"ckpt_dir_name": MEGATRON, "hf_config": MEGATRON, "untie": HF, "ignore_config_fields": HF}
 _NAMES = {MEGATRON: "a Megatron-LM checkpoint", HF: "a Hugging Face folder"}

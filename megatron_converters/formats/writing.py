@@ -1,4 +1,4 @@
-"""Opening a target: the options that are given decide its format."""
+"""Opening of targets; the type of the options decides the format."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from .megatron.rank_files_target import MegatronTarget
 from .megatron.torch_dist_target import TorchDistTarget
 from .megatron.writing import CheckpointTarget, MegatronOptions
 
-#: By Megatron-LM's name of the format (`--ckpt-format`).
+#: Targets by the name of their format in Megatron-LM (`--ckpt-format`).
 CHECKPOINTS: dict[str, type[CheckpointTarget]] = {kind.format: kind for kind in (MegatronTarget, TorchDistTarget)}
 
 
 def open_target(path: str | os.PathLike[str], options: HFOptions | MegatronOptions) -> Target:
-    """The folder to write; nothing is touched yet."""
+    """Target for a folder, which is not touched yet."""
     folder = new_folder(path)
     if isinstance(options, HFOptions):
         return HFTarget(folder, options)

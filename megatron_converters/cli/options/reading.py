@@ -10,7 +10,7 @@ from ...basics.errors import UsageError
 from ...basics.json_files import read_json
 from ...conversion.endpoint import Source
 from ...formats.detect import FORMATS, HF, MEGATRON
-from ...formats.reading import Opened, ReadOptions, open_source, refuse_unheeded
+from ...formats.reading import Opened, ReadOptions, open_source, refuse_unused
 from .shared import add_argument, add_shared
 
 #: Families that a stock --model-size name may mean, by how it begins.
@@ -56,7 +56,7 @@ def open_any(path: str, args: argparse.Namespace) -> Opened:
     """The folder that a verb reads alone; an option that its format does not heed is refused."""
     options = read_options(args)
     opened = open_source(path, options)
-    refuse_unheeded([opened.format], options)
+    refuse_unused([opened.format], options)
     return opened
 
 

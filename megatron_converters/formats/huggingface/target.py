@@ -139,7 +139,7 @@ class HFTarget:
 
     @property
     def output(self) -> Path:
-        """The folder itself."""
+        """Folder of the model, which is `save_dir` itself."""
         return self.save_dir
 
     def shown(self) -> Path | None:

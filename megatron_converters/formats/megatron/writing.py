@@ -71,7 +71,7 @@ class MegatronOptions:
     allow_inexpressible: bool = False
     load_capacity_bins: bool = False
     tokenizer: str | None = None
-    #: Megatron-LM's name of the format: a file for each rank (torch), or chunks that any sizes load (torch_dist).
+    #: Name of the format in Megatron-LM: "torch" (one file per rank), or "torch_dist" (chunks that runs of any sizes load).
     ckpt_format: str = "torch"
 
 
@@ -148,7 +148,7 @@ class CheckpointTarget(ABC):
 
     @property
     def output(self) -> Path:
-        """The directory of the iteration."""
+        """Directory of the iteration."""
         return self.save_dir / self._name
 
     def shown(self) -> Path | None:
@@ -209,7 +209,7 @@ class CheckpointTarget(ABC):
 
     @property
     def flags(self) -> list[str]:
-        """What `pretrain_gpt.py` needs to load the checkpoint, quoted for a shell; known once the target is prepared."""
+        """Flags with which `pretrain_gpt.py` loads the checkpoint, quoted for a shell; known once the target is prepared."""
         shown = [f"--load {shlex.quote(os.path.abspath(self.save_dir))}", *flags(self._args)]
         return shown if self._bins is None else [*shown, f"--moe-capacity-bins-num {self._bins.count}"]
 
