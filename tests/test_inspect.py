@@ -489,8 +489,8 @@ def test_many_ranks_share_columns_and_many_tensors_a_colour(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most: int, detail: str
 ) -> None:
     monkeypatch.setattr(shard_map.grid, "_RANKS", ("rank", 4, 10))
-    monkeypatch.setattr(shard_map.grid, "_MAX_OF_TENSORS", most)
-    monkeypatch.setattr(shard_map.grid, "_MAX_OF_KINDS", most)
+    monkeypatch.setattr(shard_map.grid, "_MAX_TENSOR_SEGMENTS", most)
+    monkeypatch.setattr(shard_map.grid, "_MAX_KIND_SEGMENTS", most)
     experts: dict[str, Any] = dict(num_experts=20, moe_ffn_hidden_size=4, moe_router_topk=2)
     found = surveyed(sparse_megatron(tiny_spec(family="mixtral", **experts), tmp_path / "many", ep=20))
     assert len(found.by_file) == 20

@@ -1,1 +1,1 @@
-"""What a folder holds: counted, in words, as JSON, as flags, and as a picture."""
+"""Contents of a folder: counted, as text, as JSON, as Megatron-LM flags, and as a picture."""

@@ -1,16 +1,16 @@
-"""A survey as JSON values, for programs."""
+"""JSON form of a survey, for programs."""
 
 from __future__ import annotations
 
 from collections import Counter
 from typing import Any
 
-from .in_words import by_dtype, count_tensors, left_out, nbytes_of
+from .in_words import by_dtype, count_tensors, left_out, sum_nbytes
 from .inventory import Holding, Survey, count_parameters
 
 
 def as_json(found: Survey) -> dict[str, Any]:
-    """The whole survey as JSON values; sizes in bytes, names of the model's fields as in `ModelSpec`."""
+    """JSON values of the whole survey: sizes in bytes, model fields named as in `ModelSpec`."""
     total, active = count_parameters(found.spec)
     parallel, origin = found.origin.parallel, found.origin
     return {
@@ -20,11 +20,11 @@ def as_json(found: Survey) -> dict[str, Any]:
         "model": found.spec.to_dict(),
         "parameters": {"total": total, "active": active},
         "weights": {
-            "bytes": nbytes_of(found.holdings),
+            "bytes": sum_nbytes(found.holdings),
             "tensors": count_tensors(found.holdings),
-            "copied_bytes": nbytes_of(holding for holding in found.holdings if holding.copy),
+            "copied_bytes": sum_nbytes(holding for holding in found.holdings if holding.copy),
             "dtypes": {
-                dtype: {"bytes": nbytes_of(held), "tensors": count_tensors(held)}
+                dtype: {"bytes": sum_nbytes(held), "tensors": count_tensors(held)}
                 for dtype, held in by_dtype(found).items()
             },
         },
@@ -58,7 +58,7 @@ def _file_json(found: Survey, file: str, held: list[Holding]) -> dict[str, Any]:
         "file": file,
         "bytes": found.files[file],
         "tensors": count_tensors(held),
-        "weight_bytes": nbytes_of(held),
+        "weight_bytes": sum_nbytes(held),
         "layers": layers,
         "slot_bytes": dict(slots),
     }

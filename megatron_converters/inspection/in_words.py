@@ -1,4 +1,4 @@
-"""A survey in words: sections of labelled rows, and a table of files."""
+"""Text form of a survey: sections of labelled rows, and a table of files."""
 
 from __future__ import annotations
 
@@ -23,32 +23,32 @@ _NAMES = {"local": "Megatron-LM's local layers", "transformer_engine": "Transfor
 
 @dataclass(frozen=True)
 class Section:
-    """A heading and what belongs under it."""
+    """Heading and its rows of label and value."""
 
     title: str
     rows: Rows
 
 
 def headline(found: Survey) -> str:
-    """The folder in one line."""
+    """One line that names the folder, its format and its model."""
     total, active = count_parameters(found.spec)
-    of_these = f" ({active:,} active)" if active != total else ""
-    return f"{found.origin.described}: {_FORMATS[found.kind]}, {found.spec.family}, {total:,} parameters{of_these}"
+    active_part = f" ({active:,} active)" if active != total else ""
+    return f"{found.origin.described}: {_FORMATS[found.kind]}, {found.spec.family}, {total:,} parameters{active_part}"
 
 
 def sections(found: Survey) -> list[Section]:
-    """All that there is to say, by heading, but for the files."""
+    """Sections on everything but the files."""
     return [
         Section("model", list(_model(found.spec))),
         *([Section("experts", list(_experts(found.spec)))] if found.spec.num_experts else []),
         Section("weights", list(_weights(found))),
         Section("layout", list(_layout(found))),
-        Section("beside the weights", list(_beside(found))),
+        Section("beside the weights", list(_other_contents(found))),
     ]
 
 
 def lines(found: Survey) -> Iterator[str]:
-    """The whole survey as aligned text."""
+    """Lines of the whole survey, aligned."""
     yield headline(found)
     for section in sections(found):
         yield ""
@@ -65,45 +65,50 @@ def lines(found: Survey) -> Iterator[str]:
 
 
 def file_rows(found: Survey) -> Iterator[tuple[str, str, str, str]]:
-    """Name, tensors, bytes of weights and bytes on the disk of each file; neighbours on a stage that are alike as one row."""
+    """Name, tensors, bytes of weights and bytes on disk of each file; neighbouring files of a stage that are alike share a row."""
 
-    def alike(item: tuple[str, list[Holding]]) -> tuple[Any, ...]:
+    def group_key(item: tuple[str, list[Holding]]) -> tuple[Any, ...]:
         file, holdings = item
-        return found.stage(file), count_tensors(holdings), nbytes_of(holdings), found.files[file] if found.cut else file
+        return (
+            found.stage(file),
+            count_tensors(holdings),
+            sum_nbytes(holdings),
+            found.files[file] if found.cut else file,
+        )
 
-    for (stage, tensors, nbytes, _), group in groupby(found.by_file.items(), alike):
+    for (stage, tensors, nbytes, _), group in groupby(found.by_file.items(), group_key):
         files = [file for file, _ in group]
-        first, last = short(files[0]), short(files[-1])
+        first, last = short_name(files[0]), short_name(files[-1])
         name = first if len(files) == 1 else f"{first} to {last}"
-        about = [
+        remarks = [
             *([f"{len(files)} alike"] if len(files) > 1 else []),
-            *([layers_of(found, stage)] if found.cut is not None and found.cut.pp > 1 else []),
+            *([stage_layers(found, stage)] if found.cut is not None and found.cut.pp > 1 else []),
         ]
-        where = f"{name} ({', '.join(about)})" if about else name
-        yield where, f"{tensors:,}", size(nbytes), f"{found.files[files[0]]:,} B"
+        label = f"{name} ({', '.join(remarks)})" if remarks else name
+        yield label, f"{tensors:,}", size(nbytes), f"{found.files[files[0]]:,} B"
 
 
-def short(file: str) -> str:
-    """A file's name, or the folder's in which a rank has its file."""
+def short_name(file: str) -> str:
+    """File name; for a file in a rank's folder, the name of that folder."""
     path = Path(file)
     return path.name if path.parent == Path() else str(path.parent)
 
 
 def count_tensors(holdings: Iterable[Holding]) -> int:
-    """Stored tensors: those that hold several slots count once."""
+    """Number of stored tensors; one that holds several slots counts once."""
     return len({(holding.file, holding.name) for holding in holdings})
 
 
-def layers_of(found: Survey, stage: int) -> str:
-    """The layers of a pipeline stage, counted over all stages."""
+def stage_layers(found: Survey, stage: int) -> str:
+    """Layers of a pipeline stage in words, numbered over the whole model."""
     layers = found.layers[stage]
     runs = [[layer for _, layer in run] for _, run in groupby(enumerate(layers), lambda item: item[1] - item[0])]
     words = [str(run[0]) if len(run) == 1 else f"{run[0]} to {run[-1]}" for run in runs]
     return f"layer{'' if len(layers) == 1 else 's'} {', '.join(words)}" if layers else "no layers"
 
 
-def nbytes_of(holdings: Iterable[Holding]) -> int:
-    """Bytes of weights."""
+def sum_nbytes(holdings: Iterable[Holding]) -> int:
+    """Bytes of weights, summed."""
     return sum(holding.nbytes for holding in holdings)
 
 
@@ -139,8 +144,8 @@ def _norms(spec: ModelSpec) -> str:
 
 
 def _biases(spec: ModelSpec) -> str:
-    held = {"query, key and value": spec.qkv_bias, "attention output": spec.proj_bias, "MLP": spec.mlp_bias}
-    return ", ".join(name for name, present in held.items() if present) or "none"
+    biases = {"query, key and value": spec.qkv_bias, "attention output": spec.proj_bias, "MLP": spec.mlp_bias}
+    return ", ".join(name for name, present in biases.items() if present) or "none"
 
 
 def _scaling(scaling: RopeScaling | None) -> str:
@@ -173,25 +178,25 @@ def _experts(spec: ModelSpec) -> Iterator[tuple[str, str]]:
 
 
 def _weights(found: Survey) -> Iterator[tuple[str, str]]:
-    total = nbytes_of(found.holdings)
+    total = sum_nbytes(found.holdings)
     yield "weights", f"{total:,} B ({size(total)}) in {count(count_tensors(found.holdings), 'tensor')}"
     for dtype, held in by_dtype(found).items():
         yield (
             f"of {dtype}",
-            f"{nbytes_of(held):,} B ({size(nbytes_of(held))}) in {count(count_tensors(held), 'tensor')}",
+            f"{sum_nbytes(held):,} B ({size(sum_nbytes(held))}) in {count(count_tensors(held), 'tensor')}",
         )
     copies = [holding for holding in found.holdings if holding.copy]
     if copies:
         yield (
             "of these, copies",
-            f"{nbytes_of(copies):,} B ({size(nbytes_of(copies))}) in {count(count_tensors(copies), 'tensor')}",
+            f"{sum_nbytes(copies):,} B ({size(sum_nbytes(copies))}) in {count(count_tensors(copies), 'tensor')}",
         )
     padding = found.padded_vocab - found.spec.vocab_size
     yield "vocabulary padding", f"{padding} rows (embeddings have {found.padded_vocab})" if padding else "none"
 
 
 def by_dtype(found: Survey) -> dict[str, list[Holding]]:
-    """What is stored in each dtype, by its name."""
+    """Holdings by the name of their dtype."""
     held: dict[str, list[Holding]] = {}
     for holding in found.holdings:
         held.setdefault(str(holding.dtype), []).append(holding)
@@ -220,19 +225,19 @@ def _layout(found: Survey) -> Iterator[tuple[str, str]]:
 def _stages(parallel: Parallel) -> str:
     if parallel.pp == 1:
         return "1"
-    of_ranks = [sum(parallel.stages[rank :: parallel.pp]) for rank in range(parallel.pp)]
-    runs = [(layers, len(list(group))) for layers, group in groupby(of_ranks)]
+    layers_by_rank = [sum(parallel.stages[rank :: parallel.pp]) for rank in range(parallel.pp)]
+    runs = [(layers, len(list(group))) for layers, group in groupby(layers_by_rank)]
     shown = " + ".join(str(layers) if times == 1 else f"{times} x {layers}" for layers, times in runs)
-    said = [f"layers {shown}"]
+    details = [f"layers {shown}"]
     if parallel.vpp > 1:
-        said.append(f"{parallel.vpp} virtual stages on each")
+        details.append(f"{parallel.vpp} virtual stages on each")
     counted = {"embedding": parallel.split.embedding, "loss": parallel.split.loss}
     if any(counted.values()):
-        said.append(f"counting the {' and the '.join(name for name, on in counted.items() if on)}")
-    return f"{parallel.pp} ({', '.join(said)})"
+        details.append(f"counting the {' and the '.join(name for name, on in counted.items() if on)}")
+    return f"{parallel.pp} ({', '.join(details)})"
 
 
-def _beside(found: Survey) -> Iterator[tuple[str, str]]:
+def _other_contents(found: Survey) -> Iterator[tuple[str, str]]:
     origin = found.origin
     yield "iteration", "none" if origin.iteration is None else str(origin.iteration)
     yield "tokenizer", origin.tokenizer or "none"
@@ -243,7 +248,7 @@ def _beside(found: Survey) -> Iterator[tuple[str, str]]:
 
 
 def left_out(found: Survey) -> list[str]:
-    """Tensors that no conversion takes along unless it is asked to."""
+    """Tensors that conversions leave out by default, in words."""
     bins = found.origin.capacity_bins
     return [
         *found.origin.ignored,

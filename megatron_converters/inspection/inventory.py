@@ -1,4 +1,4 @@
-"""What a folder holds, from its headers alone: parameters, bytes, files, and where each slot lies."""
+"""Inventory of a folder, from its headers alone: parameters, bytes, files, and which tensors hold each slot."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _EMBEDDINGS, _OUTPUT, _NORM, _EXPERT = "word_embeddings", "output_layer", "input
 
 
 class Parameters(NamedTuple):
-    """Elements of a model: all, and those that take part for one token."""
+    """Element counts of a model: all, and those that one token uses."""
 
     total: int
     active: int
@@ -37,11 +37,11 @@ class Parameters(NamedTuple):
 
 @dataclass(frozen=True)
 class Holding:
-    """A stored tensor, or the part of one, that holds some of a ref.
+    """Stored tensor, or part of one, that holds part of a ref.
 
-    `file` is the path within the folder and `name` the tensor's name there. `slot` is the ref's, but for a copy of tied
-    embeddings under another name, which is the output layer's. `padding` counts the rows that belong to no slot. `copy` says
-    whether the same elements lie elsewhere, too, and are read there.
+    `file` is the path within the folder, `name` the tensor's name in that file. `slot` is the ref's slot, except for a copy of tied
+    embeddings under another name, which counts as the output layer. `padding` counts the rows that belong to no slot. `copy` is
+    true where another tensor stores the same elements and conversions read that one.
     """
 
     file: str
@@ -55,13 +55,13 @@ class Holding:
 
     @property
     def nbytes(self) -> int:
-        """Bytes in the file."""
+        """Bytes that it takes in the file."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
 @dataclass(frozen=True, eq=False)
 class Survey:
-    """A folder of the format `kind`: its model, its files by path with their bytes on the disk, and all that they hold."""
+    """Inventory of a folder of format `kind`: its model, its files (path to bytes on disk), and all that they hold."""
 
     kind: str
     spec: ModelSpec
@@ -71,7 +71,7 @@ class Survey:
 
     @cached_property
     def by_file(self) -> dict[str, list[Holding]]:
-        """What each file with weights holds; the ranks of a pipeline stage stand together."""
+        """Holdings of each file with weights, ordered by pipeline stage, then by path."""
         found: dict[str, list[Holding]] = {}
         for holding in self.holdings:
             found.setdefault(holding.file, []).append(holding)
@@ -79,7 +79,7 @@ class Survey:
 
     @cached_property
     def ranks(self) -> dict[str, Rank]:
-        """The rank that each file belongs to; nothing where files are not those of ranks."""
+        """Rank of each file; empty where files do not belong to ranks."""
         parallel = self.origin.parallel
         if parallel is None:
             return {}
@@ -89,21 +89,21 @@ class Survey:
 
     @property
     def cut(self) -> Parallel | None:
-        """The parallel sizes where each rank has a file of its own; else None."""
+        """Parallel sizes if each rank has a file of its own, else None."""
         return self.origin.parallel if self.ranks else None
 
     @property
     def checkpoint_format(self) -> str | None:
-        """Megatron-LM's name of a checkpoint's format: a file for each rank, or chunks; None for other folders."""
+        """Megatron-LM's name of the checkpoint format: `torch` (a file for each rank) or `torch_dist`; None for other folders."""
         return None if self.kind != MEGATRON else "torch" if self.ranks else "torch_dist"
 
     def stage(self, file: str) -> int:
-        """The pipeline stage of a file; 0 where it belongs to no rank."""
+        """Pipeline stage of a file; 0 if it belongs to no rank."""
         return self.ranks[file].pp if file in self.ranks else 0
 
     @cached_property
     def layers(self) -> dict[int, list[int]]:
-        """The layers of each pipeline stage, counted over all stages; of rank `pp` where ranks have virtual stages."""
+        """Layers of each pipeline stage, numbered over the whole model; with virtual stages, those of each pipeline rank."""
         found: dict[int, set[int]] = {}
         for file, holdings in self.by_file.items():
             layers = (holding.ref.layer for holding in holdings)
@@ -118,12 +118,12 @@ class Survey:
 
     @cached_property
     def names(self) -> str | None:
-        """Whose names a Megatron-LM checkpoint's parameters have; None for other formats."""
-        return self._table_of(self._first(_NORM), DIALECTS)
+        """Key of `DIALECTS` whose names a Megatron-LM checkpoint uses; None for other formats."""
+        return self._matching_table(self._first(_NORM), DIALECTS)
 
     @cached_property
     def expert_layout(self) -> str | None:
-        """How experts are stored; None for a dense model."""
+        """Layout of the stored experts; None for a dense model."""
         first = self._first(_EXPERT)
         if first is not None and self.kind == HF:
             return (
@@ -131,13 +131,13 @@ class Survey:
                 if first.name == HFNames(FAMILIES[self.spec.family], self.spec).fused_name(first.ref)
                 else SEPARATE
             )
-        return self._table_of(first, EXPERTS)
+        return self._matching_table(first, EXPERTS)
 
     def _first(self, slot: str) -> Holding | None:
         return next((holding for holding in self.holdings if holding.slot == slot), None)
 
-    def _table_of(self, holding: Holding | None, tables: Mapping[str, Mapping[str, str]]) -> str | None:
-        """The table that has a holding's name."""
+    def _matching_table(self, holding: Holding | None, tables: Mapping[str, Mapping[str, str]]) -> str | None:
+        """Key of the table that contains a holding's name; None if none does."""
         parallel = self.origin.parallel
         if parallel is None or holding is None or holding.ref.layer is None:
             return None
@@ -153,7 +153,7 @@ class Survey:
 
 
 def survey(kind: str, source: Source) -> Survey:
-    """Look at an opened folder of the format `kind`; no weight is read."""
+    """Inventory of an opened folder of format `kind`; reads no weights."""
     files = {path: size for path, (size, *_) in (source.origin.identity or {}).items()}
     return Survey(kind, source.spec, source.origin, files, tuple(_holdings(source)))
 
@@ -174,14 +174,14 @@ def count_parameters(spec: ModelSpec) -> Parameters:
 def _holdings(source: Source) -> Iterator[Holding]:
     folder = source.origin.described
     for ref in refs(source.spec):
-        found = source.read(ref)
-        first = found.pieces[0].name.tensor
-        for piece, copied in [
-            *((piece, False) for piece in found.pieces),
-            *((piece, True) for piece in found.replicas),
+        sources = source.read(ref)
+        first_name = sources.pieces[0].name.tensor
+        for piece, is_copy in [
+            *((piece, False) for piece in sources.pieces),
+            *((piece, True) for piece in sources.replicas),
         ]:
-            data = cast(StoredTensor, piece.data)  # a folder's tensors lie in files
+            data = cast(StoredTensor, piece.data)  # the tensors of a folder are stored in files
             name = piece.name.tensor
-            slot = _OUTPUT if copied and ref.slot.name == _EMBEDDINGS and name != first else ref.slot.name
+            slot = _OUTPUT if is_copy and ref.slot.name == _EMBEDDINGS and name != first_name else ref.slot.name
             padding = int(np.count_nonzero(piece.rows < 0)) if ref.slot.vocab else 0
-            yield Holding(os.path.relpath(data.path, folder), name, ref, slot, data.dtype, data.shape, padding, copied)
+            yield Holding(os.path.relpath(data.path, folder), name, ref, slot, data.dtype, data.shape, padding, is_copy)

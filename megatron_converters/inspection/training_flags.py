@@ -1,4 +1,4 @@
-"""What Megatron-LM's `args` would say of any folder: the model, and for a checkpoint how it is cut and was trained."""
+"""Megatron-LM arguments that describe any folder: the model and, for a checkpoint, its parallel sizes and training."""
 
 from __future__ import annotations
 
@@ -27,50 +27,50 @@ from ..formats.megatron.writing import DEFAULT_DIVISOR, TRACKER
 from ..sharding.ranks import Parallel, padded_vocab
 from .inventory import Survey
 
-#: What a checkpoint is given unless another layout is asked for.
+#: Expert layout that a new checkpoint gets by default.
 _EXPERT_LAYOUT = "grouped"
 _HF_TOKENIZER, _SENTENCEPIECE_TOKENIZER = "HuggingFaceTokenizer", "Llama2Tokenizer"
 
 
 def arguments(found: Survey, source: Source, folder: Path) -> tuple[dict[str, Any], list[str]]:
-    """The arguments by attribute, and what a user should know of them.
+    """Arguments by attribute name, and notes for the user.
 
-    `folder` is what the user named; `--load` names it too if it holds a tracker file.
+    `folder` is the one that the user named; `load` is set to it if it holds a tracker file.
     """
     spec, origin = found.spec, found.origin
-    own = {} if origin.margs is None else plain_args(vars(origin.margs))
+    recorded = {} if origin.margs is None else plain_args(vars(origin.margs))
     router = router_dtype(spec, source.dtype_of)
-    said = {**model_args(spec), "seq_length": seq_length_of(spec, plain_args(inheritable(origin.margs)))}
+    result = {**model_args(spec), "seq_length": seq_length_of(spec, plain_args(inheritable(origin.margs)))}
     if found.kind == MEGATRON and origin.parallel is not None:
-        said |= _layout(found, origin.parallel, own)
-        said |= expert_args(spec, origin.parallel, found.expert_layout or _EXPERT_LAYOUT)
+        result |= _layout(found, origin.parallel, recorded)
+        result |= expert_args(spec, origin.parallel, found.expert_layout or _EXPERT_LAYOUT)
         if (folder / TRACKER).exists():
-            said["load"] = os.path.abspath(folder)
+            result["load"] = os.path.abspath(folder)
     else:
-        of_experts = expert_args(spec, Parallel(1, (spec.num_layers,)), _EXPERT_LAYOUT)
-        said |= {name: value for name, value in of_experts.items() if name not in LAYOUT_ATTRIBUTES}
-    said |= router_args(spec, router)
-    said |= training_args(spec, own)
-    tokenizer, notes = _tokenizer(origin.tokenizer, own)
+        expert_values = expert_args(spec, Parallel(1, (spec.num_layers,)), _EXPERT_LAYOUT)
+        result |= {name: value for name, value in expert_values.items() if name not in LAYOUT_ATTRIBUTES}
+    result |= router_args(spec, router)
+    result |= training_args(spec, recorded)
+    tokenizer, notes = _tokenizer(origin.tokenizer, recorded)
     notes += router_warnings(spec, router)
-    if said.get("moe_dynamic_hpu"):
+    if result.get("moe_dynamic_hpu"):
         notes.append(
             "experts have Habana's names, which its Megatron-LM reads with --moe-dynamic-hpu and NVIDIA's does not"
         )
-    return {**said, **tokenizer}, notes
+    return {**result, **tokenizer}, notes
 
 
-def _layout(found: Survey, parallel: Parallel, own: Mapping[str, Any]) -> dict[str, Any]:
-    impl = found.names or own.get("transformer_impl") or "transformer_engine"
+def _layout(found: Survey, parallel: Parallel, recorded: Mapping[str, Any]) -> dict[str, Any]:
+    impl = found.names or recorded.get("transformer_impl") or "transformer_engine"
     ckpt_format = found.checkpoint_format or "torch"
-    layout = layout_args(parallel, found.padded_vocab, _divisor(found, parallel, own), impl, ckpt_format)
-    return {**layout, **{name: bool(own.get(name)) for name in ("no_save_optim", "no_save_rng")}}
+    layout = layout_args(parallel, found.padded_vocab, _divisor(found, parallel, recorded), impl, ckpt_format)
+    return {**layout, **{name: bool(recorded.get(name)) for name in ("no_save_optim", "no_save_rng")}}
 
 
-def _divisor(found: Survey, parallel: Parallel, own: Mapping[str, Any]) -> int:
-    """The recorded or the usual divisor if it gives the embeddings' rows, else one that does."""
+def _divisor(found: Survey, parallel: Parallel, recorded: Mapping[str, Any]) -> int:
+    """Vocabulary divisor that gives the embeddings' rows: the recorded one, the default, or else the rows of a TP rank."""
     rows = found.padded_vocab
-    for divisor in (own.get("make_vocab_size_divisible_by"), DEFAULT_DIVISOR):
+    for divisor in (recorded.get("make_vocab_size_divisible_by"), DEFAULT_DIVISOR):
         if (
             isinstance(divisor, int)
             and divisor > 0
@@ -80,14 +80,14 @@ def _divisor(found: Survey, parallel: Parallel, own: Mapping[str, Any]) -> int:
     return rows // parallel.tp
 
 
-def _tokenizer(source: str | None, own: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """The tokenizer's arguments, and a note where it has none: the recorded type, or what the file or folder is."""
+def _tokenizer(source: str | None, recorded: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Tokenizer arguments, from the recorded type or else the kind of file or folder; a note where there are none."""
     if source is None:
         return {}, ["no tokenizer is known; add --tokenizer-type and --tokenizer-model"]
     path = Path(source)
     model = os.path.abspath(path) if path.exists() else source
-    if own.get("tokenizer_type"):
-        return {"tokenizer_type": own["tokenizer_type"], "tokenizer_model": model}, []
+    if recorded.get("tokenizer_type"):
+        return {"tokenizer_type": recorded["tokenizer_type"], "tokenizer_model": model}, []
     if not path.is_file():
         return {"tokenizer_type": _HF_TOKENIZER, "tokenizer_model": model}, []
     if path.suffix == ".json":

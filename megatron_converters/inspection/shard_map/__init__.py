@@ -1,1 +1,1 @@
-"""A picture of where a model's weights lie: layers by ranks or files, as one page that stands alone."""
+"""Picture of where a model's weights are stored, layers by ranks or files, as one self-contained page."""

@@ -1,4 +1,4 @@
-"""The shard map as a table: panels of rows (layers) and columns (ranks or files), cells cut into segments."""
+"""Shard map as a table: panels of rows (layers) and columns (ranks or files), cells cut into segments."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import NamedTuple, TypeVar
 
 from ...basics.quantities import count, size
 from ...model.slots import Scope
-from ..in_words import count_tensors, layers_of, short
+from ..in_words import count_tensors, short_name, stage_layers
 from ..inventory import Holding, Survey
 
 T = TypeVar("T")
 
-#: What slots are coloured by: the name in the legend, and the slots.
+#: Kinds of slots, each with a colour of its own: name in the legend, and the slots.
 KINDS = {
     "embeddings": ("word_embeddings",),
     "attention": ("qkv", "qkv_bias", "proj", "proj_bias"),
@@ -27,19 +27,19 @@ KINDS = {
     "norms": ("input_norm", "q_norm", "k_norm", "mlp_norm", "moe_norm", "final_norm"),
     "output layer": ("output_layer",),
 }
-_KIND_OF = {slot: kind for kind, slots in KINDS.items() for slot in slots}
-#: Rows of a panel that are no layers.
+_KIND_BY_SLOT = {slot: kind for kind, slots in KINDS.items() for slot in slots}
+#: Names of the rows that are not layers.
 FIRST, LAST = "embeddings", "output"
-#: What columns are, how many stand side by side before more follow below, and from how many files on neighbours share one.
-#: The ranks of a stage have the same rows, files mostly others, so that few abreast leave less room empty.
+#: What a column stands for, the most columns of a panel, and the most columns in all: of more files, neighbours share one.
+#: The ranks of a stage have the same rows, files mostly different ones; narrow panels then leave less space empty.
 _RANKS, _FILES = ("rank", 32, 128), ("file", 16, 512)
-#: Segments that a picture may have before it shows less of each cell: one for each tensor, for each kind, or one alone.
-_MAX_OF_TENSORS, _MAX_OF_KINDS = 3000, 20000
+#: Segments that a picture may have with one segment for each tensor, and for each kind; above, a cell is one segment.
+_MAX_TENSOR_SEGMENTS, _MAX_KIND_SEGMENTS = 3000, 20000
 _MAX_NAMES = 16
 
 
 class Detail(Enum):
-    """What a segment of a cell is."""
+    """What one segment of a cell stands for."""
 
     TENSORS = "a tensor"
     KINDS = "a kind of tensor"
@@ -47,7 +47,7 @@ class Detail(Enum):
 
 
 class Segment(NamedTuple):
-    """A part of a cell."""
+    """Part of a cell, in the colour of its kind."""
 
     kind: str
     nbytes: int
@@ -55,7 +55,7 @@ class Segment(NamedTuple):
 
 @dataclass(frozen=True)
 class Cell:
-    """What one column holds of one row; `text` says it in words, several lines."""
+    """Weights of one row in one column; `text` describes them in several lines."""
 
     row: int
     column: int
@@ -70,7 +70,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Column:
-    """One file, or neighbours that share a column for want of room."""
+    """One file, or neighbouring files that share a column to save space."""
 
     name: str
     label: str
@@ -84,7 +84,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Panel:
-    """Ranks of a pipeline stage, or files; `stage` is None where files are not those of stages."""
+    """Ranks of a pipeline stage, or files; `stage` is None where files do not belong to ranks."""
 
     stage: int | None
     title: str
@@ -95,46 +95,48 @@ class Panel:
 
 @dataclass(frozen=True)
 class Grid:
-    """All panels, and what a segment of them is."""
+    """All panels, and what their segments stand for."""
 
     panels: tuple[Panel, ...]
     detail: Detail
 
     @property
     def largest(self) -> int:
-        """Bytes of the largest cell; the measure of all."""
+        """Bytes of the largest cell, to which all bars are scaled."""
         return max(cell.nbytes for panel in self.panels for cell in panel.cells)
 
     @property
     def kinds(self) -> list[str]:
-        """The kinds that occur, in the legend's order."""
+        """Kinds that occur, in the legend's order."""
         held = {segment.kind for panel in self.panels for column in panel.columns for segment in column.kinds}
         return [kind for kind in KINDS if kind in held]
 
 
 def kind_of(slot: str) -> str:
-    """The kind of a slot."""
-    return _KIND_OF[slot]
+    """Kind of a slot, a key of `KINDS`."""
+    return _KIND_BY_SLOT[slot]
 
 
 def grid(found: Survey) -> Grid:
-    """Cut the survey into panels, columns and cells."""
+    """Divide the survey into panels, columns and cells."""
     stages: dict[int, list[str]] = {}
     for file in found.by_file:
         stages.setdefault(found.stage(file), []).append(file)
     parts = [
         (stage, groups, which)
         for stage, files in sorted(stages.items())
-        for groups, which in _parts(files, *(_RANKS if found.cut else _FILES))
+        for groups, which in _panel_columns(files, *(_RANKS if found.cut else _FILES))
     ]
     detail = _detail(found, [group for _, groups, _ in parts for group in groups])
     return Grid(tuple(_panel(found, *part, detail) for part in parts), detail)
 
 
-def _parts(files: Sequence[str], noun: str, abreast: int, most: int) -> Iterator[tuple[list[Sequence[str]], str]]:
-    """The columns of each panel that these files need, and which files they are."""
-    columns = _groups(files, -(-len(files) // most))
-    panels = _groups(columns, -(-len(columns) // -(-len(columns) // abreast)))
+def _panel_columns(
+    files: Sequence[str], noun: str, per_panel: int, max_columns: int
+) -> Iterator[tuple[list[Sequence[str]], str]]:
+    """Columns of each panel that these files need, and the panel's files in words."""
+    columns = _chunks(files, -(-len(files) // max_columns))
+    panels = _chunks(columns, -(-len(columns) // -(-len(columns) // per_panel)))
     first = 0
     for panel in panels:
         last = first + sum(map(len, panel))
@@ -143,18 +145,18 @@ def _parts(files: Sequence[str], noun: str, abreast: int, most: int) -> Iterator
         first = last
 
 
-def _groups(items: Sequence[T], length: int) -> list[Sequence[T]]:
+def _chunks(items: Sequence[T], length: int) -> list[Sequence[T]]:
     return [items[start : start + length] for start in range(0, len(items), length)]
 
 
 def _detail(found: Survey, groups: Iterable[Sequence[str]]) -> Detail:
-    if len(found.holdings) <= _MAX_OF_TENSORS:
+    if len(found.holdings) <= _MAX_TENSOR_SEGMENTS:
         return Detail.TENSORS
-    of_kinds = sum(
+    kind_segments = sum(
         len({(_row(holding), kind_of(holding.slot)) for file in group for holding in found.by_file[file]})
         for group in groups
     )
-    return Detail.KINDS if of_kinds <= _MAX_OF_KINDS else Detail.CELLS
+    return Detail.KINDS if kind_segments <= _MAX_KIND_SEGMENTS else Detail.CELLS
 
 
 def _row(holding: Holding) -> str | int:
@@ -168,50 +170,50 @@ def _order(row: str | int) -> tuple[int, int]:
 
 
 def _panel(found: Survey, stage: int, groups: Sequence[Sequence[str]], which: str, detail: Detail) -> Panel:
-    """A panel of these columns, each one file or several; `which` says so in words."""
+    """Panel of these columns, each of one file or several; `which` is the panel's files in words."""
     files = [file for group in groups for file in group]
     rows = sorted({_row(holding) for file in files for holding in found.by_file[file]}, key=_order)
     number = {row: index for index, row in enumerate(rows)}
     columns, cells = [], []
     for index, (group, label) in enumerate(zip(groups, _labels(found, [group[0] for group in groups]), strict=True)):
-        name = short(group[0]) if len(group) == 1 else f"{short(group[0])} to {short(group[-1])}"
+        name = short_name(group[0]) if len(group) == 1 else f"{short_name(group[0])} to {short_name(group[-1])}"
         held = [holding for file in group for holding in found.by_file[file]]
         columns.append(Column(name, label, _by_kind(held)))
-        of_row: dict[str | int, list[Holding]] = {}
+        by_row: dict[str | int, list[Holding]] = {}
         for holding in held:
-            of_row.setdefault(_row(holding), []).append(holding)
-        for row, holdings in of_row.items():
-            text = "\n".join([f"{_words(row)}, {name}", *_contents(holdings, detail)])
+            by_row.setdefault(_row(holding), []).append(holding)
+        for row, holdings in by_row.items():
+            text = "\n".join([f"{_row_label(row)}, {name}", *_contents(holdings, detail)])
             cells.append(Cell(number[row], index, _segments(holdings, detail), text))
-    title = f"{_of_stage(found, stage)}{which}, {size(sum(column.nbytes for column in columns))}"
-    return Panel(stage if found.cut else None, title, tuple(columns), tuple(map(_words, rows)), tuple(cells))
+    title = f"{_stage_prefix(found, stage)}{which}, {size(sum(column.nbytes for column in columns))}"
+    return Panel(stage if found.cut else None, title, tuple(columns), tuple(map(_row_label, rows)), tuple(cells))
 
 
-def _words(row: str | int) -> str:
+def _row_label(row: str | int) -> str:
     return row if isinstance(row, str) else f"layer {row}"
 
 
-def _of_stage(found: Survey, stage: int) -> str:
+def _stage_prefix(found: Survey, stage: int) -> str:
     if found.cut is None or found.cut.pp == 1:
         return ""
-    return f"stage {stage}, {layers_of(found, stage)}, "
+    return f"stage {stage}, {stage_layers(found, stage)}, "
 
 
 def _labels(found: Survey, files: Sequence[str]) -> list[str]:
-    """Short names of files side by side: a rank's numbers, or the name without what all of them begin and end with."""
+    """Short column labels: the rank's numbers, or the file name without the beginning and end that all names share."""
     if found.cut is not None:
         ranks = [found.ranks[file] for file in files]
         return [f"tp{rank.tp} ep{rank.ep}" if found.cut.ep > 1 else f"tp{rank.tp}" for rank in ranks]
-    names = list(map(short, files))
+    names = list(map(short_name, files))
     if len(names) == 1:
         return names
-    start = _alike(names)
-    end = _alike([name[start:][::-1] for name in names])
+    start = _common_prefix_length(names)
+    end = _common_prefix_length([name[start:][::-1] for name in names])
     return [name[start : len(name) - end] for name in names]
 
 
-def _alike(names: Iterable[str]) -> int:
-    """How many letters all names begin with."""
+def _common_prefix_length(names: Iterable[str]) -> int:
+    """Length of the beginning that all names share."""
     return sum(1 for _ in itertools.takewhile(lambda letters: len(set(letters)) == 1, zip(*names, strict=False)))
 
 
@@ -237,8 +239,8 @@ def _contents(holdings: Sequence[Holding], detail: Detail) -> list[str]:
     total = f"{size(sum(holding.nbytes for holding in holdings))} in {count(count_tensors(holdings), 'tensor')}"
     if detail is not Detail.TENSORS:
         held = {kind: [holding for holding in holdings if kind_of(holding.slot) == kind] for kind in KINDS}
-        of_kinds = ((kind, sum(holding.nbytes for holding in those)) for kind, those in held.items() if those)
-        return [total, *(f"{kind}: {size(nbytes)}" for kind, nbytes in of_kinds)]
+        sizes = ((kind, sum(holding.nbytes for holding in group)) for kind, group in held.items() if group)
+        return [total, *(f"{kind}: {size(nbytes)}" for kind, nbytes in sizes)]
     shown = [
         f"{holding.name} {list(holding.shape)} {holding.dtype}, {size(holding.nbytes)}"
         for holding in holdings[:_MAX_NAMES]

@@ -1,4 +1,4 @@
-"""The page around the pictures: one file that asks for nothing, in which all that a checkpoint says is text."""
+"""HTML page around the pictures: one file that loads nothing, with all text from the checkpoint escaped."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from .svg import kind_class, panel_svg, totals_svg
 
 def page(found: Survey) -> str:
     """The whole HTML page."""
-    drawn = grid(found)
-    script = _data("tooltip.js")
+    shard_grid = grid(found)
+    script = _resource("tooltip.js")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    return Template(_data("page.html")).substitute(
+    return Template(_resource("page.html")).substitute(
         digest=digest,
         script=script,
         title=escape(_title(found)),
         path=escape(found.origin.described),
         tiles="".join(_tile(label, value) for label, value in _tiles(found)),
-        legend="".join(_legend(kind) for kind in drawn.kinds),
-        totals=totals_svg(drawn),
-        measure=escape(_measure(drawn)),
+        legend="".join(_legend(kind) for kind in shard_grid.kinds),
+        totals=totals_svg(shard_grid),
+        measure=escape(_scale_text(shard_grid)),
         panels="".join(
-            f'<section class="panel"><h3>{escape(panel.title)}</h3>{panel_svg(panel, drawn.largest, f"p{index}")}</section>'
-            for index, panel in enumerate(drawn.panels)
+            f'<section class="panel"><h3>{escape(panel.title)}</h3>{panel_svg(panel, shard_grid.largest, f"p{index}")}</section>'
+            for index, panel in enumerate(shard_grid.panels)
         ),
         sections="".join(_section(section.title, section.rows) for section in sections(found)),
         files="".join(_row(row) for row in file_rows(found)),
@@ -41,12 +41,12 @@ def page(found: Survey) -> str:
     )
 
 
-def _data(name: str) -> str:
+def _resource(name: str) -> str:
     return (resources.files(__package__) / name).read_text(encoding="utf-8")
 
 
 def _title(found: Survey) -> str:
-    """The folder's name, and its parent's where its own says only an iteration."""
+    """Folder name, preceded by the parent's where the folder is only an iteration."""
     path = Path(found.origin.described).absolute()
     return "/".join(path.parts[-2:] if found.ranks and len(path.parts) > 2 else path.parts[-1:])
 
@@ -55,8 +55,8 @@ def _tiles(found: Survey) -> list[tuple[str, str]]:
     total, active = count_parameters(found.spec)
     nbytes = sum(holding.nbytes for holding in found.holdings)
     parallel = found.origin.parallel
-    tiles = [("parameters", _short(total))]
-    tiles += [("active", _short(active))] if active != total else []
+    tiles = [("parameters", _abbreviated(total))]
+    tiles += [("active", _abbreviated(active))] if active != total else []
     tiles += [("weights", size(nbytes)), ("layers", str(found.spec.num_layers))]
     if parallel is None:
         return [*tiles, ("files", f"{len(found.by_file):,}")]
@@ -66,8 +66,8 @@ def _tiles(found: Survey) -> list[tuple[str, str]]:
     return [*tiles, ("parallel", sizes), (count(len(found.by_file), "file").split()[1], f"{len(found.by_file):,}")]
 
 
-def _short(number: int) -> str:
-    """A number of parameters as people say it: 8.03 B."""
+def _abbreviated(number: int) -> str:
+    """Parameter count with a unit, such as 8.03 B."""
     value, units = float(number), iter(("", " K", " M", " B", " T"))
     unit = next(units)
     while value >= 999.5 and unit != " T":
@@ -75,11 +75,11 @@ def _short(number: int) -> str:
     return f"{value:.3g}{unit}"
 
 
-def _measure(drawn: Grid) -> str:
-    words = f"A bar is as long as its cell has bytes; the longest stands for {size(drawn.largest)}."
-    if drawn.detail is Detail.CELLS:
+def _scale_text(shard_grid: Grid) -> str:
+    words = f"A bar is as long as its cell has bytes; the longest stands for {size(shard_grid.largest)}."
+    if shard_grid.detail is Detail.CELLS:
         return f"{words} It is in the colour of what it holds most of. Point at one to see what it holds."
-    return f"{words} Each part of a bar is {drawn.detail.value}. Point at one to see what it holds."
+    return f"{words} Each part of a bar is {shard_grid.detail.value}. Point at one to see what it holds."
 
 
 def _tile(label: str, value: str) -> str:

@@ -1,4 +1,4 @@
-"""Drawing the grid as SVG, which scales with the page; colours are the page's."""
+"""SVG drawing of the grid; it scales with the page, whose style sheet has the colours."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from .grid import KINDS, Cell, Column, Grid, Panel, Segment
 
 _WIDTH, _GUTTER = 1080.0, 84.0
 _ROW, _BAR = 17.0, 13.0
-#: Height of the line that names columns, and from which width on a column has room for its name and its bytes.
+#: Height of the header with horizontal and with vertical labels, and the column width from which they are horizontal.
 _HEADER, _TALL_HEADER = 34.0, 62.0
-_ROOM_FOR_LABEL = 52.0
-#: Room that a letter takes.
+_LABEL_WIDTH = 52.0
+#: Width of a letter.
 _LETTER = 7.0
-#: A tensor is seen however small it is.
-_LEAST = 1.0
-_CHART, _CHART_BASE, _CHART_HIGH = 132.0, 106.0, 96.0
+#: Length of the shortest bar, so that the smallest tensor is visible.
+_SHORTEST_BAR = 1.0
+_CHART, _CHART_BASE, _CHART_HEIGHT = 132.0, 106.0, 96.0
 _CLASS = {kind: f"k{index}" for index, kind in enumerate(KINDS)}
 
 
 def kind_class(kind: str) -> str:
-    """The page's class of a kind's colour."""
+    """CSS class that has the colour of a kind."""
     return _CLASS[kind]
 
 
 def panel_svg(panel: Panel, largest: int, name: str) -> str:
-    """One panel; `largest` bytes fill a column. `name` makes its ids unique in the page."""
+    """Picture of one panel; `largest` bytes fill a column. `name` makes its ids unique in the page."""
     pitch = (_WIDTH - _GUTTER) / len(panel.columns)
-    top = _TALL_HEADER if pitch < _ROOM_FOR_LABEL else _HEADER
+    top = _TALL_HEADER if pitch < _LABEL_WIDTH else _HEADER
     height = top + _ROW * len(panel.rows) + 4
     described = f"{len(panel.rows)} rows by {len(panel.columns)} columns; bars are as long as their cells have bytes"
     return "".join(
@@ -45,7 +45,7 @@ def panel_svg(panel: Panel, largest: int, name: str) -> str:
 
 
 def totals_svg(grid: Grid) -> str:
-    """The bytes of every column of all panels as standing bars, pipeline stages a little apart."""
+    """Bar chart of the bytes of every column of all panels, with gaps between pipeline stages."""
     stages: dict[int | None, list[Column]] = {}
     for panel in grid.panels:
         stages.setdefault(panel.stage, []).extend(panel.columns)
@@ -55,7 +55,7 @@ def totals_svg(grid: Grid) -> str:
     most = max(column.nbytes for columns in stages.values() for column in columns)
     parts = [
         _open(_WIDTH, _CHART, "totals", "Bytes of weights in each column of the map", "stacked by kind of tensor"),
-        _text(_GUTTER - 8, _CHART_BASE - _CHART_HIGH + 8, size(most), "axis end"),
+        _text(_GUTTER - 8, _CHART_BASE - _CHART_HEIGHT + 8, size(most), "axis end"),
         _text(_GUTTER - 8, _CHART_BASE, "0", "axis end"),
         f'<path class="line" d="M{_number(_GUTTER)} {_number(_CHART_BASE + 0.5)}H{_number(_WIDTH)}"/>',
     ]
@@ -67,20 +67,20 @@ def totals_svg(grid: Grid) -> str:
                 _text(left + width / 2, _CHART_BASE + 18, f"stage {stage}" if width > 56 else str(stage), "axis middle")
             )
         for column in columns:
-            parts.append(_standing(column, left, pitch, _CHART_HIGH / most if most else 0.0))
-            if len(stages) == 1 and pitch >= _ROOM_FOR_LABEL:
-                parts.append(_text(left + pitch / 2, _CHART_BASE + 18, _fitting(column, pitch), "axis middle"))
+            parts.append(_stacked_bar(column, left, pitch, _CHART_HEIGHT / most if most else 0.0))
+            if len(stages) == 1 and pitch >= _LABEL_WIDTH:
+                parts.append(_text(left + pitch / 2, _CHART_BASE + 18, _fitting_label(column, pitch), "axis middle"))
             left += pitch
         left += gap
     return "".join([*parts, "</svg>"])
 
 
-def _fitting(column: Column, room: float) -> str:
-    """The longest name of a column that has room."""
+def _fitting_label(column: Column, room: float) -> str:
+    """Name of a column if there is room for it, else its label."""
     return column.name if len(column.name) * _LETTER <= room - 8 else column.label
 
 
-def _standing(column: Column, left: float, pitch: float, scale: float) -> str:
+def _stacked_bar(column: Column, left: float, pitch: float, scale: float) -> str:
     width = min(pitch * (0.8 if pitch > 4 else 1.0), 90.0)
     bars, bottom = [], _CHART_BASE
     for segment in column.kinds:
@@ -109,8 +109,8 @@ def _column_labels(columns: tuple[Column, ...], pitch: float, top: float, height
     for index, column in enumerate(columns):
         x = _GUTTER + index * pitch
         yield f'<path class="line" d="M{_number(x)} {_number(top - 4)}V{_number(height)}"/>'
-        if pitch >= _ROOM_FOR_LABEL:
-            yield _text(x + 4, top - 20, _fitting(column, pitch), "column")
+        if pitch >= _LABEL_WIDTH:
+            yield _text(x + 4, top - 20, _fitting_label(column, pitch), "column")
             yield _text(x + 4, top - 7, size(column.nbytes), "axis")
         else:
             middle = x + min(pitch / 2, 8) + 3
@@ -122,19 +122,19 @@ def _column_labels(columns: tuple[Column, ...], pitch: float, top: float, height
 
 def _cell(cell: Cell, pitch: float, top: float, largest: int) -> str:
     x, y = _GUTTER + cell.column * pitch, top + cell.row * _ROW + (_ROW - _BAR) / 2
-    margin = 4.0 if pitch >= _ROOM_FOR_LABEL else min(pitch * 0.1, 2.0)
+    margin = 4.0 if pitch >= _LABEL_WIDTH else min(pitch * 0.1, 2.0)
     room = pitch - 2 * margin
-    length = max(room * cell.nbytes / largest, _LEAST) if largest else _LEAST
+    length = max(room * cell.nbytes / largest, _SHORTEST_BAR) if largest else _SHORTEST_BAR
     bars = []
-    for segment, (left, right) in zip(cell.segments, _cuts(cell.segments, length), strict=True):
+    for segment, (left, right) in zip(cell.segments, _segment_ends(cell.segments, length), strict=True):
         bars.append(_rect(segment.kind, x + margin + left, y, right - left, _BAR))
     return _group(cell.text, "".join(bars))
 
 
-def _cuts(segments: tuple[Segment, ...], length: float) -> list[tuple[float, float]]:
-    """Where each segment of a bar begins and ends: by bytes, but none so short that it is not seen while there is room."""
+def _segment_ends(segments: tuple[Segment, ...], length: float) -> list[tuple[float, float]]:
+    """Start and end of each segment of a bar: proportional to its bytes, but no shorter than visible while there is room."""
     total = sum(segment.nbytes for segment in segments)
-    least = min(_LEAST, length / (2 * len(segments)))
+    least = min(_SHORTEST_BAR, length / (2 * len(segments)))
     lengths = [max(length * segment.nbytes / total, least) if total else least for segment in segments]
     spare, excess = sum(max(one - least, 0.0) for one in lengths), sum(lengths) - length
     shrink = 1 - excess / spare if spare > 0 else 1.0

@@ -1,5 +1,5 @@
 
-// Shows a cell's title at once and in lines, where a browser alone would show it late. Without it, titles do the work.
+// Shows a cell's title at once and on several lines; without this script the browser shows it after a delay.
 (() => {
   const tip = document.getElementById("tip");
   const place = (event) => {
