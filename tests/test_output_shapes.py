@@ -60,7 +60,7 @@ def test_a_shape_in_a_safetensors_header(hf_out: Path) -> None:
     assert not _faults(hf_out)
     _reshape(hf_out)
     assert _faults(hf_out) == [
-        "model.safetensors has other bytes beside its tensors",
+        "model.safetensors has changed outside its tensors",
         f"model.safetensors: {_DOWN} (layer 1 fc2) has shape [112, 64] instead of [64, 112]",
     ]
 
@@ -110,7 +110,7 @@ def _retype(metadata: Metadata) -> None:
         (
             _swap_places,
             [
-                f"{_OUTPUT} [{row},0] (output_layer) is said to lie in {{}}/__{rank}_0.distcp from byte "
+                f"{_OUTPUT} [{row},0] (output_layer) is not in {{}}/__{rank}_0.distcp from byte "
                 for row, rank in ((0, 1), (128, 0))
             ],
         ),
@@ -152,7 +152,7 @@ def test_an_archive_that_holds_another_shape(dist_out: Path) -> None:
     data[item.start : item.start + item.nbytes] = buffer.getvalue()
     Path(item.path).write_bytes(data)
     first, second = _faults(dist_out)
-    assert first == "__0_0.distcp has other bytes beside its tensors"
+    assert first == "__0_0.distcp has changed outside its tensors"
     assert second.startswith(f"__0_0.distcp: {_OUTPUT} [0,0] (output_layer) cannot be read: ")
     assert second.endswith(
         "should hold float32 [128, 64] but holds float32 [64, 128]; the checkpoint is damaged, copy it again"
@@ -165,7 +165,7 @@ def test_an_archive_that_cannot_be_read(dist_out: Path) -> None:
     data[item.start + item.nbytes - 22] ^= 1  # the end record's signature
     Path(item.path).write_bytes(data)
     first, second = _faults(dist_out)
-    assert "has other bytes beside its tensors" in first
+    assert "has changed outside its tensors" in first
     assert f"{_NORM} [0] (final_norm) cannot be read: " in second
 
 
@@ -178,7 +178,7 @@ def test_a_manifest_of_an_earlier_version_is_checked_for_the_rest(hf_out: Path, 
         (folder / "conversion.json").write_text(json.dumps(with_digest(manifest)))
         assert not _faults(folder)
     _reshape(hf_out)
-    assert _faults(hf_out) == ["model.safetensors has other bytes beside its tensors"]
+    assert _faults(hf_out) == ["model.safetensors has changed outside its tensors"]
     _change_index(dist_out, _swap_places)
     assert len(_faults(dist_out)) == 3
 

@@ -250,7 +250,7 @@ def test_a_stale_row_of_padding_is_no_difference_of_models_but_one_of_files(chec
     changed = mutate(meg, tmp_path / "meg", stale)
     assert contrast(source, changed).equal
     faults = check_output(changed / "iter_0000001", Silent()).faults
-    # torch wrote all files anew, with other bytes beside the tensors; of the tensors one alone is another.
+    # torch wrote all files anew, with other bytes beside the tensors; of the tensors only one differs.
     assert [(fault.file, fault.tensor, fault.holds) for fault in faults if fault.tensor] == [
         (f"mp_rank_01_001/{FILE}", "output_layer.weight", ("output_layer",))
     ]
@@ -591,7 +591,9 @@ def test_a_small_file_that_changed_or_is_missing_is_named(outputs: tuple[Path, P
     (hf / "config.json").write_text((hf / "config.json").read_text() + " ")
     flags = next(megatron.rglob("pretrain_gpt_flags.txt"))
     flags.unlink()
-    assert [str(fault) for fault in check_output(hf, Silent()).faults] == ["config.json is not as it was written"]
+    assert [str(fault) for fault in check_output(hf, Silent()).faults] == [
+        "config.json has changed since it was written"
+    ]
     assert [str(fault) for fault in check_output(flags.parent, Silent()).faults] == [
         "pretrain_gpt_flags.txt is missing"
     ]
@@ -607,7 +609,7 @@ def test_a_damaged_tensor_is_named_with_its_slots(
     _damage(hf / "model.safetensors", offset + nbytes - 1)
     code, out, _ = run(capsys, "verify", hf)
     assert code == 1
-    assert f"damaged: model.safetensors: {name} (layer 1 qkv) has other bytes than were written" in out
+    assert f"damaged: model.safetensors: {name} (layer 1 qkv) has changed since it was written" in out
     assert "DAMAGED: 1 fault; checked 39 tensors" in out
     (fault,) = json.loads(run(capsys, "verify", hf, "--json")[1])["faults"]
     assert (fault["file"], fault["tensor"], fault["holds"]) == ("model.safetensors", name, ["layer 1 qkv"])
@@ -631,7 +633,7 @@ def test_files_that_are_missing_cut_or_too_many(outputs: tuple[Path, Path]) -> N
         f"mp_rank_00_001/{FILE} has {size - 5} bytes instead of {size}",
     ]
     assert "is truncated" in faults[2]
-    assert faults[3:] == [f"mp_rank_02_001/{FILE} is there, but not in conversion.json"]
+    assert faults[3:] == [f"mp_rank_02_001/{FILE} is not listed in conversion.json"]
 
 
 def test_tensors_that_are_missing_added_or_of_another_type(outputs: tuple[Path, Path]) -> None:
@@ -645,10 +647,10 @@ def test_tensors_that_are_missing_added_or_of_another_type(outputs: tuple[Path, 
     assert faults[0].startswith("model.safetensors has ")
     shown = "\n".join(faults)
     assert len(faults) == 5
-    assert "new is no tensor of the manifest" in shown
+    assert "new is not listed in conversion.json" in shown
     assert "model.layers.0.mlp.up_proj.weight (layer 0 fc1) is missing" in shown
     assert "lm_head.weight (output_layer) is 25472 bytes of float16 instead of 50944 of float32" in shown
-    assert "model.norm.weight (final_norm) has other bytes than were written" in shown
+    assert "model.norm.weight (final_norm) has changed since it was written" in shown
 
 
 def test_a_tensor_saved_with_other_strides_is_named(outputs: tuple[Path, Path]) -> None:

@@ -1,1 +1,1 @@
-"""Two models, or a model and the manifest of its conversion, compared."""
+"""Comparison of two models, or of an output with the manifest of its conversion."""

@@ -1,7 +1,7 @@
-"""Check an output against its manifest alone: every byte of its files, without the source and without a model.
+"""Check of an output against its manifest alone: every byte of its files, without the source and without building a model.
 
-Each tensor's bytes have a CRC-32 in the manifest, and the bytes beside the tensors a digest. A file whose other bytes changed is
-read as its format says, to tell which tensors it lost, gained, moved or holds in another shape.
+The manifest has a CRC-32 for the bytes of each tensor, and a digest for the remaining bytes of each file. If the remaining bytes
+changed, the file is parsed to find which tensors are missing, added, moved or of another shape.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from ..storage.checksum import blocks, digest, file_crc32
 from ..storage.dcp_layout import chunk_name
 from ..storage.tensor import StoredTensor, contiguous_strides
 
-#: Entries of a rank's file that are models.
+#: Names of the entries of a rank's file that are models.
 _MODEL = re.compile(r"model\d*")
-#: A tensor of a file, or why it cannot be read.
-_Found = StoredTensor | ConversionError
+#: A tensor of a file, or the error of reading it.
+_TensorOrError = StoredTensor | ConversionError
 
 
 @dataclass(frozen=True)
 class Fault:
-    """What is wrong with a file, or with one tensor of it and the slots that this holds."""
+    """Fault of a file, or of one tensor in it; `holds` are the slots of that tensor."""
 
     file: str
     tensor: str
@@ -48,7 +48,7 @@ class Fault:
 
 @dataclass(frozen=True)
 class Checked:
-    """What was checked, and every fault in the order of files and tensors."""
+    """Result of a check: what was read, and every fault in the order of files and tensors."""
 
     folder: Path
     files: int
@@ -57,8 +57,8 @@ class Checked:
     faults: list[Fault]
 
 
-class _Recorded(NamedTuple):
-    """What the manifest says of a tensor. Those of earlier versions say no shape."""
+class _TensorEntry(NamedTuple):
+    """Manifest entry of a tensor; `shape` is None in manifests of earlier versions, which lack it."""
 
     holds: tuple[str, ...]
     dtype: str
@@ -68,41 +68,41 @@ class _Recorded(NamedTuple):
     crc32: int
 
     @classmethod
-    def of(cls, entry: Any) -> _Recorded:
-        """From the manifest's entry; raises what a damaged one makes it raise."""
+    def parse(cls, entry: Any) -> _TensorEntry:
+        """Parse an entry. For a damaged one raises KeyError, TypeError, ValueError or AttributeError."""
         offset, nbytes = entry["at"]
         if type(offset) is not int or type(nbytes) is not int or min(offset, nbytes) < 0:
-            raise ValueError(f"{offset!r} and {nbytes!r} are no stretch of a file")
+            raise ValueError(f"{offset!r} and {nbytes!r} are not a range of bytes")
         shape = tuple(map(int, entry["shape"])) if "shape" in entry else None
         return cls(tuple(map(str, entry["holds"])), str(entry["dtype"]), shape, offset, nbytes, int(entry["crc32"], 16))
 
-    def other_shape(self, shape: tuple[int, ...]) -> str | None:
-        """What is wrong with a stored tensor of this shape."""
-        return None if self.shape in (None, shape) else _instead(shape, self.shape)
+    def shape_fault(self, shape: tuple[int, ...]) -> str | None:
+        """Text of the fault if a stored tensor of this shape does not match, else None."""
+        return None if self.shape in (None, shape) else _shape_text(shape, self.shape)
 
 
 @dataclass(frozen=True)
-class _File:
-    """What the manifest says of a file, and where it should be."""
+class _FileEntry:
+    """Manifest entry of a file, and its path; `outside` is the digest of its bytes outside tensors."""
 
     name: str
     path: str
     nbytes: int
     outside: str
-    tensors: dict[str, _Recorded]
+    tensors: dict[str, _TensorEntry]
 
 
 class _Task(NamedTuple):
-    """A stretch of a file whose checksum is known."""
+    """Range of bytes in a file to be checked: those of one tensor."""
 
-    file: _File
+    file: _FileEntry
     tensor: str
     offset: int
     nbytes: int
 
 
 def find_output(path: Path, name: str | None) -> Path:
-    """The folder with the manifest: `name` in `path`, `path` itself, or the one that its tracker names."""
+    """Folder with the manifest: `name` in `path`, `path` itself, or the one that its tracker file names."""
     if name is not None:
         return path / name
     if (path / MANIFEST).exists() or not (path / TRACKER).exists():
@@ -111,35 +111,35 @@ def find_output(path: Path, name: str | None) -> Path:
 
 
 def check_output(folder: Path, progress: Progress) -> Checked:
-    """Compare every file of an output with the manifest in `folder`; raises `ConversionError` if that is missing or damaged."""
+    """Compare every file of an output with the manifest in `folder`; raises `ConversionError` if it is missing or damaged."""
     manifest = read_manifest(folder / MANIFEST)
-    files = [_recorded(folder, name, entry) for name, entry in manifest["files"].items()]
-    faults = [Fault(name, "", (), f"is there, but not in {MANIFEST}") for name in _strangers(folder, files)]
-    faults += _beside(folder, manifest.get("beside"))
+    files = [_file_entry(folder, name, entry) for name, entry in manifest["files"].items()]
+    faults = [Fault(name, "", (), f"is not listed in {MANIFEST}") for name in _unlisted_files(folder, files)]
+    faults += _side_file_faults(folder, manifest.get("beside"))
     tasks: list[_Task] = []
     for file in files:
-        found, to_read = _look_at(file)
-        faults += found
-        tasks += to_read
+        file_faults, file_tasks = _check_file(file)
+        faults += file_faults
+        tasks += file_tasks
     if (folder / dcp.METADATA).exists() and any(fault.file == dcp.METADATA for fault in faults):
-        faults += _of_index(folder, files)
+        faults += _index_faults(folder, files)
     faults += _check_tensors(tasks, progress)
     order = {(file.name, tensor): number for file in files for number, tensor in enumerate(("", *file.tensors))}
     faults.sort(key=lambda fault: (fault.file, order.get((fault.file, fault.tensor), len(order))))
     return Checked(folder, len(files), len(tasks), sum(task.nbytes for task in tasks), faults)
 
 
-def _recorded(folder: Path, name: str, entry: Any) -> _File:
-    """An entry of the manifest, which may have been damaged like everything else."""
+def _file_entry(folder: Path, name: str, entry: Any) -> _FileEntry:
+    """Parse a file's entry in the manifest; raises `ConversionError` if it is damaged."""
     try:
         if not _is_inside(name):
             raise ValueError("it lies outside the folder")
-        tensors = {key: _Recorded.of(value) for key, value in entry["tensors"].items()}
+        tensors = {key: _TensorEntry.parse(value) for key, value in entry["tensors"].items()}
         if type(entry["bytes"]) is not int or type(entry["outside"]) is not str:
-            raise ValueError("bytes or digest are none")
+            raise ValueError("its size is not a whole number, or its digest is not text")
         if any(tensor.offset + tensor.nbytes > entry["bytes"] for tensor in tensors.values()):
             raise ValueError("a tensor ends beyond the file")
-        return _File(name, str(folder / name), entry["bytes"], entry["outside"], tensors)
+        return _FileEntry(name, str(folder / name), entry["bytes"], entry["outside"], tensors)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ConversionError(
             f"{folder / MANIFEST}: the entry for {one_line(name)} is damaged, or of an older version ({error!r}); "
@@ -148,13 +148,13 @@ def _recorded(folder: Path, name: str, entry: Any) -> _File:
 
 
 def _is_inside(name: str) -> bool:
-    """Whether it is the path of a file within the folder."""
+    """Whether `name` is a relative path that stays within the folder."""
     path = PurePosixPath(name)
     return not path.is_absolute() and ".." not in path.parts and "\0" not in name
 
 
-def _beside(folder: Path, recorded: Any) -> Iterator[Fault]:
-    """Small files that are not as they were written: configuration, tokenizer, arguments."""
+def _side_file_faults(folder: Path, recorded: Any) -> Iterator[Fault]:
+    """Faults of the small files beside the weights: configuration, tokenizer, arguments."""
     for name, value in (recorded if isinstance(recorded, dict) else {}).items():
         if not _is_inside(name):
             raise ConversionError(
@@ -171,11 +171,11 @@ def _beside(folder: Path, recorded: Any) -> Iterator[Fault]:
             )
         else:
             if not same:
-                yield Fault(name, "", (), "is not as it was written")
+                yield Fault(name, "", (), "has changed since it was written")
 
 
-def _strangers(folder: Path, files: Iterable[_File]) -> list[str]:
-    """Files that lie and end like those of the manifest, and are none of them: a reader would take them for parts of the model."""
+def _unlisted_files(folder: Path, files: Iterable[_FileEntry]) -> list[str]:
+    """Files that the manifest lacks, beside listed ones and of the same suffix: a reader would take them for parts of the model."""
     known = {file.name for file in files}
     paths = [Path(name) for name in known if Path(name).suffix]
     patterns = {"/".join(["*"] * (len(path.parts) - 1) + [f"*{path.suffix}"]) for path in paths}
@@ -183,34 +183,34 @@ def _strangers(folder: Path, files: Iterable[_File]) -> list[str]:
     return sorted(found - known)
 
 
-def _look_at(file: _File) -> tuple[list[Fault], list[_Task]]:
-    """What is wrong with a file as a whole, and where the bytes of its tensors can be checked."""
-    as_written = [_Task(file, name, tensor.offset, tensor.nbytes) for name, tensor in file.tensors.items()]
+def _check_file(file: _FileEntry) -> tuple[list[Fault], list[_Task]]:
+    """Faults of a file as a whole, and the ranges of bytes where its tensors can be checked."""
+    at_written_offsets = [_Task(file, name, tensor.offset, tensor.nbytes) for name, tensor in file.tensors.items()]
     try:
         size = os.path.getsize(file.path)
-        if size == file.nbytes and digest(_beside_tensors(file)) == file.outside:
-            return [], as_written
+        if size == file.nbytes and digest(_bytes_outside_tensors(file)) == file.outside:
+            return [], at_written_offsets
     except FileNotFoundError:
         return [Fault(file.name, "", (), "is missing")], []
     except OSError as error:
         return [Fault(file.name, "", (), f"cannot be read: {reason_of(error)}")], []
-    except EOFError as error:  # cut while it is read
+    except EOFError as error:  # truncated while it is read
         return [Fault(file.name, "", (), f"cannot be read: {error}")], []
     same_size = size == file.nbytes
-    fault = "has other bytes beside its tensors" if same_size else f"has {size} bytes instead of {file.nbytes}"
+    fault = "has changed outside its tensors" if same_size else f"has {size} bytes instead of {file.nbytes}"
     faults = [Fault(file.name, "", (), fault)]
     read = _READERS.get(Path(file.name).suffix)
-    if read is None:  # a format whose names cannot be looked up file by file
-        return faults, as_written if same_size else []
+    if read is None:  # a format whose tensors cannot be found from one file alone
+        return faults, at_written_offsets if same_size else []
     try:
         found = read(file.path)
     except ConversionError as error:
         faults.append(Fault(file.name, "", (), _unreadable(error)))
-        return faults, as_written if same_size else []
-    return _match(file, found, faults)
+        return faults, at_written_offsets if same_size else []
+    return _match_tensors(file, found, faults)
 
 
-def _beside_tensors(file: _File) -> Iterator[bytes]:
+def _bytes_outside_tensors(file: _FileEntry) -> Iterator[bytes]:
     end = 0
     for tensor in sorted(file.tensors.values(), key=lambda tensor: tensor.offset):
         yield from blocks(file.path, end, max(tensor.offset - end, 0))
@@ -218,11 +218,13 @@ def _beside_tensors(file: _File) -> Iterator[bytes]:
     yield from blocks(file.path, end, max(file.nbytes - end, 0))
 
 
-def _match(file: _File, found: Mapping[str, _Found], faults: list[Fault]) -> tuple[list[Fault], list[_Task]]:
-    """Faults of a file that was written anew, and where its tensors lie now."""
+def _match_tensors(
+    file: _FileEntry, found: Mapping[str, _TensorOrError], faults: list[Fault]
+) -> tuple[list[Fault], list[_Task]]:
+    """Faults of a file that was rewritten, and the ranges of bytes of its tensors there."""
     tasks = []
     faults += [
-        Fault(file.name, name, (), "is no tensor of the manifest") for name in sorted(found.keys() - file.tensors)
+        Fault(file.name, name, (), f"is not listed in {MANIFEST}") for name in sorted(found.keys() - file.tensors)
     ]
     for name, recorded in file.tensors.items():
         data = found.get(name)
@@ -233,8 +235,8 @@ def _match(file: _File, found: Mapping[str, _Found], faults: list[Fault]) -> tup
         elif str(data.dtype) != recorded.dtype or data.nbytes != recorded.nbytes:
             text = f"is {data.nbytes} bytes of {data.dtype} instead of {recorded.nbytes} of {recorded.dtype}"
             faults.append(Fault(file.name, name, recorded.holds, text))
-        elif (other := recorded.other_shape(data.shape)) is not None:
-            faults.append(Fault(file.name, name, recorded.holds, other))
+        elif (fault := recorded.shape_fault(data.shape)) is not None:
+            faults.append(Fault(file.name, name, recorded.holds, fault))
         elif data.strides != contiguous_strides(data.shape):
             faults.append(Fault(file.name, name, recorded.holds, "is stored in another order of its elements"))
         else:
@@ -242,8 +244,8 @@ def _match(file: _File, found: Mapping[str, _Found], faults: list[Fault]) -> tup
     return faults, tasks
 
 
-def _model_of_torch(path: str) -> Mapping[str, StoredTensor]:
-    """The tensors of a rank's models; those of virtual pipeline stages after the model's name, as the manifest has them."""
+def _read_rank_file(path: str) -> Mapping[str, StoredTensor]:
+    """Tensors of a rank's models by key; with virtual pipeline stages the model's name comes first, as in the manifest."""
     content = torch_zip.read(path)
     entries = content.items() if isinstance(content, dict) else ()
     models = [(name, model) for name, model in entries if _MODEL.fullmatch(str(name)) and isinstance(model, Mapping)]
@@ -255,91 +257,93 @@ def _model_of_torch(path: str) -> Mapping[str, StoredTensor]:
     }
 
 
-def _chunks_of(path: str) -> Mapping[str, _Found]:
-    """The chunks of a distributed checkpoint's file, as its index finds them."""
+def _read_chunks(path: str) -> Mapping[str, _TensorOrError]:
+    """Chunks of a distributed checkpoint's file, located by its index."""
     index = dcp.read_index(Path(path).parent)
     return {
-        chunk_name(key, chunk.offsets): _stored(chunk, tensor.dtype)
+        chunk_name(key, chunk.offsets): _stored_chunk(chunk, tensor.dtype)
         for key, tensor in index.tensors.items()
         for chunk in tensor.chunks
         if chunk.item.path == path
     }
 
 
-def _stored(chunk: dcp.Chunk, dtype: DType) -> _Found:
+def _stored_chunk(chunk: dcp.Chunk, dtype: DType) -> _TensorOrError:
     try:
         return dcp.stored(chunk, dtype)
     except ConversionError as error:
         return error
 
 
-def _of_index(folder: Path, files: Iterable[_File]) -> Iterator[Fault]:
-    """What a distributed checkpoint's index says of its chunks otherwise than they were written; of another's index, that alone."""
+def _index_faults(folder: Path, files: Iterable[_FileEntry]) -> Iterator[Fault]:
+    """Faults of a distributed checkpoint's index, compared with the chunks as they were written; one fault if it is unreadable."""
     try:
         index = dcp.read_index(folder)
     except ConversionError as error:
         yield Fault(dcp.METADATA, "", (), _unreadable(error))
         return
-    left = {name: (file, tensor) for file in files for name, tensor in file.tensors.items()}
+    unmatched = {name: (file, tensor) for file in files for name, tensor in file.tensors.items()}
     for key, tensor in index.tensors.items():
         ends = []
         for chunk in tensor.chunks:
             name = chunk_name(key, chunk.offsets)
-            if name not in left:
-                yield Fault(dcp.METADATA, name, (), "is no tensor of the manifest")
+            if name not in unmatched:
+                yield Fault(dcp.METADATA, name, (), f"is not listed in {MANIFEST}")
                 continue
-            file, recorded = left.pop(name)
+            file, recorded = unmatched.pop(name)
             yield from (
-                Fault(dcp.METADATA, name, recorded.holds, text) for text in _faults_of(chunk, tensor, file, recorded)
+                Fault(dcp.METADATA, name, recorded.holds, text) for text in _chunk_faults(chunk, tensor, file, recorded)
             )
             if recorded.shape is not None:
                 ends.append([offset + size for offset, size in zip(chunk.offsets, recorded.shape, strict=False)])
         whole = tuple(map(max, zip(*ends, strict=False)))
         if len(ends) == len(tensor.chunks) and whole != tensor.shape:
-            yield Fault(dcp.METADATA, key, (), _instead(tensor.shape, whole))
-    yield from (Fault(dcp.METADATA, name, recorded.holds, "is missing") for name, (_, recorded) in left.items())
+            yield Fault(dcp.METADATA, key, (), _shape_text(tensor.shape, whole))
+    yield from (Fault(dcp.METADATA, name, recorded.holds, "is missing") for name, (_, recorded) in unmatched.items())
 
 
-def _faults_of(chunk: dcp.Chunk, tensor: dcp.ChunkedTensor, file: _File, recorded: _Recorded) -> Iterator[str]:
-    """What the index says wrongly of one chunk."""
+def _chunk_faults(
+    chunk: dcp.Chunk, tensor: dcp.ChunkedTensor, file: _FileEntry, recorded: _TensorEntry
+) -> Iterator[str]:
+    """Texts of what the index has wrong about one chunk."""
     item = chunk.item
     if str(tensor.dtype) != recorded.dtype:
         yield f"is {tensor.dtype} instead of {recorded.dtype}"
-    if (other := recorded.other_shape(chunk.sizes)) is not None:
-        yield other
+    if (fault := recorded.shape_fault(chunk.sizes)) is not None:
+        yield fault
     if item.path != file.path or not item.start <= recorded.offset <= item.start + item.nbytes - recorded.nbytes:
-        yield f"is said to lie in {item}, where it does not"
+        yield f"is not in {item}, where the index places it"
 
 
 def _unreadable(error: ConversionError) -> str:
-    """In one line, of whatever lists the error consists."""
+    """One line of text, even for an error that is a list."""
     return f"cannot be read: {' '.join(str(error).split())}"
 
 
-def _instead(shape: Iterable[int], written: Iterable[int] | None) -> str:
+def _shape_text(shape: Iterable[int], written: Iterable[int] | None) -> str:
     return f"has shape {list(shape)} instead of {list(written or ())}"
 
 
-_READERS: dict[str, Callable[[str], Mapping[str, _Found]]] = {
-    ".distcp": _chunks_of,
+_READERS: dict[str, Callable[[str], Mapping[str, _TensorOrError]]] = {
+    ".distcp": _read_chunks,
     ".safetensors": lambda path: safetensors.read(path).tensors,
-    ".pt": _model_of_torch,
+    ".pt": _read_rank_file,
 }
 
 
 def _check_tensors(tasks: Iterable[_Task], progress: Progress) -> list[Fault]:
-    """Read all tensors, the largest first, so that no thread is left alone with one at the end."""
+    """Faults of the tensors' bytes. Reads the largest first, so that no thread is left with a large one at the end."""
     queued = sorted(tasks, key=lambda task: -task.nbytes)
     progress.start(sum(task.nbytes for task in queued))
     pool = ThreadPoolExecutor(default_lanes())
     try:
-        return [fault for fault in pool.map(lambda task: _check(task, progress), queued) if fault is not None]
+        return [fault for fault in pool.map(lambda task: _check_tensor(task, progress), queued) if fault is not None]
     finally:
         pool.shutdown(cancel_futures=True)
         progress.stop()
 
 
-def _check(task: _Task, progress: Progress) -> Fault | None:
+def _check_tensor(task: _Task, progress: Progress) -> Fault | None:
     recorded = task.file.tensors[task.tensor]
     try:
         crc = file_crc32(task.file.path, task.offset, task.nbytes, progress)
@@ -347,5 +351,5 @@ def _check(task: _Task, progress: Progress) -> Fault | None:
         return Fault(task.file.name, task.tensor, recorded.holds, f"cannot be read: {error}")
     if crc == recorded.crc32:
         return None
-    text = f"has other bytes than were written (CRC-32 {crc:08x} instead of {recorded.crc32:08x})"
+    text = f"has changed since it was written (CRC-32 {crc:08x} instead of {recorded.crc32:08x})"
     return Fault(task.file.name, task.tensor, recorded.holds, text)

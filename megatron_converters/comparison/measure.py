@@ -1,4 +1,4 @@
-"""How the elements of two equally shaped tensors differ, counted chunk by chunk."""
+"""Measured differences between the elements of two tensors of one shape, counted chunk by chunk."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from ..model.layouts import RowMap
 
 @dataclass(frozen=True)
 class Place:
-    """One element where it is stored: file and tensor, its row and column there, its first byte in the file, its value.
+    """Stored element: `where` is its file and tensor, then its row and column there, its first byte in the file, its value.
 
-    Of a tensor that holds a matrix for each of several experts, row and column are those of the expert's own.
+    Where a tensor stacks the matrices of several experts, row and column count within the expert's matrix.
     """
 
     side: str
@@ -37,10 +37,10 @@ class Place:
 
 @dataclass(frozen=True)
 class Measure:
-    """Counts and sizes of differences: `largest` is infinite where only one value is a number.
+    """Number and size of differences; `largest` is infinite where only one of two values is a number.
 
-    `first` is the first differing element as row and column of the slot, and `places` is where both sides hold it. `norm` is the
-    2-norm of the first tensor and `distance` that of the difference; both None unless asked for.
+    `first` is row and column in the slot of the first element that differs, and `places` is where each side stores it. `norm` is
+    the 2-norm of the first tensor and `distance` that of the difference; both are None unless requested.
     """
 
     elements: int
@@ -53,7 +53,7 @@ class Measure:
 
     @property
     def relative(self) -> float:
-        """The difference's norm over the tensor's, where they were asked for; infinite where one of them is no finite number."""
+        """Norm of the difference over that of the tensor, if requested; infinite where either is not a finite number."""
         if not self.distance or self.norm is None:
             return 0.0
         comparable = self.norm and math.isfinite(self.norm) and math.isfinite(self.distance)
@@ -62,15 +62,15 @@ class Measure:
     def __str__(self) -> str:
         row, col = self.first or (0, 0)
         if not self.largest:
-            extent = "in bits alone (signs of zeros, or kinds of NaN)"
+            extent = "only in bits (signs of zeros, or kinds of NaN)"
         elif math.isinf(self.largest):
-            extent = "some in that only one side is a finite number"
+            extent = "some because only one side is a finite number"
         else:
             extent = f"by {self.largest:.6g} at most"
         return f"{self.differing} of {self.elements} elements differ, {extent}; the first is row {row}, column {col}"
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values; infinities and NaN, which JSON has not, as strings."""
+        """JSON values; infinities and NaN, which JSON lacks, as strings."""
         plain = dataclasses.asdict(self)
         if self.norm is not None:
             plain["relative"] = self.relative
@@ -79,7 +79,7 @@ class Measure:
 
 
 class Tally:
-    """Adds up a `Measure`: elements differ in bits, or by more than `tolerance` if that is above 0."""
+    """Running sums of a `Measure`: elements differ in bits, or by more than `tolerance` if that is above 0."""
 
     def __init__(self, tolerance: float, norms: bool) -> None:
         self.first: tuple[int, int] | None = None
@@ -88,9 +88,9 @@ class Tally:
         self._largest = self._norm = self._distance = 0.0
 
     def add(self, rows: RowMap, col: int, left: npt.NDArray[Any], right: npt.NDArray[Any], dtype: DType) -> int:
-        """Count two chunks in `dtype`'s carrier type whose rows are these of the slot (-1: padding, which is not counted).
+        """Count two chunks of the same `rows` of a slot, in the carrier type of `dtype`; row -1 is padding, which is not counted.
 
-        `col` is the slot's column of their first. Returns how many elements of each were compared.
+        `col` is the slot's column of the chunks' first column. Returns the number of elements compared on each side.
         """
         kept = rows >= 0
         if not kept.all():
@@ -103,7 +103,7 @@ class Tally:
         return left.size
 
     def measure(self, places: Iterable[Place]) -> Measure:
-        """What was counted."""
+        """Measure of all chunks so far; `places` are those of the first difference."""
         norms = (math.sqrt(self._norm), math.sqrt(self._distance)) if self._norms else (None, None)
         return Measure(self._elements, self._differing, self._largest, self.first, tuple(places), *norms)
 
@@ -133,17 +133,17 @@ class Tally:
 
 
 def _gap(left: npt.NDArray[np.float64], right: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """|left - right|: 0 for equal infinities and for two NaNs, infinite where only one is a number."""
+    """Absolute difference |left - right|: 0 for equal infinities and for two NaNs, infinite where only one is a number."""
     with np.errstate(invalid="ignore", over="ignore"):
         gap = np.abs(left - right)
-    odd = np.isnan(gap)
-    if odd.any():
+    undefined = np.isnan(gap)
+    if undefined.any():
         same = (left == right) | (np.isnan(left) & np.isnan(right))
-        gap[odd] = np.where(same[odd], 0.0, np.inf)
+        gap[undefined] = np.where(same[undefined], 0.0, np.inf)
     return gap
 
 
 def _squares(array: npt.NDArray[np.float64]) -> float:
-    """The sum of squares; not by BLAS, whose own threads would compete with ours."""
+    """Sum of squares; computed without BLAS, whose own threads would compete with ours."""
     with np.errstate(over="ignore"):
         return float(np.einsum("ij,ij->", array, array))

@@ -1,7 +1,7 @@
-"""Compare two models tensor by tensor, whatever their formats: what `verify` and `diff` report.
+"""Comparison of two models tensor by tensor, whatever their formats: what `verify` and `diff` report.
 
 Both sides are read as whole slots, a megabyte at a time from mapped files, in a few threads. Bits are compared as unsigned
-integers; values are computed only of chunks that differ, or where norms are asked for. Rows of vocabulary padding belong to no
+integers; values are computed only for chunks that differ, or where norms are requested. Rows of vocabulary padding belong to no
 slot, so they are never read.
 """
 
@@ -28,17 +28,17 @@ from ..model.slots import SLOTS, Ref, Scope, refs
 from ..storage.tensor import StoredTensor, release_mappings
 from .measure import Measure, Place, Tally
 
-#: What the two sides are called.
+#: Names of the two sides.
 NAMES = ("A", "B")
 _SCOPES, _SLOTS = list(Scope), list(SLOTS)
 
 
 @dataclass(frozen=True)
 class Rules:
-    """What counts as different: bits, or values more than `tolerance` apart if that is above 0.
+    """Rules for what counts as different: other bits, or values more than `tolerance` apart if that is above 0.
 
-    Tensors of two dtypes are compared as float32 (float64 if one is); that they are is a difference by itself unless
-    `ignore_dtype`. `norms` asks for the norms of all tensors, which takes longer.
+    Tensors of two dtypes are compared as float32 (float64 if either is); two dtypes are themselves a difference unless
+    `ignore_dtype`. `norms` computes the norms of all tensors, which takes longer.
     """
 
     tolerance: float = 0.0
@@ -48,14 +48,14 @@ class Rules:
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that differs in a tensor; `measure` where elements do."""
+    """One difference found in a tensor; `measure` is set if elements differ."""
 
     kind: str
     text: str
     measure: Measure | None = None
 
     def lines(self) -> Iterator[str]:
-        """For people: the finding, then where the first differing element lies on both sides."""
+        """Lines of text: the finding, then where each side stores the first element that differs."""
         yield self.text
         if self.measure is not None:
             yield from (f"  {place}" for place in self.measure.places)
@@ -63,14 +63,14 @@ class Finding:
 
 @dataclass(frozen=True)
 class Compared:
-    """One tensor of either model, and what differs in it. `measure` is None where only one side has it or shapes differ."""
+    """Tensor of either model and its differences. `measure` is None where only one side has it or the shapes differ."""
 
     ref: Ref
     findings: tuple[Finding, ...]
     measure: Measure | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values."""
+        """JSON values."""
         return {
             "tensor": str(self.ref),
             "findings": [
@@ -82,7 +82,7 @@ class Compared:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What was compared, in the order of slots. `padding` counts each side's rows of vocabulary padding, which were not."""
+    """Result in the order of slots. `padding` counts each side's rows of vocabulary padding, which are not compared."""
 
     spec: list[str]
     tensors: list[Compared]
@@ -91,11 +91,11 @@ class Comparison:
 
     @property
     def different(self) -> list[Compared]:
-        """The tensors that something was found in."""
+        """Tensors with findings."""
         return [tensor for tensor in self.tensors if tensor.findings]
 
     def alike(self) -> dict[str, list[str]]:
-        """Findings about whole tensors, such as another dtype, each with the tensors that it was made of."""
+        """Findings about whole tensors, such as another dtype: text to names of the tensors that share it."""
         found: dict[str, list[str]] = {}
         for tensor in self.different:
             for finding in tensor.findings:
@@ -110,7 +110,7 @@ class Comparison:
 
 
 def compare(one: Source, other: Source, rules: Rules, progress: Progress) -> Comparison:
-    """Compare every tensor that both have and the copies that each has of its own; name what only one has."""
+    """Compare every tensor that both models have, and each model's own copies; list the tensors that only one has."""
     try:
         return _Comparer((one, other), rules, progress).run()
     finally:
@@ -118,23 +118,23 @@ def compare(one: Source, other: Source, rules: Rules, progress: Progress) -> Com
 
 
 def spec_differences(one: Source, other: Source) -> list[str]:
-    """The fields in which the models differ, but not their dtype, which each tensor has for itself.
+    """Fields in which the models differ, except the dtype, which is compared tensor by tensor.
 
-    The family is compared only where both sides say it: arguments of Megatron-LM do not.
+    The family is compared only where both sides record it; Megatron-LM's arguments do not.
     """
     left, right = one.spec, dataclasses.replace(other.spec, dtype=one.spec.dtype)
     if one.origin.hf_config is None or other.origin.hf_config is None:
         right = dataclasses.replace(right, family=left.family)
-    return differences(left.to_dict(), right.to_dict(), "", in_a_and_b)
+    return differences(left.to_dict(), right.to_dict(), "", difference_text)
 
 
-def in_a_and_b(name: str, one: Any, other: Any) -> str:
-    """A setting that differs, in words."""
+def difference_text(name: str, one: Any, other: Any) -> str:
+    """Text of a setting that differs."""
     return f"{name}: A has {one}, B has {other}"
 
 
 def ordered(found: Iterable[Ref]) -> list[Ref]:
-    """The refs of two models in the order that `refs` gives to those of one."""
+    """Refs of two models in the order that `refs` has for one."""
 
     def place(ref: Ref) -> tuple[int, ...]:
         return _SCOPES.index(ref.slot.scope), ref.layer or 0, _SLOTS.index(ref.slot.name), ref.expert or 0
@@ -148,22 +148,22 @@ class _Comparer:
     rules: Rules
     progress: Progress
     _planner: Planner = field(default_factory=Planner)
-    _planning: threading.Lock = field(default_factory=threading.Lock)
+    _planner_lock: threading.Lock = field(default_factory=threading.Lock)
     _stop: threading.Event = field(default_factory=threading.Event)
 
     def run(self) -> Comparison:
         known = [set(refs(side.spec)) for side in self.sides]
-        held = [_held(side, own, known[0] & known[1]) for side, own in zip(self.sides, known, strict=True)]
-        nbytes = held[0][0] + held[1][0]
+        sizes = [_read_sizes(side, own, known[0] & known[1]) for side, own in zip(self.sides, known, strict=True)]
+        nbytes = sizes[0][0] + sizes[1][0]
         self.progress.start(nbytes)
         pool = ThreadPoolExecutor(default_lanes())
         try:
             tensors = list(pool.map(lambda ref: self._compare(ref, known), ordered(known[0] | known[1])))
         finally:
-            self._stop.set()  # only matters after an interrupt or a failure
+            self._stop.set()  # matters only after an interrupt or a failure
             pool.shutdown(cancel_futures=True)
             self.progress.stop()
-        return Comparison(spec_differences(*self.sides), tensors, (held[0][1], held[1][1]), nbytes)
+        return Comparison(spec_differences(*self.sides), tensors, (sizes[0][1], sizes[1][1]), nbytes)
 
     def _compare(self, ref: Ref, known: Sequence[Collection[Ref]]) -> Compared:
         read = {name: side.read(ref) for name, side, own in zip(NAMES, self.sides, known, strict=True) if ref in own}
@@ -173,39 +173,40 @@ class _Comparer:
         if len(read) == 1:
             findings.append(Finding("only one", f"only {next(iter(read))} has it"))
         elif not findings:
-            findings, measure = self._sides(ref, read[NAMES[0]], read[NAMES[1]])
+            findings, measure = self._compare_sides(ref, read[NAMES[0]], read[NAMES[1]])
         for name, sources in read.items():
             for replica in sources.replicas if faults[name] is None else ():
                 labels = (name, f"{name}, copy")
-                findings += self._contrast("copy", labels, replica.rows, replica.col, sources.pieces, (replica,))[0]
+                found, _ = self._compare_pieces("copy", labels, replica.rows, replica.col, sources.pieces, (replica,))
+                findings += found
         return Compared(ref, tuple(findings), measure)
 
     def _fault(self, ref: Ref, name: str, sources: Sources) -> Finding | None:
-        """Why one side's parts make up no tensor."""
+        """Reason why the pieces of one side do not make up a tensor; None if they do."""
         by_dtype = {piece.data.dtype: piece.name for piece in reversed(sources.pieces)}
         if len(by_dtype) > 1:
             listed = "; ".join(f"{name} is {dtype}" for dtype, name in sorted(by_dtype.items(), key=str))
             return Finding("dtype", f"the parts of {name} are of {len(by_dtype)} dtypes: {listed}")
         side = self.sides[NAMES.index(name)]
         try:
-            with self._planning:
+            with self._planner_lock:
                 self._planner.check_cover(ref, side.spec, sources)
         except ConversionError as error:
             return Finding("parts", f"{name}: {error}")
         return None
 
-    def _sides(self, ref: Ref, one: Sources, other: Sources) -> tuple[list[Finding], Measure | None]:
+    def _compare_sides(self, ref: Ref, one: Sources, other: Sources) -> tuple[list[Finding], Measure | None]:
         shapes = [ref.slot.shape(side.spec) for side in self.sides]
         findings, rows = [], min(shape[0] for shape in shapes)
         if shapes[0] != shapes[1]:
             findings.append(Finding("shape", f"A has shape {list(shapes[0])}, B {list(shapes[1])}"))
-            if not ref.slot.vocab or shapes[0][1:] != shapes[1][1:]:  # tokens that both know have the same rows
+            if not ref.slot.vocab or shapes[0][1:] != shapes[1][1:]:  # the tokens of both still have the same rows
                 return findings, None
         wanted = interned(np.arange(rows, dtype=np.int64))
-        found, measure = self._contrast("values", NAMES, wanted, 0, one.pieces, other.pieces)
+        found, measure = self._compare_pieces("values", NAMES, wanted, 0, one.pieces, other.pieces)
         return findings + found, measure
 
-    def _contrast(
+    def _compare_pieces(
         self,
         kind: str,
         labels: tuple[str, str],
@@ -214,14 +215,14 @@ class _Comparer:
         left: Sequence[Piece],
         right: Sequence[Piece],
     ) -> tuple[list[Finding], Measure]:
-        """Compare two sets of pieces in the slot's `rows`, from its column `col` on as far as the last piece goes."""
+        """Compare two sets of pieces over `rows` of the slot, from column `col` to the end of the last piece."""
         cols = max(piece.col + piece.cols for piece in right) - col
         dtypes = left[0].data.dtype, right[0].data.dtype
-        common = _common(*dtypes)
-        with self._planning:
+        common = _common_dtype(*dtypes)
+        with self._planner_lock:
             gathers = [self._planner.compose(rows, col, cols, pieces) for pieces in (left, right)]
-        streams = [gather_chunks(some, (rows.size, cols), common, kind, rows) for some in gathers]
-        # The pieces that a copy is compared with are counted once, where they are compared with the other side.
+        streams = [gather_chunks(gather, (rows.size, cols), common, kind, rows) for gather in gathers]
+        # For a copy, count only its own bytes: the pieces it is compared with are counted in the comparison of both sides.
         itemsize = sum(dtype.itemsize for dtype in (dtypes if kind == "values" else dtypes[1:]))
         tally = Tally(self.rules.tolerance, self.rules.norms)
         for (start, one), (_, other) in zip(*streams, strict=True):
@@ -236,16 +237,16 @@ class _Comparer:
         if dtypes[0] != dtypes[1] and not self.rules.ignore_dtype:
             findings.append(Finding("dtype", f"{labels[0]} is {dtypes[0]}, {labels[1]} is {dtypes[1]}"))
         if measure.differing:
-            findings.append(Finding(kind, _described(kind, labels[0], right[0], measure), measure))
+            findings.append(Finding(kind, _finding_text(kind, labels[0], right[0], measure), measure))
         return findings, measure
 
 
-def _described(kind: str, name: str, copy: Piece, measure: Measure) -> str:
-    return str(measure) if kind == "values" else f"{name} has a copy in {copy.name} that is another: {measure}"
+def _finding_text(kind: str, name: str, copy: Piece, measure: Measure) -> str:
+    return str(measure) if kind == "values" else f"{name} has a copy in {copy.name} that differs: {measure}"
 
 
-def _held(side: Source, own: Iterable[Ref], common: Collection[Ref]) -> tuple[int, int]:
-    """Bytes that will be read of one side, and rows of padding that will not be."""
+def _read_sizes(side: Source, own: Iterable[Ref], common: Collection[Ref]) -> tuple[int, int]:
+    """Bytes that will be read from one side, and rows of padding, which will not."""
     nbytes = padding = 0
     for ref in own:
         sources = side.read(ref)
@@ -255,15 +256,15 @@ def _held(side: Source, own: Iterable[Ref], common: Collection[Ref]) -> tuple[in
     return nbytes, padding
 
 
-def _common(one: DType, other: DType) -> DType:
-    """The type in which both are compared."""
+def _common_dtype(one: DType, other: DType) -> DType:
+    """Dtype in which both are compared."""
     if one == other:
         return one
     return BY_NAME["float64" if "float64" in (one.name, other.name) else "float32"]
 
 
 def _place(side: str, pieces: Sequence[Piece], row: int, col: int) -> Place:
-    """Where an element of a slot is stored; the pieces cover it."""
+    """Place where an element of a slot is stored; one of the pieces must hold it."""
     piece = next(p for p in pieces if p.col <= col < p.col + p.cols and bool((p.rows == row).any()))
     data, at = piece.data, (int(np.flatnonzero(piece.rows == row)[0]), col - piece.col)
     byte = None
