@@ -26,8 +26,8 @@ from megatron_converters.formats.megatron.arguments import expert_args, model_ar
 from megatron_converters.formats.megatron.reading import MegatronReadOptions
 from megatron_converters.logits import compare_logits, logits_of, memory
 from megatron_converters.logits.buildable_args import check
-from megatron_converters.logits.compare import _common_vocabulary, _opened, _unseen
-from megatron_converters.logits.megatron import MegatronModel, _join, _logits, _parameters
+from megatron_converters.logits.compare import _common_vocabulary, _open, _window_notes
+from megatron_converters.logits.megatron import MegatronModel, _logits, _parameters, _setup
 from megatron_converters.logits.pool import Pool
 from megatron_converters.sharding.ranks import parallel_for
 from tests import pool_jobs
@@ -128,9 +128,9 @@ def test_a_window_is_computed_and_a_longer_one_is_noted(tmp_path: Path) -> None:
     hf = make_model("mistral-window", tmp_path / "hf", **SIZES)
     checkpoint = hf_to_megatron(hf, tmp_path / "megatron")
     assert apart(checkpoint, hf_logits(hf, TOKENS)) < CLOSE
-    models = _opened(hf, MegatronReadOptions()), _opened(checkpoint, MegatronReadOptions())
-    assert _unseen(models, 7) == ["the sliding window of 7 is not seen by sequences of 7 tokens; use longer ones"]
-    assert _unseen(models, 8) == []
+    models = _open(hf, MegatronReadOptions()), _open(checkpoint, MegatronReadOptions())
+    assert _window_notes(models, 7) == ["sequences of 7 tokens do not test the sliding window of 7; use longer ones"]
+    assert _window_notes(models, 8) == []
 
 
 def _swap_query_and_key(model: dict[str, Any]) -> None:
@@ -167,7 +167,7 @@ def test_what_megatron_does_not_load_is_named_by_rank_and_key(llama: Path, tmp_p
     checkpoint = hf_to_megatron(llama, tmp_path, tp=2)
     told = MegatronModel(checkpoint, MegatronReadOptions())._checkpoint
     told = dataclasses.replace(told, args={**told.args, "add_qkv_bias": True, "ffn_hidden_size": 64})
-    with Pool(2, _join, 120) as pool, pytest.raises(ConversionError, match="megatron-core does not load") as error:
+    with Pool(2, _setup, 120) as pool, pytest.raises(ConversionError, match="megatron-core does not load") as error:
         pool.run(_logits, told, TOKENS.numpy())
     for words in ("mp_rank_00", "mp_rank_01", "Missing key", "linear_qkv.bias", "size mismatch", "linear_fc1.weight"):
         assert words in str(error.value)
@@ -177,7 +177,7 @@ def test_weights_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
     hf = make_model("llama2", tmp_path / "hf", **SIZES)
     checkpoint = hf_to_megatron(hf, tmp_path / "megatron")
     edit(checkpoint, "mp_rank_00", lambda model: model["decoder.final_layernorm.weight"].fill_(float("nan")))
-    with pytest.raises(ConversionError, match="logits that are infinite or no numbers; its weights are damaged"):
+    with pytest.raises(ConversionError, match="logits that are infinite or NaN; its weights are damaged"):
         logits_of(checkpoint, TOKENS.numpy())
 
 
@@ -219,7 +219,7 @@ def test_a_model_that_does_not_fit_is_refused(
 
 
 def test_no_tokens_are_refused(llama: Path) -> None:
-    with pytest.raises(UsageError, match=r"0 sequences of 5 tokens say nothing"):
+    with pytest.raises(UsageError, match=r"cannot compare 0 sequences of 5 tokens"):
         compare_logits(llama, llama, batch=0, length=5)
 
 
@@ -266,7 +266,7 @@ def test_padding_that_a_checkpoint_does_not_tell_is_noted(llama: Path, tmp_path:
     content = torch.load(path, weights_only=False)
     del content["args"].vocab_size
     torch.save(content, path)
-    vocabulary, notes = _common_vocabulary(*(_opened(folder, MegatronReadOptions()) for folder in (llama, root)))
+    vocabulary, notes = _common_vocabulary(*(_open(folder, MegatronReadOptions()) for folder in (llama, root)))
     assert vocabulary == VOCABULARY
     assert notes == [f"9 further rows of {root}'s vocabulary, taken for padding, are not compared"]
 
@@ -275,7 +275,7 @@ def test_a_folder_of_another_format_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConversionError, match=r"of no known format; a folder needs one of hf: config\.json"):
         logits_of(tmp_path, TOKENS.numpy())
     (tmp_path / "consolidated.00.pth").touch()
-    with pytest.raises(ConversionError, match=r"has a format \(meta\) that nothing here runs; convert it"):
+    with pytest.raises(ConversionError, match=r"has a format \(meta\) that cannot be run here; convert it"):
         logits_of(tmp_path, TOKENS.numpy())
 
 
@@ -296,7 +296,7 @@ def test_every_argument_of_every_family_is_built_or_known_to_say_nothing(name: s
     spec = spec_from_config({**values, "architectures": [FAMILIES[values["model_type"]].architecture]})
     args = {**model_args(spec), **expert_args(spec, parallel_for(spec, 1, 1), "sequential")}
     if name == "olmoe":
-        with pytest.raises(ConversionError, match=r"not built here with\n  - qk_layernorm_over_heads=True$"):
+        with pytest.raises(ConversionError, match=r"cannot be built here with\n  - qk_layernorm_over_heads=True$"):
             check(args, "it")
     else:
         check(args, "it")
@@ -306,7 +306,7 @@ def test_an_argument_that_would_not_be_built_is_refused() -> None:
     args = model_args(tiny_spec())
     for name, value in (("multi_latent_attention", True), ("made_up", 1)):
         with pytest.raises(
-            ConversionError, match=f"it: megatron-core's model is not built here with\n  - {name}={value}"
+            ConversionError, match=f"it: megatron-core's model cannot be built here with\n  - {name}={value}"
         ):
             check({**args, name: value}, "it")
 
@@ -315,7 +315,7 @@ def children() -> list[psutil.Process]:
     return [child for child in psutil.Process().children() if "spawn_main" in " ".join(child.cmdline())]
 
 
-DEATH = r"by signal 9 \(most likely .* memory\); its last words:\nits last line$"
+DEATH = r"by signal 9 \(most likely .* memory\); its last output:\nits last line$"
 
 
 @pytest.mark.parametrize(("refuses", "words"), [(False, DEATH), (True, r"^not I$")])
@@ -376,4 +376,4 @@ def test_a_script_without_a_guard_is_told_so(tmp_path: Path) -> None:
     text = POOL_SCRIPT.replace('__name__ == "__main__"', "True")
     run = finished(script(tmp_path, text, tmp_path))
     assert run.code == 1
-    assert "process 0 ended with exit code 1 before it began; a script must come here under" in run.err, run.err
+    assert "process 0 ended with exit code 1 before it started; a script must call this under" in run.err, run.err

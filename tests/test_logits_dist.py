@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from megatron_converters.basics.errors import ConversionError
 from megatron_converters.formats.megatron.reading import MegatronReadOptions
 from megatron_converters.logits import compare_logits
-from megatron_converters.logits.megatron import MegatronModel, _join, _joined, _logits
+from megatron_converters.logits.megatron import MegatronModel, _concatenate, _logits, _setup
 from megatron_converters.logits.pool import Pool
 from megatron_converters.storage import dcp
 from tests.conversions import hf_to_torch_dist
@@ -39,7 +39,7 @@ Logits = Callable[[Path], np.ndarray[Any, Any]]
 @pytest.fixture(scope="module")
 def process() -> Iterator[Pool]:
     """The one process that such a checkpoint takes, so that megatron-core is imported once for all tests."""
-    with Pool(1, _join, 120) as pool:
+    with Pool(1, _setup, 120) as pool:
         yield pool
 
 
@@ -52,7 +52,7 @@ def logits(process: Pool, tmp_path: Path) -> Logits:
         assert model.processes == 1
         folder = tmp_path / "shared"
         folder.mkdir()
-        return _joined(process.run(_logits, model._told(folder), TOKENS.numpy()), VOCABULARY)[0]
+        return _concatenate(process.run(_logits, model._checkpoint_to_load(folder), TOKENS.numpy()), VOCABULARY)[0]
 
     return compute
 
@@ -178,7 +178,7 @@ def test_keys_that_are_not_as_the_checkpoint_says_are_named(llama: Path, logits:
         logits(checkpoint)
     for words in (
         "decoder.layers.mlp.linear_fc2.weight is missing",
-        "decoder.layers.1.mlp.linear_fc2.weight is there, but no part of the model",
+        "decoder.layers.1.mlp.linear_fc2.weight is not part of the model",
     ):
         assert words in str(error.value)
 

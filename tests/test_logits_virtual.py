@@ -13,7 +13,7 @@ import torch
 from megatron_converters.basics.errors import ConversionError
 from megatron_converters.formats.megatron.reading import MegatronReadOptions
 from megatron_converters.logits.checkpoint import Checkpoint
-from megatron_converters.logits.megatron import MegatronModel, _join, _joined, _logits
+from megatron_converters.logits.megatron import MegatronModel, _concatenate, _logits, _setup
 from megatron_converters.logits.pool import Pool
 from megatron_converters.sharding.stages import PipelineSplit
 from tests.conversions import hf_to_megatron
@@ -32,10 +32,10 @@ Compute = Callable[[Checkpoint], np.ndarray[Any, Any]]
 @pytest.fixture(scope="module")
 def compute() -> Iterator[Compute]:
     """What `MegatronModel.logits` computes, in four processes in which megatron-core is imported once for all tests."""
-    with Pool(4, _join, 120) as pool:
+    with Pool(4, _setup, 120) as pool:
 
         def run(told: Checkpoint) -> np.ndarray[Any, Any]:
-            return _joined([part for part in pool.run(_logits, told, TOKENS.numpy()) if part], VOCABULARY)[0]
+            return _concatenate([part for part in pool.run(_logits, told, TOKENS.numpy()) if part], VOCABULARY)[0]
 
         yield run
 

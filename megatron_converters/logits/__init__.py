@@ -1,6 +1,6 @@
-"""Build models on a CPU and compare their logits: the proof that two checkpoints are the same model.
+"""Comparison of logits: models are built and run on a CPU, which proves that two checkpoints are the same model.
 
-Everything else in this library moves bytes and builds no model; here transformers and megatron-core judge what it moved.
+The rest of this library moves bytes and builds no model; here transformers and megatron-core check what it moved.
 """
 
 from .compare import LogitsReport, compare_logits, logits_of

@@ -1,6 +1,6 @@
-"""The memory that control groups leave this process: what a container or a batch system lets it have.
+"""Free memory within this process's control groups, the limits that a container or a batch system sets.
 
-Groups lie inside each other and each has a limit of its own, so a process is bound by that of its own group and of all around it.
+Control groups are nested and each has a limit of its own, so that of every group around the process applies.
 Source: Linux, Documentation/admin-guide/cgroup-v2.rst and cgroup-v1/memory.rst, and `proc_pid_cgroup(5)`.
 """
 
@@ -17,39 +17,39 @@ _MOUNT = Path("/sys/fs/cgroup")
 
 @dataclass(frozen=True)
 class _Version:
-    """Where a version of control groups is mounted, and the names of its files."""
+    """Version of control groups: its mount points below `/sys/fs/cgroup`, and its file names."""
 
     mounts: tuple[str, ...]
     limit: str
     used: str
-    #: Entries of memory.stat: pages of files, which are dropped when a process needs the room.
+    #: Entries of memory.stat that count cached pages of files, which the kernel drops when a process needs memory.
     files: tuple[str, ...]
 
 
-#: `unified` is where systemd mounts it beside version 1.
+#: systemd mounts it at `unified` where version 1 is in use, too.
 _V2 = _Version(("", "unified"), "memory.max", "memory.current", ("active_file", "inactive_file"))
-#: Here the entries of memory.stat without `total_` leave out the groups inside. No limit is a number above 2**62.
+#: The entries of memory.stat without `total_` leave out nested groups. The value for no limit is a number above 2**62.
 _V1 = _Version(
     ("memory",), "memory.limit_in_bytes", "memory.usage_in_bytes", ("total_active_file", "total_inactive_file")
 )
 
 
 def free(own: Path = _OWN, mount: Path = _MOUNT) -> int | None:
-    """Bytes that the narrowest of all limits leaves; None where none is set.
+    """Bytes left within the tightest limit; None if no limit is set.
 
-    What only caches files counts as free, as in the kernel's own MemAvailable: copying a checkpoint fills a group with it.
+    Cached pages of files count as free, as in the kernel's MemAvailable: copying a checkpoint fills a group with them.
     """
     left = (
-        _left(folder, version)
+        _bytes_left(folder, version)
         for version, group in _groups(own)
-        for at in version.mounts
-        for folder in _upwards(mount / at, group)
+        for mount_point in version.mounts
+        for folder in _group_and_parents(mount / mount_point, group)
     )
     return min((number for number in left if number is not None), default=None)
 
 
 def _groups(own: Path) -> Iterator[tuple[_Version, str]]:
-    """This process's groups: lines of a number, controllers and a path. In version 2 there is one, without controllers."""
+    """Groups of this process: each line has a number, controllers and a path. Version 2 has one group, without controllers."""
     try:
         lines = own.read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -61,8 +61,8 @@ def _groups(own: Path) -> Iterator[tuple[_Version, str]]:
             yield _V1, group
 
 
-def _upwards(mount: Path, group: str) -> Iterator[Path]:
-    """The folders of a group and of all around it. In a container some of the path may not be there."""
+def _group_and_parents(mount: Path, group: str) -> Iterator[Path]:
+    """Folders of a group and of all groups around it. In a container, part of the path may not exist."""
     inside = posixpath.normpath("/" + group).strip("/")
     folder = mount / inside
     yield folder
@@ -71,15 +71,15 @@ def _upwards(mount: Path, group: str) -> Iterator[Path]:
         yield folder
 
 
-def _left(folder: Path, version: _Version) -> int | None:
+def _bytes_left(folder: Path, version: _Version) -> int | None:
     limit, used = (_number(folder / name) for name in (version.limit, version.used))
     if limit is None or used is None:
         return None
-    return max(limit - used + _cached(folder, version), 0)
+    return max(limit - used + _cached_bytes(folder, version), 0)
 
 
 def _number(path: Path) -> int | None:
-    """A file's number; None where there is no such file, or it says `max`."""
+    """Number in a file; None if the file does not exist or contains `max`."""
     try:
         text = path.read_text(encoding="ascii").strip()
     except OSError:
@@ -87,7 +87,7 @@ def _number(path: Path) -> int | None:
     return int(text) if text.isdecimal() else None
 
 
-def _cached(folder: Path, version: _Version) -> int:
+def _cached_bytes(folder: Path, version: _Version) -> int:
     try:
         lines = (folder / "memory.stat").read_text(encoding="ascii").splitlines()
     except OSError:

@@ -1,4 +1,4 @@
-"""What passes between the processes that run a Megatron-LM checkpoint and the one that starts them."""
+"""Messages between the processes that run a Megatron-LM checkpoint and the one that starts them."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from ..sharding.ranks import Parallel
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What each process is told: the checkpoint's folder, the model's arguments and sizes, and how it is cut.
+    """Description of the checkpoint for each process: its folder, the model's arguments and sizes, and how it is cut.
 
-    `view` is what is loaded of a distributed checkpoint instead of its folder, and `content` how its keys are laid out.
+    `view` is the folder to load a distributed checkpoint from instead of its own (see `view.py`), and `content` describes the
+    layout of its keys.
     """
 
     folder: Path
@@ -29,7 +30,7 @@ class Checkpoint:
 
 
 class Part(NamedTuple):
-    """A last-stage rank's float32 [B, S, padded vocabulary / TP], its tensor-parallel number, and which copy it is."""
+    """Logits of one last-stage rank: float32 [B, S, padded vocabulary / TP], its TP rank and the number of the model's copy."""
 
     tp: int
     copy: int

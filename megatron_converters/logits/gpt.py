@@ -1,4 +1,4 @@
-"""megatron-core's GPTModel built from Megatron-LM's args and run on a CPU, in a process that `cpu.prepare` made fit."""
+"""megatron-core's GPTModel, built from Megatron-LM's args and run on a CPU, in a process that has called `cpu.prepare`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from ..basics.errors import ConversionError
 from . import buildable_args
 from .cpu import cuda_is_cpu
 
-# What a CPU and a comparison in float32 need; none of it changes what the model computes.
+#: Config fields for float32 on a CPU; none of them changes what the model computes.
 _ON_CPU: dict[str, Any] = dict(
     params_dtype=torch.float32,
     pipeline_dtype=torch.float32,
@@ -37,18 +37,17 @@ _ON_CPU: dict[str, Any] = dict(
     persist_layer_norm=False,
     hidden_dropout=0.0,
     attention_dropout=0.0,
-    moe_token_dispatcher_type="allgather",  # the other ones want CUDA streams
+    moe_token_dispatcher_type="allgather",  # the other dispatchers need CUDA streams
 )
-#: A field that later releases lack; they compute what it means where it is False.
+#: Field that later releases lack; they behave as if it were False.
 _ONLY_IN_0_16 = "moe_use_legacy_grouped_gemm"
 
 
 def build(args: Namespace, initialise: bool = False) -> list[GPTModel]:
-    """This rank's parts of the model that `args` describes, one for each of its virtual pipeline stages, float32, as
-    Megatron-LM's `gpt_builder` builds them (0.16).
+    """This rank's parts of the model that `args` describes, in float32, one for each of its virtual pipeline stages.
 
-    Without `initialise` parameters hold nothing, and lack megatron's attributes; a strict load then fills them all.
-    Raises `ConversionError` where arguments are missing.
+    They are built as by Megatron-LM's `gpt_builder` (0.16). Without `initialise` the parameters are uninitialised and lack
+    megatron's attributes; a strict load then fills them all. Raises `ConversionError` if arguments are missing.
     """
     required = (
         *buildable_args.CONFIG,
@@ -88,7 +87,7 @@ def _stage(args: Namespace, config: TransformerConfig, number: int | None) -> GP
 
 
 def run(models: list[GPTModel], tokens: torch.Tensor) -> torch.Tensor | None:
-    """Run the pipeline for long [B, S] tokens: this rank's float32 [B, S, padded vocabulary / TP] on the last stage."""
+    """Run the pipeline for int64 tokens [B, S]; on the last stage, returns float32 [B, S, padded vocabulary / TP]."""
     return [_run(model, tokens) for model in models][-1]
 
 
@@ -100,7 +99,7 @@ def _run(model: GPTModel, tokens: torch.Tensor) -> torch.Tensor | None:
         model.set_input_tensor(hidden)
     with torch.no_grad(), cuda_is_cpu():
         out: torch.Tensor = model(tokens, torch.arange(length).expand(batch, -1), attention_mask=None)
-    RotaryEmbedding.forward.cache_clear()  # its cache would keep every model of the process alive
+    RotaryEmbedding.forward.cache_clear()  # else its cache keeps every model of the process alive
     if model.post_process:
         return out
     dist.send(out.contiguous(), parallel_state.get_pipeline_model_parallel_next_rank())
@@ -108,7 +107,7 @@ def _run(model: GPTModel, tokens: torch.Tensor) -> torch.Tensor | None:
 
 
 def _config(args: Namespace, initialise: bool) -> TransformerConfig:
-    """As Megatron-LM's `core_transformer_config_from_args` (0.16)."""
+    """Config as built by Megatron-LM's `core_transformer_config_from_args` (0.16)."""
     experts = _experts(args)
     names: tuple[str, ...] = (*buildable_args.CONFIG, *buildable_args.OPTIONAL)
     if experts:

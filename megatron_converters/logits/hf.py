@@ -1,4 +1,4 @@
-"""The logits of a Hugging Face folder, computed by transformers in a process of its own."""
+"""Logits of a Hugging Face folder, computed by transformers in a separate process."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from ..formats.huggingface.source import read_tensors
 from .needs import need
 from .pool import Pool
 
-#: What transformers' loading may report of names that files hold although they are no weights.
-_NO_WEIGHTS = tuple({suffix for family in FAMILIES.values() for suffix in family.ignored_suffixes})
+#: Suffixes of tensors that are not weights; transformers may report them.
+_IGNORED_SUFFIXES = tuple({suffix for family in FAMILIES.values() for suffix in family.ignored_suffixes})
 
 
 class HFModel:
-    """A folder found readable; nothing is built yet."""
+    """Hugging Face folder that was checked to be readable; the model is not built yet."""
 
     def __init__(self, path: Path) -> None:
-        """Raises `ConversionError` where the folder is unsound or transformers is missing."""
+        """Raises `ConversionError` if the folder is damaged or transformers is missing."""
         need("torch", "torch")
         need("transformers", "transformers")
         self.path = path
@@ -39,13 +39,13 @@ class HFModel:
         self.processes = 1
 
     def logits(self, tokens: npt.NDArray[np.int64], time_limit: float) -> npt.NDArray[np.float32]:
-        """Float32 [B, S, vocabulary] for tokens [B, S]. Raises `ConversionError` where transformers does not load it."""
-        with Pool(1, _stay_local, time_limit) as pool:
+        """Logits, float32 [B, S, vocabulary], for tokens [B, S]. Raises `ConversionError` if transformers cannot load it."""
+        with Pool(1, _setup, time_limit) as pool:
             result: npt.NDArray[np.float32] = pool.run(_logits, self.path, tokens)[0]
         return result
 
 
-def _stay_local(rank: int, size: int, folder: Path) -> None:
+def _setup(rank: int, size: int, folder: Path) -> None:
     os.environ.update(HF_HUB_OFFLINE="1", CUDA_VISIBLE_DEVICES="")
 
 
@@ -76,11 +76,11 @@ def _version(module: Any) -> tuple[int, ...]:
 
 
 def _problems(report: dict[str, Any]) -> list[str]:
-    """What transformers says of each kind of fault: names of tensors, or tuples that begin with one."""
+    """Lines for what transformers reports: by kind of fault, names of tensors or tuples that start with one."""
     named = {kind: [str(key[0] if isinstance(key, tuple) else key) for key in keys] for kind, keys in report.items()}
     return [
         f"{kind.replace('_', ' ')}: {name}"
         for kind, names in named.items()
         for name in sorted(names)
-        if not name.endswith(_NO_WEIGHTS)
+        if not name.endswith(_IGNORED_SUFFIXES)
     ]

@@ -1,4 +1,4 @@
-"""A process's part of a Megatron-LM checkpoint, strictly loaded into the models that it builds for it."""
+"""Strict loading of one rank's part of a Megatron-LM checkpoint into the models that are built for it."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from .checkpoint import Checkpoint
 from .local_names import State, with_local_names
 
 Loaded = tuple[list[GPTModel], list[str]]
-"""The models of a rank's stages, and every key that is missing, unexpected or misshapen."""
+"""Models of a rank's stages, and a text for every key that is missing, unexpected or of the wrong shape."""
 
 
 def load(checkpoint: Checkpoint, rank: Rank) -> Loaded:
-    """A rank's models with the checkpoint's weights, or what keeps megatron-core from loading them."""
+    """Models of a rank with the checkpoint's weights, and the faults that kept megatron-core from loading them."""
     return _from_file(checkpoint, rank) if checkpoint.view is None else _from_view(checkpoint, checkpoint.view)
 
 
 def _from_file(checkpoint: Checkpoint, rank: Rank) -> Loaded:
-    """From the rank's own file of the `torch` format."""
+    """Models loaded from the rank's own file of the `torch` format."""
     parallel = checkpoint.parallel
     file = checkpoint.folder / parallel.directory(rank) / FILE
     content = torch_zip.read(file)
@@ -45,13 +45,13 @@ def _from_file(checkpoint: Checkpoint, rank: Rank) -> Loaded:
     faults = [
         f"{file}: {entry}: {fault}"
         for entry, model, state in zip(parallel.entries, models, states, strict=True)
-        for fault in _strictly(model, state)
+        for fault in _load_strictly(model, state)
     ]
     return models, faults
 
 
 def _tensors(stored: Mapping[str, Any]) -> State:
-    """The tensors of a model's entry, mapped; nothing of the file is run."""
+    """Tensors of a model's entry, memory-mapped; no code from the file is run."""
     return {key: _as_torch(value) for key, value in stored.items() if isinstance(value, StoredTensor)}
 
 
@@ -60,12 +60,12 @@ def _as_torch(data: StoredTensor) -> torch.Tensor:
 
 
 def _vocabulary_rows(states: Sequence[State]) -> int:
-    """Rows of this rank's share of the vocabulary; where it has neither the first stage nor the last any number will do."""
+    """Rows of this rank's share of the vocabulary; 1 if it has neither the first stage nor the last, where any number works."""
     ends = (LOCAL["word_embeddings"], LOCAL["output_layer"])
     return next((len(state[name]) for state in states for name in ends if name in state), 1)
 
 
-def _strictly(model: GPTModel, state: State) -> Iterator[str]:
+def _load_strictly(model: GPTModel, state: State) -> Iterator[str]:
     empty = {key: None for key in model.state_dict() if key.endswith(EXTRA_STATE_SUFFIX)}
     try:
         model.load_state_dict({**state, **empty}, strict=True)
@@ -74,32 +74,32 @@ def _strictly(model: GPTModel, state: State) -> Iterator[str]:
 
 
 def _from_view(checkpoint: Checkpoint, view: Path) -> Loaded:
-    """From a distributed checkpoint, as Megatron-LM's `load_checkpoint` does, what is not asked for being a fault as well.
+    """Models loaded from a distributed checkpoint, as by Megatron-LM's `load_checkpoint`; unexpected keys are faults, too.
 
-    Objects are not asked for: they are extra states, which hold no part of the model.
+    Objects are not requested: they are extra states, which hold no part of the model.
     """
     models = gpt.build(Namespace(**checkpoint.args))
     (model,) = models
-    said = {**checkpoint.content, "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
-    asked = {
+    metadata = {**checkpoint.content, "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
+    requested = {
         key: value
-        for key, value in model.sharded_state_dict(metadata=said).items()
+        for key, value in model.sharded_state_dict(metadata=metadata).items()
         if not isinstance(value, ShardedObject)
     }
-    if faults := list(_other_keys(asked, dist_checkpointing.load_tensors_metadata(str(view)))):
+    if faults := list(_key_faults(requested, dist_checkpointing.load_tensors_metadata(str(view)))):
         return models, faults
     try:
-        state = dist_checkpointing.load({"model": asked}, str(view), strict="raise_all")
+        state = dist_checkpointing.load({"model": requested}, str(view), strict="raise_all")
     except (RuntimeError, ValueError, KeyError, CheckpointingException) as error:
         return models, [str(error)]
-    except CheckpointException as error:  # of torch, and no Exception
+    except CheckpointException as error:  # torch's, not a subclass of Exception
         return models, [str(cause) for cause, _ in error.failures.values()]
-    return models, list(_strictly(model, state["model"]))
+    return models, list(_load_strictly(model, state["model"]))
 
 
-def _other_keys(asked: Mapping[str, Any], stored: Iterable[str]) -> Iterator[str]:
-    """In what keys a model and a checkpoint differ. megatron-core says so itself, but in the reader's sense of missing."""
-    parts = (value.build() if isinstance(value, ShardedTensorFactory) else [value] for value in asked.values())
-    wanted, found = {part.key for several in parts for part in several}, set(stored)
+def _key_faults(requested: Mapping[str, Any], stored: Iterable[str]) -> Iterator[str]:
+    """Texts for keys that only the model or only the checkpoint has. megatron-core's own message has the two sides swapped."""
+    parts = (value.build() if isinstance(value, ShardedTensorFactory) else [value] for value in requested.values())
+    wanted, found = {tensor.key for tensors in parts for tensor in tensors}, set(stored)
     yield from (f"{key} is missing" for key in sorted(wanted - found))
-    yield from (f"{key} is there, but no part of the model" for key in sorted(found - wanted))
+    yield from (f"{key} is not part of the model" for key in sorted(found - wanted))

@@ -1,6 +1,6 @@
-"""A stage's tensors under the names of megatron-core's local layers, which run without Transformer Engine.
+"""Renaming of a stage's tensors to megatron-core's local layers, which run without Transformer Engine.
 
-Only names change, and the older stacked experts are taken apart: no rule of sharding is applied, so that a wrong one shows.
+Only names change, and the older stacked experts are split: no sharding rule is applied, so that a wrong one is found.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from ..model.spec import ModelSpec
 from ..sharding.ranks import Parallel, Rank, locations
 
 State = dict[str, torch.Tensor]
-_ONE_BY_ONE = EXPERTS["sequential"]
+_SEQUENTIAL = EXPERTS["sequential"]
 
 
 def with_local_names(state: State, spec: ModelSpec, parallel: Parallel, rank: Rank, stage: int) -> State:
-    """The tensors that a rank holds of a stage, renamed, experts one by one.
+    """Tensors that a rank holds of a stage, renamed, with one entry for each expert.
 
-    Those of unknown names keep them, for a strict load to refuse. Extra states, which hold no part of the model, are left
-    out, as are capacity bins.
+    Unknown names are kept, so that a strict load refuses them. Extra states, which hold no part of the model, and capacity bins
+    are left out.
     """
     renamed = {
         key: value
@@ -31,30 +31,30 @@ def with_local_names(state: State, spec: ModelSpec, parallel: Parallel, rank: Ra
         if not key.endswith(EXTRA_STATE_SUFFIX) and not CAPACITY_BINS.fullmatch(key)
     }
     _unstack(renamed, spec, parallel, stage)
-    for stored, wanted in _names(spec, parallel, rank, stage):
+    for stored, wanted in _name_pairs(spec, parallel, rank, stage):
         if stored in renamed and wanted not in renamed:
             renamed[wanted] = renamed.pop(stored)
     return renamed
 
 
 def _unstack(state: State, spec: ModelSpec, parallel: Parallel, stage: int) -> None:
-    """Replace each stack of a rank's experts by views of them: one after the other, transposed (see `STACKED`)."""
+    """Replace each stack of a rank's experts by transposed views of the single experts (see `STACKED`)."""
     for slot, name in EXPERTS[STACKED].items():
         for layer in range(parallel.stages[stage]):
             if (key := name.format(layer=layer)) not in state:
                 continue
             whole = (-1, spec.hidden_size) if SLOTS[slot].shard is Shard.ROW else (spec.hidden_size, -1)
             experts = state.pop(key).reshape(spec.num_experts // parallel.ep, *whole).transpose(1, 2)
-            state |= {_ONE_BY_ONE[slot].format(layer=layer, expert=number): one for number, one in enumerate(experts)}
+            state |= {_SEQUENTIAL[slot].format(layer=layer, expert=number): one for number, one in enumerate(experts)}
 
 
-def _names(spec: ModelSpec, parallel: Parallel, rank: Rank, stage: int) -> Iterator[tuple[str, str]]:
-    """For every tensor of a rank's stage, each name that it may have and its local one."""
+def _name_pairs(spec: ModelSpec, parallel: Parallel, rank: Rank, stage: int) -> Iterator[tuple[str, str]]:
+    """Pairs of names for every tensor of a rank's stage: each name that it may be stored under, and its local name."""
     for ref in refs(spec):
         if not parallel.holds(rank, ref.expert, spec.num_experts):
             continue
         expert = parallel.local_expert(ref.expert, spec.num_experts)
         for home, slot, layer in locations(ref, spec, parallel):
             if home == stage:
-                wanted = (LOCAL if expert is None else _ONE_BY_ONE)[slot].format(layer=layer, expert=expert)
+                wanted = (LOCAL if expert is None else _SEQUENTIAL)[slot].format(layer=layer, expert=expert)
                 yield from ((stored, wanted) for stored in keys(slot, layer, expert, ref.expert) if stored != wanted)

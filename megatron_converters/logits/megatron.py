@@ -1,7 +1,7 @@
-"""The logits of a Megatron-LM checkpoint, computed by the real megatron-core.
+"""Logits of a Megatron-LM checkpoint, computed by the real megatron-core.
 
-Of the `torch` format in one process for each rank, each with its own file. Of the `torch_dist` format in a single one: its tensors
-are whole, so that which ranks there were, or will be, is no part of the checkpoint, and one process needs the least memory.
+The `torch` format runs in one process for each rank, each with its own file. The `torch_dist` format runs in a single process:
+its tensors are stored whole, independent of the ranks that wrote them, and one process needs the least memory.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ from .checkpoint import Checkpoint, Part
 from .needs import need
 from .pool import Pool
 
-#: More processes would wait for each other rather than compute.
+#: With more processes, most time would be spent waiting for each other.
 _MAX_PROCESSES = 64
-#: Copies of a rank compute the same up to the order of additions.
-_COPIES_DIFFER = 1e-3
-#: The folder in which the processes find a distributed checkpoint.
+#: Largest relative difference between copies of a rank, which differ only by the order of additions.
+_COPIES_TOLERANCE = 1e-3
+#: Name of the folder from which the processes load a distributed checkpoint.
 _VIEW = "view"
 _LOCAL_LAYERS = {"transformer_impl": "local", "expert_layout": "sequential"}
 
 
 class MegatronModel:
-    """A checkpoint found readable and expressible; nothing is built yet."""
+    """Checkpoint that was checked to be readable and buildable; the model is not built yet."""
 
     def __init__(self, path: Path, options: MegatronReadOptions) -> None:
-        """Raises `ConversionError` where the checkpoint is unsound, cut too often, or megatron-core is missing."""
+        """Raises `ConversionError` if the checkpoint is damaged or has too many ranks, or if megatron-core is missing."""
         source = open_megatron(path, options)
         need("torch", "torch")
         need("megatron.core", "megatron-core")
@@ -62,27 +62,27 @@ class MegatronModel:
             )
         self.parameters = _parameters(source.spec, parallel)
         if isinstance(source, TorchDistSource):
-            self.parameters += view.in_passing(source)
+            self.parameters += view.load_overhead(source)
 
     def logits(self, tokens: npt.NDArray[np.int64], time_limit: float) -> npt.NDArray[np.float32]:
-        """Float32 [B, S, vocabulary] for tokens [B, S], padding left out.
+        """Logits, float32 [B, S, vocabulary], for tokens [B, S], without vocabulary padding.
 
-        Raises `ConversionError` where the real model does not load the files, or ranks that hold copies disagree.
+        Raises `ConversionError` if megatron-core cannot load the files, or ranks that hold copies disagree.
         """
-        with Pool(self.processes, _join, time_limit) as pool:
-            parts = pool.run(_logits, self._told(pool.folder), tokens)
-        copies = _joined([part for part in parts if part is not None], self.vocab_size)
+        with Pool(self.processes, _setup, time_limit) as pool:
+            parts = pool.run(_logits, self._checkpoint_to_load(pool.folder), tokens)
+        copies = _concatenate([part for part in parts if part is not None], self.vocab_size)
         for number in range(1, len(copies)):
             difference = float(np.abs(copies[number] - copies[0]).max())
-            if not difference <= _COPIES_DIFFER * float(np.abs(copies[0]).max()):
+            if not difference <= _COPIES_TOLERANCE * float(np.abs(copies[0]).max()):
                 raise ConversionError(
                     f"{self.path}: ranks of different experts hold copies of all else, but copy {number} computes logits "
                     f"that differ from the first's by up to {difference:.3g}"
                 )
         return copies[0]
 
-    def _told(self, folder: Path) -> Checkpoint:
-        """What to tell the processes, which find in `folder` what else they need."""
+    def _checkpoint_to_load(self, folder: Path) -> Checkpoint:
+        """Description of the checkpoint for the processes; for `torch_dist`, writes the view to load into `folder`."""
         if not isinstance(self._source, TorchDistSource):
             return self._checkpoint
         view.write(self._source, folder / _VIEW)
@@ -97,8 +97,8 @@ def _checkpoint(source: MegatronSource | TorchDistSource, path: Path, folder: Pa
     return Checkpoint(folder, args, source.spec, whole, content=plain_args(source.content))
 
 
-def _joined(parts: Sequence[Part], vocab_size: int) -> dict[int, npt.NDArray[np.float32]]:
-    """The logits that each copy of the model computes: shares side by side, without vocabulary padding."""
+def _concatenate(parts: Sequence[Part], vocab_size: int) -> dict[int, npt.NDArray[np.float32]]:
+    """Logits of each copy of the model: the TP ranks' shares concatenated, without vocabulary padding."""
     by_copy: dict[int, dict[int, npt.NDArray[np.float32]]] = {}
     for part in parts:
         by_copy.setdefault(part.copy, {})[part.tp] = part.logits
@@ -109,22 +109,23 @@ def _joined(parts: Sequence[Part], vocab_size: int) -> dict[int, npt.NDArray[np.
 
 
 def _arguments(spec: ModelSpec, parallel: Parallel, path: Path) -> dict[str, Any]:
-    """Megatron-LM's arguments for the model, to be built of local layers, experts one by one."""
-    said = {**model_args(spec), **expert_args(spec, parallel, _LOCAL_LAYERS["expert_layout"])}
-    buildable_args.check(said, str(path))
+    """Megatron-LM's arguments for the model, built from local layers with sequential experts."""
+    result = {**model_args(spec), **expert_args(spec, parallel, _LOCAL_LAYERS["expert_layout"])}
+    buildable_args.check(result, str(path))
     layout = layout_args(parallel, 0, 1, _LOCAL_LAYERS["transformer_impl"])
-    del layout["padded_vocab_size"]  # whoever sees the tensors counts it
-    return {**layout, **said}
+    del layout["padded_vocab_size"]  # set by the code that sees the tensors
+    return {**layout, **result}
 
 
 def _stage_ranks(parallel: Parallel) -> int:
-    """Processes of one pipeline stage (Megatron-LM core_v0.16.1, `RankGenerator` in core/parallel_state.py)."""
+    """Number of processes of one pipeline stage (Megatron-LM core_v0.16.1, `RankGenerator` in core/parallel_state.py)."""
     return math.lcm(parallel.tp, parallel.etp * parallel.ep)
 
 
 def _parameters(spec: ModelSpec, parallel: Parallel) -> int:
-    """Elements that all processes hold together: whatever is no expert as often as the experts are spread,
-    and tied embeddings on both ends of the pipeline.
+    """Number of elements that all processes hold together.
+
+    Everything but experts is repeated for each rank of different experts; tied embeddings are on both ends of the pipeline.
     """
     ranks = _stage_ranks(parallel)
     total = 0
@@ -135,8 +136,8 @@ def _parameters(spec: ModelSpec, parallel: Parallel) -> int:
     return total
 
 
-def _join(rank: int, size: int, folder: Path) -> None:
-    """In a process: get ready. Imported here, since the process that starts the others never imports torch."""
+def _setup(rank: int, size: int, folder: Path) -> None:
+    """Prepare a process of the pool. It imports torch here, since the process that starts the pool never does."""
     from ..basics.handover import receive_own_types
     from .cpu import join
 

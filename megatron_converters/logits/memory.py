@@ -1,4 +1,4 @@
-"""Whether a model fits in float32 into the memory that this process can have."""
+"""Check that a model in float32 fits into the memory that is free for this process."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from ..basics.errors import ConversionError
 from . import cgroup
 
 _MEMINFO = Path("/proc/meminfo")
-#: What a process with torch and megatron-core or transformers needs before it holds a model (measured: 0.4 to 0.6 GB).
+#: Bytes that a process with torch and megatron-core or transformers needs without a model (measured: 0.4 to 0.6 GB).
 _PROCESS_BYTES = 600 * 10**6
-#: How often logits are in memory at once, on their way from the processes and until they are compared.
+#: Copies of the logits in memory at once, while they are sent from the processes and compared.
 _COPIES_OF_LOGITS = 6
 _FLOAT32_BYTES = 4
 
 
 def check(what: str, parameters: int, processes: int, logits: int) -> None:
-    """Raise where this many parameters and logits in float32, held by so many processes, exceed the memory that is free.
+    """Raise `ConversionError` if these numbers of float32 parameters, float32 logits and processes exceed the free memory.
 
-    Linux alone says how much that is; elsewhere nothing is checked.
+    `what` names the model in the message. Only Linux reports free memory; elsewhere nothing is checked.
     """
     free = available()
     needed = (parameters + _COPIES_OF_LOGITS * logits) * _FLOAT32_BYTES + processes * _PROCESS_BYTES
@@ -31,14 +31,14 @@ def check(what: str, parameters: int, processes: int, logits: int) -> None:
 
 
 def available() -> int | None:
-    """Bytes that this process can have without swapping: the least of what the machine and its control groups have left.
+    """Bytes available without swapping: the smaller of what the machine and the control groups have left.
 
-    None where the system says neither.
+    None if the system reports neither.
     """
-    return min((number for number in (_machine(), cgroup.free()) if number is not None), default=None)
+    return min((number for number in (_machine_available(), cgroup.free()) if number is not None), default=None)
 
 
-def _machine() -> int | None:
+def _machine_available() -> int | None:
     try:
         lines = _MEMINFO.read_text(encoding="ascii").splitlines()
     except OSError:

@@ -1,4 +1,4 @@
-"""Packages that only a comparison of logits needs."""
+"""Check for packages that only a comparison of logits needs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from ..basics.errors import ConversionError
 
 
 def need(module: str, package: str) -> None:
-    """Raise where a module is not installed, naming the package that holds it. Imports no more than what contains it."""
+    """Raise `ConversionError` if a module of `package` is not installed. Imports nothing but the packages around the module."""
     try:
         found = importlib.util.find_spec(module)
     except (ImportError, ValueError):

@@ -107,4 +107,4 @@ def _joined(shards: list[jobs.Shard]) -> torch.Tensor:
 def _setup(rank: int, size: int, folder: Path) -> None:
     from . import preload  # noqa: F401 - where the server could not import it, this process does
 
-    cpu.meet(rank, size, folder)
+    cpu.init_gloo(rank, size, folder)
