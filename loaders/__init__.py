@@ -1,1 +1,1 @@
-"""Loader plugins for Megatron-LM's tools/checkpoint/convert.py, and for ours."""
+"""Loader plugins for Megatron-LM's tools/checkpoint/convert.py and for our convert.py."""

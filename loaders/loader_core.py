@@ -1,4 +1,4 @@
-"""Loader plugin: Megatron-LM checkpoints of the torch and torch_dist formats, at any parallel sizes."""
+"""Loader plugin: Megatron-LM checkpoints in the torch and torch_dist formats, of any parallel sizes."""
 
 from __future__ import annotations
 

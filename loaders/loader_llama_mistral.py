@@ -1,22 +1,8 @@
 """Loader plugin: Llama, Mistral and Qwen models in Hugging Face format."""
 
-from __future__ import annotations
-
-import argparse
 from functools import partial
-from typing import Any
 
-from megatron_converters.cli.options.reading import add_hf_source_arguments, open_hf_source
-from megatron_converters.cli.plugins import add_common_arguments, run_loader
+from megatron_converters.cli.plugins import add_hf_loader_arguments, load_hf_checkpoint
 
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare this loader's options."""
-    group = parser.add_argument_group(title="Llama/Mistral loader")
-    add_hf_source_arguments(group)
-    add_common_arguments(group)
-
-
-def load_checkpoint(queue: Any, args: argparse.Namespace) -> None:
-    """Send the model in --load-dir over the queue."""
-    run_loader(queue, args, partial(open_hf_source, args))
+add_arguments = partial(add_hf_loader_arguments, title="Llama/Mistral loader")
+load_checkpoint = load_hf_checkpoint

@@ -1,1 +1,1 @@
-"""Saver plugins for Megatron-LM's tools/checkpoint/convert.py, and for ours."""
+"""Saver plugins for Megatron-LM's tools/checkpoint/convert.py and for our convert.py."""

@@ -18,5 +18,5 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def save_checkpoint(queue: Any, args: argparse.Namespace) -> None:
-    """Save what comes over the queue in --save-dir."""
+    """Save the model that arrives over the queue in --save-dir."""
     run_saver(queue, args, partial(open_hf_target, args))

@@ -1,4 +1,4 @@
-"""Saver plugin: a Megatron-LM checkpoint of the torch or the torch_dist format."""
+"""Saver plugin: a Megatron-LM checkpoint in the torch or torch_dist format."""
 
 from __future__ import annotations
 
@@ -18,5 +18,5 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def save_checkpoint(queue: Any, args: argparse.Namespace) -> None:
-    """Save what comes over the queue in --save-dir."""
+    """Save the model that arrives over the queue in --save-dir."""
     run_saver(queue, args, partial(open_megatron_target, args))

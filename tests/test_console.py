@@ -161,7 +161,7 @@ def test_the_limit_of_open_files_is_raised_as_far_as_it_goes(hf_model: HFModel, 
 def test_an_error_of_the_system_is_one_sentence(
     error: OSError, sentence: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SystemExit) as caught, console.errors_told("verb"):
+    with pytest.raises(SystemExit) as caught, console.exit_on_error("verb"):
         raise error
     assert caught.value.code == 1
     assert capsys.readouterr().err.startswith(f"verb: error: {sentence}")

@@ -1,4 +1,4 @@
-"""What is said to the user. A log that cannot be written ends no conversion; a result that cannot must not pass for one."""
+"""Output to the user. A log line that cannot be written is dropped; a result that cannot be written is an error."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from ..basics.errors import ConversionError, Interrupted, reason_of
 from ..basics.json_values import finite
 from ..basics.streams import write
 
-#: Open files that a process may want at most: one for each file that is read, and those being written.
+#: Open files that a process may need at most: one for each file that is read, and those being written.
 _OPEN_FILES = 65536
-#: Objects made until Python looks for cycles among them. Plans are many small objects and no cycles: at its usual 700 a third of
-#: the planning time goes there.
-_OBJECTS = 200_000
+#: Objects created before Python searches them for cycles. Plans are many small objects without cycles: at Python's default of
+#: 700, the search takes a third of the planning time.
+_COLLECTION_THRESHOLD = 200_000
 
 
 def prepare_process() -> None:
-    """What every entry point does first: standard streams that can be used, as many open files as the system allows, and
-    garbage collection that does not get in the way.
+    """Prepare the process of an entry point: usable standard streams, a high limit of open files, rare garbage collection.
 
-    Where the caller closed a standard stream, the next file that is opened would get its number, and what libraries say there.
+    A standard stream that the caller closed is opened on the null device; otherwise the next file that is opened would get its
+    number, and with it the output of libraries.
     """
     for number in range(3):
         try:
@@ -38,14 +38,14 @@ def prepare_process() -> None:
             os.open(os.devnull, os.O_RDWR)  # gets the lowest free number, this one
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            with suppress(OSError):  # whatever a caller has put there may refuse; then names are printed as before
-                stream.reconfigure(errors=_ENCODED_ANYHOW)
-    _allow_many_files()
-    gc.set_threshold(_OBJECTS)
+            with suppress(OSError):  # a stream of the caller's may not allow it; it then keeps its error handler
+                stream.reconfigure(errors=_ERROR_HANDLER)
+    _raise_file_limit()
+    gc.set_threshold(_COLLECTION_THRESHOLD)
 
 
-def _encoded_anyhow(error: UnicodeError) -> tuple[bytes, int]:
-    """Characters that an encoding lacks, escaped; bytes of file names that were no characters, as they are."""
+def _escape_unencodable(error: UnicodeError) -> tuple[bytes, int]:
+    """Error handler of encodings: characters that the encoding lacks are escaped; undecodable bytes of file names are kept."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     text = error.object[error.start : error.end]
@@ -56,12 +56,12 @@ def _encoded_anyhow(error: UnicodeError) -> tuple[bytes, int]:
     return b"".join(parts), error.end
 
 
-_ENCODED_ANYHOW = "megatron_converters.anyhow"
-codecs.register_error(_ENCODED_ANYHOW, _encoded_anyhow)
+_ERROR_HANDLER = "megatron_converters.escape"
+codecs.register_error(_ERROR_HANDLER, _escape_unencodable)
 
 
-def _allow_many_files() -> None:
-    with suppress(ImportError, OSError, ValueError):  # not every system has such limits, or lets us raise them
+def _raise_file_limit() -> None:
+    with suppress(ImportError, OSError, ValueError):  # not every system has such limits, or allows raising them
         import resource
 
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -71,49 +71,49 @@ def _allow_many_files() -> None:
 
 
 @contextmanager
-def errors_told(who: str) -> Iterator[None]:
-    """End the process with one sentence and the error's exit code, without a traceback."""
+def exit_on_error(program: str) -> Iterator[None]:
+    """Context that ends the process on an error: one sentence, no traceback, and the error's exit code."""
     try:
         yield
     except ConversionError as error:
-        fail(who, error)
+        fail(program, error)
     except KeyboardInterrupt:
-        fail(who, Interrupted())
+        fail(program, Interrupted())
     except OSError as error:
-        fail(who, ConversionError(_of_system(error)))
+        fail(program, ConversionError(_system_error_text(error)))
 
 
-def _of_system(error: OSError) -> str:
+def _system_error_text(error: OSError) -> str:
     if error.filename is None and error.errno == errno.ENOENT:  # os.getcwd
         return "the current folder has been removed; change to another"
     return reason_of(error) if error.filename is None else f"{error.filename}: {reason_of(error)}"
 
 
-def fail(who: str, error: ConversionError) -> NoReturn:
-    """Say why, without a traceback, and exit with the error's code."""
-    warn(f"{who}: error: {error}{error.hint}")
+def fail(program: str, error: ConversionError) -> NoReturn:
+    """Print the error without a traceback, and exit with its code."""
+    warn(f"{program}: error: {error}{error.hint}")
     raise SystemExit(error.exit_code)
 
 
 def put(text: str) -> None:
-    """Print a result. A reader that has enough of it, such as `head`, ends nothing; raises if it cannot be written."""
+    """Print a result. A reader that closes the pipe, such as `head`, is no error; raises `ConversionError` for other failures."""
     fault = write(sys.stdout, text)
     if fault is not None:
         raise ConversionError(f"cannot print the result: {fault}")
 
 
 def put_json(value: Any) -> None:
-    """Print a result as JSON that every reader takes: without NaN, and in ASCII, whatever the encoding."""
+    """Print a result as JSON that every parser accepts: without NaN, and in ASCII for any encoding."""
     put(json.dumps(finite(value), indent=1, allow_nan=False))
 
 
 def warn(text: str) -> None:
-    """Say something on standard error; lost where that cannot be written."""
+    """Print a line on standard error; dropped if it cannot be written."""
     write(sys.stderr, text)
 
 
 def say(args: argparse.Namespace, line: str) -> None:
-    """Print a line of a result, unless --quiet; warnings are always shown, on standard error."""
+    """Print a line of a result unless --quiet; a warning is always printed, on standard error."""
     if line.startswith("warning"):
         warn(line)
     elif not getattr(args, "quiet", False):
@@ -121,6 +121,6 @@ def say(args: argparse.Namespace, line: str) -> None:
 
 
 def report(args: argparse.Namespace, line: str) -> None:
-    """As `say`, for what a conversion tells of itself: lost where it cannot be written, since the conversion is what counts."""
+    """Print a line about a conversion, as `say` does; dropped if it cannot be written, so that the conversion goes on."""
     with suppress(ConversionError):
         say(args, line)

@@ -9,7 +9,7 @@ import types
 from collections.abc import Sequence
 
 from .. import __version__
-from .console import errors_told, prepare_process
+from .console import exit_on_error, prepare_process
 
 #: Verb: module in `verbs`, its operands, one line of help.
 VERBS = {
@@ -29,7 +29,7 @@ _PROG = "megatron-converters"
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a verb; exits with its code: 0 done and equal, 1 failed or different, 2 wrong usage."""
     prepare_process()
-    with errors_told(_PROG):
+    with exit_on_error(_PROG):
         arguments = list(sys.argv[1:] if argv is None else argv)
         args = _parser(arguments).parse_args(arguments)
         code = _module(args.verb).run(args)

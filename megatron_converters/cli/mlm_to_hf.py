@@ -1,4 +1,4 @@
-"""Megatron-LM → Hugging Face in one process: the options of Habana's script of this name, and ours."""
+"""Megatron-LM → Hugging Face in one process, with the options of Habana's convert_mlm_to_hf_checkpoint.py and our own."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from ..basics.dtypes import dtype_named
 from ..conversion.progress import make_progress
 from ..conversion.run import convert
-from .console import errors_told, prepare_process, report
+from .console import exit_on_error, prepare_process, report
 from .options.reading import add_checkpoint_arguments, open_checkpoint
 from .options.writing import add_hf_target_arguments, open_hf_target
 from .plugins import add_common_arguments
@@ -18,7 +18,7 @@ from .plugins import add_common_arguments
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a conversion; exits with 0 only if the output is complete."""
     prepare_process()
-    with errors_told("convert_mlm_to_hf_checkpoint"):
+    with exit_on_error("convert_mlm_to_hf_checkpoint"):
         args = _parser().parse_args(sys.argv[1:] if argv is None else argv)
         dtype = dtype_named(args.target_params_dtype) if args.target_params_dtype else None
         source = open_checkpoint(args)

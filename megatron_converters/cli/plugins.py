@@ -1,6 +1,6 @@
-"""What the loader and saver plugins have in common: options, and how they run and fail.
+"""Common code of the loader and saver plugins: shared options, running, and reporting failures.
 
-A plugin file declares its options and makes one call here, so that it works under our convert.py and Megatron-LM's alike.
+A plugin file declares its options and makes one call here; it works with our convert.py and with Megatron-LM's.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from ..basics.dtypes import DType, dtype_named
@@ -20,12 +21,13 @@ from ..formats.queue.channel import WatchedProgress, check_exit, try_send
 from ..formats.queue.messages import EXIT
 from ..formats.queue.source import QueueSource
 from ..formats.queue.target import QueueTarget, stream
-from .console import errors_told, fail, prepare_process, report
+from .console import exit_on_error, fail, prepare_process, report
+from .options.reading import add_hf_source_arguments, open_hf_source
 from .options.shared import add_argument, add_shared
 
 
 def add_common_arguments(parser: Any) -> None:
-    """Options that either side reads and stock convert.py lacks."""
+    """Add the options of loaders and savers that stock convert.py lacks."""
     add_shared(parser, "--quiet", "--overwrite", "--restart")
     add_argument(
         parser,
@@ -36,16 +38,28 @@ def add_common_arguments(parser: Any) -> None:
     )
 
 
-def wanted_dtype_of(args: argparse.Namespace) -> DType | None:
-    """The dtype that --bf16 or --fp16 asks for; None keeps the source's."""
+def requested_dtype(args: argparse.Namespace) -> DType | None:
+    """Dtype that --bf16 or --fp16 requests; None keeps that of the source."""
     bf16, fp16 = getattr(args, "bf16", False), getattr(args, "fp16", False)
     if bf16 and fp16:
-        raise UsageError("--bf16 and --fp16 exclude each other; give one")
+        raise UsageError("--bf16 and --fp16 exclude each other; give only one")
     return dtype_named("bf16") if bf16 else dtype_named("fp16") if fp16 else None
 
 
+def add_hf_loader_arguments(parser: argparse.ArgumentParser, title: str) -> None:
+    """Declare the options of a loader of Hugging Face folders, in a group with this title."""
+    group = parser.add_argument_group(title=title)
+    add_hf_source_arguments(group)
+    add_common_arguments(group)
+
+
+def load_hf_checkpoint(queue: Any, args: argparse.Namespace) -> None:
+    """Send the Hugging Face model in --load-dir over the queue."""
+    run_loader(queue, args, partial(open_hf_source, args))
+
+
 def run_loader(queue: Any, args: argparse.Namespace, open_source: Callable[[], Source]) -> None:
-    """Send a source over the queue; on failure tell the saver, say why and exit."""
+    """Send a source over the queue; on failure notify the saver, print the error and exit."""
     prepare_process()
     savers = multiprocessing.active_children()
     try:
@@ -56,8 +70,8 @@ def run_loader(queue: Any, args: argparse.Namespace, open_source: Callable[[], S
         target = QueueTarget(
             queue, uncut_args, model_type=args.model_type, divisor=getattr(args, "make_vocab_size_divisible_by", None)
         )
-        stream(source, target, wanted_dtype_of(args))
-        for saver in savers:  # Megatron-LM's own convert.py ends with 0 whatever becomes of its saver
+        stream(source, target, requested_dtype(args))
+        for saver in savers:  # Megatron-LM's own convert.py exits with 0 even if its saver failed
             check_exit(saver)
     except ConversionError as error:
         try_send(queue, EXIT)
@@ -71,9 +85,9 @@ def run_loader(queue: Any, args: argparse.Namespace, open_source: Callable[[], S
 
 
 def run_saver(queue: Any, args: argparse.Namespace, open_target: Callable[[], Target]) -> None:
-    """Save what comes over the queue; on failure nothing stays behind that looks complete."""
+    """Save the model that arrives over the queue; a failure leaves nothing behind that looks complete."""
     prepare_process()
-    with errors_told("saver"):
+    with exit_on_error("saver"):
         source = QueueSource(queue, spec_fields, checking=getattr(args, "checking", True))
         progress = WatchedProgress(make_progress(getattr(args, "quiet", False)))
         lines = convert(source, open_target(), None, progress, restart=getattr(args, "restart", False))

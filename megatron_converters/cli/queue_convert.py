@@ -1,7 +1,7 @@
-"""Megatron-LM's loader/saver contract: one process loads, another saves, a queue between them.
+"""Megatron-LM's loader/saver contract: one process loads, another saves, and a queue connects them.
 
-Takes the options of stock tools/checkpoint/convert.py and its plugins too. Unlike stock, it notices within seconds when
-either process dies, and its exit code says whether the result is there.
+It accepts the options and the plugins of stock tools/checkpoint/convert.py. Unlike stock, it notices within seconds when
+either process dies, and exits with 0 only if the output is complete.
 """
 
 from __future__ import annotations
@@ -20,25 +20,25 @@ from typing import Any
 from ..basics.errors import ConversionError, UsageError
 from ..formats.queue.channel import check_exit
 from ..formats.queue.messages import DONE
-from .console import errors_told, prepare_process
+from .console import exit_on_error, prepare_process
 
-#: Names that stock and Habana's tools give to the same plugins.
+#: Names that stock and Habana's tools use for the same plugins.
 _ALIASES = {"loader": {"mcore": "core", "megatron": "core"}, "saver": {"core": "mcore", "megatron": "mcore"}}
-#: Seconds to wait for a message that the saver has left unread.
-_LAST_LOOK = 0.05
-#: Seconds that a saver has to clean up after the loader failed.
+#: Seconds to wait for messages that the saver left unread.
+_UNREAD_TIMEOUT = 0.05
+#: Seconds that the saver has to clean up after the loader failed, before it is terminated, and then killed.
 _GRACE = 5.0
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a conversion; exits with 0 only if the saver has completed its output."""
     prepare_process()
-    with errors_told("convert"):
+    with exit_on_error("convert"):
         _main(sys.argv[1:] if argv is None else argv)
 
 
 def _main(argv: Sequence[str]) -> None:
-    # Which options there are depends on the plugins; until they are known, neither --help nor a missing option matters.
+    # The options depend on the plugins, so the first pass reads only their names and ignores --help and missing options.
     names = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     _add_plugin_names(names)
     known, _ = names.parse_known_args(argv)
@@ -56,30 +56,30 @@ def _main(argv: Sequence[str]) -> None:
         loader.load_checkpoint(queue, args)
         process.join()
     except BaseException:
-        _end(process)
+        _stop(process)
         raise
     finally:
-        queue.cancel_join_thread()  # the saver has ended: nobody will read what is still buffered
+        queue.cancel_join_thread()  # the saver has ended, so nothing will read what is still buffered
     if process.exitcode == 0 and _unread(queue):
-        raise ConversionError("the saver ended before it had received the whole model, although with exit code 0")
+        raise ConversionError("the saver ended with exit code 0 before it had received the whole model")
     check_exit(process)
 
 
 def make_queue(context: Any, size: int) -> Any:
-    """A queue of at most `size` messages; one sentence where the system has no room for its locks."""
+    """Queue of at most `size` messages; raises `ConversionError` if the system cannot make its locks."""
     try:
         return context.Queue(maxsize=size)
-    except OSError as error:  # its locks are semaphores, which are files there
+    except OSError as error:  # its locks are semaphores, stored as files in /dev/shm
         raise ConversionError(
             f"cannot make the queue between loader and saver: {error.strerror}; make /dev/shm writable, or use "
-            "`megatron-converters convert`, which needs none"
+            "`megatron-converters convert`, which needs no queue"
         ) from error
 
 
 def _unread(queue: Any) -> bool:
-    """Whether messages are left; a second "done", as some stock loaders send, is none."""
+    """Whether messages are left, other than a second "done", which some stock loaders send."""
     with suppress(queues.Empty):
-        while queue.get(timeout=_LAST_LOOK) == DONE:
+        while queue.get(timeout=_UNREAD_TIMEOUT) == DONE:
             pass
         return True
     return False
@@ -100,13 +100,17 @@ def _base_parser() -> argparse.ArgumentParser:
     parser.add_argument("--load-dir", metavar="DIR", required=True, help="Folder of the model or checkpoint to read.")
     parser.add_argument("--save-dir", metavar="DIR", required=True, help="Folder to write to.")
     parser.add_argument(
-        "--max-queue-size", metavar="N", type=int, default=50, help="Messages that may wait between loader and saver."
+        "--max-queue-size",
+        metavar="N",
+        type=int,
+        default=50,
+        help="Messages that may wait in the queue between loader and saver.",
     )
     parser.add_argument(
         "--no-checking",
         action="store_false",
         dest="checking",
-        help="Do not check the names and the contents of messages.",
+        help="Do not check the names and contents of messages.",
     )
     parser.add_argument(
         "--start-method",
@@ -125,32 +129,32 @@ def _add_plugin_names(parser: argparse.ArgumentParser) -> None:
 
 
 def load_plugin(kind: str, name: str) -> types.ModuleType:
-    """The plugin `name`: ours from a checkout or installed, else any `loader_NAME`/`saver_NAME` or module on the path."""
+    """Import a plugin: ours from a checkout or installed, else any module `loader_NAME`, `saver_NAME` or `NAME` on the path."""
     name = _ALIASES[kind].get(name, name)
     candidates = (f"{kind}s.{kind}_{name}", f"megatron_converters.{kind}s.{kind}_{name}", f"{kind}_{name}", name)
     for candidate in candidates:
         if _exists(candidate):
             plugin = importlib.import_module(candidate)
             if not hasattr(plugin, "add_arguments"):
-                raise UsageError(f"module {candidate} is no {kind} plugin: it has no add_arguments")
+                raise UsageError(f"module {candidate} is not a {kind} plugin: it has no add_arguments")
             return plugin
     raise UsageError(
-        f"there is no {kind} {name!r}; ours are {_OURS[kind]}, others must be on PYTHONPATH as {kind}_{name}.py"
+        f"there is no {kind} {name!r}; ours are {_OUR_PLUGINS[kind]}, others must be on PYTHONPATH as {kind}_{name}.py"
     )
 
 
-_OURS = {"loader": "llama_mistral, mixtral_hf, hf and core", "saver": "mcore and hf"}
+_OUR_PLUGINS = {"loader": "llama_mistral, mixtral_hf, hf and core", "saver": "mcore and hf"}
 
 
 def _exists(module: str) -> bool:
-    """Whether a module can be found; an error inside it must surface later and not look like its absence."""
+    """Whether a module can be found, without running it: an error inside must not look as if it were missing."""
     try:
         return importlib.util.find_spec(module) is not None
     except (ModuleNotFoundError, ValueError):
         return False
 
 
-def _end(process: Any) -> None:
+def _stop(process: Any) -> None:
     process.join(_GRACE)
     if process.is_alive():
         process.terminate()
