@@ -1,10 +1,10 @@
-"""What all tests share: the oracle's fixtures, and tiny models that are made once a session."""
+"""Fixtures for all tests: those of the oracle, and tiny models that are made once in a session."""
 
 from __future__ import annotations
 
 import os
 
-os.environ["OMP_NUM_THREADS"] = "1"  # before torch: tests run side by side, and so do the processes that they start
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: tests and the processes that they start run in parallel
 
 from collections.abc import Callable
 from functools import cache
@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 
 from tests.helpers import convert, succeeded
-from tests.oracle.fixtures import megatron_pool, pytest_collection_modifyitems  # noqa: F401 - pytest finds them here
+from tests.oracle.fixtures import megatron_pool, pytest_collection_modifyitems  # noqa: F401 - pytest looks for them here
 
 
 @pytest.fixture(scope="session")
 def hf_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """`hf_model(family, **options of make_model)`: a folder to read, not to change, made at the first call."""
+    """Function `hf_model(family, **options of make_model)`: a read-only folder, made at the first call."""
     from tests.oracle.hf import make_model
 
     @cache
@@ -33,7 +33,7 @@ def hf_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 def megatron_model(
     hf_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., tuple[Path, Path]]:
-    """`megatron_model(family, tp, pp)`: a model's folder and its checkpoint by our converter, not to be changed."""
+    """Function `megatron_model(family, tp, pp)`: a model's folder and its checkpoint by our converter, both read-only."""
 
     @cache
     def make(family: str, tp: int = 2, pp: int = 2, **options: Any) -> tuple[Path, Path]:

@@ -1,4 +1,4 @@
-"""Conversions as a Python caller runs them, for tests that look at results rather than at command lines."""
+"""Conversions run from Python, for tests of results rather than of command lines."""
 
 from __future__ import annotations
 
@@ -21,30 +21,30 @@ from megatron_converters.formats.megatron.writing import MegatronOptions
 
 
 def run(source: Source, target: Target, dtype: DType | None = None) -> list[str]:
-    """Convert and return what a user would be told."""
+    """Convert; returns the lines that a user would see."""
     return convert(source, target, dtype, Silent())
 
 
 def hf_to_megatron(source: Path, target: Path, **options: Any) -> Path:
-    """`options` are those of MegatronOptions."""
+    """Convert Hugging Face to rank files; `options` are those of `MegatronOptions`."""
     run(HFSource(source), MegatronTarget(target, MegatronOptions(**options)))
     return target
 
 
 def hf_to_torch_dist(source: Path, target: Path, **options: Any) -> Path:
-    """`options` are those of MegatronOptions."""
+    """Convert Hugging Face to torch_dist; `options` are those of `MegatronOptions`."""
     run(HFSource(source), TorchDistTarget(target, MegatronOptions(**options)))
     return target
 
 
 def megatron_to_hf(source: Path, target: Path, **options: Any) -> Path:
-    """`options` are those of MegatronReadOptions."""
+    """Convert either Megatron-LM format to Hugging Face; `options` are those of `MegatronReadOptions`."""
     run(open_megatron(source, MegatronReadOptions(**options)), HFTarget(target, HFOptions()))
     return target
 
 
 def reshard(source: Path, target: Path, **options: Any) -> Path:
-    """`options` are those of MegatronOptions."""
+    """Convert either Megatron-LM format to rank files; `options` are those of `MegatronOptions`."""
     run(open_megatron(source), MegatronTarget(target, MegatronOptions(**options)))
     return target
 

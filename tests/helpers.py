@@ -1,4 +1,4 @@
-"""Run the command lines as a user does, and look at what they leave behind."""
+"""Helpers that run command lines as a user does, and check what they leave behind."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _TIMEOUT = 60.0
 
 @dataclass(frozen=True)
 class Run:
-    """A finished command line."""
+    """Exit code and output of a finished command line."""
 
     code: int
     out: str
@@ -33,7 +33,7 @@ class Run:
 
 
 def start(script: Path, *options: Any, cwd: Path | None = None, env: Mapping[str, str] | None = None) -> Any:
-    """The process of a command line that goes on running, in a group of its own, its output in pipes."""
+    """Start a command line in a process group of its own, with its output in pipes; returns the running process."""
     return subprocess.Popen(
         [sys.executable, str(script), *map(str, options)],
         cwd=cwd or "/",
@@ -47,45 +47,45 @@ def start(script: Path, *options: Any, cwd: Path | None = None, env: Mapping[str
 
 
 def _default_interrupt() -> None:
-    """A test run in the background of a shell ignores SIGINT, and so would its children."""
+    """Restore SIGINT, which tests in the background of a shell ignore, and so would their children."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def finished(process: Any, timeout: float = _TIMEOUT) -> Run:
-    """Wait for a process, and for all that hold its output."""
+    """Wait for a process and for all processes that hold its output open."""
     out, err = process.communicate(timeout=timeout)
     return Run(process.returncode, out, err)
 
 
 def convert(*options: Any, **more: Any) -> Run:
-    """`python convert.py …`, from a folder that is not the checkout."""
+    """Run `python convert.py …` from a folder other than the checkout."""
     return finished(start(CONVERT, *options, **more))
 
 
 def convert_back(*options: Any, **more: Any) -> Run:
-    """`python convert_mlm_to_hf_checkpoint.py …`, from a folder that is not the checkout."""
+    """Run `python convert_mlm_to_hf_checkpoint.py …` from a folder other than the checkout."""
     return finished(start(BACK, *options, **more))
 
 
 def start_verb(*options: Any, **more: Any) -> Any:
-    """The process of `python -m megatron_converters …`."""
+    """Start `python -m megatron_converters …`; returns the running process."""
     return start(Path("-m"), "megatron_converters", *options, **{"cwd": ROOT, **more})
 
 
 def verb(*options: Any, **more: Any) -> Run:
-    """`python -m megatron_converters …`."""
+    """Run `python -m megatron_converters …`."""
     return finished(start_verb(*options, **more))
 
 
 def succeeded(run: Run) -> Run:
-    """Exit code 0 and nothing that looks like an accident."""
+    """Assert that the exit code is 0 and that there is no traceback."""
     assert run.code == 0, run
     assert "Traceback" not in run.err, run
     return run
 
 
 def refused(run: Run, *words: Any, code: int = 1) -> Run:
-    """An error by the contract: the exit code, a sentence that holds all of `words`, and no traceback."""
+    """Assert a proper error: the exit code, a message that contains all of `words`, and no traceback."""
     assert run.code == code, run
     assert "Traceback" not in run.err, run.err
     assert "error: " in run.err, run
@@ -95,7 +95,7 @@ def refused(run: Run, *words: Any, code: int = 1) -> Run:
 
 
 def nothing_complete(folder: Path) -> None:
-    """Nothing in `folder` can be taken for a model, and nothing half-written is left."""
+    """Assert that `folder` has nothing that could pass for a model, and no incomplete files."""
     left = [
         str(path.relative_to(folder))
         for path in folder.rglob("*")
@@ -108,7 +108,7 @@ def nothing_complete(folder: Path) -> None:
 
 
 def hf_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a folder, safetensors or `.bin`, read by the libraries that made the formats."""
+    """Tensors of a folder, safetensors or `.bin`, read by the libraries of these formats."""
     import torch
     from safetensors.torch import load_file
 
@@ -121,7 +121,7 @@ def hf_tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def same_tensors(ours: Mapping[str, torch.Tensor], theirs: Mapping[str, torch.Tensor]) -> None:
-    """The same names, and for each the same dtype and the same bits."""
+    """Assert that both have the same names, and for each the same dtype and values."""
     import torch
 
     assert sorted(ours) == sorted(theirs)
@@ -131,14 +131,14 @@ def same_tensors(ours: Mapping[str, torch.Tensor], theirs: Mapping[str, torch.Te
 
 
 def rank_content(save_dir: Path, rank: str = "mp_rank_00", iteration: str = "iter_0000001") -> dict[str, Any]:
-    """A rank's file as Megatron-LM 0.14 and later reads it."""
+    """Content of a rank's file, read as by Megatron-LM 0.14 and later."""
     from tests.oracle.checkpoint import load_rank
 
     return load_rank(save_dir / iteration / rank / RANK_FILE)
 
 
 def edit_rank(save_dir: Path, rank: str, **changes: Any) -> None:
-    """Replace entries of a rank's file; None removes one."""
+    """Replace entries of a rank's file; None removes an entry."""
     import torch
 
     content = rank_content(save_dir, rank)
@@ -147,14 +147,14 @@ def edit_rank(save_dir: Path, rank: str, **changes: Any) -> None:
 
 
 def args_of(save_dir: Path, iteration: str = "iter_0000001", rank: str | None = None) -> Namespace:
-    """The args of a rank, by default of the first."""
+    """Args of a rank, by default the first."""
     first = sorted((save_dir / iteration).glob(f"mp_rank_00*/{RANK_FILE}"))[0]
     args: Namespace = rank_content(save_dir, rank or first.parent.name, iteration)["args"]
     return args
 
 
 def small_disk(tmp_path: Path, megabytes: float) -> Path | None:
-    """A file system of this size, where the machine lets us mount one."""
+    """File system of this size in MiB; None where the machine does not allow mounting one."""
     folder = tmp_path / "disk"
     folder.mkdir()
     size = f"size={int(megabytes * 1024)}k"

@@ -1,4 +1,4 @@
-"""Folders of published sizes with real headers and no weights: files of full length that take no room on the disk."""
+"""Sparse folders of models of published sizes: real headers and full file lengths, but no weights and no space on disk."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def _sizes(base: dict[str, Any], layers: int, hidden: int, ffn: int, heads: int,
     return ModelSpec(**{**base, **sizes, **more})
 
 
-#: The sizes in the published config.json of each.
+#: Sizes from the published config.json of each model.
 PUBLISHED = {
     "Llama-3.2-1B": _sizes(
         _LLAMA3, 16, 2048, 8192, 32, kv_channels=64, tied=True, rope_scaling=RopeScaling("llama3", 32.0)
@@ -61,14 +61,14 @@ PUBLISHED = {
 
 
 def sparse_hf(spec: ModelSpec, folder: Path, **options: Any) -> Path:
-    """A Hugging Face folder; `options` are those of HFOptions."""
+    """Write a sparse Hugging Face folder; `options` are those of `HFOptions`."""
     folder.mkdir()
     _write(HFTarget(folder, HFOptions(**options)), spec, folder)
     return folder
 
 
 def sparse_megatron(spec: ModelSpec, folder: Path, **options: Any) -> Path:
-    """A checkpoint; `options` are those of MegatronOptions."""
+    """Write a sparse checkpoint of rank files; `options` are those of `MegatronOptions`."""
     _write(MegatronTarget(folder, MegatronOptions(**options)), spec, folder / "iter_0000001")
     (folder / TRACKER).write_text("1")
     return folder

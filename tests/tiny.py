@@ -15,7 +15,7 @@ from megatron_converters.model.spec import ModelSpec
 
 
 def tiny_spec(**fields: Any) -> ModelSpec:
-    """A model of 4 heads in 2 query groups, head dimension 2; `fields` replace what they name."""
+    """Spec with 4 heads in 2 query groups and head dimension 2; `fields` replace its fields."""
     return ModelSpec(
         **{
             "family": "llama",
@@ -36,7 +36,7 @@ def tiny_spec(**fields: Any) -> ModelSpec:
 
 
 def piece(values: npt.NDArray[Any], rows: Sequence[int], col: int = 0, dtype: str = "int64", where: str = "") -> Piece:
-    """A stored part: `values` in the carrier type of `dtype`, `rows` the slot's row of each of its rows."""
+    """Piece of a slot: `values` in the carrier type of `dtype`; `rows` are the slot's rows of its rows."""
     data = MemoryTensor(dtype_named(dtype), values.shape, values)
     return Piece(
         data, np.array(rows, np.int64), col, StoredName("here", where or f"rows {list(rows)} from column {col}")

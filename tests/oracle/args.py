@@ -1,4 +1,4 @@
-"""The `args` that a training run of Megatron-LM would have saved."""
+"""Arguments (`args`) as a training run of Megatron-LM saves them."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-#: Whether this Python pickles an enum as a class with a value. Others (3.11.2 is one) pickle it under names that
-#: Megatron-LM's allow list lacks; real args have no enum there that could be loaded.
+#: Whether this Python pickles an enum as a class with a value. Others, such as 3.11.2, pickle it under names that
+#: Megatron-LM's allow list lacks, so args with enums could not be loaded there.
 ENUMS_LOAD = b"Signals" in pickle.dumps(signal.SIGTERM)
 
 _DEFAULTS: dict[str, Any] = dict(
@@ -106,14 +106,14 @@ _DEFAULTS: dict[str, Any] = dict(
     seed=1234,
     cp_comm_type=["p2p"],
     data_path=[],
-    exit_signal=signal.SIGTERM if ENUMS_LOAD else None,  # an enum, as real args hold; the pool adds megatron's own
+    exit_signal=signal.SIGTERM if ENUMS_LOAD else None,  # an enum, as in real args; `jobs.py` adds megatron's own
 )
 
 
 def megatron_args(**overrides: Any) -> Namespace:
-    """Args of a small Llama-like model, those that Megatron-LM derives included; `overrides` are argument names.
+    """Args of a small Llama-like model, including those that Megatron-LM derives; `overrides` are argument names.
 
-    `num_query_groups=None` is multi-head attention, `expert_tensor_parallel_size=None` that of TP. `params_dtype` is
+    `num_query_groups=None` is multi-head attention, `expert_tensor_parallel_size=None` is the TP size. `params_dtype` is
     the dtype that `write_checkpoint` stores.
     """
     unknown = overrides.keys() - _DEFAULTS.keys()

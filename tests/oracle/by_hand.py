@@ -1,7 +1,7 @@
-"""A conversion from Hugging Face to Megatron-LM written out by hand, for small models.
+"""Hand-written conversion of small models from Hugging Face to Megatron-LM.
 
-It is the naive one, tensor after tensor and with nothing in common with the package: what the real megatron-core makes
-of its output is compared with transformers in `test_oracle.py`, so the package's output can be compared with it.
+It converts tensor by tensor and shares nothing with the package. `test_oracle.py` compares the logits of the real megatron-core on
+its output with those of transformers, so the package's output can be compared with it.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ def convert(
 ) -> Path:
     """Write the model in `hf` (one safetensors file, even stages) as iteration 1 into `root`, and return `root`.
 
-    Experts are read by their own names, not fused ones. `etp` None is that of TP. `impl` is "local" or
-    "transformer_engine". `overrides` replace arguments that the model's config would give; with `moe_grouped_gemm`
+    Experts are read under their own names, not fused ones. `etp` None is the TP size. `impl` is "local" or
+    "transformer_engine". `overrides` replace arguments derived from the model's config; with `moe_grouped_gemm`
     experts are written as the grouped module that the implementation builds.
     """
     config = json.loads((hf / "config.json").read_text())
@@ -59,7 +59,7 @@ def convert(
     return root
 
 
-def _args(config: dict[str, Any], **more: Any) -> Namespace:
+def _args(config: dict[str, Any], **overrides: Any) -> Namespace:
     rope = config["rope_parameters"]
     window = config.get("sliding_window")
     known = dict(
@@ -83,8 +83,8 @@ def _args(config: dict[str, Any], **more: Any) -> Namespace:
         params_dtype=getattr(torch, config["dtype"]),
         **_experts_args(config),
     )
-    args = megatron_args(**{**known, **more})
-    del args.exit_signal  # an enum: a file that anyone may load holds none
+    args = megatron_args(**{**known, **overrides})
+    del args.exit_signal  # an enum, which a file for any loader must not hold
     return args
 
 
@@ -148,10 +148,10 @@ def _experts(hf: Tensors, prefix: str, args: Namespace, rank: Rank) -> dict[str,
         part = {name: hf[f"{prefix}.experts.{expert}.{name}.weight"] for name in (gate, down, up)}
         fc1.append(torch.cat([part[name].chunk(etp)[rank.etp] for name in (gate, up)]))
         fc2.append(part[down].chunk(etp, dim=1)[rank.etp].clone())
-    return {f"mlp.experts.{name}": value for name, value in _laid_out(fc1, fc2, args)}
+    return {f"mlp.experts.{name}": value for name, value in _stored_experts(fc1, fc2, args)}
 
 
-def _laid_out(fc1: list[torch.Tensor], fc2: list[torch.Tensor], args: Namespace) -> Iterator[tuple[str, Any]]:
+def _stored_experts(fc1: list[torch.Tensor], fc2: list[torch.Tensor], args: Namespace) -> Iterator[tuple[str, Any]]:
     fused = args.transformer_impl == "transformer_engine"
     if args.moe_grouped_gemm and (args.moe_use_legacy_grouped_gemm or not fused):  # GroupedMLP
         yield "weight1", torch.stack([weight.T for weight in fc1]).reshape(args.hidden_size, -1)
@@ -194,7 +194,7 @@ def _attention(hf: Tensors, args: Namespace, tp_rank: int) -> dict[str, Any]:
 
     def qkv(kind: str) -> torch.Tensor:
         q, k, v = (hf[f"self_attn.{name}_proj.{kind}"] for name in "qkv")
-        each = [x.reshape(groups, -1, channels, *x.shape[1:]) for x in (q, k, v)]  # [group, heads of it, d, …]
+        each = [x.reshape(groups, -1, channels, *x.shape[1:]) for x in (q, k, v)]  # [group, heads in group, d, …]
         return torch.cat(each, dim=1).reshape(-1, *q.shape[1:]).chunk(tp)[tp_rank].clone()
 
     fused = args.transformer_impl == "transformer_engine"

@@ -1,4 +1,4 @@
-"""A distributed checkpoint (`torch_dist`) written out by hand from a small Hugging Face model, with torch's own writer."""
+"""Hand-written conversion of a small Hugging Face model to a distributed checkpoint (`torch_dist`), with torch's own writer."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common
 
 
 def convert(hf: Path, root: Path, *, stacked: bool = True, **overrides: Any) -> Path:
-    """Write the model in `hf` as iteration 1 into `root`, every tensor in one chunk; `overrides` as of `by_hand.convert`.
+    """Write the model in `hf` as iteration 1 into `root`, every tensor in one chunk; `overrides` as in `by_hand.convert`.
 
-    `stacked` makes the layers an axis; otherwise they have keys of their own. Experts are an axis in any case.
+    `stacked` makes the layers an axis; otherwise each layer has keys of its own. Experts are always an axis.
     """
     legacy = by_hand.convert(hf, root / "legacy", impl="transformer_engine", **overrides)
     content = checkpoint.load_rank(checkpoint.rank_file(legacy / "iter_0000001", Grid(), Rank()))
@@ -34,7 +34,7 @@ def convert(hf: Path, root: Path, *, stacked: bool = True, **overrides: Any) -> 
 
 
 def tensors(state: dict[str, Any], stacked: bool) -> dict[str, Any]:
-    """A rank's state at TP1 PP1, Transformer Engine's names, under the keys of a distributed checkpoint."""
+    """State of the rank at TP1 PP1, with Transformer Engine's names, under the keys of a distributed checkpoint."""
     result: dict[str, Any] = {}
     for key, value in state.items():
         match = _LAYER.fullmatch(key)
@@ -67,7 +67,7 @@ def _stack(values: dict[int, Any]) -> torch.Tensor:
 
 
 def write(folder: Path, entries: dict[str, Any], common: dict[str, Any]) -> None:
-    """Save tensors and objects by key, what ranks have in common, and the format's name."""
+    """Save tensors and objects by key, the state common to all ranks, and the name of the format."""
     folder.mkdir(parents=True)
     planner = _Planner(flatten_state_dict=False, flatten_sharded_tensors=False)
     save(entries, storage_writer=FileSystemWriter(folder), planner=planner, no_dist=True)

@@ -1,4 +1,4 @@
-"""Megatron-LM's legacy checkpoint folder: its names, and a safe reading of its files."""
+"""Megatron-LM's legacy checkpoint folder: its names, and safe reading of its files."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _FILE = "model_optim_rng.pt"
 
 
 class Rank(NamedTuple):
-    """A process's place along each axis of a `Grid`."""
+    """Position of a process along each axis of a `Grid`."""
 
     tp: int = 0
     pp: int = 0
@@ -29,7 +29,7 @@ class Rank(NamedTuple):
 
 
 class Grid(NamedTuple):
-    """How many ways a model is cut: tensor, pipeline, expert parallel, and tensor parallel inside the experts."""
+    """Parallel sizes of a model: tensor, pipeline, expert, and tensor parallel inside the experts."""
 
     tp: int = 1
     pp: int = 1
@@ -38,7 +38,7 @@ class Grid(NamedTuple):
 
     @classmethod
     def of(cls, args: Namespace) -> Grid:
-        """The sizes that `args` name; a model without experts has ETP equal to TP, whatever its args say."""
+        """Sizes in `args`; a model without experts has ETP equal to TP, whatever its args contain."""
         try:
             tp, pp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
             experts, etp = getattr(args, "num_experts", None), getattr(args, "expert_tensor_parallel_size", None)
@@ -48,32 +48,32 @@ class Grid(NamedTuple):
         return cls(tp, pp, ep, (experts and etp) or tp)
 
     def ranks(self) -> Iterator[Rank]:
-        """The ranks of one replica, each with a file of its own: not all combinations where ETP is not TP."""
+        """Ranks of one replica, each with a file of its own; where ETP is not TP, these are not all combinations."""
         for stage in range(self.pp):
             for rank in range(math.lcm(self.tp, self.ep * self.etp)):
                 yield Rank(rank % self.tp, stage, rank // self.etp % self.ep, rank % self.etp)
 
 
 def iteration_directory(root: Path) -> Path:
-    """The folder that the tracker file names: `iter_%07d` or `release`."""
+    """Folder that the tracker file names: `iter_%07d` or `release`."""
     text = (root / _TRACKER).read_text().strip()
     return root / (text if text == "release" else f"iter_{int(text):07d}")
 
 
 def write_tracker(root: Path, iteration: int) -> None:
-    """Name `iteration` as the latest, without a newline, as Megatron-LM does."""
+    """Write `iteration` as the latest, without a newline, as Megatron-LM does."""
     (root / _TRACKER).write_text(str(iteration))
 
 
 def rank_file(directory: Path, grid: Grid, rank: Rank) -> Path:
-    """A rank's file in an iteration's folder (Megatron-LM `get_checkpoint_name`, which does not know of ETP)."""
+    """Path of a rank's file in an iteration's folder (Megatron-LM `get_checkpoint_name`, which ignores ETP)."""
     stage = f"_{rank.pp:03d}" if grid.pp > 1 else ""
     experts = f"_{rank.ep:03d}" if grid.ep > 1 else ""
     return directory / f"mp_rank_{rank.tp:02d}{stage}{experts}" / _FILE
 
 
 def check_grid(grid: Grid) -> None:
-    """Refuse sizes with which ranks that hold different experts' parts would have one file name."""
+    """Raise `OracleError` for sizes with which ranks that hold different parts of experts would share a file name."""
     names = [rank_file(Path(), grid, rank) for rank in grid.ranks()]
     if len(names) > len(set(names)):
         raise OracleError(
@@ -82,9 +82,9 @@ def check_grid(grid: Grid) -> None:
 
 
 def read_grid(directory: Path, more_globals: Sequence[Any] = ()) -> Grid:
-    """The parallel sizes by the args of the first file; the folders must be exactly the ranks that they name.
+    """Parallel sizes from the args of the first file; the folders must be exactly those of the ranks of these sizes.
 
-    Names alone do not tell: `mp_rank_00_001` is a pipeline stage or an expert-parallel rank.
+    Names alone are ambiguous: `mp_rank_00_001` is a pipeline stage or an expert-parallel rank.
     """
     names = sorted(path.name for path in directory.iterdir() if path.is_dir())
     if not names:
@@ -102,7 +102,7 @@ def read_grid(directory: Path, more_globals: Sequence[Any] = ()) -> Grid:
 
 
 def load_rank(path: Path, more_globals: Sequence[Any] = ()) -> dict[str, Any]:
-    """A rank's dict, read as Megatron-LM (0.14 and later) does: weights only, Namespace and `more_globals` allowed."""
+    """Content of a rank's file, read as by Megatron-LM 0.14 and later: weights only, plus Namespace and `more_globals`."""
     try:
         with torch.serialization.safe_globals([Namespace, *more_globals]):
             content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
@@ -111,7 +111,7 @@ def load_rank(path: Path, more_globals: Sequence[Any] = ()) -> dict[str, Any]:
     return content
 
 
-class _NothingOfIt(type):
+class _NoneForEverything(type):
     def __getattr__(cls, name: str) -> None:
         return None
 
@@ -119,16 +119,16 @@ class _NothingOfIt(type):
         return None
 
 
-class _Nothing(metaclass=_NothingOfIt):
-    """In place of an enum: None, whether a pickle calls it with a value or, as Python 3.11.2 has it, asks it for a name."""
+class _EnumReplacement(metaclass=_NoneForEverything):
+    """Replacement of an enum that gives None, whether a pickle calls it with a value or, with Python 3.11.2, looks up a name."""
 
 
 def load_trusted(path: Path) -> dict[str, Any]:
-    """A rank's dict as Megatron-LM itself writes it, read without megatron: its enums become None."""
+    """Content of a rank's file that Megatron-LM itself wrote, read without megatron: its enums become None."""
 
     class Unpickler(pickle.Unpickler):
         def find_class(self, module: str, name: str) -> Any:
-            return _Nothing if module.startswith("megatron") else super().find_class(module, name)
+            return _EnumReplacement if module.startswith("megatron") else super().find_class(module, name)
 
     module = types.SimpleNamespace(Unpickler=Unpickler, load=pickle.load, __name__="pickle")
     content: dict[str, Any] = torch.load(path, weights_only=False, pickle_module=module)
@@ -136,12 +136,12 @@ def load_trusted(path: Path) -> dict[str, Any]:
 
 
 def named_models(models: Sequence[T]) -> dict[str, T]:
-    """A rank's models under the names that they have in its file: several where it has virtual pipeline stages."""
+    """Models of a rank under their names in its file; there are several with virtual pipeline stages."""
     return {"model" if len(models) == 1 else f"model{number}": model for number, model in enumerate(models)}
 
 
 def check_rank(content: dict[str, Any], path: Path, grid: Grid) -> list[str]:
-    """What is wrong with a rank's dict apart from its model; `grid` is that of the folder."""
+    """Problems with a rank's file, apart from its tensors' values; `grid` is that of the folder."""
     problems = [f"{path}: no {key!r}" for key in ("args", "checkpoint_version", "iteration") if key not in content]
     if not any(key.startswith("model") for key in content):
         problems.append(f"{path}: no 'model'")
@@ -168,7 +168,7 @@ def check_rank(content: dict[str, Any], path: Path, grid: Grid) -> list[str]:
 
 
 def stored_dtype(key: str, params_dtype: torch.dtype) -> torch.dtype:
-    """What a model of `params_dtype` stores `key` in: Megatron-LM keeps the bias of the experts' choice in float32."""
+    """Dtype of `key` in a model of `params_dtype`: Megatron-LM keeps the router's expert bias in float32."""
     return torch.float32 if key.endswith(".router.expert_bias") else params_dtype
 
 

@@ -1,4 +1,4 @@
-"""Let the real megatron-core run on a CPU with its Transformer Engine layers, too."""
+"""Preparation of a process to run the real megatron-core on a CPU, including its Transformer Engine layers."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from . import grouped_gemm_standin, transformer_engine_standin
 
 
 def prepare() -> None:
-    """Make this process fit for megatron-core on a CPU: one thread, and stand-ins for CUDA packages."""
+    """Prepare this process for megatron-core on a CPU: one thread, and stand-ins for CUDA packages."""
     torch.set_num_threads(1)
     transformer_engine_standin.install()
     grouped_gemm_standin.install()
     cpu.prepare()
-    torch.cuda.synchronize = lambda device=None: None  # before a distributed checkpoint is written
+    torch.cuda.synchronize = lambda device=None: None  # called before a distributed checkpoint is written

@@ -1,4 +1,4 @@
-"""megatron-core's own distributed checkpoints (`torch_dist`), written and read in the pool's processes only."""
+"""Distributed checkpoints (`torch_dist`) by megatron-core itself, written and read only in the pool's processes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from . import checkpoint, megatron
 def _write_in_this_process(
     transforms: list[Any], use_msc: bool, rank: int, buckets: list[Any], results: queue.Queue[Any]
 ) -> None:
-    """`FileSystemWriterAsync.write_preloaded_data_multiproc` without its forks: one file after the other."""
+    """Replacement of `FileSystemWriterAsync.write_preloaded_data_multiproc` without forks: one file after the other."""
     written = {}
     for number, bucket in enumerate(buckets):
         done: queue.Queue[Any] = queue.Queue()
@@ -42,9 +42,9 @@ filesystem_async._get_write_results_queue = queue.Queue
 
 
 def save(models: list[torch.nn.Module], directory: Path, args: Namespace, metadata: dict[str, Any]) -> None:
-    """As Megatron-LM's `save_checkpoint` with `--ckpt-format torch_dist`; `metadata` says how keys are laid out.
+    """Save as Megatron-LM's `save_checkpoint` does with `--ckpt-format torch_dist`; `metadata` describes the layout of keys.
 
-    Parameters are stored in `args.params_dtype`; an optimizer's entries, with its names, in float32.
+    Parameters are stored in `args.params_dtype`, optimizer entries in float32 under the optimizer's names.
     """
     if dist.get_rank() == 0:
         directory.mkdir(parents=True)
@@ -65,27 +65,27 @@ def save(models: list[torch.nn.Module], directory: Path, args: Namespace, metada
         "num_floating_point_operations_so_far": 0,
         "opt_param_scheduler": {"num_steps": 8},
         **sharded,
-        "optimizer": {key: _moment(value) for key, value in entries if isinstance(value, ShardedTensor)},
+        "optimizer": {key: _optimizer_entry(value) for key, value in entries if isinstance(value, ShardedTensor)},
     }
     dist_checkpointing.save(state, str(directory), content_metadata=metadata)
 
 
 def load(models: list[torch.nn.Module], directory: Path) -> str | None:
-    """Load this rank's part as Megatron-LM does; what is missing, surplus or misshapen, or None.
+    """Load this rank's part as Megatron-LM does; returns what is missing, unexpected or of the wrong shape, or None.
 
-    Megatron-LM ignores surplus keys; here only surplus `_extra_state` is allowed.
+    Megatron-LM ignores unexpected keys; here only `_extra_state` and optimizer entries may be unexpected.
     """
     metadata = dist_checkpointing.load_content_metadata(str(directory)) or {}
     sharded = _sharded(models, metadata)
     try:
-        # megatron-core calls "missing" what the checkpoint has and the model does not ask for.
-        state, surplus, absent = dist_checkpointing.load(sharded, str(directory), strict="return_all")
-        surplus = {key for key in surplus if "_extra_state" not in key and not key.startswith("optimizer.")}
-        if absent or surplus:
-            return f"{directory}: missing {sorted(absent)}, unexpected {sorted(surplus)}"
+        # megatron-core calls keys "missing" that the checkpoint has and the model does not request.
+        state, unexpected, missing = dist_checkpointing.load(sharded, str(directory), strict="return_all")
+        unexpected = {key for key in unexpected if "_extra_state" not in key and not key.startswith("optimizer.")}
+        if missing or unexpected:
+            return f"{directory}: missing {sorted(missing)}, unexpected {sorted(unexpected)}"
     except (RuntimeError, ValueError, KeyError, dist_checkpointing.core.CheckpointingException) as error:
         return f"{directory}: {error}"
-    # Transformer Engine's own attention does not miss its `_extra_state`, which megatron-core (0.15 on) no longer saves.
+    # megatron-core no longer saves the attention's `_extra_state` (since 0.15), and Transformer Engine's own does not need it.
     faults = []
     for name, model in checkpoint.named_models(models).items():
         attention = {key: None for key in model.state_dict() if key.endswith("core_attention._extra_state")}
@@ -94,13 +94,13 @@ def load(models: list[torch.nn.Module], directory: Path) -> str | None:
 
 
 def _sharded(models: list[torch.nn.Module], metadata: dict[str, Any]) -> dict[str, Any]:
-    said = {**metadata, "dp_cp_group": _data_parallel()}
-    return {name: model.sharded_state_dict(metadata=said) for name, model in checkpoint.named_models(models).items()}
+    options = {**metadata, "dp_cp_group": _data_parallel()}
+    return {name: model.sharded_state_dict(metadata=options) for name, model in checkpoint.named_models(models).items()}
 
 
 def args_of(directory: Path, sizes: dict[str, int]) -> Namespace:
-    """The args of a checkpoint, as megatron-core loads them, for a run at other sizes (`tp`, `pp`, `ep`, `etp`)."""
-    # As Megatron-LM does when it starts. Here another job may have taken it back: torch's context manager does, at its end.
+    """Args of a checkpoint, as megatron-core loads them, for a run at other sizes (`tp`, `pp`, `ep`, `etp`)."""
+    # Megatron-LM does this when it starts. It is repeated here, since torch's context manager in another job undoes it at its end.
     torch.serialization.add_safe_globals(list(SAFE_GLOBALS))
     args: Namespace = dist_checkpointing.load_common_state_dict(str(directory))["args"]
     names = {"tp": "tensor_model", "pp": "pipeline_model", "ep": "expert_model", "etp": "expert_tensor"}
@@ -115,7 +115,7 @@ def _data_parallel() -> Any:
     return parallel_state.get_data_parallel_group(with_context_parallel=True)
 
 
-def _moment(parameter: ShardedTensor) -> ShardedTensor:
+def _optimizer_entry(parameter: ShardedTensor) -> ShardedTensor:
     moment = copy.copy(parameter)
     moment.key = f"optimizer.state.exp_avg.{parameter.key}"
     moment.data = torch.full_like(parameter.data, 0.5, dtype=torch.float32)

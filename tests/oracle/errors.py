@@ -1,4 +1,4 @@
-"""The one exception of the oracle."""
+"""Exception of the oracle."""
 
 from __future__ import annotations
 
@@ -6,4 +6,4 @@ from megatron_converters.basics.errors import ConversionError
 
 
 class OracleError(ConversionError):
-    """The checkpoint is not what the real megatron-core accepts; the message names the file and the key or argument."""
+    """Error for a checkpoint that the real megatron-core does not accept; it names the file and the key or argument."""

@@ -1,4 +1,4 @@
-"""pytest fixtures and hooks; `tests/conftest.py` imports them."""
+"""Fixtures and hooks of pytest, imported by `tests/conftest.py`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .pool import MegatronPool
 
 @pytest.fixture(scope="session")
 def megatron_pool() -> Iterator[MegatronPool]:
-    """The session's pool of megatron-core processes; it costs nothing until its first job."""
+    """Pool of megatron-core processes for the session; its processes start at the first job."""
     pool = MegatronPool()
     yield pool
     pool.close()
@@ -19,7 +19,7 @@ def megatron_pool() -> Iterator[MegatronPool]:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep the tests of one pool in one process: with `pytest -n N --dist loadgroup` it is started once."""
+    """Keep all tests of the pool in one process: with `pytest -n N --dist loadgroup` it then starts once."""
     for item in items:
         if "megatron_pool" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.xdist_group("megatron"))

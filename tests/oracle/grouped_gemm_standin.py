@@ -1,4 +1,4 @@
-"""A stand-in in plain torch for the CUDA package `grouped_gemm`, which megatron-core's legacy GroupedMLP computes with."""
+"""Stand-in in plain torch for the CUDA package `grouped_gemm`, which megatron-core's legacy GroupedMLP uses."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 
 def gmm(a: torch.Tensor, b: torch.Tensor, batch_sizes: torch.Tensor, trans_b: bool = False) -> torch.Tensor:
-    """Rows of `a` [tokens, in], `batch_sizes[e]` of them for each expert, times the expert's `b[e]` [in, out]."""
+    """Product of `a` [tokens, in] and `b` [experts, in, out]: `batch_sizes[e]` rows in turn, each group times its `b[e]`."""
     if trans_b:
         raise NotImplementedError("the stand-in does not transpose")
     parts = a.split(batch_sizes.tolist())

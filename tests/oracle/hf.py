@@ -1,4 +1,4 @@
-"""Tiny random models written by transformers itself, and the logits that transformers computes from a folder."""
+"""Tiny random models written by transformers itself, and logits that transformers computes from a folder."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 _SIZES: dict[str, Any] = dict(
-    vocab_size=199,  # not a multiple of anything, so that vocabulary padding is exercised
+    vocab_size=199,  # a prime, so that vocabulary padding is needed
     hidden_size=64,
     intermediate_size=112,
     num_hidden_layers=4,
@@ -28,7 +28,7 @@ def _rope(theta: float, **scaling: Any) -> dict[str, Any]:
 
 
 def _llama3_rope(factor: float) -> dict[str, Any]:
-    """Llama 3.1's scaling; Megatron-LM fixes all of its constants but the factor (RotaryEmbedding._apply_scaling)."""
+    """Llama 3.1's scaling; all constants but the factor are fixed in Megatron-LM (RotaryEmbedding._apply_scaling)."""
     constants = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
     return _rope(5e5, **{"rope_type": "llama3", "factor": factor, **constants})
 
@@ -53,7 +53,7 @@ _QWEN3_MOE = _QWEN3 | dict(
 _OLMOE = _LLAMA | dict(
     model_type="olmoe", num_experts=8, num_experts_per_tok=2, intermediate_size=48, norm_topk_prob=False
 )
-_LONG = dict(max_position_embeddings=131072, head_dim=32)  # long wavelengths: a scaled RoPE must show
+_LONG = dict(max_position_embeddings=131072, head_dim=32)  # long wavelengths, so that a scaled RoPE makes a difference
 
 FAMILIES: Mapping[str, Mapping[str, Any]] = {
     "llama2": _LLAMA,
@@ -69,7 +69,7 @@ FAMILIES: Mapping[str, Mapping[str, Any]] = {
     "qwen3": _QWEN3,
     "qwen3-tied": _QWEN3 | dict(tie_word_embeddings=True),
 }
-"""What distinguishes each dense family, in `config.json`'s words (transformers 5)."""
+"""Dense families: config.json fields of each (transformers 5)."""
 
 MOE_FAMILIES: Mapping[str, Mapping[str, Any]] = {
     "mixtral": _MIXTRAL,
@@ -79,7 +79,7 @@ MOE_FAMILIES: Mapping[str, Mapping[str, Any]] = {
     "qwen3-moe-sparse-step": _QWEN3_MOE | dict(decoder_sparse_step=2),
     "olmoe": _OLMOE,
 }
-"""The same of the families with a mixture of experts."""
+"""Families with a mixture of experts: config.json fields of each."""
 
 
 def make_model(
@@ -94,7 +94,7 @@ def make_model(
     fused_experts: bool = False,
     **config_overrides: Any,
 ) -> Path:
-    """Write a random model of `family` into `directory`, and return it; a seed decides the bytes.
+    """Write a random model of `family` into `directory`, and return it; the seed determines the bytes.
 
     `family` is a key of `FAMILIES` or `MOE_FAMILIES`.
     `max_shard_size` is bytes or text such as "100KB". `weights` is "safetensors" or "bin" (`pytorch_model*.bin`).
@@ -115,19 +115,19 @@ def make_model(
     if weights == "bin":
         _safetensors_to_bin(directory)
     if legacy_config:
-        _as_transformers_4(directory / "config.json")
+        _rewrite_for_transformers_4(directory / "config.json")
     return directory
 
 
 def sample_tokens(batch: int = 2, length: int = 64, *, vocab_size: int = 199, seed: int = 0) -> torch.Tensor:
-    """Random tokens, long [batch, length]: long enough for a wrong window or RoPE to show."""
+    """Random tokens, int64 [batch, length]; long enough that a wrong window or RoPE changes the logits."""
     return torch.randint(vocab_size, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
 def hf_logits(directory: Path, tokens: torch.Tensor) -> torch.Tensor:
-    """transformers' logits, float32 [B, S, V], of the model in `directory` for long [B, S] tokens (eager attention).
+    """Logits by transformers, float32 [B, S, V], of the model in `directory` for int64 tokens [B, S] (eager attention).
 
-    Fails where loading reports any missing, unexpected or misshapen key.
+    Fails if loading reports any key that is missing, unexpected or of the wrong shape.
     """
     from transformers import AutoModelForCausalLM
 
@@ -142,10 +142,10 @@ def hf_logits(directory: Path, tokens: torch.Tensor) -> torch.Tensor:
 
 
 def _randomise(model: torch.nn.Module, seed: int) -> None:
-    """Give every parameter values that matter: untouched norms (1) and biases (0) would hide mistakes.
+    """Set every parameter to random values: norms that stay 1 and biases that stay 0 would hide mistakes.
 
-    Queries and keys are larger than the rest, so that attention is far from uniform and a wrong RoPE or window shows;
-    so are routers and gates, so that experts are chosen clearly, and biases.
+    Queries and keys are larger than the rest, so that attention is far from uniform and a wrong RoPE or window changes the
+    logits. Routers and gates are larger, too, so that the choice of experts is clear, and so are biases.
     """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -175,7 +175,7 @@ def _safetensors_to_bin(directory: Path) -> None:
         index.unlink()
 
 
-def _as_transformers_4(path: Path) -> None:
+def _rewrite_for_transformers_4(path: Path) -> None:
     config = json.loads(path.read_text())
     rope = config.pop("rope_parameters")
     config["rope_theta"] = rope.pop("rope_theta")

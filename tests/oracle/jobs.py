@@ -1,4 +1,4 @@
-"""What each process of the pool does with a checkpoint. megatron is imported inside: the tests' process never does."""
+"""Jobs of the pool's processes. Each job imports megatron itself, since the process of the tests never does."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from .checkpoint import Grid, Rank
 from .errors import OracleError
 
 Shard = tuple[int, torch.Tensor] | None
-"""A tensor-parallel rank and its part of the logits; None where another rank already gives it."""
+"""Tensor-parallel rank and its part of the logits; None if another rank already returns it."""
 
-_RANKS_OWN = {"rank", "local_rank"}  # arguments that rightly differ between the files of a checkpoint
+_RANK_ARGUMENTS = {"rank", "local_rank"}  # arguments that may differ between the files of a checkpoint
 
 
 def read_logits(
@@ -41,22 +41,22 @@ def read_logits(
     grid = checkpoint.read_grid(directory, allowed)
     if grid != grid._replace(**wanted):
         raise OracleError(f"{directory} holds {grid}, not {wanted}")
-    mine = _parallel(grid)
-    path = checkpoint.rank_file(directory, grid, mine)
+    own_rank = _parallel(grid)
+    path = checkpoint.rank_file(directory, grid, own_rank)
     content: dict[str, Any] = {}
     try:
         content = checkpoint.load_rank(path, allowed)
         problems = checkpoint.check_rank(content, path, grid)
     except OracleError as error:
         problems = [str(error)]
-    _agree(problems)
-    _agree(_different_args(content["args"]))
+    _raise_on_all_ranks(problems)
+    _raise_on_all_ranks(_different_args(content["args"]))
     models = megatron.build(content["args"], impl, qk_norm_over_heads)
     named = checkpoint.named_models(models)
-    _agree([f"{path}: no {name!r}" for name in named if name not in content])
+    _raise_on_all_ranks([f"{path}: no {name!r}" for name in named if name not in content])
     faults = [megatron.load(model, content[name], f"{path}: {name}") for name, model in named.items()]
-    _agree([fault for fault in faults if fault])
-    _agree(_different_copies(megatron.fingerprints(models)))
+    _raise_on_all_ranks([fault for fault in faults if fault])
+    _raise_on_all_ranks(_different_copies(megatron.fingerprints(models)))
     return _shard(gpt.run(models, tokens))
 
 
@@ -68,11 +68,11 @@ def write_and_run(root: Path, args: Namespace, seed: int, iteration: int, tokens
 
     grid = Grid.of(args)
     checkpoint.check_grid(grid)
-    mine = _parallel(grid)
+    own_rank = _parallel(grid)
     models = megatron.build(args)
     megatron.randomise(models, seed, args.params_dtype)
-    path = checkpoint.rank_file(root / f"iter_{iteration:07d}", grid, mine)
-    if cpu.gathered(path).index(path) == dist.get_rank():  # the first of those that hold the same
+    path = checkpoint.rank_file(root / f"iter_{iteration:07d}", grid, own_rank)
+    if cpu.gathered(path).index(path) == dist.get_rank():  # the first of the ranks that hold the same part
         path.parent.mkdir(parents=True)
         torch.save(_rank_content(models, args, iteration), path)
     dist.barrier()
@@ -84,7 +84,7 @@ def write_and_run(root: Path, args: Namespace, seed: int, iteration: int, tokens
 def write_distributed(
     root: Path, args: Namespace, seed: int, iteration: int, tokens: torch.Tensor, metadata: dict[str, Any]
 ) -> Shard:
-    """The same with `--ckpt-format torch_dist`, and with what an optimizer would add."""
+    """Same as `write_and_run` with `--ckpt-format torch_dist` and optimizer entries."""
     from megatron_converters.logits import gpt
 
     from . import distributed, megatron
@@ -110,8 +110,8 @@ def read_distributed(directory: Path, tokens: torch.Tensor, sizes: dict[str, int
     _parallel(Grid.of(args))
     models = megatron.build(args, impl)
     problem = distributed.load(models, directory)
-    _agree([problem] if problem else [])
-    _agree(_different_copies(megatron.fingerprints(models)))
+    _raise_on_all_ranks([problem] if problem else [])
+    _raise_on_all_ranks(_different_copies(megatron.fingerprints(models)))
     return _shard(gpt.run(models, tokens))
 
 
@@ -138,12 +138,12 @@ def _rank_content(models: Sequence[torch.nn.Module], args: Namespace, iteration:
 
 
 def _parallel(grid: Grid) -> Rank:
-    """Cut the pool's processes into this grid; this process's rank in it."""
+    """Divide the pool's processes into this grid; returns this process's rank in it."""
     world = dist.get_world_size()
     if world % (grid.tp * grid.pp) or world % (grid.etp * grid.ep * grid.pp):
         raise OracleError(f"{grid} does not fit {world} processes")
-    mine = cpu.cut(*grid)
-    return Rank(mine.tp, mine.pp, mine.ep, mine.etp)
+    own_rank = cpu.cut(*grid)
+    return Rank(own_rank.tp, own_rank.pp, own_rank.ep, own_rank.etp)
 
 
 def _shard(logits: torch.Tensor | None) -> Shard:
@@ -155,28 +155,28 @@ def _shard(logits: torch.Tensor | None) -> Shard:
 
 
 def _megatron_globals() -> list[Any]:
-    """The classes that Megatron-LM itself allows in a checkpoint."""
+    """Classes that Megatron-LM itself allows in a checkpoint."""
     from megatron.core.safe_globals import SAFE_GLOBALS
 
     return list(SAFE_GLOBALS)
 
 
 def _different_args(args: Namespace) -> list[str]:
-    everyone = cpu.gathered({name: value for name, value in vars(args).items() if name not in _RANKS_OWN})
-    names = {name for each in everyone for name in each if each.get(name) != everyone[0].get(name)}
+    rank_args = cpu.gathered({name: value for name, value in vars(args).items() if name not in _RANK_ARGUMENTS})
+    names = {name for args in rank_args for name in args if args.get(name) != rank_args[0].get(name)}
     return [f"args differ between ranks: {', '.join(sorted(names))}"] if names else []
 
 
 def _different_copies(fingerprints: list[tuple[str, tuple[int, ...], int]]) -> list[str]:
-    """Parameters that ranks hold in common and that differ; logits come from one copy, so they would not tell."""
+    """Texts for parameters whose copies on several ranks differ; logits come from one copy, so they would not show it."""
     first: dict[tuple[str, tuple[int, ...]], int] = {}
-    everything = [entry for each in cpu.gathered(fingerprints) for entry in each]
-    names = {name for name, part, crc in everything if first.setdefault((name, part), crc) != crc}
+    entries = [entry for rank_entries in cpu.gathered(fingerprints) for entry in rank_entries]
+    names = {name for name, part, crc in entries if first.setdefault((name, part), crc) != crc}
     return [f"ranks that share {name} hold different values" for name in sorted(names)]
 
 
-def _agree(problems: Sequence[str]) -> None:
-    """Raise on every rank what any rank found, so that none is left waiting for another."""
+def _raise_on_all_ranks(problems: Sequence[str]) -> None:
+    """Raise the problems of all ranks on every rank, so that none is left waiting for another."""
     found = dict.fromkeys(problem for rank in cpu.gathered(list(problems)) for problem in rank)
     if found:
         raise OracleError("\n".join(found))

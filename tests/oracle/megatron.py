@@ -1,4 +1,4 @@
-"""megatron-core's GPTModel built from a checkpoint's args, loaded and run, in the pool's processes only."""
+"""megatron-core's GPTModel, built from a checkpoint's args and loaded, only in the pool's processes."""
 
 from __future__ import annotations
 
@@ -29,16 +29,15 @@ from . import checkpoint
 _LAYER = re.compile(r"(?<=^decoder\.layers\.)\d+")
 _EXPERT = re.compile(r"(?<=\.local_experts\.)\d+|(?<=\.linear_fc[12]\.weight)\d+")
 _LEGACY_GROUPED = (".experts.weight1", ".experts.weight2")
-# Transformer Engine 2's norms own an `_extra_state`, those of version 1 and torch's do not: both loads must work.
+# Norms of Transformer Engine 2 have an `_extra_state`, those of version 1 and of torch do not; both must load.
 _NORM_EXTRA_STATE = re.compile(r".*layernorm\._extra_state")
 
 
 def build(args: Namespace, impl: str | None = None, qk_norm_over_heads: bool = False) -> list[GPTModel]:
-    """This rank's parts of the model that `args` describes, one for each of its virtual pipeline stages, float32, as
-    Megatron-LM's `gpt_builder` builds them.
+    """This rank's parts of the model that `args` describes, in float32, one for each of its virtual pipeline stages.
 
-    `impl` stands for the user's `--transformer-impl`; None takes the one in `args`. `qk_norm_over_heads` gives the
-    attention OLMoE's norms, which no argument of Megatron-LM stands for.
+    They are built as by Megatron-LM's `gpt_builder`. `impl` is the user's `--transformer-impl`; None takes the one in `args`.
+    `qk_norm_over_heads` gives the attention OLMoE's norms, for which Megatron-LM has no argument.
     """
     args = copy.copy(args)
     args.transformer_impl = impl or args.transformer_impl
@@ -51,7 +50,7 @@ def build(args: Namespace, impl: str | None = None, qk_norm_over_heads: bool = F
 def _adapt(model: GPTModel, qk_norm_over_heads: bool) -> None:
     config = model.config
     for module in model.modules():
-        if isinstance(module, GroupedMLP):  # its forward asserts bf16; nothing else of it needs that
+        if isinstance(module, GroupedMLP):  # only an assertion in its forward needs bf16
             module.config = dataclasses.replace(config, bf16=True)
         if isinstance(module, SelfAttention) and qk_norm_over_heads:
             module.q_layernorm = _NormOverHeads(config, config.num_attention_heads)
@@ -60,7 +59,7 @@ def _adapt(model: GPTModel, qk_norm_over_heads: bool) -> None:
 
 
 class _NormOverHeads(torch.nn.Module):
-    """RMS norm of all heads [s, b, heads / TP, channels] together: OLMoE's, where megatron-core norms each by itself."""
+    """RMS norm over all heads [s, b, heads / TP, channels] together, as in OLMoE; megatron-core norms each head."""
 
     def __init__(self, config: TransformerConfig, heads: int):
         super().__init__()
@@ -70,12 +69,12 @@ class _NormOverHeads(torch.nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         whole = gather_from_tensor_model_parallel_region(x.flatten(2).contiguous())
         normed = F.rms_norm(whole, whole.shape[-1:], self.weight, self.eps)
-        mine: torch.Tensor = scatter_to_tensor_model_parallel_region(normed)
-        return mine.view_as(x)
+        own_heads: torch.Tensor = scatter_to_tensor_model_parallel_region(normed)
+        return own_heads.view_as(x)
 
 
 def load(model: GPTModel, state: dict[str, Any], where: str) -> str | None:
-    """Load a rank's state strictly; the text that names every missing, unexpected and misshapen key, or None."""
+    """Load a rank's state strictly; returns a text with every missing, unexpected and misshapen key, or None."""
     state = dict(state)
     expected = model.state_dict()
     for key in filter(_NORM_EXTRA_STATE.fullmatch, expected.keys() - state.keys()):
@@ -90,19 +89,19 @@ def load(model: GPTModel, state: dict[str, Any], where: str) -> str | None:
 
 
 def randomise(models: list[GPTModel], seed: int, dtype: torch.dtype) -> None:
-    """Give every parameter random values that `dtype` can hold; a parameter's copies on several ranks agree."""
+    """Set every parameter to random values that `dtype` can hold; copies on several ranks are equal."""
     with torch.no_grad():
         for model in models:
             names = _GlobalNames(model)
             for name, parameter in (*model.named_parameters(), *_expert_biases(model)):
-                key = f"{seed} {_shard(name, parameter)} {names.of(name)}"
+                key = f"{seed} {_shard(name, parameter)} {names.get(name)}"
                 generator = torch.Generator().manual_seed(zlib.crc32(key.encode()))
                 noise = torch.randn(parameter.shape, generator=generator)
                 parameter.copy_(_scaled(name, noise).to(checkpoint.stored_dtype(name, dtype)))
 
 
 def fingerprints(models: list[GPTModel]) -> list[tuple[str, tuple[int, ...], int]]:
-    """Each parameter's name, the part of the model that it is, and a checksum: equal parts must have equal ones."""
+    """Name, part of the model and checksum of each parameter; equal parts must have equal checksums."""
     rank = parallel_state.get_pipeline_model_parallel_rank()
     experts = parallel_state.get_expert_model_parallel_rank()
     return [
@@ -117,7 +116,7 @@ def _expert_biases(model: GPTModel) -> list[tuple[str, torch.Tensor]]:
 
 
 def _shard(name: str, parameter: torch.Tensor) -> int:
-    """The number of this rank's part of a parameter; ranks with the same number hold the same values."""
+    """Number of this rank's part of a parameter; ranks with the same number hold the same values."""
     if ".experts." in name:
         return int(parallel_state.get_expert_tensor_parallel_rank())
     cut = getattr(parameter, "tensor_model_parallel", False)
@@ -125,7 +124,7 @@ def _shard(name: str, parameter: torch.Tensor) -> int:
 
 
 class _GlobalNames:
-    """Names of a rank's parameters with layers and experts numbered in the whole model."""
+    """Names of a rank's parameters, with layers and experts numbered over the whole model."""
 
     def __init__(self, model: GPTModel):
         self.layers = get_transformer_layer_offset(model.config, model.vp_stage)
@@ -135,11 +134,11 @@ class _GlobalNames:
         )
         self.tied = model.share_embeddings_and_output_weights
 
-    def of(self, name: str) -> str:
+    def get(self, name: str) -> str:
         if self.tied and name == "output_layer.weight":
             return "embedding.word_embeddings.weight"
         name = _LAYER.sub(lambda match: str(int(match[0]) + self.layers), name)
-        if name.endswith(_LEGACY_GROUPED):  # all of the rank's experts in one
+        if name.endswith(_LEGACY_GROUPED):  # one tensor holds all of the rank's experts
             return f"{name} from {self.experts}"
         return _EXPERT.sub(lambda match: str(int(match[0]) + self.experts), name)
 

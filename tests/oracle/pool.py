@@ -1,4 +1,4 @@
-"""A pool of processes that hold the real megatron-core, so that its start-up is paid once in a test session."""
+"""Pool of processes with the real megatron-core, so that it starts once in a test session."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ T = TypeVar("T")
 
 
 class MegatronPool:
-    """`size` processes joined by gloo. They start at the first job, and anew after one that left them in disorder."""
+    """Pool of `size` processes joined by gloo. They start at the first job, and again after one that failed."""
 
     def __init__(self, size: int = 4, timeout: float = 120.0):
-        # One server imports megatron and forks the processes from itself: the import is paid once, not `size` times.
+        # One server imports megatron and forks the processes, so that it is imported once, not `size` times.
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([f"{__package__}.preload"])
         self._pool = Pool(size, _setup, timeout, context)
@@ -42,28 +42,30 @@ class MegatronPool:
         by_megatron: bool = False,
         qk_norm_over_heads: bool = False,
     ) -> torch.Tensor:
-        """float32 [B, S, padded vocabulary] of the checkpoint in `root` for long [B, S] tokens.
+        """Logits, float32 [B, S, padded vocabulary], of the checkpoint in `root` for int64 tokens [B, S].
 
-        The model is built from the checkpoint's args alone and loaded strictly. `tp`, `pp`, `ep` and `etp` are what
-        the folder should hold. `impl` overrides `args.transformer_impl`, as the user's `--transformer-impl` does. `by_megatron`
-        allows the enums that Megatron-LM stores in args; otherwise a file may hold Namespace and tensors alone.
+        The model is built from the checkpoint's args alone and loaded strictly. `tp`, `pp`, `ep` and `etp` are the sizes that
+        the folder should have. `impl` overrides `args.transformer_impl`, as the user's `--transformer-impl` does. `by_megatron`
+        allows the enums that Megatron-LM stores in args; otherwise a file may hold only Namespace and tensors.
         `qk_norm_over_heads` builds OLMoE's attention, which megatron-core lacks.
-        Raises OracleError with every missing, unexpected or misshapen key, and every tensor whose copies in several
-        ranks' files differ.
+        Raises `OracleError` with every missing, unexpected or misshapen key, and every tensor whose copies in the files
+        of several ranks differ.
         """
         directory = checkpoint.iteration_directory(root)
         wanted = {name: size for name, size in (("tp", tp), ("pp", pp), ("ep", ep), ("etp", etp)) if size}
-        return _joined(self.run(jobs.read_logits, directory, tokens, wanted, impl, by_megatron, qk_norm_over_heads))
+        return _concatenate(
+            self.run(jobs.read_logits, directory, tokens, wanted, impl, by_megatron, qk_norm_over_heads)
+        )
 
     def distributed_logits(
         self, root: Path, tokens: torch.Tensor, *, impl: str | None = None, **sizes: int
     ) -> torch.Tensor:
-        """The same of a `torch_dist` checkpoint, loaded at the sizes `tp`, `pp`, `ep`, `etp`; absent ones are its args'."""
+        """Logits, as in `logits`, of a `torch_dist` checkpoint loaded at sizes `tp`, `pp`, `ep`, `etp`, by default its args'."""
         directory = checkpoint.iteration_directory(root)
-        return _joined(self.run(jobs.read_distributed, directory, tokens, sizes, impl))
+        return _concatenate(self.run(jobs.read_distributed, directory, tokens, sizes, impl))
 
     def run(self, job: Callable[..., T], *args: Any) -> list[T]:
-        """What `job(*args)` returns on each rank; `job` is a module's function. Raises OracleError if a rank fails."""
+        """Results of `job(*args)` on each rank; `job` is a module-level function. Raises `OracleError` if a rank fails."""
         try:
             return self._pool.run(job, *args)
         except ConversionError as error:
@@ -77,11 +79,11 @@ class MegatronPool:
 def write_checkpoint(
     pool: MegatronPool, root: Path, args: Namespace, *, seed: int, tokens: torch.Tensor, iteration: int = 1
 ) -> torch.Tensor:
-    """Write random real megatron-core modules into `root`; return their float32 [B, S, padded vocabulary] logits.
+    """Save a random model of the real megatron-core in `root`; returns its logits, float32 [B, S, padded vocabulary].
 
-    `args` (see `megatron_args`) decide the architecture, the parallel sizes and the stored dtype (`params_dtype`).
+    `args` (see `megatron_args`) determine the architecture, the parallel sizes and the stored dtype (`params_dtype`).
     """
-    return _joined(pool.run(jobs.write_and_run, root, args, seed, iteration, tokens))
+    return _concatenate(pool.run(jobs.write_and_run, root, args, seed, iteration, tokens))
 
 
 def write_distributed(
@@ -94,17 +96,17 @@ def write_distributed(
     iteration: int = 1,
     **metadata: Any,
 ) -> torch.Tensor:
-    """The same as a `torch_dist` checkpoint; `metadata` is that of `sharded_state_dict`, beside Megatron-LM's own."""
-    said = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True, **metadata}
-    return _joined(pool.run(jobs.write_distributed, root, args, seed, iteration, tokens, said))
+    """Save and run as `write_checkpoint`, but as `torch_dist`; `metadata` is added to Megatron-LM's for `sharded_state_dict`."""
+    options = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True, **metadata}
+    return _concatenate(pool.run(jobs.write_distributed, root, args, seed, iteration, tokens, options))
 
 
-def _joined(shards: list[jobs.Shard]) -> torch.Tensor:
+def _concatenate(shards: list[jobs.Shard]) -> torch.Tensor:
     by_rank = dict(shard for shard in shards if shard is not None)
     return torch.cat([by_rank[rank] for rank in sorted(by_rank)], dim=-1)
 
 
 def _setup(rank: int, size: int, folder: Path) -> None:
-    from . import preload  # noqa: F401 - where the server could not import it, this process does
+    from . import preload  # noqa: F401 - imported here if the server could not
 
     cpu.init_gloo(rank, size, folder)

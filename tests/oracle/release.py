@@ -1,12 +1,13 @@
-"""A release of Megatron-LM, unmodified, loads a checkpoint on a CPU with the flags that it is given, and runs it.
+"""Run of an unmodified release of Megatron-LM on a CPU: it loads a checkpoint with the given flags, and computes logits.
 
-Started by torchrun, one process a rank, with the tree and ROOT of this project on PYTHONPATH:
+Start it by torchrun, one process for each rank, with the release's tree and the root of this project on PYTHONPATH:
 
     python -m torch.distributed.run --nproc-per-node N -m tests.oracle.release TOKENS OUT FLAGS...
 
-`TOKENS` is a file of long [B, S] tokens; float32 [B, S, padded vocabulary] logits go to the file `OUT`. The release parses the
-flags, builds the model, loads the checkpoint strictly and runs its pipeline; replaced are CUDA, compilers, and packages that a
-CPU lacks, Transformer Engine by this folder's stand-in, which fits 0.8 to 0.13 and 0.15 to 0.16. Written for 0.8 to 0.19.
+`TOKENS` is a file of int64 tokens [B, S]; logits, float32 [B, S, padded vocabulary], are written to the file `OUT`. The release
+parses the flags, builds the model, loads the checkpoint strictly and runs its pipeline. CUDA, compilers, and packages that need
+them are replaced; Transformer Engine is replaced by this folder's stand-in, which works with 0.8 to 0.13 and 0.15 to 0.16.
+Written for releases 0.8 to 0.19.
 """
 
 from __future__ import annotations
@@ -19,15 +20,15 @@ from typing import Any
 from unittest.mock import MagicMock
 
 import torch
-import torch._dynamo  # before there is a stand-in for triton
+import torch._dynamo  # before triton is replaced
 import torch.distributed as dist
 
 from megatron_converters.logits import cpu
 
 from . import transformer_engine_standin
 
-#: What a release imports, and does not need for this.
-_ABSENT = ("einops", "pkg_resources", "six", "triton", "triton.language")
+#: Packages that a release imports but does not need here.
+_UNNEEDED = ("einops", "pkg_resources", "six", "triton", "triton.language")
 _CUDA = (
     *("synchronize", "empty_cache", "reset_peak_memory_stats", "set_device", "set_rng_state", "manual_seed"),
     *("Stream", "Event", "stream", "current_stream", "memory_stats"),
@@ -35,7 +36,7 @@ _CUDA = (
 
 
 def main(tokens_file: str, out_file: str, flags: list[str]) -> None:
-    """Load and run; the first process of the last stage writes the logits."""
+    """Load and run the model; the first process of the last stage writes the logits."""
     _replace_packages("transformer_engine" in flags)
     _replace_torch()
     cpu.prepare()
@@ -49,9 +50,9 @@ def main(tokens_file: str, out_file: str, flags: list[str]) -> None:
 
 
 def _replace_packages(engine: bool) -> None:
-    if not hasattr(typing, "override"):  # 0.19 is for Python 3.12
+    if not hasattr(typing, "override"):  # 0.19 needs Python 3.12
         typing.override = lambda method: method  # type: ignore[attr-defined]
-    for name in _ABSENT:
+    for name in _UNNEEDED:
         if name.split(".")[0] in sys.modules or importlib.util.find_spec(name.split(".")[0]) is None:
             sys.modules[name] = MagicMock(__spec__=None, __version__="3.0.0")
     import packaging.version
@@ -72,16 +73,16 @@ def _replace_torch() -> None:
     torch.cuda.get_device_capability = lambda *_: (9, 0)
     torch.compile = lambda function=None, **_: function or (lambda later: later)  # type: ignore[assignment]
     torch.Tensor.cuda = torch.nn.Module.cuda = lambda self, *_, **__: self  # type: ignore[method-assign,assignment]
-    torch.load = functools.partial(torch.load, weights_only=False)  # what torch did when 0.11 was released
-    exchange = dist.all_to_all_single
+    torch.load = functools.partial(torch.load, weights_only=False)  # torch's default when 0.11 was released
+    original = dist.all_to_all_single
 
-    def by_lists(out: Any, given: Any, to: Any = None, of: Any = None, **more: Any) -> Any:
-        """Sizes stay in tensors where Megatron-LM finds no GPU to fetch them from."""
-        to, of = (sizes.tolist() if isinstance(sizes, torch.Tensor) else sizes for sizes in (to, of))
-        return exchange(out, given, to, of, **more)
+    def exchange(tensor_out: Any, tensor_in: Any, out_sizes: Any = None, in_sizes: Any = None, **more: Any) -> Any:
+        """Convert sizes to lists: without a GPU, Megatron-LM leaves them in tensors."""
+        sizes = (size.tolist() if isinstance(size, torch.Tensor) else size for size in (out_sizes, in_sizes))
+        return original(tensor_out, tensor_in, *sizes, **more)
 
-    def all_to_all_single(out: Any, given: Any, **more: Any) -> Any:
-        return by_lists(out, given, more.pop("output_split_sizes", None), more.pop("input_split_sizes", None), **more)
+    def all_to_all_single(out: Any, tensor: Any, **more: Any) -> Any:
+        return exchange(out, tensor, more.pop("output_split_sizes", None), more.pop("input_split_sizes", None), **more)
 
     dist.all_to_all_single = all_to_all_single
     from megatron.core import parallel_state
@@ -91,7 +92,7 @@ def _replace_torch() -> None:
 
 
 def _load() -> list[torch.nn.Module]:
-    """This rank's parts of the model, by the release's own parser, builder and loader."""
+    """This rank's parts of the model, from the release's own parser, builder and loader."""
     from megatron.core.enums import ModelType
     from megatron.training import arguments, checkpointing, initialize, training
 

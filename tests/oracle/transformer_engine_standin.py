@@ -1,9 +1,9 @@
-"""A stand-in for Transformer Engine in plain torch, so that megatron-core's Transformer Engine spec runs on a CPU.
+"""Stand-in for Transformer Engine in plain torch, so that megatron-core's Transformer Engine spec runs on a CPU.
 
 megatron-core's own wrapper classes (`megatron/core/extensions/transformer_engine.py`, 0.16) are used unchanged; they
 subclass the ones here. Constructor arguments and state-dict names (`weight`, `bias`, `layer_norm_weight`,
-`layer_norm_bias`, `weight0` … of grouped experts, `_extra_state`) are those of Transformer Engine 2. Arguments about
-fp8, overlap and random state are accepted and mean nothing on a CPU.
+`layer_norm_bias`, `weight0` … of grouped experts, `_extra_state`) are those of Transformer Engine 2. Arguments for
+fp8, overlap and random state are accepted and ignored.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-_VERSION = "2.2.0"  # megatron-core looks at it to choose arguments and names
+_VERSION = "2.2.0"  # megatron-core chooses arguments and names by it
 
 Group = dist.ProcessGroup | None
 
 
 class _ExtraState(torch.nn.Module):
-    """Every module of Transformer Engine 2 owns an `_extra_state`: an empty byte tensor where fp8 is off."""
+    """Base class: every module of Transformer Engine 2 has an `_extra_state`, an empty byte tensor where fp8 is off."""
 
     def get_extra_state(self) -> torch.Tensor:
         return torch.empty(0, dtype=torch.uint8)
@@ -36,7 +36,7 @@ class _ExtraState(torch.nn.Module):
 
 
 class _Norm(_ExtraState):
-    """Layer or RMS norm of the last dimension, in float32."""
+    """Layer or RMS norm over the last dimension, in float32."""
 
     def __init__(
         self,
@@ -66,9 +66,9 @@ class LayerNorm(_Norm):
 
 
 class Linear(_ExtraState):
-    """A linear layer cut over a tensor-parallel group by rows or columns, or not at all (`parallel_mode` None).
+    """Linear layer cut over a tensor-parallel group by rows or columns, or not at all (`parallel_mode` None).
 
-    Features are given whole. Returns the output, or with `return_bias` (output, bias not yet added), as TE does.
+    Feature counts are those of the whole layer. Returns the output, or with `return_bias` (output, bias not yet added), as TE does.
     """
 
     def __init__(
@@ -96,12 +96,12 @@ class Linear(_ExtraState):
         self.weight = torch.nn.Parameter(torch.zeros(self.out_features, self.in_features, dtype=params_dtype))
         if init_method is not None:
             init_method(self.weight)
-        # None is registered too: megatron's wrappers assign a Parameter to `bias` afterwards.
+        # None must be assigned, too: megatron's wrappers assign a Parameter to `bias` afterwards.
         self.bias = torch.nn.Parameter(torch.zeros(self.out_features, dtype=params_dtype)) if bias else None
         self._mark_shards()
 
     def _mark_shards(self) -> None:
-        """Set the attributes by which megatron knows a parameter that differs between tensor-parallel ranks."""
+        """Set the attributes by which megatron recognises a parameter that differs between tensor-parallel ranks."""
         if self.parallel_mode is None:
             return
         dim = 0 if self.parallel_mode == "column" else 1
@@ -117,7 +117,7 @@ class Linear(_ExtraState):
 
 
 class LayerNormLinear(Linear):
-    """A norm and the linear layer after it, as one module."""
+    """Norm and the linear layer after it, as one module."""
 
     def __init__(
         self,
@@ -144,7 +144,7 @@ class LayerNormLinear(Linear):
 class DotProductAttention(_ExtraState):
     """Causal attention over [s, b, heads, d], with query groups and a sliding window.
 
-    `window_size` is TE's (left, right), -1 being unlimited: position i sees i - left to i, the future being masked.
+    `window_size` is TE's (left, right), where -1 is unlimited: position i sees i - left to i; later ones are masked.
     """
 
     def __init__(
@@ -169,7 +169,7 @@ class DotProductAttention(_ExtraState):
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, *, attn_mask_type: str, **_: Any
     ) -> torch.Tensor:
         if attn_mask_type != "causal" or mask is not None:
-            raise NotImplementedError(f"the stand-in knows causal attention alone, not {attn_mask_type!r}")
+            raise NotImplementedError(f"the stand-in has only causal attention, not {attn_mask_type!r}")
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [b, heads or groups, s, d]
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
         scores = (q @ k.transpose(-1, -2)).float() * self.scale
@@ -185,9 +185,9 @@ class DotProductAttention(_ExtraState):
 
 
 class GroupedLinear(_ExtraState):
-    """One linear layer for each of `num_gemms` experts, `weight0`, `weight1`, …, each applied to its own rows.
+    """Linear layers of `num_gemms` experts, `weight0`, `weight1`, …, each applied to its own rows.
 
-    megatron-core gives features already cut over the tensor-parallel group, except where that group is this rank alone.
+    megatron-core passes feature counts already divided by the tensor-parallel size, unless the group is this rank alone.
     """
 
     def __init__(
@@ -211,7 +211,7 @@ class GroupedLinear(_ExtraState):
             self.register_parameter(f"weight{gemm}", torch.nn.Parameter(weight))
 
     def init_fp8_metadata(self, num_gemms: int = 1) -> None:
-        """megatron-core calls it before a load; fp8 is off."""
+        """Do nothing: megatron-core calls it before a load, and fp8 is off."""
 
     def forward(self, x: torch.Tensor, m_splits: list[int], is_first_microbatch: bool | None = None) -> torch.Tensor:
         parts = x.split(m_splits)
@@ -228,15 +228,15 @@ def _normalise(
 
 
 class FP8GlobalStateManager:
-    """fp8 is always off."""
+    """Stand-in that reports fp8 as off."""
 
     @staticmethod
     def is_fp8_enabled() -> bool:
         return False
 
 
-def _never(name: str) -> type:
-    """A class that megatron-core names when it is imported and that no model here builds."""
+def _placeholder(name: str) -> type:
+    """Placeholder class: megatron-core needs the name at import, but no model here uses it."""
     return type(name, (), {})
 
 
@@ -246,18 +246,18 @@ _PYTORCH: dict[str, Any] = {
 _MODULES: dict[str, dict[str, Any]] = {
     "transformer_engine": {"__version__": _VERSION},
     "transformer_engine.common": {},
-    "transformer_engine.common.recipe": {"DelayedScaling": _never("DelayedScaling")},
+    "transformer_engine.common.recipe": {"DelayedScaling": _placeholder("DelayedScaling")},
     "transformer_engine.pytorch": _PYTORCH,
     "transformer_engine.pytorch.distributed": {
-        "CudaRNGStatesTracker": _never("CudaRNGStatesTracker"),
-        "activation_recompute_forward": _never("activation_recompute_forward"),
+        "CudaRNGStatesTracker": _placeholder("CudaRNGStatesTracker"),
+        "activation_recompute_forward": _placeholder("activation_recompute_forward"),
     },
     "transformer_engine.pytorch.fp8": {
         "FP8GlobalStateManager": FP8GlobalStateManager,
         "fp8_autocast": lambda **_: nullcontext(),
     },
-    "transformer_engine.pytorch.tensor": {"QuantizedTensor": _never("QuantizedTensor")},
-    "transformer_engine.pytorch.ops": {name: _never(name) for name in ("Sequential", "FusibleOperation")},
+    "transformer_engine.pytorch.tensor": {"QuantizedTensor": _placeholder("QuantizedTensor")},
+    "transformer_engine.pytorch.ops": {name: _placeholder(name) for name in ("Sequential", "FusibleOperation")},
 }
 
 
@@ -265,7 +265,7 @@ def install() -> None:
     """Make `import transformer_engine` find the stand-in in this process."""
     for name, content in _MODULES.items():
         module = ModuleType(name)
-        module.__path__ = []  # a package: what is absent inside it is an ImportError, which megatron-core allows for
+        module.__path__ = []  # makes it a package: missing modules in it raise ImportError, which megatron-core handles
         vars(module).update(content)
         sys.modules[name] = module
         parent, _, child = name.rpartition(".")
