@@ -1,11 +1,11 @@
-"""Tell whether a refactoring changes a byte of any output, by running the same conversions before and after it.
+"""Check that a refactoring changes no byte of any output, by running the same conversions before and after it.
 
-    python scripts/gate.py record FILE.json      run all conversions and write down what came out
+    python scripts/gate.py record FILE.json      run all conversions and record digests of their outputs
     python scripts/gate.py compare FILE.json     run them again; print each output that differs, and exit with 1 if any does
 
-It makes tiny seeded models of every family and knows the package by its documented command lines alone, so that modules may
-move. Run both from one Python environment, and with one working folder: its path is in what is written. What the last run
-wrote stays there to be looked at.
+It makes tiny seeded models of every family and uses only the documented command lines of the package, so that modules may
+move. Run both in the same Python environment and with the same working folder, whose path is part of the outputs. The outputs
+of the last run stay there for inspection.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 WORK = Path("/tmp/megatron-converters-gate")
 MANIFEST = "conversion.json"
-#: What a manifest says of a tensor, apart from its checksum. Of the rest of a manifest nothing is compared.
+#: Fields of a tensor in a manifest that are compared besides its checksum. The rest of a manifest is not compared.
 FIELDS = ("holds", "from", "at", "dtype", "cast from", "transposed", "padding rows")
 ENVIRONMENT = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -43,7 +43,7 @@ ENVIRONMENT = {
     "TRANSFORMERS_VERBOSITY": "error",
 }
 
-#: The command lines, by the words that the table below has for them. Those without {output} print their result.
+#: Command lines, by the words for them in the table below. Those without {output} print their result.
 COMMANDS = {
     "convert": "-m megatron_converters convert {source} {output}",
     "queue": "convert.py --load-dir {source} --save-dir {output}",
@@ -52,8 +52,8 @@ COMMANDS = {
     "inspect": "-m megatron_converters inspect --json {source}",
 }
 
-#: Each line is a chain: a model, and commands of which each reads what the one before it wrote. " / " stands between
-#: alternatives, {work} and {source} for the working folder and the folder that is read. What chains begin with alike runs once.
+#: Chains, one on each line: a model, then commands that each read the output of the one before. " / " separates alternatives;
+#: {work} and {source} are the working folder and the folder that is read. A beginning that chains share runs once.
 CHAINS = """
 llama2 / mistral / qwen2 / qwen3 > convert --tp 2 --pp 2 > back --max-shard-size 300KB
 llama3 / llama3.1 / llama3.2-tied / llama-bias > convert --tp 4 --saver-transformer-impl local > convert --max-shard-size 200KB
@@ -118,13 +118,13 @@ qwen3-moe > convert --to hf --expert-layout fused
 llama3.1 / mistral-window / qwen2-tied / mixtral / qwen2-moe / qwen3-moe > args --json
 """
 
-#: The buffers of Habana's routers, all of one length here.
+#: Buffers of Habana's routers, all of the same length here.
 BINS = (
     "bins_usage total_requested_capacity optimize_moe_bins_usage_last optimize_moe_total_requested_capacity_last "
     "capacity_bins"
 ).split()
 
-#: Models that are not simply a family of tests/oracle/hf.py: the family, and options of `make_model`.
+#: Models that are variants of a family in tests/oracle/hf.py: the family, and options of `make_model`.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-linear": ("llama2", dict(rope_parameters=dict(rope_type="linear", rope_theta=1e4, factor=4.0))),
     "llama2-bin": ("llama2", dict(weights="bin", legacy_config=True, max_shard_size="200KB")),
@@ -138,12 +138,12 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3-moe-bf16": ("qwen3-moe", dict(dtype="bfloat16", legacy_config=True)),
 }
 
-#: For each output, by its chain: the digest of each file, and of each tensor as "file: tensor".
+#: Digests of each output, by its chain: those of its files by name, and of its tensors by "file: tensor".
 Digests = dict[str, dict[str, str]]
 
 
 def add_tokenizer(folder: Path) -> None:
-    """A tokenizer of single letters, in the files of transformers."""
+    """Add a tokenizer of single letters, saved by transformers."""
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
@@ -154,14 +154,14 @@ def add_tokenizer(folder: Path) -> None:
 
 
 def add_tiktoken(folder: Path) -> None:
-    """Ranks as Llama 3 has them in `tokenizer.model`: all bytes and a few pairs, to which it adds 256 special tokens."""
+    """Add a `tokenizer.model` like Llama 3's: all bytes and a few pairs; readers add 256 special tokens."""
     tokens = [bytes([byte]) for byte in range(256)] + [b"e" + bytes([byte]) for byte in range(97, 123)]
     lines = [base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(tokens)]
     (folder / "tokenizer.model").write_bytes(b"".join(lines))
 
 
 def add_bins(folder: Path) -> None:
-    """Capacity bins of TP2 and EP2: by name, layer, pipeline, expert and tensor rank, as Habana's converter saves them."""
+    """Add capacity bins for TP2 and EP2: by name, layer, pipeline, expert and tensor rank, as Habana's converter saves them."""
     import torch
 
     generator = torch.Generator().manual_seed(0)
@@ -174,7 +174,7 @@ def add_bins(folder: Path) -> None:
 
 
 def write_meta(folder: Path, files: int, embedding_axis: int) -> None:
-    """A Llama in Meta's format, cut over `files`; Llama 3 cuts the rows of its embedding, its predecessors the columns."""
+    """Write a Llama in Meta's format, cut over `files`; Llama 3 cuts the embedding by rows, earlier ones by columns."""
     import torch
 
     sizes = dict(dim=64, n_layers=4, n_heads=8, n_kv_heads=4, norm_eps=1e-5, vocab_size=200, rope_theta=5e5)
@@ -197,7 +197,7 @@ def write_meta(folder: Path, files: int, embedding_axis: int) -> None:
     (folder / "params.json").write_text(json.dumps(sizes))
 
 
-#: Models that transformers does not write, and files that are added to some that it does.
+#: Models in Meta's format (files, axis of the embedding's cut), and files that are added to models by transformers.
 META: dict[str, tuple[int, int]] = {"meta-1": (1, 0), "meta-2": (2, 1)}
 ADDED: dict[str, Callable[[Path], None]] = {
     "llama2-tokenizer": add_tokenizer,
@@ -207,7 +207,7 @@ ADDED: dict[str, Callable[[Path], None]] = {
 
 
 def make_model(name: str, folder: Path) -> None:
-    """Write the model that chains call `name`."""
+    """Write the model with the name that chains use."""
     from tests.oracle import hf
 
     if name in META:
@@ -220,7 +220,7 @@ def make_model(name: str, folder: Path) -> None:
 
 
 def levels() -> list[list[str]]:
-    """Every beginning of every chain once, by length: first the models, then what reads these, and so on."""
+    """Beginnings of all chains, each once, by length: first the models, then the commands that read these, and so on."""
     found: defaultdict[int, dict[str, None]] = defaultdict(dict)
     for line in filter(None, CHAINS.splitlines()):
         for chain in product(*(part.split(" / ") for part in line.split(" > "))):
@@ -230,12 +230,12 @@ def levels() -> list[list[str]]:
 
 
 def folder_of(chain: str, work: Path) -> Path:
-    """Where a chain's output goes. The name is made of the chain, since it gets into files that are compared."""
+    """Folder of a chain's output. Its name is derived from the chain, since it appears in files that are compared."""
     return work / re.sub(r"(?:[^\w.-]|--)+", "_", chain).strip("_")
 
 
 def execute(chain: str, work: Path) -> None:
-    """Run the last command of a chain; ends with its message if it fails."""
+    """Run the last command of a chain; if it fails, exit with its message."""
     before, _, last = chain.rpartition(" > ")
     word, _, options = last.partition(" ")
     output = folder_of(chain, work)
@@ -252,7 +252,7 @@ def execute(chain: str, work: Path) -> None:
 
 
 def digest(folder: Path) -> dict[str, str]:
-    """Of each file below a folder, by its name there, and of each tensor in the manifests among them."""
+    """Digests of all files below a folder, by path, and of all tensors in its manifests."""
     found = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         name = str(path.relative_to(folder))
@@ -265,15 +265,15 @@ def digest(folder: Path) -> dict[str, str]:
 
 
 def manifest_digests(path: Path, prefix: str) -> Iterator[tuple[str, str]]:
-    """For each file and tensor of a manifest: the tensor's checksum, and a digest of what else is said of it."""
+    """Checksum of each tensor in a manifest, with a digest of its other fields."""
     for file, content in json.loads(path.read_text())["files"].items():
-        for tensor, said in content["tensors"].items():
-            rest = json.dumps({field: said.get(field) for field in FIELDS}, sort_keys=True)
-            yield f"{prefix}{file}: {tensor}", f"{said['crc32']} {hashlib.sha256(rest.encode()).hexdigest()[:16]}"
+        for tensor, entry in content["tensors"].items():
+            rest = json.dumps({field: entry.get(field) for field in FIELDS}, sort_keys=True)
+            yield f"{prefix}{file}: {tensor}", f"{entry['crc32']} {hashlib.sha256(rest.encode()).hexdigest()[:16]}"
 
 
 def run_all(work: Path, jobs: int) -> Digests:
-    """Make all models, run all commands and digest what they wrote."""
+    """Make all models, run all commands, and return the digests of their outputs."""
     start = time.monotonic()
     models, *commands = levels()
     chains = [chain for level in (models, *commands) for chain in level]
@@ -295,7 +295,7 @@ def run_all(work: Path, jobs: int) -> Digests:
 
 
 def differences(old: dict[str, str], new: dict[str, str]) -> Iterator[str]:
-    """A line for each file and tensor of one output that is not what it was."""
+    """Lines for each file and tensor of one output that differs."""
     for name in sorted(old.keys() | new.keys()):
         if name not in new:
             yield f"{name}: is gone"
@@ -307,7 +307,7 @@ def differences(old: dict[str, str], new: dict[str, str]) -> Iterator[str]:
 
 
 def compare(old: Digests, new: Digests) -> int:
-    """Print what differs; returns the number of outputs that do."""
+    """Print the outputs that differ; returns their number."""
     count = 0
     for chain in dict.fromkeys([*old, *new]):
         lines = list(differences(old.get(chain, {}), new.get(chain, {})))
@@ -319,7 +319,7 @@ def compare(old: Digests, new: Digests) -> int:
 
 @contextmanager
 def emptied(work: Path) -> Iterator[None]:
-    """Hold a folder that is empty at first. Waits while another run holds it; what this script has not made is left alone."""
+    """Empty a folder and lock it; waits while another run holds it. A folder that this script did not make is left alone."""
     lock = Path(f"{work}.lock")
     if work.exists() and any(work.iterdir()) and not lock.exists():
         sys.exit(f"{work} holds something else; name an empty folder")
@@ -332,7 +332,7 @@ def emptied(work: Path) -> Iterator[None]:
 
 
 def main() -> None:
-    """Record what all conversions write, or compare it with a record."""
+    """Record the outputs of all conversions, or compare them with a record."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )

@@ -1,4 +1,4 @@
-"""Make a small random Llama 3.1 with a real tokenizer, by transformers itself: something to try the converters on.
+"""Make a small random Llama 3.1 with a real tokenizer, by transformers itself, to try the converters on.
 
     python scripts/make_tiny_llama.py FOLDER [--layers 4] [--seed 0]
 
@@ -15,7 +15,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-VOCAB_SIZE = 4000  # no multiple of 128, so that Megatron-LM pads it
+VOCAB_SIZE = 4000  # not a multiple of 128, so that Megatron-LM pads it
 BOS, EOS = "<|begin_of_text|>", "<|end_of_text|>"
 SYLLABLES = (
     "ba ce di fo gu la me ni or pu ra se ti vo xu an el is ot um qua tri sta gle pho ché ñor über ж я 你 世".split()
@@ -23,7 +23,7 @@ SYLLABLES = (
 
 
 def sentences(count: int, seed: int) -> list[str]:
-    """Text to train a tokenizer on: invented words, the first of them far more frequent, with numbers and marks."""
+    """Sentences to train a tokenizer on: invented words with Zipf frequencies, numbers and punctuation marks."""
     rng = random.Random(seed)
     words = ["".join(rng.choices(SYLLABLES, k=rng.randint(1, 4))) for _ in range(6000)]
     weights = [1 / rank for rank in range(1, len(words) + 1)]
@@ -37,7 +37,7 @@ def sentences(count: int, seed: int) -> list[str]:
 
 
 def make_tokenizer(seed: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer of `VOCAB_SIZE` tokens that puts a begin token first, as Llama 3's does."""
+    """Byte-level BPE tokenizer of `VOCAB_SIZE` tokens that adds a begin token, as Llama 3's does."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -54,7 +54,7 @@ def make_tokenizer(seed: int) -> PreTrainedTokenizerFast:
 
 
 def make_model(tokenizer: PreTrainedTokenizerFast, layers: int, seed: int) -> LlamaForCausalLM:
-    """Random bfloat16 weights, the norms' too: with norms of 1 a mistake in them would not show."""
+    """Model with random bfloat16 weights, including the norms: with norms of 1, mistakes in them would go unnoticed."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=len(tokenizer),

@@ -1,9 +1,9 @@
-"""Prove that two Hugging Face folders hold the same model, with nothing of megatron_converters.
+"""Prove that two Hugging Face folders hold the same model, without using megatron_converters.
 
     python scripts/prove_equal.py BEFORE AFTER
 
-Compares every tensor bit for bit by the safetensors library, then lets transformers load both and compares logits and
-what the tokenizers make of a few texts. Prints what it found; exits 1 if anything differs.
+Compares every tensor bit for bit with the safetensors library, then loads both with transformers and compares the logits and
+the tokens of a few texts. Prints the results; exits with 1 if anything differs.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ TEXTS = ["The quick brown fox.", " two  spaces\n\tand a tab", "It's 12345, isn't
 
 
 def tensors(folder: Path, stack: ExitStack) -> dict[str, object]:
-    """Where each tensor of the folder's safetensors files is: name to open file."""
+    """Tensors in the folder's safetensors files: name to open file."""
     files = [stack.enter_context(safe_open(path, "pt")) for path in sorted(folder.glob("*.safetensors"))]
     return {name: file for file in files for name in file.keys()}  # noqa: SIM118
 
 
 def tensor_faults(before: Path, after: Path) -> Iterator[str]:
-    """One line for each tensor that is missing, extra or different."""
+    """Lines for each tensor that is missing, extra or different."""
     with ExitStack() as stack:
         old, new = tensors(before, stack), tensors(after, stack)
         size = 0
         for name in sorted(old.keys() | new.keys()):
             if name not in old or name not in new:
-                yield f"{name} is in {before if name in old else after} alone"
+                yield f"{name} is only in {before if name in old else after}"
                 continue
             one, other = old[name].get_tensor(name), new[name].get_tensor(name)
             size += one.nbytes
@@ -46,7 +46,7 @@ def tensor_faults(before: Path, after: Path) -> Iterator[str]:
 
 
 def logits(folder: Path, tokens: torch.Tensor) -> tuple[torch.Tensor, list[str]]:
-    """float32 [1, sequence, vocabulary] of transformers' model, and the keys it missed or did not know."""
+    """Logits by transformers, float32 [1, sequence, vocabulary], and the missing, unexpected and mismatched keys."""
     model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     keys = [str(key) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in info[kind]]
     with torch.no_grad():
@@ -54,7 +54,7 @@ def logits(folder: Path, tokens: torch.Tensor) -> tuple[torch.Tensor, list[str]]
 
 
 def model_faults(before: Path, after: Path) -> Iterator[str]:
-    """One line for each key that transformers complains of, and one if the logits differ."""
+    """Lines for each key that transformers reports, and one if the logits differ."""
     vocab_size = AutoConfig.from_pretrained(before).vocab_size
     tokens = torch.randint(vocab_size, (1, 64), generator=torch.Generator().manual_seed(0))
     expected, _ = logits(before, tokens)
@@ -70,7 +70,7 @@ def model_faults(before: Path, after: Path) -> Iterator[str]:
 
 
 def tokenizer_faults(before: Path, after: Path) -> Iterator[str]:
-    """One line for each text that the two tokenizers encode differently."""
+    """Lines for each text that the two tokenizers encode differently."""
     old, new = AutoTokenizer.from_pretrained(before), AutoTokenizer.from_pretrained(after)
     for text in TEXTS:
         if old(text).input_ids != new(text).input_ids:

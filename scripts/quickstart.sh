@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Make a small random Llama, convert it to Megatron-LM with TP2 and PP2, convert that back, prove that nothing changed.
-# Keeps the folders if one is named:  scripts/quickstart.sh [FOLDER]
+# Make a small random Llama, convert it to Megatron-LM with TP2 and PP2, convert it back, and prove that nothing changed.
+# The results are kept if a folder is given:  scripts/quickstart.sh [FOLDER]
 set -euo pipefail
 [ $# -eq 0 ] || { mkdir -p "$1" && work=$(cd "$1" && pwd); }
 cd "$(dirname "$0")/.."

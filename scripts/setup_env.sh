@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Print the path of a Python that can run the demo or the tests; make the environment .venv if there is none.
+# Print the path of a Python that can run the demo or the tests; create the environment .venv if there is none.
 #
 #   PYTHON=$(scripts/setup_env.sh demo|test)
 #
-# demo takes any environment that has what the converters and transformers need; test wants the pinned versions.
-# Looks at $PYTHON, the active python3 and .venv, in this order. pip's own variables choose another index, for example
+# demo accepts any environment with the packages that the converters and transformers need; test needs the pinned versions.
+# It tries $PYTHON, the active python3 and .venv, in this order. pip's own variables choose another index, for example
 # PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu for the smaller torch without CUDA.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -27,7 +27,7 @@ sys.exit(not (good and sys.version_info >= (3, 10)))
 PY
 }
 
-base_python() { # the pinned versions need 3.11
+base_python() { # the pinned versions need Python 3.11
     local name
     for name in ${PYTHON:+"$PYTHON"} python3 python3.13 python3.12 python3.11; do
         if "$name" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
@@ -35,7 +35,7 @@ base_python() { # the pinned versions need 3.11
             return
         fi
     done
-    echo "no Python 3.11 or newer found; install one, or name it: PYTHON=/path/to/python3 $0" >&2
+    echo "no Python 3.11 or newer found; install one, or give its path: PYTHON=/path/to/python3 $0" >&2
     return 1
 }
 

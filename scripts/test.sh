@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every check of the project: style, types, tests. Arguments go to pytest:  scripts/test.sh tests/test_plan.py -k name
+# Run all checks of the project: style, types, tests. Arguments are passed to pytest:  scripts/test.sh tests/test_plan.py -k name
 set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=$(scripts/setup_env.sh test) || exit 1

@@ -1,11 +1,11 @@
-"""Time conversions of a random Llama against `cp` of the same bytes, alternating in one run, and sample their memory.
+"""Benchmark of conversions of a random Llama against `cp` of the same bytes, run alternately, with their memory.
 
     python scripts/bench/bench.py FOLDER [--layers 16] [--hidden 2048] [--experts 0] [--runs 5] [--tp 2] [--pp 2] [--ep 1]
                                   [--workers 1] [--ckpt-format torch]
 
-16 layers of 2048 are 1.1 billion parameters, 2.2 GB. Quote ratios: a machine's speed drifts, and `cp` drifts with it.
-Anonymous memory is what the processes hold of their own (RssAnon of all together); total memory also counts pages of
-mapped files, which the kernel takes back when it needs them. Needs Linux.
+16 layers of 2048 are 1.1 billion parameters, 2.2 GB. Quote ratios: the speed of a machine drifts, and `cp` drifts with it.
+Anonymous memory is the processes' own (the sum of RssAnon); total memory also counts pages of mapped files, which the
+kernel reclaims when it needs memory. Needs Linux.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _SAMPLE_SECONDS = 0.02
 
 
 class Measured(NamedTuple):
-    """One run: seconds of wall and CPU, and the peaks of the processes' summed memory in MiB."""
+    """Measurements of one run: wall and CPU seconds, and the peaks in MiB of the memory of all its processes."""
 
     wall: float
     cpu: float
@@ -35,7 +35,7 @@ class Measured(NamedTuple):
 
 
 def measure(command: list[str]) -> Measured:
-    """Run a command and sample the memory of its process group."""
+    """Run a command, and sample the memory of the processes in its session."""
     before = os.times()
     start = time.monotonic()
     process = subprocess.Popen(
@@ -48,15 +48,15 @@ def measure(command: list[str]) -> Measured:
         time.sleep(_SAMPLE_SECONDS)
     wall = time.monotonic() - start
     after = os.times()
-    said = process.communicate()[1].decode()
+    errors = process.communicate()[1].decode()
     if process.returncode:
-        sys.exit(f"{' '.join(command)} failed with {process.returncode}: {said}")
+        sys.exit(f"{' '.join(command)} failed with {process.returncode}: {errors}")
     cpu = after.children_user + after.children_system - before.children_user - before.children_system
     return Measured(wall, cpu, anonymous, total)
 
 
 def _memory(session: int) -> tuple[float, float]:
-    """RssAnon and VmRSS in MiB, summed over the processes of a session."""
+    """Sums of RssAnon and VmRSS over the processes of a session, in MiB."""
     sums = [0.0, 0.0]
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit():
@@ -71,12 +71,12 @@ def _memory(session: int) -> tuple[float, float]:
                 elif line.startswith("VmRSS"):
                     sums[1] += int(line.split()[1]) / 1024
         except (FileNotFoundError, ProcessLookupError):
-            continue  # it ended between two reads
+            continue  # the process ended between two reads
     return sums[0], sums[1]
 
 
 class Timed(NamedTuple):
-    """A command, the folder that it reads and the one that it writes; `kept` where a later one reads that."""
+    """Command, the folder that it reads and the one that it writes; `kept` if a later command reads the output."""
 
     source: Path
     output: Path
@@ -85,12 +85,12 @@ class Timed(NamedTuple):
 
 
 def commands(args: argparse.Namespace) -> dict[str, Timed]:
-    """What is run, by name: each conversion after copies of the folder that it reads."""
+    """Commands to run, by name: each conversion after copies of the folder that it reads."""
     hf, megatron, back = args.folder / "hf", args.folder / "megatron", args.folder / "back"
-    forth_command, back_command = _conversions(args, hf, megatron, back)
+    to_megatron, back_command = _conversions(args, hf, megatron, back)
     return {
         **_copies("HF", hf, args.folder / "cp"),
-        "HF to Megatron": Timed(hf, megatron, forth_command, kept=True),
+        "HF to Megatron": Timed(hf, megatron, to_megatron, kept=True),
         **_copies("Megatron", megatron, args.folder / "cp"),
         "Megatron to HF": Timed(megatron, back, back_command),
     }
@@ -105,7 +105,7 @@ def _copies(name: str, source: Path, output: Path) -> dict[str, Timed]:
 
 
 def _conversions(args: argparse.Namespace, hf: Path, megatron: Path, back: Path) -> tuple[list[str], list[str]]:
-    """Both ways. More workers than one are for the `convert` verb alone."""
+    """Commands of both directions. Only the `convert` verb can use more than one worker."""
     short = ["--tp", str(args.tp), "--pp", str(args.pp), "--ep", str(args.ep), "--ckpt-format", args.ckpt_format]
     if args.workers > 1:
         verb = [sys.executable, "-m", "megatron_converters", "convert", "--quiet", "--workers", str(args.workers)]
@@ -119,7 +119,7 @@ def _conversions(args: argparse.Namespace, hf: Path, megatron: Path, back: Path)
 
 
 def main() -> None:
-    """Make the model if it is not there, run all commands alternately, print a Markdown table of medians."""
+    """Make the model if it is missing, run all commands in turn several times, and print a Markdown table of medians."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     for name, default in {
@@ -142,16 +142,16 @@ def main() -> None:
         subprocess.run([*make, str(args.folder / "hf"), *shape], check=True)
     size = sum(path.stat().st_size for path in (args.folder / "hf").iterdir())
     runs: dict[str, list[Measured]] = {}
-    for number in range(args.runs + 1):  # the first warms the page cache
+    for number in range(args.runs + 1):  # the first run warms the page cache
         for name, timed in commands(args).items():
             shutil.rmtree(timed.output, ignore_errors=True)
             measured = measure(timed.command)
             if number:
                 runs.setdefault(name, []).append(measured)
-            if not timed.kept:  # copies would crowd the sources out of the page cache
+            if not timed.kept:  # copies would displace the sources from the page cache
                 shutil.rmtree(timed.output)
     sizes = f"tp={args.tp}, pp={args.pp}, ep={args.ep}, {args.ckpt_format}, workers={args.workers}"
-    print(f"{size / 1e9:.2f} GB, {sizes}, {args.runs} runs, median (least-most)\n")
+    print(f"{size / 1e9:.2f} GB, {sizes}, {args.runs} runs, median (minimum-maximum)\n")
     print("| run | wall s | CPU s | wall / cp | anonymous MiB | total MiB |\n|---|---|---|---|---|---|")
     for name, measurements in runs.items():
         walls = [measured.wall for measured in measurements]

@@ -1,6 +1,6 @@
-"""Make a bf16 Llama or Mixtral of random bits for benchmarks, shard by shard.
+"""Random bf16 Llama or Mixtral for benchmarks, made shard by shard.
 
-python make_model.py FOLDER LAYERS HIDDEN EXPERTS    (no experts: a Llama)
+python make_model.py FOLDER LAYERS HIDDEN EXPERTS    (0 experts: a Llama)
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def shapes(layers: int, hidden: int, experts: int) -> Iterator[tuple[str, tuple[
 
 
 def write(folder: Path, layers: int, hidden: int, experts: int) -> None:
-    """Save the model; random bits are cheap to make as repeated stretches of one noise."""
+    """Save the model; its values repeat one block of random noise, which is fast to make."""
     folder.mkdir(parents=True)
     noise = torch.randn(1 << 24, generator=torch.Generator().manual_seed(0)).bfloat16()
     names = list(shapes(layers, hidden, experts))

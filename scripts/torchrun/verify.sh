@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Verify a conversion, on any one machine. What follows the script's name goes to `megatron-converters verify`:
+# Verify a conversion on one machine. Arguments are passed to `megatron-converters verify`:
 #
-#   scripts/torchrun/verify.sh SRC DST     do both hold the same model, to the bit?
-#   scripts/torchrun/verify.sh DST         are the output's files as they were written? (checksums, no source needed)
+#   scripts/torchrun/verify.sh SRC DST     do both hold the same model, bit for bit?
+#   scripts/torchrun/verify.sh DST         are the output's files unchanged since they were written? (checksums, no source needed)
 #
-# Exits with 0 if all is equal and with 1 if not, having named what differs.
+# Exits with 0 if everything is equal, else lists the differences and exits with 1.
 set -euo pipefail
 
-PYTHON="${PYTHON:-python}"                                    # of an environment with numpy, safetensors and torch
+PYTHON="${PYTHON:-python}"                                    # in an environment with numpy, safetensors and torch
 
 if [ $# -lt 1 ]; then
     echo "usage: $(basename "$0") SRC DST | DST [options of verify]" >&2
