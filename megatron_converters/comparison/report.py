@@ -1,4 +1,4 @@
-"""Two folders opened side by side, and what a comparison found, as lines and as JSON values."""
+"""Reports of comparisons, as lines and as JSON values, and the opening of the two folders."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from ..formats.reading import ReadOptions, open_source, refuse_unused
 from .manifest_check import Checked
 from .tensors import Compared, Comparison
 
-#: Tensors that a line about several names.
-_NAMED = 3
+#: Tensors that one line lists by name at most.
+_MAX_NAMES = 3
 
 
 class Pair(NamedTuple):
@@ -26,7 +26,7 @@ class Pair(NamedTuple):
 def open_pair(
     a: str | os.PathLike[str], b: str | os.PathLike[str], options: ReadOptions, b_format: str | None = None
 ) -> Pair:
-    """Open A and B. An option of one format is for each side of that format."""
+    """Open A and B. An option of one format applies to each side of that format."""
     first = open_source(a, options)
     second = open_source(b, dataclasses.replace(options, format=b_format))
     refuse_unused([first.format, second.format], options)
@@ -34,7 +34,7 @@ def open_pair(
 
 
 def findings(comparison: Comparison) -> Iterator[str]:
-    """Everything that differs: settings, whole tensors, then elements with the place of the first on both sides."""
+    """Lines for all differences: settings, whole tensors, then elements with the place of the first on both sides."""
     yield from comparison.spec
     yield from of_whole_tensors(comparison)
     for tensor in comparison.different:
@@ -45,17 +45,17 @@ def findings(comparison: Comparison) -> Iterator[str]:
 
 
 def of_whole_tensors(comparison: Comparison, *, each: bool = False) -> Iterator[str]:
-    """Findings about whole tensors, such as another dtype: a line for all that have it in common, or for `each`."""
+    """Lines for findings about whole tensors, such as another dtype: one for all tensors that share it, or one for `each`."""
     for text, names in comparison.alike().items():
         if each:
             yield from (f"{name}: {text}" for name in names)
         else:
-            more = f" and {len(names) - _NAMED:,} more tensors" if len(names) > _NAMED else ""
-            yield f"{', '.join(names[:_NAMED])}{more}: {text}"
+            more = f" and {len(names) - _MAX_NAMES:,} more tensors" if len(names) > _MAX_NAMES else ""
+            yield f"{', '.join(names[:_MAX_NAMES])}{more}: {text}"
 
 
 def ranked(comparison: Comparison) -> list[Compared]:
-    """Compared tensors, those first that differ most for their size; equals keep the order of slots."""
+    """Compared tensors, those that differ most relative to their norm first; ties keep the order of slots."""
     found = [tensor for tensor in comparison.tensors if tensor.measure is not None]
     return sorted(found, key=_rank)
 
