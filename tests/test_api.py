@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 
 import megatron_converters as mc
-from megatron_converters.basics.handover import receives_ours
+from megatron_converters.basics.handover import receives_own_types
 from tests.helpers import ROOT, hf_tensors, same_tensors, verb
 
 HFModel = Callable[..., Path]
@@ -160,7 +160,7 @@ def _switches() -> dict[str, Any]:
         "warnings": list(warnings.filters),
         "streams": (sys.stdout, sys.stderr, sys.excepthook),
         "path": list(sys.path),
-        "queue": receives_ours(),
+        "queue": receives_own_types(),
     }
 
 
