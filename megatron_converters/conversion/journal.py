@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -25,6 +25,7 @@ from ..basics.json_values import differences, finite
 from ..model.layouts import RowMap
 from ..model.slots import Ref
 from ..storage.checksum import digest
+from ..storage.tensor import StoredTensor
 from .composing import Gather
 from .outline import Fill, Outline
 from .staging import Staging, unfinished_in, write_text
@@ -42,6 +43,8 @@ _RESULT_KEYS = ("outside", "tensors")
 
 #: Manifest entries of one file, by tensor.
 Entries = dict[str, dict[str, Any]]
+#: Texts about row maps kept at most. A model has some hundred distinct ones; the bound limits memory if one has more.
+_MAX_TEXTS = 4096
 
 
 def describe_run(outline: Outline, origin: Origin) -> dict[str, Any]:
@@ -58,54 +61,63 @@ def describe_run(outline: Outline, origin: Origin) -> dict[str, Any]:
     return plain
 
 
-def tensor_entry(entries: Entries, ref: Ref, fill: Fill, gathers: list[Gather]) -> None:
-    """Add one fill to the manifest entries of its file."""
-    entry = entries.setdefault(fill.name, {"holds": [], "from": {}, "dtype": str(fill.dtype)})
-    entry["holds"].append(str(ref))
-    for gather in gathers:
-        name, part = str(gather.source.name), _range_text(gather)
-        known = entry["from"].get(name)
-        entry["from"][name] = part if known is None else f"{known}; {part}"
-    dtypes = {str(gather.source.data.dtype) for gather in gathers} - {str(fill.dtype)}
-    if dtypes:
-        entry["cast from"] = sorted(dtypes)
-    if fill.transposed:
-        entry["transposed"] = True
-    if fill.padding:
-        entry["padding rows"] = fill.padding
+class Provenance:
+    """Manifest entries of files that are being filled, by tensor: the slots it holds, and where each came from."""
+
+    def __init__(self) -> None:
+        self._files: dict[str, Entries] = {}
+        #: Texts by the id of the row map and the row count. Layers share their maps; holding a map keeps its id valid.
+        self._texts: dict[tuple[int, int], tuple[str, RowMap]] = {}
+
+    def add_fill(self, ref: Ref, fill: Fill, gathers: Sequence[Gather]) -> None:
+        """Add one fill and what its sources give to it."""
+        entries = self._files.setdefault(fill.file, {})
+        entry = entries.setdefault(fill.name, {"holds": [], "from": {}, "dtype": str(fill.dtype)})
+        entry["holds"].append(str(ref))
+        for gather in gathers:
+            name, part = str(gather.source.name), self._range_text(gather)
+            known = entry["from"].get(name)
+            entry["from"][name] = part if known is None else f"{known}; {part}"
+        dtypes = {str(gather.source.data.dtype) for gather in gathers} - {str(fill.dtype)}
+        if dtypes:
+            entry["cast from"] = sorted(dtypes)
+        if fill.transposed:
+            entry["transposed"] = True
+        if fill.padding:
+            entry["padding rows"] = fill.padding
+
+    def add_given(self, file: str, name: str, data: StoredTensor) -> None:
+        """Add a small tensor that belongs to no slot and is copied as it is."""
+        entry = {"holds": [], "from": {data.path: "all"}, "dtype": str(data.dtype)}
+        self._files.setdefault(file, {})[name] = entry
+
+    def take(self, file: str) -> Entries:
+        """The entries of a file, which is complete."""
+        return self._files.pop(file, {})
+
+    def _range_text(self, gather: Gather) -> str:
+        """Text for the rows and columns that a gather takes from its piece, and whether they keep their order."""
+        rows, cols = self._rows_text(gather.rows, gather.source.data.shape[0]), gather.source_cols
+        whole = (cols.start, cols.stop) == (0, gather.source.cols)
+        return rows if whole else f"{rows}, columns {cols.start}-{cols.stop - 1}"
+
+    def _rows_text(self, rows: RowMap, count: int) -> str:
+        """Text for the rows that a row map takes of `count` rows."""
+        key = (id(rows), count)
+        if key not in self._texts:
+            if len(self._texts) >= _MAX_TEXTS:
+                self._texts.clear()
+            self._texts[key] = _describe_rows(rows, count), rows
+        return self._texts[key][0]
 
 
-def _range_text(gather: Gather) -> str:
-    """Text for the rows and columns that a gather takes from its piece, and whether they keep their order."""
-    rows, cols = _rows_text(gather.rows, gather.source.data.shape[0]), gather.source_cols
-    whole = (cols.start, cols.stop) == (0, gather.source.cols)
-    return rows if whole else f"{rows}, columns {cols.start}-{cols.stop - 1}"
-
-
-#: Texts by the id of the row map and the row count. Layers share their maps; holding a map keeps its id valid.
-_ROWS_TEXTS: dict[tuple[int, int], tuple[str, RowMap]] = {}
-#: Maximum number of cached texts. A model has some hundred distinct ones; the bound limits memory if one has more.
-_MAX_TEXTS = 4096
-
-
-def _rows_text(rows: RowMap, count: int) -> str:
-    """Text for the rows that a row map takes of `count` rows."""
-    key = (id(rows), count)
-    if key not in _ROWS_TEXTS:
-        if len(_ROWS_TEXTS) >= _MAX_TEXTS:
-            _ROWS_TEXTS.clear()
-        taken = rows[rows >= 0]
-        first, last = int(taken.min()), int(taken.max())
-        order = (
-            ""
-            if bool((np.diff(taken) == 1).all())
-            else " rearranged"
-            if taken.size == last - first + 1
-            else " in parts"
-        )
-        whole = (first, last) == (0, count - 1)
-        _ROWS_TEXTS[key] = ("all rows" if whole else f"rows {first}-{last}") + order, rows
-    return _ROWS_TEXTS[key][0]
+def _describe_rows(rows: RowMap, count: int) -> str:
+    taken = rows[rows >= 0]
+    first, last = int(taken.min()), int(taken.max())
+    order = (
+        "" if bool((np.diff(taken) == 1).all()) else " rearranged" if taken.size == last - first + 1 else " in parts"
+    )
+    return ("all rows" if (first, last) == (0, count - 1) else f"rows {first}-{last}") + order
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from .accounting import check_target
 from .copying import Executor
 from .crew import ALONE, Crew, agree, meet, share
 from .endpoint import Source, Target, wanted_dtype
-from .journal import Entries, Journal, describe_run, is_output_of, refuse_other, tensor_entry, write_manifest
+from .journal import Journal, Provenance, describe_run, is_output_of, refuse_other, write_manifest
 from .outline import Outline
 from .progress import Progress
 from .staging import Staging, check_place, check_space
@@ -74,7 +74,7 @@ class _Run:
         self._begun = self._shown = False
         self._session = ""
         self._open: dict[str, OutputFile] = {}
-        self._entries: dict[str, Entries] = {}
+        self._provenance = Provenance()
 
     def work(self, restart: bool) -> list[str]:
         """Take all steps, each together with the other processes; returns lines for the user."""
@@ -181,7 +181,7 @@ class _Run:
                 for fill in self._target.fills(ref):
                     if fill.file in mine:
                         gathers = executor.plan(fill, sources.pieces)
-                        tensor_entry(self._entries.setdefault(fill.file, {}), ref, fill, gathers)
+                        self._provenance.add_fill(ref, fill, gathers)
                         executor.fill(self._file(fill.file), fill, gathers)
             executor.finish()
         except BaseException:
@@ -212,17 +212,13 @@ class _Run:
         for name, data in self._outline.extra_tensors.get(path, {}).items():
             file.write(name, 0, np.ascontiguousarray(data.array()))
             self._progress(data.nbytes)
-            self._entries.setdefault(path, {})[name] = {
-                "holds": [],
-                "from": {data.path: "all"},
-                "dtype": str(data.dtype),
-            }
+            self._provenance.add_given(path, name, data)
 
     def _finish(self, file: OutputFile) -> None:
         """Complete a file and record it; the lane that wrote its last tensor calls this."""
         file.close()
         path = str(Path(file.path).relative_to(self._staging.files))
-        tensors = self._entries.pop(path, {})
+        tensors = self._provenance.take(path)
         checksums = file.checksums()
         layout = self._outline.files[path]
         for name, region in layout.regions.items():
