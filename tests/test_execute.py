@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import _thread
+import random
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -205,6 +208,28 @@ def failing() -> Piece:
     return Piece(Failing(dtype_named("int64"), (2, 2), numbers(2, 2)), np.arange(2), 0, StoredName("here", "broken"))
 
 
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def test_an_interrupt_at_any_moment_ends_the_lanes() -> None:
+    """Ctrl-C reaches the main thread between any two steps of Python code, also just after it has taken a lock there."""
+    chance = random.Random(1)
+    data = piece(numbers(1, 1), [0])
+    for _ in range(300):
+        executor = Executor(lanes=2)
+        interrupter = threading.Timer(chance.uniform(0, 0.002), _thread.interrupt_main)
+        interrupter.start()
+        with pytest.raises(KeyboardInterrupt):
+            for _ in range(10**7):
+                executor.compare(data, [data], "w")
+        executor.cancel()
+        interrupter.join()
+
+
 def test_a_failure_in_a_thread_is_raised_by_finish(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="the disk is gone"):
         filled(tmp_path / "t", [0, 1], (2, 2), [failing()])
@@ -215,7 +240,7 @@ def test_a_failure_is_raised_by_a_later_fill_and_the_file_stays_incomplete(tmp_p
     file = safetensors.lay_out(tmp_path / "t", dict.fromkeys("01", (good.data.dtype, (2, 2))), {})
     executor = Executor(lanes=1)
     put(executor, file, "0", good.data.dtype, (2, 2), np.arange(2), 0, [failing()])
-    assert executor._stop.wait(10)
+    wait_for(lambda: executor._stopped)
     with pytest.raises(OSError, match="the disk is gone"):
         put(executor, file, "1", good.data.dtype, (2, 2), np.arange(2), 0, [good])
     executor.cancel()
@@ -238,7 +263,7 @@ def test_the_first_failure_stops_tensors_that_are_being_filled(tmp_path: Path, m
     executor = Executor(progress, lanes=2)
     put(executor, file, "large", good.data.dtype, (500, 2), np.arange(500), 0, [good])
     executor.compare(failing(), [good], "replica")
-    assert executor._stop.wait(10)
+    wait_for(lambda: executor._stopped)
     failed.set()
     with pytest.raises(OSError, match="the disk is gone"):
         executor.finish()
@@ -260,7 +285,7 @@ def test_cancel_stops_within_a_tensor_and_raises_nothing(tmp_path: Path, monkeyp
     executor = Executor(progress)
     put(executor, file, "large", good.data.dtype, (500, 2), np.arange(500), 0, [good])
     assert begun.wait(10)
-    executor._stop.set()  # as cancel() does, which would wait for the thread that waits for us
+    executor._stopped = True  # as cancel() does, which would wait for the thread that waits for us
     go_on.set()
     executor.cancel()
     assert len(written) == 1

@@ -11,6 +11,7 @@ import itertools
 import os
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import Any
@@ -34,8 +35,13 @@ _MAX_RUNS = 32
 _MAX_LANES = 4
 #: Maximum number of tasks queued in a lane: enough to reach beyond one file of a few GB, so that other lanes get work.
 _MAX_QUEUED = 1024
+#: Seconds between looks at a full lane, or at lanes that are to end. The main thread sleeps instead of waiting for a lock, since
+#: Ctrl-C may reach it just after it has taken one in Python code, which would then never be released.
+_POLL = 0.002
 
 Array = npt.NDArray[Any]
+#: Tasks of a thread, which ends at None.
+_Lane = queue.SimpleQueue[Callable[[], None] | None]
 
 
 def gather_chunks(
@@ -177,11 +183,11 @@ class Executor:
     ) -> None:
         self.planner = Planner()
         self._progress, self._filled = progress, filled
-        self._stop = threading.Event()
+        self._stopped = False
         self._failure: BaseException | None = None
         self._lock = threading.Lock()
         self._files: dict[OutputFile, tuple[int, Iterator[int]]] = {}
-        self._lanes = [queue.Queue[Callable[[], None] | None](_MAX_QUEUED) for _ in range(lanes or default_lanes())]
+        self._lanes: list[_Lane] = [queue.SimpleQueue() for _ in range(lanes or default_lanes())]
         self._lanes_per_file = max(1, len(self._lanes) // max(files, 1))
         self._threads = [threading.Thread(target=self._serve, args=(lane,), daemon=True) for lane in self._lanes]
         for thread in self._threads:
@@ -222,17 +228,18 @@ class Executor:
 
     def cancel(self) -> None:
         """Stop as soon as the chunks in flight are done; raises nothing."""
-        self._stop.set()
+        self._stopped = True
         self._join()
 
     def _join(self) -> None:
-        for lane, thread in zip(self._lanes, self._threads, strict=True):
-            if thread.is_alive():
-                lane.put(None)
-        for thread in self._threads:
-            thread.join()
+        for lane in self._lanes:
+            lane.put(None)
+        while any(thread.is_alive() for thread in self._threads):
+            time.sleep(_POLL)
 
     def _submit(self, lane: int, task: Callable[[], None]) -> None:
+        while self._lanes[lane].qsize() >= _MAX_QUEUED and not self._stopped:
+            time.sleep(_POLL)
         self._raise_failure()
         self._lanes[lane].put(task)
 
@@ -240,9 +247,9 @@ class Executor:
         if self._failure is not None:
             raise self._failure
 
-    def _serve(self, lane: queue.Queue[Callable[[], None] | None]) -> None:
+    def _serve(self, lane: _Lane) -> None:
         while (task := lane.get()) is not None:
-            if not self._stop.is_set():  # after a failure the queued tasks are dropped
+            if not self._stopped:  # after a failure the queued tasks are dropped
                 self._run(task)
 
     def _run(self, task: Callable[[], None]) -> None:
@@ -251,14 +258,14 @@ class Executor:
         except BaseException as error:  # noqa: BLE001 - raised again where the executor is used
             with self._lock:
                 self._failure = self._failure or error
-            self._stop.set()
+            self._stopped = True
 
     def _fill(self, file: OutputFile, fill: Fill, gathers: Sequence[Gather]) -> None:
         shape = as_matrix(fill.shape)
         chunks = transposed_chunks if fill.transposed else gather_chunks
         line_bytes = shape[0 if fill.transposed else 1] * fill.dtype.itemsize
         for line, chunk in chunks(gathers, shape, fill.dtype, f"{fill.file}: {fill.name}"):
-            if self._stop.is_set():
+            if self._stopped:
                 return
             file.write(fill.name, fill.start + line * line_bytes, chunk)
             self._progress(chunk.nbytes)
@@ -270,7 +277,7 @@ class Executor:
         kept = replica.rows >= 0
         shape, dtype = as_matrix(replica.data.shape), replica.data.dtype
         for start, chunk in gather_chunks(gathers, shape, dtype, str(replica.name), replica.rows):
-            if self._stop.is_set():
+            if self._stopped:
                 return
             rows = slice(start, start + chunk.shape[0])
             differs = (stored[rows] != chunk).any(axis=1) & kept[rows]
