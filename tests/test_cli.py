@@ -31,6 +31,7 @@ from tests.helpers import (
     same_tensors,
     start_verb,
     succeeded,
+    verb,
 )
 from tests.oracle.hf import FAMILIES
 
@@ -525,6 +526,21 @@ def test_an_option_of_checkpoints_asks_for_one(
         cli.main(["plan", str(path), str(tmp_path / "out"), *options, "--no-measure"])
     assert caught.value.code == 0
     assert f"to    {tmp_path / 'out'} ({target})" in capsys.readouterr().out
+
+
+def test_what_travels_beside_the_weights_can_be_named_for_any_conversion(
+    megatron_model: MegatronModel, tmp_path: Path
+) -> None:
+    """A tokenizer for a checkpoint that is written, training arguments for one that is read."""
+    folder, checkpoint = megatron_model("llama2")
+    margs = tmp_path / "margs.json"
+    margs.write_text(json.dumps({"seq_length": 77}))
+    for number, source in enumerate((folder, checkpoint)):
+        out = tmp_path / str(number)
+        options = ("--tp", 1, "--tokenizer-model", folder, "--source-margs-file", margs)
+        succeeded(verb("convert", source, out, *options))
+        args = vars(args_of(out))
+        assert (args["tokenizer_model"], args["seq_length"]) == (str(folder), 77)
 
 
 UNHEEDED = [
