@@ -8,15 +8,13 @@ import signal
 import subprocess
 import sys
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-import pytest
-
-from megatron_converters.cli import main
+from megatron_converters.cli import main, mlm_to_hf
 
 if TYPE_CHECKING:
     import torch
@@ -69,8 +67,8 @@ def convert(*options: Any, **more: Any) -> Run:
 
 
 def convert_back(*options: Any, **more: Any) -> Run:
-    """Run `python convert_mlm_to_hf_checkpoint.py …` from a folder other than the checkout."""
-    return finished(start(BACK, *options, **more))
+    """Run `convert_mlm_to_hf_checkpoint.py …`: in this process, unless `more` asks for a process."""
+    return finished(start(BACK, *options, **more)) if more else _run_here(mlm_to_hf.main, options)
 
 
 def start_verb(*options: Any, **more: Any) -> Any:
@@ -79,14 +77,21 @@ def start_verb(*options: Any, **more: Any) -> Any:
 
 
 def verb(*options: Any, **more: Any) -> Run:
-    """Run `megatron-converters …`: in this process, which saves a start of Python, unless `more` asks for a process."""
-    if more:
-        return finished(start_verb(*options, **more))
+    """Run `megatron-converters …`: in this process, unless `more` asks for a process."""
+    return finished(start_verb(*options, **more)) if more else _run_here(main.main, options)
+
+
+def _run_here(command: Callable[[list[str]], None], options: tuple[Any, ...]) -> Run:
+    """Run a command line in this process, which saves a start of Python."""
     streams = [io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True) for _ in range(2)]
-    with redirect_stdout(streams[0]), redirect_stderr(streams[1]), pytest.raises(SystemExit) as ended:
-        main.main([str(option) for option in options])
+    code: Any = 0
+    with redirect_stdout(streams[0]), redirect_stderr(streams[1]):
+        try:
+            command([str(option) for option in options])
+        except SystemExit as ended:
+            code = ended.code
     out, err = (cast("io.BytesIO", stream.buffer).getvalue().decode() for stream in streams)
-    return Run(cast("int", ended.value.code), out, err)
+    return Run(code, out, err)
 
 
 def succeeded(run: Run) -> Run:
