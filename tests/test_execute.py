@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import _thread
-import random
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -24,6 +24,7 @@ from megatron_converters.conversion.outline import Fill
 from megatron_converters.formats.queue.source import MemoryTensor
 from megatron_converters.storage import safetensors
 from megatron_converters.storage.output_file import OutputFile
+from tests.helpers import ROOT
 from tests.tiny import piece
 
 Array = npt.NDArray[Any]
@@ -215,19 +216,29 @@ def wait_for(condition: Callable[[], bool]) -> None:
         time.sleep(0.001)
 
 
+#: Three hundred executors, each interrupted at another moment while its main thread queues tasks.
+INTERRUPTED = """
+import random, signal
+import numpy as np
+from megatron_converters.conversion.copying import Executor
+from tests.tiny import piece
+
+chance, data = random.Random(1), piece(np.zeros((1, 1), np.uint64), [0])
+signal.signal(signal.SIGALRM, signal.default_int_handler)
+for _ in range(300):
+    executor = Executor(lanes=2)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, chance.uniform(1e-5, 0.002))
+        while True:
+            executor.compare(data, [data], "w")
+    except KeyboardInterrupt:
+        executor.cancel()
+"""
+
+
 def test_an_interrupt_at_any_moment_ends_the_lanes() -> None:
     """Ctrl-C reaches the main thread between any two steps of Python code, also just after it has taken a lock there."""
-    chance = random.Random(1)
-    data = piece(numbers(1, 1), [0])
-    for _ in range(300):
-        executor = Executor(lanes=2)
-        interrupter = threading.Timer(chance.uniform(0, 0.002), _thread.interrupt_main)
-        interrupter.start()
-        with pytest.raises(KeyboardInterrupt):
-            for _ in range(10**7):
-                executor.compare(data, [data], "w")
-        executor.cancel()
-        interrupter.join()
+    subprocess.run([sys.executable, "-c", INTERRUPTED], cwd=ROOT, timeout=60, check=True)
 
 
 def test_a_failure_in_a_thread_is_raised_by_finish(tmp_path: Path) -> None:
