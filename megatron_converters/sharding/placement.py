@@ -28,7 +28,6 @@ class Location(NamedTuple):
     model of its rank.
     """
 
-    stage: int
     prefix: str
     slot: str
     layer: int | None
@@ -56,7 +55,7 @@ class Placement:
         ep = self._ep(ref)
         for stage, slot, layer in locations(ref, self._spec, parallel):
             yield Location(
-                stage, self._prefixes[stage], slot, layer, local, self._stage_shares(ref.slot, stage % parallel.pp, ep)
+                self._prefixes[stage], slot, layer, local, self._stage_shares(ref.slot, stage % parallel.pp, ep)
             )
 
     def shares(self, ref: Ref) -> tuple[Share, ...]:
