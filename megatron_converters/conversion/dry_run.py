@@ -89,7 +89,7 @@ def forecast(source: Source, target: Target, dtype: DType | None, workers: int =
         read.update(piece.name for piece in (*sources.pieces, *sources.replicas))
         fills = list(target.fills(ref))
         accounts.add(ref, fills)
-        copies += sum(map(_unpadded_bytes, fills)) - math.prod(ref.slot.shape(source.spec)) * fills[0].dtype.itemsize
+        copies += sum(map(_unpadded_bytes, fills)) - math.prod(ref.shape(source.spec)) * fills[0].dtype.itemsize
         for fill in fills:
             files[fill.file].padding_rows += fill.padding
             dtypes[str(fill.dtype)] += 1

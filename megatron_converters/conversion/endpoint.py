@@ -9,7 +9,7 @@ from typing import Protocol
 from ..assets.origin import Origin
 from ..basics.dtypes import DType
 from ..basics.errors import ConversionError
-from ..model.slots import Ref
+from ..model.slots import Precision, Ref
 from ..model.spec import ModelSpec
 from .composing import Piece, Sources
 from .outline import Fill, Outline
@@ -89,7 +89,7 @@ def wanted_dtype(source: Source, override: DType | None) -> Callable[[Ref], DTyp
             raise ConversionError(
                 f"{ref} is stored as {stored}, which is no plain floating-point type; convert it first"
             )
-        kept = ref.slot.keeps_precision and stored.itemsize > source.spec.dtype.itemsize
+        kept = ref.slot.precision is not Precision.MODEL and stored.itemsize > source.spec.dtype.itemsize
         return stored if override is None or kept else override
 
     return dtype_of

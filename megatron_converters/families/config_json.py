@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ..basics.dtypes import DType, dtype_named
 from ..basics.errors import ConversionError, one_line
-from ..model.spec import ModelSpec
+from ..model.spec import ModelSpec, PerLayer
 from . import FAMILIES
-from .rules import layer_types
+from .rules_attention import FULL, layer_types
 from .table import Family
 
 #: Keys of config.json that change neither weights nor the arithmetic of a forward pass (transformers PretrainedConfig;
@@ -41,7 +40,9 @@ def family_from_config(config: Mapping[str, Any]) -> Family:
     model_type = config.get("model_type")
     candidates = [family for family in FAMILIES.values() if family.architecture in architectures or not architectures]
     agreed = [
-        family for family in candidates if model_type == family.model_type or (architectures and model_type is None)
+        family
+        for family in candidates
+        if model_type in (family.model_type, *family.aliases) or (architectures and model_type is None)
     ]
     if len(agreed) == 1:
         return agreed[0]
@@ -66,7 +67,7 @@ def spec_from_config(config: Mapping[str, Any], ignored: Iterable[str] = ()) -> 
     for rule in family.rules:
         fields.update(rule.read(config))
     dtype = dtype_named(config.get("torch_dtype") or config.get("dtype") or "float32")
-    return ModelSpec(family=family.name, dtype=dtype, **fields)
+    return ModelSpec.of(family=family.name, dtype=dtype, **fields)
 
 
 def _refuse_unclaimed(config: Mapping[str, Any], family: Family, ignored: Iterable[str]) -> None:
@@ -75,7 +76,7 @@ def _refuse_unclaimed(config: Mapping[str, Any], family: Family, ignored: Iterab
     claimed = HARMLESS.union(ignored, *(rule.keys for rule in family.rules))
     unknown = sorted(key for key, value in config.items() if key not in claimed and value not in (None, False))
     # transformers 5 writes layer_types for every architecture; full attention in all layers is what others leave out.
-    if all(kind == "full_attention" for kind in layer_types(config)):
+    if all(kind == FULL for kind in layer_types(config)):
         unknown = [key for key in unknown if key != "layer_types"]
     if unknown:
         names = [one_line(key) for key in unknown]
@@ -104,10 +105,10 @@ def infer_family(fields: Mapping[str, Any]) -> ModelSpec:
     """Spec with the first family whose config.json can express these fields (all of `ModelSpec` except `family`)."""
     reasons = []
     choices = [fields]
-    if fields.get("num_experts") and not fields.get("dense_layers"):  # no layer then has a dense MLP, whatever its size
+    if fields.get("feed") == "moe":  # no layer then has a dense MLP, whatever its size
         choices.append({**fields, "ffn_hidden_size": fields["moe_ffn_hidden_size"]})
     for choice, name in itertools.product(choices, FAMILIES):
-        spec = ModelSpec(family=name, **choice)
+        spec = ModelSpec.of(family=name, **choice)
         try:
             config_from_spec(spec)
         except ConversionError as error:
@@ -118,15 +119,18 @@ def infer_family(fields: Mapping[str, Any]) -> ModelSpec:
 
 
 def differences(one: ModelSpec, other: ModelSpec, among: Iterable[str] | None = None) -> list[str]:
-    """Fields, all or those `among`, in which two specs differ, as `name: value, not value`."""
+    """Properties, all or those `among`, in which two specs differ, as `name: value, not value`."""
+    names = dict.fromkeys((*one.values, *other.values)) if among is None else among
     return [
-        f"{name}: {_show(getattr(one, name))}, not {_show(getattr(other, name))}"
-        for name in among or [field.name for field in dataclasses.fields(ModelSpec)]
-        if getattr(one, name) != getattr(other, name)
+        f"{name}: {_show(one.values.get(name))}, not {_show(other.values.get(name))}"
+        for name in names
+        if one.values.get(name) != other.values.get(name)
     ]
 
 
 def _show(value: Any) -> str:
+    if isinstance(value, PerLayer):
+        return f"{', '.join(map(str, value))} in the layers"
     return value.name if isinstance(value, DType) else str(value)
 
 
@@ -141,7 +145,7 @@ def config_for(spec: ModelSpec, base: Mapping[str, Any] | None) -> tuple[dict[st
     family = FAMILIES[spec.family]
     config = dict(base)
     for rule in family.rules:
-        if rule.read(base) != {name: getattr(spec, name) for name in rule.read(base)}:
+        if rule.read(base) != {name: spec.values.get(name) for name in rule.read(base)}:
             config = {key: value for key, value in config.items() if key not in rule.keys}
             config.update({key: written[key] for key in rule.write(spec)})
     config.update(architectures=[family.architecture], model_type=family.model_type)

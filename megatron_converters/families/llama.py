@@ -4,35 +4,37 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..model.layers import is_whole
 from ..model.layouts import GATED, GROUPED_QKV, SAME
-from ..model.spec import is_whole
-from .rules import Config, Fixed, Rope, Row, Rule
-from .table import Family, HFEntry
+from ..model.tables import Entry
+from .rules import Config, Fixed, Row, Rule
+from .rules_attention import Rope
+from .table import Family
 
 _LAYER = "model.layers.{layer}."
 _ATTENTION = _LAYER + "self_attn."
 _MLP = _LAYER + "mlp."
 
 DENSE = {
-    "word_embeddings": HFEntry(SAME, ("model.embed_tokens.weight",)),
-    "input_norm": HFEntry(SAME, (_LAYER + "input_layernorm.weight",)),
-    "qkv": HFEntry(GROUPED_QKV, tuple(f"{_ATTENTION}{part}_proj.weight" for part in "qkv")),
-    "proj": HFEntry(SAME, (_ATTENTION + "o_proj.weight",)),
-    "mlp_norm": HFEntry(SAME, (_LAYER + "post_attention_layernorm.weight",)),
-    "fc1": HFEntry(GATED, (_MLP + "gate_proj.weight", _MLP + "up_proj.weight")),
-    "fc2": HFEntry(SAME, (_MLP + "down_proj.weight",)),
-    "final_norm": HFEntry(SAME, ("model.norm.weight",)),
-    "output_layer": HFEntry(SAME, ("lm_head.weight",)),
+    "word_embeddings": Entry(SAME, ("model.embed_tokens.weight",)),
+    "input_norm": Entry(SAME, (_LAYER + "input_layernorm.weight",)),
+    "qkv": Entry(GROUPED_QKV, tuple(f"{_ATTENTION}{part}_proj.weight" for part in "qkv")),
+    "proj": Entry(SAME, (_ATTENTION + "o_proj.weight",)),
+    "mlp_norm": Entry(SAME, (_LAYER + "post_attention_layernorm.weight",)),
+    "fc1": Entry(GATED, (_MLP + "gate_proj.weight", _MLP + "up_proj.weight")),
+    "fc2": Entry(SAME, (_MLP + "down_proj.weight",)),
+    "final_norm": Entry(SAME, ("model.norm.weight",)),
+    "output_layer": Entry(SAME, ("lm_head.weight",)),
 }
-QKV_BIAS = {"qkv_bias": HFEntry(GROUPED_QKV, tuple(f"{_ATTENTION}{part}_proj.bias" for part in "qkv"))}
+QKV_BIAS = {"qkv_bias": Entry(GROUPED_QKV, tuple(f"{_ATTENTION}{part}_proj.bias" for part in "qkv"))}
 QK_NORM = {
-    "q_norm": HFEntry(SAME, (_ATTENTION + "q_norm.weight",)),
-    "k_norm": HFEntry(SAME, (_ATTENTION + "k_norm.weight",)),
+    "q_norm": Entry(SAME, (_ATTENTION + "q_norm.weight",)),
+    "k_norm": Entry(SAME, (_ATTENTION + "k_norm.weight",)),
 }
-PROJ_BIAS = {"proj_bias": HFEntry(SAME, (_ATTENTION + "o_proj.bias",))}
+PROJ_BIAS = {"proj_bias": Entry(SAME, (_ATTENTION + "o_proj.bias",))}
 MLP_BIAS = {
-    "fc1_bias": HFEntry(GATED, (_MLP + "gate_proj.bias", _MLP + "up_proj.bias")),
-    "fc2_bias": HFEntry(SAME, (_MLP + "down_proj.bias",)),
+    "fc1_bias": Entry(GATED, (_MLP + "gate_proj.bias", _MLP + "up_proj.bias")),
+    "fc2_bias": Entry(SAME, (_MLP + "down_proj.bias",)),
 }
 
 SIZES: tuple[Rule, ...] = (

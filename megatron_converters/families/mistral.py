@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from .llama import DENSE, DERIVED_HEAD_DIM, SIZES, query_groups
-from .rules import Rope, Row, Window
+from .rules import Row
+from .rules_attention import Rope, Window
 from .table import Family
 
 FAMILY = Family(

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from ..model.layers import ALL_HEADS, EACH_HEAD
 from ..model.layouts import GATED, SAME
+from ..model.tables import Entry
 from .llama import DENSE, DERIVED_HEAD_DIM, PROJ_BIAS, QK_NORM, QKV_BIAS, SIZES, query_groups
-from .rules import DenseLayers, Experts, Fixed, Implied, NormTopkProb, NoWindow, Rope, Row, Window
-from .table import Family, HFEntry
+from .rules import Fixed, Implied, Row
+from .rules_attention import NoWindow, Rope, Window
+from .rules_experts import DenseLayers, Experts, NormTopkProb
+from .table import Family
 
 _LAYER = "model.layers.{layer}."
 _MIXTRAL = _LAYER + "block_sparse_moe."
@@ -15,15 +19,13 @@ _SHARED = _MLP + "shared_expert."
 #: Names in files that transformers 5 saved as it holds the tensors in memory.
 _FUSED_FC1, _FUSED_FC2 = _MLP + "experts.gate_up_proj", _MLP + "experts.down_proj"
 
-_ATTENTION = {name: entry for name, entry in DENSE.items() if name not in ("mlp_norm", "fc1", "fc2")}
-_NORM = {"moe_norm": HFEntry(SAME, (_LAYER + "post_attention_layernorm.weight",))}
+_ATTENTION = {name: entry for name, entry in DENSE.items() if name not in ("fc1", "fc2")}
 _EXPERTS = {
-    **_NORM,
-    "router": HFEntry(SAME, (_MLP + "gate.weight",)),
-    "expert_fc1": HFEntry(GATED, (_EXPERT + "gate_proj.weight", _EXPERT + "up_proj.weight"), _FUSED_FC1),
-    "expert_fc2": HFEntry(SAME, (_EXPERT + "down_proj.weight",), _FUSED_FC2),
+    "router": Entry(SAME, (_MLP + "gate.weight",)),
+    "expert_fc1": Entry(GATED, (_EXPERT + "gate_proj.weight", _EXPERT + "up_proj.weight"), _FUSED_FC1),
+    "expert_fc2": Entry(SAME, (_EXPERT + "down_proj.weight",), _FUSED_FC2),
 }
-_DENSE_MLP = {name: DENSE[name] for name in ("mlp_norm", "fc1", "fc2")}
+_DENSE_MLP = {name: DENSE[name] for name in ("fc1", "fc2")}
 
 MIXTRAL = Family(
     name="mixtral",
@@ -31,12 +33,11 @@ MIXTRAL = Family(
     architecture="MixtralForCausalLM",
     tensors={
         **_ATTENTION,
-        **_NORM,
-        "router": HFEntry(SAME, (_MIXTRAL + "gate.weight",), _MLP + "gate.weight"),
-        "expert_fc1": HFEntry(
+        "router": Entry(SAME, (_MIXTRAL + "gate.weight",), _MLP + "gate.weight"),
+        "expert_fc1": Entry(
             GATED, (_MIXTRAL + "experts.{expert}.w1.weight", _MIXTRAL + "experts.{expert}.w3.weight"), _FUSED_FC1
         ),
-        "expert_fc2": HFEntry(SAME, (_MIXTRAL + "experts.{expert}.w2.weight",), _FUSED_FC2),
+        "expert_fc2": Entry(SAME, (_MIXTRAL + "experts.{expert}.w2.weight",), _FUSED_FC2),
     },
     rules=(
         *SIZES,
@@ -72,9 +73,9 @@ QWEN2_MOE = Family(
         **QKV_BIAS,
         **_DENSE_MLP,
         **_EXPERTS,
-        "shared_fc1": HFEntry(GATED, (_SHARED + "gate_proj.weight", _SHARED + "up_proj.weight")),
-        "shared_fc2": HFEntry(SAME, (_SHARED + "down_proj.weight",)),
-        "shared_gate": HFEntry(SAME, (_MLP + "shared_expert_gate.weight",)),
+        "shared_fc1": Entry(GATED, (_SHARED + "gate_proj.weight", _SHARED + "up_proj.weight")),
+        "shared_fc2": Entry(SAME, (_SHARED + "down_proj.weight",)),
+        "shared_gate": Entry(SAME, (_MLP + "shared_expert_gate.weight",)),
     },
     rules=(
         *SIZES,
@@ -105,7 +106,7 @@ QWEN3_MOE = Family(
         Experts(128),
         Row("moe_router_topk", "num_experts_per_tok", 8),
         Row("moe_ffn_hidden_size", "moe_intermediate_size", 768),
-        Implied("qk_norm", True),
+        Implied("qk_norm", EACH_HEAD),
     ),
 )
 
@@ -129,7 +130,6 @@ OLMOE = Family(
         Row("moe_router_topk", "num_experts_per_tok", 8),
         Row("moe_ffn_hidden_size", "intermediate_size"),
         Row("moe_aux_loss_coeff", "router_aux_loss_coef", 0.01),
-        Implied("qk_norm", True),
-        Implied("qk_norm_over_heads", True),
+        Implied("qk_norm", ALL_HEADS),
     ),
 )

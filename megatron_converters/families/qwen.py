@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from ..model.layers import EACH_HEAD
 from .llama import DENSE, DERIVED_HEAD_DIM, PROJ_BIAS, QK_NORM, QKV_BIAS, SIZES, query_groups
-from .rules import Implied, Rope, Row, SwitchedWindow
+from .rules import Implied, Row
+from .rules_attention import Rope, SwitchedWindow
 from .table import Family
 
 QWEN2 = Family(
@@ -36,6 +38,6 @@ QWEN3 = Family(
         Row("max_position_embeddings", "max_position_embeddings", 32768),
         Row("qkv_bias", "attention_bias", False),
         Row("proj_bias", "attention_bias", False),
-        Implied("qk_norm", True),
+        Implied("qk_norm", EACH_HEAD),
     ),
 )

@@ -3,46 +3,48 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from ..model.layouts import Layout
 from ..model.slots import SLOTS, Scope
+from ..model.tables import Entry
 from .rules import Rule
 
-
-@dataclass(frozen=True)
-class HFEntry:
-    """Hugging Face tensor names of a slot's parts, in the layout's order; `{layer}` and `{expert}` stand for numbers.
-
-    `fused` names the single tensor, in the slot's own layout, that files hold instead if transformers 5 saved it as it is in
-    memory: [experts, rows, columns] for all experts of an expert slot, the whole slot otherwise.
-    """
-
-    layout: Layout
-    names: tuple[str, ...]
-    fused: str | None = None
+#: Number of a layer of multi-token prediction, where files count it after the model's layers.
+BEYOND = "{beyond}"
 
 
 @dataclass(frozen=True)
 class Family:
-    """One Hugging Face architecture: names, layouts and config rules. Checked when built."""
+    """One Hugging Face architecture: names, layouts and config rules. Checked when built.
+
+    `mtp_layer` is the beginning of names in layers of multi-token prediction, in place of `layer`; `{beyond}` stands for the
+    number of such a layer counted after the model's, `{layer}` for one from 0. `replicas` are further names of slots that such
+    layers repeat. Where no name of a file has `optional_prefix`, all names are without it. `aliases` are further values of
+    `model_type` in config.json.
+    """
 
     name: str
     model_type: str
     architecture: str
-    tensors: Mapping[str, HFEntry]
+    tensors: Mapping[str, Entry]
     rules: Sequence[Rule]
+    layer: str = "model.layers.{layer}."
+    mtp_layer: str = ""
+    replicas: Mapping[str, str] = field(default_factory=dict)
+    optional_prefix: str = ""
+    aliases: tuple[str, ...] = ()
     #: Suffixes of names of tensors that files may hold although they are not weights.
     ignored_suffixes: tuple[str, ...] = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached")
 
     def __post_init__(self) -> None:
         """Refuse a table that names an unknown slot or a name without its placeholder."""
         for slot, entry in self.tensors.items():
-            for placeholder, wanted in (
-                ("{layer}", SLOTS[slot].scope is Scope.LAYER),
-                ("{expert}", SLOTS[slot].expert),
-            ):
-                if any((placeholder in name) != wanted for name in entry.names):
-                    raise ValueError(
-                        f"family {self.name}: the names of {slot} and its scope disagree about {placeholder}"
-                    )
+            if slot not in SLOTS:
+                raise ValueError(f"family {self.name}: {slot!r} is no slot; known are {', '.join(SLOTS)}")
+            own, expert = SLOTS[slot].scope, SLOTS[slot].expert
+            for name in entry.names:
+                layered = "{layer}" in name or BEYOND in name
+                if (own is Scope.LAYER) != layered and own is not Scope.MTP:
+                    raise ValueError(f"family {self.name}: the names of {slot} and its scope disagree about {{layer}}")
+                if ("{expert}" in name) != expert:
+                    raise ValueError(f"family {self.name}: the names of {slot} and its scope disagree about {{expert}}")

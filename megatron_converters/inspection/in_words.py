@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
@@ -12,7 +13,19 @@ from ..assets import capacity_bins
 from ..basics.quantities import count, size
 from ..families import FAMILIES
 from ..formats.detect import HF, MEGATRON, META
-from ..model.spec import ModelSpec, RopeScaling
+from ..model.layers import (
+    ALL_HEADS,
+    EACH_HEAD,
+    RMS_NORM,
+    SILU,
+    SOFTMAX,
+    Attention,
+    Latent,
+    Mixer,
+    Mixture,
+    RopeScaling,
+)
+from ..model.spec import ModelSpec, Multipliers, PerLayer
 from ..sharding.ranks import Parallel
 from .inventory import Holding, Survey, count_parameters
 
@@ -119,33 +132,72 @@ def _model(spec: ModelSpec) -> Iterator[tuple[str, str]]:
     if active != total:
         yield "active for a token", f"{active:,}"
     yield "layers", str(spec.num_layers)
+    if spec.mtp:
+        yield "layers of multi-token prediction", str(len(spec.mtp))
     yield "hidden size", str(spec.hidden_size)
-    yield "MLP size", str(spec.ffn_hidden_size)
+    yield "MLP size", _value(spec, "ffn_hidden_size")
+    yield "attention", "; ".join(dict.fromkeys(_mixer(kind.mixer) for kind in spec.used))
     yield (
-        "attention",
-        f"{spec.num_attention_heads} heads of {spec.kv_channels} in {count(spec.num_query_groups, 'query group')}",
+        "query and key norms",
+        {ALL_HEADS: "over all heads together", EACH_HEAD: "for each head"}.get(spec.values.get("qk_norm", ""), "none"),
     )
-    yield "query and key norms", _norms(spec)
     yield "biases", _biases(spec)
     yield "vocabulary", str(spec.vocab_size)
     yield "output layer", "tied to the embeddings" if spec.tied else "weights of its own"
     yield "positions", str(spec.max_position_embeddings)
-    yield "rotary base", f"{spec.rotary_base:,.15g}".replace(",", "")
-    yield "rotary scaling", _scaling(spec.rope_scaling)
+    if spec.values.get("rope"):
+        yield "rotary base", f"{spec.values['rotary_base']:,.15g}".replace(",", "")
+        yield "rotary scaling", _scaling(spec.values["rope_scaling"])
     yield "sliding window", _window(spec)
-    yield "norm epsilon", f"{spec.norm_epsilon:g}"
+    yield "norm epsilon", f"{spec.norm.norm_epsilon:g}"
+    yield from _unusual(spec)
     yield "dtype", str(spec.dtype)
 
 
-def _norms(spec: ModelSpec) -> str:
-    if not spec.qk_norm:
-        return "none"
-    return "over all heads together" if spec.qk_norm_over_heads else "for each head"
+def _unusual(spec: ModelSpec) -> Iterator[tuple[str, str]]:
+    """Properties that are only said where they are not as in a Llama."""
+    usual = {**_USUAL, **{field.name: field.default for field in dataclasses.fields(Multipliers)}}
+    for name, value in usual.items():
+        if spec.values.get(name, value) != value:
+            yield name.replace("_", " "), _value(spec, name)
+
+
+_USUAL = {
+    "normalization": RMS_NORM,
+    "zero_centred": False,
+    "activation": SILU,
+    "gated": True,
+    "learned_positions": False,
+    "rotary_percent": 1.0,
+    "rotary_interleaved": False,
+    "attention_output_gate": False,
+}
+
+
+def _mixer(mixer: Mixer) -> str:
+    if isinstance(mixer, Attention):
+        groups = count(mixer.num_query_groups, "query group")
+        return f"{mixer.num_attention_heads} heads of {mixer.kv_channels} in {groups}"
+    if isinstance(mixer, Latent):
+        latents = f"{mixer.kv_lora_rank}" + (f" and of {mixer.q_lora_rank} for queries" if mixer.q_lora_rank else "")
+        return f"{mixer.num_attention_heads} heads from latents of {latents}"
+    return f"gated DeltaNet with {mixer.sizes}"
+
+
+def _value(spec: ModelSpec, name: str) -> str:
+    """Value of a property, with the numbers of the layers that have each where they differ."""
+    value = spec.values.get(name)
+    if not isinstance(value, PerLayer):
+        return str(value)
+    layers: dict[Any, list[str]] = {}
+    for layer, one in enumerate(value):
+        layers.setdefault(one, []).append(str(layer))
+    return "; ".join(f"{one} in layers {', '.join(held)}" for one, held in layers.items() if one is not None)
 
 
 def _biases(spec: ModelSpec) -> str:
-    biases = {"query, key and value": spec.qkv_bias, "attention output": spec.proj_bias, "MLP": spec.mlp_bias}
-    return ", ".join(name for name, present in biases.items() if present) or "none"
+    biases = {"query, key and value": "qkv_bias", "attention output": "proj_bias", "MLP": "mlp_bias"}
+    return ", ".join(words for words, name in biases.items() if spec.values.get(name)) or "none"
 
 
 def _scaling(scaling: RopeScaling | None) -> str:
@@ -153,28 +205,36 @@ def _scaling(scaling: RopeScaling | None) -> str:
         return "none"
     if scaling.kind == "linear":
         return f"linear, factor {scaling.factor:g}"
+    ends = (
+        f"low {scaling.low_freq_factor:g}, high {scaling.high_freq_factor:g}"
+        if scaling.kind == "llama3"
+        else f"fast {scaling.beta_fast:g}, slow {scaling.beta_slow:g}"
+    )
     return (
-        f"{scaling.kind}, factor {scaling.factor:g}, low {scaling.low_freq_factor:g}, high {scaling.high_freq_factor:g}, "
-        f"from {scaling.original_max_position_embeddings} positions"
+        f"{scaling.kind}, factor {scaling.factor:g}, {ends}, from {scaling.original_max_position_embeddings} positions"
     )
 
 
 def _window(spec: ModelSpec) -> str:
-    if spec.sliding_window is None:
-        return "none"
-    return f"{spec.sliding_window} positions" + (
-        f", from layer {spec.sliding_window_from} on" if spec.sliding_window_from else ""
-    )
+    window = spec.values.get("sliding_window")
+    if isinstance(window, PerLayer):
+        return f"positions: {_value(spec, 'sliding_window')}"
+    return "none" if window is None else f"{window} positions"
 
 
 def _experts(spec: ModelSpec) -> Iterator[tuple[str, str]]:
-    yield "experts", f"{spec.num_experts}, of which {spec.moe_router_topk} for a token"
-    yield "MLP size of each", str(spec.moe_ffn_hidden_size)
-    shared = spec.shared_ffn_hidden_size
-    yield "shared expert", f"MLP size {shared}{', with a gate' if spec.shared_gate else ''}" if shared else "none"
-    yield "router's softmax", "over all experts" if spec.moe_router_pre_softmax else "over the chosen experts"
-    yield "auxiliary loss", f"{spec.moe_aux_loss_coeff:g}"
-    yield "layers without experts", ", ".join(map(str, spec.dense_layers)) or "none"
+    feed = next(kind.feed for kind in spec.used if isinstance(kind.feed, Mixture))
+    yield "experts", f"{feed.num_experts}, of which {feed.moe_router_topk} for a token"
+    yield "MLP size of each", str(feed.moe_ffn_hidden_size)
+    shared = feed.shared_ffn_hidden_size
+    yield "shared expert", f"MLP size {shared}{', with a gate' if feed.shared_gate else ''}" if shared else "none"
+    if feed.moe_router_score_function == SOFTMAX:
+        yield "router's softmax", "over all experts" if feed.moe_router_pre_softmax else "over the chosen experts"
+    else:
+        yield "router's scores", f"{feed.moe_router_score_function}, scaled by {feed.moe_router_topk_scaling_factor:g}"
+    yield "auxiliary loss", f"{feed.moe_aux_loss_coeff:g}"
+    dense = [str(layer) for layer in range(spec.num_layers) if not spec.layer(layer).is_moe]
+    yield "layers without experts", ", ".join(dense) or "none"
 
 
 def _weights(found: Survey) -> Iterator[tuple[str, str]]:

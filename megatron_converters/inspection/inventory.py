@@ -19,7 +19,8 @@ from ..families import FAMILIES
 from ..formats.detect import HF, MEGATRON
 from ..formats.huggingface.parts import HFNames
 from ..formats.huggingface.target import FUSED, SEPARATE
-from ..formats.megatron.names import DIALECTS, EXPERTS
+from ..formats.megatron.names import DIALECTS, EXPERTS, Name, name_of
+from ..model.layers import Mixture
 from ..model.slots import Ref, refs
 from ..model.spec import ModelSpec
 from ..sharding.ranks import Parallel, Rank
@@ -136,7 +137,7 @@ class Survey:
     def _first(self, slot: str) -> Holding | None:
         return next((holding for holding in self.holdings if holding.slot == slot), None)
 
-    def _matching_table(self, holding: Holding | None, tables: Mapping[str, Mapping[str, str]]) -> str | None:
+    def _matching_table(self, holding: Holding | None, tables: Mapping[str, Mapping[str, Name]]) -> str | None:
         """Key of the table that contains a holding's name; None if none does."""
         parallel = self.origin.parallel
         if parallel is None or holding is None or holding.ref.layer is None:
@@ -149,7 +150,15 @@ class Survey:
             "expert": parallel.local_expert(ref.expert, self.spec.num_experts),
             "global_expert": ref.expert,
         }
-        return next((name for name, table in tables.items() if table[ref.slot.name].format(**numbers) == stored), None)
+        kind = ref.kind(self.spec)
+        return next(
+            (
+                name
+                for name, table in tables.items()
+                if name_of(table, ref.slot.name, kind, ref.stack).format(**numbers) == stored
+            ),
+            None,
+        )
 
 
 def survey(kind: str, source: Source) -> Survey:
@@ -160,15 +169,16 @@ def survey(kind: str, source: Source) -> Survey:
 
 def count_parameters(spec: ModelSpec) -> Parameters:
     """Elements of a model without padding, tied embeddings once; of its experts, a token uses `moe_router_topk`."""
-    shared = experts = 0
+    shared = total = active = 0
     for ref in refs(spec):
-        size = math.prod(ref.slot.shape(spec))
+        size = math.prod(ref.shape(spec))
         if ref.slot.expert:
-            experts += size
+            feed = cast(Mixture, ref.kind(spec).feed)
+            total += size
+            active += size * feed.moe_router_topk
         else:
             shared += size
-    active = experts * spec.moe_router_topk // spec.num_experts if spec.num_experts else 0
-    return Parameters(shared + experts, shared + active)
+    return Parameters(shared + total, shared + active // max(spec.num_experts, 1))
 
 
 def _holdings(source: Source) -> Iterator[Holding]:

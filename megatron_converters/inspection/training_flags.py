@@ -9,20 +9,18 @@ from typing import Any
 
 from ..assets.tokenizer import is_tiktoken_file
 from ..assets.training_args import inheritable
+from ..basics.dtypes import DType
 from ..conversion.endpoint import Source
 from ..formats.detect import MEGATRON
+from ..formats.megatron.argument import Context, Group
 from ..formats.megatron.arguments import (
-    expert_args,
-    layout_args,
-    model_args,
     plain_args,
-    router_args,
     router_dtype,
     router_warnings,
     seq_length_of,
     training_args,
+    written_args,
 )
-from ..formats.megatron.flags import LAYOUT_ATTRIBUTES
 from ..formats.megatron.writing import DEFAULT_DIVISOR, TRACKER
 from ..sharding.ranks import Parallel, padded_vocab
 from .inventory import Survey
@@ -40,16 +38,17 @@ def arguments(found: Survey, source: Source, folder: Path) -> tuple[dict[str, An
     spec, origin = found.spec, found.origin
     recorded = {} if origin.margs is None else plain_args(vars(origin.margs))
     router = router_dtype(spec, source.dtype_of)
-    result = {**model_args(spec), "seq_length": seq_length_of(spec, plain_args(inheritable(origin.margs)))}
+    groups: tuple[Group, ...] = (Group.MODEL, Group.EXPERTS, Group.ROUTER)
+    context = Context(spec, Parallel(1, (spec.num_layers,)), _EXPERT_LAYOUT, router=router)
     if found.kind == MEGATRON and origin.parallel is not None:
-        result |= _layout(found, origin.parallel, recorded)
-        result |= expert_args(spec, origin.parallel, found.expert_layout or _EXPERT_LAYOUT)
+        groups += (Group.LAYOUT, Group.EXPERT_LAYOUT)
+        context = _context(found, origin.parallel, recorded, router)
+    result = written_args(context, groups)
+    result["seq_length"] = seq_length_of(spec, plain_args(inheritable(origin.margs)))
+    if found.kind == MEGATRON and origin.parallel is not None:
+        result |= {name: bool(recorded.get(name)) for name in ("no_save_optim", "no_save_rng")}
         if (folder / TRACKER).exists():
             result["load"] = os.path.abspath(folder)
-    else:
-        expert_values = expert_args(spec, Parallel(1, (spec.num_layers,)), _EXPERT_LAYOUT)
-        result |= {name: value for name, value in expert_values.items() if name not in LAYOUT_ATTRIBUTES}
-    result |= router_args(spec, router)
     result |= training_args(spec, recorded)
     tokenizer, notes = _tokenizer(origin.tokenizer, recorded)
     notes += router_warnings(spec, router)
@@ -57,14 +56,21 @@ def arguments(found: Survey, source: Source, folder: Path) -> tuple[dict[str, An
         notes.append(
             "experts have Habana's names, which its Megatron-LM reads with --moe-dynamic-hpu and NVIDIA's does not"
         )
-    return {**result, **tokenizer}, notes
+    return dict(sorted({**result, **tokenizer}.items())), notes
 
 
-def _layout(found: Survey, parallel: Parallel, recorded: Mapping[str, Any]) -> dict[str, Any]:
-    impl = found.names or recorded.get("transformer_impl") or "transformer_engine"
-    ckpt_format = found.checkpoint_format or "torch"
-    layout = layout_args(parallel, found.padded_vocab, _divisor(found, parallel, recorded), impl, ckpt_format)
-    return {**layout, **{name: bool(recorded.get(name)) for name in ("no_save_optim", "no_save_rng")}}
+def _context(found: Survey, parallel: Parallel, recorded: Mapping[str, Any], router: DType | None) -> Context:
+    """What the arguments of a checkpoint are written for, as far as it tells."""
+    return Context(
+        found.spec,
+        parallel,
+        found.expert_layout or _EXPERT_LAYOUT,
+        found.padded_vocab,
+        _divisor(found, parallel, recorded),
+        found.names or recorded.get("transformer_impl") or "transformer_engine",
+        found.checkpoint_format or "torch",
+        router,
+    )
 
 
 def _divisor(found: Survey, parallel: Parallel, recorded: Mapping[str, Any]) -> int:

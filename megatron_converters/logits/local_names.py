@@ -10,13 +10,14 @@ from collections.abc import Iterator
 import torch
 
 from ..assets.capacity_bins import CAPACITY_BINS
-from ..formats.megatron.names import EXPERTS, EXTRA_STATE_SUFFIX, LOCAL, STACKED, keys
+from ..formats.megatron.names import EXPERTS, EXTRA_STATE_SUFFIX, LOCAL, STACKED, keys, name_of
 from ..model.slots import SLOTS, Shard, refs
 from ..model.spec import ModelSpec
 from ..sharding.ranks import Parallel, Rank, locations
 
 State = dict[str, torch.Tensor]
 _SEQUENTIAL = EXPERTS["sequential"]
+_NAMES = {**LOCAL, **_SEQUENTIAL}
 
 
 def with_local_names(state: State, spec: ModelSpec, parallel: Parallel, rank: Rank, stage: int) -> State:
@@ -56,5 +57,7 @@ def _name_pairs(spec: ModelSpec, parallel: Parallel, rank: Rank, stage: int) -> 
         expert = parallel.local_expert(ref.expert, spec.num_experts)
         for home, slot, layer in locations(ref, spec, parallel):
             if home == stage:
-                wanted = (LOCAL if expert is None else _SEQUENTIAL)[slot].format(layer=layer, expert=expert)
-                yield from ((stored, wanted) for stored in keys(slot, layer, expert, ref.expert) if stored != wanted)
+                kind, numbers = ref.kind(spec), dict(layer=layer, expert=expert, global_expert=ref.expert)
+                wanted = name_of(_NAMES, slot, kind, ref.stack).format(**numbers)
+                stored = (name.format(**numbers) for name in keys(slot, kind, ref.stack))
+                yield from ((name, wanted) for name in stored if name != wanted)

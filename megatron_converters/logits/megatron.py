@@ -16,7 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ..basics.errors import ConversionError
-from ..formats.megatron.arguments import expert_args, layout_args, model_args, plain_args
+from ..formats.megatron.argument import Context, Group
+from ..formats.megatron.arguments import model_args, plain_args, written_args
 from ..formats.megatron.opening import open_megatron
 from ..formats.megatron.rank_files_source import MegatronSource
 from ..formats.megatron.reading import MegatronReadOptions, checkpoint_directory
@@ -35,7 +36,7 @@ _MAX_PROCESSES = 64
 _COPIES_TOLERANCE = 1e-3
 #: Name of the folder from which the processes load a distributed checkpoint.
 _VIEW = "view"
-_LOCAL_LAYERS = {"transformer_impl": "local", "expert_layout": "sequential"}
+_LOCAL = "local"
 
 
 class MegatronModel:
@@ -48,7 +49,7 @@ class MegatronModel:
         need("megatron.core", "megatron-core")
         self.path = path
         self.vocab_size = source.spec.vocab_size
-        self.window = source.spec.sliding_window
+        self.window = max(filter(None, source.spec.in_layers("sliding_window")), default=None)
         recorded = (options.hf_config, options.true_vocab_size, getattr(source.origin.margs, "vocab_size", None))
         self.padding_known = any(value is not None for value in recorded)
         self._source = source
@@ -110,11 +111,11 @@ def _concatenate(parts: Sequence[Part], vocab_size: int) -> dict[int, npt.NDArra
 
 def _arguments(spec: ModelSpec, parallel: Parallel, path: Path) -> dict[str, Any]:
     """Megatron-LM's arguments for the model, built from local layers with sequential experts."""
-    result = {**model_args(spec), **expert_args(spec, parallel, _LOCAL_LAYERS["expert_layout"])}
-    buildable_args.check(result, str(path))
-    layout = layout_args(parallel, 0, 1, _LOCAL_LAYERS["transformer_impl"])
-    del layout["padded_vocab_size"]  # set by the code that sees the tensors
-    return {**layout, **result}
+    buildable_args.check(model_args(spec), str(path))
+    groups = (Group.MODEL, Group.EXPERTS, Group.LAYOUT, Group.EXPERT_LAYOUT)
+    result = written_args(Context(spec, parallel, impl=_LOCAL), groups)
+    del result["padded_vocab_size"]  # set by the code that sees the tensors
+    return result
 
 
 def _stage_ranks(parallel: Parallel) -> int:
@@ -132,7 +133,7 @@ def _parameters(spec: ModelSpec, parallel: Parallel) -> int:
     for ref in refs(spec):
         ways = parallel.etp * parallel.ep if ref.expert is not None else parallel.tp if ref.slot.shard.cuts else 1
         places = sum(1 for _ in locations(ref, spec, parallel))
-        total += math.prod(ref.slot.shape(spec)) * places * ranks // ways
+        total += math.prod(ref.shape(spec)) * places * ranks // ways
     return total
 
 

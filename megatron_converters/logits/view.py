@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from ..conversion.composing import Planner
-from ..formats.megatron.names import DISTRIBUTED, DISTRIBUTED_LOCAL, GATE_AND_UP
+from ..formats.megatron.names import GATE_AND_UP, LOCAL_ENDS
 from ..formats.megatron.reading import FORMAT_FILE
 from ..formats.megatron.torch_dist_source import COMMON_FILE, TorchDistSource
 from ..formats.megatron.torch_dist_target import FORMAT
@@ -27,12 +27,6 @@ from ..storage.dcp import ChunkedTensor
 from ..storage.dcp_layout import NewChunk, Placed
 
 _FLOAT32_BYTES = 4
-#: Ends of keys that are named differently in megatron-core's local layers: stored end to local end.
-_LOCAL_ENDS = {
-    stored.rpartition("}.")[2]: DISTRIBUTED_LOCAL[slot].rpartition("}.")[2]
-    for slot, stored in DISTRIBUTED.items()
-    if stored != DISTRIBUTED_LOCAL[slot]
-}
 
 
 def write(source: TorchDistSource, folder: Path) -> None:
@@ -57,7 +51,9 @@ def load_overhead(source: TorchDistSource) -> int:
     megatron-core loads gate and up separately and joins all of them before it fills the model, and torch reads whole chunks.
     """
     gate_and_up = sum(
-        math.prod(ref.slot.shape(source.spec)) for ref in refs(source.spec) if ref.slot.blocks == len(GATE_AND_UP)
+        math.prod(ref.shape(source.spec))
+        for ref in refs(source.spec)
+        if len(ref.slot.size(source.spec, ref.kind(source.spec)).blocks) == len(GATE_AND_UP)
     )
     chunks = (chunk for tensor in source.weights.values() for chunk in tensor.chunks)
     return gate_and_up + max(chunk.item.nbytes for chunk in chunks) // _FLOAT32_BYTES
@@ -80,7 +76,7 @@ def _placed_chunks(tensors: Mapping[str, ChunkedTensor], links: Mapping[str, str
 
 
 def _local_key(key: str) -> str:
-    for stored, wanted in _LOCAL_ENDS.items():
+    for stored, wanted in LOCAL_ENDS.items():
         if key.endswith(stored):
             return key.removesuffix(stored) + wanted
     return key

@@ -1,7 +1,7 @@
 """Layouts of slots as parts: each is one list of paired views, equal in shape, of a slot and of its parts.
 
-`for a, b in layout.pairs(slot, parts, spec)`: `a[...] = b` packs, `b[...] = a` unpacks. Everything else, such as the slot
-row of each part's row (`row_maps`), is derived by running the pairs on row numbers.
+`for a, b in layout.pairs(slot, parts, kind)`: `a[...] = b` packs, `b[...] = a` unpacks. Everything else, such as the slot
+row of each part's row (`row_maps`), is derived by running the pairs on row numbers. Layouts compose: `joined` and `rotary`.
 """
 
 from __future__ import annotations
@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from ..basics.errors import ConversionError
+from .layers import Attention, GatedDelta, Layer
 from .slots import Slot
 from .spec import ModelSpec
 
@@ -25,56 +26,165 @@ Pairs = Iterator[tuple[Array, Array]]
 
 
 @dataclass(frozen=True)
+class Kind:
+    """Slot of one kind of layer, whose sizes decide a layout."""
+
+    slot: Slot
+    spec: ModelSpec
+    layer: Layer
+
+    @property
+    def rows(self) -> int:
+        """Rows of the slot."""
+        return self.slot.size(self.spec, self.layer).rows
+
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        """Rows of each of the slot's blocks."""
+        return tuple(block.rows for block in self.slot.size(self.spec, self.layer).blocks)
+
+    @property
+    def attention(self) -> Attention:
+        """The layer's attention with query groups; raises `TypeError` where it has another mixer."""
+        if not isinstance(self.layer.mixer, Attention):
+            raise TypeError(f"{self.slot.name} has no query groups in {self.layer}")
+        return self.layer.mixer
+
+    @property
+    def delta(self) -> GatedDelta:
+        """The layer's gated DeltaNet; raises `TypeError` where it has another mixer."""
+        if not isinstance(self.layer.mixer, GatedDelta):
+            raise TypeError(f"{self.slot.name} has no gated DeltaNet in {self.layer}")
+        return self.layer.mixer
+
+
+@dataclass(frozen=True)
 class Layout:
-    """Layout of a slot: `part_rows(spec, slot_rows)` gives the rows of each part, `pairs(slot, parts, spec)` the views."""
+    """Layout of a slot: `part_rows(kind)` gives the rows of each part, `pairs(slot, parts, kind)` the views."""
 
     name: str
-    part_rows: Callable[[ModelSpec, int], tuple[int, ...]]
-    pairs: Callable[[Array, Sequence[Array], ModelSpec], Pairs]
+    part_rows: Callable[[Kind], tuple[int, ...]]
+    pairs: Callable[[Array, Sequence[Array], Kind], Pairs]
 
 
-def _same(slot: Array, parts: Sequence[Array], _: ModelSpec) -> Pairs:
+def _split(whole: Array, sizes: Sequence[int]) -> list[Array]:
+    """Views of consecutive rows of `whole`."""
+    return [whole[start:stop] for start, stop in pairwise((0, *accumulate(sizes)))]
+
+
+def _same(slot: Array, parts: Sequence[Array], _: Kind) -> Pairs:
     yield slot, parts[0]
 
 
-def _gated(slot: Array, parts: Sequence[Array], _: ModelSpec) -> Pairs:
-    gate, up = parts
-    half = slot.shape[0] // 2
-    yield slot[:half], gate
-    yield slot[half:], up
+def _blocks(slot: Array, parts: Sequence[Array], kind: Kind) -> Pairs:
+    yield from zip(_split(slot, kind.blocks), parts, strict=True)
 
 
-def _grouped_qkv(slot: Array, parts: Sequence[Array], spec: ModelSpec) -> Pairs:
+def _grouped_qkv(slot: Array, parts: Sequence[Array], kind: Kind) -> Pairs:
     """Per query group: its query heads, then its key head, then its value head."""
     query, key, value = parts
-    groups, dim, rest = spec.num_query_groups, spec.kv_channels, slot.shape[1:]
-    heads = spec.num_attention_heads // groups
+    groups, dim, rest = kind.attention.num_query_groups, kind.attention.kv_channels, slot.shape[1:]
+    heads = kind.attention.num_attention_heads // groups
     packed = slot.reshape(groups, heads + 2, dim, *rest)
     yield packed[:, :heads], query.reshape(groups, heads, dim, *rest)
     yield packed[:, heads], key.reshape(groups, dim, *rest)
     yield packed[:, heads + 1], value.reshape(groups, dim, *rest)
 
 
-def _grouped_interleaved_qkv(slot: Array, parts: Sequence[Array], spec: ModelSpec) -> Pairs:
-    """As `_grouped_qkv`, with query and key heads whose rotary pairs are neighbours in the parts, half a head apart in the slot."""
+def _grouped_gated_qkv(slot: Array, parts: Sequence[Array], kind: Kind) -> Pairs:
+    """Per query group: its query heads, their gates, its key head, its value head. Parts have each query head with its gate."""
     query, key, value = parts
-    groups, dim, rest = spec.num_query_groups, spec.kv_channels, slot.shape[1:]
-    heads = spec.num_attention_heads // groups
-    packed = slot.reshape(groups, heads + 2, 2, dim // 2, *rest)
-    yield packed[:, :heads], query.reshape(groups, heads, dim // 2, 2, *rest).swapaxes(2, 3)
-    yield packed[:, heads], key.reshape(groups, dim // 2, 2, *rest).swapaxes(1, 2)
-    yield packed[:, heads + 1], value.reshape(groups, 2, dim // 2, *rest)
+    groups, dim, rest = kind.attention.num_query_groups, kind.attention.kv_channels, slot.shape[1:]
+    heads = kind.attention.num_attention_heads // groups
+    packed = slot.reshape(groups, 2 * heads + 2, dim, *rest)
+    queries = query.reshape(groups, heads, 2, dim, *rest)
+    yield packed[:, :heads], queries[:, :, 0]
+    yield packed[:, heads : 2 * heads], queries[:, :, 1]
+    yield packed[:, 2 * heads], key.reshape(groups, dim, *rest)
+    yield packed[:, 2 * heads + 1], value.reshape(groups, dim, *rest)
 
 
-def _qkv_rows(spec: ModelSpec, _: int) -> tuple[int, ...]:
-    key = spec.num_query_groups * spec.kv_channels
-    return spec.num_attention_heads * spec.kv_channels, key, key
+def _delta_by_key_head(slot: Array, parts: Sequence[Array], kind: Kind) -> Pairs:
+    """Parts have, for each key head, its query, key, values and gates z; and its betas and alphas (Qwen3-Next)."""
+    qkvz, ba = parts
+    delta, rest = kind.delta, slot.shape[1:]
+    heads, dim = delta.linear_num_key_heads, delta.linear_key_head_dim
+    ratio = delta.linear_num_value_heads // heads
+    values = ratio * delta.linear_value_head_dim
+    query, key, value, z, beta, alpha = (
+        block.reshape(heads, block.shape[0] // heads, *rest) for block in _split(slot, kind.blocks)
+    )
+    packed, gates = qkvz.reshape(heads, 2 * dim + 2 * values, *rest), ba.reshape(heads, 2 * ratio, *rest)
+    yield query, packed[:, :dim]
+    yield key, packed[:, dim : 2 * dim]
+    yield value, packed[:, 2 * dim : 2 * dim + values]
+    yield z, packed[:, 2 * dim + values :]
+    yield beta, gates[:, :ratio]
+    yield alpha, gates[:, ratio:]
 
 
-SAME = Layout("same", lambda _, rows: (rows,), _same)
-GATED = Layout("gated", lambda _, rows: (rows // 2, rows // 2), _gated)
+def _qkv_rows(kind: Kind) -> tuple[int, ...]:
+    attention = kind.attention
+    key = attention.num_query_groups * attention.kv_channels
+    query = attention.num_attention_heads * attention.kv_channels
+    return (2 if attention.attention_output_gate else 1) * query, key, key
+
+
+def _delta_rows(kind: Kind) -> tuple[int, ...]:
+    delta = kind.delta
+    return 2 * delta.keys + 2 * delta.values, 2 * delta.linear_num_value_heads
+
+
+SAME = Layout("same", lambda kind: (kind.rows,), _same)
+#: One part for each block of the slot: gate and up, for example.
+BLOCKS = Layout("blocks", lambda kind: kind.blocks, _blocks)
+GATED = Layout("gated", lambda kind: kind.blocks, _blocks)
 GROUPED_QKV = Layout("grouped qkv", _qkv_rows, _grouped_qkv)
-GROUPED_INTERLEAVED_QKV = Layout("grouped qkv, interleaved rotary pairs", _qkv_rows, _grouped_interleaved_qkv)
+GROUPED_GATED_QKV = Layout("grouped qkv with gates", _qkv_rows, _grouped_gated_qkv)
+DELTA_BY_KEY_HEAD = Layout("gated DeltaNet by key head", _delta_rows, _delta_by_key_head)
+
+
+def joined(layout: Layout) -> Layout:
+    """All parts of a layout, one after the other, as a single part."""
+
+    def pairs(slot: Array, parts: Sequence[Array], kind: Kind) -> Pairs:
+        return layout.pairs(slot, _split(parts[0], layout.part_rows(kind)), kind)
+
+    return Layout(f"joined {layout.name}", lambda kind: (sum(layout.part_rows(kind)),), pairs)
+
+
+def interleaved(layout: Layout) -> Layout:
+    """Grouped layout whose parts have queries and keys with neighbouring rotary pairs.
+
+    In the slot the two of a pair are half a rotation apart, unless its rotary embeddings are interleaved, too. Only the part of
+    a head that rotates (`rotary_percent`) is reordered. A grouped layout's first two pairs are those of queries and keys.
+    """
+
+    def pairs(slot: Array, parts: Sequence[Array], kind: Kind) -> Pairs:
+        rope = kind.attention.rope
+        for number, (whole, part) in enumerate(layout.pairs(slot, parts, kind)):
+            if number >= _ROTATED or rope is None or rope.rotary_interleaved:
+                yield whole, part
+                continue
+            axis = whole.ndim - len(slot.shape[1:]) - 1  # the rows of a head
+            rotated = int(whole.shape[axis] * rope.rotary_percent)
+            before, after = whole.shape[:axis], whole.shape[axis + 1 :]
+            yield (
+                _along(whole, axis, 0, rotated).reshape(*before, 2, rotated // 2, *after),
+                _along(part, axis, 0, rotated).reshape(*before, rotated // 2, 2, *after).swapaxes(axis, axis + 1),
+            )
+            yield tuple(_along(one, axis, rotated, whole.shape[axis]) for one in (whole, part))  # type: ignore[misc]
+
+    return Layout(f"{layout.name}, interleaved rotary pairs", layout.part_rows, pairs)
+
+
+_ROTATED = 2
+GROUPED_INTERLEAVED_QKV = interleaved(GROUPED_QKV)
+
+
+def _along(array: Array, axis: int, start: int, stop: int) -> Array:
+    """View of a range along one axis."""
+    return array[(slice(None),) * axis + (slice(start, stop),)]
 
 
 def runs(rows: RowMap) -> Iterator[tuple[int, int, int]]:
@@ -98,16 +208,14 @@ def interned(rows: RowMap) -> RowMap:
 
 
 @lru_cache(maxsize=256)
-def row_maps(layout: Layout, slot: Slot, spec: ModelSpec) -> tuple[RowMap, ...]:
+def row_maps(layout: Layout, slot: Slot, spec: ModelSpec, layer: Layer) -> tuple[RowMap, ...]:
     """Row maps of the parts: for each row of a part, the row of the slot. Cached, so that equal maps are one object."""
-    rows = slot.rows(spec)
-    parts = [np.full(count, -1, np.int64) for count in layout.part_rows(spec, rows)]
-    for whole, part in layout.pairs(np.arange(rows, dtype=np.int64), parts, spec):
+    kind = Kind(slot, spec, layer)
+    parts = [np.full(count, -1, np.int64) for count in layout.part_rows(kind)]
+    for whole, part in layout.pairs(np.arange(kind.rows, dtype=np.int64), parts, kind):
         part[...] = whole
-    if not np.array_equal(np.sort(np.concatenate(parts)), np.arange(rows)):
+    if not np.array_equal(np.sort(np.concatenate(parts)), np.arange(kind.rows)):
         raise ConversionError(
-            f"layout {layout.name!r} does not cover each of the {rows} rows of {slot.name} exactly once"
+            f"layout {layout.name!r} does not cover each of the {kind.rows} rows of {slot.name} exactly once"
         )
-    for part in parts:
-        part.flags.writeable = False  # cached, so shared by all callers
-    return tuple(parts)
+    return tuple(map(interned, parts))

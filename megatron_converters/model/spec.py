@@ -1,156 +1,297 @@
-"""Model description: the sizes and switches that decide a model's tensors and its arithmetic.
+"""Model description: kinds of layers, their order, and what all layers share. Also as plain values under Megatron-LM's names.
 
-Field names are Megatron-LM's argument names where it has one.
+A property of a layer is named as the field of its record (`model/layers.py`); its value is a `PerLayer` where layers differ.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import sys
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeGuard
+from functools import cached_property
+from typing import Any
 
 from ..basics.dtypes import DType, dtype_named
 from ..basics.errors import ConversionError
+from .layers import (
+    Attention,
+    Feed,
+    GatedDelta,
+    Latent,
+    Layer,
+    Mixer,
+    Mixture,
+    Mlp,
+    Norm,
+    Rope,
+    RopeScaling,
+    check_sizes,
+    check_switches,
+    is_whole,
+    number,
+)
 
-#: More rows or columns than any model's tensor has, so that a damaged size allocates no memory.
-_TOO_LARGE = 1 << 27
 
-
-def number(value: Any, name: str) -> float:
-    """Value of the field `name`, which must be a finite number; a hand-written configuration may hold anything."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= sys.float_info.max:
-        shown = repr(value)
-        raise ConversionError(f"{name} is {shown if len(shown) < 80 else shown[:40] + '…'}; it must be a number")
-    return float(value)
-
-
-def is_whole(value: Any) -> TypeGuard[int]:
-    """Whether a value is an integer and not a bool."""
-    return isinstance(value, int) and not isinstance(value, bool)
+class PerLayer(tuple[Any, ...]):
+    """Values of one property in each layer; None where a layer lacks what has it."""
 
 
 @dataclass(frozen=True)
-class RopeScaling:
-    """Scaling of rotary frequencies. `kind` is "llama3" or "linear"; the last three fields apply to llama3 only."""
+class Multipliers:
+    """Constants that scale activations: embeddings, the outputs of both blocks, attention scores, and logits.
 
-    kind: str
-    factor: float
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_position_embeddings: int = 8192
+    `attention_multiplier` None is the usual scale of scores, 1 / sqrt(head dimension).
+    """
+
+    embedding_multiplier: float = 1.0
+    residual_multiplier: float = 1.0
+    attention_multiplier: float | None = None
+    logits_multiplier: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Refuse values that are no finite numbers, or 0."""
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if value is not None and number(value, field.name) == 0:
+                raise ConversionError(f"{field.name} is 0, which would erase the model's activations")
+
+
+#: Records that a layer can have, by the value of the properties "mixer" and "feed".
+MIXERS: dict[str, type[Mixer]] = {"attention": Attention, "latent": Latent, "gated delta": GatedDelta}
+FEEDS: dict[str, type[Feed]] = {"mlp": Mlp, "moe": Mixture}
+_TAGS = {record: name for name, record in (*MIXERS.items(), *FEEDS.items())}
 
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """A decoder-only model. Sizes count elements; `vocab_size` excludes Megatron's padding rows."""
+    """A decoder-only model. Layer i is of kind `kinds[order[i]]`, multi-token prediction layer i of kind `kinds[mtp[i]]`.
+
+    A kind may have no layer: it then carries sizes that configurations state although no layer uses them (the dense MLP of
+    Mixtral). Sizes count elements; `vocab_size` excludes Megatron's padding rows.
+    """
 
     family: str
-    num_layers: int
+    dtype: DType
     hidden_size: int
-    ffn_hidden_size: int
-    num_attention_heads: int
-    num_query_groups: int
-    kv_channels: int
     vocab_size: int
     max_position_embeddings: int
-    norm_epsilon: float
-    rotary_base: float
-    dtype: DType
-    rope_scaling: RopeScaling | None = None
+    norm: Norm
+    kinds: tuple[Layer, ...]
+    order: tuple[int, ...]
+    mtp: tuple[int, ...] = ()
+    multipliers: Multipliers = Multipliers()
+    #: Embeddings of absolute positions, added to those of tokens.
+    learned_positions: bool = False
     tied: bool = False
-    qkv_bias: bool = False
-    proj_bias: bool = False
-    mlp_bias: bool = False
-    qk_norm: bool = False
-    #: The query and key norms span all heads together (OLMoE) instead of each head by itself.
-    qk_norm_over_heads: bool = False
-    sliding_window: int | None = None
-    #: First layer with the sliding window (Qwen's `max_window_layers`); 0 means every layer.
-    sliding_window_from: int = 0
     initializer_range: float = 0.02
     attention_dropout: float = 0.0
-    #: 0 for a dense model. The fields from here on describe a mixture of experts.
-    num_experts: int = 0
-    moe_ffn_hidden_size: int = 0
-    moe_router_topk: int = 0
-    #: Softmax over all experts before the top-k choice, instead of over the chosen experts after it.
-    moe_router_pre_softmax: bool = False
-    moe_aux_loss_coeff: float = 0.0
-    shared_ffn_hidden_size: int = 0
-    shared_gate: bool = False
-    #: Layers with a dense MLP, in order.
-    dense_layers: tuple[int, ...] = ()
-
-    def is_moe(self, layer: int) -> bool:
-        """Whether a layer has experts instead of a dense MLP."""
-        return self.num_experts > 0 and layer not in self.dense_layers
 
     def __post_init__(self) -> None:
         """Refuse sizes that no model can have, so that later code need not check them."""
-        positive: tuple[str, ...] = (
-            "num_layers",
-            "hidden_size",
-            "ffn_hidden_size",
-            "num_attention_heads",
-            "num_query_groups",
-        )
-        if not is_whole(self.num_experts) or self.num_experts < 0:
-            raise ConversionError(f"num_experts is {self.num_experts!r}; it must be a whole number, 0 for none")
-        if self.num_experts:
-            positive += ("num_experts", "moe_ffn_hidden_size", "moe_router_topk")
-        for name in (*positive, "kv_channels", "vocab_size", "max_position_embeddings"):
-            value = getattr(self, name)
-            if not is_whole(value) or value < 1:
-                raise ConversionError(f"{name} is {value!r}; it must be a whole number above 0")
-        for name in (*positive, "kv_channels", "vocab_size"):
-            if getattr(self, name) >= _TOO_LARGE:
-                raise ConversionError(f"{name} is {getattr(self, name)!r:.40}, which no model has")
-        if self.num_attention_heads * self.kv_channels >= _TOO_LARGE:
+        check_sizes(self, ("hidden_size", "vocab_size"))
+        if not is_whole(self.max_position_embeddings) or self.max_position_embeddings < 1:
             raise ConversionError(
-                f"{self.num_attention_heads} attention heads of {self.kv_channels} are more than any model has"
+                f"max_position_embeddings is {self.max_position_embeddings!r}; it must be a whole number above 0"
             )
-        for name in ("norm_epsilon", "rotary_base", "initializer_range", "attention_dropout", "moe_aux_loss_coeff"):
+        for name in ("initializer_range", "attention_dropout"):
             number(getattr(self, name), name)
-        norms = ("qk_norm", "qk_norm_over_heads")
-        for name in ("tied", "qkv_bias", "proj_bias", "mlp_bias", *norms, "moe_router_pre_softmax", "shared_gate"):
-            if not isinstance(getattr(self, name), bool):
-                raise ConversionError(f"{name} is {getattr(self, name)!r}; it must be true or false")
-        window = self.sliding_window
-        if window is not None and (not is_whole(window) or window < 1):
-            raise ConversionError(f"sliding_window is {window!r}; it must be a whole number above 0, or null for none")
-        if self.num_attention_heads % self.num_query_groups:
-            raise ConversionError(
-                f"{self.num_attention_heads} attention heads cannot share {self.num_query_groups} query groups evenly"
-            )
-        self._check_experts()
+        check_switches(self, ("tied", "learned_positions"))
+        counts = {kind.feed.num_experts for kind in self.kinds if isinstance(kind.feed, Mixture)}
+        if len(counts) > 1:
+            raise ConversionError(f"num_experts differs between layers ({sorted(counts)}); that is not supported")
 
-    def _check_experts(self) -> None:
-        shared, dense = self.shared_ffn_hidden_size, self.dense_layers
-        if not is_whole(shared) or shared < 0:
-            raise ConversionError(
-                f"shared_ffn_hidden_size is {shared!r}; it must be a whole number above 0, or 0 for none"
-            )
-        if self.num_experts and self.moe_router_topk > self.num_experts:
-            raise ConversionError(
-                f"moe_router_topk is {self.moe_router_topk}, but there are {self.num_experts} experts"
-            )
-        if not all(is_whole(layer) and 0 <= layer < self.num_layers for layer in dense):
-            raise ConversionError(f"dense_layers is {list(dense)}; they must be layers from 0 to {self.num_layers - 1}")
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash(tuple(getattr(self, field.name) for field in dataclasses.fields(self)))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Fields alone: hashes differ between processes."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+    @property
+    def num_layers(self) -> int:
+        """Number of layers, without those of multi-token prediction."""
+        return len(self.order)
+
+    def layer(self, number: int) -> Layer:
+        """Kind of a layer."""
+        return self.kinds[self.order[number]]
+
+    @cached_property
+    def num_experts(self) -> int:
+        """Number of experts in each layer that has any; 0 for a dense model."""
+        return max((kind.feed.num_experts for kind in self.used if isinstance(kind.feed, Mixture)), default=0)
+
+    @cached_property
+    def used(self) -> tuple[Layer, ...]:
+        """Kinds that layers have, those of multi-token prediction among them."""
+        return tuple(self.kinds[number] for number in dict.fromkeys((*self.order, *self.mtp)))
+
+    @cached_property
+    def values(self) -> Mapping[str, Any]:
+        """All properties by name, from which `of` makes the spec again."""
+        return dict(_model_values(self)) | dict(_layer_values(self))
+
+    def in_layers(self, name: str) -> list[Any]:
+        """Values of a property, one for each layer; None where a layer lacks it."""
+        value = self.values.get(name)
+        return list(value) if isinstance(value, PerLayer) else [value] * self.num_layers
+
+    @classmethod
+    def of(cls, **values: Any) -> ModelSpec:
+        """Spec with these properties. Layers are attention and an MLP, unless the properties of others are given."""
+        return _spec_of(values)
+
+    def replaced(self, **changes: Any) -> ModelSpec:
+        """Spec with other values of these properties."""
+        return _spec_of({**self.values, **changes})
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values only, for JSON and for the queue's metadata."""
-        return {**dataclasses.asdict(self), "dtype": self.dtype.name}
+        return {name: _plain(value) for name, value in self.values.items()}
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> ModelSpec:
+    def from_dict(cls, values: Mapping[str, Any]) -> ModelSpec:
         """The inverse of `to_dict`."""
-        scaling = values["rope_scaling"]
-        return cls(
-            **{
-                **values,
-                "dtype": dtype_named(values["dtype"]),
-                "dense_layers": tuple(values["dense_layers"]),
-                "rope_scaling": RopeScaling(**scaling) if scaling else None,
-            }
-        )
+        restored = {name: _restored(value) for name, value in values.items()}
+        return _spec_of({**restored, "dtype": dtype_named(values["dtype"])})
+
+
+_SHARED = ("family", "dtype", "hidden_size", "vocab_size", "max_position_embeddings")
+_OPTIONAL = ("learned_positions", "tied", "initializer_range", "attention_dropout")
+
+
+def names(record: type[Any]) -> list[str]:
+    """Names of a record's properties, those of a rotary embedding within it replaced by that one's."""
+    fields = [field.name for field in dataclasses.fields(record)]
+    return [name for field in fields for name in (["rope", *names(Rope)] if field == "rope" else [field])]
+
+
+def _model_values(spec: ModelSpec) -> Iterator[tuple[str, Any]]:
+    yield from ((name, getattr(spec, name)) for name in _SHARED)
+    yield "num_layers", spec.num_layers
+    for record in (spec.norm, spec.multipliers):
+        yield from ((field.name, getattr(record, field.name)) for field in dataclasses.fields(record))
+    yield from ((name, getattr(spec, name)) for name in _OPTIONAL)
+    yield "mtp_num_layers", len(spec.mtp)
+
+
+def _kind_values(kind: Layer) -> dict[str, Any]:
+    """Properties of one kind of layer."""
+    found: dict[str, Any] = {"mixer": _TAGS[type(kind.mixer)], "feed": _TAGS[type(kind.feed)]}
+    rope: Rope | None = getattr(kind.mixer, "rope", None)
+    for record in (kind.mixer, kind.feed, *([rope] if rope is not None else [])):
+        found |= {field.name: getattr(record, field.name) for field in dataclasses.fields(record)}
+    if "rope" in found:
+        found["rope"] = rope is not None
+    return found
+
+
+def _layer_values(spec: ModelSpec) -> Iterator[tuple[str, Any]]:
+    """Properties of layers: one value where all layers that have the property agree."""
+    kinds = [_kind_values(kind) for kind in spec.kinds]
+    ordered = [*(kinds[number] for number in dict.fromkeys(spec.order)), *kinds]
+    for name in dict.fromkeys(name for values in ordered for name in values):
+        having = [kinds[number][name] for number in dict.fromkeys(spec.order) if name in kinds[number]]
+        # Only a kind without layers, or one of multi-token prediction, may have it.
+        having = having or [values[name] for values in kinds if name in values][:1]
+        if all(value == having[0] for value in having):
+            yield name, having[0]
+        else:
+            yield name, PerLayer(kinds[number].get(name) for number in spec.order)
+
+
+def _spec_of(values: Mapping[str, Any]) -> ModelSpec:
+    unknown = values.keys() - _KNOWN
+    if unknown:
+        raise TypeError(f"no properties of a model: {sorted(unknown)}")
+    count = values.get("num_layers")
+    if not is_whole(count) or count < 1:
+        raise ConversionError(f"num_layers is {count!r}; it must be a whole number above 0")
+    check_sizes(_Count(count), ("num_layers",))
+    kinds: dict[Layer, int] = {}
+    by_values: dict[tuple[Any, ...], int] = {}
+    per_layer = {name: value for name, value in values.items() if isinstance(value, PerLayer)}
+    order = []
+    for layer in range(count):
+        key = tuple(value[layer] for value in per_layer.values())
+        if key not in by_values:
+            kind = _kind({**values, **dict(zip(per_layer, key, strict=True))})
+            by_values[key] = kinds.setdefault(kind, len(kinds))
+        order.append(by_values[key])
+    for kind in _spare_kinds(values, list(kinds)):
+        kinds.setdefault(kind, len(kinds))
+    given = {name: values[name] for name in (*_SHARED, *_OPTIONAL) if name in values}
+    return ModelSpec(
+        **given,
+        norm=_record(Norm, values),
+        multipliers=_record(Multipliers, values),
+        kinds=tuple(kinds),
+        order=tuple(order),
+        mtp=(order[-1],) * (values.get("mtp_num_layers") or 0),
+    )
+
+
+@dataclass(frozen=True)
+class _Count:
+    num_layers: int
+
+
+def _kind(values: Mapping[str, Any]) -> Layer:
+    """Kind of layer with these properties, none of which is a `PerLayer`."""
+    latent = values.get("kv_lora_rank") is not None
+    mixer = MIXERS[values.get("mixer") or ("latent" if latent else "attention")]
+    feed = FEEDS[values.get("feed") or ("moe" if values.get("num_experts") else "mlp")]
+    rope = values.get("rope", values.get("rotary_base") is not None)
+    with_rope = {**values, "rope": _record(Rope, values) if rope else None}
+    return Layer(_record(mixer, with_rope), _record(feed, values))
+
+
+def _spare_kinds(values: Mapping[str, Any], kinds: list[Layer]) -> Iterator[Layer]:
+    """Kinds without layers, for sizes that are given although no layer uses them."""
+    used = {type(kind.feed) for kind in kinds}
+    whole = {name: value for name, value in values.items() if not isinstance(value, PerLayer)}
+    for record, size in ((Mlp, "ffn_hidden_size"), (Mixture, "num_experts")):
+        if record not in used and whole.get(size):
+            yield Layer(kinds[0].mixer, _record(record, whole))
+
+
+def _record(record: type[Any], values: Mapping[str, Any]) -> Any:
+    """Record with those of its fields that are given; raises `ConversionError` where a required one is not."""
+    fields = dataclasses.fields(record)
+    given = {field.name: values[field.name] for field in fields if field.name in values}
+    missing = [field.name for field in fields if field.default is dataclasses.MISSING and field.name not in given]
+    if missing:
+        raise ConversionError(f"{missing[0]} is None; it must be a whole number above 0")
+    return record(**given)
+
+
+_RECORDS = (*MIXERS.values(), *FEEDS.values(), Norm, Multipliers)
+_KNOWN = {
+    *_SHARED,
+    *_OPTIONAL,
+    "num_layers",
+    "mtp_num_layers",
+    "mixer",
+    "feed",
+    *(n for r in _RECORDS for n in names(r)),
+}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, PerLayer):
+        return {"per layer": [_plain(item) for item in value]}
+    if isinstance(value, RopeScaling):
+        return {"scaling": dataclasses.asdict(value)}
+    return value.name if isinstance(value, DType) else value
+
+
+def _restored(value: Any) -> Any:
+    if isinstance(value, dict):
+        if "per layer" in value:
+            return PerLayer(map(_restored, value["per layer"]))
+        return RopeScaling(**value["scaling"])
+    return value

@@ -5,12 +5,13 @@ What is equal for all layers and experts, such as the shares of a slot, is compu
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
-from ..model.slots import Ref, Slot
+from ..model.layers import Layer
+from ..model.slots import DECODER, Ref, Shard, Slot
 from ..model.spec import ModelSpec
-from .ranks import Cut, Parallel, Rank, locations
+from .ranks import Cut, Parallel, Rank, cut, locations
 
 
 class Share(NamedTuple):
@@ -40,41 +41,48 @@ class Location(NamedTuple):
 
 
 class Placement:
-    """Locations of all tensors of a model that is cut by `parallel`; `padded` counts embedding rows with padding."""
+    """Locations of all tensors of a model that is cut by `parallel`; `padded` counts embedding rows with padding.
 
-    def __init__(self, spec: ModelSpec, parallel: Parallel, padded: int) -> None:
+    `shards` has the dimension to cut of slots, by name, that are not cut as usual.
+    """
+
+    def __init__(
+        self, spec: ModelSpec, parallel: Parallel, padded: int, shards: Mapping[str, Shard] | None = None
+    ) -> None:
         self._spec, self._parallel, self._padded = spec, parallel, padded
-        self._shares: dict[tuple[Slot, int, int | None], tuple[Share, ...]] = {}
+        self._shards = shards or {}
+        self._shares: dict[tuple[Slot, int, int, int | None], tuple[Share, ...]] = {}
         self._stages = [parallel.place(layer)[0] for layer in range(spec.num_layers)]
         self._prefixes = [parallel.prefix(stage) for stage in range(len(parallel.stages))]
 
     def locations(self, ref: Ref) -> Iterator[Location]:
-        """Locations of a tensor: one stage, or two for tied embeddings."""
+        """Locations of a tensor: one stage, or two for embeddings that the last stage needs, too."""
         parallel = self._parallel
         local = parallel.local_expert(ref.expert, self._spec.num_experts)
-        ep = self._ep(ref)
+        kind, ep = ref.kind_number(self._spec), self._ep(ref)
         for stage, slot, layer in locations(ref, self._spec, parallel):
-            yield Location(
-                self._prefixes[stage], slot, layer, local, self._stage_shares(ref.slot, stage % parallel.pp, ep)
-            )
+            shares = self._stage_shares(ref.slot, kind, stage % parallel.pp, ep)
+            yield Location(self._prefixes[stage], slot, layer, local, shares)
 
     def shares(self, ref: Ref) -> tuple[Share, ...]:
         """Shares on the first stage that holds a tensor."""
-        stage = next(locations(ref, self._spec, self._parallel))[0] if ref.layer is None else self._stages[ref.layer]
-        return self._stage_shares(ref.slot, stage % self._parallel.pp, self._ep(ref))
+        of_decoder = ref.layer is not None and ref.stack == DECODER
+        stage = self._stages[ref.layer] if of_decoder else next(locations(ref, self._spec, self._parallel))[0]  # type: ignore[index]
+        return self._stage_shares(ref.slot, ref.kind_number(self._spec), stage % self._parallel.pp, self._ep(ref))
 
     def _ep(self, ref: Ref) -> int | None:
         """Expert-parallel number of the ranks that hold an expert."""
         return None if ref.expert is None else ref.expert // (self._spec.num_experts // self._parallel.ep)
 
-    def _stage_shares(self, slot: Slot, pp: int, ep: int | None) -> tuple[Share, ...]:
+    def _stage_shares(self, slot: Slot, kind: int, pp: int, ep: int | None) -> tuple[Share, ...]:
         """Shares of the ranks with pipeline number `pp`: of all, or for an expert of those with expert-parallel number `ep`."""
-        key = slot, pp, ep
+        key = slot, kind, pp, ep
         if key not in self._shares:
-            parallel = self._parallel
-            self._shares[key] = tuple(
-                Share(rank, parallel.share(slot, self._spec, rank, self._padded), parallel.share_number(slot, rank))
-                for rank in parallel.ranks(pp)
-                if ep in (None, rank.ep)
-            )
+            ranks = [rank for rank in self._parallel.ranks(pp) if ep in (None, rank.ep)]
+            self._shares[key] = tuple(self._share(slot, self._spec.kinds[kind], rank) for rank in ranks)
         return self._shares[key]
+
+    def _share(self, slot: Slot, kind: Layer, rank: Rank) -> Share:
+        shard = self._shards.get(slot.name, slot.shard)
+        ways, number = self._parallel.ways(slot, rank)
+        return Share(rank, cut(slot, self._spec, kind, ways, number, self._padded, shard), number if shard.cuts else 0)

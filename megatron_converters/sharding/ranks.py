@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import accumulate
@@ -17,8 +17,9 @@ from typing import NamedTuple
 import numpy as np
 
 from ..basics.errors import ConversionError, UsageError
+from ..model.layers import Layer, Mixture, Mlp
 from ..model.layouts import RowMap, interned
-from ..model.slots import Ref, Scope, Shard, Slot
+from ..model.slots import MTP, SLOTS, Extent, Ref, Scope, Shard, Slot
 from ..model.spec import ModelSpec
 from .stages import EVEN, PipelineSplit, alternatives, stage_layers
 
@@ -96,28 +97,27 @@ class Parallel:
         """An expert's number on the rank that holds it."""
         return None if expert is None else expert % (experts // self.ep)
 
-    def share(self, slot: Slot, spec: ModelSpec, rank: Rank, padded: int) -> Cut:
-        """A rank's share of a slot that it holds."""
-        ways, index = (self.etp, rank.etp) if slot.expert else (self.tp, rank.tp)
-        return cut(slot, spec, ways, index, padded)
-
-    def share_number(self, slot: Slot, rank: Rank) -> int:
-        """Number of a rank's share, equal for ranks that hold the same."""
-        return 0 if not slot.shard.cuts else rank.etp if slot.expert else rank.tp
+    def ways(self, slot: Slot, rank: Rank) -> tuple[int, int]:
+        """Number of shares that a slot is cut into, if it is, and the number of a rank's share."""
+        return (self.etp, rank.etp) if slot.expert else (self.tp, rank.tp)
 
 
 def locations(ref: Ref, spec: ModelSpec, parallel: Parallel) -> Iterator[tuple[int, str, int | None]]:
     """Stage, slot name and local layer number of each place that holds a ref.
 
-    Tied embeddings are also the output layer of the last stage.
+    Tied embeddings are also the output layer of the last stage, where layers of multi-token prediction need them, too.
     """
     last = len(parallel.stages) - 1
-    if ref.layer is not None:
+    if ref.stack == MTP:
+        yield last, ref.slot.name, ref.layer
+    elif ref.layer is not None:
         stage, local = parallel.place(ref.layer)
         yield stage, ref.slot.name, local
     elif ref.slot.scope is Scope.FIRST:
         yield 0, ref.slot.name, None
-        if spec.tied and last > 0:
+        if spec.mtp and last > 0:
+            yield last, ref.slot.name, None
+        if ref.slot.vocab and spec.tied and last > 0:
             yield last, "output_layer", None
     else:
         yield last, ref.slot.name, None
@@ -139,11 +139,11 @@ def parallel_for(
     """
     if tp < 1 or pp < 1:
         raise ConversionError(f"tensor- and pipeline-parallel sizes must be at least 1, not {tp} and {pp}")
-    if not _tp_fits(spec, tp):
-        fitting = [size for size in range(1, spec.num_attention_heads + 1) if _tp_fits(spec, size)]
+    cuttable = _cuttable(spec)
+    if not _tp_fits(cuttable, tp):
+        fitting = [size for size in range(1, spec.hidden_size + 1) if _tp_fits(cuttable, size)]
         raise ConversionError(
-            f"{spec.num_attention_heads} attention heads of {spec.kv_channels} in {spec.num_query_groups} query groups "
-            f"and an MLP of {spec.ffn_hidden_size} cannot be cut over tp={tp}; use tp {alternatives(fitting)}"
+            f"{' and '.join(_sizes(spec))} cannot be cut over tp={tp}; use tp {alternatives(fitting)}"
         )
     stages = stage_layers(spec.num_layers, pp, split)
     vpp = len(stages) // pp
@@ -161,10 +161,9 @@ def _with_experts(spec: ModelSpec, parallel: Parallel, directories: bool) -> Par
     if ep < 1 or etp < 1 or experts % ep:
         fitting = [size for size in range(1, experts + 1) if experts % size == 0]
         raise ConversionError(f"{experts} experts cannot be spread over ep={ep}; use ep {alternatives(fitting)}")
-    if spec.moe_ffn_hidden_size % etp:
-        raise ConversionError(f"experts with an MLP of {spec.moe_ffn_hidden_size} cannot be cut over etp={etp}")
-    if spec.shared_ffn_hidden_size % parallel.tp:
-        raise ConversionError(f"shared experts of {spec.shared_ffn_hidden_size} cannot be cut over tp={parallel.tp}")
+    for size in {kind.feed.moe_ffn_hidden_size for kind in spec.used if isinstance(kind.feed, Mixture)}:
+        if size % etp:
+            raise ConversionError(f"experts with an MLP of {size} cannot be cut over etp={etp}")
     if directories and not _own_directories(parallel):
         raise ConversionError(
             f"tp={parallel.tp} and ep={ep} with etp={etp}: several ranks would share one mp_rank_* directory, whose name has "
@@ -189,13 +188,35 @@ def kept_etp(source: Parallel | None, tp: int, ep: int) -> int | None:
     return source.etp
 
 
-def _tp_fits(spec: ModelSpec, tp: int) -> bool:
-    groups = spec.num_query_groups
-    qkv_rows = (spec.num_attention_heads + 2 * groups) * spec.kv_channels
-    # tp % groups == 0: megatron-core from 0.16 on gathers the groups that a rank lacks at run time.
-    return not (
-        spec.num_attention_heads % tp or spec.ffn_hidden_size % tp or qkv_rows % tp or (groups % tp and tp % groups)
+def _cuttable(spec: ModelSpec) -> list[tuple[Shard, Extent]]:
+    """Sizes of all slots that tensor parallelism cuts; vocabularies are padded and always fit."""
+    slots = [slot for slot in SLOTS.values() if slot.shard.cuts and not slot.expert and not slot.vocab]
+    found = {
+        (slot.shard, extent): None
+        for kind in spec.used
+        for slot in slots
+        if (slot.scope is not Scope.MTP or spec.mtp) and (extent := slot.extent(spec, kind)) is not None
+    }
+    return list(found)
+
+
+def _tp_fits(cuttable: Sequence[tuple[Shard, Extent]], tp: int) -> bool:
+    # A shared unit may be cut: megatron-core from 0.16 on gathers the query groups that a rank lacks at run time.
+    return all(
+        (extent.units or extent.rest[0]) % tp == 0
+        if shard is Shard.ROW
+        else all(block.fits(tp) for block in extent.blocks)
+        for shard, extent in cuttable
     )
+
+
+def _sizes(spec: ModelSpec) -> Iterable[str]:
+    """Sizes in words of what tensor parallelism cuts."""
+    mixers = [kind.mixer.sizes for kind in spec.used]
+    dense = [kind.feed.sizes for kind in spec.used if isinstance(kind.feed, Mlp)]
+    mixtures = [kind.feed for kind in spec.used if isinstance(kind.feed, Mixture)]
+    shared = [f"shared experts of {size}" for feed in mixtures if (size := feed.shared_ffn_hidden_size)]
+    return dict.fromkeys((*mixers, *dense, *shared))
 
 
 def padded_vocab(vocab: int, divisor: int, tp: int) -> int:
@@ -217,22 +238,30 @@ class Cut:
     padding: int = 0
 
 
+def cut(
+    slot: Slot, spec: ModelSpec, layer: Layer, ways: int, index: int, padded: int, shard: Shard | None = None
+) -> Cut:
+    """Share number `index` of a slot that is cut `ways` ways. `padded` counts embedding rows with padding.
+
+    `shard` is the dimension to cut, where it is not the slot's own.
+    """
+    return _cut(slot, slot.size(spec, layer), ways, index, padded, shard or slot.shard)
+
+
 @lru_cache(maxsize=4096)
-def cut(slot: Slot, spec: ModelSpec, tp: int, rank: int, padded: int) -> Cut:
-    """Share of `slot` on rank `rank`. `padded` counts embedding rows with padding. Cached, so that equal maps are one object."""
-    rows, cols = slot.matrix(spec)
-    if slot.shard is Shard.ROW:
-        width = _share_size(slot, cols, tp)
-        return Cut((rows, width), _all_rows(rows), rank * width)
-    if slot.shard is Shard.REPLICATED:
-        return Cut(slot.shape(spec), _all_rows(rows), 0)
-    total = padded if slot.vocab else rows
-    share = _share_size(slot, total, tp * slot.blocks)
-    row_map = np.arange(total, dtype=np.int64).reshape(slot.blocks, tp, share)[:, rank].ravel()
+def _cut(slot: Slot, extent: Extent, ways: int, index: int, padded: int, shard: Shard) -> Cut:
+    """As `cut`; cached, so that equal maps are one object."""
+    rows, rest = extent.rows, extent.rest
+    if shard is Shard.ROW:
+        width = _share_size(slot, rest[0], ways)
+        return Cut((rows, width), _all_rows(rows), index * width)
+    if shard is Shard.REPLICATED:
+        return Cut((rows, *rest), _all_rows(rows), 0)
+    ranges = _row_ranges(slot, extent, ways, index, padded)
+    row_map = np.concatenate([np.arange(start, start + count, dtype=np.int64) for start, count in ranges])
     row_map[row_map >= rows] = -1
     row_map.flags.writeable = False  # cached, so shared by all callers
-    shape = (row_map.size,) if slot.cols is None else (row_map.size, cols)
-    return Cut(shape, row_map, 0, int(np.count_nonzero(row_map < 0)))
+    return Cut((row_map.size, *rest), row_map, 0, int(np.count_nonzero(row_map < 0)))
 
 
 @lru_cache(maxsize=256)
@@ -240,18 +269,23 @@ def _all_rows(rows: int) -> RowMap:
     return interned(np.arange(rows, dtype=np.int64))
 
 
-@lru_cache(maxsize=4096)
-def boxes(slot: Slot, spec: ModelSpec, ways: int, index: int, padded: int) -> tuple[tuple[int, int, int, int], ...]:
+def boxes(slot: Slot, extent: Extent, ways: int, index: int, padded: int) -> tuple[tuple[int, int, int, int], ...]:
     """Share of a rank as boxes of the whole tensor, padding included: (first row, rows, first column, columns) of each."""
-    rows, cols = slot.matrix(spec)
+    rows, cols = extent.rows, math.prod(extent.rest)
     if slot.shard is Shard.ROW:
         width = _share_size(slot, cols, ways)
         return ((0, rows, index * width, width),)
     if slot.shard is Shard.REPLICATED:
         return ((0, rows, 0, cols),)
-    block = _share_size(slot, padded if slot.vocab else rows, slot.blocks)
-    share = _share_size(slot, block, ways)
-    return tuple((number * block + index * share, share, 0, cols) for number in range(slot.blocks))
+    return tuple((start, count, 0, cols) for start, count in _row_ranges(slot, extent, ways, index, padded))
+
+
+def _row_ranges(slot: Slot, extent: Extent, ways: int, index: int, padded: int) -> list[tuple[int, int]]:
+    """First row and number of rows of a share, for each block."""
+    sizes = [padded] if slot.vocab else [block.rows for block in extent.blocks]
+    shares = [_share_size(slot, size, ways) for size in sizes]
+    starts = [0, *accumulate(sizes)]
+    return [(start + index * share, share) for start, share in zip(starts, shares, strict=False)]
 
 
 def _share_size(slot: Slot, size: int, ways: int) -> int:

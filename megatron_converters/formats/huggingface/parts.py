@@ -7,10 +7,12 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from ...basics.errors import ConversionError
-from ...families.table import Family, HFEntry
+from ...families.table import Family
 from ...model.layouts import SAME, RowMap, row_maps
-from ...model.slots import Ref, Slot
+from ...model.slots import DECODER, Ref, Scope, Slot
 from ...model.spec import ModelSpec
+from ...model.tables import Entry
+from ...model.values import Affine
 from ...storage.tensor import StoredTensor
 
 
@@ -18,13 +20,16 @@ class Part(NamedTuple):
     """Part of a slot, of shape `shape`, in the stored tensor `name`: row i of the part is the slot's row `rows[i]`.
 
     `stored_shape` is the shape of the stored tensor. A tensor of fused experts stacks one part per expert along a first axis;
-    `number` is the index of this part there.
+    `number` is the index of this part there. A `transposed` part is stored as its transposed matrix. `value` turns stored values
+    into the slot's.
     """
 
     name: str
     rows: RowMap
     shape: tuple[int, ...]
     stored_shape: tuple[int, ...]
+    transposed: bool = False
+    value: Affine | None = None
     number: int = 0
 
     @property
@@ -34,62 +39,80 @@ class Part(NamedTuple):
 
     def view(self, data: StoredTensor) -> StoredTensor:
         """View of this part in the stored tensor."""
-        if self.shape == self.stored_shape:
-            return data
-        offset = data.offset + self.number * data.strides[0] * data.dtype.itemsize
-        return StoredTensor(data.path, offset, data.dtype, data.shape[1:], data.strides[1:])
+        if self.stored_parts > 1 or len(self.stored_shape) > len(self.shape):
+            offset = data.offset + self.number * data.strides[0] * data.dtype.itemsize
+            data = StoredTensor(data.path, offset, data.dtype, data.shape[1:], data.strides[1:])
+        if self.transposed:
+            return StoredTensor(data.path, data.offset, data.dtype, data.shape[::-1], data.strides[::-1])
+        return data
 
 
-class _PartTemplate(NamedTuple):
-    """Properties shared by one part of all refs of a slot: name template, row map, shape, and shape of the stored tensor."""
-
-    template: str
-    rows: RowMap
-    shape: tuple[int, ...]
-    stored_shape: tuple[int, ...]
+#: Properties of a part that all refs of a slot in one kind of layer share. Its name is a template.
+_Template = Part
 
 
 class HFNames:
-    """Names and parts of a model's refs in a Hugging Face folder."""
+    """Names and parts of a model's refs in a Hugging Face folder. `prefixed` is whether names have the optional prefix."""
 
-    def __init__(self, family: Family, spec: ModelSpec) -> None:
+    def __init__(self, family: Family, spec: ModelSpec, *, prefixed: bool = True) -> None:
         self._family, self._spec = family, spec
-        self._templates: dict[tuple[Slot, bool], tuple[_PartTemplate, ...]] = {}
+        self._without = "" if prefixed else family.optional_prefix
+        self._templates: dict[tuple[Slot, int, str, bool], tuple[_Template, ...]] = {}
 
     def parts(self, ref: Ref, *, fused: bool) -> list[Part]:
         """Parts of a ref; `fused` selects the fused tensor of transformers 5 where the slot has one."""
-        key = ref.slot, fused and self._entry(ref).fused is not None
+        key = ref.slot, ref.kind_number(self._spec), ref.stack, fused and self._entry(ref).fused is not None
         if key not in self._templates:
-            self._templates[key] = tuple(self._separate(ref) if not key[1] else self._fused(ref))
-        number = (ref.expert or 0) if key[1] else 0
-        return [
-            Part(template.format(layer=ref.layer, expert=ref.expert), rows, shape, stored_shape, number)
-            for template, rows, shape, stored_shape in self._templates[key]
-        ]
+            self._templates[key] = tuple(self._separate(ref) if not key[-1] else self._fused(ref))
+        number = (ref.expert or 0) if key[-1] else 0
+        return [Part(self._name(template.name, ref), *template[1:-1], number) for template in self._templates[key]]
 
     def names(self, ref: Ref) -> tuple[str, ...]:
         """Names of a ref's separate tensors."""
-        return tuple(name.format(layer=ref.layer, expert=ref.expert) for name in self._entry(ref).names)
+        return tuple(self._name(self._template(name, ref), ref) for name in self._entry(ref).names)
 
     def fused_name(self, ref: Ref) -> str:
         """Name of a ref's fused tensor in transformers 5; empty if it has none."""
         fused = self._entry(ref).fused
-        return "" if fused is None else fused.format(layer=ref.layer)
+        return "" if fused is None else self._name(self._template(fused, ref), ref)
 
-    def _separate(self, ref: Ref) -> Iterator[_PartTemplate]:
-        entry, (_, *cols) = self._entry(ref), ref.slot.shape(self._spec)
-        for name, rows in zip(entry.names, row_maps(entry.layout, ref.slot, self._spec), strict=True):
-            shape = (rows.size, *cols)
-            yield _PartTemplate(name, rows, shape, shape)
+    def replica_names(self, ref: Ref) -> list[str]:
+        """Names of copies of a ref that layers of multi-token prediction repeat."""
+        template = self._family.replicas.get(ref.slot.name)
+        if template is None:
+            return []
+        return [self._numbered(template, layer, None) for layer in range(len(self._spec.mtp))]
 
-    def _fused(self, ref: Ref) -> Iterator[_PartTemplate]:
-        (rows,) = row_maps(SAME, ref.slot, self._spec)
-        shape = ref.slot.shape(self._spec)
-        yield _PartTemplate(
-            self._entry(ref).fused or "", rows, shape, (self._spec.num_experts, *shape) if ref.slot.expert else shape
-        )
+    def _separate(self, ref: Ref) -> Iterator[_Template]:
+        entry, rest = self._entry(ref), ref.shape(self._spec)[1:]
+        for name, rows in zip(
+            entry.names, row_maps(entry.layout, ref.slot, self._spec, ref.kind(self._spec)), strict=True
+        ):
+            shape = (rows.size, *rest)
+            stored = shape[::-1] if entry.transposed else shape
+            yield _Template(self._template(name, ref), rows, shape, stored, entry.transposed, entry.value)
 
-    def _entry(self, ref: Ref) -> HFEntry:
+    def _fused(self, ref: Ref) -> Iterator[_Template]:
+        entry = self._entry(ref)
+        (rows,) = row_maps(SAME, ref.slot, self._spec, ref.kind(self._spec))
+        shape = ref.shape(self._spec)
+        stored = (self._spec.num_experts, *shape) if ref.slot.expert else shape
+        yield _Template(self._template(entry.fused or "", ref), rows, shape, stored, value=entry.value)
+
+    def _template(self, name: str, ref: Ref) -> str:
+        """Name template of a part in the ref's stack of layers."""
+        if ref.stack != DECODER and ref.slot.scope is Scope.LAYER:
+            name = name.replace(self._family.layer, self._family.mtp_layer)
+        return name.removeprefix(self._without)
+
+    def _name(self, template: str, ref: Ref) -> str:
+        return self._numbered(template, ref.layer, ref.expert)
+
+    def _numbered(self, template: str, layer: int | None, expert: int | None) -> str:
+        beyond = None if layer is None else self._spec.num_layers + layer
+        return template.format(layer=layer, expert=expert, beyond=beyond)
+
+    def _entry(self, ref: Ref) -> Entry:
         try:
             return self._family.tensors[ref.slot.name]
         except KeyError:

@@ -13,18 +13,19 @@ from ...assets.origin import Origin, file_identities
 from ...basics.dtypes import DType
 from ...basics.errors import ConversionError, one_line, raise_all
 from ...basics.json_files import read_json
+from ...basics.quantities import count
 from ...conversion.composing import Piece, Sources, StoredName
 from ...conversion.endpoint import first_dtype
+from ...conversion.matching import Matcher
 from ...families import FAMILIES
 from ...families.config_json import spec_from_config
 from ...families.table import Family
-from ...model.layouts import row_maps
-from ...model.slots import SLOTS, Ref, refs
+from ...model.slots import MTP, SLOTS, Ref, refs
 from ...model.spec import ModelSpec
 from ...storage import safetensors, torch_zip
 from ...storage.opening import is_name
 from ...storage.tensor import StoredTensor
-from .parts import HFNames
+from .parts import HFNames, Part
 
 #: Weight files of unsharded models, in the order of preference of `from_pretrained`; '.index.json' is appended for an index.
 _SINGLE = ("model.safetensors", "pytorch_model.bin")
@@ -34,9 +35,14 @@ _ADAPTER = "adapter_config.json"
 
 
 class HFSource:
-    """Hugging Face folder, with every tensor checked against its config.json by name and shape."""
+    """Hugging Face folder, with every tensor checked against its config.json by name and shape.
 
-    def __init__(self, folder: Path, *, ignored_config: Sequence[str] = (), untie: bool = False) -> None:
+    `untie` keeps a stored lm_head although config.json ties it, `without_mtp` leaves out layers of multi-token prediction.
+    """
+
+    def __init__(
+        self, folder: Path, *, ignored_config: Sequence[str] = (), untie: bool = False, without_mtp: bool = False
+    ) -> None:
         if (folder / _ADAPTER).exists():  # transformers would load the adapter with the base model that it names
             raise ConversionError(
                 f"{folder / _ADAPTER} describes a PEFT adapter, which cannot be converted; merge it into its model, or remove this "
@@ -48,8 +54,11 @@ class HFSource:
         if untie:
             spec = dataclasses.replace(spec, tied=False)
         family = FAMILIES[spec.family]
-        self._pieces = _match(folder, spec, family, tensors)
-        self._replicas = _tied_replica(spec, family, tensors)
+        spec, left_out, notes = _prediction_layers(spec, family, tensors, without_mtp)
+        prefixed = any(name.startswith(family.optional_prefix) for name in tensors)
+        names = HFNames(family, spec, prefixed=prefixed)
+        ignored = {name for name in tensors if name.endswith(family.ignored_suffixes)}
+        self._pieces, self._replicas = _match(folder, spec, names, tensors, ignored | left_out)
         files = {data.path for data in tensors.values()} | {folder / "config.json"}
         self.spec = dataclasses.replace(spec, dtype=first_dtype(self._pieces[Ref(SLOTS["word_embeddings"])]))
         generation = folder / "generation_config.json"
@@ -58,7 +67,11 @@ class HFSource:
             hf_config=config,
             generation_config=read_json(generation) if generation.exists() else None,
             tokenizer=str(folder) if _has_tokenizer(folder) else None,
-            ignored=[f"{name} (no weight)" for name in sorted(tensors) if name.endswith(family.ignored_suffixes)],
+            notes=notes,
+            ignored=[
+                *(f"{name} (no weight)" for name in sorted(ignored)),
+                *(f"{name} (multi-token prediction)" for name in sorted(left_out)),
+            ],
             identity=file_identities(folder, files),
         )
 
@@ -67,8 +80,8 @@ class HFSource:
         return first_dtype(self._pieces[ref])
 
     def read(self, ref: Ref) -> Sources:
-        """Pieces of a ref; a tied model's stored lm_head is a replica of its embeddings."""
-        return Sources(self._pieces[ref], self._replicas if ref.slot.name == "word_embeddings" else ())
+        """Pieces of a ref; further copies of embeddings and head are replicas."""
+        return Sources(self._pieces[ref], self._replicas.get(ref, ()))
 
     def close(self) -> None:
         """Do nothing: every tensor was matched when the folder was opened."""
@@ -130,46 +143,66 @@ def _read_file(path: Path) -> dict[str, StoredTensor]:
     return dict(state)
 
 
-def _match(
-    folder: Path, spec: ModelSpec, family: Family, tensors: Mapping[str, StoredTensor]
-) -> dict[Ref, tuple[Piece, ...]]:
-    """Match tensors with refs; returns the pieces of every ref. Missing, extra and misshapen tensors are raised together."""
-    problems: list[str] = []
-    pieces: dict[Ref, tuple[Piece, ...]] = {}
+def _prediction_layers(
+    spec: ModelSpec, family: Family, tensors: Mapping[str, StoredTensor], without: bool
+) -> tuple[ModelSpec, set[str], list[str]]:
+    """Spec with the layers of multi-token prediction that are converted, names of tensors that are left out, and notes.
+
+    transformers drops these layers when it saves a model, but leaves their number in config.json.
+    """
+    if not spec.mtp:
+        return spec, set(), []
     names = HFNames(family, spec)
-    unused = {name for name in tensors if not name.endswith(family.ignored_suffixes)}
-    if spec.tied:
-        unused -= set(names.names(Ref(SLOTS["output_layer"])))
+    needed = [ref for ref in refs(spec) if ref.stack == MTP]
+    stored = {name for ref in needed for name in (*names.names(ref), names.fused_name(ref)) if name in tensors}
+    stored |= {name for ref in refs(spec) if ref.layer is None for name in names.replica_names(ref) if name in tensors}
+    if stored and not without:
+        return spec, set(), []
+    layers = count(len(spec.mtp), "layer")
+    why = (
+        f"with {count(len(stored), 'tensor')}, as --without-mtp says" if stored else "since the files have none of them"
+    )
+    note = f"{layers} of multi-token prediction in config.json: left out, {why}"
+    return dataclasses.replace(spec, mtp=()), stored, [note]
+
+
+def _match(
+    folder: Path, spec: ModelSpec, names: HFNames, tensors: Mapping[str, StoredTensor], ignored: set[str]
+) -> tuple[dict[Ref, tuple[Piece, ...]], dict[Ref, tuple[Piece, ...]]]:
+    """Match tensors with refs; returns pieces and replicas of every ref. Missing, extra and misshapen ones are raised together."""
+    heading = f"{folder}: the tensors do not match the model that config.json describes:"
+    matcher = Matcher(tensors, ignored, heading, "config.json requires")
+    pieces: dict[Ref, tuple[Piece, ...]] = {}
     for ref in refs(spec):
-        found = []
-        for part in names.parts(ref, fused=names.fused_name(ref) in tensors):
-            unused.discard(part.name)
-            data = tensors.get(part.name)
-            if data is None:
-                problems.append(f"{part.name} ({ref}) is missing")
-            elif data.shape != part.stored_shape:
-                problems.append(
-                    f"{part.name} ({ref}) has shape {list(data.shape)}; config.json requires {list(part.stored_shape)}"
-                )
-            else:
-                found.append(Piece(part.view(data), part.rows, 0, StoredName(os.path.basename(data.path), part.name)))
-        pieces[ref] = tuple(found)
-    problems += [f"{name} is not a tensor of the {family.name} family with this config.json" for name in sorted(unused)]
-    raise_all(f"{folder}: the tensors do not match the model that config.json describes:", problems)
-    return pieces
+        parts = names.parts(ref, fused=names.fused_name(ref) in tensors)
+        found = [(part, matcher.take(part.name, ref, part.stored_shape)) for part in parts]
+        pieces[ref] = tuple(_piece(part, data) for part, data in found if data is not None)
+    replicas = _replicas(spec, names, tensors)
+    matcher.strike(name for copies in replicas.values() for _, name, _ in (piece.name for piece in copies))
+    matcher.close(f"is not a tensor of the {spec.family} family with this config.json")
+    return pieces, replicas
 
 
-def _tied_replica(spec: ModelSpec, family: Family, tensors: Mapping[str, StoredTensor]) -> tuple[Piece, ...]:
-    """Stored lm_head of a tied model, as a replica of the embeddings; empty if there is none."""
-    (name,) = HFNames(family, spec).names(Ref(SLOTS["output_layer"]))
-    data = tensors.get(name)
-    if not spec.tied or data is None:
-        return ()
-    slot = SLOTS["word_embeddings"]
-    if data.shape != slot.shape(spec):
-        raise ConversionError(
-            f"{name} has shape {list(data.shape)}, but config.json ties it to the embeddings of shape {list(slot.shape(spec))}"
-        )
-    (rows,) = row_maps(family.tensors[slot.name].layout, slot, spec)
-    stored = StoredName(os.path.basename(data.path), name, "tied; pass --untie to keep it apart")
-    return (Piece(data, rows, 0, stored),)
+def _piece(part: Part, data: StoredTensor, note: str = "") -> Piece:
+    name = StoredName(os.path.basename(data.path), part.name, note)
+    return Piece(part.view(data), part.rows, 0, name)
+
+
+def _replicas(spec: ModelSpec, names: HFNames, tensors: Mapping[str, StoredTensor]) -> dict[Ref, tuple[Piece, ...]]:
+    """Stored copies of embeddings and head: a tied model's lm_head, and those in layers of multi-token prediction."""
+    found: dict[Ref, tuple[Piece, ...]] = {}
+    embeddings, head = Ref(SLOTS["word_embeddings"]), Ref(SLOTS["output_layer"])
+    copies = [(embeddings, name, "") for name in names.replica_names(embeddings)]
+    copies += [(embeddings if spec.tied else head, name, "") for name in names.replica_names(head)]
+    if spec.tied:
+        copies += [(embeddings, name, "tied; pass --untie to keep it apart") for name in names.names(head)]
+    for ref, name, note in copies:
+        (part,) = names.parts(ref, fused=False)
+        data = tensors.get(name)
+        if data is None:
+            continue
+        if data.shape != part.stored_shape:
+            tied = "config.json ties it to the embeddings" if note else f"it repeats {part.name},"
+            raise ConversionError(f"{name} has shape {list(data.shape)}, but {tied} of shape {list(part.stored_shape)}")
+        found[ref] = (*found.get(ref, ()), _piece(part._replace(name=name), data, note))
+    return found

@@ -162,7 +162,7 @@ class HFTarget:
         for part in self._parts(ref):
             dtype = self._dtype_of(ref)
             start = part.number * math.prod(part.shape) * dtype.itemsize
-            yield Fill(self._file_names[part.name], part.name, dtype, part.shape, part.rows, 0, start)
+            yield Fill(self._file_names[part.name], part.name, dtype, part.shape, part.rows, 0, start, part.transposed)
 
     def clear(self, staging: Staging) -> None:
         """Remove an older model's files, those that name others first, so that a mixture of two models never looks complete."""
@@ -182,7 +182,12 @@ class HFTarget:
         ]
 
     def _parts(self, ref: Ref) -> list[Part]:
-        return self._names.parts(ref, fused=self._options.expert_layout == FUSED)
+        """Parts of a ref, and the copies of it that layers of multi-token prediction repeat."""
+        parts = self._names.parts(ref, fused=self._options.expert_layout == FUSED)
+        copies = self._names.replica_names(ref)
+        if ref.slot.name == "word_embeddings" and self._spec.tied:
+            copies = [*copies, *self._names.replica_names(Ref(SLOTS["output_layer"]))]
+        return [*parts, *(parts[0]._replace(name=name) for name in copies)]
 
     def _model_files(self) -> list[Path]:
         return [path for pattern in _MODEL_PATTERNS for path in sorted(self.save_dir.glob(pattern))]
@@ -280,7 +285,7 @@ def _token_family(spec: ModelSpec) -> str | None:
     if spec.family != "llama":
         return None
     if spec.vocab_size == _LLAMA3_VOCABULARY:
-        return "llama3" if spec.rope_scaling is None else "llama3.1"
+        return "llama3" if spec.values["rope_scaling"] is None else "llama3.1"
     return "llama2" if spec.vocab_size == _LLAMA2_VOCABULARY else None
 
 

@@ -7,40 +7,95 @@ Transformer Engine 2.14.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from itertools import accumulate
+from typing import NamedTuple
 
+from ...model.layers import Attention, GatedDelta, Latent, Layer, Mixture, Mlp
+from ...model.slots import DECODER, SLOTS, Slot
 from ...model.spec import ModelSpec
 
 _LAYER = "decoder.layers.{layer}."
 _ATTENTION = _LAYER + "self_attention."
 _MLP = _LAYER + "mlp."
+_MTP = "mtp.layers.{layer}."
 
-LOCAL = {
-    "word_embeddings": "embedding.word_embeddings.weight",
+#: Name of a slot; where it depends on what is in the layer, one for each kind of record.
+Name = str | Mapping[type, str]
+
+EMBEDDINGS = "embedding.word_embeddings.weight"
+LOCAL: dict[str, Name] = {
+    "word_embeddings": EMBEDDINGS,
+    "position_embeddings": "embedding.position_embeddings.weight",
     "input_norm": _LAYER + "input_layernorm.weight",
+    "input_norm_bias": _LAYER + "input_layernorm.bias",
     "qkv": _ATTENTION + "linear_qkv.weight",
     "qkv_bias": _ATTENTION + "linear_qkv.bias",
     "q_norm": _ATTENTION + "q_layernorm.weight",
+    "q_norm_bias": _ATTENTION + "q_layernorm.bias",
     "k_norm": _ATTENTION + "k_layernorm.weight",
+    "k_norm_bias": _ATTENTION + "k_layernorm.bias",
+    "q_down": _ATTENTION + "linear_q_down_proj.weight",
+    "q_latent_norm": _ATTENTION + "q_layernorm.weight",
+    "q_up": _ATTENTION + "linear_q_up_proj.weight",
+    "q_whole": _ATTENTION + "linear_q_proj.weight",
+    "kv_down": _ATTENTION + "linear_kv_down_proj.weight",
+    "kv_latent_norm": _ATTENTION + "kv_layernorm.weight",
+    "kv_up": _ATTENTION + "linear_kv_up_proj.weight",
+    "delta_in": _ATTENTION + "in_proj.weight",
+    "delta_conv": _ATTENTION + "conv1d.weight",
+    "delta_a_log": _ATTENTION + "A_log",
+    "delta_dt_bias": _ATTENTION + "dt_bias",
+    "delta_norm": _ATTENTION + "out_norm.weight",
+    "delta_out": _ATTENTION + "out_proj.weight",
     "proj": _ATTENTION + "linear_proj.weight",
     "proj_bias": _ATTENTION + "linear_proj.bias",
     "mlp_norm": _LAYER + "pre_mlp_layernorm.weight",
+    "mlp_norm_bias": _LAYER + "pre_mlp_layernorm.bias",
     "fc1": _MLP + "linear_fc1.weight",
     "fc1_bias": _MLP + "linear_fc1.bias",
     "fc2": _MLP + "linear_fc2.weight",
     "fc2_bias": _MLP + "linear_fc2.bias",
-    "moe_norm": _LAYER + "pre_mlp_layernorm.weight",
     "router": _MLP + "router.weight",
+    "expert_bias": _MLP + "router.expert_bias",
     "shared_fc1": _MLP + "shared_experts.linear_fc1.weight",
     "shared_fc2": _MLP + "shared_experts.linear_fc2.weight",
     "shared_gate": _MLP + "shared_experts.gate_weight",
+    "mtp_embedding_norm": _MTP + "enorm.weight",
+    "mtp_embedding_norm_bias": _MTP + "enorm.bias",
+    "mtp_hidden_norm": _MTP + "hnorm.weight",
+    "mtp_hidden_norm_bias": _MTP + "hnorm.bias",
+    "mtp_proj": _MTP + "eh_proj.weight",
+    "mtp_final_norm": _MTP + "final_layernorm.weight",
+    "mtp_final_norm_bias": _MTP + "final_layernorm.bias",
     "final_norm": "decoder.final_layernorm.weight",
+    "final_norm_bias": "decoder.final_layernorm.bias",
     "output_layer": "output_layer.weight",
 }
-TRANSFORMER_ENGINE = {
+
+
+def _fused(kind: str) -> dict[str, Name]:
+    """Names of the norms before both blocks and of latents, `kind` "weight" or "bias", which are part of the next linear."""
+    own = f"_norm{'' if kind == 'weight' else '_bias'}"
+    return {
+        "input" + own: {
+            Attention: f"{_ATTENTION}linear_qkv.layer_norm_{kind}",
+            Latent: f"{_LAYER}input_layernorm.{kind}",
+            GatedDelta: f"{_ATTENTION}in_proj.layer_norm_{kind}",
+        },
+        "mlp" + own: {
+            Mlp: f"{_MLP}linear_fc1.layer_norm_{kind}",
+            Mixture: f"{_LAYER}pre_mlp_layernorm.{kind}",
+        },
+    }
+
+
+TRANSFORMER_ENGINE: dict[str, Name] = {
     **LOCAL,
-    "input_norm": _ATTENTION + "linear_qkv.layer_norm_weight",
-    "mlp_norm": _MLP + "linear_fc1.layer_norm_weight",
+    **_fused("weight"),
+    **_fused("bias"),
+    "q_latent_norm": _ATTENTION + "linear_q_up_proj.layer_norm_weight",
+    "kv_latent_norm": _ATTENTION + "linear_kv_up_proj.layer_norm_weight",
 }
 DIALECTS = {"local": LOCAL, "transformer_engine": TRANSFORMER_ENGINE}
 
@@ -66,24 +121,85 @@ EXPERTS = {
 }
 
 #: Keys of distributed checkpoints, whichever implementation wrote them; stacked layers leave out "{layer}.".
-DISTRIBUTED = {
+DISTRIBUTED: dict[str, Name] = {
     **TRANSFORMER_ENGINE,
     "expert_fc1": _MLP + "experts.experts.linear_fc1.weight",
     "expert_fc2": _MLP + "experts.experts.linear_fc2.weight",
 }
 #: The local implementation renames every layer's norm before the MLP as if the MLP were dense
 #: (`sharded_state_dict_keys_map` of `get_gpt_layer_local_spec`).
-DISTRIBUTED_LOCAL = {**DISTRIBUTED, "moe_norm": DISTRIBUTED["mlp_norm"]}
+LOCAL_ENDS = {f"pre_mlp_layernorm.{kind}": f"mlp.linear_fc1.layer_norm_{kind}" for kind in ("weight", "bias")}
+DISTRIBUTED_LOCAL: dict[str, Name] = {
+    **DISTRIBUTED,
+    "mlp_norm": _LAYER + LOCAL_ENDS["pre_mlp_layernorm.weight"],
+    "mlp_norm_bias": _LAYER + LOCAL_ENDS["pre_mlp_layernorm.bias"],
+}
 #: Part of a key before the expert's number, where each expert has its own keys (`singleton_local_shards`).
 DISTRIBUTED_EXPERTS = "mlp.experts.experts."
 #: Suffixes of an expert's gate and up where each expert has its own keys; they are separate tensors there.
 GATE_AND_UP = ("_w", "_v")
+#: Slots whose blocks are separate tensors of a distributed checkpoint, named after the block (core/ssm/gated_delta_net.py).
+_SPLIT = frozenset({"delta_in", "delta_conv"})
 
-_ATTENTION_LINEARS = (_ATTENTION + "linear_proj", _ATTENTION + "linear_qkv")
-_MLP_LINEARS = (_MLP + "linear_fc1", _MLP + "linear_fc2")
-_SHARED_LINEARS = (_MLP + "shared_experts.linear_fc1", _MLP + "shared_experts.linear_fc2")
-_TE_ATTENTION = (_ATTENTION + "core_attention",)
-_TE_QK_NORMS = (_ATTENTION + "q_layernorm", _ATTENTION + "k_layernorm")
+#: Names, in rank files, of the module that holds the layer of a multi-token prediction layer: from 0.17 on, and before. In a
+#: distributed checkpoint it is always the older one.
+MTP_MODULES = ("mtp_model_layer", "transformer_layer")
+
+
+def name_of(table: Mapping[str, Name], slot: str, kind: Layer, stack: str, module: str = MTP_MODULES[-1]) -> str:
+    """Name template of a slot in one kind of layer, with `{layer}` and experts as placeholders.
+
+    In a `stack` of multi-token prediction the layer is in the module `module`.
+    """
+    name = table[slot]
+    if not isinstance(name, str):
+        found = next(name[type(record)] for record in (kind.mixer, kind.feed) if type(record) in name)
+        name = found
+    return name if stack == DECODER else name.replace(_LAYER, f"{_MTP}{module}.")
+
+
+def keys(slot: str, kind: Layer, stack: str) -> tuple[str, ...]:
+    """Templates of all names that a slot can have in rank files."""
+    tables = EXPERTS.values() if slot in EXPERTS[STACKED] else DIALECTS.values()
+    modules = MTP_MODULES if stack != DECODER else MTP_MODULES[-1:]
+    return tuple(dict.fromkeys(name_of(table, slot, kind, stack, module) for table in tables for module in modules))
+
+
+class _Owner(NamedTuple):
+    """Module that owns an `_extra_state` where its layer has the slot; those not `local` do so in Transformer Engine alone."""
+
+    module: str
+    slot: str
+    local: bool = True
+
+
+_OWNERS = (
+    _Owner(_ATTENTION + "core_attention", "proj", local=False),
+    _Owner(_ATTENTION + "linear_proj", "proj"),
+    _Owner(_ATTENTION + "linear_qkv", "qkv"),
+    _Owner(_ATTENTION + "q_layernorm", "q_norm", local=False),
+    _Owner(_ATTENTION + "k_layernorm", "k_norm", local=False),
+    _Owner(_LAYER + "input_layernorm", "kv_down", local=False),
+    _Owner(_ATTENTION + "linear_q_down_proj", "q_down"),
+    _Owner(_ATTENTION + "linear_q_up_proj", "q_up"),
+    _Owner(_ATTENTION + "linear_q_proj", "q_whole"),
+    _Owner(_ATTENTION + "linear_kv_down_proj", "kv_down"),
+    _Owner(_ATTENTION + "linear_kv_up_proj", "kv_up"),
+    _Owner(_ATTENTION + "in_proj", "delta_in"),
+    _Owner(_ATTENTION + "out_proj", "delta_out"),
+    _Owner(_ATTENTION + "out_norm", "delta_norm", local=False),
+    _Owner(_MLP + "linear_fc1", "fc1"),
+    _Owner(_MLP + "linear_fc2", "fc2"),
+    _Owner(_LAYER + "pre_mlp_layernorm", "router", local=False),
+    _Owner(_MLP + "shared_experts.linear_fc1", "shared_fc1"),
+    _Owner(_MLP + "shared_experts.linear_fc2", "shared_fc2"),
+)
+_MTP_OWNERS = (
+    _Owner(_MTP + "enorm", "mtp_embedding_norm", local=False),
+    _Owner(_MTP + "hnorm", "mtp_hidden_norm", local=False),
+    _Owner(_MTP + "eh_proj", "mtp_proj"),
+    _Owner(_MTP + "final_layernorm", "mtp_final_norm", local=False),
+)
 _EXPERT_LINEARS = {
     "sequential": (
         _MLP + "experts.local_experts.{expert}.linear_fc1",
@@ -95,45 +211,60 @@ _EXPERT_LINEARS = {
 }
 
 
-def keys(slot: str, layer: int | None, expert: int | None, global_expert: int | None) -> tuple[str, ...]:
-    """All keys that a slot can have in a `torch` checkpoint; `layer` and `expert` are numbers on the rank."""
-    tables = EXPERTS.values() if slot in EXPERTS[STACKED] else DIALECTS.values()
-    numbers = {"layer": layer, "expert": expert, "global_expert": global_expert}
-    return tuple(dict.fromkeys(table[slot].format(**numbers) for table in tables))
-
-
-def extra_state(dialect: str, expert_layout: str, spec: ModelSpec, layer: int, experts: int) -> Iterator[str]:
-    """Modules of a layer that own an `_extra_state`, with `{layer}` as placeholder; `layer` counts over all stages."""
+def extra_state(
+    dialect: str, expert_layout: str, spec: ModelSpec, kind: Layer, experts: int, stack: str, module: str
+) -> Iterator[str]:
+    """Modules of a layer that own an `_extra_state`, with `{layer}` as placeholder; `experts` counts those of a rank."""
     engine = dialect == "transformer_engine"
-    yield from (*(_TE_ATTENTION if engine else ()), *_ATTENTION_LINEARS)
-    if engine and spec.qk_norm:
-        yield from _TE_QK_NORMS
-    if not spec.is_moe(layer):
-        yield from _MLP_LINEARS
-        return
-    if engine:
-        yield _LAYER + "pre_mlp_layernorm"
-    if spec.shared_ffn_hidden_size:
-        yield from _SHARED_LINEARS
-    for expert in range(experts if expert_layout == "sequential" else 1):
-        yield from (name.replace("{expert}", str(expert)) for name in _EXPERT_LINEARS[expert_layout])
+    found = [owner.module for owner in _owners(spec, kind, stack) if engine or owner.local]
+    if kind.is_moe:
+        for expert in range(experts if expert_layout == "sequential" else 1):
+            found += (name.replace("{expert}", str(expert)) for name in _EXPERT_LINEARS[expert_layout])
+    yield from (found if stack == DECODER else (name.replace(_LAYER, f"{_MTP}{module}.") for name in found))
 
 
-def distributed_extra_state(spec: ModelSpec, layer: int) -> Iterator[str]:
+def distributed_extra_state(spec: ModelSpec, kind: Layer, stack: str) -> Iterator[str]:
     """Modules of a layer whose `_extra_state` at least one release of megatron-core reads from a distributed checkpoint.
 
     `{layer}` stays a placeholder. Releases ignore surplus ones. Those of experts are under `DISTRIBUTED_EXPERTS`.
     """
-    yield from (*_TE_ATTENTION, *_ATTENTION_LINEARS)
-    if spec.qk_norm:
-        yield from _TE_QK_NORMS
-    if not spec.is_moe(layer):
-        yield from _MLP_LINEARS
-        return
-    yield _LAYER + "pre_mlp_layernorm"
-    if spec.shared_ffn_hidden_size:
-        yield from _SHARED_LINEARS
-    yield from (_LAYER + DISTRIBUTED_EXPERTS + linear for linear in ("linear_fc1", "linear_fc2"))
+    found = [owner.module for owner in _owners(spec, kind, stack)]
+    if kind.is_moe:
+        found += (_LAYER + DISTRIBUTED_EXPERTS + linear for linear in ("linear_fc1", "linear_fc2"))
+    yield from (found if stack == DECODER else (name.replace(_LAYER, f"{_MTP}{MTP_MODULES[-1]}.") for name in found))
+
+
+def _owners(spec: ModelSpec, kind: Layer, stack: str) -> Iterator[_Owner]:
+    """Owners of an `_extra_state` in a layer, without its experts."""
+    for owner in (*_OWNERS, *(_MTP_OWNERS if stack != DECODER else ())):
+        if SLOTS[owner.slot].extent(spec, kind) is not None:
+            yield owner
+
+
+class SplitPart(NamedTuple):
+    """Block of a slot that is a tensor of its own: the end of its key, and its rows in the slot."""
+
+    suffix: str
+    first_row: int
+    rows: int
+
+
+def split_parts(slot: Slot, kind: Layer, spec: ModelSpec) -> tuple[SplitPart, ...]:
+    """Parts of a slot that a distributed checkpoint stores as separate tensors; empty if it stores the slot whole."""
+    if slot.name not in _SPLIT:
+        return ()
+    blocks = slot.size(spec, kind).blocks
+    starts = accumulate((block.rows for block in blocks), initial=0)
+    return tuple(SplitPart(f".{block.name}", start, block.rows) for start, block in zip(starts, blocks, strict=False))
+
+
+def stacks_layers(spec: ModelSpec) -> bool:
+    """Whether a distributed checkpoint has a tensor for all layers, with these as first axis: if all are of one kind.
+
+    Source: `sharded_state_dict` of core/transformer/transformer_block.py.
+    """
+    kinds = {spec.kinds[number] for number in spec.order}
+    return len({kind.is_moe for kind in kinds}) == 1 and not any(isinstance(kind.mixer, GatedDelta) for kind in kinds)
 
 
 #: Modules of the last stage that own an `_extra_state`, by dialect.

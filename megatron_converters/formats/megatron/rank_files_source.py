@@ -20,14 +20,16 @@ from ...basics.dtypes import DType
 from ...basics.errors import ConversionError, one_line, raise_all
 from ...conversion.composing import Piece, Sources, StoredName
 from ...conversion.endpoint import first_dtype
-from ...model.slots import Ref, refs
+from ...conversion.matching import Matcher
+from ...model.slots import Ref, Shard, refs
 from ...sharding.placement import Placement, Share
 from ...sharding.ranks import Parallel, Rank, parallel_for
 from ...storage import torch_zip
 from ...storage.opening import is_name
 from ...storage.tensor import StoredTensor, contiguous_strides
 from .arguments import rank_invariants
-from .names import EXPERTS, EXTRA_STATE_SUFFIX, LOCAL, STACKED, keys
+from .conventions import CUT_DOWN_PROJECTIONS
+from .names import EMBEDDINGS, EXPERTS, EXTRA_STATE_SUFFIX, STACKED, keys
 from .rank_files_target import FILE
 from .reading import (
     AS_STORED,
@@ -43,6 +45,9 @@ from .reading import (
     spec_and_notes,
 )
 
+#: Rank and name of a tensor.
+_Key = tuple[Rank, str]
+_Matcher = Matcher[_Key, StoredTensor]
 #: Key of an expert's first linear, in any expert layout.
 _EXPERT_FC1 = re.compile(r"\.experts\.(.*linear_fc1[._]weight\d*|weight1)$")
 #: Last parts of the keys of stacked experts.
@@ -65,7 +70,7 @@ class MegatronSource:
         first = self._read_file(self._first_rank())
         args = _args_of(first, self._dir)
         self.parallel, self._ranks, left_out = self._read_ranks(args, first)
-        self._embeddings = self.parallel.prefix(0) + LOCAL["word_embeddings"]
+        self._embeddings = self.parallel.prefix(0) + EMBEDDINGS
         padded = self._padded_vocab()
         spec, notes = spec_and_notes(args, padded, self._embedding_dtype(), options)
         sizes = self.parallel
@@ -161,54 +166,61 @@ class MegatronSource:
 
     def _match(self) -> tuple[dict[Ref, tuple[Piece, ...]], dict[Ref, tuple[Piece, ...]]]:
         """Match tensors with refs; returns pieces and replicas of every ref. All problems are raised together."""
-        problems: list[str] = []
-        unused = {
-            (rank, key)
-            for rank, file in self._ranks.items()
-            for key in file.tensors
-            if not key.endswith(EXTRA_STATE_SUFFIX) and not CAPACITY_BINS.fullmatch(key)
+        stored = {(rank, key): data for rank, file in self._ranks.items() for key, data in file.tensors.items()}
+        ignored = {
+            (rank, key) for rank, key in stored if key.endswith(EXTRA_STATE_SUFFIX) or CAPACITY_BINS.fullmatch(key)
         }
+        heading = f"{self._dir}: the tensors do not match the model that the args describe:"
+        matcher = Matcher(stored, ignored, heading, "the args require", self._shown)
         pieces: dict[Ref, tuple[Piece, ...]] = {}
         replicas: dict[Ref, tuple[Piece, ...]] = {}
-        placement = Placement(self.spec, self.parallel, self._padded)
+        placement = Placement(self.spec, self.parallel, self._padded, self._cuts(stored))
+        names: dict[tuple[str, int, str], tuple[str, ...]] = {}
         for ref in refs(self.spec):
             shares: dict[int, Piece] = {}
             copies: list[Piece] = []
             for home in placement.locations(ref):
-                names = tuple(home.prefix + key for key in keys(home.slot, home.layer, home.expert, ref.expert))
+                kind = home.slot, ref.kind_number(self.spec), ref.stack
+                if kind not in names:
+                    names[kind] = keys(home.slot, ref.kind(self.spec), ref.stack)
+                candidates = [home.key(name, ref.expert) for name in names[kind]]
                 for share in home.shares:
-                    piece = self._piece(ref, share, names, unused, problems)
+                    piece = self._piece(ref, share, candidates, matcher)
                     if piece is not None and shares.setdefault(share.number, piece) is not piece:
                         copies.append(piece)
             pieces[ref], replicas[ref] = tuple(shares.values()), tuple(copies)
-        problems += [
-            f"{self._ranks[rank].folder}: {key} is not a tensor of this model" for rank, key in sorted(unused, key=str)
-        ]
-        raise_all(f"{self._dir}: the tensors do not match the model that the args describe:", problems)
+        matcher.close("is not a tensor of this model")
         return pieces, replicas
 
-    def _piece(
-        self, ref: Ref, share: Share, names: Sequence[str], unused: set[tuple[Rank, str]], problems: list[str]
-    ) -> Piece | None:
-        """Piece for one share, struck off `unused`; None with an entry in `problems` if it is not stored as the args require."""
+    def _shown(self, key: _Key) -> str:
+        return f"{self._ranks[key[0]].folder}: {key[1]}"
+
+    def _cuts(self, stored: Mapping[_Key, StoredTensor]) -> Mapping[str, Shard]:
+        """Slots that these files cut as older releases did, recognised by a shape."""
+        ref = next((ref for ref in refs(self.spec) if ref.slot.name in CUT_DOWN_PROJECTIONS), None)
+        if ref is None or self.parallel.tp == 1:
+            return {}
+        home = next(Placement(self.spec, self.parallel, self._padded).locations(ref))
+        found = (home.key(name, None) for name in keys(home.slot, ref.kind(self.spec), ref.stack))
+        rank = home.shares[0].rank
+        shapes = [stored[rank, key].shape for key in found if (rank, key) in stored]
+        return CUT_DOWN_PROJECTIONS if shapes and shapes[0][0] < ref.shape(self.spec)[0] else {}
+
+    def _piece(self, ref: Ref, share: Share, names: Sequence[str], matcher: _Matcher) -> Piece | None:
+        """Piece for one share; None, with a problem noted, if it is not stored as the args require."""
         rank, cut, _ = share
         file = self._ranks[rank]
         present = [name for name in names if name in file.tensors]
         if len(present) != 1:
             fault = f"{' and '.join(present)} are both there" if present else f"{names[0]} is missing"
-            problems.append(f"{file.folder}: {ref}: {fault}")
+            matcher.note(f"{file.folder}: {ref}: {fault}")
             return None
         (key,) = present
-        unused.discard((rank, key))
-        data = file.tensors[key]
+        view = None
         if ref.expert is not None and key.endswith(_STACKED_SUFFIXES):
-            data = _one_of_stack(data, ref.expert, self.spec.num_experts // self.parallel.ep, cut.shape)
-        if data.shape != cut.shape:
-            problems.append(
-                f"{file.folder}: {key} ({ref}) has shape {list(data.shape)}; the args require {list(cut.shape)}"
-            )
-            return None
-        return Piece(data, cut.rows, cut.col, StoredName(file.folder, key))
+            view = _one_of_stack(file.tensors[key], ref.expert, self.spec.num_experts // self.parallel.ep, cut.shape)
+        data = matcher.take((rank, key), ref, cut.shape, view)
+        return None if data is None else Piece(data, cut.rows, cut.col, StoredName(file.folder, key))
 
 
 def _one_of_stack(stack: StoredTensor, expert: int, experts: int, shape: tuple[int, ...]) -> StoredTensor:

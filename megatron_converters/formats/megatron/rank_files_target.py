@@ -18,13 +18,14 @@ from ...basics.errors import ConversionError
 from ...basics.quantities import count
 from ...conversion.outline import Fill
 from ...model.layouts import RowMap
-from ...model.slots import Ref, Shard, refs
-from ...sharding.placement import Placement
+from ...model.slots import DECODER, MTP, Ref, Shard, refs
+from ...sharding.placement import Location, Placement
 from ...sharding.ranks import Cut, Rank
 from ...storage import torch_zip
 from ...storage.output_file import FileLayout
 from ...storage.tensor import StoredTensor
-from .names import DIALECTS, EXPERTS, EXTRA_STATE_SUFFIX, LAST_EXTRA_STATE, STACKED, extra_state
+from .conventions import conventions
+from .names import DIALECTS, EXPERTS, EXTRA_STATE_SUFFIX, LAST_EXTRA_STATE, STACKED, extra_state, name_of
 from .writing import CheckpointTarget, sizes
 
 FILE = "model_optim_rng.pt"
@@ -48,8 +49,10 @@ class MegatronTarget(CheckpointTarget):
 
     def _lay_out(self) -> tuple[dict[str, FileLayout], dict[str, dict[str, StoredTensor]]]:
         parallel = self._parallel
-        self._placement = Placement(self._spec, parallel, self._padded)
-        self._names = {**DIALECTS[self._options.impl], **EXPERTS[self._expert_layout]}
+        self._conventions = conventions(self._release)
+        self._placement = Placement(self._spec, parallel, self._padded, self._conventions.shards)
+        self._table = {**DIALECTS[self._options.impl], **EXPERTS[self._expert_layout]}
+        self._names: dict[tuple[str, int, str], str] = {}
         ranks = [rank for stage in range(parallel.pp) for rank in parallel.ranks(stage)]
         self._files = {rank: f"{parallel.directory(rank)}/{FILE}" for rank in ranks}
         groups = self._groups(ranks)
@@ -70,11 +73,20 @@ class MegatronTarget(CheckpointTarget):
         """Fills of a ref: one per rank that holds a share of it."""
         dtype, transposed = self._dtype_of(ref), self._stacks(ref)
         for home in self._placement.locations(ref):
-            key = home.key(self._names[home.slot], ref.expert)
+            key = home.key(self._template(home, ref), ref.expert)
             for rank, cut, _ in home.shares:
                 rows = resolve_padding(cut, self._spec.vocab_size)
                 start = (home.expert or 0) * math.prod(cut.shape) * dtype.itemsize if transposed else 0
                 yield Fill(self._files[rank], key, dtype, cut.shape, rows, cut.col, start, transposed, cut.padding)
+
+    def _template(self, home: Location, ref: Ref) -> str:
+        """Name template of a ref at one of its locations."""
+        number = ref.kind_number(self._spec)
+        key = home.slot, number, ref.stack
+        if key not in self._names:
+            kind, module = self._spec.kinds[number], self._conventions.mtp_module
+            self._names[key] = name_of(self._table, home.slot, kind, ref.stack, module)
+        return self._names[key]
 
     def _groups(self, ranks: Sequence[Rank]) -> dict[tuple[int, int], _Group]:
         """Tensors of a rank in the order of its layers, by pipeline and expert number, which determine them."""
@@ -82,7 +94,7 @@ class MegatronTarget(CheckpointTarget):
         for ref in refs(self._spec):
             parts = self._spec.num_experts // self._parallel.ep if self._stacks(ref) else 1
             for home in self._placement.locations(ref):
-                key = home.key(self._names[home.slot], ref.expert)
+                key = home.key(self._template(home, ref), ref.expert)
                 stored = _Stored(self._tensor(ref, key, home.shares[0].cut.shape, parts), parts)
                 for group in dict.fromkeys((share.rank.pp, share.rank.ep) for share in home.shares):
                     if groups[group].setdefault(key, stored) != stored:
@@ -119,13 +131,17 @@ class MegatronTarget(CheckpointTarget):
 
     def _extra_state(self, stage: int) -> Iterator[str]:
         """Keys of the `_extra_state` entries of a stage."""
-        parallel, impl = self._parallel, self._options.impl
+        parallel, spec, impl = self._parallel, self._spec, self._options.impl
         before = sum(parallel.stages[:stage])
-        experts = self._spec.num_experts // parallel.ep
-        for layer in range(parallel.stages[stage]):
-            for module in extra_state(impl, self._expert_layout, self._spec, before + layer, experts):
-                yield f"{module.format(layer=layer)}.{EXTRA_STATE_SUFFIX}"
-        if stage == len(parallel.stages) - 1:
+        is_last = stage == len(parallel.stages) - 1
+        stacks = [(DECODER, spec.order[before : before + parallel.stages[stage]]), (MTP, spec.mtp if is_last else ())]
+        experts = spec.num_experts // parallel.ep
+        for stack, order in stacks:
+            for layer, number in enumerate(order):
+                kind, module = spec.kinds[number], self._conventions.mtp_module
+                for owner in extra_state(impl, self._expert_layout, spec, kind, experts, stack, module):
+                    yield f"{owner.format(layer=layer)}.{EXTRA_STATE_SUFFIX}"
+        if is_last:
             yield from (f"{module}.{EXTRA_STATE_SUFFIX}" for module in LAST_EXTRA_STATE[impl])
 
     def _summary(self) -> str:

@@ -15,13 +15,14 @@ from ...basics.dtypes import DType
 from ...basics.errors import ConversionError, Unclear, UsageError, one_line, reason_of
 from ...basics.json_files import read_json
 from ...families.config_json import differences, infer_family, spec_from_config
-from ...model.spec import ModelSpec, is_whole
+from ...model.layers import is_whole
+from ...model.spec import ModelSpec
 from ...sharding.ranks import Parallel, padded_vocab
 from ...sharding.stages import PipelineSplit, stages_per_rank
 from ...storage import dcp
 from ...storage.opening import is_name
 from ...storage.pickle_reader import StandIn
-from .arguments import expert_args, model_args, spec_fields, stated_heads
+from .arguments import model_args, spec_fields, stated_heads
 from .writing import TRACKER
 
 #: File that describes the format of a distributed checkpoint (core/dist_checkpointing/core.py).
@@ -158,11 +159,9 @@ def _updated_spec(recorded: ModelSpec, fields: Mapping[str, Any]) -> ModelSpec:
 
     Args cannot express every model (`inexpressible`), so only fields that differ from the args of the recorded model count.
     """
-    original = spec_fields(
-        argparse.Namespace(**model_args(recorded), **expert_args(recorded, Parallel(1, (0,)), "grouped"))
-    )
+    original = spec_fields(argparse.Namespace(**model_args(recorded)))
     changed = {name: value for name, value in fields.items() if name not in original or original[name] != value}
-    return dataclasses.replace(recorded, **changed)
+    return recorded.replaced(**changed)
 
 
 def _reference_spec(
@@ -178,8 +177,8 @@ def _reference_spec(
         fields = {**spec_fields(args), "vocab_size": spec.vocab_size, "dtype": dtype}
     except Unclear as error:
         return spec, [f"taken from {folder} alone, since {error}"]
-    args_spec = ModelSpec(family=spec.family, **fields)
-    heads = [name for name in stated_heads(args) if getattr(args_spec, name) != getattr(spec, name)]
+    args_spec = ModelSpec.of(family=spec.family, **fields)
+    heads = [name for name in stated_heads(args) if args_spec.values.get(name) != spec.values.get(name)]
     if heads:
         raise ConversionError(
             f"{folder} is another model than the checkpoint: {'; '.join(differences(spec, args_spec, heads))} of the args, by "

@@ -21,17 +21,28 @@ import numpy as np
 
 from ...assets.origin import file_identities
 from ...basics.dtypes import DType
-from ...basics.errors import ConversionError, raise_all
+from ...basics.errors import ConversionError
 from ...basics.json_files import read_json
 from ...conversion.composing import Piece, Sources, StoredName
+from ...conversion.matching import Matcher
+from ...model.layers import Layer
 from ...model.layouts import RowMap, interned
-from ...model.slots import Ref, refs
+from ...model.slots import DECODER, Ref, Slot, refs
 from ...model.spec import ModelSpec
 from ...sharding.ranks import Parallel, parallel_for
 from ...storage import dcp, torch_zip
 from ...storage.dcp import Chunk, ChunkedTensor
 from ...storage.tensor import StoredTensor
-from .names import DISTRIBUTED, DISTRIBUTED_EXPERTS, DISTRIBUTED_LOCAL, EXTRA_STATE_SUFFIX, GATE_AND_UP
+from .names import (
+    DISTRIBUTED,
+    DISTRIBUTED_EXPERTS,
+    DISTRIBUTED_LOCAL,
+    EMBEDDINGS,
+    EXTRA_STATE_SUFFIX,
+    GATE_AND_UP,
+    name_of,
+    split_parts,
+)
 from .reading import (
     AS_STORED,
     FORMAT_FILE,
@@ -60,12 +71,16 @@ _TRAINING_KEY = re.compile(
 
 @dataclass(frozen=True)
 class _Slice:
-    """Part of a slot: tensor `key` at `index` of its first axes, which have the sizes `axes`; row 0 is the slot's `first_row`."""
+    """Part of a slot: tensor `key` at `index` of its first axes, which have the sizes `axes`; row 0 is the slot's `first_row`.
+
+    It has `rows` rows, 0 for all of the slot.
+    """
 
     key: str
     index: tuple[int, ...] = ()
     axes: tuple[int, ...] = ()
     first_row: int = 0
+    rows: int = 0
 
 
 @dataclass
@@ -149,7 +164,7 @@ class TorchDistSource:
         """Do nothing: every tensor was matched when the checkpoint was opened."""
 
     def _embeddings(self) -> ChunkedTensor:
-        key = DISTRIBUTED["word_embeddings"]
+        key = EMBEDDINGS
         tensor = self._index.tensors.get(key)
         if tensor is None or len(tensor.shape) != 2:
             raise ConversionError(
@@ -159,42 +174,35 @@ class TorchDistSource:
 
     def _match(self) -> dict[Ref, tuple[_Slice, ...]]:
         """Match tensors with refs; returns the slices of every ref. Missing, extra and misshapen tensors are raised together."""
-        problems: dict[str, None] = {}
-        unused = set(self.weights)
+        heading = f"{self._dir}: the tensors do not match the model that the args describe:"
+        matcher = Matcher(self.weights, (), heading, "the args require")
         slices: dict[Ref, tuple[_Slice, ...]] = {}
         for ref in refs(self.spec):
             choices = [choice for choice in _choices(ref, self.spec) if any(self._has(part) for part in choice)]
             if len(choices) != 1:
                 found = " and ".join(choice[0].key for choice in choices)
                 first = next(_choices(ref, self.spec))[0].key
-                problems[f"{ref}: {found} are both there" if choices else f"{ref}: {first} is missing"] = None
+                matcher.note(f"{ref}: {found} are both there" if choices else f"{ref}: {first} is missing")
                 continue
             slices[ref] = choices[0]
-            unused.difference_update(part.key for part in choices[0])
-            problems.update(
-                dict.fromkeys(fault for part in choices[0] for fault in self._problems(ref, part, choices[0]))
-            )
-        problems.update(dict.fromkeys(f"{key} is not a tensor of this model" for key in sorted(unused)))
-        raise_all(f"{self._dir}: the tensors do not match the model that the args describe:", problems)
+            for part in choices[0]:
+                self._check(ref, part, matcher)
+        matcher.close("is not a tensor of this model")
         return slices
 
     def _has(self, part: _Slice) -> bool:
         return part.key in self._index.tensors
 
-    def _problems(self, ref: Ref, part: _Slice, parts: Sequence[_Slice]) -> Iterator[str]:
-        """Problem of one of the `parts` of a ref, if it is missing or misshapen."""
-        tensor = self._index.tensors.get(part.key)
-        rows, *cols = ref.slot.shape(self.spec)
-        wanted = (*part.axes, self.padded if ref.slot.vocab else rows // len(parts), *cols)
-        if tensor is None:
-            yield f"{ref}: {part.key} is missing"
-        elif tensor.shape != wanted:
-            yield f"{part.key} has shape {list(tensor.shape)}; the args require {list(wanted)}"
+    def _check(self, ref: Ref, part: _Slice, matcher: Matcher[str, ChunkedTensor]) -> None:
+        """Check that a part of a ref is stored in its shape, which other layers and experts may share."""
+        rows, *rest = ref.shape(self.spec)
+        wanted = (*part.axes, self.padded if ref.slot.vocab else part.rows or rows, *rest)
+        matcher.take(part.key, ref if not self._has(part) else None, wanted)
 
     def _pieces(self, ref: Ref, part: _Slice) -> Iterator[Piece]:
         """Pieces of one part of a ref."""
         chunks = self._chunks.setdefault(part.key, _Chunks(self._index.tensors[part.key]))
-        limit = self.spec.vocab_size if ref.slot.vocab else ref.slot.rows(self.spec)
+        limit = self.spec.vocab_size if ref.slot.vocab else ref.shape(self.spec)[0]
         axes = len(part.index)
         for chunk in chunks.at(part.index):
             data = _subtensor(
@@ -202,6 +210,10 @@ class TorchDistSource:
             )
             row, *col = chunk.offsets[axes:]
             rows = _rows(part.first_row + row, data.shape[0], limit)
+            if any(col[1:]):
+                raise ConversionError(
+                    f"{part.key} is cut along an axis that no release cuts; copy the checkpoint again"
+                )
             offsets = ",".join(map(str, chunk.offsets))
             name = StoredName(os.path.basename(chunk.item.path), f"{part.key} [{offsets}]")
             yield Piece(data, rows, col[0] if col else 0, name)
@@ -223,19 +235,34 @@ class TorchDistSource:
 def _choices(ref: Ref, spec: ModelSpec) -> Iterator[tuple[_Slice, ...]]:
     """Alternative ways in which a ref may be stored, each as the parts that make it up."""
     expert, experts = ((), ()) if ref.expert is None else ((ref.expert,), (spec.num_experts,))
-    for template in dict.fromkeys((DISTRIBUTED[ref.slot.name], DISTRIBUTED_LOCAL[ref.slot.name])):
+    for template in _templates(ref.slot, ref.kind(spec), ref.stack):
         if ref.layer is None:
             yield (_Slice(template),)
             continue
-        yield (_Slice(template.replace("{layer}.", ""), (ref.layer, *expert), (spec.num_layers, *experts)),)
         own = template.format(layer=ref.layer)
+        parts = split_parts(ref.slot, ref.kind(spec), spec)
+        if parts:
+            yield tuple(_Slice(own + part.suffix, (), (), part.first_row, part.rows) for part in parts)
+            continue
+        if ref.stack == DECODER:
+            yield (_Slice(template.replace("{layer}.", ""), (ref.layer, *expert), (spec.num_layers, *experts)),)
         yield (_Slice(own, expert, experts),)
         own_expert = own.replace(DISTRIBUTED_EXPERTS, f"{DISTRIBUTED_EXPERTS}{ref.expert}.")
-        if ref.slot.blocks == len(GATE_AND_UP):
-            rows = ref.slot.rows(spec) // len(GATE_AND_UP)
-            yield tuple(_Slice(own_expert + suffix, first_row=rows * block) for block, suffix in enumerate(GATE_AND_UP))
+        blocks = ref.slot.size(spec, ref.kind(spec)).blocks
+        if len(blocks) == len(GATE_AND_UP):
+            rows = blocks[0].rows
+            yield tuple(
+                _Slice(own_expert + suffix, first_row=rows * block, rows=rows)
+                for block, suffix in enumerate(GATE_AND_UP)
+            )
         elif own_expert != own:
             yield (_Slice(own_expert),)
+
+
+@lru_cache(maxsize=1024)
+def _templates(slot: Slot, kind: Layer, stack: str) -> tuple[str, ...]:
+    """Key templates of a slot, of either implementation."""
+    return tuple(dict.fromkeys(name_of(table, slot.name, kind, stack) for table in (DISTRIBUTED, DISTRIBUTED_LOCAL)))
 
 
 def _subtensor(data: StoredTensor, index: Sequence[int]) -> StoredTensor:

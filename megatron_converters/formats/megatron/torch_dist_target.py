@@ -20,14 +20,24 @@ from ...basics.errors import ConversionError, UsageError
 from ...basics.quantities import count
 from ...conversion.outline import Fill
 from ...model.layouts import RowMap, interned
-from ...model.slots import Ref, Slot, refs
+from ...model.slots import DECODER, MTP, Extent, Ref, Slot, refs
 from ...sharding.placement import Placement, Share
 from ...sharding.ranks import Rank, boxes
 from ...storage import dcp, dcp_layout, torch_zip
 from ...storage.dcp_layout import NewChunk, NewObject, Placed
 from ...storage.output_file import FileLayout
 from ...storage.tensor import StoredTensor
-from .names import DISTRIBUTED, DISTRIBUTED_EXPERTS, DISTRIBUTED_LOCAL, EXTRA_STATE_SUFFIX, distributed_extra_state
+from .names import (
+    DISTRIBUTED,
+    DISTRIBUTED_EXPERTS,
+    DISTRIBUTED_LOCAL,
+    EXTRA_STATE_SUFFIX,
+    SplitPart,
+    distributed_extra_state,
+    name_of,
+    split_parts,
+    stacks_layers,
+)
 from .reading import FORMAT_FILE
 from .torch_dist_source import COMMON_FILE
 from .writing import CheckpointTarget, sizes
@@ -44,6 +54,8 @@ FORMAT = {
 #: Megatron-LM's record of how it names keys (0.14 on, training/checkpointing.py).
 _CONTENT_METADATA = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
 _FINAL_NORM = "decoder.final_layernorm"
+#: Part of a slot that is stored whole.
+_WHOLE = SplitPart("", 0, 0)
 #: Maximum bytes of tensors in a file with several; a rank can have several files, which threads or processes fill in parallel.
 _FILE_BYTES = 1 << 30
 
@@ -51,7 +63,8 @@ _FILE_BYTES = 1 << 30
 class _Box(NamedTuple):
     """Share of a slot as one box: number of the rank that writes it, first row and column in the slot, shape, and row map.
 
-    `padding` counts the rows at the end that are vocabulary padding; `rows` has the slot's row of each row of the box.
+    `padding` counts the rows at the end that are vocabulary padding; `rows` has the slot's row of each row of the box. `block` is
+    the number of the slot's block that it belongs to.
     """
 
     rank: int
@@ -60,6 +73,7 @@ class _Box(NamedTuple):
     shape: tuple[int, ...]
     rows: RowMap
     padding: int
+    block: int
 
 
 class TorchDistTarget(CheckpointTarget):
@@ -72,8 +86,9 @@ class TorchDistTarget(CheckpointTarget):
         ranks = (rank for stage in range(self._parallel.pp) for rank in self._parallel.ranks(stage))
         self._numbers = {rank: number for number, rank in enumerate(ranks)}
         self._placement = Placement(self._spec, self._parallel, self._padded)
-        self._boxes: dict[tuple[Slot, Rank], tuple[_Box, ...]] = {}
-        self._stacked = len({self._spec.is_moe(layer) for layer in range(self._spec.num_layers)}) == 1
+        self._boxes: dict[tuple[Slot, int, Rank], tuple[_Box, ...]] = {}
+        self._addresses: dict[tuple[Slot, int, str], str] = {}
+        self._stacked = stacks_layers(self._spec)
         files: dict[str, FileLayout] = {}
         placed: list[Placed] = []
         for rank, items in sorted(self._items().items()):
@@ -116,59 +131,74 @@ class TorchDistTarget(CheckpointTarget):
                     raise ConversionError(
                         f"{ref} is {chunk.dtype}, but others in {chunk.key} are {dtypes[chunk.key]}; choose one dtype for all"
                     )
-        stages = self._parallel.stages
-        for layer in range(self._spec.num_layers):
-            objects = items.setdefault(self._writer(self._parallel.place(layer)[0]), [])
-            objects += map(NewObject, self._extra_state(layer))
-        items[self._writer(len(stages) - 1)].append(NewObject(f"{_FINAL_NORM}.{EXTRA_STATE_SUFFIX}/shard_0_1"))
+        last = len(self._parallel.stages) - 1
+        for stack, order in ((DECODER, self._spec.order), (MTP, self._spec.mtp)):
+            for layer in range(len(order)):
+                stage = self._parallel.place(layer)[0] if stack == DECODER else last
+                objects = items.setdefault(self._writer(stage), [])
+                objects += map(NewObject, self._extra_state(layer, stack))
+        items[self._writer(last)].append(NewObject(f"{_FINAL_NORM}.{EXTRA_STATE_SUFFIX}/shard_0_1"))
         return items
 
     def _chunks_of(self, ref: Ref) -> Iterator[tuple[_Box, NewChunk]]:
         """Chunks of a ref with their boxes: each share once, from the first rank that holds it."""
         spec, slot, dtype = self._spec, ref.slot, self._dtype_of(ref)
-        key, index, axes = self._address(_NAMES[self._options.impl][slot.name], ref.layer, ref.expert)
-        rows, *cols = slot.shape(spec)
-        shape, ones = (*axes, self._padded if slot.vocab else rows, *cols), (1,) * len(index)
-        for box in self._boxes_of(slot, self._placement.shares(ref)):
-            offsets = (*index, box.row, box.col) if cols else (*index, box.row)
-            yield box, NewChunk(key, shape, dtype, offsets, ones + box.shape)
+        key, index, axes = self._address(self._template(ref), ref.layer, ref.expert, ref.stack)
+        rows, *rest = ref.shape(spec)
+        shape, ones = (*axes, self._padded if slot.vocab else rows, *rest), (1,) * len(index)
+        parts = split_parts(slot, ref.kind(spec), spec)
+        for box in self._boxes_of(ref, self._placement.shares(ref)):
+            part = parts[box.block] if parts else _WHOLE
+            whole = (*axes, part.rows, *rest) if parts else shape
+            offsets = (*index, box.row - part.first_row, box.col, *(0 for _ in rest[1:]))[: len(whole)]
+            yield box, NewChunk(key + part.suffix, whole, dtype, offsets, ones + box.shape)
 
-    def _boxes_of(self, slot: Slot, shares: tuple[Share, ...]) -> tuple[_Box, ...]:
-        """Boxes of a slot's shares, each once; cached for all layers and experts on the same ranks."""
-        key = slot, shares[0].rank
+    def _template(self, ref: Ref) -> str:
+        """Key template of a ref."""
+        number = ref.kind_number(self._spec)
+        key = ref.slot, number, ref.stack
+        if key not in self._addresses:
+            table = _NAMES[self._options.impl]
+            self._addresses[key] = name_of(table, ref.slot.name, self._spec.kinds[number], ref.stack)
+        return self._addresses[key]
+
+    def _boxes_of(self, ref: Ref, shares: tuple[Share, ...]) -> tuple[_Box, ...]:
+        """Boxes of a ref's shares, each once; cached for all layers of a kind and experts on the same ranks."""
+        key = ref.slot, ref.kind_number(self._spec), shares[0].rank
         if key not in self._boxes:
             first_of: dict[int, Rank] = {}
             for share in shares:
                 first_of.setdefault(share.number, share.rank)
-            self._boxes[key] = tuple(box for rank in first_of.values() for box in self._cut(slot, rank))
+            extent = ref.slot.size(self._spec, ref.kind(self._spec))
+            self._boxes[key] = tuple(box for rank in first_of.values() for box in self._cut(ref.slot, extent, rank))
         return self._boxes[key]
 
-    def _cut(self, slot: Slot, rank: Rank) -> Iterator[_Box]:
+    def _cut(self, slot: Slot, extent: Extent, rank: Rank) -> Iterator[_Box]:
         """Boxes of one rank's share of a slot."""
-        spec, parallel = self._spec, self._parallel
-        is_vector = len(slot.shape(spec)) == 1
-        ways, number = (parallel.etp, rank.etp) if slot.expert else (parallel.tp, rank.tp)
-        for row, height, col, width in boxes(slot, spec, ways, number, self._padded):
-            limit = spec.vocab_size if slot.vocab else row + height
+        ways, number = self._parallel.ways(slot, rank)
+        for block, (row, height, col, width) in enumerate(boxes(slot, extent, ways, number, self._padded)):
+            limit = self._spec.vocab_size if slot.vocab else row + height
             padding = min(max(row + height - limit, 0), height)
-            shape = (height,) if is_vector else (height, width)
-            yield _Box(self._numbers[rank], row, col, shape, _rows(row, height, limit), padding)
+            rest = extent.rest if width == math.prod(extent.rest) else (width,)
+            yield _Box(self._numbers[rank], row, col, (height, *rest), _rows(row, height, limit), padding, block)
 
     def _address(
-        self, template: str, layer: int | None, expert: int | None
+        self, template: str, layer: int | None, expert: int | None, stack: str
     ) -> tuple[str, tuple[int, ...], tuple[int, ...]]:
         """Key of a layer's tensor or object, its index on the first axes, and the sizes of these axes."""
         spec = self._spec
         expert_index, experts = ((), ()) if expert is None else ((expert,), (spec.num_experts,))
-        if layer is None or not self._stacked:
+        if layer is None or not self._stacked or stack != DECODER:
             return template.format(layer=layer), expert_index, experts
         return template.replace("{layer}.", ""), (layer, *expert_index), (spec.num_layers, *experts)
 
-    def _extra_state(self, layer: int) -> Iterator[str]:
+    def _extra_state(self, layer: int, stack: str) -> Iterator[str]:
         """Names of the `_extra_state` objects of a layer."""
-        for module in distributed_extra_state(self._spec, layer):
-            for expert in range(self._spec.num_experts) if DISTRIBUTED_EXPERTS in module else (None,):
-                key, index, axes = self._address(module, layer, expert)
+        spec = self._spec
+        kind = spec.kinds[(spec.order if stack == DECODER else spec.mtp)[layer]]
+        for module in distributed_extra_state(spec, kind, stack):
+            for expert in range(spec.num_experts) if DISTRIBUTED_EXPERTS in module else (None,):
+                key, index, axes = self._address(module, layer, expert, stack)
                 position, size = (".".join(map(str, numbers)) for numbers in (index or (0,), axes or (1,)))
                 yield f"{key}.{EXTRA_STATE_SUFFIX}/shard_{position}_{size}"
 

@@ -10,7 +10,7 @@ import dataclasses
 import os
 import shlex
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -20,37 +20,39 @@ from ...assets.capacity_bins import CapacityBins
 from ...assets.origin import Origin
 from ...assets.tokenizer import recorded_name
 from ...assets.training_args import inheritable, margs_to_json
-from ...basics.dtypes import DType
+from ...basics.dtypes import DType, dtype_named
 from ...basics.errors import ConversionError, UsageError, raise_all
 from ...basics.quantities import count
 from ...conversion.outline import Fill, Outline
 from ...conversion.staging import Staging
-from ...model.slots import SLOTS, Ref
-from ...model.spec import ModelSpec, is_whole
+from ...model.layers import is_whole
+from ...model.slots import SLOTS, Precision, Ref
+from ...model.spec import ModelSpec
 from ...sharding.ranks import Parallel, kept_etp, padded_vocab, parallel_for
 from ...sharding.stages import EVEN, PipelineSplit
 from ...storage.output_file import FileLayout
 from ...storage.tensor import StoredTensor
+from .argument import Context
 from .arguments import (
     RUN_DEFAULTS,
-    expert_args,
-    layout_args,
-    model_args,
+    inexpressible,
     plain_args,
-    router_args,
     router_dtype,
     router_warnings,
     seq_length_of,
     training_args,
+    written_args,
 )
-from .flags import as_shell, flag_warnings, flags
-from .limits import inexpressible, rounding_warnings
+from .flags import as_shell, flag_warnings, flags, least_release, unknown_flags
+from .releases import NEWEST, parse
+from .rounding import rounding_warnings
 
 TRACKER = "latest_checkpointed_iteration.txt"
 FLAGS_FILE = "pretrain_gpt_flags.txt"
 DEFAULT_DIVISOR = 128
 _CHECKPOINT_VERSION = 3.0
 _EMBEDDINGS = "word_embeddings"
+_FLOAT32 = dtype_named("float32")
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,8 @@ class MegatronOptions:
     tokenizer: str | None = None
     #: Name of the format in Megatron-LM: "torch" (one file per rank), or "torch_dist" (chunks that runs of any sizes load).
     ckpt_format: str = "torch"
+    #: Release that is to read the checkpoint, such as "0.16"; None takes the newest that is known.
+    megatron_version: str | None = None
 
 
 class CheckpointTarget(ABC):
@@ -89,10 +93,12 @@ class CheckpointTarget(ABC):
 
     def prepare(self, spec: ModelSpec, origin: Origin, dtype_of: Callable[[Ref], DType]) -> Outline:
         """Check that Megatron-LM can express the model and that it can be cut as requested; lay out every file."""
+        asked = self._options.megatron_version
+        self._release = NEWEST if asked is None else parse(asked)
         self._warnings = self._check_expressible(spec)
         self._spec = dataclasses.replace(spec, dtype=dtype_of(Ref(SLOTS[_EMBEDDINGS])))
         self._origin = origin
-        self._dtype_of = dtype_of
+        self._source_dtype = dtype_of
         self._warnings += rounding_warnings(self._spec, dtype_of)
         self._iteration = 1 if origin.iteration is None else origin.iteration
         self._name = "release" if self._options.release else f"iter_{self._iteration:07d}"
@@ -104,6 +110,12 @@ class CheckpointTarget(ABC):
         self._bins = self._choose_bins()
         self._router = router_dtype(spec, dtype_of)
         self._args = self._make_args()
+        if asked is not None:
+            raise_all(
+                f"Megatron-LM {self._release}, as --megatron-version says, does not know or heed:",
+                unknown_flags(self._args, self._release),
+                remedy="Choose a later release, or leave --megatron-version out.",
+            )
         files, extra_tensors = self._lay_out()
         content = {"args": margs_to_json(argparse.Namespace(**self._args))}
         return Outline(self._name, files, self._effective_options(), extra_tensors, content)
@@ -122,6 +134,7 @@ class CheckpointTarget(ABC):
             "allow_inexpressible": options.allow_inexpressible,
             "load_capacity_bins": options.load_capacity_bins,
             "tokenizer": recorded_name(options.tokenizer),
+            **({} if options.megatron_version is None else {"megatron_version": self._release}),
         }
 
     @abstractmethod
@@ -191,13 +204,23 @@ class CheckpointTarget(ABC):
         shown = flags(self._args)
         warnings = [*self._warnings, *flag_warnings(self._spec, shown, self._parallel.tp)]
         warnings += router_warnings(self._spec, self._router)
+        least = least_release(self._spec, self._args, self._parallel.tp, self._needed_releases())
         return [
             f"wrote {self._summary()} to {self.output}{self._padding_note()}",
+            f"needs Megatron-LM {least} or later",
             *self._origin.notes,
             *self._bins_note(),
             *warnings,
             f"pretrain_gpt.py needs:\n{self._flags_text()}".rstrip(),
         ]
+
+    def _dtype_of(self, ref: Ref) -> DType:
+        """Dtype to write a ref in."""
+        return _FLOAT32 if ref.slot.precision is Precision.FLOAT32 else self._source_dtype(ref)
+
+    def _needed_releases(self) -> Iterable[str]:
+        """Releases from which on what the files hold is read as it is meant."""
+        return ()
 
     def _padding_note(self) -> str:
         rows = self._padded - self._spec.vocab_size
@@ -264,13 +287,20 @@ class CheckpointTarget(ABC):
         inherited = plain_args(inheritable(self._origin.margs))
         seq_length = seq_length_of(self._spec, inherited)
         tokenizer = recorded_name(self._options.tokenizer or self._origin.tokenizer or inherited.get("tokenizer_model"))
+        context = Context(
+            self._spec,
+            self._parallel,
+            self._expert_layout,
+            self._padded,
+            self._divisor,
+            self._options.impl,
+            self.format,
+            self._router,
+        )
         args = {
             **RUN_DEFAULTS,
             **inherited,
-            **model_args(self._spec),
-            **layout_args(self._parallel, self._padded, self._divisor, self._options.impl, self.format),
-            **expert_args(self._spec, self._parallel, self._expert_layout),
-            **router_args(self._spec, self._router),
+            **written_args(context),
             **training_args(self._spec, inherited),
             **({} if self._bins is None else {"moe_capacity_bins_num": self._bins.count}),
             "seq_length": seq_length,
@@ -279,7 +309,8 @@ class CheckpointTarget(ABC):
             "iteration": self._iteration,
         }
         configs = {"hf_config": self._origin.hf_config, "hf_generation_config": self._origin.generation_config}
-        return {**args, **{name: value for name, value in configs.items() if value is not None}}
+        args |= {name: value for name, value in configs.items() if value is not None}
+        return dict(sorted(args.items()))
 
 
 def sizes(parallel: Parallel) -> str:

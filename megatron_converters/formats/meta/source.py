@@ -7,43 +7,45 @@ neighbouring pairs), and transformers' convert_llama_weights_to_hf.py for sizes 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ...assets.origin import Origin, file_identities
 from ...basics.dtypes import DType
-from ...basics.errors import ConversionError, raise_all
+from ...basics.errors import ConversionError
 from ...basics.json_files import read_json
 from ...conversion.composing import Piece, Sources, StoredName
 from ...conversion.endpoint import first_dtype
-from ...model.layouts import GATED, GROUPED_INTERLEAVED_QKV, SAME, Layout, interned, row_maps
+from ...conversion.matching import Matcher
+from ...model.layers import RopeScaling
+from ...model.layouts import GATED, GROUPED_INTERLEAVED_QKV, SAME, interned, row_maps
 from ...model.slots import Ref, Shard, refs
-from ...model.spec import ModelSpec, RopeScaling
+from ...model.spec import ModelSpec
+from ...model.tables import Entry
 from ...storage import torch_zip
 from ...storage.tensor import StoredTensor
 
 
-@dataclass(frozen=True)
-class _Entry:
-    """Meta's names for the parts of a slot, and how model parallelism cuts them."""
+class _Entry(NamedTuple):
+    """Entry of a slot, and how Meta's model parallelism cuts it."""
 
-    layout: Layout
-    names: tuple[str, ...]
+    entry: Entry
     shard: Shard
 
 
 _LAYER = "layers.{layer}."
 _ENTRIES = {
-    "word_embeddings": _Entry(SAME, ("tok_embeddings.weight",), Shard.COLUMN),
-    "input_norm": _Entry(SAME, (_LAYER + "attention_norm.weight",), Shard.REPLICATED),
-    "qkv": _Entry(GROUPED_INTERLEAVED_QKV, tuple(f"{_LAYER}attention.w{part}.weight" for part in "qkv"), Shard.COLUMN),
-    "proj": _Entry(SAME, (_LAYER + "attention.wo.weight",), Shard.ROW),
-    "mlp_norm": _Entry(SAME, (_LAYER + "ffn_norm.weight",), Shard.REPLICATED),
-    "fc1": _Entry(GATED, (_LAYER + "feed_forward.w1.weight", _LAYER + "feed_forward.w3.weight"), Shard.COLUMN),
-    "fc2": _Entry(SAME, (_LAYER + "feed_forward.w2.weight",), Shard.ROW),
-    "final_norm": _Entry(SAME, ("norm.weight",), Shard.REPLICATED),
-    "output_layer": _Entry(SAME, ("output.weight",), Shard.COLUMN),
+    "word_embeddings": _Entry(Entry(SAME, ("tok_embeddings.weight",)), Shard.COLUMN),
+    "input_norm": _Entry(Entry(SAME, (_LAYER + "attention_norm.weight",)), Shard.REPLICATED),
+    "qkv": _Entry(
+        Entry(GROUPED_INTERLEAVED_QKV, tuple(f"{_LAYER}attention.w{part}.weight" for part in "qkv")), Shard.COLUMN
+    ),
+    "proj": _Entry(Entry(SAME, (_LAYER + "attention.wo.weight",)), Shard.ROW),
+    "mlp_norm": _Entry(Entry(SAME, (_LAYER + "ffn_norm.weight",)), Shard.REPLICATED),
+    "fc1": _Entry(Entry(GATED, (_LAYER + "feed_forward.w1.weight", _LAYER + "feed_forward.w3.weight")), Shard.COLUMN),
+    "fc2": _Entry(Entry(SAME, (_LAYER + "feed_forward.w2.weight",)), Shard.ROW),
+    "final_norm": _Entry(Entry(SAME, ("norm.weight",)), Shard.REPLICATED),
+    "output_layer": _Entry(Entry(SAME, ("output.weight",)), Shard.COLUMN),
 }
 #: Name of the rotary frequencies, which some files store although they follow from params.json.
 _IGNORED = "rope.freqs"
@@ -98,7 +100,7 @@ def _spec(params: Mapping[str, Any], ranks: list[Mapping[str, StoredTensor]]) ->
     scaled = bool(params.get("use_scaled_rope"))
     factor = float(params.get("rope_scaling_factor", 8.0))
     theta = float(params.get("rope_theta", 10000.0))
-    return ModelSpec(
+    return ModelSpec.of(
         family="llama",
         num_layers=params["n_layers"],
         hidden_size=size,
@@ -128,36 +130,29 @@ def _match(
     folder: Path, spec: ModelSpec, ranks: list[Mapping[str, StoredTensor]], files: list[Path]
 ) -> tuple[_Pieces, _Pieces]:
     """Match tensors with refs; returns pieces and replicas of every ref. All problems are raised together."""
-    problems: list[str] = []
+    stored = {(number, name): data for number, rank in enumerate(ranks) for name, data in rank.items()}
+    ignored = {(number, _IGNORED) for number in range(len(ranks))}
+    heading = f"{folder}: the tensors do not match the model that params.json describes:"
+    matcher = Matcher(stored, ignored, heading, "params.json requires", lambda key: f"{files[key[0]].name}: {key[1]}")
     pieces: _Pieces = {}
     replicas: _Pieces = {}
-    unused = {(number, name) for number, rank in enumerate(ranks) for name in rank if name != _IGNORED}
     for ref in refs(spec):
-        entry = _ENTRIES[ref.slot.name]
+        entry, shard = _ENTRIES[ref.slot.name]
         found: list[Piece] = []
-        for template, rows in zip(entry.names, row_maps(entry.layout, ref.slot, spec), strict=True):
+        for template, rows in zip(entry.names, row_maps(entry.layout, ref.slot, spec, ref.kind(spec)), strict=True):
             name = template.format(layer=ref.layer)
-            shape = (rows.size, *ref.slot.shape(spec)[1:])
-            dim = _cut_dimension(entry.shard, ref, ranks, name, shape)
-            for number, rank in enumerate(ranks):
-                unused.discard((number, name))
+            shape = (rows.size, *ref.shape(spec)[1:])
+            dim = _cut_dimension(shard, ref, ranks, name, shape)
+            for number in range(len(ranks)):
                 wanted = tuple(size // len(ranks) if axis == dim else size for axis, size in enumerate(shape))
-                where = StoredName(files[number].name, name)
-                if name not in rank:
-                    problems.append(f"{where} ({ref}) is missing")
-                elif rank[name].shape != wanted:
-                    problems.append(
-                        f"{where} ({ref}) has shape {list(rank[name].shape)}; params.json requires {list(wanted)}"
-                    )
-                else:
+                data = matcher.take((number, name), ref, wanted)
+                if data is not None:
                     part_rows = interned(rows[number * wanted[0] :][: wanted[0]]) if dim == 0 else rows
-                    found.append(Piece(rank[name], part_rows, number * wanted[1] if dim == 1 else 0, where))
-        count = len(found) if entry.shard.cuts else 1
+                    where = StoredName(files[number].name, name)
+                    found.append(Piece(data, part_rows, number * wanted[1] if dim == 1 else 0, where))
+        count = len(found) if shard.cuts else 1
         pieces[ref], replicas[ref] = tuple(found[:count]), tuple(found[count:])
-    problems += [
-        f"{files[number].name}: {name} is not a tensor of a Llama of Meta's" for number, name in sorted(unused)
-    ]
-    raise_all(f"{folder}: the tensors do not match the model that params.json describes:", problems)
+    matcher.close("is not a tensor of a Llama of Meta's")
     return pieces, replicas
 
 

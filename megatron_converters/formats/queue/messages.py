@@ -1,67 +1,88 @@
 """Messages of Megatron-LM's loader/saver protocol: which slot is sent in which message, under which keys.
 
-Source: Megatron-LM core_v0.17.1, tools/checkpoint/{convert,loader_base,saver_base}.py. The protocol has no keys for query
-and key norms or shared experts; the keys here are this project's, so such models need its loader and its saver.
+Source: Megatron-LM core_v0.17.1, tools/checkpoint/{convert,loader_base,saver_base}.py. The protocol has no keys for many slots,
+such as query and key norms or shared experts; the keys of these are this project's, so such models need its loader and its saver.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from ...model.layouts import GATED, SAME, Layout
-from ...model.slots import Ref
+from ...model.slots import MTP, SLOTS, Ref, Scope
+from ...model.spec import ModelSpec
+from ...model.tables import Entry
+
+_EMBEDDINGS, _LAYER, _MTP, _FINAL, _OUTPUT = (
+    *("embeddings", "transformer layer {layer}", "mtp layer {layer}"),
+    *("final norm", "output layer"),
+)
+#: Message of a slot by where the slot belongs; that of a layer of multi-token prediction is this project's own.
+_MESSAGES = {Scope.FIRST: _EMBEDDINGS, Scope.LAYER: _LAYER, Scope.MTP: _MTP, Scope.LAST: _FINAL}
 
 
-@dataclass(frozen=True)
-class QueueEntry:
-    """Message of a slot (`{layer}` stands for the layer number), its layout there, and the keys of its parts."""
+def _gated(key: str, kind: str) -> Entry:
+    """Entry of gate and up, or of up alone. Loaders may send gate above up as one tensor, and Habana's does without CUDA (1.24.0,
+    tools/checkpoint/loader_mixtral_hf.py)."""
+    return Entry(GATED, (f"{key} {kind} W", f"{key} {kind} V"), fused=f"{key} {kind}")
 
-    message: str
+
+#: Entries of the protocol's own keys, and of keys that this project chose before it named them after their slots.
+_ENTRIES = {
+    "word_embeddings": Entry(SAME, ("word embeddings",)),
+    "position_embeddings": Entry(SAME, ("position embeddings",)),
+    "input_norm": Entry(SAME, ("input norm weight",)),
+    "input_norm_bias": Entry(SAME, ("input norm bias",)),
+    "qkv": Entry(SAME, ("qkv weight",)),
+    "qkv_bias": Entry(SAME, ("qkv bias",)),
+    "q_norm": Entry(SAME, ("q norm weight",)),
+    "k_norm": Entry(SAME, ("k norm weight",)),
+    "proj": Entry(SAME, ("dense weight",)),
+    "proj_bias": Entry(SAME, ("dense bias",)),
+    "mlp_norm": Entry(SAME, ("post norm weight",)),
+    "mlp_norm_bias": Entry(SAME, ("post norm bias",)),
+    "fc1": _gated("mlp l0", "weight"),
+    "fc1_bias": _gated("mlp l0", "bias"),
+    "fc2": Entry(SAME, ("mlp l1 weight",)),
+    "fc2_bias": Entry(SAME, ("mlp l1 bias",)),
+    "router": Entry(SAME, ("router weight",)),
+    "expert_fc1": dataclasses.replace(_gated("mlp l0", "weight"), stacked=True),
+    "expert_fc2": Entry(SAME, ("mlp l1 weight",), stacked=True),
+    "shared_fc1": _gated("shared mlp l0", "weight"),
+    "shared_fc2": Entry(SAME, ("shared mlp l1 weight",)),
+    "shared_gate": Entry(SAME, ("shared gate weight",)),
+    "final_norm": Entry(SAME, ("weight",)),
+    "final_norm_bias": Entry(SAME, ("bias",)),
+    "output_layer": Entry(SAME, ("weight",)),
+}
+ENTRIES = {name: _ENTRIES.get(name, Entry(SAME, (name.replace("_", " "),))) for name in SLOTS}
+DONE, EXIT = "done", "exit"
+
+
+class Sent(NamedTuple):
+    """Layout of a slot in its message, and the keys of its parts."""
+
     layout: Layout
     keys: tuple[str, ...]
-    #: Whether a key holds the parts of all experts, stacked along a first axis.
-    stacked: bool = False
-    #: Single key that a loader may send instead, with the slot in layout `SAME`; only read, never sent.
-    fused: str | None = None
-
-    def received(self, message: Mapping[str, Any]) -> tuple[Layout, tuple[str, ...]]:
-        """Layout and keys that a received message uses for the slot."""
-        return (SAME, (self.fused,)) if self.fused is not None and self.fused in message else (self.layout, self.keys)
 
 
-_LAYER = "transformer layer {layer}"
-ENTRIES = {
-    "word_embeddings": QueueEntry("embeddings", SAME, ("word embeddings",)),
-    "input_norm": QueueEntry(_LAYER, SAME, ("input norm weight",)),
-    "qkv": QueueEntry(_LAYER, SAME, ("qkv weight",)),
-    "qkv_bias": QueueEntry(_LAYER, SAME, ("qkv bias",)),
-    "q_norm": QueueEntry(_LAYER, SAME, ("q norm weight",)),
-    "k_norm": QueueEntry(_LAYER, SAME, ("k norm weight",)),
-    "proj": QueueEntry(_LAYER, SAME, ("dense weight",)),
-    "proj_bias": QueueEntry(_LAYER, SAME, ("dense bias",)),
-    "mlp_norm": QueueEntry(_LAYER, SAME, ("post norm weight",)),
-    "fc1": QueueEntry(_LAYER, GATED, ("mlp l0 weight W", "mlp l0 weight V")),
-    "fc1_bias": QueueEntry(_LAYER, GATED, ("mlp l0 bias W", "mlp l0 bias V")),
-    "fc2": QueueEntry(_LAYER, SAME, ("mlp l1 weight",)),
-    "fc2_bias": QueueEntry(_LAYER, SAME, ("mlp l1 bias",)),
-    "moe_norm": QueueEntry(_LAYER, SAME, ("post norm weight",)),
-    "router": QueueEntry(_LAYER, SAME, ("router weight",)),
-    # Habana's loader sends gate above up as one tensor where there is no CUDA (1.24.0, tools/checkpoint/loader_mixtral_hf.py).
-    "expert_fc1": QueueEntry(
-        _LAYER, GATED, ("mlp l0 weight W", "mlp l0 weight V"), stacked=True, fused="mlp l0 weight"
-    ),
-    "expert_fc2": QueueEntry(_LAYER, SAME, ("mlp l1 weight",), stacked=True),
-    "shared_fc1": QueueEntry(_LAYER, GATED, ("shared mlp l0 weight W", "shared mlp l0 weight V")),
-    "shared_fc2": QueueEntry(_LAYER, SAME, ("shared mlp l1 weight",)),
-    "shared_gate": QueueEntry(_LAYER, SAME, ("shared gate weight",)),
-    "final_norm": QueueEntry("final norm", SAME, ("weight",)),
-    "output_layer": QueueEntry("output layer", SAME, ("weight",)),
-}
-DONE, EXIT = "done", "exit"
+def sent(ref: Ref, spec: ModelSpec) -> Sent:
+    """Layout and keys under which a ref is sent."""
+    entry = ENTRIES[ref.slot.name]
+    single = len(ref.slot.size(spec, ref.kind(spec)).blocks) == 1
+    return Sent(SAME, (entry.fused,)) if single and entry.fused is not None else Sent(entry.layout, entry.names)
+
+
+def received(ref: Ref, spec: ModelSpec, message: Mapping[str, Any]) -> Sent:
+    """Layout and keys that a received message uses for a ref: those of `sent`, or one tensor for all its parts."""
+    fused = ENTRIES[ref.slot.name].fused
+    return Sent(SAME, (fused,)) if fused is not None and fused in message else sent(ref, spec)
 
 
 def message_name(ref: Ref) -> str:
     """Name of the message that carries a ref."""
-    return ENTRIES[ref.slot.name].message.format(layer=ref.layer)
+    if ref.slot.name == "output_layer":
+        return _OUTPUT
+    return (_MTP if ref.stack == MTP else _MESSAGES[ref.slot.scope]).format(layer=ref.layer)

@@ -23,7 +23,7 @@ from ...model.spec import ModelSpec
 from ...sharding.ranks import Parallel
 from .channel import check_parent, receive
 from .handles import StackedHandle, TensorHandle
-from .messages import DONE, ENTRIES, message_name
+from .messages import DONE, ENTRIES, message_name, received
 
 #: Function from Megatron-LM's `args` to the `ModelSpec` fields that they decide: all but family, dtype and vocab_size.
 FieldsOf = Callable[[argparse.Namespace], dict[str, Any]]
@@ -80,13 +80,12 @@ class QueueSource:
         if self._message.get("name") != name:
             self._finish_message()
             self._next_message(name)
-        entry = ENTRIES[ref.slot.name]
-        layout, keys = entry.received(self._message)
-        shape = ref.slot.shape(self.spec)
+        layout, keys = received(ref, self.spec, self._message)
+        shape = ref.shape(self.spec)
         pieces: list[Piece] = []
-        for key, rows in zip(keys, row_maps(layout, ref.slot, self.spec), strict=True):
+        for key, rows in zip(keys, row_maps(layout, ref.slot, self.spec, ref.kind(self.spec)), strict=True):
             where, value = StoredName(f"message {name!r}", key), self._take(key, name)
-            if entry.stacked:
+            if ENTRIES[ref.slot.name].stacked:
                 value = _one_expert(where, value, ref.expert or 0, self.spec.num_experts)
             pieces += self._pieces(where, value, rows, (rows.size, *shape[1:]), ref)
         return Sources(tuple(pieces))

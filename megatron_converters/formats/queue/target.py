@@ -10,18 +10,19 @@ from typing import Any
 from ... import __version__
 from ...assets.origin import Origin
 from ...basics.dtypes import DType
-from ...basics.errors import ConversionError, raise_all
+from ...basics.errors import raise_all
 from ...conversion.accounting import Coverage
 from ...conversion.composing import Sources
 from ...conversion.copying import Executor
 from ...conversion.endpoint import Source, wanted_dtype
 from ...conversion.outline import Fill
+from ...model.layers import LAYER_NORM
 from ...model.layouts import row_maps
 from ...model.slots import SLOTS, Ref, refs
 from ...model.spec import ModelSpec
 from .channel import send
 from .handles import StackedHandle, TensorHandle, part_of
-from .messages import DONE, ENTRIES, message_name
+from .messages import DONE, ENTRIES, message_name, sent
 
 #: Function to Megatron-LM's `args`, as a mapping, from a spec and the source's own args, if it has any.
 ArgsOf = Callable[[ModelSpec, argparse.Namespace | None], dict[str, Any]]
@@ -39,36 +40,31 @@ class QueueTarget:
         *,
         model_type: str,
         divisor: int | None,
-        true_vocab_size: int | None = None,
     ) -> None:
         self._queue = queue
         self._args_of = args_of
         self._model_type = model_type
         self._divisor = divisor
-        self._true_vocab_size = true_vocab_size
         self._message: dict[str, Any] = {}
 
     def begin(self, spec: ModelSpec, origin: Origin, dtype_of: Callable[[Ref], DType]) -> None:
         """Send the metadata."""
-        missing = sorted({ref.slot.name for ref in refs(spec)} - ENTRIES.keys())
-        if missing:
-            raise ConversionError(f"Megatron-LM's loader/saver protocol has no message for {', '.join(missing)}")
         self._spec, self._dtype_of = spec, dtype_of
         send(self._queue, self._metadata(origin))
 
     def fills(self, ref: Ref) -> list[Fill]:
         """Fills of a ref, one per part: `file` is the name of the message, `name` the key."""
-        entry, dtype = ENTRIES[ref.slot.name], self._dtype_of(ref)
-        _, *cols = ref.slot.shape(self._spec)
-        maps = row_maps(entry.layout, ref.slot, self._spec)
+        (layout, keys), dtype = sent(ref, self._spec), self._dtype_of(ref)
+        _, *rest = ref.shape(self._spec)
+        maps = row_maps(layout, ref.slot, self._spec, ref.kind(self._spec))
         return [
-            Fill(message_name(ref), key, dtype, (rows.size, *cols), rows, 0)
-            for key, rows in zip(entry.keys, maps, strict=True)
+            Fill(message_name(ref), key, dtype, (rows.size, *rest), rows, 0)
+            for key, rows in zip(keys, maps, strict=True)
         ]
 
     def write(self, ref: Ref, sources: Sources, fills: Sequence[Fill]) -> None:
         """Add a ref to its message, which is sent when the next message begins."""
-        rows, _ = ref.slot.matrix(self._spec)
+        rows, _ = ref.matrix(self._spec)
         for fill in fills:
             if self._message.get("name", fill.file) != fill.file:
                 self._flush()
@@ -100,18 +96,18 @@ class QueueTarget:
             num_layers=spec.num_layers,
             hidden_size=spec.hidden_size,
             seq_length=args.get("seq_length") or min(_MAX_SEQ_LENGTH, spec.max_position_embeddings),
-            num_attention_heads=spec.num_attention_heads,
+            num_attention_heads=args["num_attention_heads"],
             max_position_embeddings=spec.max_position_embeddings,
             tokenizer_type="HuggingFaceTokenizer",
             iteration=origin.iteration or 1,
             params_dtype=dtype,
             bert_binary_head=True,
             output_layer=not spec.tied,
-            position_embedding_type="rope",
-            linear_bias=spec.proj_bias and spec.mlp_bias,
-            qkv_bias=spec.qkv_bias,
-            norm_has_bias=False,
-            swiglu=True,
+            position_embedding_type=args["position_embedding_type"],
+            linear_bias=args["add_bias_linear"],
+            qkv_bias=args["add_qkv_bias"],
+            norm_has_bias=spec.norm.normalization == LAYER_NORM,
+            swiglu=args["swiglu"],
             previous_tensor_parallel_size=origin.parallel.tp if origin.parallel else 1,
             previous_pipeline_parallel_size=origin.parallel.pp if origin.parallel else 1,
             true_vocab_size=spec.vocab_size,

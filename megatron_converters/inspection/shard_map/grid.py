@@ -24,7 +24,7 @@ KINDS = {
     "experts": ("expert_fc1", "expert_fc2"),
     "shared expert": ("shared_fc1", "shared_fc2", "shared_gate"),
     "router": ("router",),
-    "norms": ("input_norm", "q_norm", "k_norm", "mlp_norm", "moe_norm", "final_norm"),
+    "norms": ("input_norm", "q_norm", "k_norm", "mlp_norm", "final_norm"),
     "output layer": ("output_layer",),
 }
 _KIND_BY_SLOT = {slot: kind for kind, slots in KINDS.items() for slot in slots}

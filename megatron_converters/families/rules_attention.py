@@ -1,0 +1,198 @@
+"""Rules for rotary embeddings, sliding windows and the mixers of layers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from ..basics.errors import ConversionError
+from ..model.layers import RopeScaling, is_whole, number
+from ..model.spec import ModelSpec
+from .rules import Config, layer_count, list_of_names, per_layer
+
+LINEAR, LLAMA3, YARN = "linear", "llama3", "yarn"
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary base and scaling, in transformers 4's spelling (rope_theta, rope_scaling) or 5's (rope_parameters).
+
+    Written in the older spelling, which both read. `partial` is the default of `partial_rotary_factor`, None where the
+    architecture rotates whole heads. `scalings` are the kinds of scaling that can be converted, besides none.
+    """
+
+    default_theta: float = 10000.0
+    partial: float | None = None
+    scalings: tuple[str, ...] = (LINEAR, LLAMA3)
+    keys: tuple[str, ...] = ("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor")
+
+    def read(self, config: Config) -> dict[str, Any]:
+        table = config.get("rope_scaling") or config.get("rope_parameters") or {}  # the same order as in transformers
+        if not isinstance(table, dict):
+            raise ConversionError(f"config.json has {table!r} for its rotary embeddings; it must be an object or null")
+        if any(isinstance(value, dict) for value in table.values()):
+            raise ConversionError("config.json has rotary embeddings that differ by layer type; that is not supported")
+        kind = str(table.get("rope_type") or table.get("type") or "default")
+        theta = table.get("rope_theta", config.get("rope_theta")) or self.default_theta
+        found = {"rotary_base": number(theta, "rope_theta"), "rope_scaling": self._scaling(kind, table)}
+        return {**found, **self._percent(table, config)}
+
+    def _percent(self, table: dict[str, Any], config: Config) -> dict[str, Any]:
+        given = [where.get("partial_rotary_factor") for where in (table, config)]
+        if self.partial is None:
+            if any(value not in (None, 1.0) for value in given):
+                raise ConversionError(
+                    "config.json rotates only a part of each head (partial_rotary_factor); that is not supported"
+                )
+            return {}
+        value = next((value for value in given if value is not None), self.partial)
+        return {"rotary_percent": number(value, "partial_rotary_factor")}
+
+    def _scaling(self, kind: str, table: dict[str, Any]) -> RopeScaling | None:
+        if kind == "default":
+            return None
+        if kind not in self.scalings:
+            supported = " and ".join(filter(None, (", ".join(("default", *self.scalings[:-1])), self.scalings[-1])))
+            raise ConversionError(f"config.json has RoPE scaling of type {kind!r}; supported are {supported}")
+        required, optional = _SCALING_KEYS[kind]
+        values: dict[str, Any] = {key: _required(table, key, kind) for key in required}
+        values |= {key: number(table[key], key) for key in optional if table.get(key) is not None}
+        if "original_max_position_embeddings" in values:
+            values["original_max_position_embeddings"] = int(values["original_max_position_embeddings"])
+        return RopeScaling(kind, **values)
+
+    def write(self, spec: ModelSpec) -> dict[str, Any]:
+        theta = number(spec.values.get("rotary_base"), "rotary_base")
+        base = int(theta) if float(theta).is_integer() else theta
+        written = {"rope_theta": base, "rope_scaling": _write_scaling(spec.values["rope_scaling"])}
+        return written if self.partial is None else {**written, "partial_rotary_factor": spec.values["rotary_percent"]}
+
+
+#: Keys of each kind of scaling in config.json: required ones, and those that have a default.
+_SCALING_KEYS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    LINEAR: (("factor",), ()),
+    LLAMA3: (("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"), ()),
+    YARN: (
+        ("factor", "original_max_position_embeddings"),
+        ("beta_fast", "beta_slow", "mscale", "mscale_all_dim"),
+    ),
+}
+
+
+def _required(table: dict[str, Any], key: str, kind: str) -> float:
+    if key not in table:
+        raise ConversionError(f"config.json has RoPE scaling of type {kind!r} without {key}")
+    return number(table[key], key)
+
+
+def _write_scaling(scaling: RopeScaling | None) -> dict[str, Any] | None:
+    if scaling is None:
+        return None
+    required, optional = _SCALING_KEYS[scaling.kind]
+    values = {key: getattr(scaling, key) for key in (*required, *optional)}
+    # transformers 4 knows these two under their older key, too
+    return {"rope_type": scaling.kind, **({} if scaling.kind == LLAMA3 else {"type": scaling.kind}), **values}
+
+
+@dataclass(frozen=True)
+class Window:
+    """A sliding window on every layer (Mistral): null or absent means none, unless the class has a default."""
+
+    default: int | None
+    keys: tuple[str, ...] = ("sliding_window",)
+
+    def read(self, config: Config) -> dict[str, Any]:
+        return {"sliding_window": config.get("sliding_window", self.default)}
+
+    def write(self, spec: ModelSpec) -> dict[str, Any]:
+        return {"sliding_window": spec.values["sliding_window"]}
+
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+
+
+def layer_types(config: Config) -> list[str]:
+    """Kind of attention of each layer, as transformers 5 lists it; empty if config.json does not."""
+    return list_of_names(config, "layer_types")
+
+
+@dataclass(frozen=True)
+class SwitchedWindow:
+    """Qwen's window: off unless `use_sliding_window`, and only from layer `max_window_layers` on, or as `layer_types` says."""
+
+    keys: tuple[str, ...] = ("use_sliding_window", "sliding_window", "max_window_layers", "layer_types")
+
+    def read(self, config: Config) -> dict[str, Any]:
+        layers = config.get("num_hidden_layers", 0)
+        window = config.get("sliding_window", 4096) if config.get("use_sliding_window") else None
+        start = config.get("max_window_layers", 28) if window is not None else 0
+        if not is_whole(start) or not is_whole(layers):
+            raise ConversionError(
+                f"config.json has max_window_layers={start!r} of {layers!r} layers; they must be numbers"
+            )
+        types = layer_types(config)
+        if window is None:
+            return {"sliding_window": None}
+        types = types or [FULL if layer < start else SLIDING for layer in range(layers)]
+        if len(types) != layers or not {*types} <= {FULL, SLIDING}:
+            raise ConversionError(
+                f"config.json has layer_types={types!r}; it must name {FULL} or {SLIDING} for each of {layers} layers"
+            )
+        return {"sliding_window": per_layer([window if kind == SLIDING else None for kind in types])}
+
+    def write(self, spec: ModelSpec) -> dict[str, Any]:
+        windows = spec.in_layers("sliding_window")
+        found = {window for window in windows if window is not None}
+        start = next((layer for layer, window in enumerate(windows) if window is not None), spec.num_layers)
+        written = {
+            "use_sliding_window": bool(found),
+            "sliding_window": max(found, default=None),
+            "max_window_layers": start,
+        }
+        if all(windows[start:]):
+            return written
+        return {**written, "layer_types": [FULL if window is None else SLIDING for window in windows]}
+
+
+@dataclass(frozen=True)
+class NoWindow:
+    """Qwen's window, which must be off: transformers applies it to other layers in mixtures of experts than in dense models."""
+
+    keys: tuple[str, ...] = ("use_sliding_window", "sliding_window", "max_window_layers", "layer_types")
+
+    def read(self, config: Config) -> dict[str, Any]:
+        if config.get("use_sliding_window") or SLIDING in layer_types(config):
+            raise ConversionError(
+                "config.json switches on a sliding window; that is not supported for Qwen's mixtures of experts"
+            )
+        return {"sliding_window": None}
+
+    def write(self, _: ModelSpec) -> dict[str, Any]:
+        return {"use_sliding_window": False, "sliding_window": None}
+
+
+LINEAR_ATTENTION = "linear_attention"
+_MIXERS = {FULL: "attention", LINEAR_ATTENTION: "gated delta"}
+
+
+@dataclass(frozen=True)
+class LinearAttention:
+    """Layers with linear attention: those that `layer_types` lists, else all but every `full_attention_interval`-th."""
+
+    interval: int
+    keys: tuple[str, ...] = ("layer_types", "full_attention_interval")
+
+    def read(self, config: Config) -> dict[str, Any]:
+        layers, interval = layer_count(config), config.get("full_attention_interval") or self.interval
+        if not is_whole(interval) or interval < 1:
+            raise ConversionError(f"config.json has full_attention_interval={interval!r}; it must be a number above 0")
+        types = layer_types(config) or [LINEAR_ATTENTION if (layer + 1) % interval else FULL for layer in range(layers)]
+        if len(types) != layers or not {*types} <= _MIXERS.keys():
+            raise ConversionError(
+                f"config.json has layer_types={types!r}; it must name {' or '.join(_MIXERS)} for each of {layers} layers"
+            )
+        return {"mixer": per_layer([_MIXERS[kind] for kind in types])}
+
+    def write(self, spec: ModelSpec) -> dict[str, Any]:
+        kinds = {mixer: kind for kind, mixer in _MIXERS.items()}
+        return {"layer_types": [kinds.get(mixer, mixer) for mixer in spec.in_layers("mixer")]}

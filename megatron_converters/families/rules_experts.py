@@ -1,0 +1,137 @@
+"""Rules for mixtures of experts: which layers have one, how many experts, and how they are chosen."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from ..basics.errors import ConversionError
+from ..model.layers import is_whole
+from ..model.spec import ModelSpec
+from .rules import Config, layer_count, list_of_names, per_layer
+
+
+@dataclass(frozen=True)
+class DenseLayers:
+    """Qwen's layers without experts: those listed, and all except every `decoder_sparse_step`-th."""
+
+    keys: tuple[str, ...] = ("mlp_only_layers", "decoder_sparse_step")
+
+    def read(self, config: Config) -> dict[str, Any]:
+        listed, step = config.get("mlp_only_layers") or [], config.get("decoder_sparse_step") or 1
+        if not isinstance(listed, list) or not isinstance(step, int) or step < 1:
+            raise ConversionError(
+                f"config.json has mlp_only_layers={listed!r} and decoder_sparse_step={step!r}; "
+                "they must be a list of layers and a whole number above 0"
+            )
+        dense = [layer in listed or (layer + 1) % step for layer in range(layer_count(config))]
+        return {"feed": per_layer(["mlp" if each else "moe" for each in dense])} if dense else {}
+
+    def write(self, spec: ModelSpec) -> dict[str, Any]:
+        dense = [layer for layer, feed in enumerate(spec.in_layers("feed")) if feed == "mlp"]
+        return {"mlp_only_layers": dense, "decoder_sparse_step": 1}
+
+
+_SPARSE = {"dense": "mlp", "sparse": "moe"}
+
+
+@dataclass(frozen=True)
+class FirstDense:
+    """Layers without experts at the beginning: their number, or as `mlp_layer_types` (transformers 5) lists them."""
+
+    default: int
+    keys: tuple[str, ...] = ("first_k_dense_replace", "mlp_layer_types", "moe_layer_freq")
+
+    def read(self, config: Config) -> dict[str, Any]:
+        first, layers = config.get("first_k_dense_replace"), layer_count(config)
+        first = self.default if first is None else first
+        if not is_whole(first) or config.get("moe_layer_freq") not in (None, 1):
+            raise ConversionError(
+                f"config.json has first_k_dense_replace={first!r} and moe_layer_freq={config.get('moe_layer_freq')!r}; the "
+                "first must be a number and the second 1"
+            )
+        types = list_of_names(config, "mlp_layer_types") or [
+            "dense" if layer < first else "sparse" for layer in range(layers)
+        ]
+        if len(types) != layers or not {*types} <= _SPARSE.keys():
+            raise ConversionError(
+                f"config.json has mlp_layer_types={types!r}; it must name dense or sparse for each of {layers} layers"
+            )
+        return {"feed": per_layer([_SPARSE[kind] for kind in types])} if types else {}
+
+    def write(self, spec: ModelSpec) -> dict[str, Any]:
+        return {"first_k_dense_replace": [*spec.in_layers("feed"), "moe"].index("moe")}
+
+
+@dataclass(frozen=True)
+class Experts:
+    """Number of experts, under its older and its newer key."""
+
+    default: int
+    keys: tuple[str, ...] = ("num_experts", "num_local_experts")
+
+    def read(self, config: Config) -> dict[str, Any]:
+        found = [config[key] for key in self.keys if config.get(key) is not None]
+        if any(value != found[0] for value in found):
+            raise ConversionError(f"config.json has {' and '.join(self.keys)}, but they differ: {found}")
+        return {"num_experts": found[0] if found else self.default}
+
+    def write(self, spec: ModelSpec) -> dict[str, Any]:
+        return {self.keys[0]: spec.values.get("num_experts")}
+
+
+@dataclass(frozen=True)
+class NormTopkProb:
+    """`norm_topk_prob`: normalizing the probabilities of the chosen experts equals a softmax over only these."""
+
+    keys: tuple[str, ...] = ("norm_topk_prob",)
+
+    def read(self, config: Config) -> dict[str, Any]:
+        normalized = config.get("norm_topk_prob") or False
+        if not isinstance(normalized, bool):
+            raise ConversionError(f"norm_topk_prob is {normalized!r}; it must be true or false")
+        return {"moe_router_pre_softmax": not normalized}
+
+    def write(self, spec: ModelSpec) -> dict[str, Any]:
+        return {"norm_topk_prob": not spec.values["moe_router_pre_softmax"]}
+
+
+@dataclass(frozen=True)
+class SharedExperts:
+    """Number of shared experts, each of `moe_intermediate_size`, which Megatron-LM and transformers compute as one."""
+
+    default: int
+    keys: tuple[str, ...] = ("n_shared_experts",)
+
+    def read(self, config: Config) -> dict[str, Any]:
+        count = config.get("n_shared_experts", self.default) or 0
+        size = config.get("moe_intermediate_size")
+        if not is_whole(count) or not is_whole(size) or count < 0:
+            raise ConversionError(
+                f"config.json has n_shared_experts={count!r} and moe_intermediate_size={size!r}; they must be whole numbers"
+            )
+        return {"shared_ffn_hidden_size": count * size}
+
+    def write(self, spec: ModelSpec) -> dict[str, Any]:
+        size, shared = spec.values.get("moe_ffn_hidden_size"), spec.values.get("shared_ffn_hidden_size")
+        if is_whole(size) and is_whole(shared) and shared % size == 0:
+            return {"n_shared_experts": shared // size}
+        return {"n_shared_experts": shared}  # reads back as another size
+
+
+@dataclass(frozen=True)
+class ExpertGroups:
+    """Groups of experts, of which some are eligible for a token; one group is no limit."""
+
+    default: tuple[int | None, int | None]
+    keys: tuple[str, ...] = ("n_group", "topk_group")
+
+    def read(self, config: Config) -> dict[str, Any]:
+        groups, chosen = (config.get(key) or default for key, default in zip(self.keys, self.default, strict=True))
+        if groups == chosen:  # all groups are eligible
+            groups = chosen = None
+        return {"moe_router_num_groups": groups, "moe_router_group_topk": chosen}
+
+    def write(self, spec: ModelSpec) -> dict[str, Any]:
+        groups, chosen = spec.values.get("moe_router_num_groups"), spec.values.get("moe_router_group_topk")
+        return {"n_group": groups or 1, "topk_group": chosen or 1}

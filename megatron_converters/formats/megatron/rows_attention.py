@@ -1,0 +1,230 @@
+"""Arguments of multi-latent attention, gated DeltaNet, muP's multipliers, and multi-token prediction.
+
+Names: Megatron-LM core_v0.12.0 to core_v0.19.0, training/arguments.py and core/transformer/transformer_config.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from ...basics.errors import ConversionError
+from ...model.layers import RopeScaling, number
+from ...model.spec import ModelSpec, PerLayer
+from .argument import Args, Argument, Build, Context, Properties, flag, frequency, is_latent, only, switch
+from .rows_model import scaling_of
+
+_GATED_DELTA = "gated_delta_net"
+#: YaRN of multi-latent attention in Megatron-LM, which no flag sets (core/transformer/transformer_config.py).
+_BETA_FAST, _BETA_SLOW, _ORIGINAL = 32.0, 1.0, 4096
+_LATENT_SIZES = ("kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim")
+_LATENT_DEFAULTS = {"kv_lora_rank": 32, "qk_head_dim": 128, "qk_pos_emb_head_dim": 64, "v_head_dim": 128}
+
+
+def _latent(name: str) -> Argument:
+    """Size of multi-latent attention, which only such models have."""
+
+    def read(args: Args) -> Properties:
+        return {name: args.get(name, _LATENT_DEFAULTS.get(name))} if args.get("multi_latent_attention") else {}
+
+    return Argument(
+        name,
+        lambda context: context.value(name),
+        read,
+        written=is_latent,
+        flag=flag("--" + name.replace("_", "-"), lost=True, since="0.12", needs="multi_latent_attention"),
+        build=Build.REFUSED,
+    )
+
+
+def _yarn(context: Context) -> RopeScaling | None:
+    return scaling_of(context.spec, "yarn")
+
+
+def _rope_type(context: Context) -> str:
+    return "rope" if _yarn(context) is None else "yarn"
+
+
+def _of_yarn(field: str, plain: float) -> Callable[[Context], Any]:
+    """Writer of a field of YaRN for multi-latent attention, with the value that plain rotary embeddings take."""
+
+    def write(context: Context) -> Any:
+        scaling = _yarn(context)
+        return plain if scaling is None else getattr(scaling, field)
+
+    return write
+
+
+def _read_yarn(args: Args) -> Properties:
+    """Rotary embeddings of multi-latent attention: YaRN unless `rope_type` says otherwise; a factor of 1 changes nothing."""
+    if not args.get("multi_latent_attention"):
+        return {}
+    factor = number(args.get("rotary_scaling_factor") or 1.0, "rotary_scaling_factor")
+    if args.get("rope_type") == "rope" or factor == 1.0:
+        return {"rope_scaling": None}
+    every = args.get("mscale_all_dim")
+    return {
+        "rope_scaling": RopeScaling(
+            "yarn",
+            factor,
+            original_max_position_embeddings=_ORIGINAL,
+            beta_fast=_BETA_FAST,
+            beta_slow=_BETA_SLOW,
+            mscale=number(1.0 if args.get("mscale") is None else args["mscale"], "mscale"),
+            mscale_all_dim=number(0.0 if every is None else every, "mscale_all_dim"),
+        )
+    }
+
+
+def _yarn_limit(spec: ModelSpec) -> str:
+    scaling = scaling_of(spec, "yarn")
+    if scaling is None:
+        return ""
+    if not is_latent(spec):
+        return "YaRN outside multi-latent attention, which is not supported yet"
+    held = scaling.beta_fast, scaling.beta_slow, scaling.original_max_position_embeddings
+    if held == (_BETA_FAST, _BETA_SLOW, _ORIGINAL):
+        return ""
+    return (
+        f"YaRN with beta_fast, beta_slow and original_max_position_embeddings of {held[0]:g}, {held[1]:g} and {held[2]}: "
+        f"Megatron-LM has {_BETA_FAST:g}, {_BETA_SLOW:g} and {_ORIGINAL} built in for multi-latent attention"
+    )
+
+
+LATENT = (
+    Argument(
+        "multi_latent_attention",
+        lambda context: is_latent(context.spec),
+        absent=False,
+        flag=flag("--multi-latent-attention", switch, lost=True, since="0.12"),
+        build=Build.REFUSED,  # megatron-core builds it with Transformer Engine alone
+    ),
+    _latent("q_lora_rank"),
+    *map(_latent, _LATENT_SIZES),
+    Argument(
+        "rope_type",
+        _rope_type,
+        _read_yarn,
+        written=is_latent,
+        limit=_yarn_limit,
+        flag=flag("--rope-type", lost=True, since="0.14"),
+        build=Build.REFUSED,
+    ),
+    *(
+        Argument(
+            attribute,
+            _of_yarn(field, plain),
+            written=is_latent,
+            flag=flag("--" + attribute.replace("_", "-"), lost=True, since="0.12", needs="multi_latent_attention"),
+            build=Build.REFUSED,
+        )
+        for attribute, field, plain in (
+            ("rotary_scaling_factor", "factor", 1.0),
+            ("mscale", "mscale", 1.0),
+            ("mscale_all_dim", "mscale_all_dim", 0.0),
+        )
+    ),
+    only("mla_down_proj_fusion", False, "down projections that are stored as one", optional=True),
+)
+
+
+# -- gated DeltaNet
+
+
+def _is_linear(context: Context) -> list[bool]:
+    return [mixer == "gated delta" for mixer in context.per_layer("mixer")]
+
+
+def _linear_frequency(context: Context) -> int | list[int] | None:
+    """N where every N-th layer has full attention, else a list of 1 for each layer with linear attention."""
+    linear = _is_linear(context)
+    if not any(linear):
+        return None
+    first = [*linear, False].index(False) + 1
+    every = [bool((layer + 1) % first) for layer in range(len(linear))]
+    return first if every == linear else [int(each) for each in linear]
+
+
+def _read_variant(args: Args) -> Properties:
+    variant, layers = args.get("experimental_attention_variant"), args["num_layers"]
+    if variant is None:
+        return {}
+    if variant != _GATED_DELTA:
+        raise ConversionError(
+            f"the checkpoint's args have experimental_attention_variant={variant!r}; only {_GATED_DELTA!r} is supported"
+        )
+    freq = args.get("linear_attention_freq")
+    if isinstance(freq, int) and freq > 0:
+        linear = [bool((layer + 1) % freq) for layer in range(layers)]
+    elif isinstance(freq, list) and len(freq) == layers:
+        linear = [bool(each) for each in freq]
+    else:
+        raise ConversionError(
+            f"the checkpoint's args have linear_attention_freq={freq!r}; it must be a number or a list of {layers} values"
+        )
+    return {"mixer": PerLayer("gated delta" if each else "attention" for each in linear)}
+
+
+def _linear(name: str) -> Argument:
+    """Size of gated DeltaNet, which only such models have."""
+
+    def read(args: Args) -> Properties:
+        return {name: args.get(name)} if args.get("experimental_attention_variant") else {}
+
+    return Argument(
+        name,
+        lambda context: context.value(name),
+        read,
+        optional=True,
+        flag=flag("--" + name.replace("_", "-"), lost=True, since="0.16"),
+        build=Build.REFUSED,
+    )
+
+
+GATED_DELTA = (
+    Argument(
+        "experimental_attention_variant",
+        lambda context: _GATED_DELTA if any(_is_linear(context)) else None,
+        _read_variant,
+        flag=flag("--experimental-attention-variant", lost=True, since="0.16"),
+        build=Build.REFUSED,
+    ),
+    Argument(
+        "linear_attention_freq",
+        _linear_frequency,
+        optional=True,
+        flag=flag("--linear-attention-freq", frequency, lost=True, since="0.16"),
+        build=Build.REFUSED,
+    ),
+    *map(
+        _linear,
+        (
+            "linear_conv_kernel_dim",
+            "linear_key_head_dim",
+            "linear_value_head_dim",
+            "linear_num_key_heads",
+            "linear_num_value_heads",
+        ),
+    ),
+    Argument(
+        "attention_output_gate",
+        lambda context: bool(context.value("attention_output_gate", False)),
+        lambda args: {"attention_output_gate": bool(args.get("attention_output_gate", False))},
+        absent=False,
+        flag=flag("--attention-output-gate", switch, lost=True, since="0.16"),
+        build=Build.REFUSED,
+    ),
+)
+
+
+# -- multi-token prediction
+
+PREDICTION = (
+    Argument(
+        "mtp_num_layers",
+        lambda context: len(context.spec.mtp) or None,
+        lambda args: {"mtp_num_layers": args.get("mtp_num_layers") or 0},
+        flag=flag("--mtp-num-layers", lost=True, since="0.12"),
+        build=Build.REFUSED,
+    ),
+)

@@ -1,0 +1,25 @@
+"""Entry of a format's table: how the format names and stores a slot."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .layouts import Layout
+from .values import Affine
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Names of a slot's parts in a format, in the order of the layout; `{layer}` and `{expert}` stand for numbers.
+
+    `transposed` parts are stored as their transposed matrices. `value` turns stored values into those of the slot. `stacked`
+    parts hold those of all experts along a first axis. `fused` names the single tensor, in the slot's own layout, that may be
+    there instead: [experts, rows, columns] for all experts of an expert slot, the whole slot otherwise.
+    """
+
+    layout: Layout
+    names: tuple[str, ...]
+    fused: str | None = None
+    transposed: bool = False
+    stacked: bool = False
+    value: Affine | None = None
