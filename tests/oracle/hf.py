@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from . import hf_kinds
+
 _SIZES: dict[str, Any] = dict(
     vocab_size=199,  # a prime, so that vocabulary padding is needed
     hidden_size=64,
@@ -96,7 +98,7 @@ def make_model(
 ) -> Path:
     """Write a random model of `family` into `directory`, and return it; the seed determines the bytes.
 
-    `family` is a key of `FAMILIES` or `MOE_FAMILIES`.
+    `family` is a key of `FAMILIES`, `MOE_FAMILIES` or `hf_kinds.KINDS`.
     `max_shard_size` is bytes or text such as "100KB". `weights` is "safetensors" or "bin" (`pytorch_model*.bin`).
     `legacy_config` rewrites `config.json` as transformers 4 wrote it (`rope_theta`, `rope_scaling`, `torch_dtype`).
     `fused_experts` keeps each layer's experts as the two 3-D tensors that transformers 5 holds in memory; without it the
@@ -105,9 +107,8 @@ def make_model(
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.for_model(
-        **{**_SIZES, **{**FAMILIES, **MOE_FAMILIES}[family], "dtype": dtype, **config_overrides}
-    )
+    fields = hf_kinds.KINDS.get(family) or {**_SIZES, **{**FAMILIES, **MOE_FAMILIES}[family]}
+    config = AutoConfig.for_model(**{**fields, "dtype": dtype, **config_overrides})
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     _randomise(model, seed)
     model.to(getattr(torch, dtype))
@@ -145,18 +146,23 @@ def _randomise(model: torch.nn.Module, seed: int) -> None:
     """Set every parameter to random values: norms that stay 1 and biases that stay 0 would hide mistakes.
 
     Queries and keys are larger than the rest, so that attention is far from uniform and a wrong RoPE or window changes the
-    logits. Routers and gates are larger, too, so that the choice of experts is clear, and so are biases.
+    logits. Routers and gates are larger, too, so that the choice of experts is clear, and so are biases. The order and scale of the
+    draws of a family must stay: recorded outputs are compared byte for byte.
     """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in sorted(model.named_parameters()):
             noise = torch.randn(parameter.shape, generator=generator)
-            if name.endswith("norm.weight"):
-                parameter.copy_(1 + 0.3 * noise)
+            if hf_kinds.is_norm(name):
+                centre = parameter.mean().item()  # as the class initialises it: 0 where it adds 1, else 1
+                parameter.copy_(centre + 0.3 * noise)
+            elif scale := hf_kinds.scale(name):
+                parameter.copy_(scale * noise)
             elif name.endswith((".bias", "gate.weight")):
                 parameter.copy_(0.3 * noise)
             else:
                 parameter.copy_((0.2 if "q_proj" in name or "k_proj" in name else 0.05) * noise)
+        hf_kinds.randomise_buffers(model, generator)
 
 
 def _safetensors_to_bin(directory: Path) -> None:
