@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core import parallel_state
+from megatron.core.activations import squared_relu
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.experimental_attention_variant_module_specs import (
+    get_transformer_block_with_experimental_attention_variant_spec,
+)
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_decoder_block_spec,
+    get_gpt_decoder_layer_specs,
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
+    get_gpt_mtp_block_spec,
 )
-from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
@@ -39,30 +47,44 @@ _ON_CPU: dict[str, Any] = dict(
     attention_dropout=0.0,
     moe_token_dispatcher_type="allgather",  # the other dispatchers need CUDA streams
 )
+#: Kinds of position embeddings that are built here. Latent attention has a rotary one of its own, whatever the kind.
+_POSITIONS = ("rope", "learned_absolute", "none")
 #: Field that later releases lack; they behave as if it were False.
 _ONLY_IN_0_16 = "moe_use_legacy_grouped_gemm"
 
 
-def build(args: Namespace, initialise: bool = False) -> list[GPTModel]:
+def build(args: Namespace, initialise: bool = False, engine: bool = False) -> list[GPTModel]:
     """This rank's parts of the model that `args` describes, in float32, one for each of its virtual pipeline stages.
 
     They are built as by Megatron-LM's `gpt_builder` (0.16). Without `initialise` the parameters are uninitialised and lack
-    megatron's attributes; a strict load then fills them all. Raises `ConversionError` if arguments are missing.
+    megatron's attributes; a strict load then fills them all. `engine` says that this process has Transformer Engine's layers.
+    Raises `ConversionError` if arguments are missing, or if the model needs those layers and there are none.
     """
-    required = (
-        *buildable_args.CONFIG,
-        *buildable_args.MODEL,
-        *(buildable_args.CONFIG_WITH_EXPERTS if _experts(args) else ()),
-    )
-    missing = [name for name in required if not hasattr(args, name)]
+    missing = [name for name in _required(args) if not hasattr(args, name)]
     if missing:
         raise ConversionError(f"args lack {', '.join(missing)}")
-    if args.position_embedding_type != "rope":
-        raise ConversionError(f"args.position_embedding_type is {args.position_embedding_type!r}, not 'rope'")
+    if args.position_embedding_type not in _POSITIONS:
+        raise ConversionError(
+            f"args.position_embedding_type is {args.position_embedding_type!r}, not {' or '.join(map(repr, _POSITIONS))}"
+        )
+    needing = buildable_args.needing_engine(vars(args))
+    if needing and not engine:
+        raise ConversionError(f"args have {', '.join(needing)}, which needs Transformer Engine")
     config = _config(args, initialise)
     vpp = config.virtual_pipeline_model_parallel_size
     parallel_state.set_virtual_pipeline_model_parallel_world_size(vpp)
     return [_stage(args, config, number) for number in (range(vpp) if vpp else [None])]
+
+
+def _required(args: Namespace) -> list[str]:
+    gate = getattr(args, "swiglu", True) or getattr(args, "squared_relu", False)
+    return [
+        *buildable_args.CONFIG,
+        *buildable_args.MODEL,
+        *(buildable_args.CONFIG_WITH_EXPERTS if _experts(args) else ()),
+        *(buildable_args.LATENT if _latent(args) else ()),
+        *(() if gate else buildable_args.UNGATED),
+    ]
 
 
 def _stage(args: Namespace, config: TransformerConfig, number: int | None) -> GPTModel:
@@ -76,12 +98,13 @@ def _stage(args: Namespace, config: TransformerConfig, number: int | None) -> GP
             post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=number),
             vp_stage=number,
             share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
-            position_embedding_type="rope",
+            position_embedding_type=args.position_embedding_type,
             rotary_percent=args.rotary_percent,
             rotary_base=args.rotary_base,
             rope_scaling=args.use_rope_scaling,
             rope_scaling_factor=args.rope_scaling_factor,
             seq_len_interpolation_factor=args.rotary_seq_len_interpolation_factor,
+            mtp_block_spec=_mtp_spec(args, config, number),
         )
     return model.eval()
 
@@ -109,23 +132,45 @@ def _run(model: GPTModel, tokens: torch.Tensor) -> torch.Tensor | None:
 def _config(args: Namespace, initialise: bool) -> TransformerConfig:
     """Config as built by Megatron-LM's `core_transformer_config_from_args` (0.16)."""
     experts = _experts(args)
-    names: tuple[str, ...] = (*buildable_args.CONFIG, *buildable_args.OPTIONAL)
+    names: tuple[str, ...] = (*buildable_args.CONFIG, *buildable_args.OPTIONAL, *buildable_args.WITH_ENGINE)
     if experts:
         names += (*buildable_args.CONFIG_WITH_EXPERTS, *buildable_args.OPTIONAL_WITH_EXPERTS)
+    if _latent(args):
+        names += (*buildable_args.LATENT, *buildable_args.OPTIONAL_LATENT)
     fields = {name: getattr(args, name) for name in names if hasattr(args, name)}
     fields |= {name: getattr(args, argument, None) for name, argument in buildable_args.RENAMED.items()}
     if not fields.get(_ONLY_IN_0_16):
         fields.pop(_ONLY_IN_0_16, None)
+    if fields.get("rope_type", "") is None:  # Megatron-LM leaves it to the class, whose default is YaRN
+        del fields["rope_type"]
     if experts:
         fields |= {"num_moe_experts": experts}
-    if args.swiglu:
-        fields |= dict(activation_func=F.silu, gated_linear_unit=True)
+    fields |= dict(activation_func=_activation(args), gated_linear_unit=args.swiglu)
+    fields |= dict(deterministic_mode=_linear_attention(args))  # then megatron has code of its own for it
     groups = args.num_query_groups if args.group_query_attention else None
-    return TransformerConfig(**fields, **_ON_CPU, num_query_groups=groups, perform_initialization=initialise)
+    kind = MLATransformerConfig if _latent(args) else TransformerConfig
+    return kind(**fields, **_ON_CPU, num_query_groups=groups, perform_initialization=initialise)
+
+
+def _activation(args: Namespace) -> Callable[[torch.Tensor], torch.Tensor]:
+    if args.swiglu:
+        return F.silu
+    if getattr(args, "squared_relu", False):
+        return squared_relu
+    # The fused kernel of bias and GELU, which is off here, computes the tanh form (core/fusions/fused_bias_gelu.py).
+    return partial(F.gelu, approximate="tanh") if args.bias_gelu_fusion else F.gelu
 
 
 def _experts(args: Namespace) -> int:
     return getattr(args, "num_experts", None) or 0
+
+
+def _latent(args: Namespace) -> bool:
+    return getattr(args, "multi_latent_attention", False)
+
+
+def _linear_attention(args: Namespace) -> bool:
+    return getattr(args, "experimental_attention_variant", None) is not None
 
 
 def _layer_spec(
@@ -134,9 +179,21 @@ def _layer_spec(
     impl = args.transformer_impl
     if impl not in ("local", "transformer_engine"):
         raise ConversionError(f"transformer_impl {impl!r} is neither 'local' nor 'transformer_engine'")
+    if _linear_attention(args):
+        return get_transformer_block_with_experimental_attention_variant_spec(config, vp_stage=number)
     if _experts(args):
         engine = impl == "transformer_engine"
         return get_gpt_decoder_block_spec(config, engine, normalization=args.normalization, vp_stage=number)
+    options = dict(qk_layernorm=args.qk_layernorm, multi_latent_attention=_latent(args))
     if impl == "local":
-        return get_gpt_layer_local_spec(qk_layernorm=args.qk_layernorm, normalization=args.normalization)
-    return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=args.qk_layernorm)
+        return get_gpt_layer_local_spec(**options, normalization=args.normalization)
+    return get_gpt_layer_with_transformer_engine_spec(**options)
+
+
+def _mtp_spec(args: Namespace, config: TransformerConfig, number: int | None) -> Any:
+    """Spec of the layers that predict further tokens, or None if this stage has none."""
+    if not getattr(args, "mtp_num_layers", None):
+        return None
+    engine = args.transformer_impl == "transformer_engine"
+    layer = get_gpt_decoder_layer_specs(config, engine, normalization=args.normalization, vp_stage=number)[-1]
+    return get_gpt_mtp_block_spec(config, layer, use_transformer_engine=engine, vp_stage=number)

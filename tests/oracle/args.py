@@ -109,6 +109,41 @@ _DEFAULTS: dict[str, Any] = dict(
     exit_signal=signal.SIGTERM if ENUMS_LOAD else None,  # an enum, as in real args; `jobs.py` adds megatron's own
 )
 
+#: Arguments of models that differ from Llama in kind, with Megatron-LM's defaults (0.16; muP: 0.17). They are added to the args
+#: of models that set one of them; those of other models leave them out, as do checkpoints of earlier releases.
+_OF_KINDS: dict[str, Any] = dict(
+    add_position_embedding=True,
+    bias_gelu_fusion=True,
+    bias_swiglu_fusion=True,
+    layernorm_zero_centered_gamma=False,
+    attention_output_gate=False,
+    q_lora_rank=None,
+    kv_lora_rank=32,
+    qk_head_dim=128,
+    qk_pos_emb_head_dim=64,
+    v_head_dim=128,
+    rotary_scaling_factor=1.0,
+    mscale=1.0,
+    mscale_all_dim=0.0,
+    experimental_attention_variant=None,
+    linear_attention_freq=None,
+    linear_conv_kernel_dim=4,
+    linear_key_head_dim=128,
+    linear_value_head_dim=128,
+    linear_num_key_heads=16,
+    linear_num_value_heads=32,
+    mtp_num_layers=None,
+)
+#: The same of `--use-mup`.
+_OF_MUP: dict[str, Any] = dict(
+    use_mup=False,
+    mup_base_hidden_size=None,
+    mup_embedding_mult=1.0,
+    mup_output_mult=1.0,
+    mup_base_head_dim=None,
+    mup_attn_scale_power=1.0,
+)
+
 
 def megatron_args(**overrides: Any) -> Namespace:
     """Args of a small Llama-like model, including those that Megatron-LM derives; `overrides` are argument names.
@@ -116,10 +151,13 @@ def megatron_args(**overrides: Any) -> Namespace:
     `num_query_groups=None` is multi-head attention, `expert_tensor_parallel_size=None` is the TP size. `params_dtype` is
     the dtype that `write_checkpoint` stores.
     """
-    unknown = overrides.keys() - _DEFAULTS.keys()
+    defaults = dict(_DEFAULTS)
+    for more in (_OF_KINDS, _OF_MUP):
+        defaults |= more if overrides.keys() & more.keys() else {}
+    unknown = overrides.keys() - defaults.keys()
     if unknown:
         raise TypeError(f"not Megatron arguments: {sorted(unknown)}")
-    args = Namespace(**{**_DEFAULTS, **overrides})
+    args = Namespace(**{**defaults, **overrides})
     args.group_query_attention = args.num_query_groups is not None
     args.num_query_groups = args.num_query_groups or 1  # Megatron-LM's default where attention is not grouped
     args.kv_channels = args.kv_channels or args.hidden_size // args.num_attention_heads

@@ -24,26 +24,29 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 
 from megatron_converters.logits import gpt
 
-from . import checkpoint
+from . import checkpoint, mup
 
 _LAYER = re.compile(r"(?<=^decoder\.layers\.)\d+")
 _EXPERT = re.compile(r"(?<=\.local_experts\.)\d+|(?<=\.linear_fc[12]\.weight)\d+")
 _LEGACY_GROUPED = (".experts.weight1", ".experts.weight2")
 # Norms of Transformer Engine 2 have an `_extra_state`, those of version 1 and of torch do not; both must load.
-_NORM_EXTRA_STATE = re.compile(r".*layernorm\._extra_state")
+_NORM_EXTRA_STATE = re.compile(r".*norm\._extra_state")
 
 
 def build(args: Namespace, impl: str | None = None, qk_norm_over_heads: bool = False) -> list[GPTModel]:
     """This rank's parts of the model that `args` describes, in float32, one for each of its virtual pipeline stages.
 
     They are built as by Megatron-LM's `gpt_builder`. `impl` is the user's `--transformer-impl`; None takes the one in `args`.
-    `qk_norm_over_heads` gives the attention OLMoE's norms, for which Megatron-LM has no argument.
+    `qk_norm_over_heads` gives the attention OLMoE's norms, for which Megatron-LM has no argument. `--use-mup` (0.17 and later)
+    is added to the models of this release.
     """
     args = copy.copy(args)
     args.transformer_impl = impl or args.transformer_impl
-    models = gpt.build(args, initialise=True)
+    mup.set_softmax_scale(args)
+    models = gpt.build(args, initialise=True, engine=True)
     for model in models:
         _adapt(model, qk_norm_over_heads)
+        mup.scale(model, args)
     return models
 
 
