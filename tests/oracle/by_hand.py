@@ -111,7 +111,7 @@ def _rank_state(hf: Tensors, args: Namespace, rank: Rank) -> dict[str, Any]:
     embedding = hf["model.embed_tokens.weight"]
     state: dict[str, Any] = {}
     if pp_rank == 0:
-        state["embedding.word_embeddings.weight"] = _vocabulary(embedding, args, tp_rank)
+        state["embedding.word_embeddings.weight"] = vocabulary(embedding, args, tp_rank)
     per_stage = args.num_layers // pp_size
     for layer in range(per_stage):
         source = f"model.layers.{pp_rank * per_stage + layer}."
@@ -120,9 +120,9 @@ def _rank_state(hf: Tensors, args: Namespace, rank: Rank) -> dict[str, Any]:
     if pp_rank == last:
         state["decoder.final_layernorm.weight"] = hf["model.norm.weight"]
         if args.untie_embeddings_and_output_weights:
-            state["output_layer.weight"] = _vocabulary(hf["lm_head.weight"], args, tp_rank)
+            state["output_layer.weight"] = vocabulary(hf["lm_head.weight"], args, tp_rank)
         elif last > 0:
-            state["output_layer.weight"] = _vocabulary(embedding, args, tp_rank)
+            state["output_layer.weight"] = vocabulary(embedding, args, tp_rank)
     return state
 
 
@@ -148,10 +148,11 @@ def _experts(hf: Tensors, prefix: str, args: Namespace, rank: Rank) -> dict[str,
         part = {name: hf[f"{prefix}.experts.{expert}.{name}.weight"] for name in (gate, down, up)}
         fc1.append(torch.cat([part[name].chunk(etp)[rank.etp] for name in (gate, up)]))
         fc2.append(part[down].chunk(etp, dim=1)[rank.etp].clone())
-    return {f"mlp.experts.{name}": value for name, value in _stored_experts(fc1, fc2, args)}
+    return {f"mlp.experts.{name}": value for name, value in stored_experts(fc1, fc2, args)}
 
 
-def _stored_experts(fc1: list[torch.Tensor], fc2: list[torch.Tensor], args: Namespace) -> Iterator[tuple[str, Any]]:
+def stored_experts(fc1: list[torch.Tensor], fc2: list[torch.Tensor], args: Namespace) -> Iterator[tuple[str, Any]]:
+    """Names and tensors of a rank's experts, whose weights are given one by one, in the module that the args ask for."""
     fused = args.transformer_impl == "transformer_engine"
     if args.moe_grouped_gemm and (args.moe_use_legacy_grouped_gemm or not fused):  # GroupedMLP
         yield "weight1", torch.stack([weight.T for weight in fc1]).reshape(args.hidden_size, -1)
@@ -218,6 +219,7 @@ def _attention(hf: Tensors, args: Namespace, tp_rank: int) -> dict[str, Any]:
     return state
 
 
-def _vocabulary(weight: torch.Tensor, args: Namespace, tp_rank: int) -> torch.Tensor:
+def vocabulary(weight: torch.Tensor, args: Namespace, tp_rank: int) -> torch.Tensor:
+    """Rank's rows of an embedding or head, which is padded with copies of its last row."""
     padding = weight[-1:].expand(args.padded_vocab_size - len(weight), -1)
     return torch.cat([weight, padding]).chunk(args.tensor_model_parallel_size)[tp_rank].clone()
