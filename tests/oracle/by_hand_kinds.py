@@ -6,7 +6,6 @@ of Megatron-LM's is a `Piece`: whole, with the way in which ranks share it.
 
 from __future__ import annotations
 
-import json
 from argparse import Namespace
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from safetensors.torch import load_file
 
-from . import checkpoint, kinds_args
+from . import by_hand_dist, checkpoint, kinds_args
 from .by_hand import stored_experts, vocabulary
 from .checkpoint import Grid, Rank
 
@@ -46,8 +45,7 @@ def convert(hf: Path, root: Path, *, down_cut: bool = False, **overrides: Any) -
     `down_cut` cuts the down projections of latent attention over ranks, as Megatron-LM did up to 0.13; from 0.14 on each rank
     holds all of them. `overrides` are arguments, such as the parallel sizes, that replace those derived from the config.
     """
-    config = json.loads((hf / "config.json").read_text())
-    args = kinds_args.args_of(config, **overrides)
+    args = kinds_args.args_of(kinds_args.read(hf), **overrides)
     tensors = load_file(hf / "model.safetensors")
     grid = Grid.of(args)
     checkpoint.check_grid(grid)
@@ -250,3 +248,34 @@ def _experts(hf: Tensors, args: Namespace, rank: Rank) -> dict[str, Any]:
         for weights, number in zip(both, (1, 2), strict=True):
             weights.append(pieces[f"linear_fc{number}.weight"].of(rank.etp, ranks))
     return {f"mlp.experts.{name}": value for name, value in stored_experts(*both, args)}
+
+
+_BLOCKS = {
+    "self_attention.in_proj.weight": ("query", "key", "value", "z", "beta", "alpha"),
+    "self_attention.conv1d.weight": ("query", "key", "value"),
+}
+"""Tensors of gated DeltaNet that distributed checkpoints hold block by block, and the ends of the blocks' keys."""
+
+
+def convert_distributed(hf: Path, root: Path, *, stacked: bool, **overrides: Any) -> Path:
+    """Write the model in `hf` as a `torch_dist` checkpoint; `stacked` makes layers an axis.
+
+    Megatron-LM stacks them unless `moe_layer_freq` or `linear_attention_freq` is a list or above 1 (0.16, transformer_block.py).
+    """
+    legacy = convert(hf, root / "legacy", transformer_impl="transformer_engine", **overrides)
+    path = checkpoint.rank_file(legacy / "iter_0000001", Grid(), Rank())
+    content = checkpoint.load_rank(path)
+    args, state = content["args"], content["model"]
+    for key in [key for key in state if key.endswith(tuple(_BLOCKS))]:
+        names = next(names for end, names in _BLOCKS.items() if key.endswith(end))
+        blocks = state.pop(key).split(_block_rows(args)[: len(names)])
+        state |= {f"{key}.{name}": block.clone() for name, block in zip(names, blocks, strict=True)}
+    torch.save(content, path)
+    return by_hand_dist.from_legacy(legacy, root, stacked=stacked)
+
+
+def _block_rows(args: Namespace) -> list[int]:
+    """Rows of queries, keys, values, gates of the output, and the two scalars of each value head."""
+    key = args.linear_num_key_heads * args.linear_key_head_dim
+    value = args.linear_num_value_heads * args.linear_value_head_dim
+    return [key, key, value, value, args.linear_num_value_heads, args.linear_num_value_heads]

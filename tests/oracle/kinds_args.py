@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from argparse import Namespace
+from pathlib import Path
 from typing import Any
 
 from .args import megatron_args
 
 Config = dict[str, Any]
+
+
+def read(hf: Path) -> Config:
+    """Content of the config.json in a Hugging Face folder."""
+    config: Config = json.loads((hf / "config.json").read_text())
+    return config
 
 
 def args_of(config: Config, **overrides: Any) -> Namespace:
