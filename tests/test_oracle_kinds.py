@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.oracle import by_hand_kinds, checkpoint, kinds_args
+from tests.oracle import by_hand_kinds, by_hand_kinds_dist, checkpoint, kinds_args
 from tests.oracle.checkpoint import Grid, Rank
 from tests.oracle.errors import OracleError
 from tests.oracle.hf import hf_logits, sample_tokens
@@ -69,7 +69,7 @@ def test_grouped_experts_agree_with_transformers(
     ("family", "wrong"),
     [
         ("gpt2", dict(bias_gelu_fusion=False)),
-        ("gpt2", dict(position_embedding_type="rope")),
+        ("gpt2", dict(layernorm_epsilon=1e-5)),
         ("starcoder2", dict(window_size=(7, 0))),
         ("phi3-partial", dict(rotary_percent=1.0)),
         ("glm", dict(rotary_interleaved=False)),
@@ -93,11 +93,7 @@ def test_a_wrong_argument_shows(
     wrong: dict[str, Any],
 ) -> None:
     root = by_hand_kinds.convert(hf_model(family), tmp_path / "meg", **ENGINE, **wrong)
-    if wrong.get("position_embedding_type") == "rope":
-        with pytest.raises(OracleError, match="Unexpected key.*position_embeddings"):
-            megatron_pool.logits(root, TOKENS)
-    else:
-        assert difference(megatron_pool.logits(root, TOKENS), reference(family)) > 5 * TOLERANCE
+    assert difference(megatron_pool.logits(root, TOKENS), reference(family)) > 5 * TOLERANCE
 
 
 def test_latent_down_projections_were_cut_before_0_14(
@@ -126,7 +122,7 @@ def _state(root: Path, grid: Grid, rank: Rank) -> dict[str, Any]:
 def test_a_distributed_checkpoint_by_hand_agrees_with_transformers(
     megatron_pool: MegatronPool, tmp_path: Path, hf_model: Callable[..., Path], reference: Reference, family: str
 ) -> None:
-    root = by_hand_kinds.convert_distributed(hf_model(family), tmp_path / "meg", stacked=family not in WITH_EXPERTS)
+    root = by_hand_kinds_dist.convert(hf_model(family), tmp_path / "meg", stacked=family not in WITH_EXPERTS)
     logits = megatron_pool.distributed_logits(root, TOKENS, tp=2)
     assert difference(logits, reference(family)) < TOLERANCE
 
@@ -138,9 +134,11 @@ def test_layers_that_predict_further_tokens_are_saved_and_loaded(
     config = kinds_args.read(hf_model(family))
     args = kinds_args.args_of(config, **ENGINE, **CUT, expert_tensor_parallel_size=2, mtp_num_layers=1)
     expected = write_checkpoint(megatron_pool, tmp_path / "torch", args, seed=1, tokens=TOKENS)
-    assert torch.equal(megatron_pool.logits(tmp_path / "torch", TOKENS), expected)
-    last = _state(tmp_path / "torch", Grid(2, 2, 1, 2), Rank(0, 1, 0, 0))
+    assert torch.equal(megatron_pool.logits(tmp_path / "torch", TOKENS, by_megatron=True), expected)
+    path = checkpoint.rank_file(tmp_path / "torch" / "iter_0000001", Grid(2, 2, 1, 2), Rank(pp=1))
+    last = checkpoint.load_trusted(path)["model"]
     assert {"mtp.layers.0.eh_proj.weight", "embedding.word_embeddings.weight"} <= last.keys()
     assert last["mtp.layers.0.eh_proj.weight"].shape == (args.hidden_size // 2, 2 * args.hidden_size)
     expected = write_distributed(megatron_pool, tmp_path / "dist", args, seed=1, tokens=TOKENS)
-    assert difference(megatron_pool.distributed_logits(tmp_path / "dist", TOKENS, tp=1, pp=1), expected) < TOLERANCE
+    logits = megatron_pool.distributed_logits(tmp_path / "dist", TOKENS, tp=1, pp=1)
+    assert difference(logits, expected[..., :VOCABULARY]) < TOLERANCE

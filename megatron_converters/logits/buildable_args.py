@@ -91,9 +91,10 @@ _IRRELEVANT = frozenset(
     """.split()
 )
 _KNOWN = frozenset(
-    (*CONFIG, *CONFIG_WITH_EXPERTS, *OPTIONAL, *OPTIONAL_WITH_EXPERTS, *MODEL, *RENAMED.values(), *_IRRELEVANT)
-    + (*UNGATED, "squared_relu", *(name for name in (*WITH_ENGINE, *LATENT) if name not in _WITHOUT_ENGINE))
-    + OPTIONAL_LATENT
+    (
+        *(*CONFIG, *CONFIG_WITH_EXPERTS, *OPTIONAL, *OPTIONAL_WITH_EXPERTS, *MODEL, *RENAMED.values(), *_IRRELEVANT),
+        *(*UNGATED, "squared_relu", *WITH_ENGINE, *LATENT, *OPTIONAL_LATENT),
+    )
 )
 
 
@@ -111,13 +112,13 @@ def check(args: Mapping[str, Any], what: str) -> None:
     problems = [
         f"{name}={value!r}"
         for name, value in args.items()
-        if name not in _KNOWN and name not in _WITHOUT_ENGINE and (name not in _ACCEPTED_VALUES or value != _ACCEPTED_VALUES[name])
+        if name not in _KNOWN
+        and name not in _WITHOUT_ENGINE
+        and (name not in _ACCEPTED_VALUES or value != _ACCEPTED_VALUES[name])
     ]
     raise_all(f"{what}: megatron-core's model cannot be built here with", problems)
 
 
 def needing_engine(args: Mapping[str, Any]) -> list[str]:
     """Arguments, as `name=value`, with which megatron-core's local layers cannot be the model."""
-    return [
-        f"{name}={args[name]!r}" for name, usual in _WITHOUT_ENGINE.items() if name in args and args[name] != usual
-    ]
+    return [f"{name}={args[name]!r}" for name, usual in _WITHOUT_ENGINE.items() if name in args and args[name] != usual]

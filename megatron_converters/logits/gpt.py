@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -120,13 +121,22 @@ def _run(model: GPTModel, tokens: torch.Tensor) -> torch.Tensor | None:
         hidden = torch.empty(length, batch, model.config.hidden_size)
         dist.recv(hidden, parallel_state.get_pipeline_model_parallel_prev_rank())
         model.set_input_tensor(hidden)
-    with torch.no_grad(), cuda_is_cpu():
+    with torch.no_grad(), cuda_is_cpu(), _only_next_token(model):
         out: torch.Tensor = model(tokens, torch.arange(length).expand(batch, -1), attention_mask=None)
     RotaryEmbedding.forward.cache_clear()  # else its cache keeps every model of the process alive
     if model.post_process:
         return out
     dist.send(out.contiguous(), parallel_state.get_pipeline_model_parallel_next_rank())
     return None
+
+
+@contextmanager
+def _only_next_token(model: GPTModel) -> Iterator[None]:
+    """Context without the layers that predict further tokens: they do not change the logits, and run only with labels."""
+    config, process, layers = model.config, model.mtp_process, model.config.mtp_num_layers
+    model.mtp_process, config.mtp_num_layers = False, None
+    yield
+    model.mtp_process, config.mtp_num_layers = process, layers
 
 
 def _config(args: Namespace, initialise: bool) -> TransformerConfig:
@@ -156,7 +166,7 @@ def _activation(args: Namespace) -> Callable[[torch.Tensor], torch.Tensor]:
     if args.swiglu:
         return F.silu
     if getattr(args, "squared_relu", False):
-        return squared_relu
+        return cast("Callable[[torch.Tensor], torch.Tensor]", squared_relu)
     # The fused kernel of bias and GELU, which is off here, computes the tanh form (core/fusions/fused_bias_gelu.py).
     return partial(F.gelu, approximate="tanh") if args.bias_gelu_fusion else F.gelu
 

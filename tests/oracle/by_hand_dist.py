@@ -24,11 +24,7 @@ def convert(hf: Path, root: Path, *, stacked: bool = True, **overrides: Any) -> 
 
     `stacked` makes the layers an axis; otherwise each layer has keys of its own. Experts are always an axis.
     """
-    return from_legacy(by_hand.convert(hf, root / "legacy", impl="transformer_engine", **overrides), root, stacked=stacked)
-
-
-def from_legacy(legacy: Path, root: Path, *, stacked: bool) -> Path:
-    """Write the checkpoint of one rank in `legacy`, with Transformer Engine's names, into `root`, as `convert` does."""
+    legacy = by_hand.convert(hf, root / "legacy", impl="transformer_engine", **overrides)
     content = checkpoint.load_rank(checkpoint.rank_file(legacy / "iter_0000001", Grid(), Rank()))
     content["args"].ckpt_format = "torch_dist"
     state = content.pop("model")

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from safetensors.torch import load_file
 
-from . import by_hand_dist, checkpoint, kinds_args
+from . import checkpoint, kinds_args
 from .by_hand import stored_experts, vocabulary
 from .checkpoint import Grid, Rank
 
@@ -99,6 +99,7 @@ def _rank_state(hf: Tensors, args: Namespace, rank: Rank, down_cut: bool) -> dic
         for kind in ("weight", "bias"):
             if f"model.norm.{kind}" in hf:
                 state[f"decoder.final_layernorm.{kind}"] = hf[f"model.norm.{kind}"]
+        state |= {f"decoder.{name}": value for name, value in _extra_states({"final_layernorm.": None}, args).items()}
         if args.untie_embeddings_and_output_weights or stages > 1:
             head = hf["lm_head.weight"] if args.untie_embeddings_and_output_weights else embedding
             state["output_layer.weight"] = vocabulary(head, args, rank.tp)
@@ -106,11 +107,12 @@ def _rank_state(hf: Tensors, args: Namespace, rank: Rank, down_cut: bool) -> dic
 
 
 def _extra_states(pieces: Mapping[str, Any], args: Namespace) -> dict[str, Any]:
-    """Empty states of Transformer Engine's linear layers and attention; those of norms are optional."""
+    """Empty states of Transformer Engine 2's modules: its linear layers, norms and attention."""
     if args.transformer_impl != "transformer_engine":
         return {}
-    modules = {name.rpartition(".")[0] for name in pieces if "linear_" in name or "_proj." in name}
-    if "self_attention.in_proj.weight" not in pieces:
+    owners = ("linear_", "_proj.", "norm.")
+    modules = {name.rpartition(".")[0] for name in pieces if any(owner in name for owner in owners)}
+    if "self_attention.linear_proj.weight" in pieces:
         modules.add("self_attention.core_attention")
     return {f"{module}._extra_state": None for module in modules}
 
@@ -248,34 +250,3 @@ def _experts(hf: Tensors, args: Namespace, rank: Rank) -> dict[str, Any]:
         for weights, number in zip(both, (1, 2), strict=True):
             weights.append(pieces[f"linear_fc{number}.weight"].of(rank.etp, ranks))
     return {f"mlp.experts.{name}": value for name, value in stored_experts(*both, args)}
-
-
-_BLOCKS = {
-    "self_attention.in_proj.weight": ("query", "key", "value", "z", "beta", "alpha"),
-    "self_attention.conv1d.weight": ("query", "key", "value"),
-}
-"""Tensors of gated DeltaNet that distributed checkpoints hold block by block, and the ends of the blocks' keys."""
-
-
-def convert_distributed(hf: Path, root: Path, *, stacked: bool, **overrides: Any) -> Path:
-    """Write the model in `hf` as a `torch_dist` checkpoint; `stacked` makes layers an axis.
-
-    Megatron-LM stacks them unless `moe_layer_freq` or `linear_attention_freq` is a list or above 1 (0.16, transformer_block.py).
-    """
-    legacy = convert(hf, root / "legacy", transformer_impl="transformer_engine", **overrides)
-    path = checkpoint.rank_file(legacy / "iter_0000001", Grid(), Rank())
-    content = checkpoint.load_rank(path)
-    args, state = content["args"], content["model"]
-    for key in [key for key in state if key.endswith(tuple(_BLOCKS))]:
-        names = next(names for end, names in _BLOCKS.items() if key.endswith(end))
-        blocks = state.pop(key).split(_block_rows(args)[: len(names)])
-        state |= {f"{key}.{name}": block.clone() for name, block in zip(names, blocks, strict=True)}
-    torch.save(content, path)
-    return by_hand_dist.from_legacy(legacy, root, stacked=stacked)
-
-
-def _block_rows(args: Namespace) -> list[int]:
-    """Rows of queries, keys, values, gates of the output, and the two scalars of each value head."""
-    key = args.linear_num_key_heads * args.linear_key_head_dim
-    value = args.linear_num_value_heads * args.linear_value_head_dim
-    return [key, key, value, value, args.linear_num_value_heads, args.linear_num_value_heads]
