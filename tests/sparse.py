@@ -12,7 +12,8 @@ from megatron_converters.conversion.endpoint import Target
 from megatron_converters.formats.huggingface.target import HFOptions, HFTarget
 from megatron_converters.formats.megatron.rank_files_target import MegatronTarget
 from megatron_converters.formats.megatron.writing import TRACKER, MegatronOptions
-from megatron_converters.model.spec import ModelSpec, RopeScaling
+from megatron_converters.model.layers import EACH_HEAD, RopeScaling
+from megatron_converters.model.spec import ModelSpec
 
 _LLAMA3: dict[str, Any] = dict(
     family="llama",
@@ -37,7 +38,7 @@ _MIXTRAL: dict[str, Any] = _LLAMA3 | dict(
 
 def _sizes(base: dict[str, Any], layers: int, hidden: int, ffn: int, heads: int, **more: Any) -> ModelSpec:
     sizes = dict(num_layers=layers, hidden_size=hidden, ffn_hidden_size=ffn, num_attention_heads=heads)
-    return ModelSpec(**{**base, **sizes, **more})
+    return ModelSpec.of(**{**base, **sizes, **more})
 
 
 #: Sizes from the published config.json of each model.
@@ -54,7 +55,7 @@ PUBLISHED = {
         _MIXTRAL | dict(family="qwen3_moe", num_experts=128, moe_router_topk=8, num_query_groups=4, vocab_size=151936),
         *(48, 2048, 6144, 32),
         moe_ffn_hidden_size=768,
-        qk_norm=True,
+        qk_norm=EACH_HEAD,
         norm_epsilon=1e-6,
     ),
 }

@@ -15,8 +15,8 @@ from megatron_converters.model.spec import ModelSpec
 
 
 def tiny_spec(**fields: Any) -> ModelSpec:
-    """Spec with 4 heads in 2 query groups and head dimension 2; `fields` replace its fields."""
-    return ModelSpec(
+    """Spec with 4 heads in 2 query groups and head dimension 2; `fields` replace its properties."""
+    return ModelSpec.of(
         **{
             "family": "llama",
             "num_layers": 2,
