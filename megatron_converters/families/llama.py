@@ -4,37 +4,37 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..model.layers import is_whole
 from ..model.layouts import GATED, GROUPED_QKV, SAME
 from ..model.tables import Entry
+from .entries import quotient
 from .rules import Config, Fixed, Row, Rule
 from .rules_attention import Rope
 from .table import Family
 
-_LAYER = "model.layers.{layer}."
-_ATTENTION = _LAYER + "self_attn."
-_MLP = _LAYER + "mlp."
+LAYER = "model.layers.{layer}."
+ATTENTION = LAYER + "self_attn."
+MLP = LAYER + "mlp."
 
 DENSE = {
     "word_embeddings": Entry(SAME, ("model.embed_tokens.weight",)),
-    "input_norm": Entry(SAME, (_LAYER + "input_layernorm.weight",)),
-    "qkv": Entry(GROUPED_QKV, tuple(f"{_ATTENTION}{part}_proj.weight" for part in "qkv")),
-    "proj": Entry(SAME, (_ATTENTION + "o_proj.weight",)),
-    "mlp_norm": Entry(SAME, (_LAYER + "post_attention_layernorm.weight",)),
-    "fc1": Entry(GATED, (_MLP + "gate_proj.weight", _MLP + "up_proj.weight")),
-    "fc2": Entry(SAME, (_MLP + "down_proj.weight",)),
+    "input_norm": Entry(SAME, (LAYER + "input_layernorm.weight",)),
+    "qkv": Entry(GROUPED_QKV, tuple(f"{ATTENTION}{part}_proj.weight" for part in "qkv")),
+    "proj": Entry(SAME, (ATTENTION + "o_proj.weight",)),
+    "mlp_norm": Entry(SAME, (LAYER + "post_attention_layernorm.weight",)),
+    "fc1": Entry(GATED, (MLP + "gate_proj.weight", MLP + "up_proj.weight")),
+    "fc2": Entry(SAME, (MLP + "down_proj.weight",)),
     "final_norm": Entry(SAME, ("model.norm.weight",)),
     "output_layer": Entry(SAME, ("lm_head.weight",)),
 }
-QKV_BIAS = {"qkv_bias": Entry(GROUPED_QKV, tuple(f"{_ATTENTION}{part}_proj.bias" for part in "qkv"))}
+QKV_BIAS = {"qkv_bias": Entry(GROUPED_QKV, tuple(f"{ATTENTION}{part}_proj.bias" for part in "qkv"))}
 QK_NORM = {
-    "q_norm": Entry(SAME, (_ATTENTION + "q_norm.weight",)),
-    "k_norm": Entry(SAME, (_ATTENTION + "k_norm.weight",)),
+    "q_norm": Entry(SAME, (ATTENTION + "q_norm.weight",)),
+    "k_norm": Entry(SAME, (ATTENTION + "k_norm.weight",)),
 }
-PROJ_BIAS = {"proj_bias": Entry(SAME, (_ATTENTION + "o_proj.bias",))}
+PROJ_BIAS = {"proj_bias": Entry(SAME, (ATTENTION + "o_proj.bias",))}
 MLP_BIAS = {
-    "fc1_bias": Entry(GATED, (_MLP + "gate_proj.bias", _MLP + "up_proj.bias")),
-    "fc2_bias": Entry(SAME, (_MLP + "down_proj.bias",)),
+    "fc1_bias": Entry(GATED, (MLP + "gate_proj.bias", MLP + "up_proj.bias")),
+    "fc2_bias": Entry(SAME, (MLP + "down_proj.bias",)),
 }
 
 SIZES: tuple[Rule, ...] = (
@@ -61,14 +61,7 @@ def query_groups(absent: int | None = None) -> Rule:
     return Row("num_query_groups", "num_key_value_heads", default)
 
 
-def _head_dim(config: Config) -> Any:
-    hidden, heads = config["hidden_size"], config["num_attention_heads"]
-    return (
-        hidden // heads if is_whole(hidden) and is_whole(heads) and heads > 0 else None
-    )  # ModelSpec names the wrong one
-
-
-DERIVED_HEAD_DIM = Row("kv_channels", "head_dim", _head_dim)
+DERIVED_HEAD_DIM = Row("kv_channels", "head_dim", quotient("hidden_size", "num_attention_heads"))
 
 FAMILY = Family(
     name="llama",

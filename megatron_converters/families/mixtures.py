@@ -5,26 +5,42 @@ from __future__ import annotations
 from ..model.layers import ALL_HEADS, EACH_HEAD
 from ..model.layouts import GATED, SAME
 from ..model.tables import Entry
-from .llama import DENSE, DERIVED_HEAD_DIM, PROJ_BIAS, QK_NORM, QKV_BIAS, SIZES, query_groups
+from .entries import tensor
+from .llama import DENSE, DERIVED_HEAD_DIM, LAYER, MLP, PROJ_BIAS, QK_NORM, QKV_BIAS, SIZES, query_groups
 from .rules import Fixed, Implied, Row
 from .rules_attention import NoWindow, Rope, Window
 from .rules_experts import DenseLayers, Experts, NormTopkProb
 from .table import Family
 
-_LAYER = "model.layers.{layer}."
-_MIXTRAL = _LAYER + "block_sparse_moe."
-_MLP = _LAYER + "mlp."
-_EXPERT = _MLP + "experts.{expert}."
-_SHARED = _MLP + "shared_expert."
+_MIXTRAL = LAYER + "block_sparse_moe."
+_EXPERT = MLP + "experts.{expert}."
 #: Names in files that transformers 5 saved as it holds the tensors in memory.
-_FUSED_FC1, _FUSED_FC2 = _MLP + "experts.gate_up_proj", _MLP + "experts.down_proj"
+_FUSED_FC1, _FUSED_FC2 = MLP + "experts.gate_up_proj", MLP + "experts.down_proj"
 
 _ATTENTION = {name: entry for name, entry in DENSE.items() if name not in ("fc1", "fc2")}
-_EXPERTS = {
-    "router": Entry(SAME, (_MLP + "gate.weight",)),
+EXPERTS = {
+    "router": Entry(SAME, (MLP + "gate.weight",)),
     "expert_fc1": Entry(GATED, (_EXPERT + "gate_proj.weight", _EXPERT + "up_proj.weight"), _FUSED_FC1),
     "expert_fc2": Entry(SAME, (_EXPERT + "down_proj.weight",), _FUSED_FC2),
 }
+#: Entries of a layer of multi-token prediction in DeepSeek's files and those of others that followed them.
+PREDICTION = {
+    **tensor("mtp_embedding_norm", "model.layers.{beyond}.enorm.weight"),
+    **tensor("mtp_hidden_norm", "model.layers.{beyond}.hnorm.weight"),
+    **tensor("mtp_proj", "model.layers.{beyond}.eh_proj.weight"),
+    **tensor("mtp_final_norm", "model.layers.{beyond}.shared_head.norm.weight"),
+}
+
+
+def shared_experts(module: str, gate: str = "") -> dict[str, Entry]:
+    """Entries of a shared expert with Llama's names, and of its gate, if it has one."""
+    return {
+        **tensor("shared_fc1", module + "gate_proj.weight", module + "up_proj.weight", layout=GATED),
+        **tensor("shared_fc2", module + "down_proj.weight"),
+        **(tensor("shared_gate", gate) if gate else {}),
+    }
+
+
 _DENSE_MLP = {name: DENSE[name] for name in ("fc1", "fc2")}
 
 MIXTRAL = Family(
@@ -33,7 +49,7 @@ MIXTRAL = Family(
     architecture="MixtralForCausalLM",
     tensors={
         **_ATTENTION,
-        "router": Entry(SAME, (_MIXTRAL + "gate.weight",), _MLP + "gate.weight"),
+        "router": Entry(SAME, (_MIXTRAL + "gate.weight",), MLP + "gate.weight"),
         "expert_fc1": Entry(
             GATED, (_MIXTRAL + "experts.{expert}.w1.weight", _MIXTRAL + "experts.{expert}.w3.weight"), _FUSED_FC1
         ),
@@ -72,10 +88,8 @@ QWEN2_MOE = Family(
         **_ATTENTION,
         **QKV_BIAS,
         **_DENSE_MLP,
-        **_EXPERTS,
-        "shared_fc1": Entry(GATED, (_SHARED + "gate_proj.weight", _SHARED + "up_proj.weight")),
-        "shared_fc2": Entry(SAME, (_SHARED + "down_proj.weight",)),
-        "shared_gate": Entry(SAME, (_MLP + "shared_expert_gate.weight",)),
+        **EXPERTS,
+        **shared_experts(MLP + "shared_expert.", MLP + "shared_expert_gate.weight"),
     },
     rules=(
         *SIZES,
@@ -95,7 +109,7 @@ QWEN3_MOE = Family(
     name="qwen3_moe",
     model_type="qwen3_moe",
     architecture="Qwen3MoeForCausalLM",
-    tensors={**_ATTENTION, **QKV_BIAS, **PROJ_BIAS, **QK_NORM, **_DENSE_MLP, **_EXPERTS},
+    tensors={**_ATTENTION, **QKV_BIAS, **PROJ_BIAS, **QK_NORM, **_DENSE_MLP, **EXPERTS},
     rules=(
         *SIZES,
         query_groups(absent=4),
@@ -114,7 +128,7 @@ OLMOE = Family(
     name="olmoe",
     model_type="olmoe",
     architecture="OlmoeForCausalLM",
-    tensors={**_ATTENTION, **QKV_BIAS, **PROJ_BIAS, **QK_NORM, **_EXPERTS},
+    tensors={**_ATTENTION, **QKV_BIAS, **PROJ_BIAS, **QK_NORM, **EXPERTS},
     rules=(
         *SIZES,
         query_groups(),

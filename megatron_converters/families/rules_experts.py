@@ -84,10 +84,11 @@ class Experts:
 class NormTopkProb:
     """`norm_topk_prob`: normalizing the probabilities of the chosen experts equals a softmax over only these."""
 
+    default: bool = False
     keys: tuple[str, ...] = ("norm_topk_prob",)
 
     def read(self, config: Config) -> dict[str, Any]:
-        normalized = config.get("norm_topk_prob") or False
+        normalized = config.get("norm_topk_prob", self.default) or False
         if not isinstance(normalized, bool):
             raise ConversionError(f"norm_topk_prob is {normalized!r}; it must be true or false")
         return {"moe_router_pre_softmax": not normalized}

@@ -1,0 +1,94 @@
+"""DeepSeek-V2-Lite (transformers DeepseekV2ForCausalLM), DeepSeek-V3, R1 and V3.1 (DeepseekV3ForCausalLM): multi-latent attention.
+
+Names and defaults: transformers 5.23, models/deepseek_v2 and models/deepseek_v3. The rows that rotate are neighbours, and
+Megatron-LM's multi-latent attention takes them as they are. Both norm their latents with an epsilon of 1e-6, whatever config.json says.
+"""
+
+from __future__ import annotations
+
+from ..model.layers import SIGMOID
+from .entries import implied, tensor
+from .llama import ATTENTION, DENSE, MLP, SIZES
+from .mixtures import EXPERTS, PREDICTION, shared_experts
+from .rules import Fixed, Passed, Row
+from .rules_attention import LINEAR, YARN, Rope
+from .rules_experts import ExpertGroups, FirstDense, SharedExperts
+from .table import Family
+
+_LATENT = {
+    **{slot: entry for slot, entry in DENSE.items() if slot != "qkv"},
+    **tensor("q_down", ATTENTION + "q_a_proj.weight"),
+    **tensor("q_latent_norm", ATTENTION + "q_a_layernorm.weight"),
+    **tensor("q_up", ATTENTION + "q_b_proj.weight"),
+    **tensor("q_whole", ATTENTION + "q_proj.weight"),
+    **tensor("kv_down", ATTENTION + "kv_a_proj_with_mqa.weight"),
+    **tensor("kv_latent_norm", ATTENTION + "kv_a_layernorm.weight"),
+    **tensor("kv_up", ATTENTION + "kv_b_proj.weight"),
+    **EXPERTS,
+    **shared_experts(MLP + "shared_experts."),
+}
+_RULES = (
+    *SIZES,
+    Rope(partial=None, scalings=(LINEAR, YARN)),
+    Row("kv_lora_rank", "kv_lora_rank", 512),
+    Row("qk_head_dim", "qk_nope_head_dim", 128),
+    Row("qk_pos_emb_head_dim", "qk_rope_head_dim", 64),
+    Row("v_head_dim", "v_head_dim", 128),
+    Fixed("attention_bias", False),
+    Row("moe_router_topk_scaling_factor", "routed_scaling_factor", 1.0),
+    # Sums and repetitions of the sizes above, settings of training, and modules that are not part of the model.
+    Passed(("head_dim", "qk_head_dim", "num_key_value_heads", "ep_size", "seq_aux", "aux_loss_alpha")),
+)
+
+DEEPSEEK_V2 = Family(
+    name="deepseek_v2",
+    model_type="deepseek_v2",
+    architecture="DeepseekV2ForCausalLM",
+    tensors=_LATENT,
+    rules=(
+        *_RULES,
+        Row("q_lora_rank", "q_lora_rank", lambda config: None if "q_lora_rank" in config else 1536),
+        Row("max_position_embeddings", "max_position_embeddings", 2048),
+        Row("num_experts", "n_routed_experts", 64),
+        Row("moe_router_topk", "num_experts_per_tok"),
+        Row("moe_ffn_hidden_size", "moe_intermediate_size", 1407),
+        FirstDense(0),
+        SharedExperts(2),
+        # The larger DeepSeek-V2 chooses groups by their best expert, which Megatron-LM does not.
+        Fixed("topk_method", "greedy"),
+        Fixed("scoring_func", "softmax"),
+        Passed(("n_group", "topk_group", "norm_topk_prob")),  # transformers ignores them with greedy choice
+        *implied(moe_router_pre_softmax=True),
+    ),
+)
+
+DEEPSEEK_V3 = Family(
+    name="deepseek_v3",
+    model_type="deepseek_v3",
+    architecture="DeepseekV3ForCausalLM",
+    tensors={**_LATENT, **tensor("expert_bias", MLP + "gate.e_score_correction_bias"), **PREDICTION},
+    rules=(
+        *_RULES,
+        Row("q_lora_rank", "q_lora_rank", lambda config: None if "q_lora_rank" in config else 1536),
+        Row("max_position_embeddings", "max_position_embeddings", 4096),
+        Row("num_experts", "n_routed_experts", 256),
+        Row("moe_router_topk", "num_experts_per_tok", 8),
+        Row("moe_ffn_hidden_size", "moe_intermediate_size", 2048),
+        Row("moe_router_topk_scaling_factor", "routed_scaling_factor", 2.5),
+        FirstDense(3),
+        SharedExperts(1),
+        ExpertGroups((8, 4)),
+        Fixed("topk_method", "noaux_tc"),
+        Fixed("scoring_func", "sigmoid"),
+        Fixed("norm_topk_prob", True),
+        Fixed("rope_interleave", True),
+        Row("mtp_num_layers", "num_nextn_predict_layers", 1),
+        *implied(moe_router_score_function=SIGMOID, moe_router_enable_expert_bias=True),
+    ),
+    aliases=("kimi_k2",),
+    mtp_layer="model.layers.{beyond}.",
+    replicas={
+        "word_embeddings": "model.layers.{beyond}.embed_tokens.weight",
+        "output_layer": "model.layers.{beyond}.shared_head.head.weight",
+    },
+)
