@@ -15,8 +15,9 @@ from megatron_converters.basics.dtypes import dtype_named
 from megatron_converters.basics.errors import ConversionError
 from megatron_converters.cli import main as cli
 from megatron_converters.conversion.composing import Planner
-from megatron_converters.conversion.copying import Executor, gather_chunks
+from megatron_converters.conversion.copying import Executor
 from megatron_converters.conversion.dry_run import forecast
+from megatron_converters.conversion.gathering import gather_chunks
 from megatron_converters.conversion.outline import Fill
 from megatron_converters.conversion.progress import Silent
 from megatron_converters.conversion.run import convert

@@ -27,7 +27,8 @@ from torch.distributed.checkpoint.metadata import (
 from megatron_converters.basics.dtypes import BY_NAME
 from megatron_converters.basics.errors import ConversionError
 from megatron_converters.conversion.composing import Piece, StoredName
-from megatron_converters.conversion.copying import CHUNK_BYTES, Executor
+from megatron_converters.conversion.copying import Executor
+from megatron_converters.conversion.gathering import CHUNK_BYTES
 from megatron_converters.conversion.outline import Fill
 from megatron_converters.storage import dcp, safetensors
 from megatron_converters.storage.tensor import StoredTensor

@@ -17,9 +17,10 @@ import torch
 
 from megatron_converters.basics.dtypes import DType, dtype_named
 from megatron_converters.basics.errors import ConversionError
-from megatron_converters.conversion import copying
+from megatron_converters.conversion import gathering
 from megatron_converters.conversion.composing import Piece, Planner, StoredName
-from megatron_converters.conversion.copying import Executor, materialise
+from megatron_converters.conversion.copying import Executor
+from megatron_converters.conversion.gathering import materialise
 from megatron_converters.conversion.outline import Fill
 from megatron_converters.formats.queue.source import MemoryTensor
 from megatron_converters.storage import safetensors
@@ -33,7 +34,7 @@ RANDOM = np.random.default_rng(0)
 
 @pytest.fixture(params=[1, 24, 1 << 20], ids=["chunks of a row", "chunks of 24 bytes", "one chunk"])
 def chunk_bytes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
-    monkeypatch.setattr(copying, "CHUNK_BYTES", request.param)
+    monkeypatch.setattr(gathering, "CHUNK_BYTES", request.param)
     yield request.param
 
 
@@ -262,7 +263,7 @@ def test_a_failure_is_raised_by_a_later_fill_and_the_file_stays_incomplete(tmp_p
 
 def test_the_first_failure_stops_tensors_that_are_being_filled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A mismatch found while a large tensor is copied must not wait for the rest of it."""
-    monkeypatch.setattr(copying, "CHUNK_BYTES", 16)
+    monkeypatch.setattr(gathering, "CHUNK_BYTES", 16)
     failed, written = threading.Event(), []
     good = piece(numbers(500, 2), range(500))
 
@@ -283,7 +284,7 @@ def test_the_first_failure_stops_tensors_that_are_being_filled(tmp_path: Path, m
 
 
 def test_cancel_stops_within_a_tensor_and_raises_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(copying, "CHUNK_BYTES", 16)
+    monkeypatch.setattr(gathering, "CHUNK_BYTES", 16)
     begun, go_on, written = threading.Event(), threading.Event(), []
 
     def progress(count: int) -> None:

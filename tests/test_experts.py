@@ -20,7 +20,7 @@ from megatron_converters.basics.dtypes import BY_NAME
 from megatron_converters.basics.errors import ConversionError, UsageError
 from megatron_converters.basics.handover import receive_own_types, receives_own_types
 from megatron_converters.conversion.composing import Piece, Planner, StoredName
-from megatron_converters.conversion.copying import materialise
+from megatron_converters.conversion.gathering import materialise
 from megatron_converters.formats.huggingface.source import HFSource
 from megatron_converters.formats.megatron.arguments import expert_args, spec_fields, uncut_args
 from megatron_converters.formats.megatron.names import extra_state, keys

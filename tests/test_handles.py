@@ -18,7 +18,7 @@ from megatron_converters.basics.dtypes import BY_NAME
 from megatron_converters.basics.errors import ConversionError
 from megatron_converters.basics.handover import receive_own_types, receives_own_types
 from megatron_converters.conversion.composing import Piece, Planner, StoredName
-from megatron_converters.conversion.copying import materialise
+from megatron_converters.conversion.gathering import materialise
 from megatron_converters.formats.queue.handles import TensorHandle, part_of, to_torch
 from megatron_converters.storage import safetensors
 from megatron_converters.storage.tensor import StoredTensor

@@ -9,22 +9,25 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ..basics.dtypes import BY_NAME, DType, values
 from ..basics.errors import ConversionError
 from ..basics.json_values import differences
-from ..conversion.composing import Piece, Planner, Sources, as_matrix
-from ..conversion.copying import default_lanes, gather_chunks
+from ..conversion.composing import Gather, Piece, Planner, Sources
+from ..conversion.copying import default_lanes
 from ..conversion.endpoint import Source
+from ..conversion.gathering import gather_chunks
 from ..conversion.progress import Progress
 from ..model.layouts import RowMap, interned
 from ..model.slots import SLOTS, Ref, Scope, refs
+from ..model.values import Affine, inverse
 from ..storage.tensor import StoredTensor, release_mappings
 from .measure import Measure, Place, Tally
 
@@ -215,30 +218,63 @@ class _Comparer:
         left: Sequence[Piece],
         right: Sequence[Piece],
     ) -> tuple[list[Finding], Measure]:
-        """Compare two sets of pieces over `rows` of the slot, from column `col` to the end of the last piece."""
+        """Compare two sets of pieces over `rows` of the slot, from column `col` to the end of the last piece.
+
+        Elements that are stored after a computation are compared as the right side stores them, since that is what a conversion
+        to there writes; or, where these differ, as the left side does.
+        """
         cols = max(piece.col + piece.cols for piece in right) - col
         dtypes = left[0].data.dtype, right[0].data.dtype
-        common = _common_dtype(*dtypes)
         with self._planner_lock:
             gathers = [self._planner.compose(rows, col, cols, pieces) for pieces in (left, right)]
-        streams = [gather_chunks(gather, (rows.size, cols), common, kind, rows) for gather in gathers]
         # For a copy, count only its own bytes: the pieces it is compared with are counted in the comparison of both sides.
         itemsize = sum(dtype.itemsize for dtype in (dtypes if kind == "values" else dtypes[1:]))
-        tally = Tally(self.rules.tolerance, self.rules.norms)
-        for (start, one), (_, other) in zip(*streams, strict=True):
-            if self._stop.is_set():
-                break
-            count = tally.add(rows[start : start + one.shape[0]], col, one, other, common)
-            self.progress(count * itemsize)
-        pairs = zip(labels, (left, right), strict=True)
+        pairs = _Pair(gathers, rows, col, cols, _common_dtype(*dtypes), kind)
+        as_right, as_left = _stored_as(right), _stored_as(left)
+        tally = self._tally(pairs, as_right, lambda count: self.progress(count * itemsize))
+        if tally.differs and as_left != as_right:
+            with suppress(ConversionError):  # values that a conversion to the left would refuse
+                other = self._tally(pairs, as_left, lambda _: None)
+                tally = tally if other.differs else other
         first = tally.first
-        measure = tally.measure(() if first is None else (_place(label, pieces, *first) for label, pieces in pairs))
+        sides = zip(labels, (left, right), strict=True)
+        measure = tally.measure(() if first is None else (_place(label, pieces, *first) for label, pieces in sides))
         findings = []
         if dtypes[0] != dtypes[1] and not self.rules.ignore_dtype:
             findings.append(Finding("dtype", f"{labels[0]} is {dtypes[0]}, {labels[1]} is {dtypes[1]}"))
         if measure.differing:
             findings.append(Finding(kind, _finding_text(kind, labels[0], right[0], measure), measure))
         return findings, measure
+
+    def _tally(self, pair: _Pair, value: Affine | None, progress: Callable[[int], None]) -> Tally:
+        """Count the differences between `value` of both sides; `progress` is told the elements compared of each."""
+        tally = Tally(self.rules.tolerance, self.rules.norms)
+        shape = pair.rows.size, pair.cols
+        streams = [
+            gather_chunks(gathers, shape, pair.dtype, pair.what, pair.rows, value=value) for gathers in pair.gathers
+        ]
+        for (start, one), (_, other) in zip(*streams, strict=True):
+            if self._stop.is_set():
+                break
+            progress(tally.add(pair.rows[start : start + one.shape[0]], pair.col, one, other, pair.dtype))
+        return tally
+
+
+class _Pair(NamedTuple):
+    """Two sets of gathers for `rows` of a slot and `cols` of its columns from `col` on, to be compared in `dtype`."""
+
+    gathers: Sequence[Sequence[Gather]]
+    rows: RowMap
+    col: int
+    cols: int
+    dtype: DType
+    what: str
+
+
+def _stored_as(pieces: Sequence[Piece]) -> Affine | None:
+    """Function from a slot's elements to what the pieces store; None where that is the same, or another for each."""
+    values = {piece.value for piece in pieces}
+    return inverse(values.pop()) if len(values) == 1 else None
 
 
 def _finding_text(kind: str, name: str, copy: Piece, measure: Measure) -> str:
@@ -270,5 +306,5 @@ def _place(side: str, pieces: Sequence[Piece], row: int, col: int) -> Place:
     byte = None
     if isinstance(data, StoredTensor):
         byte = data.offset + data.dtype.itemsize * sum(n * step for n, step in zip(at, data.strides, strict=False))
-    stored = data.array().reshape(as_matrix(data.shape))[at[0] : at[0] + 1, at[1]]
-    return Place(side, str(piece.name), *at, byte, float(values(stored, data.dtype)[0]))
+    stored = piece.elements(slice(at[0], at[0] + 1), slice(at[1], at[1] + 1))
+    return Place(side, str(piece.name), *at, byte, float(values(stored, data.dtype)[0, 0]))

@@ -7,10 +7,11 @@ Composing a fill with source pieces is then array look-up, and "exactly once" is
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +21,8 @@ from ..basics.errors import ConversionError
 from ..model.layouts import RowMap
 from ..model.slots import Ref
 from ..model.spec import ModelSpec
+from ..model.values import Affine
+from ..storage.tensor import StoredTensor
 
 
 class TensorData(Protocol):
@@ -30,6 +33,31 @@ class TensorData(Protocol):
     @property
     def shape(self) -> tuple[int, ...]: ...
     def array(self) -> npt.NDArray[Any]: ...
+
+
+@runtime_checkable
+class Reader(Protocol):
+    """Matrix that is decoded from stored tensors as it is read, such as FP8 codes with block scales.
+
+    `stored` has those tensors by name, first the one that gives the matrix its name; `path` is the file of that one. Unless
+    `exact`, values are rounded once to `dtype`. `computed` says in words what is done.
+    """
+
+    @property
+    def dtype(self) -> DType: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def path(self) -> str: ...
+    @property
+    def stored(self) -> Mapping[str, StoredTensor]: ...
+    @property
+    def exact(self) -> bool: ...
+    @property
+    def computed(self) -> str: ...
+    def read(self, rows: slice | RowMap, cols: slice) -> npt.NDArray[Any]:
+        """Decode these rows (a range, or their numbers) and columns, as an array of the dtype's carrier type."""
+        ...
 
 
 def as_matrix(shape: tuple[int, ...]) -> tuple[int, int]:
@@ -50,17 +78,36 @@ class StoredName(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Piece:
-    """Stored part of a slot: stored row i is the slot's row `rows[i]` (-1: padding), stored column 0 its column `col`."""
+    """Stored part of a slot: stored row i is the slot's row `rows[i]` (-1: padding), stored column 0 its column `col`.
 
-    data: TensorData
+    The slot's elements are `value` of the stored ones, which None leaves as they are.
+    """
+
+    data: TensorData | Reader
     rows: RowMap
     col: int
     name: StoredName
+    value: Affine | None = None
 
     @property
     def cols(self) -> int:
         """Number of columns of the stored tensor."""
         return as_matrix(self.data.shape)[1]
+
+    @property
+    def names(self) -> list[StoredName]:
+        """Names of all stored tensors that it is read from, its own first."""
+        if not isinstance(self.data, Reader):
+            return [self.name]
+        _, *others = self.data.stored.items()
+        return [self.name, *(StoredName(os.path.basename(data.path), name) for name, data in others)]
+
+    def elements(self, rows: slice | RowMap, cols: slice) -> npt.NDArray[Any]:
+        """Stored elements at these rows (a range, or their numbers) and columns, decoded where a reader does that."""
+        if isinstance(self.data, Reader):
+            return self.data.read(rows, cols)
+        array: npt.NDArray[Any] = self.data.array().reshape(as_matrix(self.data.shape))[:, cols][rows]
+        return array
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import math
 import os
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,11 @@ from ..basics.errors import ConversionError
 from ..model.slots import refs
 from ..storage.tensor import release_mappings
 from .accounting import Accounts
-from .composing import Planner, StoredName
-from .copying import CHUNK_BYTES, default_lanes
+from .composing import Piece, Planner, StoredName, as_matrix
+from .computing import Computation
+from .copying import default_lanes
 from .endpoint import Source, Target, wanted_dtype
+from .gathering import CHUNK_BYTES
 from .journal import Journal, describe_run, is_output_of, refuse_other
 from .outline import Fill, Outline
 from .staging import Staging, check_place, free_space, nearest
@@ -29,6 +32,8 @@ _SAMPLE_SECONDS = 2.0
 #: Bytes of memory for Python, numpy and the plan itself (measured by scripts/bench), and for a lane's buffers.
 _BASE_BYTES = 48 << 20
 _LANE_BYTES = 3 * CHUNK_BYTES
+#: Further bytes of a lane that decodes or computes: elements as float32 and as numbers of their places.
+_COMPUTED_BYTES = 12 * CHUNK_BYTES
 #: Bytes of memory for torch, which is imported only to cast.
 _TORCH_BYTES = 200 << 20
 
@@ -69,6 +74,8 @@ class Forecast:
     rate: float | None = None
     seconds: float | None = None
     dtypes: dict[str, int] = field(default_factory=dict)
+    #: Number of tensors, or parts of them, that are not only copied or cast, by what is computed.
+    computed: dict[str, int] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """All fields as plain values."""
@@ -82,17 +89,19 @@ def forecast(source: Source, target: Target, dtype: DType | None, workers: int =
     read: set[StoredName] = set()
     casts: Counter[str] = Counter()
     dtypes: Counter[str] = Counter()
+    computed: Counter[str] = Counter()
     planner, accounts, copies = Planner(), Accounts(source.spec, outline), 0
     for ref in refs(source.spec):
         sources = source.read(ref)
         planner.check_cover(ref, source.spec, sources)
-        read.update(piece.name for piece in (*sources.pieces, *sources.replicas))
+        read.update(name for piece in (*sources.pieces, *sources.replicas) for name in piece.names)
         fills = list(target.fills(ref))
         accounts.add(ref, fills)
         copies += sum(map(_unpadded_bytes, fills)) - math.prod(ref.shape(source.spec)) * fills[0].dtype.itemsize
         for fill in fills:
             files[fill.file].padding_rows += fill.padding
             dtypes[str(fill.dtype)] += 1
+            computed.update(_computed(fill, sources.pieces))
             if sources.dtype != fill.dtype:
                 casts[f"{sources.dtype} to {fill.dtype}"] += 1
     accounts.close()
@@ -103,7 +112,12 @@ def forecast(source: Source, target: Target, dtype: DType | None, workers: int =
         files=files,
         nbytes=outline.nbytes,
         free=free_space(target.save_dir),
-        memory=workers * (_BASE_BYTES + default_lanes() * _LANE_BYTES + (_TORCH_BYTES if casts else 0)),
+        memory=workers
+        * (
+            _BASE_BYTES
+            + default_lanes() * (_LANE_BYTES + (_COMPUTED_BYTES if computed else 0))
+            + (_TORCH_BYTES if casts else 0)
+        ),
         source_tensors=len(read),
         target_tensors=sum(plan.tensors for plan in files.values()),
         casts=dict(casts),
@@ -116,7 +130,14 @@ def forecast(source: Source, target: Target, dtype: DType | None, workers: int =
         complete=state.complete,
         obstacle=state.obstacle,
         dtypes=dict(dtypes),
+        computed=dict(computed),
     )
+
+
+def _computed(fill: Fill, pieces: Sequence[Piece]) -> set[str]:
+    """What is computed for a fill that pieces of a ref go to, in words."""
+    steps = (Computation.of(piece, fill.dtype, fill.value).described() for piece in pieces)
+    return {", ".join(found) for found in steps if found}
 
 
 def _unpadded_bytes(fill: Fill) -> int:
@@ -173,10 +194,11 @@ def _measured_rate(source: Source, folder: Path) -> float | None:
         start_time, done = time.monotonic(), 0
         for ref in refs(source.spec):
             for piece in source.read(ref).pieces:
-                data = piece.data.array()
-                rows = max(1, CHUNK_BYTES // max(data[:1].nbytes, 1))
-                for start in range(0, data.shape[0], rows):
-                    done += os.pwrite(fd, data[start : start + rows].tobytes(), done)
+                count, cols = as_matrix(piece.data.shape)
+                rows = max(1, CHUNK_BYTES // max(cols * piece.data.dtype.itemsize, 1))
+                for start in range(0, count, rows):
+                    chunk = piece.elements(slice(start, min(start + rows, count)), slice(0, cols))
+                    done += os.pwrite(fd, chunk.tobytes(), done)
                     if done >= _SAMPLE_BYTES or time.monotonic() - start_time > _SAMPLE_SECONDS:
                         return done / max(time.monotonic() - start_time, 1e-6)
         return done / max(time.monotonic() - start_time, 1e-6)

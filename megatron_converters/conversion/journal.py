@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -22,11 +23,13 @@ from .. import __version__
 from ..assets.origin import Origin
 from ..basics.errors import ConversionError, raise_all, reason_of
 from ..basics.json_values import differences, finite
+from ..basics.quantities import count
 from ..model.layouts import RowMap
 from ..model.slots import Ref
 from ..storage.checksum import digest
 from ..storage.tensor import StoredTensor
 from .composing import Gather
+from .computing import Computation
 from .outline import Fill, Outline
 from .staging import Staging, unfinished_in, write_text
 
@@ -36,6 +39,11 @@ _DIGEST_KEY = "digest"
 _RUN, _COMPLETE, _CLEARED, _FINISHED = "run.json", "complete", "cleared", "finished"
 _SESSION = "session"
 _SHOWN_DIFFERENCES = 10
+#: Manifest keys of a tensor that is not only copied or cast: what was computed, in words, and the number of its elements from which
+#: their stored bits cannot be computed again.
+_COMPUTED, _LOST = "computed", "not restored"
+#: Text between what was computed for parts of a tensor.
+_AND = "; "
 #: Keys of a run's description, causes before their effects: a difference is reported for the first group that has one.
 _KEY_GROUPS = (("tool", "source", "options"), ("content",), ("files",))
 #: Manifest keys of a file that are known only once it is finished.
@@ -66,6 +74,7 @@ class Provenance:
 
     def __init__(self) -> None:
         self._files: dict[str, Entries] = {}
+        self._lock = threading.Lock()
         #: Texts by the id of the row map and the row count. Layers share their maps; holding a map keeps its id valid.
         self._texts: dict[tuple[int, int], tuple[str, RowMap]] = {}
 
@@ -75,9 +84,11 @@ class Provenance:
         entry = entries.setdefault(fill.name, {"holds": [], "from": {}, "dtype": str(fill.dtype)})
         entry["holds"].append(str(ref))
         for gather in gathers:
-            name, part = str(gather.source.name), self._range_text(gather)
-            known = entry["from"].get(name)
+            name, *others = map(str, gather.source.names)
+            part, known = self._range_text(gather), entry["from"].get(name)
             entry["from"][name] = part if known is None else f"{known}; {part}"
+            entry["from"].update(dict.fromkeys(others, f"with {gather.source.name.tensor}"))
+            self._add_computed(entry, Computation.of(gather.source, fill.dtype, fill.value).described())
         dtypes = {str(gather.source.data.dtype) for gather in gathers} - {str(fill.dtype)}
         if dtypes:
             entry["cast from"] = sorted(dtypes)
@@ -85,6 +96,21 @@ class Provenance:
             entry["transposed"] = True
         if fill.padding:
             entry["padding rows"] = fill.padding
+
+    @staticmethod
+    def _add_computed(entry: dict[str, Any], steps: Sequence[str]) -> None:
+        """Add what is computed for a part of a tensor, in words."""
+        known = entry.get(_COMPUTED)
+        text = ", ".join(steps)
+        if text and (known is None or text not in known.split(_AND)):
+            entry[_COMPUTED] = text if known is None else f"{known}{_AND}{text}"
+
+    def add_lost(self, fill: Fill, count: int) -> None:
+        """Count computed elements of a fill from which their stored bits cannot be computed again; lanes call this."""
+        if count:
+            with self._lock:
+                entry = self._files[fill.file][fill.name]
+                entry[_LOST] = entry.get(_LOST, 0) + count
 
     def add_given(self, file: str, name: str, data: StoredTensor) -> None:
         """Add a small tensor that belongs to no slot and is copied as it is."""
@@ -198,6 +224,22 @@ def write_manifest(folder: Path, run: Mapping[str, Any], finished: Mapping[str, 
     }
     remarks = {"notes": origin.notes, "ignored": origin.ignored}
     _write(folder / MANIFEST, with_digest({**run, **remarks, "beside": beside, "files": files}))
+
+
+def lost_lines(finished: Mapping[str, Any]) -> list[str]:
+    """Lines for the user, one for each kind of slot, on elements that the way back would not restore; `finished` are all files."""
+    totals: dict[str, tuple[int, int, dict[str, None]]] = {}
+    for record in finished.values():
+        for entry in record["tensors"].values():
+            if _LOST in entry:
+                slot = entry["holds"][0].rpartition(" ")[2]  # a ref's text ends with its slot
+                elements, tensors, texts = totals.get(slot, (0, 0, {}))
+                totals[slot] = elements + entry[_LOST], tensors + 1, {**texts, entry[_COMPUTED]: None}
+    return [
+        f"{slot}: computing back would not restore the bits of {count(elements, 'element')} in {count(tensors, 'tensor')} "
+        f"({_AND.join(texts)})"
+        for slot, (elements, tensors, texts) in totals.items()
+    ]
 
 
 def is_output_of(folder: Path, run: Mapping[str, Any]) -> bool:

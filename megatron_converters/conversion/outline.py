@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from ..basics.dtypes import DType
 from ..model.layouts import RowMap
+from ..model.values import Affine
 from ..storage.checksum import digest
 from ..storage.output_file import FileLayout
 from ..storage.tensor import StoredTensor
@@ -17,7 +18,8 @@ class Fill(NamedTuple):
     """Tensor of an output file, or the part of it that begins at byte `start`, as rows and columns of a slot.
 
     Row i is the slot's row `rows[i]`, column 0 the slot's column `col`. Where `transposed`, the file stores the transposed
-    matrix, and `shape` is that before transposing. `padding` counts the rows at the end that repeat another row.
+    matrix, and `shape` is that before transposing. `padding` counts the rows at the end that repeat another row. The elements
+    are `value` of the slot's, which None leaves as they are.
     """
 
     file: str
@@ -29,6 +31,7 @@ class Fill(NamedTuple):
     start: int = 0
     transposed: bool = False
     padding: int = 0
+    value: Affine | None = None
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from .accounting import check_target
 from .copying import Executor
 from .crew import ALONE, Crew, agree, meet, share
 from .endpoint import Source, Target, wanted_dtype
-from .journal import Journal, Provenance, describe_run, is_output_of, refuse_other, write_manifest
+from .journal import Journal, Provenance, describe_run, is_output_of, lost_lines, refuse_other, write_manifest
 from .outline import Outline
 from .progress import Progress
 from .staging import Staging, check_place, check_space
@@ -173,7 +173,7 @@ class _Run:
 
     def _copy(self, mine: set[str]) -> list[str]:
         """Fill these files; returns them."""
-        executor = Executor(self._progress, self._finish, files=len(mine))
+        executor = Executor(self._progress, self._finish, lost=self._provenance.add_lost, files=len(mine))
         try:
             for number, ref in enumerate(refs(self._source.spec)):
                 sources = self._source.read(ref)
@@ -243,7 +243,7 @@ class _Run:
         if not self._journal.cleared:
             self._target.clear(self._staging)
             self._journal.mark_cleared()
-        lines = self._target.show(self._staging)
+        lines = [*self._target.show(self._staging), *lost_lines(self._journal.finished())]
         self._shown = True
         self._staging.discard()
         return lines

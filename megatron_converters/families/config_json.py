@@ -9,7 +9,7 @@ from typing import Any
 from ..basics.dtypes import DType, dtype_named
 from ..basics.errors import ConversionError, one_line
 from ..model.spec import ModelSpec, PerLayer
-from . import FAMILIES
+from . import FAMILIES, quantisation
 from .rules_attention import FULL, layer_types
 from .table import Family
 
@@ -71,9 +71,8 @@ def spec_from_config(config: Mapping[str, Any], ignored: Iterable[str] = ()) -> 
 
 
 def _refuse_unclaimed(config: Mapping[str, Any], family: Family, ignored: Iterable[str]) -> None:
-    if config.get("quantization_config"):
-        raise ConversionError("config.json has a quantization_config; convert the unquantised model instead")
-    claimed = HARMLESS.union(ignored, *(rule.keys for rule in family.rules))
+    quantisation.block_size(config)  # refuses what cannot be read
+    claimed = HARMLESS.union([quantisation.KEY], ignored, *(rule.keys for rule in family.rules))
     unknown = sorted(key for key, value in config.items() if key not in claimed and value not in (None, False))
     # transformers 5 writes layer_types for every architecture; full attention in all layers is what others leave out.
     if all(kind == FULL for kind in layer_types(config)):
@@ -149,9 +148,9 @@ def config_for(spec: ModelSpec, base: Mapping[str, Any] | None) -> tuple[dict[st
             config = {key: value for key, value in config.items() if key not in rule.keys}
             config.update({key: written[key] for key in rule.write(spec)})
     config.update(architectures=[family.architecture], model_type=family.model_type)
-    config.pop(
-        "auto_map", None
-    )  # names code in the source's folder, which is not copied; the class is transformers' own
+    # One names code in the source's folder, which is not copied, and the class is transformers' own; weights are never quantised.
+    for key in ("auto_map", quantisation.KEY):
+        config.pop(key, None)
     dtype_key = "dtype" if "dtype" in base else "torch_dtype"
     config[dtype_key] = spec.dtype.name
     changed = [

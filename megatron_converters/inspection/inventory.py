@@ -14,6 +14,7 @@ import numpy as np
 
 from ..assets.origin import Origin
 from ..basics.dtypes import DType
+from ..conversion.composing import Piece, Reader
 from ..conversion.endpoint import Source
 from ..families import FAMILIES
 from ..formats.detect import HF, MEGATRON
@@ -190,8 +191,16 @@ def _holdings(source: Source) -> Iterator[Holding]:
             *((piece, False) for piece in sources.pieces),
             *((piece, True) for piece in sources.replicas),
         ]:
-            data = cast(StoredTensor, piece.data)  # the tensors of a folder are stored in files
             name = piece.name.tensor
             slot = _OUTPUT if is_copy and ref.slot.name == _EMBEDDINGS and name != first_name else ref.slot.name
             padding = int(np.count_nonzero(piece.rows < 0)) if ref.slot.vocab else 0
-            yield Holding(os.path.relpath(data.path, folder), name, ref, slot, data.dtype, data.shape, padding, is_copy)
+            for stored, data in _stored(piece).items():
+                place = os.path.relpath(data.path, folder), stored, ref, slot
+                yield Holding(*place, data.dtype, data.shape, padding if stored == name else 0, is_copy)
+
+
+def _stored(piece: Piece) -> Mapping[str, StoredTensor]:
+    """Stored tensors of a piece, by name: one, or those that it is decoded from."""
+    if isinstance(piece.data, Reader):
+        return piece.data.stored
+    return {piece.name.tensor: cast(StoredTensor, piece.data)}  # the tensors of a folder are stored in files

@@ -58,6 +58,8 @@ def _lines(job: Job, result: Forecast) -> Iterator[str]:
     yield f"{read}, each read once, make {result.target_tensors} in {files}"
     for cast, number in result.casts.items():
         yield f"{number} are cast from {cast}"
+    for computed, number in result.computed.items():
+        yield f"{number} are {computed}"
     if result.padding_rows:
         yield f"{count(result.padding_rows, 'row')} of vocabulary padding, in all tensors together, repeat the vocabulary's last"
     if result.copies:

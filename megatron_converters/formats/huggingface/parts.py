@@ -14,6 +14,7 @@ from ...model.spec import ModelSpec
 from ...model.tables import Entry
 from ...model.values import Affine
 from ...storage.tensor import StoredTensor
+from .quantised import Weight
 
 
 class Part(NamedTuple):
@@ -37,9 +38,14 @@ class Part(NamedTuple):
         """Number of such parts in the stored tensor."""
         return math.prod(self.stored_shape) // max(math.prod(self.shape), 1)
 
-    def view(self, data: StoredTensor) -> StoredTensor:
+    def view(self, data: Weight) -> Weight:
         """View of this part in the stored tensor."""
-        if self.stored_parts > 1 or len(self.stored_shape) > len(self.shape):
+        whole = self.stored_parts == 1 and len(self.stored_shape) == len(self.shape)
+        if whole and not self.transposed:
+            return data
+        if not isinstance(data, StoredTensor):
+            raise ConversionError(f"{self.name} is quantised, and one that is transposed or stacked cannot be decoded")
+        if not whole:
             offset = data.offset + self.number * data.strides[0] * data.dtype.itemsize
             data = StoredTensor(data.path, offset, data.dtype, data.shape[1:], data.strides[1:])
         if self.transposed:

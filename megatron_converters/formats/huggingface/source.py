@@ -26,6 +26,7 @@ from ...storage import safetensors, torch_zip
 from ...storage.opening import is_name
 from ...storage.tensor import StoredTensor
 from .parts import HFNames, Part
+from .quantised import Weight, decoded, decoded_config, decoded_note
 
 #: Weight files of unsharded models, in the order of preference of `from_pretrained`; '.index.json' is appended for an index.
 _SINGLE = ("model.safetensors", "pytorch_model.bin")
@@ -49,7 +50,8 @@ class HFSource:
                 "file to convert the model without it"
             )
         config = read_json(folder / "config.json")
-        tensors = read_tensors(folder)
+        stored = read_tensors(folder)
+        tensors = decoded(folder, config, stored)
         spec = spec_from_config(config, ignored_config)
         if untie:
             spec = dataclasses.replace(spec, tied=False)
@@ -59,15 +61,15 @@ class HFSource:
         names = HFNames(family, spec, prefixed=prefixed)
         ignored = {name for name in tensors if name.endswith(family.ignored_suffixes)}
         self._pieces, self._replicas = _match(folder, spec, names, tensors, ignored | left_out)
-        files = {data.path for data in tensors.values()} | {folder / "config.json"}
+        files = {data.path for data in stored.values()} | {folder / "config.json"}
         self.spec = dataclasses.replace(spec, dtype=first_dtype(self._pieces[Ref(SLOTS["word_embeddings"])]))
         generation = folder / "generation_config.json"
         self.origin = Origin(
             described=str(folder),
-            hf_config=config,
+            hf_config=decoded_config(config),
             generation_config=read_json(generation) if generation.exists() else None,
             tokenizer=str(folder) if _has_tokenizer(folder) else None,
-            notes=notes,
+            notes=[*notes, *decoded_note(tensors)],
             ignored=[
                 *(f"{name} (no weight)" for name in sorted(ignored)),
                 *(f"{name} (multi-token prediction)" for name in sorted(left_out)),
@@ -144,7 +146,7 @@ def _read_file(path: Path) -> dict[str, StoredTensor]:
 
 
 def _prediction_layers(
-    spec: ModelSpec, family: Family, tensors: Mapping[str, StoredTensor], without: bool
+    spec: ModelSpec, family: Family, tensors: Mapping[str, Weight], without: bool
 ) -> tuple[ModelSpec, set[str], list[str]]:
     """Spec with the layers of multi-token prediction that are converted, names of tensors that are left out, and notes.
 
@@ -167,7 +169,7 @@ def _prediction_layers(
 
 
 def _match(
-    folder: Path, spec: ModelSpec, names: HFNames, tensors: Mapping[str, StoredTensor], ignored: set[str]
+    folder: Path, spec: ModelSpec, names: HFNames, tensors: Mapping[str, Weight], ignored: set[str]
 ) -> tuple[dict[Ref, tuple[Piece, ...]], dict[Ref, tuple[Piece, ...]]]:
     """Match tensors with refs; returns pieces and replicas of every ref. Missing, extra and misshapen ones are raised together."""
     heading = f"{folder}: the tensors do not match the model that config.json describes:"
@@ -183,12 +185,12 @@ def _match(
     return pieces, replicas
 
 
-def _piece(part: Part, data: StoredTensor, note: str = "") -> Piece:
+def _piece(part: Part, data: Weight, note: str = "") -> Piece:
     name = StoredName(os.path.basename(data.path), part.name, note)
-    return Piece(part.view(data), part.rows, 0, name)
+    return Piece(part.view(data), part.rows, 0, name, part.value)
 
 
-def _replicas(spec: ModelSpec, names: HFNames, tensors: Mapping[str, StoredTensor]) -> dict[Ref, tuple[Piece, ...]]:
+def _replicas(spec: ModelSpec, names: HFNames, tensors: Mapping[str, Weight]) -> dict[Ref, tuple[Piece, ...]]:
     """Stored copies of embeddings and head: a tied model's lm_head, and those in layers of multi-token prediction."""
     found: dict[Ref, tuple[Piece, ...]] = {}
     embeddings, head = Ref(SLOTS["word_embeddings"]), Ref(SLOTS["output_layer"])

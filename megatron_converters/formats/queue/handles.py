@@ -6,8 +6,10 @@ which is built from the same references while it unpickles.
 
 from __future__ import annotations
 
+import dataclasses
 import mmap
 from collections.abc import Sequence
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -16,14 +18,19 @@ from ...basics.dtypes import DType, dtype_named
 from ...basics.errors import ConversionError
 from ...basics.handover import receives_own_types
 from ...conversion.composing import Piece, Planner, StoredName
-from ...conversion.copying import materialise
+from ...conversion.gathering import materialise
 from ...model.layouts import RowMap, interned, runs
+from ...model.values import Affine, composed
+from ...storage.decoding import ScaledBlocks
 from ...storage.tensor import StoredTensor, contiguous_strides
 
 #: Row map as its `layouts.runs`: (row of the tensor, first row of the slot, number of rows).
 _Runs = tuple[tuple[int, int, int], ...]
-#: Piece as plain values: the arguments of its `StoredTensor`, the runs of its rows, its first column and its name.
-_PackedPiece = tuple[str, int, str, tuple[int, ...], tuple[int, ...], Any, int, tuple[str, ...]]
+#: Stored tensor as plain values: the arguments of `StoredTensor`.
+_PackedTensor = tuple[str, int, str, tuple[int, ...], tuple[int, ...]]
+#: Piece as plain values: whether it is quantised, its stored tensor (or the arguments of its `ScaledBlocks`), the runs of its rows,
+#: its first column, its name, and numerator and denominator of the scale and the shift of its value.
+_PackedPiece = tuple[bool, Any, _Runs, int, tuple[str, ...], tuple[tuple[int, int], ...]]
 
 
 class TensorHandle:
@@ -56,34 +63,49 @@ def _receive_stack(handles: tuple[Any, ...]) -> Any:
     return torch.stack(handles)
 
 
-def part_of(pieces: Sequence[Piece], rows: RowMap, whole_rows: int) -> list[Piece]:
-    """Pieces of one part of a slot, whose row i is the slot's row `rows[i]`, from the pieces of the slot."""
+def part_of(pieces: Sequence[Piece], rows: RowMap, whole_rows: int, value: Affine | None = None) -> list[Piece]:
+    """Pieces of `value` of one part of a slot, whose row i is the slot's row `rows[i]`, from the pieces of the slot."""
     part_row = np.full(whole_rows + 1, -1, np.int64)  # the last entry stays -1, for padding
     part_row[rows] = np.arange(rows.size)
-    mapped = [Piece(piece.data, part_row[piece.rows], piece.col, piece.name) for piece in pieces]
+    mapped = [
+        dataclasses.replace(piece, rows=part_row[piece.rows], value=composed(piece.value, value)) for piece in pieces
+    ]
     return [piece for piece in mapped if bool((piece.rows >= 0).any())]
 
 
 def _pack(piece: Piece) -> _PackedPiece:
     data = piece.data
-    if not isinstance(data, StoredTensor):
+    if isinstance(data, ScaledBlocks):
+        packed: Any = (data.name, _pack_tensor(data.weight), data.scale_name, _pack_tensor(data.scale), data.block)
+    elif isinstance(data, StoredTensor):
+        packed = _pack_tensor(data)
+    else:
         raise ConversionError(f"{piece.name} is not in a file, so it cannot be sent to another process")
-    return (
-        data.path,
-        data.offset,
-        data.dtype.name,
-        data.shape,
-        data.strides,
-        tuple(runs(piece.rows)),
-        piece.col,
-        tuple(piece.name),
-    )
+    numbers = () if piece.value is None else (Fraction(piece.value.scale), Fraction(piece.value.shift))
+    value = tuple(number.as_integer_ratio() for number in numbers)
+    return isinstance(data, ScaledBlocks), packed, tuple(runs(piece.rows)), piece.col, tuple(piece.name), value
+
+
+def _pack_tensor(data: StoredTensor) -> _PackedTensor:
+    return data.path, data.offset, data.dtype.name, data.shape, data.strides
 
 
 def _unpack(packed: _PackedPiece) -> Piece:
-    path, offset, dtype, shape, strides, row_runs, col, name = packed
-    data = StoredTensor(path, offset, dtype_named(dtype), shape, strides)
-    return Piece(data, _rows(row_runs, shape[0]), col, StoredName(*name))
+    quantised, content, row_runs, col, name, value = packed
+    data = _unpack_blocks(*content) if quantised else _unpack_tensor(content)
+    function = Affine(*(Fraction(*number) for number in value)) if value else None
+    return Piece(data, _rows(row_runs, data.shape[0]), col, StoredName(*name), function)
+
+
+def _unpack_tensor(packed: _PackedTensor) -> StoredTensor:
+    path, offset, dtype, shape, strides = packed
+    return StoredTensor(path, offset, dtype_named(dtype), shape, strides)
+
+
+def _unpack_blocks(
+    name: str, weight: _PackedTensor, scale_name: str, scale: _PackedTensor, block: tuple[int, int]
+) -> ScaledBlocks:
+    return ScaledBlocks(name, _unpack_tensor(weight), scale_name, _unpack_tensor(scale), block)
 
 
 def _rows(packed: _Runs, count: int) -> RowMap:
@@ -114,7 +136,12 @@ def _identical(handle: TensorHandle) -> StoredTensor | None:
     if len(handle.pieces) != 1:
         return None
     data, rows = handle.pieces[0].data, handle.pieces[0].rows
-    if not isinstance(data, StoredTensor) or data.dtype != handle.dtype or data.shape != handle.shape:
+    if (
+        handle.pieces[0].value is not None
+        or not isinstance(data, StoredTensor)
+        or data.dtype != handle.dtype
+        or data.shape != handle.shape
+    ):
         return None
     if data.strides == contiguous_strides(data.shape) and np.array_equal(rows, np.arange(rows.size)):
         return data

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -163,7 +164,7 @@ def _one_expert(where: StoredName, stack: Any, expert: int, experts: int) -> Any
 
 def _piece_of_slot(piece: Piece, rows: RowMap) -> Piece:
     """Piece of a slot from a piece of one of its parts; `rows` has the slot's row of each row of the part."""
-    return Piece(piece.data, interned(np.where(piece.rows >= 0, rows[piece.rows], -1)), piece.col, piece.name)
+    return dataclasses.replace(piece, rows=interned(np.where(piece.rows >= 0, rows[piece.rows], -1)))
 
 
 def _memory_tensor(value: Any, where: StoredName | str) -> TensorData:

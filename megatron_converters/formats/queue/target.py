@@ -13,7 +13,7 @@ from ...basics.dtypes import DType
 from ...basics.errors import raise_all
 from ...conversion.accounting import Coverage
 from ...conversion.composing import Sources
-from ...conversion.copying import Executor
+from ...conversion.copying import Executor, Sink
 from ...conversion.endpoint import Source, wanted_dtype
 from ...conversion.outline import Fill
 from ...model.layers import LAYER_NORM
@@ -69,7 +69,7 @@ class QueueTarget:
             if self._message.get("name", fill.file) != fill.file:
                 self._flush()
             self._message["name"] = fill.file
-            handle = TensorHandle(fill.shape, fill.dtype, part_of(sources.pieces, fill.rows, rows))
+            handle = TensorHandle(fill.shape, fill.dtype, part_of(sources.pieces, fill.rows, rows, fill.value))
             if ENTRIES[ref.slot.name].stacked:
                 self._message.setdefault(fill.name, StackedHandle()).handles.append(handle)
             else:
@@ -131,7 +131,7 @@ class QueueTarget:
 
 def stream(source: Source, target: QueueTarget, override: DType | None) -> None:
     """Send every ref of `source` as messages."""
-    executor, coverage = Executor(), Coverage(source.spec)
+    executor, coverage = Executor[Sink](), Coverage(source.spec)
     try:
         target.begin(source.spec, source.origin, wanted_dtype(source, override))
         for ref in refs(source.spec):

@@ -1,0 +1,84 @@
+"""Change of elements on their way from a source to a target: decoded, computed and cast, each rounded once."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from ..basics.dtypes import DType, cast, floats, not_finite, rounded
+from ..basics.errors import ConversionError
+from ..model.values import Affine, composed
+from .composing import Piece, Reader
+
+Array = npt.NDArray[Any]
+
+
+class Computation(NamedTuple):
+    """Change of the elements of a piece: `value` of them, in the dtype `target`. Arrays are of the dtypes' carrier types."""
+
+    piece: Piece
+    target: DType
+    value: Affine | None
+
+    @classmethod
+    def of(cls, piece: Piece, target: DType, value: Affine | None) -> Computation:
+        """Computation from the elements of a piece to `value` of the slot's."""
+        return cls(piece, target, composed(piece.value, value))
+
+    @property
+    def copies(self) -> bool:
+        """Whether the elements as the piece has them are the result, bit for bit."""
+        return self.value is None and self.piece.data.dtype == self.target
+
+    def apply(self, part: Array) -> Array:
+        """Result for a part of the piece; raises `ConversionError` if finite elements exceed the range of the target."""
+        source = self.piece.data.dtype
+        if self.copies:
+            return part
+        if self.value is None:
+            result = np.empty(part.shape, self.target.carrier)
+            fits = cast(part, source, result, self.target)
+        else:
+            result = self._computed(part, self.value)
+            beyond = not_finite(result, self.target)
+            fits = not beyond.any() or bool(not_finite(part[beyond], source).all())
+        if not fits:
+            raise ConversionError(self._overflow())
+        return result
+
+    def count_lost(self, part: Array, result: Array) -> int:
+        """Number of elements that the inverse does not give back bit for bit from the result."""
+        if self.value is None:
+            return 0
+        source = self.piece.data.dtype
+        values = self.value.inverse().apply(self._floats(result, self.target))
+        return int(np.count_nonzero(rounded(values, source) != part))
+
+    def described(self) -> list[str]:
+        """Words for what is decoded and computed; empty where elements are only copied or cast."""
+        data, steps = self.piece.data, []
+        if isinstance(data, Reader):
+            steps.append(data.computed if data.exact else f"{data.computed}, rounded to {data.dtype}")
+        if self.value is not None:
+            steps.append(f"{self.value.described()} in {self._precision}, rounded once")
+        return steps
+
+    @property
+    def _precision(self) -> str:
+        """Dtype of the arithmetic."""
+        return "float64" if "float64" in (self.piece.data.dtype.name, self.target.name) else "float32"
+
+    def _computed(self, part: Array, value: Affine) -> Array:
+        return rounded(value.apply(self._floats(part, self.piece.data.dtype)), self.target)
+
+    def _floats(self, array: Array, dtype: DType) -> Array:
+        return floats(array, dtype).astype(self._precision, copy=False)
+
+    def _overflow(self) -> str:
+        computed = f", {self.value.described()}," if self.value is not None else ""
+        return (
+            f"{self.piece.name}{computed} holds values beyond the range of {self.target}; keep its dtype "
+            f"({self.piece.data.dtype}) or convert to bfloat16"
+        )

@@ -1,0 +1,162 @@
+"""Gathering of a target's rows from its sources, chunk by chunk: viewed where the bytes lie as they must, else copied to a buffer.
+
+On the way elements may be decoded (`Reader`), computed (`Affine`) and cast; none of this changes which element goes where.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from ..basics.dtypes import DType
+from ..basics.errors import ConversionError
+from ..model.layouts import RowMap, runs
+from ..model.values import Affine
+from .composing import Gather, Piece, Planner, Reader, as_matrix
+from .computing import Computation
+
+#: Bytes of a chunk: large enough to amortise calls, small enough to stay in a core's cache.
+CHUNK_BYTES = 1 << 20
+#: Maximum number of runs of a chunk that is gathered run by run; one with more is gathered by index.
+_MAX_RUNS = 32
+
+Array = npt.NDArray[Any]
+
+
+def gather_chunks(
+    gathers: Sequence[Gather],
+    shape: tuple[int, int],
+    dtype: DType,
+    what: str,
+    wanted: RowMap | None = None,
+    *,
+    value: Affine | None = None,
+    lost: Callable[[int], None] | None = None,
+) -> Iterator[tuple[int, Array]]:
+    """Chunks of the target's rows in order, as (first row, array of whole rows); the next chunk reuses the array.
+
+    The elements are `value` of the slot's. `lost` is told of computed elements from which their stored bits cannot be computed
+    again, by their number. A row where `wanted` is -1 may stay unfilled and then holds arbitrary values. Raises `ConversionError`,
+    which names the target as `what`, where the gathers leave any other element unfilled, so that uninitialised memory is never
+    written.
+    """
+    rows, cols = shape
+    step = max(1, CHUNK_BYTES // (cols * dtype.itemsize))
+    supplies = [_supply(gather, dtype, value) for gather in gathers]
+    buffer = np.empty((min(step, rows), cols), dtype.carrier)
+    for start in range(0, rows, step):
+        stop = min(start + step, rows)
+        direct = _direct(supplies, start, stop)
+        if direct is None:
+            direct = buffer[: stop - start]
+            copied = sum(supply.copy_rows(direct, start, stop, lost) for supply in supplies)
+            expected = cols * (stop - start if wanted is None else int(np.count_nonzero(wanted[start:stop] >= 0)))
+            if copied != expected:
+                raise ConversionError(
+                    f"{what}: rows {start} to {stop - 1} get {copied} elements instead of {expected}; this is a fault of this "
+                    "program, please report it"
+                )
+        yield start, direct
+
+
+def transposed_chunks(
+    gathers: Sequence[Gather],
+    shape: tuple[int, int],
+    dtype: DType,
+    what: str,
+    *,
+    value: Affine | None = None,
+    lost: Callable[[int], None] | None = None,
+) -> Iterator[tuple[int, Array]]:
+    """Chunks of the transposed target, as (first column, array [columns, rows]); `shape` is that before transposing."""
+    rows, cols = shape
+    step = max(1, CHUNK_BYTES // (rows * dtype.itemsize))
+    for start in range(0, cols, step):
+        stop = min(start + step, cols)
+        narrowed = [part for gather in gathers for part in _columns(gather, start, stop)]
+        result = np.empty((rows, stop - start), dtype.carrier)
+        for first, chunk in gather_chunks(narrowed, result.shape, dtype, what, value=value, lost=lost):
+            result[first : first + chunk.shape[0]] = chunk
+        yield start, np.ascontiguousarray(result.T)
+
+
+def _columns(gather: Gather, start: int, stop: int) -> Iterator[Gather]:
+    """Gather limited to the target's columns from `start` to `stop`; nothing if it has none of them."""
+    left, right = max(start, gather.target_cols.start), min(stop, gather.target_cols.stop)
+    if left < right:
+        shift = gather.source_cols.start - gather.target_cols.start
+        yield dataclasses.replace(
+            gather,
+            source_cols=slice(left + shift, right + shift),
+            target_cols=slice(left - start, right - start),
+            whole_width=False,
+        )
+
+
+class _Supply(NamedTuple):
+    """Gather, what is computed on the way, and a view of the piece at the gather's columns; None where it is decoded."""
+
+    gather: Gather
+    computation: Computation
+    view: Array | None
+
+    def copy_rows(self, target: Array, start: int, stop: int, lost: Callable[[int], None] | None) -> int:
+        """Copy rows `start` to `stop` of the target into `target`, which holds these; returns the number of elements copied."""
+        wanted = self.gather.rows[start:stop]
+        target = target[:, self.gather.target_cols]
+        width = int(target.shape[1])
+        found = list(islice(runs(wanted), _MAX_RUNS + 1))
+        if len(found) > _MAX_RUNS:
+            chosen = wanted >= 0
+            target[chosen] = self._elements(wanted[chosen], lost)
+            return int(np.count_nonzero(chosen)) * width
+        for position, first, length in found:
+            target[position : position + length] = self._elements(slice(first, first + length), lost)
+        return sum(length for _, _, length in found) * width
+
+    def _elements(self, rows: slice | RowMap, lost: Callable[[int], None] | None) -> Array:
+        """Elements for the target at these rows of the piece."""
+        part = self.gather.source.elements(rows, self.gather.source_cols) if self.view is None else self.view[rows]
+        result = self.computation.apply(part)
+        if lost is not None and self.computation.value is not None:
+            lost(self.computation.count_lost(part, result))
+        return result
+
+
+def _supply(gather: Gather, dtype: DType, value: Affine | None) -> _Supply:
+    """Supply of a target of this dtype, whose elements are `value` of the slot's."""
+    data = gather.source.data
+    view = None if isinstance(data, Reader) else data.array().reshape(as_matrix(data.shape))[:, gather.source_cols]
+    return _Supply(gather, Computation.of(gather.source, dtype, value), view)
+
+
+def _direct(supplies: Sequence[_Supply], start: int, stop: int) -> Array | None:
+    """View of the source, if it holds the chunk exactly as the target will; else None."""
+    if len(supplies) != 1:
+        return None
+    gather, computation, source = supplies[0]
+    wanted = gather.rows[start:stop]
+    if source is None or not gather.whole_width or not computation.copies or not _is_run(wanted):
+        return None
+    view = source[wanted[0] : wanted[0] + wanted.size]
+    return view if view.flags.c_contiguous else None
+
+
+def _is_run(wanted: RowMap) -> bool:
+    first, last = int(wanted[0]), int(wanted[-1])
+    return first >= 0 and last - first == wanted.size - 1 and next(runs(wanted))[2] == wanted.size
+
+
+def materialise(planner: Planner, pieces: Sequence[Piece], shape: tuple[int, ...], dtype: DType) -> Array:
+    """Whole tensor of the pieces, in memory, as an array of the dtype's carrier type."""
+    rows, cols = as_matrix(shape)
+    result = np.empty((rows, cols), dtype.carrier)
+    gathers = planner.compose(np.arange(rows, dtype=np.int64), 0, cols, pieces)
+    for start, chunk in gather_chunks(gathers, (rows, cols), dtype, "a tensor of the queue"):
+        result[start : start + chunk.shape[0]] = chunk
+    return result.reshape(shape)

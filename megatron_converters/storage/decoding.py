@@ -1,0 +1,149 @@
+"""Quantised tensors, decoded where they lie: only the rows and columns that are asked for.
+
+FP8 with block scales, as DeepSeek-V3 publishes it (inference/kernel.py, `weight_dequant_kernel`): a float8_e4m3fn matrix, and one
+scale for each block of it, mostly 128×128. The last block of a row or column may be short.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..basics.dtypes import BY_NAME, DType, floats, not_finite, rounded
+from ..basics.errors import ConversionError
+from ..basics.pickle_proof import Sealed
+from .tensor import StoredTensor
+
+Array = npt.NDArray[Any]
+#: Rows of a tensor to read: a range, or their numbers.
+Rows = slice | npt.NDArray[np.int64]
+
+CODES = "float8_e4m3fn"
+#: Element types of scales: floats, or exponents of 2 as ue8m0 has them, which some files call uint8.
+SCALES = ("float32", "bfloat16", "float8_e8m0fnu", "uint8")
+_EXPONENT_BIAS = 127
+#: Exponent that stands for NaN.
+_NAN_EXPONENT = 0xFF
+_BFLOAT16 = BY_NAME["bfloat16"]
+#: Elements decoded at a time, so that what is needed on the way stays in a core's cache.
+_STEP = 1 << 16
+
+
+def _e4m3fn_values() -> npt.NDArray[np.float32]:
+    """Value of each of the 256 codes: sign, 4 bits of exponent with bias 7, 3 of mantissa; no infinities, all ones are NaN."""
+    codes = np.arange(256)
+    exponents, mantissas = (codes >> 3) & 0xF, codes & 0x7
+    sizes = np.where(
+        exponents == 0, np.ldexp(mantissas / 8, -6), np.ldexp(1 + mantissas / 8, exponents.astype(np.int32) - 7)
+    )
+    sizes[codes & 0x7F == 0x7F] = np.nan
+    return np.where(codes & 0x80, -sizes, sizes).astype(np.float32)
+
+
+_VALUES = _e4m3fn_values()
+
+
+def block_counts(shape: tuple[int, ...], block: tuple[int, int]) -> tuple[int, ...]:
+    """Number of blocks along each axis of a matrix of `shape`; the last one may be short."""
+    return tuple(-(-size // side) for size, side in zip(shape, block, strict=True))
+
+
+@dataclass(frozen=True)
+class ScaledBlocks(Sealed):
+    """Matrix of FP8 codes with a scale for each block of `block` elements: value = bfloat16(float32(code) * float32(scale)).
+
+    `name` and `scale_name` are the names of the two stored tensors. Shapes and dtypes are checked by who makes one.
+    """
+
+    name: str
+    weight: StoredTensor
+    scale_name: str
+    scale: StoredTensor
+    block: tuple[int, int]
+
+    @property
+    def dtype(self) -> DType:
+        """Dtype of the decoded elements."""
+        return _BFLOAT16
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the matrix."""
+        return self.weight.shape
+
+    @property
+    def path(self) -> str:
+        """File of the codes."""
+        return self.weight.path
+
+    @cached_property
+    def stored(self) -> Mapping[str, StoredTensor]:
+        """Stored tensors that it is made of, by name."""
+        return {self.name: self.weight, self.scale_name: self.scale}
+
+    @property
+    def exact(self) -> bool:
+        """False, since the products are rounded to bfloat16."""
+        return False
+
+    @property
+    def computed(self) -> str:
+        """Words for what is done to the stored tensors."""
+        return f"decoded from {self.weight.dtype} in blocks of {self.block[0]}×{self.block[1]}"
+
+    def read(self, rows: Rows, cols: slice) -> Array:
+        """Decode these rows and columns, as an array of the carrier type of bfloat16.
+
+        Raises `ConversionError` for a code or a scale that is no number, and where a product exceeds bfloat16.
+        """
+        height, width = self.block
+        codes = self.weight.array()[rows, cols]
+        numbers = np.arange(rows.start, rows.stop) if isinstance(rows, slice) else rows
+        first = cols.start // width
+        found, block_rows = np.unique(numbers // height, return_inverse=True)
+        factors = self._factors()[found, first : -(-cols.stop // width)]
+        # In one block a code has one value, so 256 products a block are enough: the elements are looked up.
+        with np.errstate(over="ignore", invalid="ignore", under="ignore"):
+            products = rounded((factors[:, :, None] * _VALUES).reshape(-1), _BFLOAT16)
+        row_places = block_rows * (factors.shape[1] * _VALUES.size)
+        col_places = (np.arange(cols.start, cols.stop) // width - first) * _VALUES.size
+        result = np.empty(codes.shape, _BFLOAT16.carrier)
+        step = max(1, _STEP // max(codes.shape[1], 1))
+        for start in range(0, codes.shape[0], step):
+            part = slice(start, start + step)
+            places = row_places[part, None] + col_places
+            places += codes[part]
+            np.take(products, places, out=result[part], mode="clip")  # no place is outside; "raise" would copy `out`
+        if (faulty := not_finite(result, _BFLOAT16)).any():
+            raise ConversionError(self._fault(codes[faulty], factors))
+        return result
+
+    def _factors(self) -> npt.NDArray[np.float32]:
+        """Scales of all blocks as numbers."""
+        scales = self.scale.array()
+        if self.scale.dtype.itemsize > 1:
+            singles: npt.NDArray[np.float32] = floats(scales, self.scale.dtype)
+            return singles
+        powers = np.ldexp(np.float32(1), scales.astype(np.int32) - _EXPONENT_BIAS)
+        return np.where(scales == _NAN_EXPONENT, np.float32(np.nan), powers)
+
+    def _fault(self, codes: Array, factors: npt.NDArray[np.float32]) -> str:
+        """Message about elements that are no numbers, by their codes and the scales around them."""
+        where = os.path.basename(self.path)
+        if (codes & 0x7F == 0x7F).any():
+            return (
+                f"{where}: {self.name} holds codes that stand for no number (NaN); the file is damaged, copy it again"
+            )
+        if not np.isfinite(factors).all():
+            return (
+                f"{where}: {self.name} has scales in {self.scale_name} that are infinite or NaN; copy the files again"
+            )
+        return (
+            f"{where}: {self.name} times its scales holds values beyond the range of {_BFLOAT16}; copy the files again"
+        )
