@@ -88,9 +88,9 @@ class Tally:
         self._largest = self._norm = self._distance = 0.0
 
     @property
-    def differs(self) -> bool:
-        """Whether any element differs so far."""
-        return self._differing > 0
+    def differing(self) -> int:
+        """Number of elements that differ so far."""
+        return self._differing
 
     def add(self, rows: RowMap, col: int, left: npt.NDArray[Any], right: npt.NDArray[Any], dtype: DType) -> int:
         """Count two chunks of the same `rows` of a slot, in the carrier type of `dtype`; row -1 is padding, which is not counted.

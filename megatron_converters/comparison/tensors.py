@@ -221,7 +221,7 @@ class _Comparer:
         """Compare two sets of pieces over `rows` of the slot, from column `col` to the end of the last piece.
 
         Elements that are stored after a computation are compared as the right side stores them, since that is what a conversion
-        to there writes; or, where these differ, as the left side does.
+        to there writes; or as the left side does, where fewer differ.
         """
         cols = max(piece.col + piece.cols for piece in right) - col
         dtypes = left[0].data.dtype, right[0].data.dtype
@@ -232,10 +232,10 @@ class _Comparer:
         pairs = _Pair(gathers, rows, col, cols, _common_dtype(*dtypes), kind)
         as_right, as_left = _stored_as(right), _stored_as(left)
         tally = self._tally(pairs, as_right, lambda count: self.progress(count * itemsize))
-        if tally.differs and as_left != as_right:
+        if tally.differing and as_left != as_right:
             with suppress(ConversionError):  # values that a conversion to the left would refuse
                 other = self._tally(pairs, as_left, lambda _: None)
-                tally = tally if other.differs else other
+                tally = min(tally, other, key=lambda tally: tally.differing)
         first = tally.first
         sides = zip(labels, (left, right), strict=True)
         measure = tally.measure(() if first is None else (_place(label, pieces, *first) for label, pieces in sides))

@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -94,20 +94,30 @@ class Piece:
         """Number of columns of the stored tensor."""
         return as_matrix(self.data.shape)[1]
 
+    def matrix(self) -> npt.NDArray[Any]:
+        """View of a tensor that is not decoded, as rows and columns."""
+        array: npt.NDArray[Any] = cast(TensorData, self.data).array().reshape(as_matrix(self.data.shape))
+        return array
+
+    @property
+    def reader(self) -> Reader | None:
+        """Data of the piece, where they are decoded; else None."""
+        data = self.data  # looked at first for its class, since a look at all members of a protocol takes long
+        return data if not isinstance(data, StoredTensor) and isinstance(data, Reader) else None
+
     @property
     def names(self) -> list[StoredName]:
         """Names of all stored tensors that it is read from, its own first."""
-        if not isinstance(self.data, Reader):
+        reader = self.reader
+        if reader is None:
             return [self.name]
-        _, *others = self.data.stored.items()
+        _, *others = reader.stored.items()
         return [self.name, *(StoredName(os.path.basename(data.path), name) for name, data in others)]
 
     def elements(self, rows: slice | RowMap, cols: slice) -> npt.NDArray[Any]:
         """Stored elements at these rows (a range, or their numbers) and columns, decoded where a reader does that."""
-        if isinstance(self.data, Reader):
-            return self.data.read(rows, cols)
-        array: npt.NDArray[Any] = self.data.array().reshape(as_matrix(self.data.shape))[:, cols][rows]
-        return array
+        reader = self.reader
+        return self.matrix()[:, cols][rows] if reader is None else reader.read(rows, cols)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import numpy.typing as npt
 from ..basics.dtypes import DType, cast, floats, not_finite, rounded
 from ..basics.errors import ConversionError
 from ..model.values import Affine, composed
-from .composing import Piece, Reader
+from .composing import Piece
 
 Array = npt.NDArray[Any]
 
@@ -58,9 +58,9 @@ class Computation(NamedTuple):
 
     def described(self) -> list[str]:
         """Words for what is decoded and computed; empty where elements are only copied or cast."""
-        data, steps = self.piece.data, []
-        if isinstance(data, Reader):
-            steps.append(data.computed if data.exact else f"{data.computed}, rounded to {data.dtype}")
+        reader, steps = self.piece.reader, []
+        if reader is not None:
+            steps.append(reader.computed if reader.exact else f"{reader.computed}, rounded to {reader.dtype}")
         if self.value is not None:
             steps.append(f"{self.value.described()} in {self._precision}, rounded once")
         return steps

@@ -17,7 +17,7 @@ from ..basics.dtypes import DType
 from ..basics.errors import ConversionError
 from ..model.layouts import RowMap, runs
 from ..model.values import Affine
-from .composing import Gather, Piece, Planner, Reader, as_matrix
+from .composing import Gather, Piece, Planner, as_matrix
 from .computing import Computation
 
 #: Bytes of a chunk: large enough to amortise calls, small enough to stay in a core's cache.
@@ -130,9 +130,9 @@ class _Supply(NamedTuple):
 
 def _supply(gather: Gather, dtype: DType, value: Affine | None) -> _Supply:
     """Supply of a target of this dtype, whose elements are `value` of the slot's."""
-    data = gather.source.data
-    view = None if isinstance(data, Reader) else data.array().reshape(as_matrix(data.shape))[:, gather.source_cols]
-    return _Supply(gather, Computation.of(gather.source, dtype, value), view)
+    piece = gather.source
+    view = None if piece.reader is not None else piece.matrix()[:, gather.source_cols]
+    return _Supply(gather, Computation.of(piece, dtype, value), view)
 
 
 def _direct(supplies: Sequence[_Supply], start: int, stop: int) -> Array | None:

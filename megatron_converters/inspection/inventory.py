@@ -14,7 +14,7 @@ import numpy as np
 
 from ..assets.origin import Origin
 from ..basics.dtypes import DType
-from ..conversion.composing import Piece, Reader
+from ..conversion.composing import Piece
 from ..conversion.endpoint import Source
 from ..families import FAMILIES
 from ..formats.detect import HF, MEGATRON
@@ -201,6 +201,6 @@ def _holdings(source: Source) -> Iterator[Holding]:
 
 def _stored(piece: Piece) -> Mapping[str, StoredTensor]:
     """Stored tensors of a piece, by name: one, or those that it is decoded from."""
-    if isinstance(piece.data, Reader):
-        return piece.data.stored
+    if piece.reader is not None:
+        return piece.reader.stored
     return {piece.name.tensor: cast(StoredTensor, piece.data)}  # the tensors of a folder are stored in files

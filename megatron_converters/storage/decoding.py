@@ -27,9 +27,9 @@ Rows = slice | npt.NDArray[np.int64]
 CODES = "float8_e4m3fn"
 #: Element types of scales: floats, or exponents of 2 as ue8m0 has them, which some files call uint8.
 SCALES = ("float32", "bfloat16", "float8_e8m0fnu", "uint8")
-_EXPONENT_BIAS = 127
-#: Exponent that stands for NaN.
-_NAN_EXPONENT = 0xFF
+#: Bits of a float32: those of its fraction, and 2**-127, which has an exponent of 0 like no other power of 2 that is needed.
+_FRACTION_BITS = 23
+_SMALLEST_POWER = 1 << 22
 _BFLOAT16 = BY_NAME["bfloat16"]
 #: Elements decoded at a time, so that what is needed on the way stays in a core's cache.
 _STEP = 1 << 16
@@ -107,7 +107,7 @@ class ScaledBlocks(Sealed):
         numbers = np.arange(rows.start, rows.stop) if isinstance(rows, slice) else rows
         first = cols.start // width
         found, block_rows = np.unique(numbers // height, return_inverse=True)
-        factors = self._factors()[found, first : -(-cols.stop // width)]
+        factors = self._factors(found, slice(first, -(-cols.stop // width)))
         # In one block a code has one value, so 256 products a block are enough: the elements are looked up.
         with np.errstate(over="ignore", invalid="ignore", under="ignore"):
             products = rounded((factors[:, :, None] * _VALUES).reshape(-1), _BFLOAT16)
@@ -124,14 +124,15 @@ class ScaledBlocks(Sealed):
             raise ConversionError(self._fault(codes[faulty], factors))
         return result
 
-    def _factors(self) -> npt.NDArray[np.float32]:
-        """Scales of all blocks as numbers."""
-        scales = self.scale.array()
+    def _factors(self, rows: npt.NDArray[np.int64], cols: slice) -> npt.NDArray[np.float32]:
+        """Scales of blocks as numbers; the exponent that stands for NaN becomes infinite."""
+        scales = self.scale.array()[rows, cols]
         if self.scale.dtype.itemsize > 1:
             singles: npt.NDArray[np.float32] = floats(scales, self.scale.dtype)
             return singles
-        powers = np.ldexp(np.float32(1), scales.astype(np.int32) - _EXPONENT_BIAS)
-        return np.where(scales == _NAN_EXPONENT, np.float32(np.nan), powers)
+        powers = scales.astype(np.uint32) << _FRACTION_BITS  # 2**(byte - 127): the bias is that of float32
+        powers[scales == 0] = _SMALLEST_POWER
+        return powers.view(np.float32)
 
     def _fault(self, codes: Array, factors: npt.NDArray[np.float32]) -> str:
         """Message about elements that are no numbers, by their codes and the scales around them."""
