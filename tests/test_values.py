@@ -243,7 +243,7 @@ def test_replicas_are_compared_as_they_are_stored(chunk_bytes: int) -> None:
     other = piece(np.array([[0x3A83], [0x3A84]], np.uint16), [0, 1], dtype="bfloat16", where="copy")
     shifted = [dataclasses.replace(held, value=PLUS_1) for held in (one, other)]
     check_replica(shifted[0], dataclasses.replace(one, value=PLUS_1))
-    with pytest.raises(ConversionError, match="^final_norm: here: copy differs from .* in row 1$"):
+    with pytest.raises(ConversionError, match=r"^final_norm: here: copy differs from .* in row 1$"):
         check_replica(shifted[1], shifted[0])
 
 
@@ -254,7 +254,7 @@ def test_replicas_that_are_stored_otherwise_are_computed(chunk_bytes: int) -> No
     check_replica(plain, dataclasses.replace(piece(bits(tensor), range(8), dtype="bfloat16"), value=TIMES_12))
     changed = bits(multiplied).copy()
     changed[5, 1] ^= 1
-    with pytest.raises(ConversionError, match="differs from .* in row 5"):
+    with pytest.raises(ConversionError, match=r"differs from .* in row 5"):
         check_replica(
             piece(changed, range(8), dtype="bfloat16"),
             dataclasses.replace(piece(bits(tensor), range(8), dtype="bfloat16"), value=TIMES_12),
