@@ -26,7 +26,7 @@ from megatron_converters.model.values import Affine
 from megatron_converters.storage import decoding, safetensors
 from megatron_converters.storage.decoding import ScaledBlocks
 from tests.conversions import hf_to_megatron, hf_to_torch_dist, megatron_to_hf
-from tests.helpers import hf_tensors, rank_content, refused, same_tensors, succeeded, verb
+from tests.helpers import ROOT, convert, hf_tensors, rank_content, refused, same_tensors, succeeded, verb
 from tests.oracle.hf import make_model
 
 FP8, E8M0 = torch.float8_e4m3fn, torch.float8_e8m0fnu
@@ -383,6 +383,17 @@ def test_the_manifest_says_what_was_decoded(model: Path, tmp_path: Path) -> None
     assert text in verb("plan", model, tmp_path / "other", "--tp", "2").out
 
 
+def test_the_queue_carries_it(model: Path, tmp_path: Path) -> None:
+    loader = ("--loader", "llama_mistral", "--saver", "mcore", "--load-dir", model, "--save-dir", tmp_path / "out")
+    succeeded(convert(*loader, "--target-tensor-parallel-size", 2))
+    succeeded(verb("verify", model / "decoded", tmp_path / "out"))
+
+
+def test_several_processes_decode(model: Path, tmp_path: Path) -> None:
+    succeeded(verb("convert", model, tmp_path / "out", "--tp", "2", "--workers", "2", "--quiet", cwd=ROOT))
+    succeeded(verb("verify", model / "decoded", tmp_path / "out"))
+
+
 def test_inspect_counts_parameters_once(model: Path) -> None:
     one, other = (json.loads(succeeded(verb("inspect", folder, "--json")).out) for folder in (model, model / "decoded"))
     assert one["parameters"] == other["parameters"]
@@ -423,6 +434,17 @@ def test_a_flipped_byte_is_seen(model: Path, tmp_path: Path) -> None:
     assert "layer 1 fc1" in verb("verify", tmp_path / "out").out
     run = verb("verify", model, tmp_path / "out")
     assert run.code == 1 and "1 of 163840 elements differ" in run.out, run
+
+
+def test_logits_of_a_quantised_folder_are_not_left_to_transformers(model: Path) -> None:
+    refused(verb("verify", model, model / "decoded", "--logits"), "is quantised, and transformers decodes", "--to hf")
+
+
+def test_a_quantised_reference_describes_a_checkpoint(model: Path, tmp_path: Path) -> None:
+    hf_to_megatron(model, tmp_path / "m", tp=2)
+    succeeded(verb("convert", tmp_path / "m", tmp_path / "out", "--hf-config", model, "--quiet"))
+    assert "quantization_config" not in (tmp_path / "out" / "config.json").read_text()
+    same_tensors(hf_tensors(tmp_path / "out"), hf_tensors(model / "decoded"))
 
 
 def test_a_tied_copy_may_be_quantised(plain: Path, tmp_path: Path) -> None:

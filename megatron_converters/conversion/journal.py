@@ -11,6 +11,7 @@ import json
 import os
 import secrets
 import threading
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -75,6 +76,8 @@ class Provenance:
     def __init__(self) -> None:
         self._files: dict[str, Entries] = {}
         self._lock = threading.Lock()
+        #: By file and tensor, the number of computed elements from which their stored bits cannot be computed again.
+        self._lost: dict[str, Counter[str]] = {}
         #: Texts by the id of the row map and the row count. Layers share their maps; holding a map keeps its id valid.
         self._texts: dict[tuple[int, int], tuple[str, RowMap]] = {}
 
@@ -109,8 +112,7 @@ class Provenance:
         """Count computed elements of a fill from which their stored bits cannot be computed again; lanes call this."""
         if count:
             with self._lock:
-                entry = self._files[fill.file][fill.name]
-                entry[_LOST] = entry.get(_LOST, 0) + count
+                self._lost.setdefault(fill.file, Counter())[fill.name] += count
 
     def add_given(self, file: str, name: str, data: StoredTensor) -> None:
         """Add a small tensor that belongs to no slot and is copied as it is."""
@@ -119,7 +121,10 @@ class Provenance:
 
     def take(self, file: str) -> Entries:
         """The entries of a file, which is complete."""
-        return self._files.pop(file, {})
+        entries = self._files.pop(file, {})
+        for name, number in self._lost.pop(file, Counter()).items():  # last, so that the order is that of no lane
+            entries[name][_LOST] = number
+        return entries
 
     def _range_text(self, gather: Gather) -> str:
         """Text for the rows and columns that a gather takes from its piece, and whether they keep their order."""

@@ -148,9 +148,10 @@ def config_for(spec: ModelSpec, base: Mapping[str, Any] | None) -> tuple[dict[st
             config = {key: value for key, value in config.items() if key not in rule.keys}
             config.update({key: written[key] for key in rule.write(spec)})
     config.update(architectures=[family.architecture], model_type=family.model_type)
-    # One names code in the source's folder, which is not copied, and the class is transformers' own; weights are never quantised.
-    for key in ("auto_map", quantisation.KEY):
-        config.pop(key, None)
+    config = quantisation.unquantised(config)  # weights are written as they are
+    config.pop(
+        "auto_map", None
+    )  # names code in the source's folder, which is not copied; the class is transformers' own
     dtype_key = "dtype" if "dtype" in base else "torch_dtype"
     config[dtype_key] = spec.dtype.name
     changed = [

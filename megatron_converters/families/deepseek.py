@@ -1,7 +1,8 @@
 """DeepSeek-V2-Lite (transformers DeepseekV2ForCausalLM), DeepSeek-V3, R1 and V3.1 (DeepseekV3ForCausalLM): multi-latent attention.
 
 Names and defaults: transformers 5.23, models/deepseek_v2 and models/deepseek_v3. The rows that rotate are neighbours, and
-Megatron-LM's multi-latent attention takes them as they are. Both norm their latents with an epsilon of 1e-6, whatever config.json says.
+Megatron-LM's multi-latent attention takes them as they are. Both norm their latents with an epsilon of
+1e-6, whatever config.json says.
 """
 
 from __future__ import annotations

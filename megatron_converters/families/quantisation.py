@@ -24,6 +24,11 @@ _ADMITTED: Mapping[str, tuple[Any, ...] | None] = {
 }
 
 
+def unquantised(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config.json of the model once its weights are decoded."""
+    return {key: value for key, value in config.items() if key != KEY}
+
+
 def block_size(config: Mapping[str, Any]) -> tuple[int, int] | None:
     """Rows and columns of a block of FP8 weights with one scale; None for a model that is not quantised.
 

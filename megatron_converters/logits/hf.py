@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from ..basics.errors import ConversionError, raise_all
 from ..basics.json_files import read_json
-from ..families import FAMILIES
+from ..families import FAMILIES, quantisation
 from ..formats.huggingface.source import read_tensors
 from .needs import need
 from .pool import Pool
@@ -30,6 +30,11 @@ class HFModel:
         need("transformers", "transformers")
         self.path = path
         config = read_json(path / "config.json")
+        if config.get(quantisation.KEY):  # transformers 5.23 takes the last block of an axis for as long as the others
+            raise ConversionError(
+                f"{path} is quantised, and transformers decodes short blocks otherwise than they are meant; convert it first "
+                "(convert SRC DST --to hf) and compare the result"
+            )
         vocab_size, window = config.get("vocab_size"), config.get("sliding_window")
         if not isinstance(vocab_size, int) or vocab_size < 1:
             raise ConversionError(f"{path / 'config.json'} has vocab_size={vocab_size!r}; it must be a number above 0")

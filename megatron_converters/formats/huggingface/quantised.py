@@ -12,7 +12,7 @@ from typing import Any
 
 from ...basics.errors import raise_all
 from ...basics.quantities import count
-from ...families.quantisation import KEY, block_size
+from ...families.quantisation import block_size
 from ...storage.decoding import CODES, SCALES, ScaledBlocks, block_counts
 from ...storage.tensor import StoredTensor
 
@@ -48,11 +48,6 @@ def decoded(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Store
         remedy="copy the folder again",
     )
     return found
-
-
-def decoded_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config.json of the decoded model."""
-    return {key: value for key, value in config.items() if key != KEY}
 
 
 def decoded_note(tensors: Mapping[str, Weight]) -> list[str]:

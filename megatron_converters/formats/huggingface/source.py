@@ -19,6 +19,7 @@ from ...conversion.endpoint import first_dtype
 from ...conversion.matching import Matcher
 from ...families import FAMILIES
 from ...families.config_json import spec_from_config
+from ...families.quantisation import unquantised
 from ...families.table import Family
 from ...model.slots import MTP, SLOTS, Ref, refs
 from ...model.spec import ModelSpec
@@ -26,7 +27,7 @@ from ...storage import safetensors, torch_zip
 from ...storage.opening import is_name
 from ...storage.tensor import StoredTensor
 from .parts import HFNames, Part
-from .quantised import Weight, decoded, decoded_config, decoded_note
+from .quantised import Weight, decoded, decoded_note
 
 #: Weight files of unsharded models, in the order of preference of `from_pretrained`; '.index.json' is appended for an index.
 _SINGLE = ("model.safetensors", "pytorch_model.bin")
@@ -66,7 +67,7 @@ class HFSource:
         generation = folder / "generation_config.json"
         self.origin = Origin(
             described=str(folder),
-            hf_config=decoded_config(config),
+            hf_config=unquantised(config),
             generation_config=read_json(generation) if generation.exists() else None,
             tokenizer=str(folder) if _has_tokenizer(folder) else None,
             notes=[*notes, *decoded_note(tensors)],

@@ -15,6 +15,7 @@ from ...basics.dtypes import DType
 from ...basics.errors import ConversionError, Unclear, UsageError, one_line, reason_of
 from ...basics.json_files import read_json
 from ...families.config_json import differences, infer_family, spec_from_config
+from ...families.quantisation import unquantised
 from ...model.layers import is_whole
 from ...model.spec import ModelSpec
 from ...sharding.ranks import Parallel, padded_vocab
@@ -279,7 +280,7 @@ def padding_note(padded: int, spec: ModelSpec) -> list[str]:
 def _configuration(args: argparse.Namespace, name: str, reference: Path | None, file: str) -> dict[str, Any] | None:
     """Configuration from the reference if one is given, else as a conversion recorded it in args; None if there is none."""
     if reference is not None:
-        return read_json(reference / file) if (reference / file).exists() else None
+        return unquantised(read_json(reference / file)) if (reference / file).exists() else None
     recorded = getattr(args, name, None)
     return recorded if isinstance(recorded, dict) else None
 
