@@ -20,7 +20,7 @@ import numpy as np
 from ..basics.dtypes import BY_NAME, DType, values
 from ..basics.errors import ConversionError
 from ..basics.json_values import differences
-from ..conversion.composing import Gather, Piece, Planner, Sources
+from ..conversion.composing import Mask, Piece, Planner, Sources
 from ..conversion.copying import default_lanes
 from ..conversion.endpoint import Source
 from ..conversion.gathering import gather_chunks
@@ -225,16 +225,14 @@ class _Comparer:
         """
         cols = max(piece.col + piece.cols for piece in right) - col
         dtypes = left[0].data.dtype, right[0].data.dtype
-        with self._planner_lock:
-            gathers = [self._planner.compose(rows, col, cols, pieces) for pieces in (left, right)]
         # For a copy, count only its own bytes: the pieces it is compared with are counted in the comparison of both sides.
         itemsize = sum(dtype.itemsize for dtype in (dtypes if kind == "values" else dtypes[1:]))
-        pairs = _Pair(gathers, rows, col, cols, _common_dtype(*dtypes), kind)
-        as_right, as_left = _stored_as(right), _stored_as(left)
-        tally = self._tally(pairs, as_right, lambda count: self.progress(count * itemsize))
-        if tally.differing and as_left != as_right:
+        pair = _Pair((left, right), rows, col, cols, _common_dtype(*dtypes), kind)
+        as_right, as_left = _stored_as(right, rows), _stored_as(left, rows)
+        tally = self._tally(pair, as_right, lambda count: self.progress(count * itemsize))
+        if tally.differing and as_left.value != as_right.value:
             with suppress(ConversionError):  # values that a conversion to the left would refuse
-                other = self._tally(pairs, as_left, lambda _: None)
+                other = self._tally(pair, as_left, lambda _: None)
                 tally = min(tally, other, key=lambda tally: tally.differing)
         first = tally.first
         sides = zip(labels, (left, right), strict=True)
@@ -246,13 +244,13 @@ class _Comparer:
             findings.append(Finding(kind, _finding_text(kind, labels[0], right[0], measure), measure))
         return findings, measure
 
-    def _tally(self, pair: _Pair, value: Affine | None, progress: Callable[[int], None]) -> Tally:
-        """Count the differences between `value` of both sides; `progress` is told the elements compared of each."""
+    def _tally(self, pair: _Pair, stored: _StoredAs, progress: Callable[[int], None]) -> Tally:
+        """Count the differences between both sides in values as `stored`; `progress` is told the elements compared of each."""
         tally = Tally(self.rules.tolerance, self.rules.norms)
         shape = pair.rows.size, pair.cols
-        streams = [
-            gather_chunks(gathers, shape, pair.dtype, pair.what, pair.rows, value=value) for gathers in pair.gathers
-        ]
+        with self._planner_lock:
+            gathers = [self._planner.compose(pair.rows, pair.col, pair.cols, side, *stored) for side in pair.sides]
+        streams = [gather_chunks(found, shape, pair.dtype, pair.what, pair.rows) for found in gathers]
         for (start, one), (_, other) in zip(*streams, strict=True):
             if self._stop.is_set():
                 break
@@ -261,9 +259,9 @@ class _Comparer:
 
 
 class _Pair(NamedTuple):
-    """Two sets of gathers for `rows` of a slot and `cols` of its columns from `col` on, to be compared in `dtype`."""
+    """Pieces of two sides, of which `rows` of a slot and `cols` of its columns from `col` on are to be compared in `dtype`."""
 
-    gathers: Sequence[Sequence[Gather]]
+    sides: tuple[Sequence[Piece], Sequence[Piece]]
     rows: RowMap
     col: int
     cols: int
@@ -271,10 +269,23 @@ class _Pair(NamedTuple):
     what: str
 
 
-def _stored_as(pieces: Sequence[Piece]) -> Affine | None:
-    """Function from a slot's elements to what the pieces store; None where that is the same, or another for each."""
+class _StoredAs(NamedTuple):
+    """Function from a slot's elements to what pieces store, of all rows or of those where `only` is true; None for none."""
+
+    value: Affine | None
+    only: Mask | None = None
+
+
+def _stored_as(pieces: Sequence[Piece], rows: RowMap) -> _StoredAs:
+    """Function from elements to what the pieces store; none where pieces differ in more than whether they are computed."""
     values = {piece.value for piece in pieces}
-    return inverse(values.pop()) if len(values) == 1 else None
+    computed = [value for value in values if value is not None]
+    if len(computed) != 1:
+        return _StoredAs(None)
+    if len(values) == 1:
+        return _StoredAs(inverse(computed[0]))
+    held = np.concatenate([piece.rows for piece in pieces if piece.value is not None])
+    return _StoredAs(inverse(computed[0]), np.isin(rows, held[held >= 0]))
 
 
 def _finding_text(kind: str, name: str, copy: Piece, measure: Measure) -> str:

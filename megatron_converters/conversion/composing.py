@@ -135,15 +135,28 @@ class Sources:
 
 @dataclass(frozen=True, eq=False)
 class Gather:
-    """Share of a target that one piece provides: source row of each target row (-1: none), and matching column ranges."""
+    """Share of a target that one piece provides: source row of each target row (-1: none), and matching column ranges.
+
+    The target's elements are `value` of the slot's.
+    """
 
     source: Piece
     rows: RowMap
     source_cols: slice
     target_cols: slice
     whole_width: bool
+    value: Affine | None = None
+
+    def divided(self, mask: Mask) -> Iterator[Gather]:
+        """Gather of the target's rows where the mask is true, then one of the others with values as the slot has them."""
+        for chosen, value in ((mask, self.value), (~mask, None)):
+            rows = np.where(chosen, self.rows, -1)
+            if (rows >= 0).any():
+                yield Gather(self.source, rows, self.source_cols, self.target_cols, self.whole_width, value)
 
 
+#: Whether each row of a target is meant.
+Mask = npt.NDArray[np.bool_]
 #: Maximum number of cached look-ups. A model has some hundred distinct ones; the bound limits memory if one has more.
 _MAX_LOOKUPS = 4096
 
@@ -171,9 +184,20 @@ class Planner:
             _check_counts(ref, shape, sources.pieces)
             self._covers[key] = [piece.rows for piece in sources.pieces]  # holding the maps keeps their ids valid
 
-    def compose(self, rows: RowMap, col: int, cols: int, pieces: Iterable[Piece]) -> list[Gather]:
-        """Gathers from each piece to a target that holds `rows` of the slot and `cols` of its columns from `col` on."""
-        gathers = []
+    def compose(
+        self,
+        rows: RowMap,
+        col: int,
+        cols: int,
+        pieces: Iterable[Piece],
+        value: Affine | None = None,
+        only: Mask | None = None,
+    ) -> list[Gather]:
+        """Gathers from each piece to a target that holds `rows` of the slot and `cols` of its columns from `col` on.
+
+        The target's elements are `value` of the slot's, of all its rows or those where `only` is true.
+        """
+        gathers: list[Gather] = []
         for piece in pieces:
             left, right = max(col, piece.col), min(col + cols, piece.col + piece.cols)
             if left >= right:
@@ -183,7 +207,8 @@ class Planner:
                 continue
             source_cols = slice(left - piece.col, right - piece.col)
             target_cols = slice(left - col, right - col)
-            gathers.append(Gather(piece, found, source_cols, target_cols, right - left == cols == piece.cols))
+            gather = Gather(piece, found, source_cols, target_cols, right - left == cols == piece.cols, value)
+            gathers += [gather] if only is None or value is None else gather.divided(only)
         return gathers
 
     def _look_up(self, wanted: RowMap, stored: RowMap) -> RowMap | None:

@@ -99,7 +99,8 @@ class Executor(Generic[S]):
 
     def plan(self, fill: Fill, pieces: Sequence[Piece]) -> list[Gather]:
         """Gathers from the pieces to one fill."""
-        return self.planner.compose(fill.rows, fill.col, as_matrix(fill.shape)[1], pieces)
+        width = as_matrix(fill.shape)[1]
+        return self.planner.compose(fill.rows, fill.col, width, pieces, fill.value, fill.only)
 
     def fill(self, file: S, fill: Fill, gathers: Sequence[Gather]) -> None:
         """Queue one fill of `file`; waits while the lane's queue is full."""
@@ -164,7 +165,7 @@ class Executor(Generic[S]):
         line_bytes = shape[0 if fill.transposed else 1] * fill.dtype.itemsize
         lost = None if self._lost is None else partial(self._lost, fill)
         what = f"{fill.file}: {fill.name}"
-        for line, chunk in chunks(gathers, shape, fill.dtype, what, value=fill.value, lost=lost):
+        for line, chunk in chunks(gathers, shape, fill.dtype, what, lost=lost):
             if self._stopped:
                 return
             file.write(fill.name, fill.start + line * line_bytes, chunk)

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from ..basics.dtypes import DType
 from ..basics.errors import ConversionError
 from ..model.layouts import RowMap, runs
-from ..model.values import Affine
+from ..model.values import Affine, composed
 from .composing import Gather, Piece, Planner, as_matrix
 from .computing import Computation
 
@@ -132,7 +132,7 @@ def _supply(gather: Gather, dtype: DType, value: Affine | None) -> _Supply:
     """Supply of a target of this dtype, whose elements are `value` of the slot's."""
     piece = gather.source
     view = None if piece.reader is not None else piece.matrix()[:, gather.source_cols]
-    return _Supply(gather, Computation.of(piece, dtype, value), view)
+    return _Supply(gather, Computation.of(piece, dtype, composed(gather.value, value)), view)
 
 
 def _direct(supplies: Sequence[_Supply], start: int, stop: int) -> Array | None:

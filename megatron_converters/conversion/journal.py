@@ -91,7 +91,7 @@ class Provenance:
             part, known = self._range_text(gather), entry["from"].get(name)
             entry["from"][name] = part if known is None else f"{known}; {part}"
             entry["from"].update(dict.fromkeys(others, f"with {gather.source.name.tensor}"))
-            self._add_computed(entry, Computation.of(gather.source, fill.dtype, fill.value).described())
+            self._add_computed(entry, Computation.of(gather.source, fill.dtype, gather.value).described())
         dtypes = {str(gather.source.data.dtype) for gather in gathers} - {str(fill.dtype)}
         if dtypes:
             entry["cast from"] = sorted(dtypes)

@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
+
 from ..basics.dtypes import DType
 from ..model.layouts import RowMap
 from ..model.values import Affine
@@ -19,7 +22,7 @@ class Fill(NamedTuple):
 
     Row i is the slot's row `rows[i]`, column 0 the slot's column `col`. Where `transposed`, the file stores the transposed
     matrix, and `shape` is that before transposing. `padding` counts the rows at the end that repeat another row. The elements
-    are `value` of the slot's, which None leaves as they are.
+    are `value` of the slot's, which None leaves as they are; where `only` is given, those of the rows where it is true.
     """
 
     file: str
@@ -32,6 +35,7 @@ class Fill(NamedTuple):
     transposed: bool = False
     padding: int = 0
     value: Affine | None = None
+    only: npt.NDArray[np.bool_] | None = None
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,9 @@ from ..formats.megatron.arguments import (
     training_args,
     written_args,
 )
+from ..formats.megatron.conventions import conventions, conventions_of
 from ..formats.megatron.writing import DEFAULT_DIVISOR, TRACKER
+from ..model.spec import ModelSpec
 from ..sharding.ranks import Parallel, padded_vocab
 from .inventory import Survey
 
@@ -39,11 +41,13 @@ def arguments(found: Survey, source: Source, folder: Path) -> tuple[dict[str, An
     recorded = {} if origin.margs is None else plain_args(vars(origin.margs))
     router = router_dtype(spec, source.dtype_of)
     groups: tuple[Group, ...] = (Group.MODEL, Group.EXPERTS, Group.ROUTER)
-    context = Context(spec, Parallel(1, (spec.num_layers,)), _EXPERT_LAYOUT, router=router)
+    stored = conventions(spec)
+    context = Context(stored.spec, Parallel(1, (spec.num_layers,)), _EXPERT_LAYOUT, router=router)
     if found.kind == MEGATRON and origin.parallel is not None:
         groups += (Group.LAYOUT, Group.EXPERT_LAYOUT)
-        context = _context(found, origin.parallel, recorded, router)
-    result = written_args(context, groups)
+        stored = conventions_of(recorded, spec)
+        context = _context(found, stored.spec, origin.parallel, recorded, router)
+    result = {**written_args(context, groups), **stored.marks}
     result["seq_length"] = seq_length_of(spec, plain_args(inheritable(origin.margs)))
     if found.kind == MEGATRON and origin.parallel is not None:
         result |= {name: bool(recorded.get(name)) for name in ("no_save_optim", "no_save_rng")}
@@ -59,10 +63,12 @@ def arguments(found: Survey, source: Source, folder: Path) -> tuple[dict[str, An
     return dict(sorted({**result, **tokenizer}.items())), notes
 
 
-def _context(found: Survey, parallel: Parallel, recorded: Mapping[str, Any], router: DType | None) -> Context:
+def _context(
+    found: Survey, spec: ModelSpec, parallel: Parallel, recorded: Mapping[str, Any], router: DType | None
+) -> Context:
     """What the arguments of a checkpoint are written for, as far as it tells."""
     return Context(
-        found.spec,
+        spec,
         parallel,
         found.expert_layout or _EXPERT_LAYOUT,
         found.padded_vocab,

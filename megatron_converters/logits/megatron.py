@@ -92,9 +92,11 @@ class MegatronModel:
 
 def _checkpoint(source: MegatronSource | TorchDistSource, path: Path, folder: Path) -> Checkpoint:
     if isinstance(source, MegatronSource):
-        return Checkpoint(folder, _arguments(source.spec, source.parallel, path), source.spec, source.parallel)
+        return Checkpoint(
+            folder, _arguments(source.conventions.spec, source.parallel, path), source.spec, source.parallel
+        )
     whole = parallel_for(source.spec, 1, 1)
-    args = {**_arguments(source.spec, whole, path), "padded_vocab_size": source.padded}
+    args = {**_arguments(source.conventions.spec, whole, path), "padded_vocab_size": source.padded}
     return Checkpoint(folder, args, source.spec, whole, content=plain_args(source.content))
 
 

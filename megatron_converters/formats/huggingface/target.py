@@ -33,6 +33,7 @@ from ...families import FAMILIES
 from ...families.config_json import config_for
 from ...model.slots import SLOTS, Ref, refs
 from ...model.spec import ModelSpec
+from ...model.values import inverse
 from ...storage import safetensors
 from ...storage.output_file import FileLayout
 from .parts import HFNames, Part
@@ -162,7 +163,9 @@ class HFTarget:
         for part in self._parts(ref):
             dtype = self._dtype_of(ref)
             start = part.number * math.prod(part.shape) * dtype.itemsize
-            yield Fill(self._file_names[part.name], part.name, dtype, part.shape, part.rows, 0, start, part.transposed)
+            value = inverse(part.value)
+            file = self._file_names[part.name]
+            yield Fill(file, part.name, dtype, part.shape, part.rows, 0, start, part.transposed, value=value)
 
     def clear(self, staging: Staging) -> None:
         """Remove an older model's files, those that name others first, so that a mixture of two models never looks complete."""

@@ -17,7 +17,8 @@ from ...model.slots import Precision, Ref, refs
 from ...model.spec import ModelSpec, PerLayer
 from ...sharding.ranks import Parallel
 from .argument import Args, Argument, Context, Group
-from .rows_attention import GATED_DELTA, LATENT, PREDICTION
+from .conventions import conventions
+from .rows_attention import GATED_DELTA, LATENT, MUP, PREDICTION
 from .rows_experts import EXPERTS, check_balancing, is_sinkhorn, wide_router
 from .rows_layout import LAYOUT, LOADING
 from .rows_model import BLOCKS, POSITIONS, SEQ_LENGTH, SIZES, TRAINING
@@ -30,6 +31,7 @@ ARGUMENTS: tuple[Argument, ...] = (
     *BLOCKS,
     *LATENT,
     *GATED_DELTA,
+    *MUP,
     *PREDICTION,
     *TRAINING,
     *EXPERTS,
@@ -178,7 +180,7 @@ RUN_DEFAULTS: dict[str, Any] = {
 def uncut_args(spec: ModelSpec, margs: argparse.Namespace | None) -> dict[str, Any]:
     """Attributes of an uncut model with sequential experts, as loaders send them; `margs` are the source's args."""
     groups = (Group.MODEL, Group.EXPERTS, Group.EXPERT_LAYOUT)
-    context = Context(spec, Parallel(1, (spec.num_layers,)))
+    context = Context(conventions(spec).spec, Parallel(1, (spec.num_layers,)))
     return {**RUN_DEFAULTS, **plain_args(inheritable(margs)), **written_args(context, groups)}
 
 

@@ -28,7 +28,7 @@ from ...storage import torch_zip
 from ...storage.opening import is_name
 from ...storage.tensor import StoredTensor, contiguous_strides
 from .arguments import rank_invariants
-from .conventions import CUT_DOWN_PROJECTIONS
+from .conventions import CUT_DOWN_PROJECTIONS, conventions_of
 from .names import EMBEDDINGS, EXPERTS, EXTRA_STATE_SUFFIX, STACKED, keys
 from .rank_files_target import FILE
 from .reading import (
@@ -76,6 +76,7 @@ class MegatronSource:
         sizes = self.parallel
         self.parallel = parallel_for(spec, sizes.tp, sizes.pp, sizes.split, sizes.ep, sizes.etp)
         self.spec = spec
+        self.conventions = conventions_of(vars(args), spec)
         self._padded = padded
         self._pieces, self._replicas = self._match()
         notes += padding_note(padded, spec)
@@ -177,7 +178,7 @@ class MegatronSource:
         placement = Placement(self.spec, self.parallel, self._padded, self._cuts(stored))
         names: dict[tuple[str, int, str], tuple[str, ...]] = {}
         for ref in refs(self.spec):
-            shares: dict[int, Piece] = {}
+            shares: dict[int, list[Piece]] = {}
             copies: list[Piece] = []
             for home in placement.locations(ref):
                 kind = home.slot, ref.kind_number(self.spec), ref.stack
@@ -186,9 +187,11 @@ class MegatronSource:
                 candidates = [home.key(name, ref.expert) for name in names[kind]]
                 for share in home.shares:
                     piece = self._piece(ref, share, candidates, matcher)
-                    if piece is not None and shares.setdefault(share.number, piece) is not piece:
-                        copies.append(piece)
-            pieces[ref], replicas[ref] = tuple(shares.values()), tuple(copies)
+                    found = [] if piece is None else self.conventions.pieces(ref, piece)
+                    if found and shares.setdefault(share.number, found) is not found:
+                        copies += found
+            pieces[ref] = tuple(piece for found in shares.values() for piece in found)
+            replicas[ref] = tuple(copies)
         matcher.close("is not a tensor of this model")
         return pieces, replicas
 

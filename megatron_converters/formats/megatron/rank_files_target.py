@@ -24,7 +24,6 @@ from ...sharding.ranks import Cut, Rank
 from ...storage import torch_zip
 from ...storage.output_file import FileLayout
 from ...storage.tensor import StoredTensor
-from .conventions import conventions
 from .names import DIALECTS, EXPERTS, EXTRA_STATE_SUFFIX, LAST_EXTRA_STATE, STACKED, extra_state, name_of
 from .writing import CheckpointTarget, sizes
 
@@ -49,7 +48,6 @@ class MegatronTarget(CheckpointTarget):
 
     def _lay_out(self) -> tuple[dict[str, FileLayout], dict[str, dict[str, StoredTensor]]]:
         parallel = self._parallel
-        self._conventions = conventions(self._release)
         self._placement = Placement(self._spec, parallel, self._padded, self._conventions.shards)
         self._table = {**DIALECTS[self._options.impl], **EXPERTS[self._expert_layout]}
         self._names: dict[tuple[str, int, str], str] = {}
@@ -77,7 +75,8 @@ class MegatronTarget(CheckpointTarget):
             for rank, cut, _ in home.shares:
                 rows = resolve_padding(cut, self._spec.vocab_size)
                 start = (home.expert or 0) * math.prod(cut.shape) * dtype.itemsize if transposed else 0
-                yield Fill(self._files[rank], key, dtype, cut.shape, rows, cut.col, start, transposed, cut.padding)
+                fill = Fill(self._files[rank], key, dtype, cut.shape, rows, cut.col, start, transposed, cut.padding)
+                yield self._conventions.fill(ref, fill)
 
     def _template(self, home: Location, ref: Ref) -> str:
         """Name template of a ref at one of its locations."""

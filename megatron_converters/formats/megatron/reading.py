@@ -24,6 +24,7 @@ from ...storage import dcp
 from ...storage.opening import is_name
 from ...storage.pickle_reader import StandIn
 from .arguments import model_args, spec_fields, stated_heads
+from .conventions import conventions_of
 from .writing import TRACKER
 
 #: File that describes the format of a distributed checkpoint (core/dist_checkpointing/core.py).
@@ -139,7 +140,7 @@ def spec_and_notes(
     fields = {**fields, "vocab_size": vocab, "dtype": dtype}
     recorded = getattr(args, "hf_config", None)
     if isinstance(recorded, dict):
-        return _updated_spec(_recorded_spec(recorded), fields), notes
+        return _updated_spec(_recorded_spec(recorded), fields, args), notes
     spec = infer_family(fields)
     return spec, [*notes, f"no Hugging Face configuration is recorded; the {spec.family} family fits the args"]
 
@@ -155,12 +156,13 @@ def _recorded_spec(config: Mapping[str, Any]) -> ModelSpec:
         ) from error
 
 
-def _updated_spec(recorded: ModelSpec, fields: Mapping[str, Any]) -> ModelSpec:
+def _updated_spec(recorded: ModelSpec, fields: Mapping[str, Any], args: argparse.Namespace) -> ModelSpec:
     """Spec of the recorded configuration, updated by the fields of args that have changed since.
 
     Args cannot express every model (`inexpressible`), so only fields that differ from the args of the recorded model count.
     """
-    original = spec_fields(argparse.Namespace(**model_args(recorded)))
+    stored = conventions_of(vars(args), recorded).spec
+    original = spec_fields(argparse.Namespace(**model_args(stored)))
     changed = {name: value for name, value in fields.items() if name not in original or original[name] != value}
     return recorded.replaced(**changed)
 
@@ -179,13 +181,14 @@ def _reference_spec(
     except Unclear as error:
         return spec, [f"taken from {folder} alone, since {error}"]
     args_spec = ModelSpec.of(family=spec.family, **fields)
+    stored = conventions_of(vars(args), spec).spec
     heads = [name for name in stated_heads(args) if args_spec.values.get(name) != spec.values.get(name)]
     if heads:
         raise ConversionError(
             f"{folder} is another model than the checkpoint: {'; '.join(differences(spec, args_spec, heads))} of the args, by "
             "which queries, keys and values are packed; give the reference of this model"
         )
-    return spec, [f"taken from {folder}: {difference} of the args" for difference in differences(spec, args_spec)]
+    return spec, [f"taken from {folder}: {difference} of the args" for difference in differences(stored, args_spec)]
 
 
 def parallel_of(args: argparse.Namespace, where: Path) -> Parallel:

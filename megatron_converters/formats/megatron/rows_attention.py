@@ -10,7 +10,7 @@ from typing import Any
 
 from ...basics.errors import ConversionError
 from ...model.layers import RopeScaling, number
-from ...model.spec import ModelSpec, PerLayer
+from ...model.spec import ModelSpec, Multipliers, PerLayer
 from .argument import Args, Argument, Build, Context, Properties, flag, frequency, is_latent, only, switch
 from .rows_model import scaling_of
 
@@ -214,6 +214,61 @@ GATED_DELTA = (
         flag=flag("--attention-output-gate", switch, lost=True, since="0.16"),
         build=Build.REFUSED,
     ),
+)
+
+
+# -- muP
+
+
+def _mup(name: str, write: Callable[[Context], Any], since: str = "0.17") -> Argument:
+    """Multiplier of muP, which only models with multipliers have."""
+    shown = flag("--" + name.replace("_", "-"), lost=True, since=since, needs="use_mup")
+    return Argument(name, write, written=uses_mup, flag=shown, build=Build.REFUSED)
+
+
+def uses_mup(spec: ModelSpec) -> bool:
+    """Whether embeddings, attention scores or logits are scaled."""
+    return spec.multipliers != Multipliers()
+
+
+def _base_head_dim(context: Context) -> float:
+    """Base b of the scale of scores, sqrt(b) / head size."""
+    size, scale = context.value("kv_channels"), context.spec.multipliers.attention_multiplier
+    return float(size) if scale is None else float((scale * size) ** 2)
+
+
+def _read_mup(args: Args) -> Properties:
+    if not args.get("use_mup"):
+        return {}
+    if args.get("mup_base_hidden_size") not in (None, args["hidden_size"]):
+        raise ConversionError(
+            f"the checkpoint's args have mup_base_hidden_size={args['mup_base_hidden_size']!r}; only the model's own size is "
+            "supported"
+        )
+    size = args.get("kv_channels") or args["hidden_size"] // args["num_attention_heads"]
+    base, power = args.get("mup_base_head_dim"), args.get("mup_attn_scale_power")
+    top = number(1.0 if base is None else base, "mup_base_head_dim") ** 0.5
+    return {
+        "embedding_multiplier": number(args.get("mup_embedding_mult", 1.0), "mup_embedding_mult"),
+        "logits_multiplier": number(args.get("mup_output_mult", 1.0), "mup_output_mult"),
+        "attention_multiplier": top / size ** number(1.0 if power is None else power, "mup_attn_scale_power"),
+    }
+
+
+MUP = (
+    Argument(
+        "use_mup",
+        lambda context: uses_mup(context.spec),
+        _read_mup,
+        absent=False,
+        flag=flag("--use-mup", switch, lost=True, since="0.17"),
+        build=Build.REFUSED,
+    ),
+    _mup("mup_embedding_mult", lambda context: context.spec.multipliers.embedding_multiplier),
+    _mup("mup_output_mult", lambda context: context.spec.multipliers.logits_multiplier),
+    _mup("mup_base_head_dim", _base_head_dim),
+    # The flag alone would change the scale of scores, so both of its parts are always said.
+    _mup("mup_attn_scale_power", lambda _: 1.0),
 )
 
 

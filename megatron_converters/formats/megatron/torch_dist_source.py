@@ -33,6 +33,7 @@ from ...sharding.ranks import Parallel, parallel_for
 from ...storage import dcp, torch_zip
 from ...storage.dcp import Chunk, ChunkedTensor
 from ...storage.tensor import StoredTensor
+from .conventions import conventions_of
 from .names import (
     DISTRIBUTED,
     DISTRIBUTED_EXPERTS,
@@ -118,6 +119,7 @@ class TorchDistSource:
         #: Megatron-LM's own description of how it named the keys (0.13 on); empty if there is none.
         self.content: dict[str, Any] = content if isinstance(content, dict) else {}
         self.spec, notes = spec_and_notes(args, self.padded, embeddings.dtype, options)
+        self.conventions = conventions_of(vars(args), self.spec)
         self._slices = self._match()
         self._chunks: dict[str, _Chunks] = {}
         parallel, size_notes = _recorded_sizes(args, self.spec, self._dir)
@@ -216,7 +218,7 @@ class TorchDistSource:
                 )
             offsets = ",".join(map(str, chunk.offsets))
             name = StoredName(os.path.basename(chunk.item.path), f"{part.key} [{offsets}]")
-            yield Piece(data, rows, col[0] if col else 0, name)
+            yield from self.conventions.pieces(ref, Piece(data, rows, col[0] if col else 0, name))
 
     def _training_note(self, common: Mapping[str, Any]) -> list[str]:
         """Note on optimizer and training state, which is not converted."""

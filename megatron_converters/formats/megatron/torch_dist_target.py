@@ -118,7 +118,8 @@ class TorchDistTarget(CheckpointTarget):
         """Fills of a ref, one per chunk."""
         for box, chunk in self._chunks_of(ref):
             name = chunk.name
-            yield Fill(self._files[name], name, chunk.dtype, box.shape, box.rows, box.col, padding=box.padding)
+            fill = Fill(self._files[name], name, chunk.dtype, box.shape, box.rows, box.col, padding=box.padding)
+            yield self._conventions.fill(ref, fill)
 
     def _items(self) -> dict[int, list[NewChunk | NewObject]]:
         """Chunks and objects that each rank writes, by rank number."""

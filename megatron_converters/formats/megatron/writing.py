@@ -43,6 +43,7 @@ from .arguments import (
     training_args,
     written_args,
 )
+from .conventions import conventions
 from .flags import as_shell, flag_warnings, flags, least_release, unknown_flags
 from .releases import NEWEST, parse
 from .rounding import rounding_warnings
@@ -77,6 +78,8 @@ class MegatronOptions:
     ckpt_format: str = "torch"
     #: Release that is to read the checkpoint, such as "0.16"; None takes the newest that is known.
     megatron_version: str | None = None
+    #: Where a model's multipliers go: "flags" of muP, or "fold" into weights; None takes flags where the release has them.
+    mup: str | None = None
 
 
 class CheckpointTarget(ABC):
@@ -95,7 +98,8 @@ class CheckpointTarget(ABC):
         """Check that Megatron-LM can express the model and that it can be cut as requested; lay out every file."""
         asked = self._options.megatron_version
         self._release = NEWEST if asked is None else parse(asked)
-        self._warnings = self._check_expressible(spec)
+        self._conventions = conventions(spec, self._release, self._options.mup)
+        self._warnings = self._check_expressible(self._conventions.spec)
         self._spec = dataclasses.replace(spec, dtype=dtype_of(Ref(SLOTS[_EMBEDDINGS])))
         self._origin = origin
         self._source_dtype = dtype_of
@@ -135,6 +139,7 @@ class CheckpointTarget(ABC):
             "load_capacity_bins": options.load_capacity_bins,
             "tokenizer": recorded_name(options.tokenizer),
             **({} if options.megatron_version is None else {"megatron_version": self._release}),
+            **self._conventions.marks,
         }
 
     @abstractmethod
@@ -288,7 +293,7 @@ class CheckpointTarget(ABC):
         seq_length = seq_length_of(self._spec, inherited)
         tokenizer = recorded_name(self._options.tokenizer or self._origin.tokenizer or inherited.get("tokenizer_model"))
         context = Context(
-            self._spec,
+            dataclasses.replace(self._conventions.spec, dtype=self._spec.dtype),
             self._parallel,
             self._expert_layout,
             self._padded,
@@ -301,6 +306,7 @@ class CheckpointTarget(ABC):
             **RUN_DEFAULTS,
             **inherited,
             **written_args(context),
+            **self._conventions.marks,
             **training_args(self._spec, inherited),
             **({} if self._bins is None else {"moe_capacity_bins_num": self._bins.count}),
             "seq_length": seq_length,
