@@ -7,6 +7,8 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from .args import megatron_args
 
 Config = dict[str, Any]
@@ -46,6 +48,7 @@ def _common(config: Config) -> Config:
         vocab_size=config["vocab_size"],
         untie_embeddings_and_output_weights=not config["tie_word_embeddings"],
         add_qkv_bias=kind in ("qwen2", "glm", "glm4_moe"),
+        params_dtype=getattr(torch, config["dtype"]),
         qk_layernorm=kind in ("qwen3", "qwen3_next") or latent or config.get("use_qk_norm", False),
     )
 
