@@ -2,6 +2,7 @@
 
 Each config makes its family's peculiarities visible in the logits: query groups are not heads, heads times channels is not the
 hidden size, multipliers are far from 1, windows are shorter than the tokens, and epsilon is large where the class allows it.
+Where it matters, no value is the default of Megatron-LM's argument, so that a forgotten one shows.
 """
 
 from __future__ import annotations
@@ -53,14 +54,14 @@ _STARCODER2 = _SIZES | dict(
     norm_epsilon=_VISIBLE_EPSILON,
     use_bias=True,
     sliding_window=7,
-    rope_parameters=_rope(1e4),
+    rope_parameters=_rope(1e5),
     tie_word_embeddings=True,
 )
 _PHI3 = {name: value for name, value in _LLAMA_LIKE.items() if name != "head_dim"} | dict(
     model_type="phi3", num_attention_heads=4, num_key_value_heads=2, original_max_position_embeddings=512
 )
 _GLM = _LLAMA_LIKE | dict(
-    model_type="glm", attention_bias=True, rope_parameters=_rope(1e4, partial_rotary_factor=0.5), num_key_value_heads=2
+    model_type="glm", attention_bias=True, rope_parameters=_rope(5e4, partial_rotary_factor=0.5), num_key_value_heads=2
 )
 _GRANITE = _LLAMA_LIKE | dict(
     model_type="granite",
@@ -85,10 +86,11 @@ _GLM4_MOE = (
     | _EXPERTS
     | dict(
         model_type="glm4_moe",
+        num_experts_per_tok=3,  # 2 is Megatron-LM's default
         n_shared_experts=1,
         attention_bias=True,
         use_qk_norm=True,
-        rope_parameters=_rope(1e4, partial_rotary_factor=0.5),
+        rope_parameters=_rope(5e4, partial_rotary_factor=0.5),
     )
 )
 _MLA = (
@@ -98,12 +100,12 @@ _MLA = (
         num_attention_heads=4,
         num_key_value_heads=4,
         q_lora_rank=40,
-        kv_lora_rank=32,
+        kv_lora_rank=24,  # 32 is Megatron-LM's default
         qk_nope_head_dim=16,
         qk_rope_head_dim=8,
         v_head_dim=12,
         rms_norm_eps=_LATENT_EPSILON,
-        rope_parameters=_rope(1e4),
+        rope_parameters=_rope(5e4),
         tie_word_embeddings=False,
     )
 )
@@ -111,6 +113,7 @@ _DEEPSEEK_V3 = _MLA | dict(model_type="deepseek_v3", n_shared_experts=1, n_group
 _DEEPSEEK_V2_LITE = {name: value for name, value in _MLA.items() if name != "num_nextn_predict_layers"} | dict(
     model_type="deepseek_v2",
     q_lora_rank=None,
+    num_experts_per_tok=3,
     n_shared_experts=2,
     topk_method="greedy",
     norm_topk_prob=False,
@@ -120,14 +123,14 @@ _DEEPSEEK_V2_LITE = {name: value for name, value in _MLA.items() if name != "num
 )
 _QWEN3_NEXT = _LLAMA_LIKE | dict(
     model_type="qwen3_next",
-    rope_parameters=_rope(1e4, partial_rotary_factor=0.5),
+    rope_parameters=_rope(5e4, partial_rotary_factor=0.5),
     linear_num_key_heads=2,
     linear_num_value_heads=4,
     linear_key_head_dim=16,
     linear_value_head_dim=12,
     linear_conv_kernel_dim=4,
     num_experts=8,
-    num_experts_per_tok=2,
+    num_experts_per_tok=3,
     moe_intermediate_size=48,
     shared_expert_intermediate_size=80,
     norm_topk_prob=True,
@@ -149,7 +152,7 @@ KINDS: Mapping[str, Mapping[str, Any]] = {
     "deepseek-v2-lite": _DEEPSEEK_V2_LITE,
     "deepseek-v3": _DEEPSEEK_V3,
     "deepseek-v3-yarn": _DEEPSEEK_V3
-    | dict(max_position_embeddings=4096 * 40, rope_parameters=_yarn(1e4, mscale=1.0, mscale_all_dim=1.0)),
+    | dict(max_position_embeddings=4096 * 40, rope_parameters=_yarn(5e4, mscale=1.0, mscale_all_dim=1.0)),
     "qwen3-next": _QWEN3_NEXT,
 }
 """Families by name: all fields of config.json (transformers 5)."""
