@@ -27,7 +27,7 @@ class ReadOptions:
 
     `format` is "hf", "meta" or "megatron"; None detects it. For a Megatron-LM checkpoint, `ckpt_dir_name` is the folder to read
     (iter_0000008) instead of the latest, `hf_config` the folder of a reference model, and `true_vocab_size` the vocabulary size
-    without padding, if args lack it. For a Hugging Face folder, `untie` keeps a stored lm_head although config.json ties it, and
+    without padding, if args lack it. `without_mtp` leaves out layers of multi-token prediction. For a Hugging Face folder, `untie` keeps a stored lm_head although config.json ties it, and
     `ignore_config_fields` names unknown fields of config.json that do not matter. `source_margs_file` is a
     source_megatron_args.json whose training arguments are inherited, and `capacity_bins` requests capacity_bins.pt.
     """
@@ -37,6 +37,7 @@ class ReadOptions:
     hf_config: str | os.PathLike[str] | None = None
     true_vocab_size: int | None = None
     untie: bool = False
+    without_mtp: bool = False
     ignore_config_fields: tuple[str, ...] = ()
     source_margs_file: str | os.PathLike[str] | None = None
     capacity_bins: bool = False
@@ -78,7 +79,16 @@ def refuse_unused(formats: Collection[str], options: ReadOptions) -> None:
 
 
 def _open_hf(folder: Path, options: ReadOptions) -> Source:
-    return _checked(HFSource(folder, ignored_config=options.ignore_config_fields, untie=options.untie), folder, options)
+    return _checked(
+        HFSource(
+            folder,
+            ignored_config=options.ignore_config_fields,
+            untie=options.untie,
+            without_mtp=options.without_mtp,
+        ),
+        folder,
+        options,
+    )
 
 
 def _open_meta(folder: Path, options: ReadOptions) -> Source:
@@ -87,7 +97,10 @@ def _open_meta(folder: Path, options: ReadOptions) -> Source:
 
 def _open_megatron(folder: Path, options: ReadOptions) -> Source:
     reference = None if options.hf_config is None else existing_folder(options.hf_config)
-    return open_megatron(folder, MegatronReadOptions(options.ckpt_dir_name, reference, options.true_vocab_size))
+    return open_megatron(
+        folder,
+        MegatronReadOptions(options.ckpt_dir_name, reference, options.true_vocab_size, without_mtp=options.without_mtp),
+    )
 
 
 def _checked(source: Source, folder: Path, options: ReadOptions) -> Source:

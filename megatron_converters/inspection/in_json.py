@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
+from ..model.slots import DECODER
 from .in_words import by_dtype, count_tensors, left_out, sum_nbytes
 from .inventory import Holding, Survey, count_parameters
 
@@ -50,7 +51,8 @@ def as_json(found: Survey) -> dict[str, Any]:
 
 
 def _file_json(found: Survey, file: str, held: list[Holding]) -> dict[str, Any]:
-    layers = sorted({holding.ref.layer for holding in held if holding.ref.layer is not None})
+    of_decoder = (holding.ref.layer for holding in held if holding.ref.stack == DECODER)
+    layers = sorted({layer for layer in of_decoder if layer is not None})
     slots = Counter[str]()
     for holding in held:
         slots[holding.slot] += holding.nbytes

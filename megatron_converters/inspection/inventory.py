@@ -22,7 +22,7 @@ from ..formats.huggingface.parts import HFNames
 from ..formats.huggingface.target import FUSED, SEPARATE
 from ..formats.megatron.names import DIALECTS, EXPERTS, Name, name_of
 from ..model.layers import Mixture
-from ..model.slots import Ref, refs
+from ..model.slots import DECODER, Ref, refs
 from ..model.spec import ModelSpec
 from ..sharding.ranks import Parallel, Rank
 from ..storage.tensor import StoredTensor
@@ -108,7 +108,7 @@ class Survey:
         """Layers of each pipeline stage, numbered over the whole model; with virtual stages, those of each pipeline rank."""
         found: dict[int, set[int]] = {}
         for file, holdings in self.by_file.items():
-            layers = (holding.ref.layer for holding in holdings)
+            layers = (holding.ref.layer for holding in holdings if holding.ref.stack == DECODER)
             found.setdefault(self.stage(file), set()).update(layer for layer in layers if layer is not None)
         return {stage: sorted(layers) for stage, layers in found.items()}
 

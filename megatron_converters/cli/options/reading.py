@@ -23,8 +23,8 @@ _MODEL_SIZES = {
     "qwen2": "qwen2",
     "qwen3": "qwen3",
 }
-_OF_CHECKPOINTS = ("--ckpt-dir-name", "--hf-config", "--true-vocab-size")
-_OF_FOLDERS = ("--untie", "--ignore-config-fields")
+_OF_CHECKPOINTS = ("--ckpt-dir-name", "--hf-config", "--true-vocab-size", "--without-mtp")
+_OF_FOLDERS = ("--untie", "--ignore-config-fields", "--without-mtp")
 
 
 def read_options(args: argparse.Namespace, source_format: str | None = None) -> ReadOptions:
@@ -40,6 +40,7 @@ def read_options(args: argparse.Namespace, source_format: str | None = None) -> 
         true_vocab_size=given("true_vocab_size"),
         untie=bool(given("untie")),
         ignore_config_fields=tuple(name for name in (given("ignore_config_fields") or "").split(",") if name),
+        without_mtp=bool(given("without_mtp")),
         source_margs_file=given("source_margs_file"),
         capacity_bins=bool(given("load_capacity_bins")),
     )

@@ -27,6 +27,9 @@ _DECLARED: dict[str, dict[str, Any]] = {
     "--untie": dict(
         action="store_true", help="Hugging Face: keep a stored lm_head apart although config.json ties it."
     ),
+    "--without-mtp": dict(
+        action="store_true", help="Leave out layers of multi-token prediction, which training and logits do not need."
+    ),
     "--ignore-config-fields": dict(
         metavar="NAMES", default="", help="Hugging Face: comma-separated unknown config.json fields to ignore."
     ),

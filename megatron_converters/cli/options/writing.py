@@ -9,6 +9,7 @@ from typing import Any
 from ...basics.errors import UsageError
 from ...conversion.endpoint import Target
 from ...formats.huggingface.target import FUSED, SEPARATE, HFOptions
+from ...formats.megatron.conventions import FLAGS, FOLD
 from ...formats.megatron.names import EXPERTS
 from ...formats.megatron.writing import MegatronOptions
 from ...formats.writing import CHECKPOINTS, open_target
@@ -118,6 +119,21 @@ def add_megatron_target_arguments(parser: Any) -> None:
         default="torch",
         help="Format of the checkpoint: a file for each rank (torch, the default), or chunks that any sizes load (torch_dist).",
     )
+    add_argument(
+        parser,
+        "--megatron-version",
+        metavar="X",
+        default=None,
+        help="Release of Megatron-LM that is to read the checkpoint, such as 0.16; by default the newest that is known.",
+    )
+    add_argument(
+        parser,
+        "--mup",
+        choices=(FLAGS, FOLD),
+        default=None,
+        help="Where the multipliers of models such as Granite go: flags of muP (Megatron-LM 0.17 on; no weight changes), or folded "
+        "into weights, which rounds them; by default flags where the release has them.",
+    )
     add_argument(parser, "--release", action="store_true", help="Write a release directory instead of iter_0000001.")
     add_shared(parser, "--allow-inexpressible")
     add_argument(
@@ -180,6 +196,8 @@ def megatron_options(args: argparse.Namespace) -> MegatronOptions:
         load_capacity_bins=args.load_capacity_bins,
         tokenizer=getattr(args, "tokenizer_model", None),
         ckpt_format=args.ckpt_format,
+        megatron_version=args.megatron_version,
+        mup=args.mup,
     )
 
 

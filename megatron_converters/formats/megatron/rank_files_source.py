@@ -43,6 +43,7 @@ from .reading import (
     parallel_of,
     skipped_entries,
     spec_and_notes,
+    without_prediction,
 )
 
 #: Rank and name of a tensor.
@@ -79,7 +80,8 @@ class MegatronSource:
         self.conventions = conventions_of(vars(args), spec)
         self._padded = padded
         self._pieces, self._replicas = self._match()
-        notes += padding_note(padded, spec)
+        self.spec, left_out_notes = without_prediction(spec, options)
+        notes += padding_note(padded, spec) + left_out_notes
         if left_out:
             notes.append(f"left out of the conversion: {', '.join(sorted(left_out))} (optimizer and training state)")
         self.origin = origin_of(

@@ -14,6 +14,7 @@ from ...assets.origin import Origin
 from ...basics.dtypes import DType
 from ...basics.errors import ConversionError, Unclear, UsageError, one_line, reason_of
 from ...basics.json_files import read_json
+from ...basics.quantities import count
 from ...families.config_json import differences, infer_family, spec_from_config
 from ...families.quantisation import unquantised
 from ...model.layers import is_whole
@@ -46,6 +47,7 @@ class MegatronReadOptions:
     hf_config: Path | None = None
     true_vocab_size: int | None = None
     source_model_type: str | None = None
+    without_mtp: bool = False
 
 
 #: Options that take everything from the checkpoint itself.
@@ -189,6 +191,14 @@ def _reference_spec(
             "which queries, keys and values are packed; give the reference of this model"
         )
     return spec, [f"taken from {folder}: {difference} of the args" for difference in differences(stored, args_spec)]
+
+
+def without_prediction(spec: ModelSpec, options: MegatronReadOptions) -> tuple[ModelSpec, list[str]]:
+    """Spec without layers of multi-token prediction, if the options leave them out, and a note on it."""
+    if not (options.without_mtp and spec.mtp):
+        return spec, []
+    note = f"{count(len(spec.mtp), 'layer')} of multi-token prediction: left out, as --without-mtp says"
+    return dataclasses.replace(spec, mtp=()), [note]
 
 
 def parallel_of(args: argparse.Namespace, where: Path) -> Parallel:

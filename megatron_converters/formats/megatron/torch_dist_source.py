@@ -57,6 +57,7 @@ from .reading import (
     parallel_of,
     skipped_entries,
     spec_and_notes,
+    without_prediction,
 )
 
 COMMON_FILE = "common.pt"
@@ -122,8 +123,10 @@ class TorchDistSource:
         self.conventions = conventions_of(vars(args), self.spec)
         self._slices = self._match()
         self._chunks: dict[str, _Chunks] = {}
+        self.spec, left_out_notes = without_prediction(self.spec, options)
         parallel, size_notes = _recorded_sizes(args, self.spec, self._dir)
         notes += [
+            *left_out_notes,
             *padding_note(self.padded, self.spec),
             *self._training_note(common),
             *size_notes,
