@@ -30,7 +30,7 @@ from megatron_converters.formats.megatron.torch_dist_target import TorchDistTarg
 from megatron_converters.formats.megatron.writing import MegatronOptions
 from megatron_converters.formats.queue.target import QueueTarget, stream
 from megatron_converters.model.slots import Ref, Slot
-from megatron_converters.sharding import ranks
+from megatron_converters.sharding import placement
 from megatron_converters.sharding.ranks import Cut
 from tests.tiny import piece
 
@@ -133,7 +133,7 @@ def _with_rows(cut: Cut, rows: np.ndarray[Any, Any]) -> Cut:
 
 
 CUTS: dict[str, Callable[..., Cut]] = {
-    "rank 0's rows": lambda cut, *sizes: cut(*sizes[:-2], 0, sizes[-1]),
+    "rank 0's rows": lambda cut, *sizes: cut(*sizes[:4], 0, *sizes[5:]),
     "a row of none": lambda cut, *sizes: _with_rows(cut(*sizes), _one_row_is_none(cut(*sizes).rows.copy())),
     "rows + 1000": lambda cut, *sizes: _with_rows(cut(*sizes), cut(*sizes).rows + 1000),
 }
@@ -144,15 +144,15 @@ CUTS: dict[str, Callable[..., Cut]] = {
 def test_a_wrong_cut_of_fc1_is_refused(
     wrong: str, act: str, hf_model: HFModel, tmp_path: Path, monkeypatch: Any, capsys: Any
 ) -> None:
-    right, kept = ranks.cut, {}
+    right, kept = placement.cut, {}
 
     def cut(slot: Slot, *sizes: Any) -> Cut:
-        rank = sizes[-2]
+        rank = sizes[3]  # after the model, the layer and the number of shares
         if slot.name != "fc1" or rank != 1:
             return right(slot, *sizes)
         return kept.setdefault(sizes, CUTS[wrong](right, slot, *sizes))
 
-    monkeypatch.setattr(ranks, "cut", cut)
+    monkeypatch.setattr(placement, "cut", cut)
     with pytest.raises(SystemExit, match=r"^1$"):
         cli.main([act, str(hf_model("llama2")), str(tmp_path / "out"), "--tp", "2"])
     told = capsys.readouterr().err
@@ -166,12 +166,12 @@ def test_a_wrong_box_of_fc1_is_refused(
 ) -> None:
     right = torch_dist_target.boxes
 
-    def boxes(slot: Slot, spec: Any, ways: int, index: int, padded: int) -> Sequence[tuple[int, int, int, int]]:
-        found = right(slot, spec, ways, index, padded)
+    def boxes(slot: Slot, extent: Any, ways: int, index: int, padded: int) -> Sequence[tuple[int, int, int, int]]:
+        found = right(slot, extent, ways, index, padded)
         if slot.name != "fc1" or index != 1:
             return found
         if wrong == "rank 0's rows":
-            return right(slot, spec, ways, 0, padded)
+            return right(slot, extent, ways, 0, padded)
         shift, fewer = (1000, 0) if wrong == "rows + 1000" else (0, 1)
         return tuple((row + shift, rows - fewer, col, cols) for row, rows, col, cols in found)
 

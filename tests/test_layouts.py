@@ -13,12 +13,15 @@ from megatron_converters.model.layouts import (
     GROUPED_INTERLEAVED_QKV,
     GROUPED_QKV,
     SAME,
+    Kind,
     Layout,
+    RowMap,
     interned,
     row_maps,
     runs,
 )
 from megatron_converters.model.slots import SLOTS
+from megatron_converters.model.spec import ModelSpec
 from tests.tiny import tiny_spec
 
 # Query row "q1b" is row b of query head 1; with 2 groups, heads 0 and 1 share key and value head 0.
@@ -31,9 +34,15 @@ PACKED = [
 ]
 
 
+def maps_of(layout: Layout, slot: str, spec: ModelSpec) -> tuple[RowMap, ...]:
+    """Row maps of a slot in a model's layers, which are all of one kind."""
+    (kind,) = spec.kinds
+    return row_maps(layout, SLOTS[slot], spec, kind)
+
+
 def packed(layout: Layout, slot: str, *parts: list[str], **fields: Any) -> list[str]:
     """The slot's rows when the parts' rows are put where `row_maps` says."""
-    maps = row_maps(layout, SLOTS[slot], tiny_spec(**fields))
+    maps = maps_of(layout, slot, tiny_spec(**fields))
     assert [rows.size for rows in maps] == [len(part) for part in parts]
     result = ["?"] * sum(map(len, parts))
     for rows, part in zip(maps, parts, strict=True):
@@ -83,22 +92,23 @@ def test_gated_puts_gate_above_up() -> None:
 
 
 def test_same_is_the_slot() -> None:
-    (rows,) = row_maps(SAME, SLOTS["fc2"], tiny_spec())
+    (rows,) = maps_of(SAME, "fc2", tiny_spec())
     assert rows.tolist() == [0, 1, 2, 3, 4, 5, 6, 7]
 
 
 def test_pairs_pack_and_unpack_matrices_and_vectors() -> None:
     spec = tiny_spec()
+    kind = Kind(SLOTS["qkv"], spec, spec.layer(0))
     for columns in ((), (3,)):
         parts = [np.arange(rows * int(np.prod(columns)) or rows).reshape(rows, *columns) for rows in (8, 4, 4)]
         parts = [part + 100 * number for number, part in enumerate(parts)]
         slot = np.full((16, *columns), -1)
-        for whole, part in GROUPED_QKV.pairs(slot, parts, spec):
+        for whole, part in GROUPED_QKV.pairs(slot, parts, kind):
             whole[...] = part
         named = dict(zip([*Q, *K, *V], [row for part in parts for row in part], strict=True))
         assert all(np.array_equal(row, named[name]) for row, name in zip(slot, PACKED, strict=True))
         back = [np.zeros_like(part) for part in parts]
-        for whole, part in GROUPED_QKV.pairs(slot, back, spec):
+        for whole, part in GROUPED_QKV.pairs(slot, back, kind):
             part[...] = whole
         assert all(np.array_equal(one, other) for one, other in zip(back, parts, strict=True))
 
@@ -112,9 +122,9 @@ def test_pairs_pack_and_unpack_matrices_and_vectors() -> None:
     ],
 )
 def test_a_layout_that_is_no_permutation_is_refused(rows: int, pair: Any) -> None:
-    layout = Layout("broken", lambda _, __: (rows,), pair)
+    layout = Layout("broken", lambda _: (rows,), pair)
     with pytest.raises(ConversionError, match=r"'broken' does not cover each of the 8 rows of fc2 exactly once"):
-        row_maps(layout, SLOTS["fc2"], tiny_spec())
+        maps_of(layout, "fc2", tiny_spec())
 
 
 @pytest.mark.parametrize(
@@ -145,6 +155,6 @@ def test_equal_row_maps_are_one_object_that_cannot_be_changed() -> None:
     with pytest.raises(ValueError, match="read-only"):
         one[0] = 0
     spec = tiny_spec()
-    assert row_maps(GATED, SLOTS["fc1"], spec) is row_maps(GATED, SLOTS["fc1"], tiny_spec())
+    assert maps_of(GATED, "fc1", spec) is maps_of(GATED, "fc1", tiny_spec())
     with pytest.raises(ValueError, match="read-only"):
-        row_maps(GATED, SLOTS["fc1"], spec)[0][0] = 1
+        maps_of(GATED, "fc1", spec)[0][0] = 1

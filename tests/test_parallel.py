@@ -7,15 +7,26 @@ import random
 import pytest
 
 from megatron_converters.basics.errors import ConversionError
-from megatron_converters.model.slots import SLOTS, Shard
+from megatron_converters.model.layers import ALL_HEADS, EACH_HEAD
+from megatron_converters.model.slots import SLOTS, Shard, refs
 from megatron_converters.model.spec import ModelSpec
-from megatron_converters.sharding.ranks import Parallel, Rank, cut, padded_vocab, parallel_for
-from tests.tiny import tiny_spec
+from megatron_converters.sharding.ranks import Cut, Parallel, Rank, cut, padded_vocab, parallel_for
+from tests.tiny import KINDS, tiny_spec
 
 
-def rows_of(slot: str, tp: int, spec: ModelSpec | None = None, padded: int = 8) -> list[list[int]]:
+#: Model that has every slot of a dense Llama with biases.
+BIASED = tiny_spec(qkv_bias=True, proj_bias=True, mlp_bias=True)
+
+
+def share_of(slot: str, ways: int, index: int, padded: int = 8, spec: ModelSpec = BIASED) -> Cut:
+    """Share of a slot in a model whose layers are all of one kind."""
+    (kind,) = spec.kinds
+    return cut(SLOTS[slot], spec, kind, ways, index, padded)
+
+
+def rows_of(slot: str, tp: int, spec: ModelSpec = BIASED, padded: int = 8) -> list[list[int]]:
     """The slot's rows that each rank holds."""
-    return [cut(SLOTS[slot], spec or tiny_spec(), tp, rank, padded).rows.tolist() for rank in range(tp)]
+    return [share_of(slot, tp, rank, padded, spec).rows.tolist() for rank in range(tp)]
 
 
 @pytest.mark.parametrize(
@@ -29,7 +40,7 @@ def rows_of(slot: str, tp: int, spec: ModelSpec | None = None, padded: int = 8) 
 @pytest.mark.parametrize("slot", ["qkv", "qkv_bias"])
 def test_column_cut(slot: str, tp: int, expected: list[list[int]]) -> None:
     assert rows_of(slot, tp) == expected
-    share = cut(SLOTS[slot], tiny_spec(), tp, tp - 1, 8)
+    share = share_of(slot, tp, tp - 1)
     assert (share.col, share.padding) == (0, 0)
     assert share.shape == ((len(expected[0]),) if slot == "qkv_bias" else (len(expected[0]), 8))
 
@@ -50,7 +61,7 @@ def test_blocks_are_cut_each_on_its_own(slot: str, tp: int, expected: list[list[
 @pytest.mark.parametrize(("slot", "columns"), [("proj", {1: 8, 2: 4, 4: 2}), ("fc2", {1: 4, 2: 2, 4: 1})])
 @pytest.mark.parametrize("tp", [1, 2, 4])
 def test_row_cut_keeps_all_rows_and_some_columns(slot: str, columns: dict[int, int], tp: int) -> None:
-    shares = [cut(SLOTS[slot], tiny_spec(), tp, rank, 8) for rank in range(tp)]
+    shares = [share_of(slot, tp, rank) for rank in range(tp)]
     assert [share.shape for share in shares] == [(8, columns[tp])] * tp
     assert [share.col for share in shares] == [rank * columns[tp] for rank in range(tp)]
     assert all(share.rows.tolist() == [0, 1, 2, 3, 4, 5, 6, 7] for share in shares)
@@ -59,9 +70,11 @@ def test_row_cut_keeps_all_rows_and_some_columns(slot: str, columns: dict[int, i
 @pytest.mark.parametrize("slot", ["input_norm", "mlp_norm", "final_norm", "proj_bias", "fc2_bias"])
 def test_replicated_slots_are_whole_on_every_rank(slot: str) -> None:
     for rank in range(4):
-        share = cut(SLOTS[slot], tiny_spec(), 4, rank, 8)
+        share = share_of(slot, 4, rank)
         assert (share.shape, share.col, share.rows.tolist()) == ((8,), 0, [0, 1, 2, 3, 4, 5, 6, 7])
-    assert cut(SLOTS["q_norm"], tiny_spec(qk_norm=True), 2, 1, 8).shape == (2,)  # one head's dimension
+    assert share_of("q_norm", 2, 1, spec=tiny_spec(qk_norm=EACH_HEAD)).shape == (2,)  # one head's dimension
+    every = tiny_spec(qk_norm=ALL_HEADS)
+    assert [share_of(slot, 2, 1, spec=every).shape for slot in ("q_norm", "k_norm")] == [(8,), (4,)]
 
 
 def test_vocabulary_padding_follows_the_last_row() -> None:
@@ -70,36 +83,39 @@ def test_vocabulary_padding_follows_the_last_row() -> None:
         assert rows_of(slot, 1, padded=12) == [[0, 1, 2, 3, 4, -1, -1, -1, -1, -1, -1, -1]]
         assert rows_of(slot, 2, padded=12) == [[0, 1, 2, 3, 4, -1], [-1] * 6]
         assert rows_of(slot, 4, padded=12) == [[0, 1, 2], [3, 4, -1], [-1] * 3, [-1] * 3]
-        assert [cut(SLOTS[slot], tiny_spec(), 4, rank, 12).padding for rank in range(4)] == [0, 1, 3, 3]
+        assert [share_of(slot, 4, rank, 12).padding for rank in range(4)] == [0, 1, 3, 3]
+
+
+#: Layers of megatron-core that cut a weight: dim 0 of ColumnParallelLinear (with its bias) and of vocabularies, gated DeltaNet's
+#: heads; dim 1 of RowParallelLinear. All else is whole.
+CUT = {
+    Shard.COLUMN: """word_embeddings output_layer qkv qkv_bias fc1 fc1_bias expert_fc1 shared_fc1
+        q_up q_whole kv_up delta_in delta_conv delta_a_log delta_dt_bias mtp_proj""".split(),
+    Shard.ROW: "proj fc2 expert_fc2 shared_fc2 delta_out".split(),
+    Shard.REPLICATED: """input_norm input_norm_bias mlp_norm mlp_norm_bias q_norm q_norm_bias k_norm k_norm_bias final_norm
+        final_norm_bias proj_bias fc2_bias router expert_bias shared_gate position_embeddings
+        q_down q_latent_norm kv_down kv_latent_norm delta_norm
+        mtp_embedding_norm mtp_embedding_norm_bias mtp_hidden_norm mtp_hidden_norm_bias mtp_final_norm
+        mtp_final_norm_bias""".split(),
+}
+#: Slots of several blocks, each cut on its own.
+BLOCKS = {
+    **{"fc1": {1, 2}, "fc1_bias": {1, 2}},  # without and with a gate
+    **{"expert_fc1": {2}, "shared_fc1": {2}},
+    **{"delta_in": {6}, "delta_conv": {3}},
+}
 
 
 def test_every_slot_has_the_cut_that_megatron_core_gives_it() -> None:
-    """ColumnParallelLinear cuts dim 0 with its bias, RowParallelLinear dim 1 and not its bias; norms are whole."""
     assert {name: slot.shard for name, slot in SLOTS.items()} == {
-        "word_embeddings": Shard.COLUMN,
-        "output_layer": Shard.COLUMN,
-        "qkv": Shard.COLUMN,
-        "qkv_bias": Shard.COLUMN,
-        "fc1": Shard.COLUMN,
-        "fc1_bias": Shard.COLUMN,
-        "proj": Shard.ROW,
-        "fc2": Shard.ROW,
-        "proj_bias": Shard.REPLICATED,
-        "fc2_bias": Shard.REPLICATED,
-        "input_norm": Shard.REPLICATED,
-        "mlp_norm": Shard.REPLICATED,
-        "q_norm": Shard.REPLICATED,
-        "k_norm": Shard.REPLICATED,
-        "final_norm": Shard.REPLICATED,
-        "moe_norm": Shard.REPLICATED,
-        "router": Shard.REPLICATED,
-        "expert_fc1": Shard.COLUMN,
-        "expert_fc2": Shard.ROW,
-        "shared_fc1": Shard.COLUMN,
-        "shared_fc2": Shard.ROW,
-        "shared_gate": Shard.REPLICATED,
+        name: shard for shard, names in CUT.items() for name in names
     }
-    assert {name for name, slot in SLOTS.items() if slot.blocks == 2} == {"fc1", "fc1_bias", "expert_fc1", "shared_fc1"}
+    found: dict[str, set[int]] = {}
+    for spec in KINDS.values():
+        for ref in refs(spec):
+            found.setdefault(ref.slot.name, set()).add(len(ref.slot.size(spec, ref.kind(spec)).blocks))
+    assert found.keys() == SLOTS.keys()
+    assert {name: counts for name, counts in found.items() if counts != {1}} == BLOCKS
     assert {name for name, slot in SLOTS.items() if slot.expert} == {"expert_fc1", "expert_fc2"}
     assert {name for name, slot in SLOTS.items() if slot.vocab} == {"word_embeddings", "output_layer"}
 
@@ -181,6 +197,6 @@ def test_more_ranks_than_query_groups_are_allowed_where_groups_divide_them(tp: i
 
 def test_a_cut_that_does_not_divide_is_refused() -> None:
     with pytest.raises(ConversionError, match="fc2: 4 cannot be cut 3 ways"):
-        cut(SLOTS["fc2"], tiny_spec(), 3, 0, 8)
+        share_of("fc2", 3, 0)
     with pytest.raises(ConversionError, match="word_embeddings: 8 cannot be cut 3 ways"):
-        cut(SLOTS["word_embeddings"], tiny_spec(), 3, 0, 8)
+        share_of("word_embeddings", 3, 0)

@@ -11,7 +11,19 @@ import numpy.typing as npt
 from megatron_converters.basics.dtypes import dtype_named
 from megatron_converters.conversion.composing import Piece, StoredName
 from megatron_converters.formats.queue.source import MemoryTensor
-from megatron_converters.model.spec import ModelSpec
+from megatron_converters.model.layers import ALL_HEADS, EACH_HEAD, GELU, LAYER_NORM
+from megatron_converters.model.spec import ModelSpec, PerLayer
+
+
+_MOE: dict[str, Any] = dict(num_experts=4, moe_ffn_hidden_size=4, moe_router_topk=2)
+_LATENT: dict[str, Any] = dict(mixer="latent", kv_lora_rank=6, qk_head_dim=4, qk_pos_emb_head_dim=2, v_head_dim=4)
+_DELTA: dict[str, Any] = dict(
+    linear_num_key_heads=2,
+    linear_num_value_heads=4,
+    linear_key_head_dim=2,
+    linear_value_head_dim=4,
+    linear_conv_kernel_dim=3,
+)
 
 
 def tiny_spec(**fields: Any) -> ModelSpec:
@@ -41,3 +53,28 @@ def piece(values: npt.NDArray[Any], rows: Sequence[int], col: int = 0, dtype: st
     return Piece(
         data, np.array(rows, np.int64), col, StoredName("here", where or f"rows {list(rows)} from column {col}")
     )
+
+
+#: Models that differ in kind; together they have every slot.
+KINDS: dict[str, ModelSpec] = {
+    "dense": tiny_spec(),
+    "layer norms and all biases": tiny_spec(
+        normalization=LAYER_NORM,
+        learned_positions=True,
+        rope=False,
+        qk_norm=EACH_HEAD,
+        qkv_bias=True,
+        proj_bias=True,
+        mlp_bias=True,
+        mtp_num_layers=1,
+    ),
+    "no gate": tiny_spec(activation=GELU, gated=False, mlp_bias=True),
+    "mixture": tiny_spec(
+        **_MOE, qk_norm=ALL_HEADS, moe_router_enable_expert_bias=True, shared_ffn_hidden_size=6, shared_gate=True
+    ),
+    "latents": tiny_spec(**_LATENT, q_lora_rank=4, feed=PerLayer(["mlp", "moe"]), **_MOE),
+    "latents of keys and values alone": tiny_spec(**_LATENT),
+    "gated DeltaNet": tiny_spec(
+        **_DELTA, mixer=PerLayer(["gated delta", "attention"]), attention_output_gate=True, zero_centred=True
+    ),
+}

@@ -141,7 +141,8 @@ def parallel_for(
         raise ConversionError(f"tensor- and pipeline-parallel sizes must be at least 1, not {tp} and {pp}")
     cuttable = _cuttable(spec)
     if not _tp_fits(cuttable, tp):
-        fitting = [size for size in range(1, spec.hidden_size + 1) if _tp_fits(cuttable, size)]
+        most = min(extent.units or extent.rest[0] for shard, extent in cuttable if shard is Shard.ROW)
+        fitting = [size for size in range(1, most + 1) if _tp_fits(cuttable, size)]
         raise ConversionError(
             f"{' and '.join(_sizes(spec))} cannot be cut over tp={tp}; use tp {alternatives(fitting)}"
         )
