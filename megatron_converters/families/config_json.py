@@ -92,12 +92,17 @@ def config_from_spec(spec: ModelSpec) -> dict[str, Any]:
     config: dict[str, Any] = {"architectures": [family.architecture], "model_type": family.model_type}
     for rule in family.rules:
         for key, value in rule.write(spec).items():
-            config.setdefault(key, value)
+            config.setdefault(key, _of_all(value))
     config = {**config, "torch_dtype": spec.dtype.name, "use_cache": True}
     inexpressible = differences(spec, spec_from_config(config))
     if inexpressible:
         raise ConversionError(f"the {family.name} architecture cannot express {'; '.join(inexpressible)}")
     return config
+
+
+def _of_all(value: Any) -> Any:
+    """Value of a config key; where layers differ in it that of the first that has it, which then reads back as another model."""
+    return next((each for each in value if each is not None), None) if isinstance(value, PerLayer) else value
 
 
 def infer_family(fields: Mapping[str, Any]) -> ModelSpec:
@@ -130,7 +135,7 @@ def differences(one: ModelSpec, other: ModelSpec, among: Iterable[str] | None = 
 def _show(value: Any) -> str:
     if isinstance(value, PerLayer):
         return f"{', '.join(map(str, value))} in the layers"
-    return value.name if isinstance(value, DType) else str(value)
+    return value.name if isinstance(value, DType) else str(value) or "none"
 
 
 def config_for(spec: ModelSpec, base: Mapping[str, Any] | None) -> tuple[dict[str, Any], list[str]]:

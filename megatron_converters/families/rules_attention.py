@@ -105,7 +105,7 @@ class Window:
         return {"sliding_window": config.get("sliding_window", self.default)}
 
     def write(self, spec: ModelSpec) -> dict[str, Any]:
-        return {"sliding_window": spec.values["sliding_window"]}
+        return {"sliding_window": spec.values.get("sliding_window")}
 
 
 FULL, SLIDING = "full_attention", "sliding_attention"

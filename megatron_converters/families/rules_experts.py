@@ -94,7 +94,7 @@ class NormTopkProb:
         return {"moe_router_pre_softmax": not normalized}
 
     def write(self, spec: ModelSpec) -> dict[str, Any]:
-        return {"norm_topk_prob": not spec.values["moe_router_pre_softmax"]}
+        return {"norm_topk_prob": not spec.values.get("moe_router_pre_softmax")}
 
 
 @dataclass(frozen=True)
