@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from types import SimpleNamespace
 from typing import Any
 
 from ..basics.dtypes import DType, dtype_named
@@ -208,10 +209,10 @@ def _spec_of(values: Mapping[str, Any]) -> ModelSpec:
     unknown = values.keys() - _KNOWN
     if unknown:
         raise TypeError(f"no properties of a model: {sorted(unknown)}")
-    count = values.get("num_layers")
-    if not is_whole(count) or count < 1:
-        raise ConversionError(f"num_layers is {count!r}; it must be a whole number above 0")
-    check_sizes(_Count(count), ("num_layers",))
+    # Before all others, since sizes of layers may follow from these.
+    sizes = SimpleNamespace(**{name: values.get(name) for name in ("num_layers", "hidden_size")})
+    check_sizes(sizes, vars(sizes))
+    count = sizes.num_layers
     kinds: dict[Layer, int] = {}
     by_values: dict[tuple[Any, ...], int] = {}
     per_layer = {name: value for name, value in values.items() if isinstance(value, PerLayer)}
@@ -233,11 +234,6 @@ def _spec_of(values: Mapping[str, Any]) -> ModelSpec:
         order=tuple(order),
         mtp=(order[-1],) * (values.get("mtp_num_layers") or 0),
     )
-
-
-@dataclass(frozen=True)
-class _Count:
-    num_layers: int
 
 
 def _kind(values: Mapping[str, Any]) -> Layer:
