@@ -21,8 +21,9 @@ from megatron_converters.families.config_json import (
     infer_family,
     spec_from_config,
 )
-from megatron_converters.model.spec import ModelSpec, RopeScaling
-from tests.tiny import tiny_spec
+from megatron_converters.model.layers import ALL_HEADS, EACH_HEAD, RopeScaling
+from megatron_converters.model.spec import ModelSpec, PerLayer
+from tests.tiny import KINDS, tiny_spec
 
 SIZES = {
     "vocab_size": 32,
@@ -31,6 +32,7 @@ SIZES = {
     "num_hidden_layers": 3,
     "num_attention_heads": 32,
 }
+DENSE_LAST, DENSE_FIRST = PerLayer(["moe", "mlp"]), PerLayer(["mlp", "moe"])
 EXPERTS = {"num_experts": 4, "moe_ffn_hidden_size": 6, "moe_router_topk": 2}
 LLAMA3 = RopeScaling("llama3", 32.0, 1.0, 4.0, 8192)
 LLAMA3_TABLE = {
@@ -63,7 +65,7 @@ def facts(found: Any) -> dict[str, Any]:
     types = getattr(found, "layer_types", None)
     if types is None:
         types = ["full_attention" if getattr(found, "sliding_window", None) is None else "sliding_attention"] * layers
-    start = types.index("sliding_attention") if "sliding_attention" in types else None
+    windows = PerLayer(found.sliding_window if kind == "sliding_attention" else None for kind in types)
     rope = dict(found.rope_parameters)
     scaling = {key: value for key, value in rope.items() if key not in ("rope_theta", "rope_type", "type")}
     return {
@@ -76,6 +78,7 @@ def facts(found: Any) -> dict[str, Any]:
         "vocab_size": found.vocab_size,
         "max_position_embeddings": found.max_position_embeddings,
         "norm_epsilon": found.rms_norm_eps,
+        **UNUSUAL,
         "rotary_base": rope["rope_theta"],
         "rope_scaling": None if rope["rope_type"] == "default" else RopeScaling(rope["rope_type"], **scaling),
         "tied": found.tie_word_embeddings,
@@ -84,38 +87,68 @@ def facts(found: Any) -> dict[str, Any]:
         or getattr(found, "qkv_bias", False),
         "proj_bias": getattr(found, "attention_bias", False),
         "mlp_bias": getattr(found, "mlp_bias", False),
-        "qk_norm": found.model_type in ("qwen3", "qwen3_moe", "olmoe"),
-        "qk_norm_over_heads": found.model_type == "olmoe",  # OlmoeAttention's norms have the size of all heads
-        "sliding_window": None if start is None else found.sliding_window,
-        "sliding_window_from": 0 if start is None else start,
+        # OlmoeAttention's norms have the size of all heads
+        "qk_norm": {"qwen3": EACH_HEAD, "qwen3_moe": EACH_HEAD, "olmoe": ALL_HEADS}.get(found.model_type, ""),
+        "sliding_window": one_or_per_layer(windows),
         "initializer_range": found.initializer_range,
         "attention_dropout": found.attention_dropout,
         **expert_facts(found),
     }
 
 
+#: What these eight families have in common: Llama's kind of model.
+UNUSUAL: dict[str, Any] = {
+    "normalization": "RMSNorm",
+    "zero_centred": False,
+    "embedding_multiplier": 1.0,
+    "residual_multiplier": 1.0,
+    "attention_multiplier": None,
+    "logits_multiplier": 1.0,
+    "learned_positions": False,
+    "mtp_num_layers": 0,
+    "mixer": "attention",
+    "attention_output_gate": False,
+    "activation": "silu",
+    "gated": True,
+    "rope": True,
+    "rotary_percent": 1.0,
+    "rotary_interleaved": False,
+}
+
+
+def one_or_per_layer(values: PerLayer) -> Any:
+    """A single value where layers do not differ."""
+    return values[0] if len({*values}) == 1 else values
+
+
 def expert_facts(found: Any) -> dict[str, Any]:
     """The same of experts; which layers have them is `Qwen3MoeDecoderLayer.__init__`'s condition."""
-    mixture = found.model_type in ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe")
+    if found.model_type not in ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe"):
+        return {"feed": "mlp"}
     mixtral = found.model_type == "mixtral"
     one_size = found.model_type in ("mixtral", "olmoe")
     step, listed = getattr(found, "decoder_sparse_step", 1), getattr(found, "mlp_only_layers", [])
     layers = range(found.num_hidden_layers)
     sparse = [layer for layer in layers if layer not in listed and (layer + 1) % step == 0]
     return {
-        "num_experts": found.num_experts if mixture else 0,
-        "moe_ffn_hidden_size": (found.intermediate_size if one_size else found.moe_intermediate_size) if mixture else 0,
-        "moe_router_topk": found.num_experts_per_tok if mixture else 0,
-        "moe_router_pre_softmax": mixture and not mixtral and not found.norm_topk_prob,
-        "moe_aux_loss_coeff": found.router_aux_loss_coef if mixture else 0.0,
+        "feed": one_or_per_layer(PerLayer("moe" if layer in sparse else "mlp" for layer in layers)),
+        "num_experts": found.num_experts,
+        "moe_ffn_hidden_size": found.intermediate_size if one_size else found.moe_intermediate_size,
+        "moe_router_topk": found.num_experts_per_tok,
+        "moe_router_pre_softmax": not mixtral and not found.norm_topk_prob,
+        "moe_router_score_function": "softmax",
+        "moe_router_enable_expert_bias": False,
+        "moe_router_topk_scaling_factor": 1.0,
+        "moe_router_num_groups": None,
+        "moe_router_group_topk": None,
+        "moe_aux_loss_coeff": found.router_aux_loss_coef,
         "shared_ffn_hidden_size": getattr(found, "shared_expert_intermediate_size", 0),
         "shared_gate": found.model_type == "qwen2_moe",
-        "dense_layers": tuple(layer for layer in layers if layer not in sparse),
     }
 
 
 def ours(spec: ModelSpec) -> dict[str, Any]:
-    return {name: value for name, value in vars(spec).items() if name not in ("family", "dtype")}
+    return {name: value for name, value in spec.values.items() if name not in ("family", "dtype")}
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
@@ -231,7 +264,7 @@ def test_both_spellings_of_rope_are_one_spec(kind: str) -> None:
     specs = [spec_of(**fields) for fields in (old, older, new)]
     assert specs[0] == specs[1] == specs[2]
     expected = {"default": None, "linear": RopeScaling("linear", 3.0), "llama3": LLAMA3}[kind]
-    assert (specs[0].rope_scaling, specs[0].rotary_base) == (expected, 5e5)
+    assert (specs[0].values["rope_scaling"], specs[0].values["rotary_base"]) == (expected, 5e5)
 
 
 @pytest.mark.parametrize(
@@ -263,7 +296,7 @@ def test_both_spellings_of_rope_are_one_spec(kind: str) -> None:
         (
             "qwen2",
             {"use_sliding_window": True, "layer_types": ["sliding_attention", "full_attention"] * 2},
-            "mixes full",
+            "must name full_attention or sliding_attention for each of 3 layers",
         ),
         ("llama", {"num_attention_heads": None}, "no num_attention_heads"),
         ("llama", {"vocab_size": 0}, "vocab_size is 0"),
@@ -355,16 +388,18 @@ def test_marks_that_programs_leave_are_no_obstacle(name: str) -> None:
 
 
 def test_what_a_family_cannot_say_is_refused() -> None:
-    with pytest.raises(ConversionError, match="the llama architecture cannot express qk_norm: True, not False"):
-        config_from_spec(tiny_spec(qk_norm=True))
-    with pytest.raises(ConversionError, match=r"the llama architecture cannot express num_experts: 4, not 0;"):
+    with pytest.raises(ConversionError, match="the llama architecture cannot express qk_norm: each head, not none$"):
+        config_from_spec(tiny_spec(qk_norm=EACH_HEAD))
+    with pytest.raises(
+        ConversionError, match=r"the llama architecture cannot express feed: moe, not mlp; num_experts: 4"
+    ):
         config_from_spec(tiny_spec(**EXPERTS))
     with pytest.raises(
-        ConversionError, match=r"the mixtral architecture cannot express .*dense_layers: \(1,\), not \(\)"
+        ConversionError, match=r"the mixtral architecture cannot express .*feed: moe, mlp in the layers, not moe"
     ):
-        config_from_spec(tiny_spec(family="mixtral", **EXPERTS, dense_layers=(1,)))
-    with pytest.raises(ConversionError, match=r"mistral .* sliding_window_from: 1, not 0"):
-        config_from_spec(tiny_spec(family="mistral", sliding_window=8, sliding_window_from=1))
+        config_from_spec(tiny_spec(family="mixtral", **EXPERTS, feed=DENSE_LAST))
+    with pytest.raises(ConversionError, match=r"mistral .* sliding_window: None, 8 in the layers"):
+        config_from_spec(tiny_spec(family="mistral", sliding_window=PerLayer([None, 8])))
 
 
 @pytest.mark.parametrize(
@@ -376,27 +411,44 @@ def test_what_a_family_cannot_say_is_refused() -> None:
         ({"qkv_bias": True, "proj_bias": True}, "llama"),
         ({"sliding_window": 16}, "mistral"),
         ({"qkv_bias": True}, "qwen2"),
-        ({"qkv_bias": True, "sliding_window": 16, "sliding_window_from": 1}, "qwen2"),
-        ({"qk_norm": True}, "qwen3"),
-        ({"qk_norm": True, "qkv_bias": True, "proj_bias": True}, "qwen3"),
+        ({"qkv_bias": True, "sliding_window": PerLayer([None, 16])}, "qwen2"),
+        ({"qkv_bias": True, "sliding_window": PerLayer([16, None])}, "qwen2"),
+        ({"qk_norm": EACH_HEAD}, "qwen3"),
+        ({"qk_norm": EACH_HEAD, "qkv_bias": True, "proj_bias": True}, "qwen3"),
         ({**EXPERTS, "moe_ffn_hidden_size": 4}, "mixtral"),
         ({**EXPERTS, "moe_ffn_hidden_size": 4, "sliding_window": 16}, "mixtral"),
         ({**EXPERTS, "qkv_bias": True, "shared_ffn_hidden_size": 12, "shared_gate": True}, "qwen2_moe"),
-        ({**EXPERTS, "shared_ffn_hidden_size": 12, "shared_gate": True, "dense_layers": (1,)}, "qwen2_moe"),
-        ({**EXPERTS, "qk_norm": True, "moe_router_pre_softmax": True}, "qwen3_moe"),
-        ({**EXPERTS, "qk_norm": True, "dense_layers": (0,)}, "qwen3_moe"),
+        ({**EXPERTS, "shared_ffn_hidden_size": 12, "shared_gate": True, "feed": DENSE_LAST}, "qwen2_moe"),
+        ({**EXPERTS, "qk_norm": EACH_HEAD, "moe_router_pre_softmax": True}, "qwen3_moe"),
+        ({**EXPERTS, "qk_norm": EACH_HEAD, "feed": DENSE_FIRST}, "qwen3_moe"),
+        ({**EXPERTS, "moe_ffn_hidden_size": 4, "qk_norm": ALL_HEADS}, "olmoe"),
     ],
 )
 def test_the_first_family_that_can_express_a_model_is_inferred(fields: dict[str, Any], family: str) -> None:
     spec = tiny_spec(**fields)
-    without_family = {name: value for name, value in vars(spec).items() if name != "family"}
+    without_family = {name: value for name, value in spec.values.items() if name != "family"}
     assert infer_family(without_family) == dataclasses.replace(spec, family=family)
 
 
 def test_a_model_of_no_family_is_refused_with_every_reason() -> None:
-    fields = {name: value for name, value in vars(tiny_spec(qk_norm=True, mlp_bias=True)).items() if name != "family"}
+    fields = {
+        name: value for name, value in tiny_spec(qk_norm=EACH_HEAD, mlp_bias=True).values.items() if name != "family"
+    }
     with pytest.raises(ConversionError, match=r"llama .* qk_norm.*mistral .*qwen2 .*qwen3 .* mlp_bias"):
         infer_family(fields)
+
+
+@pytest.mark.parametrize("spec", KINDS.values(), ids=KINDS)
+def test_any_kind_of_model_is_expressed_whole_or_refused(spec: ModelSpec) -> None:
+    """A value for each layer, or none, must not go into config.json where the family has one for all."""
+    for name in FAMILIES:
+        of_family = dataclasses.replace(spec, family=name)
+        try:
+            written = config_from_spec(of_family)
+        except ConversionError as refusal:
+            assert str(refusal)
+        else:
+            assert spec_from_config(json.loads(json.dumps(written))) == of_family
 
 
 def test_differences_are_named() -> None:
@@ -421,7 +473,7 @@ def test_config_for_keeps_what_a_base_says_and_lists_what_changes() -> None:
     assert changed == {**base, "vocab_size": 30, "dtype": "bfloat16", "tie_word_embeddings": True}
     assert changes == ["dtype: float32 -> bfloat16", "tie_word_embeddings: absent -> True", "vocab_size: 32 -> 30"]
     assert "torch_dtype" not in changed
-    other_rope = dataclasses.replace(spec, rotary_base=1e4, rope_scaling=None)
+    other_rope = spec.replaced(rotary_base=1e4, rope_scaling=None)
     changed, _ = config_for(other_rope, base)
     assert "rope_parameters" not in changed  # a stale table would win over rope_theta
     assert spec_from_config(changed) == other_rope
@@ -438,7 +490,7 @@ def test_code_that_stays_behind_is_not_named() -> None:
 
 def test_config_for_changes_a_window_that_is_only_a_default() -> None:
     base = config("mistral")
-    spec = dataclasses.replace(spec_from_config(base), sliding_window=None)
+    spec = spec_from_config(base).replaced(sliding_window=None)
     changed, _ = config_for(spec, base)
     assert changed["sliding_window"] is None
     assert spec_from_config(changed) == spec
@@ -452,7 +504,7 @@ def test_config_for_without_a_base_is_the_whole_config() -> None:
 
 def test_specs_survive_json() -> None:
     rope = tiny_spec(rope_scaling=LLAMA3, sliding_window=3, dtype=dtype_named("bf16"))
-    for spec in (tiny_spec(), rope, tiny_spec(**EXPERTS, num_layers=3, dense_layers=(0, 2))):
+    for spec in (rope, *KINDS.values()):
         assert ModelSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
 
 
