@@ -86,12 +86,19 @@ def _gathers_groups(spec: ModelSpec, tp: int) -> bool:
     return any(isinstance(kind.mixer, Attention) and tp > kind.mixer.num_query_groups for kind in spec.used)
 
 
+def _required(args: Mapping[str, Any]) -> list[str]:
+    """Flags that a release must know: all but those of how a checkpoint is cut that each release works out from others, such as the
+    padded vocabulary."""
+    derived = [row for row in ARGUMENTS if row.group is Group.LAYOUT and row.flag is not None and row.flag.restored]
+    return _shown((row for row in ARGUMENTS if row not in derived), args)
+
+
 def least_release(spec: ModelSpec, args: Mapping[str, Any], tp: int, needed: Iterable[str] = ()) -> str:
     """Oldest release that reads a checkpoint with these args as it is meant; `needed` are what else requires one."""
     usual = {
         row.flag.name for row in ARGUMENTS if row.flag is not None and row.is_usual(args.get(row.attribute, row.absent))
     }
-    flags = [flag for flag in _known(all_flags(args)) if flag.name not in usual]
+    flags = [flag for flag in _known(_required(args)) if flag.name not in usual]
     groups = [_GATHERS] if _gathers_groups(spec, tp) else []
     return latest(OLDEST, *groups, *needed, *(flag.since for flag in flags), *(flag.effective_since for flag in flags))
 
@@ -99,7 +106,7 @@ def least_release(spec: ModelSpec, args: Mapping[str, Any], tp: int, needed: Ite
 def unknown_flags(args: Mapping[str, Any], release: str) -> list[str]:
     """Flags that these args need and that a release does not know or heed, one reason each."""
     reasons = []
-    for shown in all_flags(args):
+    for shown in _required(args):
         for flag in _known([shown]):
             since = latest(flag.since, flag.effective_since)
             if before(release, since):
