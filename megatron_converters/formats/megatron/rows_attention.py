@@ -95,6 +95,7 @@ LATENT = (
     Argument(
         "multi_latent_attention",
         lambda context: is_latent(context.spec),
+        lambda args: {"mixer": "latent"} if args.get("multi_latent_attention") else {},
         absent=False,
         flag=flag("--multi-latent-attention", switch, lost=True, since="0.12"),
         build=Build.REFUSED,  # megatron-core builds it with Transformer Engine alone

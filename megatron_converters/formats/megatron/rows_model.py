@@ -437,7 +437,7 @@ BLOCKS = (
         "squared_relu",
         lambda context: context.value("activation") == SQUARED_RELU,
         absent=False,
-        flag=flag("--squared-relu", switch),
+        flag=flag("--squared-relu", switch, lost=True),  # before 0.10 the checkpoint does not restore it
         build=Build.OPTIONAL,
     ),
     Argument(
