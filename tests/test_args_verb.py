@@ -15,8 +15,10 @@ import pytest
 
 from megatron_converters.basics.dtypes import dtype_named
 from megatron_converters.cli import main as cli
-from megatron_converters.formats.megatron.arguments import expert_args, layout_args, model_args, router_args
-from megatron_converters.formats.megatron.flags import FLAGS, all_flags, flag_warnings
+from megatron_converters.formats.megatron.argument import Context
+from megatron_converters.formats.megatron.arguments import ARGUMENTS, written_args
+from megatron_converters.formats.megatron.flags import all_flags, flag_warnings, least_release, unknown_flags
+from megatron_converters.formats.megatron.releases import OLDEST
 from megatron_converters.sharding.ranks import parallel_for
 from megatron_converters.sharding.stages import PipelineSplit
 from tests.conversions import hf_to_megatron
@@ -29,7 +31,7 @@ HFModel = Callable[..., Path]
 
 
 def frequency(text: str) -> Any:
-    """`moe_freq_type` of Megatron-LM, for what is written here."""
+    """`moe_freq_type`, `no_rope_freq_type` and `la_freq_type` of Megatron-LM, for what is written here."""
     return json.loads(text)
 
 
@@ -38,7 +40,8 @@ def window(text: str) -> tuple[int, ...]:
     return tuple(map(int, text.split(",")))
 
 
-#: Options of the parser of Megatron-LM core_v0.16.1, training/arguments.py: attribute, type or constant, default, nargs.
+#: Options of the parser of Megatron-LM core_v0.16.1, training/arguments.py, and of those that it makes of the fields in
+#: core/transformer/transformer_config.py: attribute, type or constant, default.
 STOCK: dict[str, tuple[str, Any, Any]] = {
     "--num-layers": ("num_layers", int, None),
     "--hidden-size": ("hidden_size", int, None),
@@ -51,17 +54,43 @@ STOCK: dict[str, tuple[str, Any, Any]] = {
     "--seq-length": ("seq_length", int, None),
     "--position-embedding-type": ("position_embedding_type", str, "learned_absolute"),
     "--rotary-base": ("rotary_base", int, 10000),
+    "--rotary-percent": ("rotary_percent", float, 1.0),
+    "--rotary-interleaved": ("rotary_interleaved", True, False),
+    "--no-rope-freq": ("no_rope_freq", frequency, None),
     "--use-rope-scaling": ("use_rope_scaling", True, False),
     "--rope-scaling-factor": ("rope_scaling_factor", float, 8.0),
     "--rotary-seq-len-interpolation-factor": ("rotary_seq_len_interpolation_factor", int, None),
     "--swiglu": ("swiglu", True, False),
+    "--squared-relu": ("squared_relu", True, False),
+    "--no-bias-gelu-fusion": ("bias_gelu_fusion", False, True),
     "--normalization": ("normalization", str, "LayerNorm"),
     "--norm-epsilon": ("layernorm_epsilon", float, 1e-5),
+    "--apply-layernorm-1p": ("layernorm_zero_centered_gamma", True, False),
     "--disable-bias-linear": ("add_bias_linear", False, True),
     "--add-qkv-bias": ("add_qkv_bias", True, False),
     "--qk-layernorm": ("qk_layernorm", True, False),
     "--untie-embeddings-and-output-weights": ("untie_embeddings_and_output_weights", True, False),
     "--window-size": ("window_size", window, None),
+    "--window-attn-skip-freq": ("window_attn_skip_freq", frequency, None),
+    "--multi-latent-attention": ("multi_latent_attention", True, False),
+    "--q-lora-rank": ("q_lora_rank", int, None),
+    "--kv-lora-rank": ("kv_lora_rank", int, 32),
+    "--qk-head-dim": ("qk_head_dim", int, 128),
+    "--qk-pos-emb-head-dim": ("qk_pos_emb_head_dim", int, 64),
+    "--v-head-dim": ("v_head_dim", int, 128),
+    "--rope-type": ("rope_type", str, None),
+    "--rotary-scaling-factor": ("rotary_scaling_factor", float, 1.0),
+    "--mscale": ("mscale", float, 1.0),
+    "--mscale-all-dim": ("mscale_all_dim", float, 0.0),
+    "--experimental-attention-variant": ("experimental_attention_variant", str, None),
+    "--linear-attention-freq": ("linear_attention_freq", frequency, None),
+    "--linear-conv-kernel-dim": ("linear_conv_kernel_dim", int, 4),
+    "--linear-key-head-dim": ("linear_key_head_dim", int, 128),
+    "--linear-value-head-dim": ("linear_value_head_dim", int, 128),
+    "--linear-num-key-heads": ("linear_num_key_heads", int, 16),
+    "--linear-num-value-heads": ("linear_num_value_heads", int, 32),
+    "--attention-output-gate": ("attention_output_gate", True, False),
+    "--mtp-num-layers": ("mtp_num_layers", int, None),
     "--attention-dropout": ("attention_dropout", float, 0.1),
     "--hidden-dropout": ("hidden_dropout", float, 0.1),
     "--init-method-std": ("init_method_std", float, 0.02),
@@ -72,6 +101,11 @@ STOCK: dict[str, tuple[str, Any, Any]] = {
     "--moe-ffn-hidden-size": ("moe_ffn_hidden_size", int, None),
     "--moe-router-topk": ("moe_router_topk", int, 2),
     "--moe-router-pre-softmax": ("moe_router_pre_softmax", True, False),
+    "--moe-router-score-function": ("moe_router_score_function", str, "softmax"),
+    "--moe-router-enable-expert-bias": ("moe_router_enable_expert_bias", True, False),
+    "--moe-router-topk-scaling-factor": ("moe_router_topk_scaling_factor", float, None),
+    "--moe-router-num-groups": ("moe_router_num_groups", int, None),
+    "--moe-router-group-topk": ("moe_router_group_topk", int, None),
     "--moe-router-dtype": ("moe_router_dtype", str, None),
     "--moe-router-load-balancing-type": ("moe_router_load_balancing_type", str, "aux_loss"),
     "--moe-aux-loss-coeff": ("moe_aux_loss_coeff", float, 0.0),
@@ -104,27 +138,14 @@ STOCK: dict[str, tuple[str, Any, Any]] = {
 }
 #: The same parser's defaults for what no supported model has.
 UNSAID = {
-    "rotary_percent": 1.0,
-    "rotary_interleaved": False,
-    "apply_layernorm_1p": False,
-    "squared_relu": False,
     "quick_geglu": False,
     "openai_gelu": False,
     "softmax_type": "vanilla",
-    "no_rope_freq": None,
-    "window_attn_skip_freq": None,
     "apply_residual_connection_post_layernorm": False,
-    "multi_latent_attention": False,
-    "moe_router_score_function": "softmax",
-    "moe_router_enable_expert_bias": False,
-    "moe_router_topk_scaling_factor": None,
-    "moe_router_num_groups": None,
-    "mtp_num_layers": None,
     "add_position_embedding": True,
     "use_rotary_position_embeddings": False,
     "apply_query_key_layer_scaling": False,
     "attention_softmax_in_fp32": False,
-    "attention_output_gate": False,
     "heterogeneous_layers_config_path": None,
 }
 
@@ -158,7 +179,7 @@ def words_of(capsys: pytest.CaptureFixture[str], *options: Any) -> list[str]:
 
 
 def test_the_table_has_stock_s_options() -> None:
-    assert [flag.name for flag in FLAGS] == list(STOCK)
+    assert [row.flag.name for row in ARGUMENTS if row.flag is not None] == list(STOCK)
 
 
 LAYOUTS: dict[str, tuple[dict[str, Any], str, str]] = {
@@ -176,16 +197,11 @@ def test_stock_s_parser_gives_the_args_back(fields: dict[str, Any], layout: str)
     sizes, impl, experts = LAYOUTS[layout]
     if not spec.num_experts:
         sizes = {name: value for name, value in sizes.items() if name not in ("ep", "etp")}
-    if spec.num_query_groups == 3 and "tp" in sizes:
+    if spec.values.get("num_query_groups") == 3 and "tp" in sizes:
         sizes = {**sizes, "tp": 3}
     parallel = parallel_for(spec, **{"tp": 1, "pp": 1, **sizes})
-    args = {
-        **model_args(spec),
-        **layout_args(parallel, 128, 64, impl),
-        **expert_args(spec, parallel, experts),
-        **router_args(spec, dtype_named("fp32") if spec.num_experts else None),
-        "seq_length": 32,
-    }
+    router = dtype_named("fp32") if spec.num_experts else None
+    args = {**written_args(Context(spec, parallel, experts, 128, 64, impl, router=router)), "seq_length": 32}
     found = {**UNSAID, **parsed(shlex.split(" ".join(all_flags(args))))}
     elsewhere = {"no_load_optim": "no_save_optim", "no_load_rng": "no_save_rng"}
     wrong = {
@@ -211,6 +227,32 @@ def test_flags_that_releases_lack_are_named() -> None:
         "--moe-use-legacy-grouped-gemm exists from Megatron-LM 0.11 on",
         "--moe-use-legacy-grouped-gemm exists up to Megatron-LM 0.16 only",
     ]
+
+
+@pytest.mark.parametrize(
+    ("case", "release"),
+    [
+        ("plain", "0.8"),  # whose padded vocabulary every release works out
+        ("qkv bias", "0.8"),
+        ("llama3 rope", "0.10"),
+        ("llama3.2 rope", "0.11"),
+        ("linear rope", "0.19"),  # before, pretrain_gpt.py takes the flag and ignores it
+        ("rotation on one layer", "0.13"),
+        ("window", "0.15"),
+        ("experts", "0.10"),
+        ("latents", "0.14"),
+        ("tokens further on", "0.12"),
+        ("gated DeltaNet", "0.16"),
+        ("gated shared expert", "0.16"),
+    ],
+)
+def test_the_least_release_is_the_first_that_knows_every_flag(case: str, release: str) -> None:
+    spec = tiny_spec(**CASES[case])
+    args = written_args(Context(spec, parallel_for(spec, 1, 1), "sequential", 128, 128, "local"))
+    assert least_release(spec, args, 1) == release
+    assert unknown_flags(args, release) == []
+    if release != OLDEST:
+        assert unknown_flags(args, f"0.{int(release.partition('.')[2]) - 1}")
 
 
 # --- folders

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import enum
+import re
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,25 +12,44 @@ import pytest
 
 from megatron_converters.basics.dtypes import DType, dtype_named
 from megatron_converters.basics.errors import ConversionError
+from megatron_converters.formats.megatron.argument import Context, Group
 from megatron_converters.formats.megatron.arguments import (
+    ARGUMENTS,
     RUN_DEFAULTS,
-    expert_args,
-    layout_args,
-    model_args,
+    inexpressible,
     plain_args,
-    router_args,
     router_warnings,
     spec_fields,
     training_args,
+    written_args,
 )
-from megatron_converters.formats.megatron.flags import FLAGS, Group, flag_warnings, flags
-from megatron_converters.formats.megatron.limits import inexpressible
-from megatron_converters.model.spec import ModelSpec, RopeScaling
+from megatron_converters.formats.megatron.flags import flag_warnings, flags
+from megatron_converters.model.layers import (
+    ALL_HEADS,
+    EACH_HEAD,
+    GELU,
+    GELU_TANH,
+    LAYER_NORM,
+    SIGMOID,
+    SQUARED_RELU,
+    RopeScaling,
+)
+from megatron_converters.model.spec import ModelSpec, PerLayer
 from megatron_converters.sharding.ranks import parallel_for
 from megatron_converters.sharding.stages import PipelineSplit
-from tests.tiny import tiny_spec
+from tests.tiny import KINDS, tiny_spec
 
 MOE = {"num_experts": 8, "moe_ffn_hidden_size": 6, "moe_router_topk": 3}
+LATENT = {
+    **{"kv_lora_rank": 6, "q_lora_rank": 4, "qk_head_dim": 4, "qk_pos_emb_head_dim": 2, "v_head_dim": 6},
+    **{"mixer": "latent", "kv_channels": 2, "num_query_groups": 4},
+}
+DELTA = {
+    **{"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_conv_kernel_dim": 3},
+    **{"linear_key_head_dim": 6, "linear_value_head_dim": 10},
+    "mixer": PerLayer(["gated delta", "attention"]),
+    "attention_output_gate": True,
+}
 CASES: dict[str, dict[str, Any]] = {
     "plain": {},
     "sizes": {
@@ -51,27 +71,69 @@ CASES: dict[str, dict[str, Any]] = {
     "tied": {"tied": True},
     "qkv bias": {"qkv_bias": True},
     "all biases": {"qkv_bias": True, "proj_bias": True, "mlp_bias": True},
-    "qk norm": {"qk_norm": True},
+    "qk norm": {"qk_norm": EACH_HEAD},
     "window": {"sliding_window": 4096},
     "window of one": {"sliding_window": 1},
+    "window on one layer": {"sliding_window": PerLayer([None, 8])},
+    "layer norms": {"normalization": LAYER_NORM},
+    "norms around 1": {"zero_centred": True},
+    "learned positions": {"learned_positions": True, "rope": False, "rotary_base": None},
+    "no positions": {"rope": False, "rotary_base": None},
+    "rotation on one layer": {"rope": PerLayer([True, False])},
+    "part of a head rotated": {"rotary_percent": 0.5},
+    "neighbours rotated": {"rotary_interleaved": True},
+    "squared relu": {"activation": SQUARED_RELU, "gated": False},
+    "gelu": {"activation": GELU, "gated": False},
+    "gelu's tanh form": {
+        **{"activation": GELU_TANH, "gated": False},
+        **{"qkv_bias": True, "proj_bias": True, "mlp_bias": True},
+    },
+    "latents": LATENT,
+    "latents of keys and values alone": {**LATENT, "q_lora_rank": None},
+    "latents with YaRN": {
+        **LATENT,
+        "rope_scaling": RopeScaling(
+            "yarn", 40.0, original_max_position_embeddings=4096, mscale=0.7, mscale_all_dim=0.5
+        ),
+    },
+    "gated DeltaNet": DELTA,
+    "gated DeltaNet in an order of its own": {
+        **DELTA,
+        "num_layers": 5,
+        "mixer": PerLayer(f"{'attention' if layer in (0, 3) else 'gated delta'}" for layer in range(5)),
+    },
+    "tokens further on": {"mtp_num_layers": 1},
+    "experts chosen by sigmoid": {
+        **MOE,
+        **{"moe_router_score_function": SIGMOID, "moe_router_enable_expert_bias": True},
+        **{"moe_router_topk": 4, "moe_router_num_groups": 4, "moe_router_group_topk": 2},
+        "moe_router_topk_scaling_factor": 2.5,
+    },
     "training": {"initializer_range": 0.006, "attention_dropout": 0.1},
     "experts": MOE,
     "experts chosen before softmax": {**MOE, "moe_router_pre_softmax": False},
     "experts chosen after softmax": {**MOE, "moe_router_pre_softmax": True, "moe_aux_loss_coeff": 0.01},
     "shared expert": {**MOE, "shared_ffn_hidden_size": 10, "shared_gate": False},
     "gated shared expert": {**MOE, "shared_ffn_hidden_size": 10, "shared_gate": True},
-    "some layers dense": {**MOE, "num_layers": 5, "dense_layers": (0, 3)},
+    "some layers dense": {**MOE, "num_layers": 5, "feed": PerLayer(["mlp", "moe", "moe", "mlp", "moe"])},
 }
 
 
-def all_args(spec: ModelSpec, impl: str = "local", tp: int = 1, pp: int = 1, **split: Any) -> dict[str, Any]:
+def all_args(
+    spec: ModelSpec, impl: str = "local", tp: int = 1, pp: int = 1, router: DType | None = None, **split: Any
+) -> dict[str, Any]:
     parallel = parallel_for(spec, tp, pp, PipelineSplit(**split))
-    layout = {**layout_args(parallel, 128, 128, impl), **expert_args(spec, parallel, "sequential")}
-    return {**RUN_DEFAULTS, **model_args(spec), **layout}
+    return {**RUN_DEFAULTS, **written_args(Context(spec, parallel, "sequential", 128, 128, impl, router=router))}
+
+
+def layout_args(spec: ModelSpec, pp: int, split: PipelineSplit, tp: int = 1) -> dict[str, Any]:
+    """Attributes of how a checkpoint is cut."""
+    context = Context(spec, parallel_for(spec, tp, pp, split), "sequential", 256, 64, "local")
+    return written_args(context, (Group.LAYOUT,))
 
 
 def back(args: dict[str, Any], spec: ModelSpec) -> ModelSpec:
-    return ModelSpec(
+    return ModelSpec.of(
         **spec_fields(argparse.Namespace(**args)), family="llama", dtype=spec.dtype, vocab_size=spec.vocab_size
     )
 
@@ -83,17 +145,24 @@ def test_a_spec_survives_args(fields: dict[str, Any]) -> None:
     assert back(all_args(spec), spec) == spec
 
 
-def test_the_cases_change_every_field() -> None:
-    changed = {name for fields in CASES.values() for name in fields}
-    decided_elsewhere = {"family", "dtype", "vocab_size", "sliding_window_from"}
-    inexpressible_yet_kept = {"qk_norm_over_heads"}
-    assert changed == vars(tiny_spec()).keys() - decided_elsewhere - inexpressible_yet_kept
+def test_the_cases_change_every_property() -> None:
+    usual = tiny_spec().values
+    changed = {
+        name
+        for fields in CASES.values()
+        for name, value in tiny_spec(**fields).values.items()
+        if value != usual.get(name)
+    }
+    decided_elsewhere = {"family", "dtype", "vocab_size"}
+    of_no_family = {name for name in usual if name.endswith("_multiplier")}
+    every = {name for spec in KINDS.values() for name in spec.values}
+    assert changed == every - decided_elsewhere - of_no_family
 
 
 def test_norms_over_all_heads_survive_args_although_megatron_lacks_them() -> None:
-    for over_heads in (False, True):
-        spec = tiny_spec(qk_norm=True, qk_norm_over_heads=over_heads)
-        assert bool(inexpressible(spec)) == over_heads
+    for norm in (EACH_HEAD, ALL_HEADS):
+        spec = tiny_spec(qk_norm=norm)
+        assert bool(inexpressible(spec)) == (norm == ALL_HEADS)
         assert back(all_args(spec), spec) == spec
 
 
@@ -123,6 +192,7 @@ def test_args_in_megatron_s_words() -> None:
         "add_bias_linear": False,
         "add_qkv_bias": True,
         "qk_layernorm": False,
+        "window_attn_skip_freq": None,
         "window_size": (4095, 0),  # positions to the left; Hugging Face's window counts the position itself too
         "params_dtype": dtype_named("bf16"),
         "bf16": True,
@@ -146,10 +216,16 @@ def test_args_hold_plain_values_and_dtypes_alone(fields: dict[str, Any]) -> None
     args = all_args(tiny_spec(**fields))
     assert plain_args(args) == args
     allowed = (bool, int, float, str, type(None), DType)
-    assert {name for name, value in args.items() if type(value) not in allowed} <= {"window_size", "moe_layer_freq"}
+    others = {name: value for name, value in args.items() if type(value) not in allowed}
+    assert others.keys() <= {"window_size", *PATTERNS}
     assert [type(value) for value in args["window_size"] or ()] in ([], [int, int])
-    freq = args.get("moe_layer_freq", 1)
-    assert type(freq) is int or {type(value) for value in freq} == {int}
+    assert all(
+        type(value) is list and {*map(type, value)} == {int} for name, value in others.items() if name in PATTERNS
+    )
+
+
+#: Attributes with a value for each layer.
+PATTERNS = ("moe_layer_freq", "window_attn_skip_freq", "no_rope_freq", "linear_attention_freq")
 
 
 class Colour(enum.IntEnum):
@@ -172,11 +248,21 @@ def test_plain_args_leaves_out_what_weights_only_loading_refuses() -> None:
         ({"rope_scaling": RopeScaling("llama3", 8.0, 1.0, 8.0, 8192)}, "1.0, 8.0 and 8192"),
         ({"rope_scaling": RopeScaling("llama3", 8.0, 1.0, 4.0, 4096)}, "1.0, 4.0 and 4096"),
         ({"rope_scaling": RopeScaling("linear", 2.5)}, "linear RoPE scaling by 2.5"),
-        ({"sliding_window": 8, "sliding_window_from": 1}, "a sliding window from layer 1 on only"),
+        ({"sliding_window": PerLayer([8, 16])}, r"sliding windows of \[8, 16\] positions"),
+        ({"rotary_base": PerLayer([1e4, 1e6])}, "a rotary base of its own for some layers"),
+        ({"activation": GELU}, "a gated MLP with gelu"),
+        ({"gated": False}, "an MLP of silu without a gate"),
+        ({"activation": GELU_TANH, "gated": False}, "the tanh form of GELU in an MLP without biases"),
+        ({"rope_scaling": RopeScaling("yarn", 4.0)}, "YaRN outside multi-latent attention"),
+        ({**LATENT, "rope_scaling": RopeScaling("yarn", 4.0)}, "YaRN with beta_fast, .* of 32, 1 and 8192"),
+        (
+            {**MOE, "moe_router_topk": 4, "moe_router_num_groups": 4, "moe_router_group_topk": 4},
+            "sums the best 1 of a group",
+        ),
         ({"proj_bias": True}, "a bias on only one of"),
         ({"mlp_bias": True}, "a bias on only one of"),
         ({"rotary_base": 10000.5}, "a rotary base of 10000.5"),
-        ({"qk_norm": True, "qk_norm_over_heads": True}, "query and key norms over all heads together"),
+        ({"qk_norm": ALL_HEADS}, "query and key norms over all heads together"),
         (
             {"num_experts": 4, "moe_ffn_hidden_size": 4, "moe_router_topk": 1},
             "one expert for each token, with weight 1",
@@ -185,26 +271,19 @@ def test_plain_args_leaves_out_what_weights_only_loading_refuses() -> None:
 )
 def test_what_megatron_cannot_express(fields: dict[str, Any], reason: str) -> None:
     (found,) = inexpressible(tiny_spec(**fields))
-    assert reason in found
+    assert re.search(reason, found)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"position_embedding_type": "learned_absolute"}, "not rotary"),
-        ({"position_embedding_type": "yarn"}, "not rotary"),
-        ({"normalization": "LayerNorm"}, "not RMSNorm"),
-        ({"swiglu": False}, "without SwiGLU"),
-        ({"rotary_percent": 0.5}, "partly rotated"),
-        ({"rotary_interleaved": True}, "interleaved"),
-        ({"apply_layernorm_1p": True}, "norms around 1"),
-        ({"squared_relu": True}, "squared ReLU"),
+        ({"position_embedding_type": "yarn"}, "only 'rope', 'learned_absolute' and 'none' are supported"),
+        ({"position_embedding_type": "relative"}, "position_embedding_type='relative'"),
+        ({"normalization": "L2Norm"}, "normalization='L2Norm'; only 'RMSNorm' and 'LayerNorm' are supported"),
         ({"quick_geglu": True}, "quick GELU"),
-        ({"multi_latent_attention": True}, "latent"),
-        ({"moe_router_score_function": "sigmoid"}, "score function"),
-        ({"moe_router_enable_expert_bias": True}, r"a bias of the router's choice \(mlp.router.expert_bias\)"),
-        ({"moe_router_topk_scaling_factor": 2.5}, "scaled expert outputs"),
-        ({"moe_router_num_groups": 2}, "groups of experts"),
+        ({"num_experts": 8, "moe_router_score_function": "sqrtsoftplus"}, "only 'softmax' and 'sigmoid' are supported"),
+        ({"num_experts": 8, "moe_router_num_groups": 3, "moe_router_group_topk": 1}, "8 experts cannot be grouped so"),
+        ({"num_experts": 8, "moe_router_num_groups": 2}, "moe_router_group_topk None; 8 experts cannot be grouped so"),
         ({"moe_mlp_glu_interleave_size": 32}, "gate and up of experts in alternating blocks of rows"),
         ({"moe_apply_probs_on_input": True}, "inputs are scaled"),
         ({"moe_latent_size": 16}, "projected inputs"),
@@ -220,20 +299,24 @@ def test_what_megatron_cannot_express(fields: dict[str, Any], reason: str) -> No
             {"num_experts": 8, "moe_router_load_balancing_type": ["aux_loss", "sinkhorn"]},
             "does not weight experts by a softmax",
         ),
-        ({"use_mup": True}, "scaled by muP"),
         ({"qk_l2_norm": True}, "queries and keys of length 1"),
         ({"glu_linear_offset": 1.0}, "an offset"),
         ({"activation_func_clamp_value": 7.0}, "a clamped activation"),
         ({"softmax_scale": 0.1}, "another scale"),
         ({"heterogeneous_layers_config_encoded_json": "{}"}, "layers that differ"),
-        ({"experimental_attention_variant": "gated_delta_net"}, "another attention"),
+        ({"experimental_attention_variant": "dsa"}, "only 'gated_delta_net' is supported"),
+        ({"experimental_attention_variant": "gated_delta_net"}, "linear_attention_freq=None; it must be a number or"),
+        ({"experimental_attention_variant": "gated_delta_net", "linear_attention_freq": [1]}, "a list of 2 values"),
+        ({"multi_latent_attention": True, "mla_down_proj_fusion": True}, "down projections that are stored as one"),
+        ({"multi_latent_attention": True, "kv_lora_rank": None}, "kv_lora_rank is None"),
         ({"num_experts": 8, "moe_layer_freq": [1]}, r"moe_layer_freq=\[1\]; it must be a number or a list of 2"),
         ({"num_experts": 8, "moe_layer_freq": 0}, "moe_layer_freq=0"),
         ({"num_experts": 8, "moe_layer_freq": "[1]*2"}, "moe_layer_freq="),
         ({"num_experts": 8, "moe_aux_loss_coeff": "much"}, "moe_aux_loss_coeff is 'much'; it must be a number"),
-        ({"mtp_num_layers": 1}, "multi-token"),
-        ({"no_rope_freq": 4}, "without rotary"),
-        ({"window_attn_skip_freq": 2, "window_size": (7, 0)}, "some layers only"),
+        ({"no_rope_freq": [1]}, r"no_rope_freq=\[1\]; it must be a number or a list of 2"),
+        ({"no_rope_freq": "[0,1]"}, "no_rope_freq="),
+        ({"window_attn_skip_freq": [0], "window_size": (7, 0)}, r"window_attn_skip_freq=\[0\]; it must be a number"),
+        ({"window_attn_skip_freq": -1, "window_size": (7, 0)}, "window_attn_skip_freq=-1"),
         ({"softmax_type": "learnable"}, "sinks"),
         ({"norm_epsilon": 1e-6}, "norm_epsilon=1e-06 and layernorm_epsilon=1e-05; .*--hf-config"),
         ({"window_size": (7, 7)}, r"window_size=\(7, 7\)"),
@@ -244,9 +327,9 @@ def test_what_megatron_cannot_express(fields: dict[str, Any], reason: str) -> No
     ],
 )
 def test_args_of_models_that_are_not_supported_are_refused(change: dict[str, Any], message: str) -> None:
-    args = {**all_args(tiny_spec()), **change}
+    spec = tiny_spec()
     with pytest.raises(ConversionError, match=message):
-        spec_fields(argparse.Namespace(**args))
+        back({**all_args(spec), **change}, spec)
 
 
 @pytest.mark.parametrize(
@@ -271,17 +354,75 @@ def test_args_of_models_that_are_not_supported_are_refused(change: dict[str, Any
             "rope_scaling",
             RopeScaling("llama3", 8.0, 1.0, 4.0, 8192),
         ),
-        ({"mtp_num_layers": 0, "moe_router_num_groups": 0, "squared_relu": None}, "num_layers", 2),
-        ({"no_rope_freq": [0, 0], "moe_router_topk_scaling_factor": 1.0}, "num_layers", 2),
+        ({"mtp_num_layers": 0, "moe_router_num_groups": 0, "squared_relu": None}, "mtp_num_layers", 0),
+        ({"mtp_num_layers": 1}, "mtp_num_layers", 1),
+        ({"no_rope_freq": [0, 0], "moe_router_topk_scaling_factor": 1.0}, "rope", True),
+        ({"no_rope_freq": [1, 0]}, "rope", PerLayer([False, True])),
+        ({"no_rope_freq": 3, "num_layers": 5}, "rope", PerLayer([True, True, False, True, True])),
+        ({"no_rope_freq": 4}, "rope", True),
+        ({"position_embedding_type": "none", "no_rope_freq": [1, 0]}, "rope", False),
+        ({"position_embedding_type": "learned_absolute"}, "learned_positions", True),
+        ({"position_embedding_type": "learned_absolute"}, "rope", False),
+        ({"position_embedding_type": "learned_absolute", "use_rotary_position_embeddings": True}, "rope", True),
+        ({"normalization": "LayerNorm"}, "normalization", LAYER_NORM),
+        ({"apply_layernorm_1p": True}, "zero_centred", True),
+        ({"layernorm_zero_centered_gamma": True}, "zero_centred", True),
+        ({"rotary_percent": 0.5}, "rotary_percent", 0.5),
+        ({"rotary_interleaved": True}, "rotary_interleaved", True),
+        ({"swiglu": False}, "gated", False),
+        ({"swiglu": False, "squared_relu": True}, "activation", SQUARED_RELU),
+        # The kernel of bias and GELU is the tanh form; without a bias there is none.
+        ({"swiglu": False, "add_bias_linear": True}, "activation", GELU_TANH),
+        ({"swiglu": False, "add_bias_linear": True, "bias_gelu_fusion": False}, "activation", GELU),
+        ({"swiglu": False, "add_bias_linear": False}, "activation", GELU),
+        ({"window_attn_skip_freq": 2, "window_size": (7, 0)}, "sliding_window", PerLayer([8, None])),
+        ({"window_attn_skip_freq": [0, 1], "window_size": (7, 0)}, "sliding_window", PerLayer([None, 8])),
+        ({"window_attn_skip_freq": [1, 1], "window_size": (7, 0)}, "sliding_window", 8),
+        ({"window_attn_skip_freq": 2}, "sliding_window", None),
+        ({"multi_latent_attention": True}, "kv_lora_rank", 32),
+        ({"multi_latent_attention": True, "rotary_scaling_factor": 1.0}, "rope_scaling", None),
+        ({"multi_latent_attention": True, "rope_type": "rope", "rotary_scaling_factor": 40}, "rope_scaling", None),
+        (
+            {"multi_latent_attention": True, "rotary_scaling_factor": 40, "mscale": 0.5},
+            "rope_scaling",
+            RopeScaling("yarn", 40.0, original_max_position_embeddings=4096, mscale=0.5),
+        ),
+        (
+            {"experimental_attention_variant": "gated_delta_net", "linear_attention_freq": 2, "num_layers": 3},
+            "mixer",
+            PerLayer(["gated delta", "attention", "gated delta"]),
+        ),
+        (
+            {"experimental_attention_variant": "gated_delta_net", "linear_attention_freq": [0, 1]},
+            "mixer",
+            PerLayer(["attention", "gated delta"]),
+        ),
+        ({"attention_output_gate": True}, "attention_output_gate", True),
+        ({"num_experts": 8, "moe_router_score_function": "sigmoid"}, "moe_router_score_function", SIGMOID),
+        (
+            {"num_experts": 8, "moe_router_score_function": "sigmoid", "moe_router_pre_softmax": True},
+            "moe_router_pre_softmax",
+            False,
+        ),
+        ({"num_experts": 8, "moe_router_enable_expert_bias": True}, "moe_router_enable_expert_bias", True),
+        ({"num_experts": 8, "moe_router_topk_scaling_factor": 2.5}, "moe_router_topk_scaling_factor", 2.5),
+        ({"num_experts": 8, "moe_router_topk_scaling_factor": None}, "moe_router_topk_scaling_factor", 1.0),
+        ({"num_experts": 8, "moe_router_num_groups": 2, "moe_router_group_topk": 1}, "moe_router_num_groups", 2),
         ({"num_experts": 8, "moe_router_load_balancing_type": "sinkhorn"}, "moe_router_pre_softmax", True),
         ({"num_experts": 8, "moe_router_load_balancing_type": ["seq_aux_loss"]}, "moe_router_pre_softmax", False),
         ({"num_experts": 8, "moe_aux_loss_coeff": [0.5, 0.1]}, "moe_aux_loss_coeff", 0.5),
         ({"num_experts": 8}, "moe_ffn_hidden_size", 4),
         ({"num_experts": 8}, "moe_router_topk", 2),
-        ({"num_experts": 8}, "dense_layers", ()),
-        ({"num_experts": 8, "num_layers": 5, "moe_layer_freq": 2}, "dense_layers", (1, 3)),
-        ({"num_experts": 8, "num_layers": 5, "moe_layer_freq": 3}, "dense_layers", (1, 2, 4)),
-        ({"num_experts": 8, "moe_layer_freq": [0, 1]}, "dense_layers", (0,)),
+        ({}, "feed", "mlp"),
+        ({"num_experts": 8}, "feed", "moe"),
+        ({"num_experts": 8, "moe_layer_freq": [0, 0]}, "feed", "mlp"),
+        ({"num_experts": 8, "num_layers": 5, "moe_layer_freq": 2}, "feed", PerLayer(["moe", "mlp"] * 2 + ["moe"])),
+        (
+            {"num_experts": 8, "num_layers": 5, "moe_layer_freq": 3},
+            "feed",
+            PerLayer(["moe", "mlp", "mlp", "moe", "mlp"]),
+        ),
+        ({"num_experts": 8, "moe_layer_freq": [0, 1]}, "feed", PerLayer(["mlp", "moe"])),
         ({"add_bias_linear": True}, "mlp_bias", True),
         ({"add_bias_linear": True, "add_qkv_bias": False}, "qkv_bias", True),  # Megatron's QKV has a bias by either
     ],
@@ -306,8 +447,9 @@ def test_a_training_run_s_own_choices_are_taken_over() -> None:
 def test_sparse_args_mean_megatron_s_defaults() -> None:
     needed = ("num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size", "max_position_embeddings")
     fields = spec_fields(argparse.Namespace(**dict.fromkeys(needed, 8)))
-    spec = ModelSpec(**fields, family="llama", dtype=dtype_named("bf16"), vocab_size=9)
-    assert (spec.tied, spec.mlp_bias, spec.kv_channels, spec.num_query_groups) == (True, True, 1, 8)
+    spec = ModelSpec.of(**fields, family="llama", dtype=dtype_named("bf16"), vocab_size=9)
+    names = ("tied", "mlp_bias", "kv_channels", "num_query_groups", "normalization", "gated", "rope", "rotary_percent")
+    assert [spec.values[name] for name in names] == [True, True, 1, 8, "RMSNorm", True, True, 1.0]
 
 
 @pytest.mark.parametrize(
@@ -324,13 +466,13 @@ def test_sparse_args_mean_megatron_s_defaults() -> None:
 )
 def test_a_router_wider_than_the_model_is_recorded(model: str, router: str | None, recorded: str | None) -> None:
     spec, stored = tiny_spec(**MOE, dtype=dtype_named(model)), None if router is None else dtype_named(router)
-    assert router_args(spec, stored) == (
-        {} if recorded is None else {"moe_router_dtype": recorded, "moe_router_fp32": True}
-    )
+    args = all_args(spec, router=stored)
+    said = {name: value for name, value in args.items() if name.startswith(("moe_router_dtype", "moe_router_fp"))}
+    assert said == ({} if recorded is None else {"moe_router_dtype": recorded, "moe_router_fp32": True})
     warnings = router_warnings(spec, stored)
     assert len(warnings) == (recorded is not None)
     assert all(f"stored in {stored}, but Megatron-LM holds it in {spec.dtype}" in warning for warning in warnings)
-    shown = flags({**all_args(spec), **router_args(spec, stored)})
+    shown = flags(args)
     assert [flag for flag in shown if "router-dtype" in flag] == (
         [f"--moe-router-dtype {recorded}"] if recorded else []
     )
@@ -358,7 +500,7 @@ MOE_FLAGS = [
     ("fields", "more"),
     [
         ({}, []),
-        ({"qk_norm": True}, ["--qk-layernorm"]),
+        ({"qk_norm": EACH_HEAD}, ["--qk-layernorm"]),
         (
             {"rope_scaling": RopeScaling("llama3", 8.0, 1.0, 4.0, 8192)},
             ["--use-rope-scaling"],
@@ -369,6 +511,11 @@ MOE_FLAGS = [
         ),
         ({"rope_scaling": RopeScaling("linear", 2.0)}, ["--rotary-seq-len-interpolation-factor 2"]),
         ({"sliding_window": 4096}, ["--window-size 4095,0"]),
+        ({"sliding_window": PerLayer([8, None])}, ["--window-size 7,0", "--window-attn-skip-freq '[1,0]'"]),
+        ({"rope": PerLayer([True, False])}, ["--no-rope-freq '[0,1]'"]),
+        ({"activation": GELU, "gated": False}, ["--no-bias-gelu-fusion"]),
+        ({"zero_centred": True}, ["--apply-layernorm-1p"]),
+        ({"mtp_num_layers": 1}, ["--mtp-num-layers 1"]),
         ({"dtype": dtype_named("bf16")}, ["--bf16"]),
         ({"dtype": dtype_named("fp16")}, ["--fp16"]),
         (MOE, MOE_FLAGS),
@@ -427,7 +574,7 @@ def test_virtual_stages_are_recorded_as_megatron_records_them() -> None:
         (PipelineSplit(layout="Et|t|tt|ttL"), 2, None, "Et|t|tt|ttL"),
         (PipelineSplit(layout="Ettt|tttL"), None, None, "Ettt|tttL"),
     ):
-        said = SimpleNamespace(**layout_args(parallel_for(spec, 1, 2, split), 128, 128, "local"))
+        said = SimpleNamespace(**layout_args(spec, 2, split))
         assert said.virtual_pipeline_model_parallel_size == vpp
         assert said.num_layers_per_virtual_pipeline_stage == layers
         assert said.pipeline_model_parallel_layout == layout
@@ -451,7 +598,7 @@ def test_flags_with_a_value_parse_as_megatron_parses_them() -> None:
 RESTORED = {
     Group.MODEL: """num_layers hidden_size ffn_hidden_size seq_length num_attention_heads num_query_groups group_query_attention
         kv_channels max_position_embeddings position_embedding_type add_bias_linear add_qkv_bias swiglu
-        untie_embeddings_and_output_weights normalization""".split(),
+        untie_embeddings_and_output_weights normalization rotary_percent rotary_interleaved""".split(),
     Group.EXPERTS: """num_experts moe_layer_freq moe_ffn_hidden_size moe_router_topk moe_router_pre_softmax moe_grouped_gemm
         moe_shared_expert_intermediate_size""".split(),
 }
@@ -462,7 +609,7 @@ UNNEEDED = {"init_method_std"}
 @pytest.mark.parametrize("group", RESTORED)
 def test_what_a_release_does_not_restore_is_a_flag(group: Group) -> None:
     """Else it would compute something else without a word: core_v0.8.0 and 0.9.0 run a Llama 3 with a rotary base of 10000."""
-    kept = {flag.attribute for flag in FLAGS if flag.restored and flag.group is group}
+    kept = {row.attribute for row in ARGUMENTS if row.flag is not None and row.flag.restored and row.group is group}
     assert kept - set(RESTORED[group]) - UNNEEDED == set()
 
 
@@ -499,15 +646,15 @@ def test_flags_that_older_releases_lack_are_named() -> None:
 
 
 def test_more_ranks_than_query_groups_are_said_to_need_a_release() -> None:
-    spec = tiny_spec()
-    assert flag_warnings(spec, [], spec.num_query_groups) == []
-    (note,) = flag_warnings(spec, [], 2 * spec.num_query_groups)
+    spec, groups = tiny_spec(num_query_groups=2), 2
+    assert flag_warnings(spec, [], groups) == []
+    (note,) = flag_warnings(spec, [], 2 * groups)
     assert note.endswith("needs Megatron-LM 0.16 or later")
 
 
 def test_the_layout_says_how_the_checkpoint_is_cut() -> None:
     spec = tiny_spec(num_layers=3)
-    args = layout_args(parallel_for(spec, 2, 2, PipelineSplit(first=1)), 256, 64, "local")
+    args = layout_args(spec, 2, PipelineSplit(first=1), tp=2)
     said = SimpleNamespace(**args)
     assert (said.tensor_model_parallel_size, said.pipeline_model_parallel_size, said.world_size) == (2, 2, 4)
     assert (said.decoder_first_pipeline_num_layers, said.decoder_last_pipeline_num_layers) == (1, None)

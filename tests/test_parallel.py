@@ -13,7 +13,6 @@ from megatron_converters.model.spec import ModelSpec
 from megatron_converters.sharding.ranks import Cut, Parallel, Rank, cut, padded_vocab, parallel_for
 from tests.tiny import KINDS, tiny_spec
 
-
 #: Model that has every slot of a dense Llama with biases.
 BIASED = tiny_spec(qkv_bias=True, proj_bias=True, mlp_bias=True)
 

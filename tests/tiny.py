@@ -14,7 +14,6 @@ from megatron_converters.formats.queue.source import MemoryTensor
 from megatron_converters.model.layers import ALL_HEADS, EACH_HEAD, GELU, LAYER_NORM
 from megatron_converters.model.spec import ModelSpec, PerLayer
 
-
 _MOE: dict[str, Any] = dict(num_experts=4, moe_ffn_hidden_size=4, moe_router_topk=2)
 _LATENT: dict[str, Any] = dict(mixer="latent", kv_lora_rank=6, qk_head_dim=4, qk_pos_emb_head_dim=2, v_head_dim=4)
 _DELTA: dict[str, Any] = dict(
