@@ -10,7 +10,7 @@ from enum import Enum
 from typing import NamedTuple, TypeVar
 
 from ...basics.quantities import count, size
-from ...model.slots import Scope
+from ...model.slots import SLOTS, Scope
 from ..in_words import count_tensors, short_name, stage_layers
 from ..inventory import Holding, Survey
 
@@ -18,13 +18,16 @@ T = TypeVar("T")
 
 #: Kinds of slots, each with a colour of its own: name in the legend, and the slots.
 KINDS = {
-    "embeddings": ("word_embeddings",),
-    "attention": ("qkv", "qkv_bias", "proj", "proj_bias"),
+    "embeddings": ("word_embeddings", "position_embeddings", "mtp_proj"),
+    "attention": (
+        *("qkv", "qkv_bias", "q_down", "q_up", "q_whole", "kv_down", "kv_up", "proj", "proj_bias"),
+        *("delta_in", "delta_conv", "delta_a_log", "delta_dt_bias", "delta_out"),
+    ),
     "MLP": ("fc1", "fc1_bias", "fc2", "fc2_bias"),
     "experts": ("expert_fc1", "expert_fc2"),
     "shared expert": ("shared_fc1", "shared_fc2", "shared_gate"),
-    "router": ("router",),
-    "norms": ("input_norm", "q_norm", "k_norm", "mlp_norm", "final_norm"),
+    "router": ("router", "expert_bias"),
+    "norms": tuple(name for name in SLOTS if name.endswith(("_norm", "_norm_bias"))),
     "output layer": ("output_layer",),
 }
 _KIND_BY_SLOT = {slot: kind for kind, slots in KINDS.items() for slot in slots}
