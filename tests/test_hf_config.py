@@ -388,7 +388,7 @@ def test_marks_that_programs_leave_are_no_obstacle(name: str) -> None:
 
 
 def test_what_a_family_cannot_say_is_refused() -> None:
-    with pytest.raises(ConversionError, match="the llama architecture cannot express qk_norm: each head, not none$"):
+    with pytest.raises(ConversionError, match=r"the llama architecture cannot express qk_norm: each head, not none$"):
         config_from_spec(tiny_spec(qk_norm=EACH_HEAD))
     with pytest.raises(
         ConversionError, match=r"the llama architecture cannot express feed: moe, not mlp; num_experts: 4"

@@ -109,7 +109,7 @@ QKV = "decoder.layers.self_attention.linear_qkv.weight"
             ),
             [
                 "decoder.layers.1.mlp.linear_fc1.weight_w has shape [224, 64]; the args require [112, 64]",
-                "layer 1 fc1: decoder.layers.1.mlp.linear_fc1.weight_v is missing",
+                "decoder.layers.1.mlp.linear_fc1.weight_v (layer 1 fc1) is missing",
                 "layer 0 fc1: decoder.layers.mlp.linear_fc1.weight is missing",
             ],
         ),
