@@ -113,7 +113,7 @@ def test_every_exponent_has_torch_s_value(kind: str, tmp_path: Path) -> None:
     assert np.array_equal(found.read(slice(0, 1), slice(0, 128 * 255)), as_bits(every))
 
 
-@pytest.mark.parametrize("block", [(128, 128), (64, 32), (7, 5), (1, 400), (1000, 1)])
+@pytest.mark.parametrize("block", [(128, 128), (64, 32), (7, 5), (1, 400), (1000, 1), (1, 1)])
 def test_any_rows_and_columns(block: tuple[int, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decoding, "_STEP", 1000)
     codes, scales = quantised(torch.randn(576, 320, generator=torch.Generator().manual_seed(0)), block)
@@ -515,11 +515,18 @@ def test_codes_and_scales_that_do_not_belong_together(fault: str, copy: Path, tm
         ({"weight_block_size": None}, "weight_block_size=None"),
         ({"weight_block_size": [128, 0]}, "weight_block_size=[128, 0]"),
         ({"group_size": 32}, "group_size=32"),
+        ({"quant_method": None}, "quant_method=None"),
     ],
 )
 def test_other_quantisations_are_refused(changes: dict[str, Any], words: str, copy: Path, tmp_path: Path) -> None:
     edit_config(copy, quantization_config={**QUANTISATION, **changes})
     refused(verb("convert", copy, tmp_path / "out"), words, "convert the unquantised model instead")
+
+
+def test_a_short_description_is_enough(copy: Path, tmp_path: Path) -> None:
+    described = {"quant_method": "fp8", "weight_block_size": [128, 128], "fmt": None, "modules_to_not_convert": None}
+    edit_config(copy, quantization_config=described)
+    succeeded(verb("verify", copy, copy / "decoded"))
 
 
 def test_a_quantised_model_that_does_not_say_so_is_refused(copy: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from ..basics.errors import ConversionError, one_line
 #: Key of config.json for it.
 KEY = "quantization_config"
 _BLOCKS = "weight_block_size"
-#: Values that each key may have; any value where None is listed. Absent keys mean the same as the first value
+#: Values that each key may have; any value where None is listed. A key that is absent or null means the same as the first value
 #: (DeepSeek-V3's config.json; transformers 5.23, utils/quantization_config.py, FineGrainedFP8Config).
 _ADMITTED: Mapping[str, tuple[Any, ...] | None] = {
     "quant_method": ("fp8",),
@@ -18,7 +18,9 @@ _ADMITTED: Mapping[str, tuple[Any, ...] | None] = {
     _BLOCKS: None,
     "activation_scheme": ("dynamic",),  # of a forward pass; "static" comes with tensors of its own
     "scale_fmt": ("float", "ue8m0"),  # each scale tensor's dtype says so, too
+    "expert_dtype": ("fp8",),
     "modules_to_not_convert": None,  # the tensors themselves tell
+    "modules_to_convert": None,
     "ignored_layers": None,
     "dequantize": None,  # what transformers does when it loads the weights
 }
@@ -42,7 +44,7 @@ def block_size(config: Mapping[str, Any]) -> tuple[int, int] | None:
     others = [
         f"{key}={one_line(value)}"
         for key, value in {"quant_method": None, **described}.items()
-        if key not in _ADMITTED or ((known := _ADMITTED[key]) is not None and value not in known)
+        if key not in _ADMITTED or (value is None and key == "quant_method") or not _is_admitted(value, _ADMITTED[key])
     ]
     if others:
         raise ConversionError(
@@ -56,3 +58,7 @@ def block_size(config: Mapping[str, Any]) -> tuple[int, int] | None:
             "scale for a tensor or a channel cannot be read: convert the unquantised model instead"
         )
     return block[0], block[1]
+
+
+def _is_admitted(value: Any, known: tuple[Any, ...] | None) -> bool:
+    return known is None or value is None or value in known

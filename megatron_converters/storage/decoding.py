@@ -108,18 +108,10 @@ class ScaledBlocks(Sealed):
         first = cols.start // width
         found, block_rows = np.unique(numbers // height, return_inverse=True)
         factors = self._factors(found, slice(first, -(-cols.stop // width)))
-        # In one block a code has one value, so 256 products a block are enough: the elements are looked up.
+        block_cols = np.arange(cols.start, cols.stop) // width - first
+        decode = _looked_up if factors.size * _VALUES.size < codes.size else _multiplied
         with np.errstate(over="ignore", invalid="ignore", under="ignore"):
-            products = rounded((factors[:, :, None] * _VALUES).reshape(-1), _BFLOAT16)
-        row_places = block_rows * (factors.shape[1] * _VALUES.size)
-        col_places = (np.arange(cols.start, cols.stop) // width - first) * _VALUES.size
-        result = np.empty(codes.shape, _BFLOAT16.carrier)
-        step = max(1, _STEP // max(codes.shape[1], 1))
-        for start in range(0, codes.shape[0], step):
-            part = slice(start, start + step)
-            places = row_places[part, None] + col_places
-            places += codes[part]
-            np.take(products, places, out=result[part], mode="clip")  # no place is outside; "raise" would copy `out`
+            result = decode(codes, factors, block_rows, block_cols)
         if (faulty := not_finite(result, _BFLOAT16)).any():
             raise ConversionError(self._fault(codes[faulty], factors))
         return result
@@ -148,3 +140,22 @@ class ScaledBlocks(Sealed):
         return (
             f"{where}: {self.name} times its scales holds values beyond the range of {_BFLOAT16}; copy the files again"
         )
+
+
+def _looked_up(codes: Array, factors: npt.NDArray[np.float32], rows: Array, cols: Array) -> Array:
+    """Products by `factors[rows, cols]`, looked up, since in one block a code has one value: 256 products a block are enough."""
+    products = rounded((factors[:, :, None] * _VALUES).reshape(-1), _BFLOAT16)
+    row_places, col_places = rows * (factors.shape[1] * _VALUES.size), cols * _VALUES.size
+    result = np.empty(codes.shape, _BFLOAT16.carrier)
+    step = max(1, _STEP // codes.shape[1])
+    for start in range(0, codes.shape[0], step):
+        part = slice(start, start + step)
+        places = row_places[part, None] + col_places
+        places += codes[part]
+        np.take(products, places, out=result[part], mode="clip")  # no place is outside; "raise" would copy `out`
+    return result
+
+
+def _multiplied(codes: Array, factors: npt.NDArray[np.float32], rows: Array, cols: Array) -> Array:
+    """Products by `factors[rows, cols]`, for few elements or small blocks."""
+    return rounded(_VALUES[codes] * factors[rows[:, None], cols], _BFLOAT16)
