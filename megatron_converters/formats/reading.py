@@ -27,9 +27,10 @@ class ReadOptions:
 
     `format` is "hf", "meta" or "megatron"; None detects it. For a Megatron-LM checkpoint, `ckpt_dir_name` is the folder to read
     (iter_0000008) instead of the latest, `hf_config` the folder of a reference model, and `true_vocab_size` the vocabulary size
-    without padding, if args lack it. `without_mtp` leaves out layers of multi-token prediction. For a Hugging Face folder, `untie` keeps a stored lm_head although config.json ties it, and
-    `ignore_config_fields` names unknown fields of config.json that do not matter. `source_margs_file` is a
-    source_megatron_args.json whose training arguments are inherited, and `capacity_bins` requests capacity_bins.pt.
+    without padding, if args lack it. For a Hugging Face folder, `untie` keeps a stored lm_head although config.json ties it, and
+    `ignore_config_fields` names unknown fields of config.json that do not matter. `without_mtp` leaves out layers of multi-token
+    prediction. `source_margs_file` is a source_megatron_args.json whose training arguments are inherited, and `capacity_bins`
+    requests capacity_bins.pt.
     """
 
     format: str | None = None

@@ -61,7 +61,7 @@ def build(args: Namespace, initialise: bool = False, engine: bool = False) -> li
     megatron's attributes; a strict load then fills them all. `engine` says that this process has Transformer Engine's layers.
     Raises `ConversionError` if arguments are missing, or if the model needs those layers and there are none.
     """
-    missing = [name for name in _required(args) if not hasattr(args, name)]
+    missing = [name for name in buildable_args.required(vars(args)) if not hasattr(args, name)]
     if missing:
         raise ConversionError(f"args lack {', '.join(missing)}")
     if args.position_embedding_type not in _POSITIONS:
@@ -75,17 +75,6 @@ def build(args: Namespace, initialise: bool = False, engine: bool = False) -> li
     vpp = config.virtual_pipeline_model_parallel_size
     parallel_state.set_virtual_pipeline_model_parallel_world_size(vpp)
     return [_stage(args, config, number) for number in (range(vpp) if vpp else [None])]
-
-
-def _required(args: Namespace) -> list[str]:
-    gate = getattr(args, "swiglu", True) or getattr(args, "squared_relu", False)
-    return [
-        *buildable_args.CONFIG,
-        *buildable_args.MODEL,
-        *(buildable_args.CONFIG_WITH_EXPERTS if _experts(args) else ()),
-        *(buildable_args.LATENT if _latent(args) else ()),
-        *(() if gate else buildable_args.UNGATED),
-    ]
 
 
 def _stage(args: Namespace, config: TransformerConfig, number: int | None) -> GPTModel:
@@ -142,13 +131,7 @@ def _only_next_token(model: GPTModel) -> Iterator[None]:
 def _config(args: Namespace, initialise: bool) -> TransformerConfig:
     """Config as built by Megatron-LM's `core_transformer_config_from_args` (0.16)."""
     experts = _experts(args)
-    names: tuple[str, ...] = (*buildable_args.CONFIG, *buildable_args.OPTIONAL, *buildable_args.WITH_ENGINE)
-    if experts:
-        names += (*buildable_args.CONFIG_WITH_EXPERTS, *buildable_args.OPTIONAL_WITH_EXPERTS)
-    if _latent(args):
-        names += (*buildable_args.LATENT, *buildable_args.OPTIONAL_LATENT)
-    fields = {name: getattr(args, name) for name in names if hasattr(args, name)}
-    fields |= {name: getattr(args, argument, None) for name, argument in buildable_args.RENAMED.items()}
+    fields = buildable_args.config_fields(vars(args))
     if not fields.get(_ONLY_IN_0_16):
         fields.pop(_ONLY_IN_0_16, None)
     if fields.get("rope_type", "") is None:  # Megatron-LM leaves it to the class, whose default is YaRN

@@ -33,12 +33,16 @@ class Group(Enum):
 class Build(Enum):
     """How the builder of `verify --logits` takes an argument."""
 
-    #: Passed to TransformerConfig under its own name; a checkpoint must have it.
+    #: Passed to TransformerConfig; a checkpoint must have it.
     CONFIG = "config"
     #: The same, but Megatron-LM's default applies where it is absent.
     OPTIONAL = "optional"
+    #: The same; megatron-core builds any value but that of `absent` from Transformer Engine's layers alone.
+    ENGINE = "engine"
     #: Used by the builder itself; a checkpoint must have it.
     MODEL = "model"
+    #: The same, but Megatron-LM's default applies where it is absent.
+    USED = "used"
     #: Changes nothing of what a model computes in float32, or repeats other arguments.
     NOTHING = "nothing"
     #: Not built: any value but that of `absent` is refused.
@@ -76,6 +80,7 @@ class Flag:
     for loading: `--use-checkpoint-args` restores the attribute in every release from 0.8 on (0.10 for experts), or a loaded model
     does not need it; parallel sizes are never restored. `since` and `until` are the first and last release that know the flag.
     Releases before `effective_since` parse the flag but ignore it when they build the model; `instead` says what to do there.
+    Those before `since` do what the value `implied` says without the flag.
     """
 
     name: str
@@ -87,6 +92,7 @@ class Flag:
     until: str = ""
     effective_since: str = ""
     instead: str = ""
+    implied: Any = None
 
 
 def one(value: Any) -> tuple[str, ...] | None:
@@ -159,6 +165,8 @@ class Argument:
     limit: Callable[[ModelSpec], str] = _no_limit
     flag: Flag | None = None
     build: Build = Build.NOTHING
+    #: Its field in TransformerConfig, where that has another name.
+    config: str = ""
     #: Whether it may differ between the files of a checkpoint's ranks.
     per_rank: bool = False
 

@@ -21,7 +21,8 @@ from .conventions import conventions
 from .rows_attention import GATED_DELTA, LATENT, MUP, PREDICTION
 from .rows_experts import EXPERTS, check_balancing, is_sinkhorn, wide_router
 from .rows_layout import LAYOUT, LOADING
-from .rows_model import BLOCKS, POSITIONS, SEQ_LENGTH, SIZES, TRAINING
+from .rows_model import BLOCKS, SEQ_LENGTH, SIZES, TRAINING
+from .rows_positions import POSITIONS
 
 #: Every argument that is written, read or refused, in the order in which flags are shown.
 ARGUMENTS: tuple[Argument, ...] = (

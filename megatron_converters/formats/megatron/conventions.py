@@ -29,11 +29,11 @@ from .names import MTP_MODULES
 from .releases import NEWEST, before
 
 #: Release from which the down projections of multi-latent attention are not cut; earlier ones cut their rows.
-_WHOLE_DOWN_PROJECTIONS = "0.14"
+WHOLE_DOWN_PROJECTIONS = "0.14"
 #: Cuts of slots, by name, in the rank files of earlier releases.
 CUT_DOWN_PROJECTIONS = dict.fromkeys(("q_down", "kv_down"), Shard.COLUMN)
 #: Release that renamed the module that holds the layer of multi-token prediction.
-_MTP_MODEL_LAYER = "0.17"
+MTP_MODEL_LAYER = "0.17"
 #: Release from which interleaved rotary embeddings work together with the fused kernel, which is on by default.
 _INTERLEAVED = "0.14"
 #: Release from which muP's multipliers can be set.
@@ -134,8 +134,8 @@ def _is_query(ref: Ref, spec: ModelSpec, kind: Layer) -> Mask:
 
 def conventions(spec: ModelSpec, release: str = NEWEST, mup: str | None = None) -> Conventions:
     """Conventions for writing a model for a release. `mup` is FLAGS or FOLD; None takes flags where the release has them."""
-    cut = before(release, _WHOLE_DOWN_PROJECTIONS)
-    found = Conventions(spec, CUT_DOWN_PROJECTIONS if cut else {}, MTP_MODULES[before(release, _MTP_MODEL_LAYER)])
+    cut = before(release, WHOLE_DOWN_PROJECTIONS)
+    found = Conventions(spec, CUT_DOWN_PROJECTIONS if cut else {}, MTP_MODULES[before(release, MTP_MODEL_LAYER)])
     if spec.values.get("rotary_interleaved") and before(release, _INTERLEAVED):
         found = _with_halves(found)
     if not has_multipliers(spec):

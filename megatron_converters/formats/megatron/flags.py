@@ -6,15 +6,15 @@ Source: training/arguments.py of Megatron-LM core_v0.12.0 to core_v0.19.0, whose
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from ...model.layers import Attention
 from ...model.spec import ModelSpec
 from .argument import Argument, Flag, Group
 from .arguments import ARGUMENTS
-from .releases import OLDEST, before, latest
-from .rows_model import MEGATRON_LLAMA3, scaling_of
+from .releases import NEWEST, OLDEST, before, latest
+from .rows_positions import MEGATRON_LLAMA3, scaling_of
 
 _BY_FLAG = {row.flag.name: row.flag for row in ARGUMENTS if row.flag is not None}
 _EXPERT_GROUPS = (Group.EXPERTS, Group.ROUTER, Group.EXPERT_LAYOUT)
@@ -25,13 +25,25 @@ def all_flags(args: Mapping[str, Any]) -> list[str]:
     return _shown(ARGUMENTS, args)
 
 
-def flags(args: Mapping[str, Any]) -> list[str]:
-    """Flags that this model needs besides `--use-checkpoint-args`, which does not restore them in every release."""
+def flags(args: Mapping[str, Any], release: str = NEWEST) -> list[str]:
+    """Flags that this model needs in a release besides `--use-checkpoint-args`, which does not restore them in every release."""
+    lost = [row for row in ARGUMENTS if row.flag is not None and not row.flag.restored]
     return [
         "--use-checkpoint-args",
         *("--no-load-optim", "--no-load-rng"),
-        *_shown((row for row in ARGUMENTS if row.flag is not None and not row.flag.restored), args),
+        *_shown((row for row in lost if not _is_implied(row, args, release)), args),
     ]
+
+
+def _is_implied(row: Argument, args: Mapping[str, Any], release: str) -> bool:
+    """Whether a release without the flag does what it says anyway."""
+    flag = row.flag
+    return (
+        flag is not None
+        and flag.implied is not None
+        and args.get(row.attribute) == flag.implied
+        and before(release, flag.since)
+    )
 
 
 def _shown(chosen: Iterable[Argument], args: Mapping[str, Any]) -> list[str]:
@@ -86,31 +98,42 @@ def _gathers_groups(spec: ModelSpec, tp: int) -> bool:
     return any(isinstance(kind.mixer, Attention) and tp > kind.mixer.num_query_groups for kind in spec.used)
 
 
-def _required(args: Mapping[str, Any]) -> list[str]:
-    """Flags that a release must know: all but those of how a checkpoint is cut that each release works out from others, such as the
-    padded vocabulary."""
-    derived = [row for row in ARGUMENTS if row.group is Group.LAYOUT and row.flag is not None and row.flag.restored]
-    return _shown((row for row in ARGUMENTS if row not in derived), args)
+def _needed(args: Mapping[str, Any]) -> Iterator[tuple[Flag, str, str]]:
+    """Flags that a release must know to build this model, as they are shown, and the first release that heeds each.
+
+    Of how a checkpoint is cut, those that every release works out from others, such as the padded vocabulary, are not needed.
+    """
+    for row in ARGUMENTS:
+        flag, value = row.flag, args.get(row.attribute, row.absent)
+        if flag is None or (row.group is Group.LAYOUT and flag.restored) or row.is_usual(value):
+            continue
+        implied = flag.implied is not None and value == flag.implied
+        for shown in _shown([row], args):
+            yield flag, shown, "" if implied else latest(flag.since, flag.effective_since)
 
 
 def least_release(spec: ModelSpec, args: Mapping[str, Any], tp: int, needed: Iterable[str] = ()) -> str:
     """Oldest release that reads a checkpoint with these args as it is meant; `needed` are what else requires one."""
-    usual = {
-        row.flag.name for row in ARGUMENTS if row.flag is not None and row.is_usual(args.get(row.attribute, row.absent))
-    }
-    flags = [flag for flag in _known(_required(args)) if flag.name not in usual]
     groups = [_GATHERS] if _gathers_groups(spec, tp) else []
-    return latest(OLDEST, *groups, *needed, *(flag.since for flag in flags), *(flag.effective_since for flag in flags))
+    return latest(OLDEST, *groups, *needed, *(since for _, _, since in _needed(args)))
 
 
 def unknown_flags(args: Mapping[str, Any], release: str) -> list[str]:
     """Flags that these args need and that a release does not know or heed, one reason each."""
     reasons = []
-    for shown in _required(args):
-        for flag in _known([shown]):
-            since = latest(flag.since, flag.effective_since)
-            if before(release, since):
-                reasons.append(f"{shown}, which exists and has an effect from {since} on")
-            if flag.until and before(flag.until, release):
-                reasons.append(f"{shown}, which exists up to {flag.until} only")
+    for flag, shown, since in _needed(args):
+        if before(release, since):
+            reasons.append(f"{shown}, which exists and has an effect from {since} on")
+        if flag.until and before(flag.until, release):
+            reasons.append(f"{shown}, which exists up to {flag.until} only")
     return reasons
+
+
+def ignored_notes(args: Mapping[str, Any]) -> list[str]:
+    """Notes on arguments of a checkpoint that is read which earlier releases accepted but trained without."""
+    return [
+        f"the args have {row.attribute}={args[row.attribute]!r}: Megatron-LM before {row.flag.effective_since} trains without it; "
+        "if one did, the model is another than these args say"
+        for row in ARGUMENTS
+        if row.flag is not None and row.flag.effective_since and not row.is_usual(args.get(row.attribute, row.absent))
+    ]

@@ -24,7 +24,9 @@ from ...sharding.ranks import Cut, Rank
 from ...storage import torch_zip
 from ...storage.output_file import FileLayout
 from ...storage.tensor import StoredTensor
-from .names import DIALECTS, EXPERTS, EXTRA_STATE_SUFFIX, LAST_EXTRA_STATE, STACKED, extra_state, name_of
+from .conventions import CUT_DOWN_PROJECTIONS, MTP_MODEL_LAYER, WHOLE_DOWN_PROJECTIONS
+from .names import DIALECTS, EXPERTS, EXTRA_STATE_SUFFIX, LAST_EXTRA_STATE, MTP_MODULES, STACKED, extra_state, name_of
+from .releases import previous
 from .writing import CheckpointTarget, sizes
 
 FILE = "model_optim_rng.pt"
@@ -142,6 +144,21 @@ class MegatronTarget(CheckpointTarget):
                     yield f"{owner.format(layer=layer)}.{EXTRA_STATE_SUFFIX}"
         if is_last:
             yield from (f"{module}.{EXTRA_STATE_SUFFIX}" for module in LAST_EXTRA_STATE[impl])
+
+    def _needed_releases(self) -> Iterator[str]:
+        if self._spec.mtp and self._conventions.mtp_module == MTP_MODULES[0]:
+            yield MTP_MODEL_LAYER
+        if self._cuts_matter() and not self._conventions.shards:
+            yield WHOLE_DOWN_PROJECTIONS
+
+    def _newest_release(self) -> str:
+        if self._cuts_matter() and self._conventions.shards:
+            return previous(WHOLE_DOWN_PROJECTIONS)
+        return previous(MTP_MODEL_LAYER) if self._spec.mtp and self._conventions.mtp_module != MTP_MODULES[0] else ""
+
+    def _cuts_matter(self) -> bool:
+        """Whether the model has tensors that releases cut differently, and is cut."""
+        return self._parallel.tp > 1 and any(ref.slot.name in CUT_DOWN_PROJECTIONS for ref in refs(self._spec))
 
     def _summary(self) -> str:
         ranks = sum(len(self._parallel.ranks(stage)) for stage in range(self._parallel.pp))

@@ -26,6 +26,7 @@ from ...storage.opening import is_name
 from ...storage.pickle_reader import StandIn
 from .arguments import model_args, spec_fields, stated_heads
 from .conventions import conventions_of
+from .flags import ignored_notes
 from .writing import TRACKER
 
 #: File that describes the format of a distributed checkpoint (core/dist_checkpointing/core.py).
@@ -142,8 +143,9 @@ def spec_and_notes(
     fields = {**fields, "vocab_size": vocab, "dtype": dtype}
     recorded = getattr(args, "hf_config", None)
     if isinstance(recorded, dict):
-        return _updated_spec(_recorded_spec(recorded), fields, args), notes
+        return _updated_spec(_recorded_spec(recorded), fields, args), notes + ignored_notes(vars(args))
     spec = infer_family(fields)
+    notes += ignored_notes(vars(args))
     return spec, [*notes, f"no Hugging Face configuration is recorded; the {spec.family} family fits the args"]
 
 

@@ -33,3 +33,8 @@ def before(release: str, since: str) -> bool:
 def latest(*found: str) -> str:
     """The newest of these releases; empty ones do not count."""
     return max(filter(None, found), key=_number, default="")
+
+
+def previous(release: str) -> str:
+    """Release before this one."""
+    return f"0.{_number(release) - 1}"

@@ -12,7 +12,7 @@ from ...basics.errors import ConversionError
 from ...model.layers import RopeScaling, number
 from ...model.spec import ModelSpec, Multipliers, PerLayer
 from .argument import Args, Argument, Build, Context, Properties, flag, frequency, is_latent, only, switch
-from .rows_model import scaling_of
+from .rows_positions import scaling_of
 
 _GATED_DELTA = "gated_delta_net"
 #: YaRN of multi-latent attention in Megatron-LM, which no flag sets (core/transformer/transformer_config.py).
@@ -33,7 +33,7 @@ def _latent(name: str) -> Argument:
         read,
         written=is_latent,
         flag=flag("--" + name.replace("_", "-"), lost=True, since="0.12", needs="multi_latent_attention"),
-        build=Build.REFUSED,
+        build=Build.ENGINE,
     )
 
 
@@ -98,7 +98,7 @@ LATENT = (
         lambda args: {"mixer": "latent"} if args.get("multi_latent_attention") else {},
         absent=False,
         flag=flag("--multi-latent-attention", switch, lost=True, since="0.12"),
-        build=Build.REFUSED,  # megatron-core builds it with Transformer Engine alone
+        build=Build.ENGINE,  # megatron-core builds it with Transformer Engine alone
     ),
     _latent("q_lora_rank"),
     *map(_latent, _LATENT_SIZES),
@@ -108,8 +108,8 @@ LATENT = (
         _read_yarn,
         written=is_latent,
         limit=_yarn_limit,
-        flag=flag("--rope-type", lost=True, since="0.14"),
-        build=Build.REFUSED,
+        flag=flag("--rope-type", lost=True, since="0.14", implied="rope"),
+        build=Build.ENGINE,
     ),
     *(
         Argument(
@@ -117,7 +117,7 @@ LATENT = (
             _of_yarn(field, plain),
             written=is_latent,
             flag=flag("--" + attribute.replace("_", "-"), lost=True, since="0.12", needs="multi_latent_attention"),
-            build=Build.REFUSED,
+            build=Build.ENGINE,
         )
         for attribute, field, plain in (
             ("rotary_scaling_factor", "factor", 1.0),
@@ -178,7 +178,7 @@ def _linear(name: str) -> Argument:
         read,
         optional=True,
         flag=flag("--" + name.replace("_", "-"), lost=True, since="0.16"),
-        build=Build.REFUSED,
+        build=Build.ENGINE,
     )
 
 
@@ -188,14 +188,14 @@ GATED_DELTA = (
         lambda context: _GATED_DELTA if any(_is_linear(context)) else None,
         _read_variant,
         flag=flag("--experimental-attention-variant", lost=True, since="0.16"),
-        build=Build.REFUSED,
+        build=Build.ENGINE,
     ),
     Argument(
         "linear_attention_freq",
         _linear_frequency,
         optional=True,
         flag=flag("--linear-attention-freq", frequency, lost=True, since="0.16"),
-        build=Build.REFUSED,
+        build=Build.ENGINE,
     ),
     *map(
         _linear,
@@ -213,7 +213,7 @@ GATED_DELTA = (
         lambda args: {"attention_output_gate": bool(args.get("attention_output_gate", False))},
         absent=False,
         flag=flag("--attention-output-gate", switch, lost=True, since="0.16"),
-        build=Build.REFUSED,
+        build=Build.ENGINE,
     ),
 )
 
@@ -281,6 +281,6 @@ PREDICTION = (
         lambda context: len(context.spec.mtp) or None,
         lambda args: {"mtp_num_layers": args.get("mtp_num_layers") or 0},
         flag=flag("--mtp-num-layers", lost=True, since="0.12"),
-        build=Build.REFUSED,
+        build=Build.ENGINE,
     ),
 )

@@ -39,7 +39,7 @@ def _trains_sequences(context: Context) -> bool:
 
 
 LAYOUT = (
-    _layout("transformer_impl", lambda c: c.impl, _lost("--transformer-impl"), build=Build.MODEL),
+    _layout("transformer_impl", lambda c: c.impl, _lost("--transformer-impl"), build=Build.CONFIG),
     _layout(
         "tensor_model_parallel_size",
         lambda c: c.parallel.tp,
@@ -58,11 +58,15 @@ LAYOUT = (
         "decoder_first_pipeline_num_layers",
         lambda c: c.parallel.split.first,
         _lost("--decoder-first-pipeline-num-layers", since="0.9"),
+        build=Build.OPTIONAL,
+        config="num_layers_in_first_pipeline_stage",
     ),
     _layout(
         "decoder_last_pipeline_num_layers",
         lambda c: c.parallel.split.last,
         _lost("--decoder-last-pipeline-num-layers", since="0.9"),
+        build=Build.OPTIONAL,
+        config="num_layers_in_last_pipeline_stage",
     ),
     _layout(
         "account_for_embedding_in_pipeline_split",

@@ -206,13 +206,14 @@ class CheckpointTarget(ABC):
         """Rename the directory to its final name, then point the tracker at it; returns lines for the user."""
         staging.move_to(self.output)
         staging.put(self.save_dir / TRACKER, self._tracker_text())
-        shown = flags(self._args)
+        shown = flags(self._args, self._release)
         warnings = [*self._warnings, *flag_warnings(self._spec, shown, self._parallel.tp)]
         warnings += router_warnings(self._spec, self._router)
         least = least_release(self._spec, self._args, self._parallel.tp, self._needed_releases())
+        newest = self._newest_release()
         return [
             f"wrote {self._summary()} to {self.output}{self._padding_note()}",
-            f"needs Megatron-LM {least} or later",
+            f"needs Megatron-LM {least} " + (f"to {newest}" if newest else "or later"),
             *self._origin.notes,
             *self._bins_note(),
             *warnings,
@@ -227,6 +228,10 @@ class CheckpointTarget(ABC):
         """Releases from which on what the files hold is read as it is meant."""
         return ()
 
+    def _newest_release(self) -> str:
+        """Last release that reads the files as they are meant; no text for the newest one."""
+        return ""
+
     def _padding_note(self) -> str:
         rows = self._padded - self._spec.vocab_size
         return (
@@ -238,7 +243,7 @@ class CheckpointTarget(ABC):
     @property
     def flags(self) -> list[str]:
         """Flags with which `pretrain_gpt.py` loads the checkpoint, quoted for a shell; known once the target is prepared."""
-        shown = [f"--load {shlex.quote(os.path.abspath(self.save_dir))}", *flags(self._args)]
+        shown = [f"--load {shlex.quote(os.path.abspath(self.save_dir))}", *flags(self._args, self._release)]
         return shown if self._bins is None else [*shown, f"--moe-capacity-bins-num {self._bins.count}"]
 
     def _flags_text(self) -> str:

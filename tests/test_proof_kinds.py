@@ -1,0 +1,306 @@
+"""The proof for models that differ from Llama in kind: megatron-core computes what transformers computes, and back is exact.
+
+The files themselves are also compared with those of a conversion by hand, which shares no code with ours.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from megatron_converters.basics.errors import ConversionError
+from megatron_converters.formats.huggingface.source import HFSource
+from megatron_converters.formats.huggingface.target import HFOptions, HFTarget
+from megatron_converters.formats.megatron.opening import open_megatron
+from megatron_converters.formats.megatron.rank_files_target import MegatronTarget
+from megatron_converters.formats.megatron.reading import MegatronReadOptions
+from megatron_converters.formats.megatron.writing import MegatronOptions
+from tests.conversions import different, hf_to_megatron, hf_to_torch_dist, megatron_to_hf, reshard, run
+from tests.helpers import hf_tensors
+from tests.oracle import by_hand_kinds, checkpoint
+from tests.oracle.errors import OracleError
+from tests.oracle.hf import hf_logits, sample_tokens
+from tests.oracle.hf_kinds import KINDS
+from tests.oracle.pool import MegatronPool
+
+TOKENS = sample_tokens(length=40)
+VOCABULARY = 199
+#: Largest difference, relative to the largest logit. GELU's two forms differ by 7e-5, so it must not be larger.
+TOLERANCE = 1e-5
+#: Families that megatron-core builds with Transformer Engine's layers alone.
+WITH_ENGINE = ("deepseek-v2-lite", "deepseek-v3", "deepseek-v3-yarn", "qwen3-next")
+WITH_EXPERTS = ("glm4-moe", *WITH_ENGINE)
+Models = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def logits(hf_model: Models) -> Callable[[str], torch.Tensor]:
+    """Function that gives transformers' logits of a family; computed once."""
+    known: dict[str, torch.Tensor] = {}
+
+    def of(family: str) -> torch.Tensor:
+        if family not in known:
+            known[family] = hf_logits(hf_model(family), TOKENS)
+        return known[family]
+
+    return of
+
+
+def difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    return float((ours[..., :VOCABULARY] - theirs).abs().max() / theirs.abs().max())
+
+
+def cut(family: str) -> dict[str, Any]:
+    """Parallel sizes above 1 of every kind that the family has."""
+    experts = dict(ep=2, etp=1) if family in WITH_EXPERTS else {}
+    return dict(tp=2, pp=2, impl="transformer_engine", **experts)
+
+
+@pytest.mark.parametrize("family", KINDS)
+def test_megatron_computes_what_transformers_computes(
+    megatron_pool: MegatronPool, hf_model: Models, logits: Any, tmp_path: Path, family: str
+) -> None:
+    folder = hf_model(family)
+    whole = dict(impl="transformer_engine" if family in WITH_ENGINE else "local")
+    for name, options in (("whole", whole), ("cut", cut(family))):
+        files = hf_to_megatron(folder, tmp_path / name, **options)
+        chunks = hf_to_torch_dist(folder, tmp_path / f"{name}-dist", **options)
+        assert difference(megatron_pool.logits(files, TOKENS), logits(family)) < TOLERANCE, name
+        assert difference(megatron_pool.distributed_logits(chunks, TOKENS), logits(family)) < TOLERANCE, name
+        for source in (files, chunks):
+            assert (
+                different(hf_tensors(folder), hf_tensors(megatron_to_hf(source, tmp_path / source.name / "hf"))) == []
+            )
+
+
+@pytest.mark.parametrize("family", KINDS)
+def test_every_rank_s_file_is_that_of_a_conversion_by_hand(hf_model: Models, tmp_path: Path, family: str) -> None:
+    layout = dict(expert_layout="sequential", divisor=16) if family in WITH_EXPERTS else dict(divisor=16)
+    ours = hf_to_megatron(hf_model(family), tmp_path / "ours", **cut(family), **layout)
+    experts = dict(expert_model_parallel_size=2, expert_tensor_parallel_size=1) if family in WITH_EXPERTS else {}
+    sizes = dict(tensor_model_parallel_size=2, pipeline_model_parallel_size=2, transformer_impl="transformer_engine")
+    theirs = by_hand_kinds.convert(hf_model(family), tmp_path / "theirs", **sizes, **experts)
+    assert_same_files(theirs, ours)
+
+
+def assert_same_files(theirs: Path, ours: Path) -> None:
+    """Every tensor by hand has the same bits in our file of the same rank; padding of the vocabulary may differ."""
+    files = sorted(theirs.glob("iter_0000001/*/*.pt"))
+    assert files
+    for file in files:
+        wanted = torch.load(file, weights_only=False)["model"]
+        found = torch.load(ours / file.relative_to(theirs), weights_only=False)["model"]
+        tensors = {key for key, value in wanted.items() if isinstance(value, torch.Tensor) and value.numel()}
+        assert tensors == {key for key, value in found.items() if value is not None}
+        for key in tensors - {"embedding.word_embeddings.weight", "output_layer.weight"}:
+            assert torch.equal(found[key], wanted[key]), f"{file}: {key}"
+
+
+def test_down_projections_are_cut_for_releases_that_cut_them(hf_model: Models, tmp_path: Path) -> None:
+    folder = hf_model("deepseek-v3")
+    options = dict(tp=2, divisor=16, expert_layout="sequential")
+    ours = hf_to_megatron(folder, tmp_path / "ours", **options, megatron_version="0.13")
+    sizes = dict(tensor_model_parallel_size=2, transformer_impl="transformer_engine")
+    theirs = by_hand_kinds.convert(folder, tmp_path / "theirs", down_cut=True, **sizes)
+    assert_same_files(theirs, ours)
+    assert different(hf_tensors(folder), hf_tensors(megatron_to_hf(ours, tmp_path / "hf"))) == []
+    newer = reshard(ours, tmp_path / "newer", **options)
+    assert_same_files(by_hand_kinds.convert(folder, tmp_path / "whole", **sizes), newer)
+
+
+def test_rotary_pairs_move_apart_for_releases_that_cannot_rotate_neighbours(
+    megatron_pool: MegatronPool, hf_model: Models, logits: Any, tmp_path: Path
+) -> None:
+    folder = hf_model("glm")
+    for name, convert in (("torch", hf_to_megatron), ("dist", hf_to_torch_dist)):
+        target = convert(folder, tmp_path / name, tp=2, impl="local", megatron_version="0.13")
+        read = megatron_pool.logits if name == "torch" else megatron_pool.distributed_logits
+        assert difference(read(target, TOKENS), logits("glm")) < TOLERANCE
+        assert different(hf_tensors(folder), hf_tensors(megatron_to_hf(target, tmp_path / name / "hf"))) == []
+    args = args_of(tmp_path / "torch")
+    assert (args.rotary_interleaved, args.rotary_halves) == (False, True)
+    assert different(hf_tensors(folder), hf_tensors(megatron_to_hf(tmp_path / "dist", tmp_path / "again"))) == []
+
+
+def args_of(root: Path) -> Any:
+    """Args of a checkpoint's first rank."""
+    first = next(iter(sorted(root.glob("iter_0000001/*/*.pt"))))
+    return torch.load(first, weights_only=False)["args"]
+
+
+@pytest.mark.parametrize("family", ["granite", "granite-untied"])
+def test_multipliers_are_folded_into_weights_for_releases_without_mup(
+    megatron_pool: MegatronPool, hf_model: Models, logits: Any, tmp_path: Path, family: str
+) -> None:
+    folder = hf_model(family)
+    for name, convert, read in (
+        ("torch", hf_to_megatron, megatron_pool.logits),
+        ("dist", hf_to_torch_dist, megatron_pool.distributed_logits),
+    ):
+        target = convert(folder, tmp_path / name, tp=2, pp=2, megatron_version="0.16")
+        assert difference(read(target, TOKENS), logits(family)) < TOLERANCE
+        back = hf_tensors(megatron_to_hf(target, tmp_path / name / "hf"))
+        assert all(torch.allclose(back[key], wanted, rtol=2e-7, atol=0) for key, wanted in hf_tensors(folder).items())
+    assert (args_of(tmp_path / "torch").use_mup, args_of(tmp_path / "torch").multipliers_folded) == (False, True)
+    flags = hf_to_megatron(folder, tmp_path / "flags", tp=2, pp=2)
+    again = reshard(tmp_path / "torch", tmp_path / "unfolded", tp=2, pp=2)
+    assert args_of(flags).mup_embedding_mult == args_of(again).mup_embedding_mult == pytest.approx(12 / 0.22)
+    assert difference(megatron_pool.logits(again, TOKENS), logits(family)) < TOLERANCE
+    first = torch.load(flags / "iter_0000001/mp_rank_00_000/model_optim_rng.pt", weights_only=False)["model"]
+    stored = first["embedding.word_embeddings.weight"]
+    assert torch.equal(stored, hf_tensors(folder)["model.embed_tokens.weight"][: len(stored)])
+
+
+def test_mup_is_refused_where_there_is_none(hf_model: Models, tmp_path: Path) -> None:
+    with pytest.raises(ConversionError, match=r"0\.16 has no muP; use --mup fold"):
+        hf_to_megatron(hf_model("granite"), tmp_path / "a", mup="flags", megatron_version="0.16")
+    with pytest.raises(ConversionError, match="--mup fold: this model has no multipliers"):
+        hf_to_megatron(hf_model("qwen2"), tmp_path / "b", mup="fold")
+
+
+# -- multi-token prediction
+
+_PREDICTING = {
+    "glm4-moe": ("model.layers.4.{}.weight", ("enorm", "hnorm", "eh_proj", "shared_head.norm"), "model.layers.4."),
+    "deepseek-v3": ("model.layers.4.{}.weight", ("enorm", "hnorm", "eh_proj", "shared_head.norm"), "model.layers.4."),
+    "qwen3-next": (
+        "mtp.{}.weight",
+        ("pre_fc_norm_embedding", "pre_fc_norm_hidden", "fc", "norm"),
+        "mtp.layers.0.",
+    ),
+}
+
+
+def with_prediction(family: str, hf_model: Models, folder: Path) -> Path:
+    """The family's model with one layer of multi-token prediction, under the names of published files."""
+    plain = hf_model(family)
+    tensors, template_names = hf_tensors(plain), _PREDICTING[family]
+    template, names, layer = template_names
+    generator = torch.Generator().manual_seed(5)
+
+    def like(tensor: torch.Tensor) -> torch.Tensor:
+        return 0.1 * torch.randn(tensor.shape, generator=generator)
+
+    norm = tensors["model.norm.weight"]
+    wide = torch.cat([tensors["model.layers.3.self_attn.o_proj.weight"][:, :1].expand(-1, 64)] * 2, dim=1)
+    new = {template.format(name): like(wide if name in ("eh_proj", "fc") else norm) for name in names}
+    old = "model.layers.3."
+    new |= {layer + key.removeprefix(old): like(value) for key, value in tensors.items() if key.startswith(old)}
+    if family != "qwen3-next":
+        new["model.layers.4.embed_tokens.weight"] = tensors["model.embed_tokens.weight"].clone()
+        new["model.layers.4.shared_head.head.weight"] = tensors["lm_head.weight"].clone()
+    folder.mkdir()
+    save_file({**tensors, **new}, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((plain / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "num_nextn_predict_layers": 1}))
+    return folder
+
+
+@pytest.mark.parametrize("family", _PREDICTING)
+def test_layers_of_multi_token_prediction_go_both_ways(
+    megatron_pool: MegatronPool, hf_model: Models, logits: Any, tmp_path: Path, family: str
+) -> None:
+    folder = with_prediction(family, hf_model, tmp_path / "hf")
+    options = cut(family) | dict(megatron_version="0.16")  # the release of the megatron-core that loads it
+    files = hf_to_megatron(folder, tmp_path / "files", **options)
+    chunks = hf_to_torch_dist(folder, tmp_path / "chunks", **options)
+    assert (
+        difference(megatron_pool.logits(files, TOKENS), logits(family)) < TOLERANCE
+    )  # strict: its layer is loaded, too
+    assert difference(megatron_pool.distributed_logits(chunks, TOKENS), logits(family)) < TOLERANCE
+    for source in (files, chunks):
+        back = megatron_to_hf(source, tmp_path / source.name / "hf")
+        assert different(hf_tensors(folder), hf_tensors(back)) == []
+        assert json.loads((back / "config.json").read_text())["num_nextn_predict_layers"] == 1
+    newest = hf_to_megatron(folder, tmp_path / "newest", **cut(family))
+    last = torch.load(sorted(newest.glob("iter_0000001/*_001*/*.pt"))[0], weights_only=False)["model"]
+    assert any(key.startswith("mtp.layers.0.mtp_model_layer.self_attention.") for key in last)
+    assert last["mtp.layers.0.eh_proj.weight"].shape == (32, 128)
+    assert different(hf_tensors(folder), hf_tensors(megatron_to_hf(newest, tmp_path / "again"))) == []
+
+
+@pytest.mark.parametrize("family", ["deepseek-v3", "qwen3-next"])
+def test_layers_of_multi_token_prediction_can_be_left_out(hf_model: Models, tmp_path: Path, family: str) -> None:
+    folder = with_prediction(family, hf_model, tmp_path / "hf")
+    source = HFSource(folder, without_mtp=True)
+    assert any("layer of multi-token prediction" in note for note in source.origin.notes)
+    run(source, MegatronTarget(tmp_path / "without", MegatronOptions(**cut(family))))
+    plain = hf_to_megatron(hf_model(family), tmp_path / "plain", **cut(family))
+    for file in plain.glob("iter_0000001/*/*.pt"):
+        ours = torch.load(tmp_path / "without" / file.relative_to(plain), weights_only=False)["model"]
+        wanted = torch.load(file, weights_only=False)["model"]
+        assert ours.keys() == wanted.keys()
+        assert all(value is None or torch.equal(ours[key], value) for key, value in wanted.items())
+    whole = hf_to_megatron(folder, tmp_path / "whole", **cut(family))
+    opened = open_megatron(whole, MegatronReadOptions(without_mtp=True))
+    run(opened, HFTarget(tmp_path / "back", HFOptions()))
+    assert different(hf_tensors(hf_model(family)), hf_tensors(tmp_path / "back")) == []
+    assert json.loads((tmp_path / "back" / "config.json").read_text())["num_nextn_predict_layers"] == 0
+
+
+def test_a_promise_of_config_json_is_not_kept_for_the_files(hf_model: Models, tmp_path: Path) -> None:
+    folder = tmp_path / "hf"
+    folder.mkdir()
+    plain = hf_model("glm4-moe")
+    (folder / "model.safetensors").symlink_to(plain / "model.safetensors")
+    config = json.loads((plain / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "num_nextn_predict_layers": 1}))
+    source = HFSource(folder)
+    assert source.spec.mtp == ()
+    assert any("since the files have none of them" in note for note in source.origin.notes)
+    partial = load_file(plain / "model.safetensors")
+    partial["model.layers.4.enorm.weight"] = partial["model.norm.weight"].clone()
+    (folder / "model.safetensors").unlink()
+    save_file(partial, folder / "model.safetensors")
+    with pytest.raises(
+        ConversionError, match=r"model\.layers\.4\.hnorm\.weight \(mtp layer 0 mtp_hidden_norm\) is missing"
+    ):
+        HFSource(folder)
+
+
+# -- negative controls: what a wrong conversion would look like
+
+
+@pytest.mark.parametrize(
+    ("family", "key", "change"),
+    [
+        ("gpt2", "decoder.layers.0.mlp.linear_fc1.weight", lambda weight: weight.roll(1, 0)),
+        ("starcoder2", "decoder.layers.1.pre_mlp_layernorm.bias", torch.zeros_like),
+        ("phi3-partial", "decoder.layers.2.self_attention.linear_qkv.weight", lambda weight: weight.roll(1, 0)),
+        ("glm4-moe", "decoder.layers.2.mlp.router.expert_bias", torch.zeros_like),
+        ("qwen3-next", "decoder.layers.0.self_attention.out_norm.weight", lambda weight: weight + 1),
+        ("deepseek-v3", "decoder.layers.1.self_attention.linear_kv_down_proj.weight", lambda weight: weight.roll(8, 0)),
+    ],
+)
+def test_a_wrong_tensor_shows(
+    megatron_pool: MegatronPool, hf_model: Models, logits: Any, tmp_path: Path, family: str, key: str, change: Any
+) -> None:
+    impl = "transformer_engine" if family in WITH_ENGINE else "local"
+    root = hf_to_megatron(hf_model(family), tmp_path / "megatron", impl=impl)
+    (file,) = root.glob("iter_0000001/*/*.pt")
+    content = torch.load(file, weights_only=False)
+    content["model"][key] = change(content["model"][key])
+    torch.save(content, file)
+    assert difference(megatron_pool.logits(root, TOKENS), logits(family)) > 1e-3
+
+
+def test_expert_bias_is_float32_in_a_model_of_bfloat16(hf_model: Models, tmp_path: Path) -> None:
+    folder = hf_model("glm4-moe", dtype="bfloat16")
+    root = hf_to_megatron(folder, tmp_path / "megatron", tp=2)
+    state = checkpoint.load_rank(root / "iter_0000001" / "mp_rank_00" / "model_optim_rng.pt")["model"]
+    assert state["decoder.layers.1.mlp.router.expert_bias"].dtype == torch.float32
+    assert state["decoder.layers.1.mlp.router.weight"].dtype == torch.bfloat16
+
+
+def test_a_checkpoint_for_another_release_does_not_load(
+    megatron_pool: MegatronPool, hf_model: Models, tmp_path: Path
+) -> None:
+    root = hf_to_megatron(hf_model("deepseek-v3"), tmp_path / "megatron", tp=2, megatron_version="0.13")
+    with pytest.raises(OracleError, match=r"size mismatch for .*linear_kv_down_proj.weight"):
+        megatron_pool.logits(root, TOKENS)
