@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,34 +13,57 @@ from megatron_converters.basics.errors import ConversionError
 from megatron_converters.basics.json_files import read_json
 from megatron_converters.families import FAMILIES
 from megatron_converters.families.config_json import spec_from_config
-from megatron_converters.families.table import Family, HFEntry
+from megatron_converters.families.table import Family
 from megatron_converters.formats.huggingface.parts import HFNames
-from megatron_converters.formats.megatron.names import DIALECTS, EXPERTS, STACKED
-from megatron_converters.formats.queue.messages import ENTRIES, message_name
-from megatron_converters.model.layouts import GATED, GROUPED_QKV, SAME
-from megatron_converters.model.slots import SLOTS, Layers, Ref, Scope, refs
-from megatron_converters.model.spec import ModelSpec
+from megatron_converters.formats.megatron.names import DIALECTS, EXPERTS, STACKED, name_of
+from megatron_converters.formats.queue.messages import ENTRIES, message_name, sent
+from megatron_converters.model.layers import ALL_HEADS, EACH_HEAD, GELU, LAYER_NORM, Layer
+from megatron_converters.model.layouts import (
+    DELTA_BY_KEY_HEAD,
+    GATED,
+    GROUPED_GATED_QKV,
+    GROUPED_INTERLEAVED_QKV,
+    GROUPED_QKV,
+    SAME,
+    joined,
+)
+from megatron_converters.model.slots import DECODER, MTP, SLOTS, Ref, Scope, refs
+from megatron_converters.model.spec import ModelSpec, PerLayer
+from megatron_converters.model.tables import Entry
 from tests.helpers import hf_tensors
 from tests.oracle.hf import FAMILIES as CONFIGS
 from tests.oracle.hf import MOE_FAMILIES
+from tests.oracle.hf_kinds import KINDS
+from tests.tiny import KINDS as TINY_KINDS
 from tests.tiny import tiny_spec
 
-PARTS = {SAME.name: 1, GATED.name: 2, GROUPED_QKV.name: 3}
+PARTS = {
+    **{SAME.name: 1, GATED.name: 2, GROUPED_QKV.name: 3, GROUPED_GATED_QKV.name: 3, DELTA_BY_KEY_HEAD.name: 2},
+    **{joined(layout).name: 1 for layout in (GATED, GROUPED_QKV)},
+    GROUPED_INTERLEAVED_QKV.name: 3,
+}
+HAS_EXPERTS = [name for name, fields in KINDS.items() if {"num_experts", "n_routed_experts"} & fields.keys()]
+DENSE = [*CONFIGS, *(name for name in KINDS if name not in HAS_EXPERTS)]
 MIXTURES = [name for name, fields in MOE_FAMILIES.items() if fields["model_type"] in FAMILIES]
-#: The slots that one layer, or the ends of a model, may have together.
-TOGETHER = [
-    [name for name, slot in SLOTS.items() if slot.layers is not absent] for absent in (Layers.DENSE, Layers.MOE)
-]
-
-
 EXPERT_FIELDS: dict[str, Any] = dict(num_experts=4, moe_ffn_hidden_size=4, moe_router_topk=2)
+
+
+def together(spec: ModelSpec) -> Iterator[tuple[Layer, str, list[Ref]]]:
+    """Refs of each kind of layer, together with those of no layer: all that may not share a name."""
+    whole = [ref for ref in refs(spec) if ref.layer is None]
+    for stack, order in ((DECODER, spec.order), (MTP, spec.mtp)):
+        for kind in dict.fromkeys(order):
+            layer = order.index(kind)
+            own = [ref for ref in refs(spec) if (ref.layer, ref.stack) == (layer, stack)]
+            yield spec.kinds[kind], stack, [*whole, *own]
 
 
 def config_of(name: str, **overrides: Any) -> Any:
     from transformers import AutoConfig
 
     sizes = dict(vocab_size=31, hidden_size=64, intermediate_size=48, num_hidden_layers=2, num_attention_heads=8)
-    return AutoConfig.for_model(**{**sizes, "num_key_value_heads": 4, **CONFIGS[name], **overrides})
+    fields = KINDS.get(name) or {**sizes, "num_key_value_heads": 4, **CONFIGS[name]}
+    return AutoConfig.for_model(**{**fields, **overrides})
 
 
 def names_and_shapes(config: Any) -> dict[str, tuple[int, ...]]:
@@ -52,7 +75,7 @@ def names_and_shapes(config: Any) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in state.items()}
 
 
-@pytest.mark.parametrize("name", [*CONFIGS, "qwen3-bias"])
+@pytest.mark.parametrize("name", [*DENSE, "qwen3-bias"])
 def test_names_and_shapes_are_those_of_transformers_models(name: str) -> None:
     config = config_of("qwen3", attention_bias=True) if name == "qwen3-bias" else config_of(name)
     expected = names_and_shapes(config)
@@ -62,7 +85,7 @@ def test_names_and_shapes_are_those_of_transformers_models(name: str) -> None:
     assert found == expected
 
 
-@pytest.mark.parametrize("name", MIXTURES)
+@pytest.mark.parametrize("name", [*MIXTURES, *HAS_EXPERTS])
 def test_names_and_shapes_are_those_of_the_files_that_transformers_saves(
     name: str, hf_model: Callable[..., Path]
 ) -> None:
@@ -72,7 +95,7 @@ def test_names_and_shapes_are_those_of_the_files_that_transformers_saves(
     assert ours(spec) == {part: tuple(tensor.shape) for part, tensor in hf_tensors(folder).items()}
     fused = hf_tensors(hf_model(name, fused_experts=True))
     sources = {
-        entry.fused.format(layer=ref.layer): (spec.num_experts, *ref.slot.shape(spec))
+        entry.fused.format(layer=ref.layer): (spec.num_experts, *ref.shape(spec))
         for ref in refs(spec)
         if (entry := FAMILIES[spec.family].tensors[ref.slot.name]).fused is not None and ref.expert is not None
     }
@@ -85,53 +108,97 @@ def ours(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     family = FAMILIES[spec.family]
     found = {part.name: part.shape for ref in refs(spec) for part in HFNames(family, spec).parts(ref, fused=False)}
     if spec.tied:
-        found["lm_head.weight"] = found["model.embed_tokens.weight"]
+        (embeddings,) = family.tensors["word_embeddings"].names
+        found["lm_head.weight"] = found[embeddings]
     return found
 
 
-@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
-def test_names_are_unique_and_as_many_as_the_layout_has_parts(family: Family) -> None:
-    for together in TOGETHER:
-        names = [name for slot, entry in family.tensors.items() if slot in together for name in entry.names]
+@pytest.mark.parametrize("name", FAMILIES)
+def test_names_are_unique_and_as_many_as_the_layout_has_parts(name: str) -> None:
+    family = FAMILIES[name]
+    for fields in ASKED[name]:
+        spec = tiny_spec(family=name, **fields)
+        names = [part.name for ref in refs(spec) for part in HFNames(family, spec).parts(ref, fused=False)]
+        names += [replica for ref in refs(spec) for replica in HFNames(family, spec).replica_names(ref)]
         assert len(set(names)) == len(names)
     assert all(len(entry.names) == PARTS[entry.layout.name] for entry in family.tensors.values())
 
 
+_MIXED = dict(feed=PerLayer(["mlp", "moe"]))
+_LATENT: dict[str, Any] = dict(mixer="latent", kv_lora_rank=6, qk_head_dim=4, qk_pos_emb_head_dim=2, v_head_dim=4)
+_BIASES = dict(qkv_bias=True, proj_bias=True, mlp_bias=True)
+_UNGATED: dict[str, Any] = dict(_BIASES, normalization=LAYER_NORM, gated=False, activation=GELU)
+#: Models of each family that together have all the slots that its config.json can ask for.
+ASKED: dict[str, list[dict[str, Any]]] = {
+    "llama": [_BIASES],
+    "mistral": [{}],
+    "qwen2": [dict(qkv_bias=True)],
+    "qwen3": [dict(qkv_bias=True, proj_bias=True, qk_norm=EACH_HEAD)],
+    "mixtral": [EXPERT_FIELDS],
+    "qwen2_moe": [dict(**EXPERT_FIELDS, **_MIXED, qkv_bias=True, shared_ffn_hidden_size=4, shared_gate=True)],
+    "qwen3_moe": [dict(**EXPERT_FIELDS, **_MIXED, qkv_bias=True, proj_bias=True, qk_norm=EACH_HEAD)],
+    "olmoe": [dict(**EXPERT_FIELDS, qkv_bias=True, proj_bias=True, qk_norm=ALL_HEADS)],
+    "gpt2": [dict(_UNGATED, learned_positions=True, rope=False)],
+    "starcoder2": [_UNGATED],
+    "phi3": [{}],
+    "glm": [dict(qkv_bias=True, rotary_interleaved=True)],
+    "granite": [_BIASES],
+    "glm4_moe": [
+        dict(
+            **EXPERT_FIELDS,
+            **_MIXED,
+            **dict(qkv_bias=True, qk_norm=EACH_HEAD, mtp_num_layers=2),
+            **dict(moe_router_enable_expert_bias=True, shared_ffn_hidden_size=4),
+        )
+    ],
+    "deepseek_v2": [
+        dict(**_LATENT, **EXPERT_FIELDS, **_MIXED, shared_ffn_hidden_size=4, q_lora_rank=rank) for rank in (None, 4)
+    ],
+    "deepseek_v3": [
+        dict(
+            **{**_LATENT, **EXPERT_FIELDS, **_MIXED, "q_lora_rank": rank, "mtp_num_layers": 1},
+            **dict(moe_router_enable_expert_bias=True, shared_ffn_hidden_size=4),
+        )
+        for rank in (None, 4)
+    ],
+    "qwen3_next": [
+        dict(
+            **{**EXPERT_FIELDS, **_MIXED, "num_layers": 2, "mtp_num_layers": 1},
+            **dict(mixer=PerLayer(["gated delta", "attention"]), attention_output_gate=True, qk_norm=EACH_HEAD),
+            **dict(linear_num_key_heads=2, linear_num_value_heads=4, linear_conv_kernel_dim=3),
+            **dict(linear_key_head_dim=2, linear_value_head_dim=4, shared_ffn_hidden_size=4, shared_gate=True),
+        )
+    ],
+}
+
+
 def test_every_slot_that_a_config_can_ask_for_is_named() -> None:
-    asked: dict[str, dict[str, bool]] = {
-        "llama": dict(qkv_bias=True, proj_bias=True, mlp_bias=True),
-        "mistral": {},
-        "qwen2": dict(qkv_bias=True),
-        "qwen3": dict(qkv_bias=True, proj_bias=True, qk_norm=True),
-        "mixtral": EXPERT_FIELDS,
-        "qwen2_moe": dict(
-            **EXPERT_FIELDS, qkv_bias=True, shared_ffn_hidden_size=4, shared_gate=True, dense_layers=(1,)
-        ),
-        "qwen3_moe": dict(**EXPERT_FIELDS, qkv_bias=True, proj_bias=True, qk_norm=True, dense_layers=(1,)),
-        "olmoe": dict(**EXPERT_FIELDS, qkv_bias=True, proj_bias=True, qk_norm=True, qk_norm_over_heads=True),
-    }
-    assert asked.keys() == FAMILIES.keys()
-    for name, fields in asked.items():
-        needed = {ref.slot.name for ref in refs(tiny_spec(family=name, **fields))}
+    assert ASKED.keys() == FAMILIES.keys()
+    for name, models in ASKED.items():
+        needed = {ref.slot.name for fields in models for ref in refs(tiny_spec(family=name, **fields))}
         assert FAMILIES[name].tensors.keys() == needed
 
 
 def test_every_slot_has_a_megatron_name_and_a_message() -> None:
     assert ENTRIES.keys() == SLOTS.keys()
+    models = [*TINY_KINDS.values(), *(tiny_spec(family=name, **fields) for name in ASKED for fields in ASKED[name])]
     for table in (dialect | experts for dialect in DIALECTS.values() for experts in EXPERTS.values()):
         assert table.keys() == SLOTS.keys()
-        assert all(("{layer}" in name) == (SLOTS[slot].scope is Scope.LAYER) for slot, name in table.items())
         stacked = EXPERTS[STACKED].items()
-        assert all(
-            ("expert}" in name) == (SLOTS[slot].expert and (slot, name) not in stacked) for slot, name in table.items()
-        )
-        for together in TOGETHER:
-            names = [table[slot] for slot in together]
-            assert len(set(names)) == len(names)
+        for spec in models:
+            for kind, stack, held in together(spec):
+                names = {ref.slot: name_of(table, ref.slot.name, kind, stack) for ref in held}
+                assert len({*names.values()}) == len(names)
+                for slot, name in names.items():
+                    assert ("{layer}" in name) == (slot.scope in (Scope.LAYER, Scope.MTP))
+                    assert ("expert}" in name) == (
+                        slot.expert and (slot.name, name_of(table, slot.name, kind, DECODER)) not in stacked
+                    )
     assert {slot for slot, entry in ENTRIES.items() if entry.stacked} == {"expert_fc1", "expert_fc2"}
-    for together in TOGETHER:
-        keys = [(message_name(Ref(SLOTS[slot], 0)), key) for slot in together for key in ENTRIES[slot].keys]
-        assert len(set(keys)) == len(keys)
+    for spec in models:
+        for _, _, held in together(spec):
+            messages = {(ref.slot, key): (message_name(ref), key) for ref in held for key in sent(ref, spec).keys}
+            assert len({*messages.values()}) == len(messages)
 
 
 def test_a_slot_without_a_name_is_refused() -> None:
@@ -144,11 +211,11 @@ def test_a_slot_without_a_name_is_refused() -> None:
 )
 def test_a_table_whose_names_and_scopes_disagree_cannot_be_built(slot: str, name: str) -> None:
     with pytest.raises(ValueError, match=rf"the names of {slot} and its scope disagree about \{{layer"):
-        Family("x", "x", "X", {slot: HFEntry(SAME, (name,))}, ())
+        Family("x", "x", "X", {slot: Entry(SAME, (name,))}, ())
 
 
 def test_refs_are_in_the_order_of_the_queue_and_name_themselves() -> None:
-    spec = tiny_spec(qk_norm=True)
+    spec = tiny_spec(qk_norm=EACH_HEAD)
     names = [str(ref) for ref in refs(spec)]
     of_layer = ["input_norm", "qkv", "q_norm", "k_norm", "proj", "mlp_norm", "fc1", "fc2"]
     assert names == [
@@ -163,17 +230,17 @@ def test_refs_are_in_the_order_of_the_queue_and_name_themselves() -> None:
 @pytest.mark.parametrize("name", ["x.{layer}.w", "x.{expert}.w"])
 def test_a_table_whose_expert_names_lack_a_number_cannot_be_built(name: str) -> None:
     with pytest.raises(ValueError, match="the names of expert_fc2 and its scope disagree"):
-        Family("x", "x", "X", {"expert_fc2": HFEntry(SAME, (name,))}, ())
+        Family("x", "x", "X", {"expert_fc2": Entry(SAME, (name,))}, ())
     with pytest.raises(ValueError, match=r"the names of fc2 and its scope disagree about \{expert"):
-        Family("x", "x", "X", {"fc2": HFEntry(SAME, ("x.{layer}.{expert}.w",))}, ())
+        Family("x", "x", "X", {"fc2": Entry(SAME, ("x.{layer}.{expert}.w",))}, ())
 
 
 def test_refs_of_experts_come_expert_by_expert_and_dense_layers_have_none() -> None:
     fields = {**EXPERT_FIELDS, "num_experts": 2}
-    spec = tiny_spec(**fields, num_layers=2, dense_layers=(1,), shared_ffn_hidden_size=4, shared_gate=True)
+    spec = tiny_spec(**fields, feed=PerLayer(["moe", "mlp"]), shared_ffn_hidden_size=4, shared_gate=True)
     attention = ["input_norm", "qkv", "proj"]
     experts = [f"expert {number} {slot}" for slot in ("expert_fc1", "expert_fc2") for number in (0, 1)]
-    mixture = [*attention, "moe_norm", "router", *experts, "shared_fc1", "shared_fc2", "shared_gate"]
+    mixture = [*attention, "mlp_norm", "router", *experts, "shared_fc1", "shared_fc2", "shared_gate"]
     dense = [*attention, "mlp_norm", "fc1", "fc2"]
     assert [str(ref) for ref in refs(spec)] == [
         "word_embeddings",
