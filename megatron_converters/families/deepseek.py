@@ -54,7 +54,7 @@ DEEPSEEK_V2 = Family(
         Row("moe_router_topk", "num_experts_per_tok"),
         Row("moe_ffn_hidden_size", "moe_intermediate_size", 1407),
         FirstDense(0),
-        SharedExperts(2),
+        SharedExperts(2, 1407),
         # The larger DeepSeek-V2 chooses groups by their best expert, which Megatron-LM does not.
         Fixed("topk_method", "greedy"),
         Fixed("scoring_func", "softmax"),
@@ -77,7 +77,7 @@ DEEPSEEK_V3 = Family(
         Row("moe_ffn_hidden_size", "moe_intermediate_size", 2048),
         Row("moe_router_topk_scaling_factor", "routed_scaling_factor", 2.5),
         FirstDense(3),
-        SharedExperts(1),
+        SharedExperts(1, 2048),
         ExpertGroups((8, 4)),
         Fixed("topk_method", "noaux_tc"),
         Fixed("scoring_func", "sigmoid"),

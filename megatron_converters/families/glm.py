@@ -66,7 +66,7 @@ GLM4_MOE = Family(
         Row("moe_ffn_hidden_size", "moe_intermediate_size", 1408),
         Row("moe_router_topk_scaling_factor", "routed_scaling_factor", 1.0),
         FirstDense(1),
-        SharedExperts(1),
+        SharedExperts(1, 1408),
         ExpertGroups((1, 1)),
         Fixed("norm_topk_prob", True),  # Megatron-LM always normalises sigmoid scores
         Row("mtp_num_layers", "num_nextn_predict_layers", 0),

@@ -99,14 +99,18 @@ class NormTopkProb:
 
 @dataclass(frozen=True)
 class SharedExperts:
-    """Number of shared experts, each of `moe_intermediate_size`, which Megatron-LM and transformers compute as one."""
+    """Number of shared experts, each of `moe_intermediate_size`, which Megatron-LM and transformers compute as one.
+
+    `size` is the class's default of that.
+    """
 
     default: int
+    size: int
     keys: tuple[str, ...] = ("n_shared_experts",)
 
     def read(self, config: Config) -> dict[str, Any]:
         count = config.get("n_shared_experts", self.default) or 0
-        size = config.get("moe_intermediate_size")
+        size = config.get("moe_intermediate_size", self.size)
         if not is_whole(count) or not is_whole(size) or count < 0:
             raise ConversionError(
                 f"config.json has n_shared_experts={count!r} and moe_intermediate_size={size!r}; they must be whole numbers"
