@@ -106,7 +106,9 @@ def test_names_and_shapes_are_those_of_the_files_that_transformers_saves(
 def ours(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     """The names and shapes that the spec's family gives a model's parts."""
     family = FAMILIES[spec.family]
-    found = {part.name: part.shape for ref in refs(spec) for part in HFNames(family, spec).parts(ref, fused=False)}
+    found = {
+        part.name: part.stored_shape for ref in refs(spec) for part in HFNames(family, spec).parts(ref, fused=False)
+    }
     if spec.tied:
         (embeddings,) = family.tensors["word_embeddings"].names
         found["lm_head.weight"] = found[embeddings]

@@ -21,7 +21,7 @@ from megatron_converters.families.config_json import (
     infer_family,
     spec_from_config,
 )
-from megatron_converters.model.layers import ALL_HEADS, EACH_HEAD, RopeScaling
+from megatron_converters.model.layers import ALL_HEADS, EACH_HEAD, LAYER_NORM, RopeScaling
 from megatron_converters.model.spec import ModelSpec, PerLayer
 from tests.tiny import KINDS, tiny_spec
 
@@ -43,8 +43,17 @@ LLAMA3_TABLE = {
 }
 
 
+#: Keys of families that spell sizes in their own way, or require more.
+OWN_SIZES: dict[str, dict[str, Any]] = {
+    "gpt2": {"vocab_size": 32, "n_embd": 64, "n_inner": 96, "n_layer": 3, "n_head": 32},
+    "deepseek_v2": {**SIZES, "num_experts_per_tok": 4},
+    "qwen3_next": {**SIZES, "num_hidden_layers": 4},  # the fourth is the first with full attention
+}
+
+
 def config(model_type: str = "llama", **fields: Any) -> dict[str, Any]:
-    return {"architectures": [FAMILIES[model_type].architecture], "model_type": model_type, **SIZES, **fields}
+    sizes = OWN_SIZES.get(model_type, SIZES)
+    return {"architectures": [FAMILIES[model_type].architecture], "model_type": model_type, **sizes, **fields}
 
 
 def spec_of(model_type: str = "llama", **fields: Any) -> ModelSpec:
@@ -59,61 +68,97 @@ def theirs(values: dict[str, Any]) -> Any:
     return AutoConfig.for_model(**plain)
 
 
+#: Families whose models have a kind of norm, activation or attention of their own.
+WITH_LAYER_NORM = ("gpt2", "starcoder2")
+LATENT = ("deepseek_v2", "deepseek_v3")
+CHOSEN_BY_SIGMOID = ("glm4_moe", "deepseek_v3")
+
+
 def facts(found: Any) -> dict[str, Any]:
-    """What transformers' config object says, in our words."""
-    layers = found.num_hidden_layers
-    types = getattr(found, "layer_types", None)
-    if types is None:
-        types = ["full_attention" if getattr(found, "sliding_window", None) is None else "sliding_attention"] * layers
-    windows = PerLayer(found.sliding_window if kind == "sliding_attention" else None for kind in types)
-    rope = dict(found.rope_parameters)
-    scaling = {key: value for key, value in rope.items() if key not in ("rope_theta", "rope_type", "type")}
+    """What transformers' config object says, in our words; all but layers of multi-token prediction, which it has not."""
+    ungated = found.model_type in WITH_LAYER_NORM
+    epsilons = ("rms_norm_eps", "norm_epsilon", "layer_norm_epsilon")
     return {
-        "num_layers": layers,
+        "num_layers": found.num_hidden_layers,
         "hidden_size": found.hidden_size,
-        "ffn_hidden_size": found.intermediate_size,
-        "num_attention_heads": found.num_attention_heads,
-        "num_query_groups": found.num_key_value_heads,
-        "kv_channels": getattr(found, "head_dim", None) or found.hidden_size // found.num_attention_heads,
+        "ffn_hidden_size": getattr(found, "intermediate_size", None) or found.n_inner or 4 * found.n_embd,
         "vocab_size": found.vocab_size,
         "max_position_embeddings": found.max_position_embeddings,
-        "norm_epsilon": found.rms_norm_eps,
-        **UNUSUAL,
-        "rotary_base": rope["rope_theta"],
-        "rope_scaling": None if rope["rope_type"] == "default" else RopeScaling(rope["rope_type"], **scaling),
+        "norm_epsilon": next(getattr(found, name) for name in epsilons if hasattr(found, name)),
+        "normalization": LAYER_NORM if ungated else "RMSNorm",
+        "zero_centred": found.model_type == "qwen3_next",  # Qwen3NextRMSNorm adds 1 to its weight
+        "learned_positions": found.model_type == "gpt2",
         "tied": found.tie_word_embeddings,
-        "qkv_bias": found.model_type == "qwen2"
-        or getattr(found, "attention_bias", False)
-        or getattr(found, "qkv_bias", False),
-        "proj_bias": getattr(found, "attention_bias", False),
-        "mlp_bias": getattr(found, "mlp_bias", False),
-        # OlmoeAttention's norms have the size of all heads
-        "qk_norm": {"qwen3": EACH_HEAD, "qwen3_moe": EACH_HEAD, "olmoe": ALL_HEADS}.get(found.model_type, ""),
-        "sliding_window": one_or_per_layer(windows),
+        "mlp_bias": getattr(found, "mlp_bias", getattr(found, "use_bias", found.model_type == "gpt2")),
+        "activation": "gelu_tanh" if ungated else "silu",
+        "gated": not ungated,
         "initializer_range": found.initializer_range,
-        "attention_dropout": found.attention_dropout,
+        "attention_dropout": found.attn_pdrop if found.model_type == "gpt2" else found.attention_dropout,
+        "embedding_multiplier": getattr(found, "embedding_multiplier", 1.0),
+        "residual_multiplier": getattr(found, "residual_multiplier", 1.0),
+        "attention_multiplier": getattr(found, "attention_multiplier", None),
+        "logits_multiplier": 1 / getattr(found, "logits_scaling", 1.0),
+        **(latent_facts(found) if found.model_type in LATENT else attention_facts(found)),
+        **rope_facts(found),
         **expert_facts(found),
     }
 
 
-#: What these eight families have in common: Llama's kind of model.
-UNUSUAL: dict[str, Any] = {
-    "normalization": "RMSNorm",
-    "zero_centred": False,
-    "embedding_multiplier": 1.0,
-    "residual_multiplier": 1.0,
-    "attention_multiplier": None,
-    "logits_multiplier": 1.0,
-    "learned_positions": False,
-    "mtp_num_layers": 0,
-    "mixer": "attention",
-    "attention_output_gate": False,
-    "activation": "silu",
-    "gated": True,
-    "rope": True,
-    "rotary_percent": 1.0,
-    "rotary_interleaved": False,
-}
+def rope_facts(found: Any) -> dict[str, Any]:
+    if found.model_type == "gpt2":
+        return {"rope": False}
+    rope = dict(found.rope_parameters)
+    percent = rope.pop("partial_rotary_factor", 1.0)
+    scaling = {key: value for key, value in rope.items() if key not in ("rope_theta", "rope_type", "type")}
+    return {
+        "rope": True,
+        "rotary_base": rope["rope_theta"],
+        "rotary_percent": percent,
+        "rotary_interleaved": found.model_type == "glm",
+        "rope_scaling": None if rope["rope_type"] == "default" else RopeScaling(rope["rope_type"], **scaling),
+    }
+
+
+def latent_facts(found: Any) -> dict[str, Any]:
+    return {
+        "mixer": "latent",
+        "num_attention_heads": found.num_attention_heads,
+        "q_lora_rank": found.q_lora_rank,
+        "kv_lora_rank": found.kv_lora_rank,
+        "qk_head_dim": found.qk_nope_head_dim,
+        "qk_pos_emb_head_dim": found.qk_rope_head_dim,
+        "v_head_dim": found.v_head_dim,
+    }
+
+
+def attention_facts(found: Any) -> dict[str, Any]:
+    layers, kind = found.num_hidden_layers, found.model_type
+    types = getattr(found, "layer_types", None)
+    if types is None:
+        types = ["full_attention" if getattr(found, "sliding_window", None) is None else "sliding_attention"] * layers
+    windows = PerLayer(found.sliding_window if each == "sliding_attention" else None for each in types)
+    linear = {}
+    if kind == "qwen3_next":
+        names = ("key_head_dim", "value_head_dim", "num_key_heads", "num_value_heads", "conv_kernel_dim")
+        linear = {f"linear_{name}": getattr(found, f"linear_{name}") for name in names}
+    bias = getattr(found, "attention_bias", getattr(found, "use_bias", kind == "gpt2"))
+    # OlmoeAttention's norms have the size of all heads.
+    norms = {**dict.fromkeys(("qwen3", "qwen3_moe", "qwen3_next"), EACH_HEAD), "olmoe": ALL_HEADS}
+    own_norms = EACH_HEAD if getattr(found, "use_qk_norm", False) else ""
+    return {
+        "mixer": one_or_per_layer(
+            PerLayer("gated delta" if each == "linear_attention" else "attention" for each in types)
+        ),
+        "num_attention_heads": found.num_attention_heads,
+        "num_query_groups": getattr(found, "num_key_value_heads", found.num_attention_heads),
+        "kv_channels": getattr(found, "head_dim", None) or found.hidden_size // found.num_attention_heads,
+        "qkv_bias": kind == "qwen2" or bias or getattr(found, "qkv_bias", False),
+        "proj_bias": bias and kind not in ("glm", "glm4_moe"),  # whose classes have no bias there
+        "qk_norm": norms.get(kind, own_norms),
+        "sliding_window": one_or_per_layer(windows),
+        "attention_output_gate": kind == "qwen3_next",
+        **linear,
+    }
 
 
 def one_or_per_layer(values: PerLayer) -> Any:
@@ -122,33 +167,37 @@ def one_or_per_layer(values: PerLayer) -> Any:
 
 
 def expert_facts(found: Any) -> dict[str, Any]:
-    """The same of experts; which layers have them is `Qwen3MoeDecoderLayer.__init__`'s condition."""
-    if found.model_type not in ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe"):
+    """The same of experts; which layers have them is the condition in each decoder layer's `__init__`."""
+    kind = found.model_type
+    count = getattr(found, "n_routed_experts", None) or getattr(found, "num_experts", None)
+    if not count:
         return {"feed": "mlp"}
-    mixtral = found.model_type == "mixtral"
-    one_size = found.model_type in ("mixtral", "olmoe")
     step, listed = getattr(found, "decoder_sparse_step", 1), getattr(found, "mlp_only_layers", [])
+    first = getattr(found, "first_k_dense_replace", 0)
     layers = range(found.num_hidden_layers)
-    sparse = [layer for layer in layers if layer not in listed and (layer + 1) % step == 0]
+    sparse = [layer for layer in layers if layer >= first and layer not in listed and (layer + 1) % step == 0]
+    sigmoid = kind in CHOSEN_BY_SIGMOID
+    grouped = sigmoid and found.n_group > 1
+    shared = getattr(found, "n_shared_experts", 0) * getattr(found, "moe_intermediate_size", 0)
     return {
         "feed": one_or_per_layer(PerLayer("moe" if layer in sparse else "mlp" for layer in layers)),
-        "num_experts": found.num_experts,
-        "moe_ffn_hidden_size": found.intermediate_size if one_size else found.moe_intermediate_size,
+        "num_experts": count,
+        "moe_ffn_hidden_size": getattr(found, "moe_intermediate_size", found.intermediate_size),
         "moe_router_topk": found.num_experts_per_tok,
-        "moe_router_pre_softmax": not mixtral and not found.norm_topk_prob,
-        "moe_router_score_function": "softmax",
-        "moe_router_enable_expert_bias": False,
-        "moe_router_topk_scaling_factor": 1.0,
-        "moe_router_num_groups": None,
-        "moe_router_group_topk": None,
-        "moe_aux_loss_coeff": found.router_aux_loss_coef,
-        "shared_ffn_hidden_size": getattr(found, "shared_expert_intermediate_size", 0),
-        "shared_gate": found.model_type == "qwen2_moe",
+        "moe_router_pre_softmax": not sigmoid and kind != "mixtral" and not found.norm_topk_prob,
+        "moe_router_score_function": "sigmoid" if sigmoid else "softmax",
+        "moe_router_enable_expert_bias": sigmoid,
+        "moe_router_topk_scaling_factor": getattr(found, "routed_scaling_factor", 1.0),
+        "moe_router_num_groups": found.n_group if grouped else None,
+        "moe_router_group_topk": found.topk_group if grouped else None,
+        "moe_aux_loss_coeff": getattr(found, "router_aux_loss_coef", 0.0),
+        "shared_ffn_hidden_size": getattr(found, "shared_expert_intermediate_size", shared),
+        "shared_gate": kind in ("qwen2_moe", "qwen3_next"),
     }
 
 
 def ours(spec: ModelSpec) -> dict[str, Any]:
-    return {name: value for name, value in spec.values.items() if name not in ("family", "dtype")}
+    return {name: value for name, value in spec.values.items() if name not in ("family", "dtype", "mtp_num_layers")}
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
@@ -158,7 +207,8 @@ def test_absent_keys_mean_what_they_mean_to_transformers(model_type: str) -> Non
 
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_the_class_s_own_default_config_is_read(model_type: str) -> None:
-    default = theirs({"model_type": model_type})
+    # transformers' own default number of chosen experts is none for DeepSeek-V2.
+    default = theirs({"model_type": model_type, **({"num_experts_per_tok": 4} if model_type == "deepseek_v2" else {})})
     written = {**default.to_dict(), "architectures": [FAMILIES[model_type].architecture]}
     assert ours(spec_from_config(written)) == facts(default)
 
@@ -233,6 +283,18 @@ ALL_CASES = [
     ("qwen3_moe", "newer spelling", {"num_local_experts": 16}),
     ("qwen3_moe", "both spellings", {"num_experts": 16, "num_local_experts": 16}),
     ("qwen3_moe", "biases", {"attention_bias": True, "head_dim": 24}),
+    ("starcoder2", "no bias", {"use_bias": False, "sliding_window": 16, "rope_theta": 1e5}),
+    ("phi3", "part rotated", {"partial_rotary_factor": 0.75, "tie_word_embeddings": True}),
+    ("glm", "no bias", {"attention_bias": False, "head_dim": 24}),
+    ("gpt2", "untied", {"tie_word_embeddings": False, "n_inner": None, "layer_norm_epsilon": 1e-6}),
+    (
+        *("granite", "multipliers"),
+        {"embedding_multiplier": 12.0, "logits_scaling": 8.0, "residual_multiplier": 0.22, "attention_multiplier": 0.5},
+    ),
+    ("glm4_moe", "groups and norms", {"n_group": 4, "topk_group": 2, "use_qk_norm": True, "n_shared_experts": 2}),
+    ("deepseek_v2", "whole queries", {"q_lora_rank": None, "n_shared_experts": 2, "first_k_dense_replace": 1}),
+    ("deepseek_v3", "small", {"n_routed_experts": 16, "n_group": 4, "topk_group": 2, "first_k_dense_replace": 3}),
+    ("qwen3_next", "own order", {"layer_types": ["full_attention", *["linear_attention"] * 2, "full_attention"]}),
     ("olmoe", "1B-7B", {"clip_qkv": None, "norm_topk_prob": False, "rope_theta": 10000.0, "rope_scaling": None}),
     ("olmoe", "normed choice", {"norm_topk_prob": True, "num_experts": 16, "num_experts_per_tok": 3}),
     ("olmoe", "biases and groups", {"attention_bias": True, "num_key_value_heads": 4, "router_aux_loss_coef": 0.02}),
@@ -371,9 +433,11 @@ def test_families_are_found_by_architecture_then_by_model_type() -> None:
     assert family_from_config({"architectures": both, "model_type": "mistral"}).name == "mistral"
     assert family_from_config({"model_type": "mistral"}).name == "mistral"
     assert family_from_config({"model_type": "qwen2", "architectures": []}).name == "qwen2"
-    for unknown in ({"architectures": ["GPT2LMHeadModel"], "model_type": "llama"}, {"model_type": "gpt2"}, {}):
+    for unknown in ({"architectures": ["BertLMHeadModel"], "model_type": "llama"}, {"model_type": "bert"}, {}):
         with pytest.raises(ConversionError, match="not supported; supported are LlamaForCausalLM, MistralForCausalLM"):
             family_from_config(unknown)
+    kimi = {"model_type": "kimi_k2", "architectures": ["DeepseekV3ForCausalLM"]}
+    assert family_from_config(kimi).name == family_from_config({"model_type": "kimi_k2"}).name == "deepseek_v3"
     for torn in ({"architectures": ["Qwen3ForCausalLM"], "model_type": "llama"}, {"architectures": both}):
         with pytest.raises(ConversionError, match="which name different models"):
             family_from_config(torn)
