@@ -461,10 +461,14 @@ def test_the_ranks_hold_different_dtypes(meg: Path) -> None:
     ("changes", "words"),
     [
         ({"num_experts": 8}, ("experts",)),
-        ({"normalization": "LayerNorm"}, ("normalization", "LayerNorm")),
-        ({"position_embedding_type": "learned_absolute"}, ("position_embedding_type",)),
-        ({"swiglu": False}, ("swiglu",)),
-        ({"multi_latent_attention": True}, ("multi_latent_attention",)),
+        ({"normalization": "L2Norm"}, ("normalization", "L2Norm")),
+        # The args are those of a model that is supported, but not this one.
+        ({"normalization": "LayerNorm"}, ("layer 0 input_norm_bias", "final_norm_bias", "is missing")),
+        ({"position_embedding_type": "learned_absolute"}, ("embedding.position_embeddings.weight is missing",)),
+        ({"position_embedding_type": "relative"}, ("position_embedding_type='relative'",)),
+        ({"swiglu": False}, ("layer 3 fc1", "has shape [112, 64]; the args require [56, 64]")),
+        ({"multi_latent_attention": True}, ("layer 3 kv_down", "linear_kv_down_proj.weight is missing")),
+        ({"mtp_num_layers": 1}, ("mtp layer 0 mtp_proj", "is missing")),
         ({"rotary_percent": 0.5}, ("rotary_percent",)),
         ({"virtual_pipeline_model_parallel_size": 2}, ("no 'model0' entry", "2 virtual pipeline stages")),
         ({"virtual_pipeline_model_parallel_size": 0}, ("virtual_pipeline_model_parallel_size is 0",)),
@@ -482,7 +486,8 @@ def test_the_ranks_hold_different_dtypes(meg: Path) -> None:
         ({"window_size": 7}, ("window_size",)),
         ({"num_query_groups": 3}, ("8", "3")),
         ({"rotary_base": "large"}, ("rotary_base",)),
-        ({"hf_config": {"model_type": "gpt2"}}, ("recorded in the args", "gpt2", "--hf-config")),
+        ({"hf_config": {"model_type": "bert"}}, ("recorded in the args", "bert", "--hf-config")),
+        ({"hf_config": {"model_type": "gpt2"}}, ("recorded in the args", "no n_layer", "--hf-config")),
         ({"decoder_first_pipeline_num_layers": "2"}, ("decoder_first_pipeline_num_layers is '2'",)),
         ({"num_experts": "8"}, ("num_experts is '8'",)),
         ({"hidden_size": "64"}, ("hidden_size",)),
@@ -609,14 +614,25 @@ INEXPRESSIBLE: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
         {"original_max_position_embeddings": 4096, "low_freq_factor": 2.0},
         ("4096", "8192", "2.0"),
     ),
-    "window from a layer on": (
-        "qwen2",
-        {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 2, "layer_types": None},
-        ("layer 2", "--window-size"),
-    ),
+    "tanh GELU without biases": ("starcoder2", {"use_bias": False}, ("tanh form of GELU", "needs biases")),
     "bias of attention alone": ("llama2", {"attention_bias": True}, ("bias", "--add-bias-linear")),
     "fraction of a rotary base": ("llama2", {"rope_theta": 10000.5}, ("10000.5",)),
 }
+
+
+def test_a_window_from_a_layer_on(hf_model: HFModel, tmp_path: Path) -> None:
+    window = {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 2, "layer_types": None}
+    source = hf_model_of("qwen2", tmp_path, window)
+    run = succeeded(forward(source))
+    assert "--window-size 6,0" in run.out and "--window-attn-skip-freq '[0,0,1,1]'" in run.out
+    assert "needs Megatron-LM 0.15 or later" in run.out
+    args = torch.load(tmp_path / "out" / "iter_0000001" / "mp_rank_00" / RANK_FILE, weights_only=False)["args"]
+    assert (args.window_size, args.window_attn_skip_freq) == ((6, 0), [0, 0, 1, 1])
+    succeeded(convert_back("--load-path", tmp_path / "out", "--save-path", tmp_path / "hf back"))
+    same_tensors(hf_tensors(tmp_path / "hf back"), hf_tensors(source))
+    assert spec_from_config(read_json(tmp_path / "hf back" / "config.json")) == spec_from_config(
+        read_json(source / "config.json")
+    )
 
 
 @pytest.mark.parametrize("case", INEXPRESSIBLE)

@@ -22,15 +22,17 @@ from megatron_converters.basics.handover import receive_own_types, receives_own_
 from megatron_converters.conversion.composing import Piece, Planner, StoredName
 from megatron_converters.conversion.gathering import materialise
 from megatron_converters.formats.huggingface.source import HFSource
-from megatron_converters.formats.megatron.arguments import expert_args, spec_fields, uncut_args
+from megatron_converters.formats.megatron.argument import Context, Group
+from megatron_converters.formats.megatron.arguments import spec_fields, uncut_args, written_args
 from megatron_converters.formats.megatron.names import extra_state, keys
 from megatron_converters.formats.megatron.rank_files_target import MegatronTarget
 from megatron_converters.formats.megatron.writing import MegatronOptions
 from megatron_converters.formats.queue.handles import StackedHandle, TensorHandle
 from megatron_converters.formats.queue.source import QueueSource
 from megatron_converters.formats.queue.target import QueueTarget
-from megatron_converters.model.slots import SLOTS, Ref, refs
-from megatron_converters.sharding.ranks import Rank, kept_etp, parallel_for
+from megatron_converters.model.slots import DECODER, SLOTS, Ref, refs
+from megatron_converters.model.spec import ModelSpec, PerLayer
+from megatron_converters.sharding.ranks import Cut, Parallel, Rank, cut, kept_etp, parallel_for
 from megatron_converters.storage import safetensors
 from tests.conversions import hf_to_megatron, megatron_to_hf, reshard, run
 from tests.helpers import (
@@ -185,14 +187,16 @@ def test_a_checkpoint_s_expert_tensor_parallel_size_stays_with_other_stages(hf_m
     [
         ({"shared_gate": "yes"}, "shared_gate is 'yes'; it must be true or false"),
         ({"moe_router_pre_softmax": 1}, "moe_router_pre_softmax is 1; it must be true or false"),
-        ({"qk_norm_over_heads": None}, "qk_norm_over_heads is None; it must be true or false"),
+        ({"qk_norm": None}, "qk_norm is None; known are 'each head', 'all heads'"),
+        ({"qk_norm": True}, "qk_norm is True; known are"),
+        ({"moe_router_score_function": "max"}, "moe_router_score_function is 'max'; known are 'softmax', 'sigmoid'"),
+        ({"moe_router_num_groups": 3, "moe_router_group_topk": 1}, "8 experts cannot be grouped so"),
+        ({"moe_router_topk_scaling_factor": "2"}, "moe_router_topk_scaling_factor is '2'; it must be a number"),
+        ({"num_experts": PerLayer([4, 8])}, r"num_experts differs between layers \(\[4, 8\]\); that is not supported"),
         ({"moe_router_topk": 9}, "moe_router_topk is 9, but there are 8 experts"),
         ({"shared_ffn_hidden_size": -1}, "shared_ffn_hidden_size is -1; it must be a whole number"),
         ({"shared_ffn_hidden_size": 4.0}, "shared_ffn_hidden_size is 4.0"),
         ({"shared_ffn_hidden_size": True}, "shared_ffn_hidden_size is True"),
-        ({"dense_layers": (0, 2)}, r"dense_layers is \[0, 2\]; they must be layers from 0 to 1"),
-        ({"dense_layers": (-1,)}, r"dense_layers is \[-1\]"),
-        ({"dense_layers": ("0",)}, r"dense_layers is \['0'\]"),
     ],
 )
 def test_no_model_has_such_experts(fields: dict[str, Any], message: str) -> None:
@@ -223,18 +227,22 @@ def test_expert_numbers(ep: int, places: list[tuple[int, int]]) -> None:
 
 def test_experts_are_cut_by_expert_tensor_parallelism_and_all_else_by_tensor_parallelism() -> None:
     spec = tiny_spec(**FIELDS, shared_ffn_hidden_size=4)
+
+    def share(parallel: Parallel, slot: str, rank: Rank) -> Cut:
+        return cut(SLOTS[slot], spec, spec.layer(0), *parallel.ways(SLOTS[slot], rank), 8)
+
     for rank, rows, col in ((Rank(1, 0, 0, 0), [0, 1, 4, 5], 0), (Rank(0, 0, 0, 1), [2, 3, 6, 7], 2)):
         parallel = parallel_for(spec, 2, 1, etp=2)
-        gate_and_up = parallel.share(SLOTS["expert_fc1"], spec, rank, 8)  # gate is rows 0-3, up rows 4-7
+        gate_and_up = share(parallel, "expert_fc1", rank)  # gate is rows 0-3, up rows 4-7
         assert (gate_and_up.rows.tolist(), gate_and_up.shape) == (rows, (4, 8))
-        down = parallel.share(SLOTS["expert_fc2"], spec, rank, 8)
+        down = share(parallel, "expert_fc2", rank)
         assert (down.rows.tolist(), down.col, down.shape) == ([0, 1, 2, 3, 4, 5, 6, 7], col, (8, 2))
     uncut, rank = parallel_for(spec, 2, 1, etp=1), Rank(1, 0, 0, 0)
-    assert uncut.share(SLOTS["expert_fc1"], spec, rank, 8).rows.tolist() == [0, 1, 2, 3, 4, 5, 6, 7]
-    assert uncut.share(SLOTS["expert_fc2"], spec, rank, 8).shape == (8, 4)
-    assert uncut.share(SLOTS["shared_fc1"], spec, rank, 8).rows.tolist() == [2, 3, 6, 7]
-    assert uncut.share(SLOTS["shared_fc2"], spec, rank, 8).col == 2
-    assert uncut.share(SLOTS["router"], spec, rank, 8).shape == (8, 8)
+    assert share(uncut, "expert_fc1", rank).rows.tolist() == [0, 1, 2, 3, 4, 5, 6, 7]
+    assert share(uncut, "expert_fc2", rank).shape == (8, 4)
+    assert share(uncut, "shared_fc1", rank).rows.tolist() == [2, 3, 6, 7]
+    assert share(uncut, "shared_fc2", rank).col == 2
+    assert share(uncut, "router", rank).shape == (8, 8)
 
 
 def test_files_hold_gate_above_up_for_each_rank(hf_model: HFModel, tmp_path: Path) -> None:
@@ -257,22 +265,32 @@ EXPERTS = "decoder.layers.2.mlp.experts."
 
 def test_every_layout_s_names() -> None:
     """Layer 2, expert 5 of 8 on the second of two ranks, where it is number 1."""
-    assert keys("expert_fc1", 2, 1, 5) == (
+    spec = tiny_spec(**FIELDS, feed=PerLayer(["moe", "mlp"]))
+
+    def keys_of(slot: str, kind: int = 0) -> tuple[str, ...]:
+        templates = keys(slot, spec.layer(kind), DECODER)
+        return tuple(template.format(layer=2, expert=1, global_expert=5) for template in templates)
+
+    assert keys_of("expert_fc1") == (
         EXPERTS + "local_experts.1.linear_fc1.weight",
         EXPERTS + "linear_fc1.weight1",
         EXPERTS + "local_expert_5_linear_fc1_weight",
         EXPERTS + "weight1",  # all of the rank's
     )
-    assert keys("expert_fc2", 2, 1, 5) == (
+    assert keys_of("expert_fc2") == (
         EXPERTS + "local_experts.1.linear_fc2.weight",
         EXPERTS + "linear_fc2.weight1",
         EXPERTS + "local_expert_5_linear_fc2_weight",
         EXPERTS + "weight2",  # all of the rank's
     )
-    assert keys("router", 2, None, None) == ("decoder.layers.2.mlp.router.weight",)
-    assert keys("moe_norm", 2, None, None) == ("decoder.layers.2.pre_mlp_layernorm.weight",)
-    assert keys("shared_fc1", 2, None, None) == ("decoder.layers.2.mlp.shared_experts.linear_fc1.weight",)
-    assert keys("shared_gate", 2, None, None) == ("decoder.layers.2.mlp.shared_experts.gate_weight",)
+    assert keys_of("router") == ("decoder.layers.2.mlp.router.weight",)
+    assert keys_of("mlp_norm") == ("decoder.layers.2.pre_mlp_layernorm.weight",)
+    assert keys_of("mlp_norm", 1) == (
+        "decoder.layers.2.pre_mlp_layernorm.weight",
+        "decoder.layers.2.mlp.linear_fc1.layer_norm_weight",
+    )
+    assert keys_of("shared_fc1") == ("decoder.layers.2.mlp.shared_experts.linear_fc1.weight",)
+    assert keys_of("shared_gate") == ("decoder.layers.2.mlp.shared_experts.gate_weight",)
 
 
 ATTENTION = ["core_attention._extra_state", "linear_proj._extra_state", "linear_qkv._extra_state"]
@@ -330,7 +348,7 @@ def test_a_file_s_names_are_complete_in_every_layout(layout: str, hf_model: HFMo
 
 
 def test_modules_with_extra_state_of_dense_and_local_layers() -> None:
-    spec = tiny_spec(**FIELDS, dense_layers=(1,), shared_ffn_hidden_size=4)
+    spec = tiny_spec(**FIELDS, feed=PerLayer(["moe", "mlp"]), shared_ffn_hidden_size=4)
     attention = ["self_attention.linear_proj", "self_attention.linear_qkv"]
     engine = ["self_attention.core_attention", *attention]
     shared = ["mlp.shared_experts.linear_fc1", "mlp.shared_experts.linear_fc2"]
@@ -343,13 +361,24 @@ def test_modules_with_extra_state_of_dense_and_local_layers() -> None:
         ("local", "sequential", 1): [*attention, "mlp.linear_fc1", "mlp.linear_fc2"],
     }
     for (dialect, layout, layer), modules in expected.items():
-        found = sorted(extra_state(dialect, layout, spec, layer, 2))
+        found = sorted(extra_state(dialect, layout, spec, spec.layer(layer), 2, DECODER, ""))
         assert found == sorted("decoder.layers.{layer}." + module for module in modules)
 
 
+def expert_args(spec: ModelSpec, parallel: Parallel, layout: str) -> dict[str, Any]:
+    return written_args(Context(spec, parallel, layout), (Group.EXPERTS, Group.EXPERT_LAYOUT))
+
+
+def sequence_parallel(spec: ModelSpec, tp: int) -> Any:
+    return written_args(Context(spec, parallel_for(spec, tp, 1)), (Group.LAYOUT,))["sequence_parallel"]
+
+
 def test_args_of_experts_in_megatron_s_words() -> None:
-    spec = tiny_spec(**FIELDS, num_layers=3, dense_layers=(1,), shared_ffn_hidden_size=6, shared_gate=True)
+    feed = PerLayer(["moe", "mlp", "moe"])
+    spec = tiny_spec(**FIELDS, num_layers=3, feed=feed, shared_ffn_hidden_size=6, shared_gate=True)
     assert expert_args(spec, parallel_for(spec, 2, 1, ep=2, etp=1), "grouped") == {
+        **{"moe_router_score_function": "softmax", "moe_router_enable_expert_bias": False},
+        **{"moe_router_topk_scaling_factor": None, "moe_router_num_groups": None},
         "num_experts": 8,
         "moe_ffn_hidden_size": 4,
         "moe_router_topk": 2,
@@ -363,16 +392,22 @@ def test_args_of_experts_in_megatron_s_words() -> None:
         "moe_use_legacy_grouped_gemm": False,
         "moe_dynamic_hpu": False,
         "moe_token_dispatcher_type": "alltoall",
-        "sequence_parallel": True,
         "expert_model_parallel_size": 2,
         "expert_tensor_parallel_size": 1,
     }
+    assert sequence_parallel(spec, 2) is True and sequence_parallel(spec, 1) is False
     plain = tiny_spec(**FIELDS)
     args = expert_args(plain, parallel_for(plain, 1, 1), "dynamic")
     assert (args["moe_layer_freq"], args["moe_shared_expert_intermediate_size"]) == (1, None)
-    assert (args["moe_grouped_gemm"], args["moe_dynamic_hpu"], args["sequence_parallel"]) == (False, True, False)
+    assert (args["moe_grouped_gemm"], args["moe_dynamic_hpu"]) == (False, True)
     dense = tiny_spec()
-    assert expert_args(dense, parallel_for(dense, 2, 1), "grouped") == {"num_experts": None, "moe_grouped_gemm": False}
+    said = {name: value for name, value in expert_args(dense, parallel_for(dense, 2, 1), "grouped").items() if value}
+    assert said == {
+        "expert_model_parallel_size": 1,
+        "expert_tensor_parallel_size": 2,
+        "moe_router_score_function": "softmax",
+    }
+    assert sequence_parallel(dense, 2) is False
 
 
 # --- fused files of transformers 5
@@ -643,7 +678,7 @@ def test_a_stock_saver_receives_stacks_and_a_stock_loader_s_stacks_are_read(
     assert torch.equal(layer["router weight"], tensors["model.layers.0.block_sparse_moe.gate.weight"])
 
     source = QueueSource(stock_queue, spec_fields)
-    assert (source.spec.family, source.spec.num_experts, source.spec.moe_ffn_hidden_size) == ("mixtral", 4, 112)
+    assert (source.spec.family, source.spec.num_experts, source.spec.values["moe_ffn_hidden_size"]) == ("mixtral", 4, 112)
     read = {ref: source.read(ref).pieces for ref in refs(source.spec)}
     source.close()
     gate, up = read[Ref(SLOTS["expert_fc1"], 1, 3)]
