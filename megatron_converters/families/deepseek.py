@@ -8,6 +8,7 @@ Megatron-LM's multi-latent attention takes them as they are. Both norm their lat
 from __future__ import annotations
 
 from ..model.layers import SIGMOID
+from .defaults import IfAbsent
 from .entries import implied, tensor
 from .llama import ATTENTION, DENSE, MLP, SIZES
 from .mixtures import EXPERTS, PREDICTION, shared_experts
@@ -48,7 +49,7 @@ DEEPSEEK_V2 = Family(
     tensors=_LATENT,
     rules=(
         *_RULES,
-        Row("q_lora_rank", "q_lora_rank", lambda config: None if "q_lora_rank" in config else 1536),
+        Row("q_lora_rank", "q_lora_rank", IfAbsent("q_lora_rank", 1536)),
         Row("max_position_embeddings", "max_position_embeddings", 2048),
         Row("num_experts", "n_routed_experts", 64),
         Row("moe_router_topk", "num_experts_per_tok"),
@@ -70,7 +71,7 @@ DEEPSEEK_V3 = Family(
     tensors={**_LATENT, **tensor("expert_bias", MLP + "gate.e_score_correction_bias"), **PREDICTION},
     rules=(
         *_RULES,
-        Row("q_lora_rank", "q_lora_rank", lambda config: None if "q_lora_rank" in config else 1536),
+        Row("q_lora_rank", "q_lora_rank", IfAbsent("q_lora_rank", 1536)),
         Row("max_position_embeddings", "max_position_embeddings", 4096),
         Row("num_experts", "n_routed_experts", 256),
         Row("moe_router_topk", "num_experts_per_tok", 8),

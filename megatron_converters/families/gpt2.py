@@ -5,9 +5,10 @@ Names and defaults: transformers 5.23, models/gpt2. Published files have no `tra
 
 from __future__ import annotations
 
-from ..model.layers import GELU, GELU_TANH, LAYER_NORM, is_whole
+from ..model.layers import GELU, GELU_TANH, LAYER_NORM
 from ..model.layouts import GROUPED_QKV, joined
-from .entries import implied, linear, quotient, tensor
+from .defaults import Product, Quotient, SameAs
+from .entries import implied, linear, tensor
 from .rules import Fixed, Named, Passed, Row
 from .table import Family
 
@@ -34,7 +35,7 @@ FAMILY = Family(
         Row("num_layers", "n_layer"),
         Row("hidden_size", "n_embd"),
         Row("num_attention_heads", "n_head"),
-        Row("ffn_hidden_size", "n_inner", lambda config: 4 * size if is_whole(size := config["n_embd"]) else None),
+        Row("ffn_hidden_size", "n_inner", Product(4, "n_embd")),
         Row("vocab_size", "vocab_size"),
         Row("max_position_embeddings", "n_positions", 1024),
         Row("norm_epsilon", "layer_norm_epsilon", 1e-5),
@@ -42,7 +43,7 @@ FAMILY = Family(
         Row("attention_dropout", "attn_pdrop", 0.1),
         Row("tied", "tie_word_embeddings", True),
         Named("activation", "activation_function", _GELUS, "gelu_new"),
-        *implied(num_query_groups=lambda config: config["n_head"], kv_channels=quotient("n_embd", "n_head")),
+        *implied(num_query_groups=SameAs("n_head"), kv_channels=Quotient("n_embd", "n_head")),
         *implied(learned_positions=True, rope=False, normalization=LAYER_NORM, gated=False),
         *implied(qkv_bias=True, proj_bias=True, mlp_bias=True),
         Fixed("scale_attn_weights", True),

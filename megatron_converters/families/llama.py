@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from ..model.layouts import GATED, GROUPED_QKV, SAME
 from ..model.tables import Entry
-from .entries import quotient
-from .rules import Config, Fixed, Row, Rule
+from .defaults import IfAbsent, Quotient, SameAs
+from .rules import Fixed, Row, Rule
 from .rules_attention import Rope
 from .table import Family
 
@@ -53,15 +51,11 @@ SIZES: tuple[Rule, ...] = (
 
 def query_groups(absent: int | None = None) -> Rule:
     """Row of `num_key_value_heads`: null means one group per head; so does absence, unless the class has a default."""
-
-    def default(config: Config) -> Any:
-        one_per_head = absent is None or "num_key_value_heads" in config
-        return config["num_attention_heads"] if one_per_head else absent
-
-    return Row("num_query_groups", "num_key_value_heads", default)
+    key, heads = "num_key_value_heads", "num_attention_heads"
+    return Row("num_query_groups", key, SameAs(heads) if absent is None else IfAbsent(key, absent, heads))
 
 
-DERIVED_HEAD_DIM = Row("kv_channels", "head_dim", quotient("hidden_size", "num_attention_heads"))
+DERIVED_HEAD_DIM = Row("kv_channels", "head_dim", Quotient("hidden_size", "num_attention_heads"))
 
 FAMILY = Family(
     name="llama",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any, Protocol
 
 from ..basics.errors import ConversionError
@@ -15,7 +16,15 @@ from ..model.layers import is_whole
 from ..model.spec import ModelSpec, PerLayer
 
 Config = Mapping[str, Any]
-REQUIRED = object()
+
+
+class _Absent(Enum):
+    """No default. A member of an enum stays itself when it is sent to another process."""
+
+    REQUIRED = "required"
+
+
+REQUIRED = _Absent.REQUIRED
 
 
 class Rule(Protocol):

@@ -6,18 +6,18 @@ row of each part's row (`row_maps`), is derived by running the pairs on row numb
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from itertools import accumulate, pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from ..basics.errors import ConversionError
 from .layers import Attention, GatedDelta, Layer
-from .slots import Slot
+from .slots import SLOTS, Slot
 from .spec import ModelSpec
 
 Array = npt.NDArray[Any]
@@ -65,6 +65,11 @@ class Layout:
     name: str
     part_rows: Callable[[Kind], tuple[int, ...]]
     pairs: Callable[[Array, Sequence[Array], Kind], Pairs]
+
+    def __reduce__(self) -> str | tuple[Any, ...]:
+        """Pickle a layout that has a name of its own by that name: functions within it need not be importable."""
+        name = next((name for name, known in NAMED.items() if known.layout is self), None)
+        return (type(self), (self.name, self.part_rows, self.pairs)) if name is None else (_named, (name,))
 
 
 def _split(whole: Array, sizes: Sequence[int]) -> list[Array]:
@@ -144,6 +149,7 @@ GROUPED_GATED_QKV = Layout("grouped qkv with gates", _qkv_rows, _grouped_gated_q
 DELTA_BY_KEY_HEAD = Layout("gated DeltaNet by key head", _delta_rows, _delta_by_key_head)
 
 
+@cache
 def joined(layout: Layout) -> Layout:
     """All parts of a layout, one after the other, as a single part."""
 
@@ -153,6 +159,7 @@ def joined(layout: Layout) -> Layout:
     return Layout(f"joined {layout.name}", lambda kind: (sum(layout.part_rows(kind)),), pairs)
 
 
+@cache
 def interleaved(layout: Layout) -> Layout:
     """Grouped layout whose parts have queries and keys with neighbouring rotary pairs.
 
@@ -180,6 +187,40 @@ def interleaved(layout: Layout) -> Layout:
 
 _ROTATED = 2
 GROUPED_INTERLEAVED_QKV = interleaved(GROUPED_QKV)
+
+
+class NamedLayout(NamedTuple):
+    """Layout with a name of its own: how many parts it has, by each slot that it is for."""
+
+    layout: Layout
+    parts: Mapping[str, int]
+
+
+_QKV_SLOTS, _GATED_SLOTS = ("qkv", "qkv_bias"), ("fc1", "fc1_bias", "expert_fc1", "shared_fc1")
+
+
+def _for(layout: Layout, slots: Iterable[str], parts: int) -> NamedLayout:
+    return NamedLayout(layout, dict.fromkeys(slots, parts))
+
+
+_WITH_PARTS = {
+    "gated": _for(GATED, _GATED_SLOTS, 2),
+    "grouped_qkv": _for(GROUPED_QKV, _QKV_SLOTS, 3),
+    "grouped_gated_qkv": _for(GROUPED_GATED_QKV, _QKV_SLOTS, 3),
+    "interleaved_grouped_qkv": _for(GROUPED_INTERLEAVED_QKV, _QKV_SLOTS, 3),
+    "delta_by_key_head": _for(DELTA_BY_KEY_HEAD, ("delta_in",), 2),
+}
+#: Every layout that a table which is no Python can name.
+NAMED: Mapping[str, NamedLayout] = {
+    "same": _for(SAME, SLOTS, 1),
+    **_WITH_PARTS,
+    **{f"joined_{name}": _for(joined(known.layout), known.parts, 1) for name, known in _WITH_PARTS.items()},
+    "blocks": NamedLayout(BLOCKS, {"delta_in": 6, "delta_conv": 3}),
+}
+
+
+def _named(name: str) -> Layout:
+    return NAMED[name].layout
 
 
 def _along(array: Array, axis: int, start: int, stop: int) -> Array:

@@ -275,6 +275,8 @@ _KNOWN = {
     "feed",
     *(n for r in _RECORDS for n in names(r)),
 }
+#: Names of all properties.
+PROPERTIES = frozenset(_KNOWN)
 
 
 def _plain(value: Any) -> Any:
