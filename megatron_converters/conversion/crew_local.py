@@ -12,7 +12,8 @@ from multiprocessing.process import BaseProcess
 from typing import Any, TypeVar
 
 from ..basics.errors import ConversionError, Stopped
-from .crew import Crew, Report
+from ..families.registry import FAMILIES, Packed
+from .crew import Crew, Report, meet
 
 T = TypeVar("T")
 #: Function that each process calls with its crew. It must belong to a module, since the other processes import it.
@@ -78,11 +79,12 @@ def run(count: int, work: Work[Any], argument: Any, lead: Callable[[Crew], T]) -
     """Run `lead(crew)` in this process and `work(crew, argument)` in `count` - 1 others; returns the result of `lead`."""
     context = multiprocessing.get_context("spawn")
     others: list[tuple[BaseProcess, Connection]] = []
+    families = FAMILIES.pack()
     try:
         for rank in range(1, count):
             own_end, other_end = context.Pipe()
             process = context.Process(
-                target=_run_member, args=(rank, count, other_end, work, argument), name=f"worker {rank}"
+                target=_run_member, args=(rank, count, other_end, work, argument, families), name=f"worker {rank}"
             )
             with _sigint_blocked():
                 process.start()
@@ -104,9 +106,14 @@ def _sigint_blocked() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _run_member(rank: int, size: int, connection: Connection, work: Work[Any], argument: Any) -> None:
+def _run_member(rank: int, size: int, connection: Connection, work: Work[Any], argument: Any, families: Packed) -> None:
+    crew = _Member(rank, size, connection)
     with suppress(ConversionError):  # the leader has received the failure and reports it
-        work(_Member(rank, size, connection), argument)
+        try:
+            FAMILIES.unpack(families)
+        except ConversionError as error:
+            meet(crew, None, error)
+        work(crew, argument)
 
 
 def _stop(others: list[tuple[BaseProcess, Connection]]) -> None:

@@ -17,9 +17,6 @@ from ..formats.huggingface.source import read_tensors
 from .needs import need
 from .pool import Pool
 
-#: Suffixes of tensors that are not weights; transformers may report them.
-_IGNORED_SUFFIXES = tuple({suffix for family in FAMILIES.values() for suffix in family.ignored_suffixes})
-
 
 class HFModel:
     """Hugging Face folder that was checked to be readable; the model is not built yet."""
@@ -82,10 +79,11 @@ def _version(module: Any) -> tuple[int, ...]:
 
 def _problems(report: dict[str, Any]) -> list[str]:
     """Lines for what transformers reports: by kind of fault, names of tensors or tuples that start with one."""
+    ignored = tuple({suffix for family in FAMILIES.values() for suffix in family.ignored_suffixes})
     named = {kind: [str(key[0] if isinstance(key, tuple) else key) for key in keys] for kind, keys in report.items()}
     return [
         f"{kind.replace('_', ' ')}: {name}"
         for kind, names in named.items()
         for name in sorted(names)
-        if not name.endswith(_IGNORED_SUFFIXES)
+        if not name.endswith(ignored)
     ]

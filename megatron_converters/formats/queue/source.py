@@ -18,6 +18,7 @@ from ...basics.errors import ConversionError, raise_all
 from ...basics.handover import receive_own_types
 from ...conversion.composing import Piece, Sources, StoredName, TensorData
 from ...families.config_json import infer_family
+from ...families.registry import FAMILIES, Packed
 from ...model.layouts import RowMap, interned, row_maps
 from ...model.slots import Ref
 from ...model.spec import ModelSpec
@@ -61,6 +62,7 @@ class QueueSource:
                     f"the loader is version {ours['version']}, this saver {__version__}; use the same version for both"
                 )
             self.spec = ModelSpec.from_dict(ours["spec"])
+            _check_family(self.spec.family, ours["families"])
             self.origin: Origin = ours["origin"]
             self._dtypes: dict[str, str] | None = ours["dtypes"]
         else:
@@ -149,6 +151,17 @@ class QueueSource:
         value = self._peek(key)
         self._used.add(key)
         return value
+
+
+def _check_family(name: str, families: Packed) -> None:
+    """Raise unless this process knows the family of the loader's model, by itself or from what the loader has registered."""
+    if name not in FAMILIES:
+        FAMILIES.unpack(families)
+    if name not in FAMILIES:
+        raise ConversionError(
+            f"the loader sends a model of the family {name}, which is not known in the saver's process; give convert.py the "
+            "loader's --family-file, or install its plug-in here"
+        )
 
 
 def _one_expert(where: StoredName, stack: Any, expert: int, experts: int) -> Any:

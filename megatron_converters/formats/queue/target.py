@@ -16,6 +16,7 @@ from ...conversion.composing import Sources
 from ...conversion.copying import Executor, Sink
 from ...conversion.endpoint import Source, wanted_dtype
 from ...conversion.outline import Fill
+from ...families import FAMILIES
 from ...model.layers import LAYER_NORM
 from ...model.layouts import row_maps
 from ...model.slots import SLOTS, Ref, refs
@@ -126,6 +127,7 @@ class QueueTarget:
             "spec": self._spec.to_dict(),
             "dtypes": {str(ref): self._dtype_of(ref).name for ref in refs(self._spec)},
             "origin": origin,
+            "families": FAMILIES.pack(),
         }
 
 

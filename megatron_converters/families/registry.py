@@ -1,0 +1,229 @@
+"""Registry of families: the package's own, those of plug-ins and of `register_family`, and for a while those of a family file."""
+
+from __future__ import annotations
+
+import importlib
+import pickle
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cached_property
+from importlib import metadata
+from multiprocessing.reduction import ForkingPickler
+from typing import NamedTuple
+
+from ..basics.errors import ConversionError, UsageError, one_line
+from .table import Family
+
+#: Modules of this folder whose families can be converted. In matching order: a checkpoint that names no family gets the first one
+#: that can express it.
+_MODULES = (
+    *("llama", "mistral", "qwen", "mixtures", "gpt2", "starcoder", "phi", "glm", "granite"),
+    *("deepseek", "qwen3_next"),
+)
+#: Entry points of this group each load a `Family`, or a function that returns one or several.
+GROUP = "megatron_converters.families"
+
+
+class FromFile(NamedTuple):
+    """Family of a file: where that lies, the digest of what it says, and the family whose place it takes (empty: of none)."""
+
+    family: Family
+    path: str
+    digest: str
+    replaces: str = ""
+
+
+class Packed(NamedTuple):
+    """Registered families on their way to another process: those that can be sent, and the names of others."""
+
+    families: bytes
+    others: tuple[str, ...]
+
+
+#: Family of the file that commands and calls of this context have named.
+_FILE: ContextVar[FromFile | None] = ContextVar("family file", default=None)
+
+
+class Families(Mapping[str, Family]):
+    """Every known family by name. Plug-ins are loaded once a name that is not built in, or all names, are asked for."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._registered: dict[str, Family] = {}
+        self._plugged: dict[str, Family] | None = None
+
+    @cached_property
+    def built_in(self) -> Mapping[str, Family]:
+        """Families of this package, in matching order."""
+        modules = [importlib.import_module(f"{__package__}.{name}") for name in _MODULES]
+        found = [value for module in modules for value in vars(module).values() if isinstance(value, Family)]
+        return {family.name: family for family in found}
+
+    @property
+    def file(self) -> FromFile | None:
+        """Family of the file that is in use, None for none."""
+        return _FILE.get()
+
+    def __getitem__(self, name: str) -> Family:
+        file = self.file
+        if file is not None and name in (file.family.name, file.replaces):
+            if name == file.family.name:
+                return file.family
+            raise KeyError(name)
+        known = {**self.built_in, **self._registered}
+        return known[name] if name in known else self._plug_ins()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        file = self.file
+        own = [] if file is None else [file.family.name]
+        hidden = [] if file is None else [file.family.name, file.replaces]
+        others = {**self.built_in, **self._registered, **self._plug_ins()}
+        yield from (*own, *(name for name in others if name not in hidden))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def register(self, family: Family) -> None:
+        """Add a family for this process; raises `UsageError` unless it is a table with names of its own, or is there already."""
+        if not isinstance(family, Family):
+            raise UsageError(
+                f"a {type(family).__name__} cannot be registered; give a megatron_converters.families.table.Family"
+            )
+        with self._lock:
+            known = {**self.built_in, **self._registered, **(self._plugged or {})}
+            taken = clash(family, known.values())
+            if taken:
+                raise UsageError(f"the family {family.name} cannot be registered: {taken}")
+            if known.get(family.name) is not family:
+                self._registered[family.name] = family
+
+    @contextmanager
+    def using(self, file: FromFile) -> Iterator[None]:
+        """Add the family of a file while the context lasts."""
+        token = _FILE.set(file)
+        try:
+            yield
+        finally:
+            _FILE.reset(token)
+
+    def file_digest(self, name: str) -> str | None:
+        """Digest of the family file that has this family; None if it comes from elsewhere."""
+        file = self.file
+        return file.digest if file is not None and file.family.name == name else None
+
+    def pack(self) -> Packed:
+        """Registered families for another process, where importing modules again does not register them."""
+        sent = [family for family in self._registered.values() if _can_be_sent(family)]
+        others = tuple(name for name, family in self._registered.items() if not any(family is one for one in sent))
+        return Packed(bytes(ForkingPickler.dumps(sent)), others)
+
+    def unpack(self, packed: Packed) -> None:
+        """Register families that another process has packed; raises `ConversionError` for one that could not be sent."""
+        try:
+            families: list[Family] = ForkingPickler.loads(packed.families)
+        except (AttributeError, ImportError, pickle.UnpicklingError) as error:
+            raise ConversionError(
+                f"a family that register_family has added cannot be made again in another process ({error}); {_REMEDY}"
+            ) from error
+        with self._lock:
+            for family in families:
+                if family.name not in self._registered:
+                    self.register(family)
+            lost = [name for name in packed.others if name not in self._registered]
+        if lost:
+            raise ConversionError(
+                f"the family {', '.join(lost)}, which register_family has added, cannot be sent to another process, since "
+                f"its table holds functions without an importable name; {_REMEDY}"
+            )
+
+    def _plug_ins(self) -> Mapping[str, Family]:
+        """Families of installed distributions; those of this package while they are being loaded."""
+        with self._lock:
+            if self._plugged is None:
+                self._plugged = {}  # for a plug-in that asks for families, or registers one, while it is imported
+                try:
+                    self._plugged = _load_all({**self.built_in, **self._registered})
+                except BaseException:
+                    self._plugged = None
+                    raise
+            return self._plugged
+
+
+_REMEDY = (
+    "define them at the top of a module and register the family there, make it an entry point of the group "
+    f"{GROUP}, or write a family file (--family-file)"
+)
+
+
+def clash(family: Family, known: Iterable[Family]) -> str:
+    """What of a family's names another one has already, as a sentence without its end; empty if nothing."""
+    for other in known:
+        if other is family:
+            return ""
+        types = {family.model_type, *family.aliases} & {other.model_type, *other.aliases}
+        shared = [
+            *([f"name {family.name!r}"] if family.name == other.name else []),
+            *(f"model_type {name!r}" for name in sorted(types)),
+            *([f"architecture {family.architecture!r}"] if family.architecture == other.architecture else []),
+        ]
+        if shared:
+            return f"the family {other.name} has the {' and the '.join(shared)} already"
+    return ""
+
+
+def _can_be_sent(family: Family) -> bool:
+    try:
+        ForkingPickler.dumps(family)
+    except (AttributeError, TypeError, pickle.PicklingError):
+        return False
+    return True
+
+
+def _load_all(known: Mapping[str, Family]) -> dict[str, Family]:
+    found: dict[str, Family] = {}
+    for entry in sorted(metadata.entry_points(group=GROUP), key=lambda entry: (entry.name, entry.value)):
+        for family in _loaded(entry):
+            taken = clash(family, [*known.values(), *found.values()])
+            if taken:
+                raise ConversionError(
+                    f"{_described(entry)} has the family {family.name}, but {taken}; remove one of them"
+                )
+            found[family.name] = family
+    return found
+
+
+def _loaded(entry: metadata.EntryPoint) -> list[Family]:
+    try:
+        value = entry.load()
+        value = value() if callable(value) else value
+        families = [value] if isinstance(value, Family) else list(value)
+    except Exception as error:
+        raise ConversionError(
+            f"{_described(entry)} does not load: {type(error).__name__}: {one_line(error)}; mend or uninstall it"
+        ) from error
+    others = [type(family).__name__ for family in families if not isinstance(family, Family)]
+    if others:
+        raise ConversionError(
+            f"{_described(entry)} gives a {others[0]}, and not a megatron_converters.families.table.Family; mend or uninstall it"
+        )
+    return families
+
+
+def _described(entry: metadata.EntryPoint) -> str:
+    where = "an unknown distribution" if entry.dist is None else f"{entry.dist.name} {entry.dist.version}"
+    return f"the entry point {entry.name} ({entry.value}) of {where}"
+
+
+#: Every known family by name.
+FAMILIES = Families()
+
+
+def register_family(family: Family) -> None:
+    """Add a family for this process and for the workers that its conversions start.
+
+    `family` is a table as those in `megatron_converters/families`. Raises `UsageError` if one of its names (name, model_type,
+    architecture) is taken; registering the same object again does nothing.
+    """
+    FAMILIES.register(family)
