@@ -25,7 +25,8 @@ from .conversion.dry_run import Forecast, forecast, measure
 from .conversion.journal import MANIFEST
 from .conversion.progress import Progress, Silent
 from .conversion.run import convert as run_conversion
-from .families import FAMILIES
+from .families import FAMILIES, register_family
+from .families.scope import family_of
 from .formats.huggingface.target import HFOptions
 from .formats.megatron.arguments import inexpressible
 from .formats.megatron.flags import all_flags, flag_warnings
@@ -54,6 +55,7 @@ __all__ = [
     "diff",
     "inspect",
     "plan",
+    "register_family",
     "supported_families",
     "training_flags",
     "verify",
@@ -179,16 +181,18 @@ def plan(
 
     With `measured`, up to two seconds are spent on measuring a rate, from which `seconds` follows.
     """
-    job = _request(src, dst, to, (tp, pp, ep, etp), dtype, overwrite, read, megatron, hf).open()
-    result = forecast(job.source, job.target, job.dtype, workers)
-    if measured:
-        measure(result, job.source, job.target.save_dir)
+    with family_of(read.family_file):
+        job = _request(src, dst, to, (tp, pp, ep, etp), dtype, overwrite, read, megatron, hf).open()
+        result = forecast(job.source, job.target, job.dtype, workers)
+        if measured:
+            measure(result, job.source, job.target.save_dir)
     return result
 
 
 def inspect(src: Folder, *, read: ReadOptions = AS_FOUND) -> dict[str, Any]:
     """What a folder of any format holds, from headers alone: the JSON of `inspect --json`, sizes in bytes."""
-    return as_json(survey(*_open(src, read)))
+    with family_of(read.family_file):
+        return as_json(survey(*_open(src, read)))
 
 
 def verify(
@@ -207,16 +211,18 @@ def verify(
     if b is None:
         checked = check_output(find_output(existing_folder(a), read.ckpt_dir_name), Silent())
         return Verification(not checked.faults, tuple(map(str, checked.faults)), check_json(checked))
-    pair = open_pair(a, b, read, read_b_format)
-    comparison = compare(*pair.sources, Rules(tolerance=tolerance, ignore_dtype=ignore_dtype), Silent())
+    with family_of(read.family_file):
+        pair = open_pair(a, b, read, read_b_format)
+        comparison = compare(*pair.sources, Rules(tolerance=tolerance, ignore_dtype=ignore_dtype), Silent())
     return Verification(comparison.equal, tuple(findings(comparison)), verification_json(pair, comparison))
 
 
 def diff(a: Folder, b: Folder, *, read: ReadOptions = AS_FOUND, read_b_format: str | None = None) -> Difference:
     """What differs between two folders of any formats: settings, training arguments, and each tensor by how much."""
-    pair = open_pair(a, b, read, read_b_format)
-    settings = settings_differences(*pair.sources)
-    comparison = compare(*pair.sources, Rules(norms=True), Silent())
+    with family_of(read.family_file):
+        pair = open_pair(a, b, read, read_b_format)
+        settings = settings_differences(*pair.sources)
+        comparison = compare(*pair.sources, Rules(norms=True), Silent())
     equal = comparison.equal and not any(settings.values())
     return Difference(equal, settings, difference_json(pair, settings, comparison, equal))
 
@@ -226,6 +232,11 @@ def training_flags(src: Folder, *, allow_inexpressible: bool = False, read: Read
 
     Raises `ConversionError` where Megatron-LM's arguments cannot express the model, unless `allow_inexpressible`.
     """
+    with family_of(read.family_file):
+        return _training_flags(src, allow_inexpressible, read)
+
+
+def _training_flags(src: Folder, allow_inexpressible: bool, read: ReadOptions) -> TrainingFlags:
     kind, source = _open(src, read)
     reasons = inexpressible(source.spec)
     if not allow_inexpressible:
@@ -272,8 +283,9 @@ def _request(
 
 
 def _convert(crew: Crew, request: Request, restart: bool, progress: Progress) -> Result:
-    job = request.open()
-    lines = run_conversion(job.source, job.target, job.dtype, progress, restart=restart, crew=crew)
+    with family_of(request.read.family_file):
+        job = request.open()
+        lines = run_conversion(job.source, job.target, job.dtype, progress, restart=restart, crew=crew)
     warnings = [line.removeprefix(_WARNING) for line in lines if line.startswith(_WARNING)]
     notes = [line for line in lines if not line.startswith((_WARNING, "pretrain_gpt.py needs"))]
     flags = job.target.flags if isinstance(job.target, CheckpointTarget) else []

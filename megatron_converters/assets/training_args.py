@@ -19,7 +19,7 @@ _RUN_ARGUMENTS = frozenset(
     load save pretrained_checkpoint tensorboard_dir wandb_save_dir data_path train_data_path valid_data_path
     test_data_path rank local_rank world_size data_parallel_size tokenizer_type use_checkpoint_args exit_on_missing_checkpoint
     use_distributed_optimizer sequence_parallel consumed_train_samples consumed_valid_samples skipped_train_samples
-    no_load_optim no_load_rng finetune ckpt_step
+    no_load_optim no_load_rng finetune ckpt_step hf_family_file
     """.split()
 )
 _DTYPE_PREFIX = "torch."

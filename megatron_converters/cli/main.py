@@ -32,7 +32,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     with exit_on_error(_PROG):
         arguments = list(sys.argv[1:] if argv is None else argv)
         args = _parser(arguments).parse_args(arguments)
-        code = _module(args.verb).run(args)
+        from ..families.scope import family_of
+
+        with family_of(getattr(args, "family_file", None)):
+            code = _module(args.verb).run(args)
     raise SystemExit(code)
 
 

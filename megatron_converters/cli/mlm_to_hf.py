@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from ..basics.dtypes import dtype_named
 from ..conversion.progress import make_progress
 from ..conversion.run import convert
+from ..families.scope import family_of
 from .console import exit_on_error, prepare_process, report
 from .options.reading import add_checkpoint_arguments, open_checkpoint
 from .options.writing import add_hf_target_arguments, open_hf_target
@@ -21,12 +22,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     with exit_on_error("convert_mlm_to_hf_checkpoint"):
         args = _parser().parse_args(sys.argv[1:] if argv is None else argv)
         dtype = dtype_named(args.target_params_dtype) if args.target_params_dtype else None
-        source = open_checkpoint(args)
-        parallel = source.origin.parallel
-        sizes = "" if parallel is None else f", tp={parallel.tp}, pp={parallel.pp}"
-        report(args, f"loading {source.origin.described} ({source.spec.family}{sizes})")
-        for line in convert(source, open_hf_target(args), dtype, make_progress(args.quiet), restart=args.restart):
-            report(args, line)
+        with family_of(args.family_file):
+            source = open_checkpoint(args)
+            parallel = source.origin.parallel
+            sizes = "" if parallel is None else f", tp={parallel.tp}, pp={parallel.pp}"
+            report(args, f"loading {source.origin.described} ({source.spec.family}{sizes})")
+            for line in convert(source, open_hf_target(args), dtype, make_progress(args.quiet), restart=args.restart):
+                report(args, line)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -16,6 +16,7 @@ from ..basics.errors import ConversionError, Interrupted, UsageError
 from ..conversion.endpoint import Source, Target
 from ..conversion.progress import make_progress
 from ..conversion.run import convert
+from ..families.scope import family_of
 from ..formats.megatron.arguments import spec_fields, uncut_args
 from ..formats.queue.channel import WatchedProgress, check_exit, try_send
 from ..formats.queue.messages import EXIT
@@ -28,7 +29,7 @@ from .options.shared import add_argument, add_shared
 
 def add_common_arguments(parser: Any) -> None:
     """Add the options of loaders and savers that stock convert.py lacks."""
-    add_shared(parser, "--quiet", "--overwrite", "--restart")
+    add_shared(parser, "--quiet", "--overwrite", "--restart", "--family-file")
     add_argument(
         parser,
         "--megatron-path",
@@ -65,12 +66,16 @@ def run_loader(queue: Any, args: argparse.Namespace, open_source: Callable[[], S
     try:
         if args.model_type != "GPT":
             raise UsageError(f"--model-type {args.model_type} cannot be converted; only GPT can")
-        source = open_source()
-        report(args, f"loading {source.origin.described} ({source.spec.family}, {source.spec.num_layers} layers)")
-        target = QueueTarget(
-            queue, uncut_args, model_type=args.model_type, divisor=getattr(args, "make_vocab_size_divisible_by", None)
-        )
-        stream(source, target, requested_dtype(args))
+        with family_of(getattr(args, "family_file", None)):
+            source = open_source()
+            report(args, f"loading {source.origin.described} ({source.spec.family}, {source.spec.num_layers} layers)")
+            target = QueueTarget(
+                queue,
+                uncut_args,
+                model_type=args.model_type,
+                divisor=getattr(args, "make_vocab_size_divisible_by", None),
+            )
+            stream(source, target, requested_dtype(args))
         for saver in savers:  # Megatron-LM's own convert.py exits with 0 even if its saver failed
             check_exit(saver)
     except ConversionError as error:
@@ -87,7 +92,7 @@ def run_loader(queue: Any, args: argparse.Namespace, open_source: Callable[[], S
 def run_saver(queue: Any, args: argparse.Namespace, open_target: Callable[[], Target]) -> None:
     """Save the model that arrives over the queue; a failure leaves nothing behind that looks complete."""
     prepare_process()
-    with exit_on_error("saver"):
+    with exit_on_error("saver"), family_of(getattr(args, "family_file", None)):
         source = QueueSource(queue, spec_fields, checking=getattr(args, "checking", True))
         progress = WatchedProgress(make_progress(getattr(args, "quiet", False)))
         lines = convert(source, open_target(), None, progress, restart=getattr(args, "restart", False))

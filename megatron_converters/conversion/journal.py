@@ -56,13 +56,16 @@ Entries = dict[str, dict[str, Any]]
 _MAX_TEXTS = 4096
 
 
-def describe_run(outline: Outline, origin: Origin) -> dict[str, Any]:
-    """Description of a run: all that decides the output. Two runs with equal descriptions write the same bytes."""
+def describe_run(outline: Outline, origin: Origin, family_file: str | None = None) -> dict[str, Any]:
+    """Description of a run: all that decides the output. Two runs with equal descriptions write the same bytes.
+
+    `family_file` is the digest of the file that describes the model's family, if it is from one.
+    """
     files = {file: {"bytes": layout.nbytes, "structure": layout.structure} for file, layout in outline.files.items()}
     run = {
         "tool": f"megatron-converters {__version__}",
         "source": {"path": os.path.abspath(origin.described), "files": origin.identity},
-        "options": outline.options,
+        "options": {**outline.options, **({} if family_file is None else {"family file": family_file})},
         "content": outline.content,
         "files": files,
     }

@@ -14,6 +14,7 @@ import numpy as np
 from ..assets.origin import changed_files
 from ..basics.dtypes import DType
 from ..basics.errors import ConversionError, DiskError, Interrupted, Stopped, raise_all, reason_of
+from ..families import FAMILIES
 from ..model.slots import refs
 from ..storage.output_file import OutputFile
 from ..storage.tensor import release_mappings
@@ -70,7 +71,7 @@ class _Run:
         self._crew, self._progress = crew, progress
         self._staging = Staging(target.save_dir, outline.name)
         self._journal = Journal(self._staging.state)
-        self._description = describe_run(outline, source.origin)
+        self._description = describe_run(outline, source.origin, FAMILIES.file_digest(source.spec.family))
         self._begun = self._shown = False
         self._session = ""
         self._open: dict[str, OutputFile] = {}

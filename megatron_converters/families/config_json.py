@@ -53,7 +53,10 @@ def family_from_config(config: Mapping[str, Any]) -> Family:
         )
     named = one_line(", ".join(architectures) or model_type or "no architecture")
     known = ", ".join(family.architecture for family in FAMILIES.values())
-    raise ConversionError(f"config.json names {named}, which is not supported; supported are {known}")
+    raise ConversionError(
+        f"config.json names {named}, which is not supported; supported are {known}, and those of a family file, which "
+        "--family-file FILE names, or of an installed plug-in"
+    )
 
 
 def spec_from_config(config: Mapping[str, Any], ignored: Iterable[str] = ()) -> ModelSpec:

@@ -14,6 +14,8 @@ from ..assets.training_args import margs_from_json
 from ..basics.errors import UsageError
 from ..basics.folders import existing_folder
 from ..conversion.endpoint import Source
+from ..families import FAMILIES
+from ..families.scope import family_of
 from .detect import FORMATS, HF, MEGATRON, META, format_of
 from .huggingface.source import HFSource
 from .megatron.opening import open_megatron
@@ -29,8 +31,8 @@ class ReadOptions:
     (iter_0000008) instead of the latest, `hf_config` the folder of a reference model, and `true_vocab_size` the vocabulary size
     without padding, if args lack it. For a Hugging Face folder, `untie` keeps a stored lm_head although config.json ties it, and
     `ignore_config_fields` names unknown fields of config.json that do not matter. `without_mtp` leaves out layers of multi-token
-    prediction. `source_margs_file` is a source_megatron_args.json whose training arguments are inherited, and `capacity_bins`
-    requests capacity_bins.pt.
+    prediction. `source_margs_file` is a source_megatron_args.json whose training arguments are inherited, `family_file` a YAML file
+    with a family of the user's own, and `capacity_bins` requests capacity_bins.pt.
     """
 
     format: str | None = None
@@ -41,6 +43,7 @@ class ReadOptions:
     without_mtp: bool = False
     ignore_config_fields: tuple[str, ...] = ()
     source_margs_file: str | os.PathLike[str] | None = None
+    family_file: str | os.PathLike[str] | None = None
     capacity_bins: bool = False
 
 
@@ -59,13 +62,15 @@ def open_source(path: str | os.PathLike[str], options: ReadOptions = AS_FOUND) -
     """Open a folder of any format, without reading weights.
 
     Raises `ConversionError` if its format is unknown, if it is damaged, or if it does not hold the model that its configuration
-    describes.
+    describes. What uses a source of a family file must do so in the scope of that (`families/scope.py`).
     """
     folder = existing_folder(path)
     if options.format not in (None, *FORMATS):
         raise UsageError(f"format {options.format!r} is not one of {', '.join(FORMATS)}")
     found = options.format or format_of(folder)
-    source = _OPENERS[found](folder, options)
+    with family_of(options.family_file):
+        source = _OPENERS[found](folder, options)
+        _note_unused_family(source, options)
     if options.source_margs_file is not None:
         source.origin.margs = margs_from_json(Path(options.source_margs_file))
     return Opened(found, source)
@@ -77,6 +82,15 @@ def refuse_unused(formats: Collection[str], options: ReadOptions) -> None:
         if getattr(options, name) and only not in formats:
             option = name.replace("_", "-")
             raise UsageError(f"--{option} is for reading {_NAMES[only]}, which this is not; leave it out")
+
+
+def _note_unused_family(source: Source, options: ReadOptions) -> None:
+    name, file = source.spec.family, FAMILIES.file
+    if file is not None and name != file.family.name:
+        source.origin.notes.append(
+            f"warning: {options.family_file} describes the family {file.family.name}, but this is a {name} model, for which it is "
+            "not used"
+        )
 
 
 def _open_hf(folder: Path, options: ReadOptions) -> Source:

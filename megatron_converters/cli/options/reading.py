@@ -42,6 +42,7 @@ def read_options(args: argparse.Namespace, source_format: str | None = None) -> 
         ignore_config_fields=tuple(name for name in (given("ignore_config_fields") or "").split(",") if name),
         without_mtp=bool(given("without_mtp")),
         source_margs_file=given("source_margs_file"),
+        family_file=given("family_file"),
         capacity_bins=bool(given("load_capacity_bins")),
     )
 
@@ -50,7 +51,7 @@ def add_reading_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the verbs, which read a folder of any format."""
     group = parser.add_argument_group("reading")
     group.add_argument("--from", dest="source_format", choices=FORMATS, default=None, help="Format of the source.")
-    add_shared(group, *_OF_CHECKPOINTS, *_OF_FOLDERS, "--source-margs-file")
+    add_shared(group, *_OF_CHECKPOINTS, *_OF_FOLDERS, "--source-margs-file", "--family-file")
 
 
 def open_any(path: str, args: argparse.Namespace) -> Opened:

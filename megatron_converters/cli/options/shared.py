@@ -38,6 +38,12 @@ _DECLARED: dict[str, dict[str, Any]] = {
         default=None,
         help="source_megatron_args.json with training arguments to take over.",
     ),
+    "--family-file": dict(
+        metavar="FILE",
+        default=None,
+        help="YAML file with a family of your own: its tensors' names and the rules of its config.json "
+        "(docs/adding-a-family.md).",
+    ),
     "--tokenizer-model": dict(
         metavar="PATH", default=None, help="Tokenizer to record or to write; by default the source's."
     ),

@@ -10,6 +10,7 @@ from ...conversion.crew import ALONE, Crew
 from ...conversion.crew_cluster import crew_of_environment
 from ...conversion.progress import Progress, Silent, make_progress
 from ...conversion.run import convert
+from ...families.scope import family_of
 from ...formats.queue.channel import WatchedProgress
 from ..console import report
 from ..options.shared import add_shared
@@ -50,6 +51,11 @@ def run(args: argparse.Namespace) -> int:
 
 def work(crew: Crew, args: argparse.Namespace) -> list[str]:
     """Do one process's part; returns lines for the user."""
+    with family_of(args.family_file):  # which another process does not have yet
+        return _work(crew, args)
+
+
+def _work(crew: Crew, args: argparse.Namespace) -> list[str]:
     job = request_of(args).open()
     if crew.rank == 0:
         origin, spec = job.source.origin, job.source.spec

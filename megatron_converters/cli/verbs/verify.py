@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
     if args.b is None:
         _refuse(
             args,
-            ("logits", "tolerance", *_LOGITS, *_OF_TENSORS),
+            ("logits", "tolerance", *_LOGITS, *_OF_TENSORS, "family_file"),
             "compares two folders; a manifest is compared byte by byte",
         )
         return _verify_output(args)

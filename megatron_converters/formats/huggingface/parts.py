@@ -91,9 +91,13 @@ class HFNames:
 
     def _separate(self, ref: Ref) -> Iterator[_Template]:
         entry, rest = self._entry(ref), ref.shape(self._spec)[1:]
-        for name, rows in zip(
-            entry.names, row_maps(entry.layout, ref.slot, self._spec, ref.kind(self._spec)), strict=True
-        ):
+        maps = row_maps(entry.layout, ref.slot, self._spec, ref.kind(self._spec))
+        if len(maps) != len(entry.names):
+            raise ConversionError(
+                f"the {self._family.name} family has {len(entry.names)} names for {ref}, whose layout {entry.layout.name} has "
+                f"{len(maps)} parts in this model; correct its table"
+            )
+        for name, rows in zip(entry.names, maps, strict=True):
             shape = (rows.size, *rest)
             stored = shape[::-1] if entry.transposed else shape
             yield _Template(self._template(name, ref), rows, shape, stored, entry.transposed, entry.value)

@@ -15,6 +15,7 @@ from ...basics.dtypes import DType
 from ...basics.errors import ConversionError, Unclear, UsageError, one_line, reason_of
 from ...basics.json_files import read_json
 from ...basics.quantities import count
+from ...families import FAMILIES
 from ...families.config_json import differences, infer_family, spec_from_config
 from ...families.quantisation import unquantised
 from ...model.layers import is_whole
@@ -27,7 +28,7 @@ from ...storage.pickle_reader import StandIn
 from .arguments import model_args, spec_fields, stated_heads
 from .conventions import conventions_of
 from .flags import ignored_notes
-from .writing import TRACKER
+from .writing import FAMILY_FILE, TRACKER
 
 #: File that describes the format of a distributed checkpoint (core/dist_checkpointing/core.py).
 FORMAT_FILE = "metadata.json"
@@ -143,10 +144,24 @@ def spec_and_notes(
     fields = {**fields, "vocab_size": vocab, "dtype": dtype}
     recorded = getattr(args, "hf_config", None)
     if isinstance(recorded, dict):
+        _check_family_file(args, recorded)
         return _updated_spec(_recorded_spec(recorded), fields, args), notes + ignored_notes(vars(args))
     spec = infer_family(fields)
     notes += ignored_notes(vars(args))
     return spec, [*notes, f"no Hugging Face configuration is recorded; the {spec.family} family fits the args"]
+
+
+def _check_family_file(args: argparse.Namespace, config: Mapping[str, Any]) -> None:
+    """Raise unless the family file is in use with which the recorded configuration was written, if it was one."""
+    mark, file = getattr(args, FAMILY_FILE, None), FAMILIES.file
+    if mark is None or (file is not None and mark == file.digest):
+        return
+    other = "" if file is None else f", and {file.path} says something else"
+    raise ConversionError(
+        f"the configuration that a conversion recorded in the args needs the family file of that conversion, which describes "
+        f"{one_line(config.get('architectures') or config.get('model_type'))}{other}; give it with --family-file FILE, or a "
+        "reference model with --hf-config DIR"
+    )
 
 
 def _recorded_spec(config: Mapping[str, Any]) -> ModelSpec:

@@ -25,6 +25,7 @@ from ...basics.errors import ConversionError, UsageError, raise_all
 from ...basics.quantities import count
 from ...conversion.outline import Fill, Outline
 from ...conversion.staging import Staging
+from ...families import FAMILIES
 from ...model.layers import is_whole
 from ...model.slots import SLOTS, Precision, Ref
 from ...model.spec import ModelSpec
@@ -49,6 +50,8 @@ from .releases import NEWEST, parse
 from .rounding import rounding_warnings
 
 TRACKER = "latest_checkpointed_iteration.txt"
+#: Attribute of args for the digest of the family file that describes the recorded configuration's family.
+FAMILY_FILE = "hf_family_file"
 FLAGS_FILE = "pretrain_gpt_flags.txt"
 DEFAULT_DIVISOR = 128
 _CHECKPOINT_VERSION = 3.0
@@ -321,6 +324,9 @@ class CheckpointTarget(ABC):
         }
         configs = {"hf_config": self._origin.hf_config, "hf_generation_config": self._origin.generation_config}
         args |= {name: value for name, value in configs.items() if value is not None}
+        digest = FAMILIES.file_digest(self._spec.family)
+        if digest is not None and "hf_config" in args:
+            args[FAMILY_FILE] = digest
         return dict(sorted(args.items()))
 
 

@@ -1,0 +1,91 @@
+"""YAML files of plain values, as JSON has them: text, numbers, true, false, null, lists and mappings with text as keys."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .errors import ConversionError, one_line, reason_of
+
+#: Larger than any file that a person writes.
+_MAX_BYTES = 1 << 20
+_BRACES = "; a name with { } in a list with [ ] needs quotes"
+
+
+class _Loader(yaml.SafeLoader):  # type: ignore[misc]
+    """Safe loader that knows numbers such as 1e-6, and refuses aliases, keys that are there twice, and other tags."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.events.AliasEvent):
+            event = self.peek_event()
+            raise yaml.composer.ComposerError(
+                None, None, f"it has the alias *{event.anchor}; write the value out", event.start_mark
+            )
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        seen = set()
+        for key, _ in node.value:
+            text = getattr(key, "value", "")
+            if not isinstance(key, yaml.ScalarNode) or text in seen:
+                fault = f"the key {text!r} is there twice" if text in seen else "a key is no single word"
+                raise yaml.constructor.ConstructorError(None, None, fault, key.start_mark)
+            seen.add(text)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+#: Dates are text, too.
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in known if not tag.endswith((":timestamp", ":merge"))]
+    for first, known in _Loader.yaml_implicit_resolvers.items()
+}
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read the mapping in a YAML file; raises `ConversionError` with the line for a file that is missing, broken or no mapping."""
+    try:
+        if path.exists() and not path.is_file():
+            raise ConversionError(f"{path} is not a file; name one")
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise ConversionError(f"{path} is missing; name a file that is there") from None
+    except OSError as error:
+        raise ConversionError(f"cannot read {path}: {reason_of(error)}") from error
+    if len(data) > _MAX_BYTES:
+        raise ConversionError(
+            f"{path} has {len(data):,} bytes, which is no file that a person has written; name another"
+        )
+    value = _parsed(path, data)
+    if not isinstance(value, dict):
+        raise ConversionError(
+            f"{path} holds {'nothing' if value is None else 'no mapping'}; write lines such as 'name: example'"
+        )
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError, RecursionError):
+        raise ConversionError(
+            f"{path} holds values other than text, finite numbers, true, false, null, lists and mappings; write these alone"
+        ) from None
+    return value
+
+
+def _parsed(path: Path, data: bytes) -> Any:
+    try:
+        return yaml.load(data, Loader=_Loader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = "" if mark is None else f", line {mark.line + 1}"
+        fault = error.problem or error.context or "it is no YAML"
+        hint = _BRACES if "expected ',' or" in fault else "; correct that line"
+        raise ConversionError(f"{path}{line}: {one_line(fault)}{hint}") from error
+    except (yaml.YAMLError, UnicodeDecodeError, ValueError) as error:
+        raise ConversionError(f"{path} is no YAML: {one_line(error)}; write it as text in UTF-8") from error
+    except RecursionError:
+        raise ConversionError(f"{path} has lists within lists too deep to read; write it flatter") from None

@@ -1,0 +1,141 @@
+"""Rules of a family file: the name of each, what it makes, and what it is given. `RULES` is the one table of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..model.spec import PROPERTIES
+from . import rules_attention as attention
+from . import rules_experts as experts
+from .defaults import Product, Quotient, SameAs
+from .llama import query_groups
+from .place import Check, Place, chosen, listed, mapping, number, only, or_null, scalar, switch, text, texts, whole
+from .rules import Fixed, Implied, Named, Passed, Reciprocal, Row, Rule
+
+#: Properties that a rule may decide; the others are decided elsewhere.
+_DECIDED = {name: name for name in sorted(PROPERTIES - {"family", "dtype"})}
+
+
+@dataclass(frozen=True)
+class Form:
+    """Form of a rule or function in a file: what makes it, and checks of its parameters in the order of a list.
+
+    A `whole` list is the only parameter's value instead of the values of several.
+    """
+
+    make: Callable[..., Any]
+    required: Mapping[str, Check] = field(default_factory=dict)
+    optional: Mapping[str, Check] = field(default_factory=dict)
+    whole: bool = False
+
+    def read(self, value: Any, more: Mapping[str, Any], place: Place) -> Any:
+        """Make it of a value (a list, a mapping by parameter, null or the first parameter) and keys beside."""
+        known = {**self.required, **self.optional}
+        given = {**self._by_name(value, tuple(known), place), **more}
+        only(given, place, known)
+        missing = [name for name in self.required if name not in given]
+        if missing:
+            takes = ", ".join(known)
+            raise place.fault(f"{missing[0]} is missing; give {takes}, in a list in this order or by these keys")
+        return self.make(**{name: known[name](value, place.at(name)) for name, value in given.items()})
+
+    def _by_name(self, value: Any, known: Sequence[str], place: Place) -> Mapping[str, Any]:
+        if isinstance(value, dict):
+            return value
+        if value is None and not self.required:
+            return {}
+        values = value if isinstance(value, list) and not self.whole else [value]
+        if len(values) > len(known):
+            takes = f"{', '.join(known)} and nothing else" if known else "no value (null)"
+            raise place.fault(f"there are {len(values)} values; it takes {takes}")
+        return dict(zip(known, values, strict=False))
+
+
+def _decided(value: Any, place: Place) -> str:
+    return chosen(value, place, "property", _DECIDED)
+
+
+def _computed(value: Any, place: Place) -> Any:
+    """A plain value, or a function of the config."""
+    return _one_of(FUNCTIONS, "function", value, place) if isinstance(value, dict) else scalar(value, place)
+
+
+def _names(value: Any, place: Place) -> dict[Any, Any]:
+    return {key: scalar(each, place.at(key)) for key, each in mapping(value, place).items()}
+
+
+def _scalings(value: Any, place: Place) -> tuple[str, ...]:
+    known = {name: name for name in (attention.LINEAR, attention.LLAMA3, attention.YARN)}
+    return tuple(chosen(each, place, "scaling", known) for each in texts(value, place))
+
+
+def _pair(value: Any, place: Place) -> tuple[int, int]:
+    numbers = [whole(each, place) for each in listed(value, place)]
+    if len(numbers) != 2:
+        raise place.fault(f"there are {len(numbers)} numbers; write two")
+    return numbers[0], numbers[1]
+
+
+def _rope(theta: float = 10000.0, partial: float | None = None, **more: Any) -> Rule:
+    return attention.Rope(float(theta), partial, **more)
+
+
+def _window(default: int | None = None) -> Rule:
+    return attention.Window(default)
+
+
+FUNCTIONS: Mapping[str, Form] = {
+    "key": Form(SameAs, {"key": text}),
+    "quotient": Form(Quotient, {"dividend": text, "divisor": text}),
+    "product": Form(Product, {"factor": whole, "key": text}),
+}
+_FIELD_AND_KEY: Mapping[str, Check] = {"field": _decided, "key": text}
+RULES: Mapping[str, Form] = {
+    "row": Form(Row, _FIELD_AND_KEY, {"default": _computed}),
+    "named": Form(Named, {**_FIELD_AND_KEY, "names": _names}, {"default": scalar}),
+    "reciprocal": Form(Reciprocal, _FIELD_AND_KEY, {"default": number}),
+    "fixed": Form(Fixed, {"key": text, "value": scalar}),
+    "implied": Form(Implied, {"field": _decided, "value": _computed}),
+    "passed": Form(Passed, {"keys": texts}, whole=True),
+    "query_groups": Form(query_groups, optional={"absent": or_null(whole)}),
+    "rope": Form(_rope, optional={"theta": number, "partial": or_null(number), "scalings": _scalings}),
+    "window": Form(_window, optional={"default": or_null(whole)}),
+    "switched_window": Form(attention.SwitchedWindow),
+    "no_window": Form(attention.NoWindow),
+    "linear_attention": Form(attention.LinearAttention, {"interval": whole}),
+    "dense_layers": Form(experts.DenseLayers),
+    "first_dense": Form(experts.FirstDense, {"default": whole}),
+    "experts": Form(experts.Experts, {"default": whole}),
+    "norm_topk_prob": Form(experts.NormTopkProb, {"default": switch}),
+    "shared_experts": Form(experts.SharedExperts, {"default": whole}),
+    "expert_groups": Form(experts.ExpertGroups, {"default": _pair}, whole=True),
+}
+
+
+def read_rules(value: Any, place: Place, inherited: Sequence[Rule]) -> tuple[Rule, ...]:
+    """Rules of a file, after those of the base whose place none of them takes."""
+    own = [_one_of(RULES, "rule", each, place.at(number)) for number, each in enumerate(listed(value, place), start=1)]
+    return (*(rule for rule in inherited if not any(_replaces(new, rule) for new in own)), *own)
+
+
+def _one_of(forms: Mapping[str, Form], what: str, value: Any, place: Place) -> Any:
+    """What a mapping describes, of which one key names the form."""
+    given = mapping(value, place)
+    if not given:
+        raise place.fault(f"there is no {what}; known are {', '.join(forms)}")
+    name = next((key for key in given if key in forms), next(iter(given)))
+    form = chosen(name, place, what, forms)
+    return form.read(given[name], {key: each for key, each in given.items() if key != name}, place.at(name))
+
+
+def _replaces(new: Rule, old: Rule) -> bool:
+    """Whether a rule takes the place of an inherited one: it decides the same property, or a key that one of them has alone.
+
+    Several properties may have one key (`attention_bias`), so rules of two properties stand beside each other.
+    """
+    fields = getattr(new, "field", None), getattr(old, "field", None)
+    if None not in fields:
+        return fields[0] == fields[1]
+    return not {*new.keys}.isdisjoint(old.keys)
