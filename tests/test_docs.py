@@ -8,11 +8,11 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from megatron_converters import families
-from megatron_converters.families.table import Family
+from megatron_converters.families import FAMILIES
 from tests.conversions import different, hf_to_megatron, megatron_to_hf
 from tests.helpers import hf_tensors
 from tests.oracle.hf import make_model
@@ -28,6 +28,7 @@ DOCUMENTS = (
     "scripts/bench/README.md",
 )
 _BLOCK = re.compile(r"^```bash\n(.*?)^```", re.MULTILINE | re.DOTALL)
+_YAML = re.compile(r"^```yaml\n(.*?)^```", re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"\]\((?!https?:)([^)#]+)(?:#([^)]+))?\)")
 _HEADING = re.compile(r"^#+ (.*)$", re.MULTILINE)
 #: Commands that cannot run inside the test suite that they start, or have a test of their own.
@@ -44,10 +45,16 @@ def python_blocks(name: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
+def model(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What the documents' commands call the models and files that they need."""
     root = tmp_path_factory.mktemp("docs")
-    folder = make_model("llama3.1", root / "hf", dtype="bfloat16")
-    return folder, hf_to_megatron(folder, root / "megatron", tp=2, pp=2), make_model("mixtral", root / "moe")
+    folder, example = make_model("llama3.1", root / "hf", dtype="bfloat16"), make_model("qwen2", root / "example")
+    as_example(example)
+    (family,) = _YAML.findall((ROOT / "docs/adding-a-family.md").read_text())
+    (root / "example.yaml").write_text(family)
+    named = {"HF": folder, "MEG": hf_to_megatron(folder, root / "megatron", tp=2, pp=2)}
+    named |= {"MOE": make_model("mixtral", root / "moe"), "EXAMPLE": example, "FAMILY": root / "example.yaml"}
+    return {name: str(path) for name, path in named.items()}
 
 
 def run(command: str, environment: dict[str, str]) -> str:
@@ -64,22 +71,22 @@ def run(command: str, environment: dict[str, str]) -> str:
 
 
 @pytest.mark.parametrize("command", commands(), ids=lambda command: " ".join(command.split())[:60])
-def test_commands_run_as_written(command: str, model: tuple[Path, Path, Path], tmp_path: Path) -> None:
+def test_commands_run_as_written(command: str, model: dict[str, str], tmp_path: Path) -> None:
     programs = tmp_path / "bin"
     programs.mkdir()
     python = programs / "python"  # a link would lose the virtual environment
     python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
     python.chmod(0o755)
-    environment = {"HF": str(model[0]), "MEG": str(model[1]), "OUT": str(tmp_path / "out"), "MOE": str(model[2])}
+    environment = {**model, "OUT": str(tmp_path / "out")}
     environment["PATH"] = f"{programs}{os.pathsep}{os.environ['PATH']}"
     run(command, environment)
     assert any((tmp_path / "out").iterdir())
 
 
 def test_the_blocks_of_the_python_api_run_one_after_the_other(
-    model: tuple[Path, Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    model: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    names = {"HF": str(model[0]), "MEG": str(model[1]), "OUT": str(tmp_path)}
+    names = {**model, "OUT": str(tmp_path)}
     for block in python_blocks("docs/python-api.md"):
         exec(compile(block, "docs/python-api.md", "exec"), names)
     shown = capsys.readouterr().out
@@ -109,12 +116,10 @@ def anchor(heading: str) -> str:
 
 def test_the_example_family_converts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The table of docs/adding-a-family.md, on a Qwen2 (a Llama with a QKV bias) under the example's names."""
-    (code,) = re.findall(
-        r"^```python\n(.*?)^```", (ROOT / "docs/adding-a-family.md").read_text(), re.MULTILINE | re.DOTALL
-    )
-    namespace: dict[str, Family] = {}
-    exec(code, namespace)
-    monkeypatch.setitem(families.FAMILIES, "example", namespace["FAMILY"])
+    monkeypatch.setattr(FAMILIES, "_registered", {})
+    namespace: dict[str, Any] = {}
+    for code in python_blocks("docs/adding-a-family.md"):
+        exec(code, namespace)
     folder = make_model("qwen2", tmp_path / "hf")
     as_example(folder)
     checkpoint = hf_to_megatron(folder, tmp_path / "megatron", tp=2, pp=2)
