@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cache
 
 try:
     from isal.isal_zlib import crc32
@@ -64,11 +65,9 @@ def _append_zeros(crc: int, nbytes: int) -> int:
     digit = 0
     while nbytes and crc:
         if nbytes & 1:
-            crc = _multiplied(_ZERO_BYTES[digit], crc)
+            crc = _multiplied(_zero_bytes(digit), crc)
         nbytes >>= 1
         digit += 1
-        if digit == len(_ZERO_BYTES):
-            _ZERO_BYTES.append(_squared(_ZERO_BYTES[-1]))
     return crc
 
 
@@ -86,10 +85,10 @@ def _squared(matrix: _Matrix) -> _Matrix:
     return tuple(_multiplied(matrix, row) for row in matrix)
 
 
-def _one_zero_byte() -> _Matrix:
+@cache  # which threads may fill at the same time, unlike a list that grows
+def _zero_bytes(digit: int) -> _Matrix:
+    """Matrix that appends 2 ** digit zero bytes to a CRC."""
+    if digit:
+        return _squared(_zero_bytes(digit - 1))
     one_bit: _Matrix = (_POLYNOMIAL, *(1 << bit for bit in range(31)))
     return _squared(_squared(_squared(one_bit)))
-
-
-#: Matrices that append 1, 2, 4, … zero bytes to a CRC.
-_ZERO_BYTES: list[_Matrix] = [_one_zero_byte()]
