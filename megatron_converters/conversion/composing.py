@@ -100,6 +100,11 @@ class Piece:
         return array
 
     @property
+    def is_stored(self) -> bool:
+        """Whether the slot's elements are those of one stored tensor: nothing is decoded or computed."""
+        return self.value is None and isinstance(self.data, StoredTensor)
+
+    @property
     def reader(self) -> Reader | None:
         """Data of the piece, where they are decoded; else None."""
         data = self.data  # looked at first for its class, since a look at all members of a protocol takes long

@@ -94,14 +94,17 @@ def forecast(source: Source, target: Target, dtype: DType | None, workers: int =
     for ref in refs(source.spec):
         sources = source.read(ref)
         planner.check_cover(ref, source.spec, sources)
-        read.update(name for piece in (*sources.pieces, *sources.replicas) for name in piece.names)
+        for piece in (*sources.pieces, *sources.replicas):
+            read.update((piece.name,) if piece.is_stored else piece.names)
+        is_stored = all(piece.is_stored for piece in sources.pieces)
         fills = list(target.fills(ref))
         accounts.add(ref, fills)
         copies += sum(map(_unpadded_bytes, fills)) - math.prod(ref.shape(source.spec)) * fills[0].dtype.itemsize
         for fill in fills:
             files[fill.file].padding_rows += fill.padding
             dtypes[str(fill.dtype)] += 1
-            computed.update(_computed(fill, sources.pieces))
+            if fill.value is not None or not is_stored:
+                computed.update(_computed(fill, sources.pieces))
             if sources.dtype != fill.dtype:
                 casts[f"{sources.dtype} to {fill.dtype}"] += 1
     accounts.close()

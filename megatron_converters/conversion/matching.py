@@ -45,13 +45,12 @@ class Matcher(Generic[Key, Data]):
         """
         self._unused.pop(key, None)
         data = self._stored.get(key) if view is None else view
+        if data is not None and data.shape == shape:
+            return data
         named = self._shown(key) + (f" ({ref})" if ref is not None else "")
-        if data is None:
-            self.note(f"{named} is missing")
-        elif data.shape != shape:
-            self.note(f"{named} has shape {list(data.shape)}; {self._required_by} {list(shape)}")
-            return None
-        return data
+        fault = "is missing" if data is None else f"has shape {list(data.shape)}; {self._required_by} {list(shape)}"
+        self.note(f"{named} {fault}")
+        return None
 
     def strike(self, keys: Iterable[Key]) -> None:
         """Strike keys off that need no ref."""

@@ -145,11 +145,19 @@ class Ref(NamedTuple):
 
     def shape(self, spec: ModelSpec) -> tuple[int, ...]:
         """The whole tensor's shape in elements."""
-        return self.slot.shape(spec, self.kind(spec))
+        return self._sizes(spec)[0]
 
     def matrix(self, spec: ModelSpec) -> tuple[int, int]:
         """The shape as rows and columns."""
-        return self.slot.matrix(spec, self.kind(spec))
+        return self._sizes(spec)[1]
+
+    def _sizes(self, spec: ModelSpec) -> tuple[tuple[int, ...], tuple[int, int]]:
+        key = self.slot, self.kind_number(spec)
+        found = spec.shapes.get(key)
+        if found is None:
+            kind = self.kind(spec)
+            found = spec.shapes[key] = self.slot.shape(spec, kind), self.slot.matrix(spec, kind)
+        return found
 
 
 _Record = TypeVar("_Record")

@@ -127,6 +127,11 @@ class ModelSpec:
         return max((kind.feed.num_experts for kind in self.used if isinstance(kind.feed, Mixture)), default=0)
 
     @cached_property
+    def shapes(self) -> dict[Any, tuple[tuple[int, ...], tuple[int, int]]]:
+        """Shapes of slots, and as matrices, by slot and kind of layer, as far as they were asked for; they are asked for often."""
+        return {}
+
+    @cached_property
     def used(self) -> tuple[Layer, ...]:
         """Kinds that layers have, those of multi-token prediction among them."""
         return tuple(self.kinds[number] for number in dict.fromkeys((*self.order, *self.mtp)))

@@ -22,7 +22,7 @@ from ...conversion.composing import Mask, Piece
 from ...conversion.outline import Fill
 from ...model.layers import Attention, Latent, Layer
 from ...model.layouts import GROUPED_GATED_QKV, GROUPED_QKV, RowMap, interleaved, interned, row_maps
-from ...model.slots import SLOTS, Ref, Shard
+from ...model.slots import SLOTS, Ref, Shard, Slot
 from ...model.spec import ModelSpec, Multipliers
 from ...model.values import Affine
 from .names import MTP_MODULES
@@ -61,6 +61,12 @@ class Conventions:
     halves: bool = False
     marks: Mapping[str, Any] = field(default_factory=dict)
     _cache: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
+
+    def is_usual(self, slot: Slot) -> bool:
+        """Whether a slot is stored as in the hub, in whatever cut."""
+        return slot.name not in self.values and (
+            slot.name not in _QUERY_SLOTS or (self.queries is None and not self.halves)
+        )
 
     def fill(self, ref: Ref, fill: Fill) -> Fill:
         """Fill as this checkpoint stores the ref."""

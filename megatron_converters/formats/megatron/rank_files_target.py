@@ -72,13 +72,14 @@ class MegatronTarget(CheckpointTarget):
     def fills(self, ref: Ref) -> Iterator[Fill]:
         """Fills of a ref: one per rank that holds a share of it."""
         dtype, transposed = self._dtype_of(ref), self._stacks(ref)
+        usual = self._conventions.is_usual(ref.slot)
         for home in self._placement.locations(ref):
             key = home.key(self._template(home, ref), ref.expert)
             for rank, cut, _ in home.shares:
                 rows = resolve_padding(cut, self._spec.vocab_size)
                 start = (home.expert or 0) * math.prod(cut.shape) * dtype.itemsize if transposed else 0
                 fill = Fill(self._files[rank], key, dtype, cut.shape, rows, cut.col, start, transposed, cut.padding)
-                yield self._conventions.fill(ref, fill)
+                yield fill if usual else self._conventions.fill(ref, fill)
 
     def _template(self, home: Location, ref: Ref) -> str:
         """Name template of a ref at one of its locations."""
