@@ -22,7 +22,8 @@ from megatron_converters.basics.errors import ConversionError, UsageError
 from megatron_converters.basics.json_files import read_json
 from megatron_converters.families import FAMILIES
 from megatron_converters.families.config_json import spec_from_config
-from megatron_converters.formats.megatron.arguments import expert_args, model_args
+from megatron_converters.formats.megatron.argument import Context, Group
+from megatron_converters.formats.megatron.arguments import model_args, written_args
 from megatron_converters.formats.megatron.reading import MegatronReadOptions
 from megatron_converters.logits import compare_logits, logits_of, memory
 from megatron_converters.logits.buildable_args import check
@@ -294,7 +295,8 @@ def test_every_argument_of_every_family_is_built_or_known_to_say_nothing(name: s
 
     values = AutoConfig.for_model(**{**CONFIGS, **MOE_FAMILIES}[name]).to_dict()
     spec = spec_from_config({**values, "architectures": [FAMILIES[values["model_type"]].architecture]})
-    args = {**model_args(spec), **expert_args(spec, parallel_for(spec, 1, 1), "sequential")}
+    groups = (Group.MODEL, Group.EXPERTS, Group.EXPERT_LAYOUT)
+    args = written_args(Context(spec, parallel_for(spec, 1, 1)), groups)
     if name == "olmoe":
         with pytest.raises(ConversionError, match=r"cannot be built here with\n  - qk_layernorm_over_heads=True$"):
             check(args, "it")
