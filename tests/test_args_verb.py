@@ -41,7 +41,7 @@ def window(text: str) -> tuple[int, ...]:
 
 
 #: Options of the parser of Megatron-LM core_v0.16.1, training/arguments.py, and of those that it makes of the fields in
-#: core/transformer/transformer_config.py: attribute, type or constant, default.
+#: core/transformer/transformer_config.py: attribute, type or constant, default. Those of muP are from core_v0.17.1.
 STOCK: dict[str, tuple[str, Any, Any]] = {
     "--num-layers": ("num_layers", int, None),
     "--hidden-size": ("hidden_size", int, None),
@@ -90,6 +90,11 @@ STOCK: dict[str, tuple[str, Any, Any]] = {
     "--linear-num-key-heads": ("linear_num_key_heads", int, 16),
     "--linear-num-value-heads": ("linear_num_value_heads", int, 32),
     "--attention-output-gate": ("attention_output_gate", True, False),
+    "--use-mup": ("use_mup", True, False),
+    "--mup-embedding-mult": ("mup_embedding_mult", float, 1.0),
+    "--mup-output-mult": ("mup_output_mult", float, 1.0),
+    "--mup-base-head-dim": ("mup_base_head_dim", float, None),
+    "--mup-attn-scale-power": ("mup_attn_scale_power", float, 1.0),
     "--mtp-num-layers": ("mtp_num_layers", int, None),
     "--attention-dropout": ("attention_dropout", float, 0.1),
     "--hidden-dropout": ("hidden_dropout", float, 0.1),
@@ -244,6 +249,7 @@ def test_flags_that_releases_lack_are_named() -> None:
         ("tokens further on", "0.12"),
         ("gated DeltaNet", "0.16"),
         ("gated shared expert", "0.16"),
+        ("multipliers", "0.17"),
     ],
 )
 def test_the_least_release_is_the_first_that_knows_every_flag(case: str, release: str) -> None:

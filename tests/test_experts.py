@@ -678,11 +678,8 @@ def test_a_stock_saver_receives_stacks_and_a_stock_loader_s_stacks_are_read(
     assert torch.equal(layer["router weight"], tensors["model.layers.0.block_sparse_moe.gate.weight"])
 
     source = QueueSource(stock_queue, spec_fields)
-    assert (source.spec.family, source.spec.num_experts, source.spec.values["moe_ffn_hidden_size"]) == (
-        "mixtral",
-        4,
-        112,
-    )
+    names = ("family", "num_experts", "moe_ffn_hidden_size")
+    assert [source.spec.values[name] for name in names] == ["mixtral", 4, 112]
     read = {ref: source.read(ref).pieces for ref in refs(source.spec)}
     source.close()
     gate, up = read[Ref(SLOTS["expert_fc1"], 1, 3)]

@@ -102,6 +102,7 @@ CASES: dict[str, dict[str, Any]] = {
         "num_layers": 5,
         "mixer": PerLayer(f"{'attention' if layer in (0, 3) else 'gated delta'}" for layer in range(5)),
     },
+    "multipliers": {"embedding_multiplier": 12.0, "attention_multiplier": 0.25, "logits_multiplier": 0.125},
     "tokens further on": {"mtp_num_layers": 1},
     "experts chosen by sigmoid": {
         **MOE,
@@ -154,9 +155,9 @@ def test_the_cases_change_every_property() -> None:
         if value != usual.get(name)
     }
     decided_elsewhere = {"family", "dtype", "vocab_size"}
-    of_no_family = {name for name in usual if name.endswith("_multiplier")}
+    folded_into_weights = {"residual_multiplier"}
     every = {name for spec in KINDS.values() for name in spec.values}
-    assert changed == every - decided_elsewhere - of_no_family
+    assert changed == every - decided_elsewhere - folded_into_weights
 
 
 def test_norms_over_all_heads_survive_args_although_megatron_lacks_them() -> None:
@@ -281,6 +282,11 @@ def test_what_megatron_cannot_express(fields: dict[str, Any], reason: str) -> No
         ({"position_embedding_type": "relative"}, "position_embedding_type='relative'"),
         ({"normalization": "L2Norm"}, "normalization='L2Norm'; only 'RMSNorm' and 'LayerNorm' are supported"),
         ({"quick_geglu": True}, "quick GELU"),
+        (
+            {"use_mup": True, "mup_base_hidden_size": 4},
+            "mup_base_hidden_size=4; only the model's own size is supported",
+        ),
+        ({"use_mup": True, "mup_output_mult": "1"}, "mup_output_mult is '1'; it must be a number"),
         ({"num_experts": 8, "moe_router_score_function": "sqrtsoftplus"}, "only 'softmax' and 'sigmoid' are supported"),
         ({"num_experts": 8, "moe_router_num_groups": 3, "moe_router_group_topk": 1}, "8 experts cannot be grouped so"),
         ({"num_experts": 8, "moe_router_num_groups": 2}, "moe_router_group_topk None; 8 experts cannot be grouped so"),
@@ -398,6 +404,11 @@ def test_args_of_models_that_are_not_supported_are_refused(change: dict[str, Any
             PerLayer(["attention", "gated delta"]),
         ),
         ({"attention_output_gate": True}, "attention_output_gate", True),
+        # The flag alone scales scores by 1 / size; its two parts by sqrt(base) / size ** power.
+        ({"use_mup": True}, "attention_multiplier", 0.5),
+        ({"use_mup": True, "mup_base_head_dim": 16.0, "mup_attn_scale_power": 2.0}, "attention_multiplier", 1.0),
+        ({"use_mup": True, "mup_embedding_mult": 12, "mup_base_hidden_size": 8}, "embedding_multiplier", 12.0),
+        ({"use_mup": True, "mup_output_mult": 0.125}, "logits_multiplier", 0.125),
         ({"num_experts": 8, "moe_router_score_function": "sigmoid"}, "moe_router_score_function", SIGMOID),
         (
             {"num_experts": 8, "moe_router_score_function": "sigmoid", "moe_router_pre_softmax": True},
