@@ -365,7 +365,7 @@ def test_a_checkpoint_of_a_family_file_needs_that_file(folder: Path, file: Path,
     file.write_text("# a comment changes nothing\n" + TEXT)
     assert mc.inspect(out, read=read)["model"]["family"] == NAME
     file.write_text(TEXT + "  - row: [max_position_embeddings, max_position_embeddings]\n    default: 5\n")
-    with pytest.raises(mc.ConversionError, match="renamed.yaml says something else"):
+    with pytest.raises(mc.ConversionError, match=r"renamed\.yaml says something else"):
         mc.inspect(out, read=read)
     back = mc.convert(out, tmp_path / "reference", read=mc.ReadOptions(hf_config=folder, family_file=file)).path
     same(folder, back)

@@ -246,7 +246,7 @@ def quantise(plain: Path, folder: Path, scale_dtype: torch.dtype = torch.float32
     tensors = load_file(plain / "model.safetensors")
     stored, true = {}, {}
     for name, tensor in tensors.items():
-        if name.endswith("proj.weight"):
+        if name.endswith(("proj.weight", "proj_with_mqa.weight")):
             codes, scales = quantised(tensor)
             if scale_dtype == torch.uint8:
                 scales = (scales.log2().ceil() + 127).to(torch.uint8)
@@ -340,6 +340,27 @@ def test_experts(tmp_path: Path) -> None:
     folder = quantise(make_model("qwen3-moe", tmp_path / "plain", dtype="bfloat16", **sizes), tmp_path / "model")
     back = megatron_to_hf(hf_to_megatron(folder, tmp_path / "m", tp=2, ep=2), tmp_path / "h")
     same_tensors(hf_tensors(back), hf_tensors(folder / "decoded"))
+
+
+def test_deepseek_v3_as_published(tmp_path: Path) -> None:
+    """Latents of 568 and 8 rotated rows: kv_a_proj_with_mqa has 576 rows and 5 scales, as in the published model."""
+    sizes = {"kv_lora_rank": 568, "hidden_size": 192, "moe_intermediate_size": 160}
+    plain = make_model("deepseek-v3", tmp_path / "plain", dtype="bfloat16", **sizes)
+    folder = quantise(plain, tmp_path / "model")
+    scales = load_file(folder / "model.safetensors")
+    assert scales["model.layers.0.self_attn.kv_a_proj_with_mqa.weight_scale_inv"].shape == (5, 2)
+    for number, write in enumerate((hf_to_megatron, hf_to_torch_dist)):
+        options = dict(tp=2, pp=2, ep=2, etp=1)
+        one = write(folder, tmp_path / f"fp8-{number}", **options)
+        other = write(folder / "decoded", tmp_path / f"bf16-{number}", **options)
+        files = [path.relative_to(other) for path in sorted(other.rglob("*")) if path.suffix in (".pt", ".distcp")]
+        assert files
+        assert all((one / file).read_bytes() == (other / file).read_bytes() for file in files)
+        wanted = {
+            name: tensor.float() if name.endswith("correction_bias") else tensor  # Megatron-LM holds it in float32
+            for name, tensor in hf_tensors(folder / "decoded").items()
+        }
+        same_tensors(hf_tensors(megatron_to_hf(one, tmp_path / f"hf-{number}")), wanted)
 
 
 def test_scales_may_lie_in_another_file(model: Path, tmp_path: Path) -> None:

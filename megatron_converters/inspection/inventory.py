@@ -27,7 +27,9 @@ from ..model.spec import ModelSpec
 from ..sharding.ranks import Parallel, Rank
 from ..storage.tensor import StoredTensor
 
-_EMBEDDINGS, _OUTPUT, _NORM, _EXPERT = "word_embeddings", "output_layer", "input_norm", "expert_fc1"
+_EMBEDDINGS, _OUTPUT, _EXPERT = "word_embeddings", "output_layer", "expert_fc1"
+#: Slots whose names tell the implementation, in the layers where they differ.
+_NORMS = ("input_norm", "mlp_norm", "kv_latent_norm")
 
 
 class Parameters(NamedTuple):
@@ -121,7 +123,15 @@ class Survey:
     @cached_property
     def names(self) -> str | None:
         """Key of `DIALECTS` whose names a Megatron-LM checkpoint uses; None for other formats."""
-        return self._matching_table(self._first(_NORM), DIALECTS)
+        local, engine = DIALECTS.values()
+        differing = (
+            holding
+            for holding in self.holdings
+            if holding.slot in _NORMS
+            and name_of(local, holding.slot, kind := holding.ref.kind(self.spec), holding.ref.stack)
+            != name_of(engine, holding.slot, kind, holding.ref.stack)
+        )
+        return self._matching_table(next(differing, None), DIALECTS)
 
     @cached_property
     def expert_layout(self) -> str | None:

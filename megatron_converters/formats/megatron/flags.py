@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from ...model.layers import Attention
+from ...model.layers import Attention, Latent
 from ...model.spec import ModelSpec
 from .argument import Argument, Flag, Group
 from .arguments import ARGUMENTS
@@ -60,7 +60,7 @@ def flag_warnings(spec: ModelSpec, shown: Iterable[str], tp: int = 1) -> list[st
     """Notes and warnings for the user about the flags that are shown, for a checkpoint cut over `tp`."""
     shown = list(shown)
     known = _known(shown)
-    warnings = [f"{flag.name} exists from Megatron-LM {flag.since} on" for flag in known if flag.since]
+    warnings = list(_since_notes(known))
     warnings += [f"{flag.name} exists up to Megatron-LM {flag.until} only" for flag in known if flag.until]
     warnings += [
         f"warning: {flag.name}: the pretrain_gpt.py of Megatron-LM before {flag.effective_since} accepts it but builds the "
@@ -77,6 +77,11 @@ def flag_warnings(spec: ModelSpec, shown: Iterable[str], tp: int = 1) -> list[st
             "local RMS norms cannot be built; use --saver-transformer-impl transformer_engine, tensor-parallel size 1, or a "
             "Megatron-LM with norms of its own, such as Habana's"
         )
+    if any(isinstance(kind.mixer, Latent) for kind in spec.used) and spec.norm.norm_epsilon != _LATENT_EPSILON:
+        warnings.append(
+            f"warning: Hugging Face norms the latents of attention with an epsilon of {_LATENT_EPSILON:g}, Megatron-LM with that of "
+            f"all norms, {spec.norm.norm_epsilon:g}: logits differ by some 1e-5 of the largest"
+        )
     scaling = scaling_of(spec, "llama3")
     if scaling is not None and scaling.factor != MEGATRON_LLAMA3.factor:
         warnings.append(
@@ -86,10 +91,23 @@ def flag_warnings(spec: ModelSpec, shown: Iterable[str], tp: int = 1) -> list[st
     return warnings
 
 
+def _since_notes(known: Iterable[Flag]) -> Iterator[str]:
+    """Notes on the first release that knows each flag, one for each release."""
+    by_release: dict[str, list[str]] = {}
+    for flag in known:
+        by_release.setdefault(flag.since, []).append(flag.name)
+    for since, names in by_release.items():
+        if since:
+            verb = "exists" if len(names) == 1 else "exist"
+            yield f"{' '.join(names)} {verb} from Megatron-LM {since} on"
+
+
 def _known(shown: Iterable[str]) -> list[Flag]:
     return [_BY_FLAG[name] for name in (flag.split()[0] for flag in shown) if name in _BY_FLAG]
 
 
+#: Epsilon of the norms of latents in transformers' classes, whatever config.json says (models/deepseek_v3, glm4_moe_lite).
+_LATENT_EPSILON = 1e-6
 #: Release from which attention gathers the query groups that a rank lacks.
 _GATHERS = "0.16"
 
