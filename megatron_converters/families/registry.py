@@ -114,7 +114,12 @@ class Families(Mapping[str, Family]):
         return file.digest if file is not None and file.family.name == name else None
 
     def pack(self) -> Packed:
-        """Registered families for another process, where importing modules again does not register them."""
+        """Registered families for another process, where importing modules again does not register them.
+
+        Those built in are imported now: Python ends a process by SIGINT, whatever handles the exception, if Ctrl-C comes while
+        an import makes a dataclass.
+        """
+        _ = self.built_in
         sent = [family for family in self._registered.values() if _can_be_sent(family)]
         others = tuple(name for name, family in self._registered.items() if not any(family is one for one in sent))
         return Packed(bytes(ForkingPickler.dumps(sent)), others)
