@@ -94,7 +94,7 @@ QKV = "decoder.layers.self_attention.linear_qkv.weight"
 @pytest.mark.parametrize(
     ("change", "messages"),
     [
-        (lambda e: e.pop(QKV), [f"layer 0 qkv: {QKV} is missing", "layer 3 qkv"]),
+        (lambda e: e.pop(QKV), [f"{QKV} (layer 0 qkv) is missing", "layer 3 qkv"]),
         (lambda e: e.update(extra=torch.ones(3)), ["extra is not a tensor of this model"]),
         (lambda e: e.update({"decoder.layers.extra": torch.ones(4, 3)}), ["decoder.layers.extra is not a tensor"]),
         (lambda e: e.update({QKV: e[QKV][:3]}), [f"{QKV} has shape [3, 128, 64]; the args require [4, 128, 64]"]),
@@ -110,7 +110,7 @@ QKV = "decoder.layers.self_attention.linear_qkv.weight"
             [
                 "decoder.layers.1.mlp.linear_fc1.weight_w has shape [224, 64]; the args require [112, 64]",
                 "decoder.layers.1.mlp.linear_fc1.weight_v (layer 1 fc1) is missing",
-                "layer 0 fc1: decoder.layers.mlp.linear_fc1.weight is missing",
+                "decoder.layers.mlp.linear_fc1.weight (layer 0 fc1) is missing",
             ],
         ),
         (

@@ -69,7 +69,7 @@ GLM4_MOE = Family(
         SharedExperts(1, 1408),
         ExpertGroups((1, 1)),
         Fixed("norm_topk_prob", True),  # Megatron-LM always normalises sigmoid scores
-        Row("mtp_num_layers", "num_nextn_predict_layers", 0),
+        Row("mtp_num_layers", "num_nextn_predict_layers", 1),
         *implied(moe_router_score_function=SIGMOID, moe_router_enable_expert_bias=True),
     ),
     mtp_layer="model.layers.{beyond}.",

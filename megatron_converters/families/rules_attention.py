@@ -191,6 +191,10 @@ class LinearAttention:
             raise ConversionError(
                 f"config.json has layer_types={types!r}; it must name {' or '.join(_MIXERS)} for each of {layers} layers"
             )
+        if FULL not in types:
+            raise ConversionError(
+                "config.json describes a model without any layer of full attention; that is not supported"
+            )
         return {"mixer": per_layer([_MIXERS[kind] for kind in types])}
 
     def write(self, spec: ModelSpec) -> dict[str, Any]:

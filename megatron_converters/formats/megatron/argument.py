@@ -80,7 +80,8 @@ class Flag:
     for loading: `--use-checkpoint-args` restores the attribute in every release from 0.8 on (0.10 for experts), or a loaded model
     does not need it; parallel sizes are never restored. `since` and `until` are the first and last release that know the flag.
     Releases before `effective_since` parse the flag but ignore it when they build the model; `instead` says what to do there.
-    Those before `since` do what the value `implied` says without the flag.
+    Those before `since` do what the value `implied` says without the flag. `runs_since` is the first release that was seen to run
+    such a model (tests/test_releases.py), where the flag is older.
     """
 
     name: str
@@ -93,6 +94,7 @@ class Flag:
     effective_since: str = ""
     instead: str = ""
     implied: Any = None
+    runs_since: str = ""
 
 
 def one(value: Any) -> tuple[str, ...] | None:

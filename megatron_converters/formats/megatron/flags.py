@@ -79,8 +79,8 @@ def flag_warnings(spec: ModelSpec, shown: Iterable[str], tp: int = 1) -> list[st
         )
     if any(isinstance(kind.mixer, Latent) for kind in spec.used) and spec.norm.norm_epsilon != _LATENT_EPSILON:
         warnings.append(
-            f"warning: Hugging Face norms the latents of attention with an epsilon of {_LATENT_EPSILON:g}, Megatron-LM with that of "
-            f"all norms, {spec.norm.norm_epsilon:g}: logits differ by some 1e-5 of the largest"
+            f"warning: Hugging Face norms the latents of attention with an epsilon of {_LATENT_EPSILON:g}, Megatron-LM with that "
+            f"of all norms, {spec.norm.norm_epsilon:g}: logits differ by some 1e-5 of the largest"
         )
     scaling = scaling_of(spec, "llama3")
     if scaling is not None and scaling.factor != MEGATRON_LLAMA3.factor:
@@ -133,7 +133,8 @@ def _needed(args: Mapping[str, Any]) -> Iterator[tuple[Flag, str, str]]:
 def least_release(spec: ModelSpec, args: Mapping[str, Any], tp: int, needed: Iterable[str] = ()) -> str:
     """Oldest release that reads a checkpoint with these args as it is meant; `needed` are what else requires one."""
     groups = [_GATHERS] if _gathers_groups(spec, tp) else []
-    return latest(OLDEST, *groups, *needed, *(since for _, _, since in _needed(args)))
+    flags = [release for flag, _, since in _needed(args) for release in (since, flag.runs_since)]
+    return latest(OLDEST, *groups, *needed, *flags)
 
 
 def unknown_flags(args: Mapping[str, Any], release: str) -> list[str]:

@@ -5,6 +5,7 @@ Names: Megatron-LM core_v0.12.0 to core_v0.19.0, training/arguments.py and core/
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -247,12 +248,14 @@ def _read_mup(args: Args) -> Properties:
             "supported"
         )
     size = args.get("kv_channels") or args["hidden_size"] // args["num_attention_heads"]
+    usual = 1 / math.sqrt(size)
     base, power = args.get("mup_base_head_dim"), args.get("mup_attn_scale_power")
     top = number(1.0 if base is None else base, "mup_base_head_dim") ** 0.5
+    scale = top / size ** number(1.0 if power is None else power, "mup_attn_scale_power")
     return {
         "embedding_multiplier": number(args.get("mup_embedding_mult", 1.0), "mup_embedding_mult"),
         "logits_multiplier": number(args.get("mup_output_mult", 1.0), "mup_output_mult"),
-        "attention_multiplier": top / size ** number(1.0 if power is None else power, "mup_attn_scale_power"),
+        "attention_multiplier": None if math.isclose(scale, usual, rel_tol=1e-12) else scale,
     }
 
 

@@ -189,7 +189,7 @@ EXPERTS = (
         lambda context: context.spec.num_experts or None,
         _read_experts,
         Group.EXPERTS,
-        flag=flag("--num-experts"),
+        flag=flag("--num-experts", runs_since="0.11"),
     ),
     _of_experts(
         "moe_layer_freq",

@@ -263,7 +263,7 @@ BLOCKS = (
         _read_head_norms,
         absent=False,
         limit=_head_norm_limit,
-        flag=flag("--qk-layernorm", switch, lost=True),
+        flag=flag("--qk-layernorm", switch, lost=True, runs_since="0.10"),
         build=Build.CONFIG,
     ),
     # This project's own: Megatron-LM has no such norm.

@@ -187,7 +187,7 @@ class TorchDistSource:
             if len(choices) != 1:
                 found = " and ".join(choice[0].key for choice in choices)
                 first = next(_choices(ref, self.spec))[0].key
-                matcher.note(f"{ref}: {found} are both there" if choices else f"{ref}: {first} is missing")
+                matcher.note(f"{ref}: {found} are both there" if choices else f"{first} ({ref}) is missing")
                 continue
             slices[ref] = choices[0]
             for part in choices[0]:
