@@ -244,7 +244,7 @@ def test_flags_that_releases_lack_are_named() -> None:
         ("linear rope", "0.19"),  # before, pretrain_gpt.py takes the flag and ignores it
         ("rotation on one layer", "0.13"),
         ("window", "0.15"),
-        ("experts", "0.11"),
+        ("experts", "0.11"),  # which first ran such a model, though 0.10 knows the flags
         ("latents", "0.12"),  # where YaRN by a factor of 1 is what --rope-type rope is later
         ("tokens further on", "0.12"),
         ("gated DeltaNet", "0.16"),
@@ -257,7 +257,7 @@ def test_the_least_release_is_the_first_that_knows_every_flag(case: str, release
     args = written_args(Context(spec, parallel_for(spec, 1, 1), "sequential", 128, 128, "local"))
     assert least_release(spec, args, 1) == release
     assert unknown_flags(args, release) == []
-    if release != OLDEST:
+    if release != OLDEST and case != "experts":
         assert unknown_flags(args, f"0.{int(release.partition('.')[2]) - 1}")
 
 

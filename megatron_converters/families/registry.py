@@ -53,6 +53,8 @@ class Families(Mapping[str, Family]):
         self._lock = threading.RLock()
         self._registered: dict[str, Family] = {}
         self._plugged: dict[str, Family] | None = None
+        #: What another process has registered. It yields to what this one has: a plug-in may have done it there, and do it here.
+        self._received: dict[str, Family] = {}
 
     @cached_property
     def built_in(self) -> Mapping[str, Family]:
@@ -73,13 +75,13 @@ class Families(Mapping[str, Family]):
                 return file.family
             raise KeyError(name)
         known = {**self.built_in, **self._registered}
-        return known[name] if name in known else self._plug_ins()[name]
+        return known[name] if name in known else {**self._received, **self._plug_ins()}[name]
 
     def __iter__(self) -> Iterator[str]:
         file = self.file
         own = [] if file is None else [file.family.name]
         hidden = [] if file is None else [file.family.name, file.replaces]
-        others = {**self.built_in, **self._registered, **self._plug_ins()}
+        others = {**self.built_in, **self._registered, **self._plug_ins(), **self._received}
         yield from (*own, *(name for name in others if name not in hidden))
 
     def __len__(self) -> int:
@@ -120,23 +122,21 @@ class Families(Mapping[str, Family]):
         an import makes a dataclass.
         """
         _ = self.built_in
-        sent = [family for family in self._registered.values() if _can_be_sent(family)]
-        others = tuple(name for name, family in self._registered.items() if not any(family is one for one in sent))
+        known = {**self._received, **self._registered}
+        sent = {name: family for name, family in known.items() if _can_be_sent(family)}
+        others = tuple(known.keys() - sent.keys())
         return Packed(bytes(ForkingPickler.dumps(sent)), others)
 
     def unpack(self, packed: Packed) -> None:
-        """Register families that another process has packed; raises `ConversionError` for one that could not be sent."""
+        """Take over families that another process has packed; raises `ConversionError` for one that could not be sent."""
         try:
-            families: list[Family] = ForkingPickler.loads(packed.families)
+            families: dict[str, Family] = ForkingPickler.loads(packed.families)
         except (AttributeError, ImportError, pickle.UnpicklingError) as error:
             raise ConversionError(
                 f"a family that register_family has added cannot be made again in another process ({error}); {_REMEDY}"
             ) from error
-        with self._lock:
-            for family in families:
-                if family.name not in self._registered:
-                    self.register(family)
-            lost = [name for name in packed.others if name not in self._registered]
+        self._received = families
+        lost = [name for name in packed.others if name not in self]
         if lost:
             raise ConversionError(
                 f"the family {', '.join(lost)}, which register_family has added, cannot be sent to another process, since "
@@ -144,7 +144,7 @@ class Families(Mapping[str, Family]):
             )
 
     def _plug_ins(self) -> Mapping[str, Family]:
-        """Families of installed distributions; those of this package while they are being loaded."""
+        """Families of installed distributions; none while they are being loaded."""
         with self._lock:
             if self._plugged is None:
                 self._plugged = {}  # for a plug-in that asks for families, or registers one, while it is imported
