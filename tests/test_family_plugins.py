@@ -168,6 +168,28 @@ if __name__ == "__main__":
     same(folder, tmp_path / "back")
 
 
+def test_a_loader_may_register_a_family_for_the_savers_process(folder: Path, tmp_path: Path) -> None:
+    """A plugin of convert.py that a user has written; the saver's process does not import it."""
+    loader = """
+import megatron_converters as mc
+from megatron_converters.cli.plugins import load_hf_checkpoint as load_checkpoint
+from megatron_converters.cli.plugins import add_hf_loader_arguments
+
+def add_arguments(parser):
+    add_hf_loader_arguments(parser, "renamed")
+
+mc.register_family(FAMILY)
+"""
+    (tmp_path / "loader_renamed.py").write_text(CODE + loader)
+    done = convert(
+        *("--loader", "renamed", "--saver", "hf", "--load-dir", folder, "--save-dir", tmp_path / "out"),
+        *("--start-method", "spawn"),
+        env={"PYTHONPATH": str(tmp_path)},
+    )
+    assert done.code == 0, done.err
+    same(folder, tmp_path / "out")
+
+
 def test_a_family_that_cannot_be_sent_to_workers_is_refused(folder: Path, tmp_path: Path) -> None:
     text = f"""
 import megatron_converters as mc
@@ -227,7 +249,12 @@ def test_built_in_families_can_be_sent_to_other_processes() -> None:
 
 @pytest.mark.parametrize(
     ("target", "more"),
-    [("FAMILY", ""), ("make", "def make(): return FAMILY\n"), ("several", "def several(): return [FAMILY]\n")],
+    [
+        ("FAMILY", ""),
+        ("make", "def make(): return FAMILY\n"),
+        ("several", "def several(): return [FAMILY, FAMILY]\n"),
+        ("FAMILY", "import megatron_converters\nmegatron_converters.register_family(FAMILY)\n"),
+    ],
 )
 def test_a_plug_in_gives_its_family(folder: Path, tmp_path: Path, target: str, more: str) -> None:
     path = plug_in(tmp_path / "site", CODE + more, f"renamed_plugin:{target}")
