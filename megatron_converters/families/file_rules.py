@@ -109,7 +109,7 @@ RULES: Mapping[str, Form] = {
     "first_dense": Form(experts.FirstDense, {"default": whole}),
     "experts": Form(experts.Experts, {"default": whole}),
     "norm_topk_prob": Form(experts.NormTopkProb, {"default": switch}),
-    "shared_experts": Form(experts.SharedExperts, {"default": whole}),
+    "shared_experts": Form(experts.SharedExperts, {"default": whole, "size": whole}),
     "expert_groups": Form(experts.ExpertGroups, {"default": _pair}, whole=True),
 }
 

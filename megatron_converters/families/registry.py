@@ -81,7 +81,7 @@ class Families(Mapping[str, Family]):
         file = self.file
         own = [] if file is None else [file.family.name]
         hidden = [] if file is None else [file.family.name, file.replaces]
-        others = {**self.built_in, **self._registered, **self._plug_ins(), **self._received}
+        others = dict.fromkeys((*self.built_in, *self._registered, *self._plug_ins(), *self._received))
         yield from (*own, *(name for name in others if name not in hidden))
 
     def __len__(self) -> int:
