@@ -54,16 +54,18 @@ class Request:
         if same:
             raise UsageError(f"{self.dst} is the source itself; choose another folder to write to")
         bins = self.megatron is not None and self.megatron.load_capacity_bins
-        source_format, source = open_source(self.src, dataclasses.replace(self.read, capacity_bins=bins))
+        read = dataclasses.replace(self.read, capacity_bins=bins or self.read.capacity_bins)
+        source_format, source = open_source(self.src, read)
         refuse_unused([source_format], self.read)
-        read = os.path.realpath(source.origin.described)
-        if self.overwrite and os.path.dirname(read) == os.path.realpath(self.dst):
+        described = os.path.realpath(source.origin.described)
+        chosen = target_format(source_format, self.to, self.megatron is not None)
+        options = self._options(chosen)
+        overwrite = self.overwrite or options.overwrite
+        if overwrite and os.path.dirname(described) == os.path.realpath(self.dst):
             raise UsageError(
                 f"{self.src} lies in {self.dst}, where --overwrite could replace it; choose another folder to write to"
             )
-        chosen = target_format(source_format, self.to, self.megatron is not None)
-        options = self._options(chosen)
-        target = open_target(self.dst, dataclasses.replace(options, overwrite=self.overwrite))
+        target = open_target(self.dst, dataclasses.replace(options, overwrite=overwrite))
         return Job(source_format, source, chosen, target, None if self.dtype is None else dtype_named(self.dtype))
 
     def _options(self, chosen: str) -> HFOptions | MegatronOptions:

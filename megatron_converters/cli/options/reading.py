@@ -135,10 +135,6 @@ def open_checkpoint(args: argparse.Namespace) -> Source:
 
 def open_core_loader(args: argparse.Namespace) -> Source:
     """The checkpoint of --load-dir, with what the loader's further options say."""
-    if args.position_embedding_type == "learned_absolute":
-        raise UsageError(
-            "--position-embedding-type learned_absolute disagrees with the checkpoint: only rope is supported"
-        )
     if args.vocab_file is not None:
         vocab = len(read_json(Path(args.vocab_file)))
         if args.true_vocab_size not in (None, vocab):
@@ -146,4 +142,10 @@ def open_core_loader(args: argparse.Namespace) -> Source:
                 f"--true-vocab-size {args.true_vocab_size} disagrees with the {vocab} tokens of --vocab-file"
             )
         args.true_vocab_size = vocab
-    return open_checkpoint(args)
+    source = open_checkpoint(args)
+    learned = args.position_embedding_type == "learned_absolute"
+    if args.position_embedding_type is not None and learned != source.spec.learned_positions:
+        raise UsageError(
+            f"--position-embedding-type {args.position_embedding_type} disagrees with the args of the checkpoint; leave it out"
+        )
+    return source

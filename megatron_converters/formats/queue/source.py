@@ -19,6 +19,7 @@ from ...basics.handover import receive_own_types
 from ...conversion.composing import Piece, Sources, StoredName, TensorData
 from ...families.config_json import infer_family
 from ...families.registry import FAMILIES, Packed
+from ...model.layers import LAYER_NORM, RMS_NORM
 from ...model.layouts import RowMap, interned, row_maps
 from ...model.slots import Ref
 from ...model.spec import ModelSpec
@@ -225,8 +226,11 @@ def _stock_spec(metadata: Any, embeddings: TensorData, fields_of: FieldsOf) -> M
     args.add_bias_linear = metadata.linear_bias
     args.add_qkv_bias = getattr(metadata, "qkv_bias", False)
     args.untie_embeddings_and_output_weights = metadata.output_layer
-    if metadata.norm_has_bias:
-        raise ConversionError("the loader sends norms with a bias; no supported model has them")
+    if metadata.norm_has_bias != (getattr(args, "normalization", RMS_NORM) == LAYER_NORM):
+        raise ConversionError(
+            f"the loader sends norms {'with' if metadata.norm_has_bias else 'without'} a bias, but its args have normalization="
+            f"{getattr(args, 'normalization', None)!r}; they must agree"
+        )
     dtype = embeddings.dtype
     vocab = metadata.true_vocab_size or embeddings.shape[0]
     return infer_family({**fields_of(args), "vocab_size": vocab, "dtype": dtype})
