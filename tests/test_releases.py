@@ -34,6 +34,9 @@ RUN = """--micro-batch-size 2 --global-batch-size 32 --seq-length 64 --train-ite
     --tokenizer-type NullTokenizer --vocab-size 198
     --use-cpu-initialization --distributed-backend gloo --no-persist-layer-norm --no-gradient-accumulation-fusion
     --no-masked-softmax-fusion --no-rope-fusion --no-bias-swiglu-fusion""".split()
+ENGINE = "transformer_engine"
+#: Releases with which the stand-in for Transformer Engine works.
+WITH_ENGINE = (8, 9, 10, 11, 12, 13, 15, 16)
 #: Family: parallel sizes and names to write, and the first release that can run it.
 MODELS: dict[str, tuple[dict[str, Any], int]] = {
     "llama3": (dict(tp=2, pp=2), 8),
@@ -44,6 +47,14 @@ MODELS: dict[str, tuple[dict[str, Any], int]] = {
     "mixtral": (dict(ep=2, pp=2, expert_layout="sequential"), 11),
     "qwen3-moe-dense-layers": (dict(ep=2, pp=2, expert_layout="sequential"), 12),
     "qwen2-moe": (dict(ep=2, pp=2), 16),
+    "gpt2": (dict(tp=2, pp=2), 12),
+    "starcoder2": (dict(tp=2, pp=2), 15),
+    "phi3-partial": (dict(tp=2, pp=2), 12),
+    "glm": (dict(tp=2, pp=2), 12),  # rotary pairs are moved apart for the releases before 0.14
+    "granite-untied": (dict(tp=2, pp=2), 12),  # multipliers are folded for the releases before 0.17
+    "qwen3-window": (dict(tp=2, pp=2), 15),
+    "glm4-moe": (dict(ep=2, pp=2, expert_layout="sequential"), 12),
+    "deepseek-v3": (dict(tp=2, ep=2, etp=1, expert_layout="sequential", impl=ENGINE), 12),
 }
 pytestmark = pytest.mark.skipif(not TREES, reason="MEGATRON_LM_TREES names no tree of Megatron-LM")
 
@@ -97,9 +108,12 @@ def test_a_release_computes_what_transformers_computes(
     options, first = MODELS[family]
     if release(tree) < first:
         pytest.skip(f"needs Megatron-LM 0.{first}")
+    if options.get("impl") == ENGINE and release(tree) not in WITH_ENGINE:
+        pytest.skip("the stand-in for Transformer Engine does not work with this release")
     folder = hf_model(family)
-    got = computed(tree, hf_to_megatron(folder, tmp_path / "megatron", **options, impl=impl_of(tree)), tmp_path)
-    assert float((got[..., :199] - wanted(folder)).abs().max()) < TOLERANCE
+    options = {"impl": impl_of(tree), "megatron_version": f"0.{release(tree)}", **options}
+    got = computed(tree, hf_to_megatron(folder, tmp_path / "megatron", **options), tmp_path)
+    assert float((got[..., :199] - wanted(folder)).abs().max()) < TOLERANCE * max(1.0, float(wanted(folder).abs().max()))
 
 
 @pytest.mark.slow
