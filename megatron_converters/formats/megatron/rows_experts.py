@@ -256,6 +256,7 @@ EXPERTS = (
     only("moe_apply_probs_on_input", False, "experts whose inputs are scaled instead of their outputs"),
     only("moe_mlp_glu_interleave_size", None, "gate and up of experts in alternating blocks of rows"),
     only("moe_latent_size", None, "experts on projected inputs"),
+    only("moe_router_force_load_balancing", False, "experts that are chosen at random", optional=True),
     Argument(
         "moe_router_dtype",
         _router_dtype,
