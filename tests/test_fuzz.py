@@ -13,7 +13,7 @@ import signal
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -26,10 +26,15 @@ import torch.distributed.checkpoint as torch_dcp
 from safetensors.torch import save_file
 
 from megatron_converters.basics.errors import ConversionError
+from megatron_converters.families import FAMILIES
+from megatron_converters.families.config_json import config_from_spec, spec_from_config
+from megatron_converters.formats.megatron.arguments import inexpressible, model_args, spec_fields
+from megatron_converters.formats.megatron.conventions import conventions
 from megatron_converters.formats.megatron.torch_dist_source import COMMON_FILE, TorchDistSource
 from megatron_converters.storage import dcp, safetensors, torch_zip
 from tests.conversions import hf_to_torch_dist
 from tests.damage import Damage, any_bytes, any_json, any_opcodes, in_archive, in_header
+from tests.oracle.hf_kinds import KINDS
 
 HFModel = Callable[..., Path]
 
@@ -194,3 +199,36 @@ def _audit(event: str, about: tuple[Any, ...]) -> None:
 
 
 sys.addaudithook(_audit)
+
+
+#: Values that no config.json should have, at least not under most keys.
+JUNK = (
+    *(None, 0, -1, 1, 2, 3, 1e9, 10**12, -0.5, 1.5, float("nan"), float("inf"), "x", "", [], [1], ["a"], {}, {"a": 1}),
+    *(
+        True,
+        False,
+        [0, 1, 1, 0],
+        ["full_attention"] * 4,
+        ["sliding_attention"] * 4,
+        ["linear_attention"] * 4,
+        ["dense"] * 4,
+    ),
+)
+
+
+def test_a_config_with_any_value_under_any_key_is_read_or_refused() -> None:
+    random = Random(11)
+    for _ in range(40):
+        for fields in KINDS.values():
+            family = FAMILIES[fields["model_type"]]
+            config = {**fields, "architectures": [family.architecture]}
+            keys = [
+                key for key in (*fields, *(key for rule in family.rules for key in rule.keys)) if key != "model_type"
+            ]
+            config |= {random.choice(keys): random.choice(JUNK) for _ in range(random.choice((1, 1, 2, 3)))}
+            with suppress(ConversionError):
+                spec = spec_from_config(config)
+                stored = conventions(spec).spec
+                inexpressible(stored)
+                spec_fields(argparse.Namespace(**model_args(stored)))
+                config_from_spec(spec)

@@ -113,7 +113,9 @@ def test_a_release_computes_what_transformers_computes(
     folder = hf_model(family)
     options = {"impl": impl_of(tree), "megatron_version": f"0.{release(tree)}", **options}
     got = computed(tree, hf_to_megatron(folder, tmp_path / "megatron", **options), tmp_path)
-    assert float((got[..., :199] - wanted(folder)).abs().max()) < TOLERANCE * max(1.0, float(wanted(folder).abs().max()))
+    assert float((got[..., :199] - wanted(folder)).abs().max()) < TOLERANCE * max(
+        1.0, float(wanted(folder).abs().max())
+    )
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from enum import Enum
 from typing import Any, Protocol
 
 from ..basics.errors import ConversionError
-from ..model.layers import is_whole
+from ..model.layers import TOO_MANY_LAYERS, is_whole
 from ..model.spec import ModelSpec, PerLayer
 
 Config = Mapping[str, Any]
@@ -172,9 +172,9 @@ def per_layer(values: list[Any]) -> Any:
 
 
 def layer_count(config: Config) -> int:
-    """Number of layers that config.json states; 0 where it is no number, which `ModelSpec` refuses."""
+    """Number of layers that config.json states; 0 where it is no number of layers, which `ModelSpec` refuses."""
     count = config.get("num_hidden_layers")
-    return count if is_whole(count) else 0
+    return count if is_whole(count) and count < TOO_MANY_LAYERS else 0
 
 
 def list_of_names(config: Config, key: str) -> list[str]:

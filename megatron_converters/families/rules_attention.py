@@ -131,8 +131,9 @@ class SwitchedWindow:
                 f"config.json has max_window_layers={start!r} of {layers!r} layers; they must be numbers"
             )
         types = layer_types(config)
-        if window is None:
-            return {"sliding_window": None}
+        if not is_whole(window):  # none, or what no attention takes
+            return {"sliding_window": window}
+        layers = layer_count(config)
         types = types or [FULL if layer < start else SLIDING for layer in range(layers)]
         if len(types) != layers or not {*types} <= {FULL, SLIDING}:
             raise ConversionError(

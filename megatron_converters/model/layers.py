@@ -14,6 +14,8 @@ from ..basics.errors import ConversionError
 
 #: More rows or columns than any model's tensor has, so that a damaged size allocates no memory.
 _TOO_LARGE = 1 << 27
+#: More layers than any model has, so that a damaged number starts no endless loop.
+TOO_MANY_LAYERS = 1 << 16
 RMS_NORM, LAYER_NORM = "RMSNorm", "LayerNorm"
 #: Spans of query and key norms: each head by itself, or all heads together (OLMoE).
 EACH_HEAD, ALL_HEADS = "each head", "all heads"
@@ -38,11 +40,16 @@ def is_whole(value: Any) -> TypeGuard[int]:
 def check_sizes(record: Any, names: Iterable[str]) -> None:
     """Raise unless the fields `names` of a record are sizes that a tensor can have."""
     for name in names:
-        value = getattr(record, name)
-        if not is_whole(value) or value < 1:
-            raise ConversionError(f"{name} is {value!r}; it must be a whole number above 0")
-        if value >= _TOO_LARGE:
-            raise ConversionError(f"{name} is {value!r:.40}, which no model has")
+        check_size(getattr(record, name), name)
+
+
+def check_size(value: Any, name: str, limit: int = _TOO_LARGE) -> int:
+    """Value of `name`, which must be a size that a model can have, below `limit`; raises `ConversionError`."""
+    if not is_whole(value) or value < 1:
+        raise ConversionError(f"{name} is {value!r}; it must be a whole number above 0")
+    if value >= limit:
+        raise ConversionError(f"{name} is {value!r:.40}, which no model has")
+    return value
 
 
 def check_switches(record: Any, names: Iterable[str]) -> None:

@@ -9,12 +9,12 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from types import SimpleNamespace
 from typing import Any
 
 from ..basics.dtypes import DType, dtype_named
 from ..basics.errors import ConversionError
 from .layers import (
+    TOO_MANY_LAYERS,
     Attention,
     Feed,
     GatedDelta,
@@ -26,6 +26,7 @@ from .layers import (
     Norm,
     Rope,
     RopeScaling,
+    check_size,
     check_sizes,
     check_switches,
     is_whole,
@@ -215,9 +216,9 @@ def _spec_of(values: Mapping[str, Any]) -> ModelSpec:
     if unknown:
         raise TypeError(f"no properties of a model: {sorted(unknown)}")
     # Before all others, since sizes of layers may follow from these.
-    sizes = SimpleNamespace(**{name: values.get(name) for name in ("num_layers", "hidden_size")})
-    check_sizes(sizes, vars(sizes))
-    count = sizes.num_layers
+    count = check_size(values.get("num_layers"), "num_layers", TOO_MANY_LAYERS)
+    check_size(values.get("hidden_size"), "hidden_size")
+    further = check_size(values["mtp_num_layers"], "mtp_num_layers", TOO_MANY_LAYERS) if values.get("mtp_num_layers") else 0
     kinds: dict[Layer, int] = {}
     by_values: dict[tuple[Any, ...], int] = {}
     per_layer = {name: value for name, value in values.items() if isinstance(value, PerLayer)}
@@ -237,7 +238,7 @@ def _spec_of(values: Mapping[str, Any]) -> ModelSpec:
         multipliers=_record(Multipliers, values),
         kinds=tuple(kinds),
         order=tuple(order),
-        mtp=(order[-1],) * (values.get("mtp_num_layers") or 0),
+        mtp=(order[-1],) * further,
     )
 
 
