@@ -29,6 +29,8 @@ from tests.oracle.hf import hf_logits, sample_tokens
 HFModel = Callable[..., Path]
 TREES = [Path(tree) for tree in os.environ.get("MEGATRON_LM_TREES", "").split(os.pathsep) if tree]
 TOLERANCE = 1e-4
+#: Largest difference relative to the largest logit; GELU's two forms differ by 7e-5.
+RELATIVE_TOLERANCE = 1e-5
 #: Of any training run, and what keeps Megatron-LM from asking for a GPU.
 RUN = """--micro-batch-size 2 --global-batch-size 32 --seq-length 64 --train-iters 1 --lr 1e-4
     --tokenizer-type NullTokenizer --vocab-size 198
@@ -54,7 +56,7 @@ MODELS: dict[str, tuple[dict[str, Any], int]] = {
     "granite-untied": (dict(tp=2, pp=2), 12),  # multipliers are folded for the releases before 0.17
     "qwen3-window": (dict(tp=2, pp=2), 15),
     "glm4-moe": (dict(ep=2, pp=2, expert_layout="sequential"), 12),
-    "deepseek-v3": (dict(tp=2, ep=2, etp=1, expert_layout="sequential", impl=ENGINE), 12),
+    "deepseek-v3": (dict(tp=2, expert_layout="sequential", impl=ENGINE), 12),  # down projections are cut before 0.14
 }
 pytestmark = pytest.mark.skipif(not TREES, reason="MEGATRON_LM_TREES names no tree of Megatron-LM")
 
@@ -70,7 +72,8 @@ def impl_of(tree: Path) -> str:
 
 
 def flags_of(checkpoint: Path) -> list[str]:
-    return shlex.split((checkpoint / "iter_0000001/pretrain_gpt_flags.txt").read_text().replace("\\\n", " "))
+    flags = shlex.split((checkpoint / "iter_0000001/pretrain_gpt_flags.txt").read_text().replace("\\\n", " "))
+    return [flag for flag in flags if flag != "--sequence-parallel"]  # for training only, and the stand-in has none
 
 
 def ranks(flags: list[str]) -> int:
@@ -113,9 +116,8 @@ def test_a_release_computes_what_transformers_computes(
     folder = hf_model(family)
     options = {"impl": impl_of(tree), "megatron_version": f"0.{release(tree)}", **options}
     got = computed(tree, hf_to_megatron(folder, tmp_path / "megatron", **options), tmp_path)
-    assert float((got[..., :199] - wanted(folder)).abs().max()) < TOLERANCE * max(
-        1.0, float(wanted(folder).abs().max())
-    )
+    largest = float(wanted(folder).abs().max())
+    assert float((got[..., :199] - wanted(folder)).abs().max()) < RELATIVE_TOLERANCE * largest
 
 
 @pytest.mark.slow
