@@ -15,6 +15,7 @@ from tests.helpers import args_of, hf_tensors
 from tests.oracle.args import megatron_args
 from tests.oracle.hf import FAMILIES, hf_logits, make_model, sample_tokens
 from tests.oracle.pool import MegatronPool, write_checkpoint
+from tests.pairs import latin
 
 TOKENS = sample_tokens()
 VOCABULARY = 199
@@ -36,19 +37,18 @@ def check(pool: MegatronPool, checkpoint: Path, wanted: torch.Tensor, **options:
     assert float((got - wanted).abs().max()) < TOLERANCE
 
 
-@pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize(("tp", "pp"), GRIDS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "grid", "impl"), latin([*FAMILIES], GRIDS, IMPLS), ids=str)
 def test_megatron_computes_what_transformers_computes(
     megatron_pool: MegatronPool,
     models: dict[str, tuple[Path, torch.Tensor]],
     tmp_path: Path,
     family: str,
-    tp: int,
-    pp: int,
+    grid: tuple[int, int],
     impl: str,
 ) -> None:
+    """Every family has each implementation's names once where tensors are cut."""
     folder, wanted = models[family]
+    tp, pp = grid
     checkpoint = hf_to_megatron(folder, tmp_path / "megatron", tp=tp, pp=pp, impl=impl)
     check(megatron_pool, checkpoint, wanted, tp=tp, pp=pp, impl=impl)
     back = megatron_to_hf(checkpoint, tmp_path / "hf")
@@ -204,12 +204,11 @@ REAL: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize(("tp", "pp"), GRIDS)
-@pytest.mark.parametrize("name", REAL)
+@pytest.mark.parametrize(("name", "grid", "impl"), latin([*REAL], GRIDS, IMPLS), ids=str)
 def test_checkpoint_of_real_megatron_modules_to_hf(
-    megatron_pool: MegatronPool, tmp_path: Path, name: str, tp: int, pp: int, impl: str
+    megatron_pool: MegatronPool, tmp_path: Path, name: str, grid: tuple[int, int], impl: str
 ) -> None:
+    tp, pp = grid
     args = megatron_args(
         tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, transformer_impl=impl, **REAL[name]
     )

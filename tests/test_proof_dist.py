@@ -16,6 +16,7 @@ from tests.helpers import hf_tensors
 from tests.oracle.args import megatron_args
 from tests.oracle.hf import FAMILIES, MOE_FAMILIES, hf_logits, make_model, sample_tokens
 from tests.oracle.pool import MegatronPool, write_checkpoint, write_distributed
+from tests.pairs import latin
 
 TOKENS = sample_tokens()
 VOCABULARY = 199
@@ -124,6 +125,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Pa
 
 
 Models = Callable[[str], tuple[Path, torch.Tensor]]
+Cuts = tuple[dict[str, int], tuple[dict[str, int], ...]]
 #: Sizes that the chunks are cut for, and sizes at which megatron-core loads them.
 CUTS = (
     ({}, ({"tp": 2, "pp": 2}, {"pp": 4})),
@@ -141,19 +143,19 @@ def check_loads(
         assert float((got - wanted).abs().max()) < TOLERANCE, at
 
 
-@pytest.mark.parametrize("impl", ["local", "transformer_engine"])
-@pytest.mark.parametrize(("cut", "sizes"), CUTS, ids=str)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "cut_and_sizes", "impl"), latin([*FAMILIES], CUTS, ["local", "transformer_engine"]), ids=str
+)
 def test_megatron_loads_what_we_write(
     megatron_pool: MegatronPool,
     models: Models,
     tmp_path: Path,
     family: str,
-    cut: dict[str, int],
-    sizes: tuple[dict[str, int], ...],
+    cut_and_sizes: Cuts,
     impl: str,
 ) -> None:
     folder, wanted = models(family)
+    cut, sizes = cut_and_sizes
     root = hf_to_torch_dist(folder, tmp_path / "torch_dist", impl=impl, **cut)
     check_loads(megatron_pool, root, wanted, impl, sizes)
     assert different(hf_tensors(folder), hf_tensors(megatron_to_hf(root, tmp_path / "hf"))) == []
@@ -166,20 +168,24 @@ MOE_CUTS = (
 )
 
 
-@pytest.mark.parametrize(("impl", "layout"), [("transformer_engine", "grouped"), ("local", "sequential")])
-@pytest.mark.parametrize(("cut", "sizes"), MOE_CUTS, ids=str)
-@pytest.mark.parametrize("family", [family for family in MOE_FAMILIES if family != "olmoe"])
+MOE_STORED = (("transformer_engine", "grouped"), ("local", "sequential"))
+
+
+@pytest.mark.parametrize(
+    ("family", "cut_and_sizes", "stored"),
+    latin([family for family in MOE_FAMILIES if family != "olmoe"], MOE_CUTS, MOE_STORED),
+    ids=str,
+)
 def test_megatron_loads_experts_that_we_write(
     megatron_pool: MegatronPool,
     models: Models,
     tmp_path: Path,
     family: str,
-    cut: dict[str, int],
-    sizes: tuple[dict[str, int], ...],
-    impl: str,
-    layout: str,
+    cut_and_sizes: Cuts,
+    stored: tuple[str, str],
 ) -> None:
     folder, wanted = models(family)
+    (cut, sizes), (impl, layout) = cut_and_sizes, stored
     root = hf_to_torch_dist(folder, tmp_path / "torch_dist", impl=impl, expert_layout=layout, **cut)
     check_loads(megatron_pool, root, wanted, impl, sizes)
     assert different(hf_tensors(folder), hf_tensors(megatron_to_hf(root, tmp_path / "hf"))) == []

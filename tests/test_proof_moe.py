@@ -18,6 +18,7 @@ from tests.helpers import hf_tensors
 from tests.oracle.args import megatron_args
 from tests.oracle.hf import hf_logits, make_model, sample_tokens
 from tests.oracle.pool import MegatronPool, write_checkpoint
+from tests.pairs import latin
 
 TOKENS = sample_tokens()
 VOCABULARY = 199
@@ -44,23 +45,18 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
     return {family: (folder, hf_logits(folder, TOKENS)) for family, folder in folders.items()}
 
 
-@pytest.mark.parametrize(("impl", "layout"), STORED, ids=lambda value: str(value))
-@pytest.mark.parametrize(("tp", "pp", "ep", "etp"), GRIDS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("grid", "family", "stored"), latin(GRIDS, FAMILIES, STORED), ids=str)
 def test_megatron_computes_what_transformers_computes(
     megatron_pool: MegatronPool,
     models: Models,
     tmp_path: Path,
+    grid: tuple[int, ...],
     family: str,
-    tp: int,
-    pp: int,
-    ep: int,
-    etp: int,
-    impl: str,
-    layout: str,
+    stored: tuple[str, str],
 ) -> None:
     folder, wanted = models[family]
-    sizes = {"tp": tp, "pp": pp, "ep": ep, "etp": etp}
+    sizes = dict(zip(("tp", "pp", "ep", "etp"), grid, strict=True))
+    impl, layout = stored
     checkpoint = hf_to_megatron(folder, tmp_path / "megatron", **sizes, impl=impl, expert_layout=layout)
     got = megatron_pool.logits(checkpoint, TOKENS)[..., :VOCABULARY]
     assert float((got - wanted).abs().max()) < TOLERANCE
@@ -74,11 +70,11 @@ def legal(tp: int, ep: int, etp: int) -> bool:
     return etp <= tp
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize(("tp", "pp"), list(itertools.product((1, 2, 4), (1, 2, 4))))
+@pytest.mark.parametrize(("layout", "tp", "pp"), latin(LAYOUTS, (1, 2, 4), (1, 2, 4)))
 def test_every_size_and_layout_comes_back_exactly(
-    models: Models, tmp_path: Path, tp: int, pp: int, layout: str
+    models: Models, tmp_path: Path, layout: str, tp: int, pp: int
 ) -> None:
+    """The sizes that cut experts in full with each layout; pipeline stages, which move layers whole, in turn."""
     folder, _ = models["mixtral"]
     for ep, etp in itertools.product((1, 2, 4), (1, 2, 4)):
         target = tmp_path / f"{ep}-{etp}"
