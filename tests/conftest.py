@@ -43,3 +43,11 @@ def megatron_model(
         return source, target
 
     return make
+
+
+@pytest.fixture
+def preloaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The processes that compute logits are forked from one that has imported all that they need."""
+    from tests.logits_processes import use_preloaded
+
+    use_preloaded(monkeypatch)

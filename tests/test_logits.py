@@ -34,12 +34,15 @@ from megatron_converters.sharding.ranks import parallel_for
 from tests import pool_jobs
 from tests.conversions import hf_to_megatron
 from tests.helpers import ROOT, finished, start
+from tests.logits_processes import PRELOADED
 from tests.oracle import by_hand
 from tests.oracle.args import megatron_args
 from tests.oracle.hf import FAMILIES as CONFIGS
 from tests.oracle.hf import MOE_FAMILIES, hf_logits, make_model, sample_tokens
 from tests.oracle.pool import MegatronPool, write_checkpoint
 from tests.tiny import tiny_spec
+
+pytestmark = pytest.mark.usefixtures("preloaded")
 
 TOKENS = sample_tokens()
 VOCABULARY = 199
@@ -92,7 +95,7 @@ def script(tmp_path: Path, text: str, *arguments: Any) -> Any:
 
 
 def test_a_script_compares_and_prints_nothing_else(llama: Path, tmp_path: Path) -> None:
-    checkpoint = hf_to_megatron(llama, tmp_path / "megatron", tp=2, pp=2, impl="transformer_engine")
+    checkpoint = hf_to_megatron(llama, tmp_path / "megatron", tp=2, impl="transformer_engine")
     run = finished(script(tmp_path, SCRIPT, llama, checkpoint))
     assert run.code == 0 and run.err == "", run
     first, _, last = run.out.splitlines()
@@ -168,7 +171,10 @@ def test_what_megatron_does_not_load_is_named_by_rank_and_key(llama: Path, tmp_p
     checkpoint = hf_to_megatron(llama, tmp_path, tp=2)
     told = MegatronModel(checkpoint, MegatronReadOptions())._checkpoint
     told = dataclasses.replace(told, args={**told.args, "add_qkv_bias": True, "ffn_hidden_size": 64})
-    with Pool(2, _setup, 120) as pool, pytest.raises(ConversionError, match="megatron-core does not load") as error:
+    with (
+        Pool(2, _setup, 120, PRELOADED) as pool,
+        pytest.raises(ConversionError, match="megatron-core does not load") as error,
+    ):
         pool.run(_logits, told, TOKENS.numpy())
     for words in ("mp_rank_00", "mp_rank_01", "Missing key", "linear_qkv.bias", "size mismatch", "linear_fc1.weight"):
         assert words in str(error.value)

@@ -20,12 +20,16 @@ from megatron_converters.logits.megatron import MegatronModel, _concatenate, _lo
 from megatron_converters.logits.pool import Pool
 from megatron_converters.storage import dcp
 from tests.conversions import hf_to_torch_dist
+from tests.logits_processes import PRELOADED
 from tests.oracle import by_hand_dist
 from tests.oracle.args import megatron_args
 from tests.oracle.hf import hf_logits, make_model, sample_tokens
 from tests.oracle.pool import MegatronPool, write_distributed
 
-pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:torch.distributed is disabled"),
+    pytest.mark.usefixtures("preloaded"),
+]
 
 TOKENS = sample_tokens()
 VOCABULARY = 199
@@ -39,7 +43,7 @@ Logits = Callable[[Path], np.ndarray[Any, Any]]
 @pytest.fixture(scope="module")
 def process() -> Iterator[Pool]:
     """The one process that such a checkpoint takes, so that megatron-core is imported once for all tests."""
-    with Pool(1, _setup, 120) as pool:
+    with Pool(1, _setup, 120, PRELOADED) as pool:
         yield pool
 
 

@@ -17,6 +17,7 @@ from megatron_converters.logits.megatron import MegatronModel, _concatenate, _lo
 from megatron_converters.logits.pool import Pool
 from megatron_converters.sharding.stages import PipelineSplit
 from tests.conversions import hf_to_megatron
+from tests.logits_processes import PRELOADED
 from tests.oracle.args import megatron_args
 from tests.oracle.hf import hf_logits, make_model, sample_tokens
 from tests.oracle.pool import MegatronPool, write_checkpoint
@@ -32,7 +33,7 @@ Compute = Callable[[Checkpoint], np.ndarray[Any, Any]]
 @pytest.fixture(scope="module")
 def compute() -> Iterator[Compute]:
     """What `MegatronModel.logits` computes, in four processes in which megatron-core is imported once for all tests."""
-    with Pool(4, _setup, 120) as pool:
+    with Pool(4, _setup, 120, PRELOADED) as pool:
 
         def run(told: Checkpoint) -> np.ndarray[Any, Any]:
             return _concatenate([part for part in pool.run(_logits, told, TOKENS.numpy()) if part], VOCABULARY)[0]

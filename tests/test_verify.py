@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import random
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,7 +29,7 @@ from megatron_converters.formats.megatron.rank_files_target import MegatronTarge
 from megatron_converters.formats.megatron.writing import MegatronOptions
 from megatron_converters.storage import safetensors, torch_zip
 from tests.conversions import hf_to_megatron, megatron_to_hf, reshard
-from tests.helpers import ROOT
+from tests.helpers import finished, start_verb
 from tests.oracle.hf import FAMILIES, MOE_FAMILIES
 
 HFModel = Callable[..., Path]
@@ -507,28 +505,22 @@ def test_the_format_of_each_side_can_be_said(checkpoint: Any, tmp_path: Path, ca
 # --- logits
 
 
-def _verify_logits(*arguments: Any) -> Any:
+_LOGITS = ("verify", "--logits", "--length", "16")
+
+
+def test_logits_are_compared(hf_model: HFModel, tmp_path: Path) -> None:
     """In a process of its own, since the models' processes are spawned from its main module."""
-    command = [
-        sys.executable,
-        "-m",
-        "megatron_converters",
-        "verify",
-        "--logits",
-        "--length",
-        "16",
-        *map(str, arguments),
-    ]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    source = hf_model("llama3")
+    done = finished(start_verb(*_LOGITS, source, hf_to_megatron(source, tmp_path)), 300)
+    assert (done.code, "logits agree" in done.out) == (0, True), done
 
 
-def test_logits_are_compared(checkpoint: Any, tmp_path: Path) -> None:
+def test_logits_that_differ_are_told(checkpoint: Any, tmp_path: Path, preloaded: None, capsys: Any) -> None:
     source, meg = checkpoint("llama3")
-    done = _verify_logits(source, meg)
-    assert (done.returncode, "logits agree" in done.stdout) == (0, True), done
-    done = _verify_logits(source, mutate(meg, tmp_path / "meg", _shift_layers), "--json")
-    report = json.loads(done.stdout)
-    assert (done.returncode, report["equal"], report["positions"]) == (1, False, 32)
+    wrong = mutate(meg, tmp_path / "meg", _shift_layers)
+    code, out, _ = run(capsys, *_LOGITS, source, wrong, "--json")
+    report = json.loads(out)
+    assert (code, report["equal"], report["positions"]) == (1, False, 32)
     assert report["difference"] > report["tolerance"] * report["scale"]
 
 
