@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from megatron_converters.basics.errors import ConversionError, Interrupted
+from megatron_converters.cli import main
 from megatron_converters.conversion import run as conversion
 from megatron_converters.conversion.composing import Sources
 from megatron_converters.conversion.crew import Report
@@ -27,6 +28,7 @@ from megatron_converters.formats.huggingface.source import HFSource
 from megatron_converters.formats.megatron.rank_files_target import MegatronTarget
 from megatron_converters.formats.megatron.writing import MegatronOptions
 from megatron_converters.model.slots import SLOTS, Ref
+from tests.forked import forked
 from tests.helpers import (
     ROOT,
     TRACKER,
@@ -142,22 +144,33 @@ def attempt(job: Job, **more: Any) -> tuple[Path, Run]:
     return whole.parent / "out", verb("convert", source, whole.parent / "out", *options, **more)
 
 
+def attempt_with(job: Job, code: str, **env: Any) -> tuple[Path, Run]:
+    """An attempt in a process that runs `code` first."""
+    source, whole, options = job
+    command = ("convert", source, whole.parent / "out", *options)
+
+    def call() -> None:
+        exec(compile(code, "code", "exec"), {})
+        main.main([str(part) for part in command])
+
+    return whole.parent / "out", forked(call, env={name: str(value) for name, value in env.items()})
+
+
 @pytest.mark.xdist_group("resume")
-@pytest.mark.parametrize("part", range(4))
+@pytest.mark.parametrize("part", range(2))
 def test_kills_at_random_moments(job: Job, part: int, tmp_path: Path) -> None:
-    """Five moments each: twenty for each direction."""
+    """Ten moments each: twenty for each direction."""
     _, whole, _ = job
-    env = site(tmp_path / "site", KILLER, KILL_AT=0, CALLS=tmp_path / "calls")
-    out, run = attempt(job, env=env)
+    out, run = attempt_with(job, KILLER, KILL_AT=0, CALLS=tmp_path / "calls")
     succeeded(run)
     assert tree(out) == tree(whole)
     shutil.rmtree(out)
     total = int((tmp_path / "calls").read_text())
     assert total > 50
-    moments = random.Random(7).sample(range(1, total), 20)[part * 5 : part * 5 + 5]
+    moments = random.Random(7).sample(range(1, total), 20)[part * 10 : part * 10 + 10]
     kept = 0
     for moment in moments:
-        out, run = attempt(job, env=site(tmp_path / "site", KILLER, KILL_AT=moment))
+        out, run = attempt_with(job, KILLER, KILL_AT=moment)
         assert run.code == -signal.SIGKILL
         seen = {name: data for name, data in tree(out).items() if not name.startswith(".")}
         assert seen == tree(whole) or (
@@ -401,6 +414,7 @@ def _slow_workers(job: Job, tmp_path: Path) -> tuple[Any, list[int]]:
 
 
 @pytest.mark.xdist_group("resume")
+@pytest.mark.parametrize("job", ["HF to Megatron", "Megatron to HF"], indirect=True)
 def test_a_lost_worker_fails_the_run_and_the_next_goes_on(job: Job, tmp_path: Path) -> None:
     _, whole, _ = job
     out = whole.parent / "out"
@@ -461,6 +475,7 @@ def _wait_for(condition: Callable[[], bool]) -> None:
 
 
 @pytest.mark.xdist_group("resume")
+@pytest.mark.parametrize("job", ["HF to torch_dist"], indirect=True)
 def test_workers_stop_when_the_first_process_is_gone(job: Job, tmp_path: Path) -> None:
     _, whole, _ = job
     out = whole.parent / "out"
@@ -478,8 +493,9 @@ def test_workers_stop_when_the_first_process_is_gone(job: Job, tmp_path: Path) -
 
 
 @pytest.mark.xdist_group("resume")
+@pytest.mark.parametrize("job", ["HF to torch_dist"], indirect=True)
 def test_torchrun_writes_what_one_process_writes(job: Job, tmp_path: Path) -> None:
-    """Two nodes on one machine."""
+    """Two nodes on one machine. The other directions go through the same crew as under srun; see also `test_scripts`."""
     source, whole, options = job
     out = whole.parent / "out"
     command = [
@@ -529,7 +545,9 @@ def test_srun_writes_what_one_process_writes(job: Job) -> None:
 
 
 @pytest.mark.xdist_group("resume")
+@pytest.mark.parametrize("job", ["HF to Megatron"], indirect=True)
 def test_processes_with_different_commands_are_refused(job: Job) -> None:
+    """Before anything that depends on the direction."""
     source, whole, options = job
     out = whole.parent / "out"
     env = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(_port())}
@@ -542,7 +560,9 @@ def test_processes_with_different_commands_are_refused(job: Job) -> None:
     assert not out.exists()
 
 
+@pytest.mark.parametrize("job", ["HF to Megatron"], indirect=True)
 def test_processes_without_a_meeting_place_are_told_so(job: Job) -> None:
+    """Before anything that depends on the direction."""
     source, whole, options = job
     out = whole.parent / "nowhere"
     run = verb("convert", source, out, *options, env={"RANK": "1", "WORLD_SIZE": "2"})

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.forked import forked_script
 from tests.helpers import (
     ROOT,
     Run,
@@ -117,7 +118,10 @@ def tools(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return folder
 
 
-def stock(tools: Path, loader: str, saver: str, load_dir: Path, save_dir: Path, *options: Any) -> Run:
+def stock(
+    tools: Path, loader: str, saver: str, load_dir: Path, save_dir: Path, *options: Any, anew: bool = False
+) -> Run:
+    """Run convert.py: the stand-in in a forked process that has torch already, unless `anew`."""
     common = (
         "--model-type",
         "GPT",
@@ -130,7 +134,10 @@ def stock(tools: Path, loader: str, saver: str, load_dir: Path, save_dir: Path, 
         "--save-dir",
         save_dir,
     )
-    return finished(start(tools / "convert.py", *common, *options, cwd=tools.parent))
+    script = tools / "convert.py"
+    if anew or script.read_text() != CONVERT:
+        return finished(start(script, *common, *options, cwd=tools.parent))
+    return forked_script(script, *common, *options, cwd=tools.parent)
 
 
 def config_of(folder: Path) -> dict[str, Any]:
@@ -414,14 +421,14 @@ def test_no_checking_forgives_names_and_surplus(hf_model: HFModel, tools: Path, 
 def test_both_of_ours_under_stock_convert(hf_model: HFModel, tools: Path, tmp_path: Path) -> None:
     source = hf_model("qwen3")
     options = ("--target-tensor-parallel-size", 2, "--target-pipeline-parallel-size", 2)
-    succeeded(stock(tools, "llama_mistral", "core", source, tmp_path / "meg", *options))
-    succeeded(stock(tools, "core", "hf", tmp_path / "meg", tmp_path / "hf"))
+    succeeded(stock(tools, "llama_mistral", "core", source, tmp_path / "meg", *options, anew=True))
+    succeeded(stock(tools, "core", "hf", tmp_path / "meg", tmp_path / "hf", anew=True))
     same_tensors(hf_tensors(tmp_path / "hf"), hf_tensors(source))
 
 
 def test_a_failing_saver_under_stock_convert_does_not_block(hf_model: HFModel, tools: Path, tmp_path: Path) -> None:
     source = hf_model("llama2")
     options = ("--target-tensor-parallel-size", 3, "--max-queue-size", 1)
-    run = stock(tools, "llama_mistral", "core", source, tmp_path / "out", *options)
+    run = stock(tools, "llama_mistral", "core", source, tmp_path / "out", *options, anew=True)
     refused(run, "tp=3", "the saver ended")
     nothing_complete(tmp_path / "out")
