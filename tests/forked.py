@@ -86,7 +86,7 @@ def _be_a_process_of_its_own(call: Callable[[], Any], output: list[int], cwd: Pa
             os.dup2(pipe, number)
             os.close(pipe)
         sys.stdin = open(os.devnull)  # noqa: SIM115 - as long as the process
-        sys.stdout, sys.stderr = (io.TextIOWrapper(open(number, "wb", 0), write_through=True) for number in (1, 2))
+        sys.stdout, sys.stderr = (io.TextIOWrapper(open(number, "wb", 0), write_through=True) for number in (1, 2))  # noqa: SIM115
         os.chdir(cwd)
         os.environ.update(env)
         multiprocessing.process._parent_process = None  # type: ignore[attr-defined]
