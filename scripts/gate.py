@@ -252,11 +252,23 @@ def execute(chain: str, work: Path) -> None:
 
 
 def comparable(word: str, text: str) -> str:
-    """Output of a command without what may change: `inspect` describes the model in the words of the spec."""
-    text = text.replace("moe_norm", "mlp_norm")
+    """Output of a command without what may change: `inspect` describes the model in the words of the spec.
+
+    Norms before experts were once a slot of their own, `moe_norm`.
+    """
     if word != "inspect":
-        return text
-    return json.dumps({key: value for key, value in json.loads(text).items() if key != "model"})
+        return text.replace("moe_norm", "mlp_norm")
+    content = json.loads(text, object_pairs_hook=merged_norms)
+    return json.dumps({key: value for key, value in content.items() if key != "model"})
+
+
+def merged_norms(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """JSON object in which the bytes of both kinds of norms before an MLP are one number."""
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        name = "mlp_norm" if key == "moe_norm" else key
+        found[name] = found[name] + value if name in found else value
+    return found
 
 
 def digest(folder: Path) -> dict[str, str]:
