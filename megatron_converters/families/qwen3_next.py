@@ -18,6 +18,15 @@ from .rules_experts import DenseLayers, Experts, NormTopkProb
 from .table import Family
 
 _DELTA = LAYER + "linear_attn."
+#: Sizes of gated DeltaNet, with defaults.
+_SIZES = {"num_key_heads": 16, "num_value_heads": 32, "key_head_dim": 128, "value_head_dim": 128, "conv_kernel_dim": 4}
+
+_PREDICTION = {
+    **tensor("mtp_embedding_norm", "mtp.pre_fc_norm_embedding.weight"),
+    **tensor("mtp_hidden_norm", "mtp.pre_fc_norm_hidden.weight"),
+    **tensor("mtp_proj", "mtp.fc.weight"),
+    **tensor("mtp_final_norm", "mtp.norm.weight"),
+}
 
 QWEN3_NEXT = Family(
     name="qwen3_next",
@@ -35,10 +44,7 @@ QWEN3_NEXT = Family(
         **tensor("delta_out", _DELTA + "out_proj.weight"),
         **EXPERTS,
         **shared_experts(MLP + "shared_expert.", MLP + "shared_expert_gate.weight"),
-        **tensor("mtp_embedding_norm", "mtp.pre_fc_norm_embedding.weight"),
-        **tensor("mtp_hidden_norm", "mtp.pre_fc_norm_hidden.weight"),
-        **tensor("mtp_proj", "mtp.fc.weight"),
-        **tensor("mtp_final_norm", "mtp.norm.weight"),
+        **_PREDICTION,
     },
     rules=(
         *SIZES,
@@ -46,11 +52,7 @@ QWEN3_NEXT = Family(
         Row("kv_channels", "head_dim", 256),
         Rope(partial=0.25),
         LinearAttention(interval=4),
-        Row("linear_num_key_heads", "linear_num_key_heads", 16),
-        Row("linear_num_value_heads", "linear_num_value_heads", 32),
-        Row("linear_key_head_dim", "linear_key_head_dim", 128),
-        Row("linear_value_head_dim", "linear_value_head_dim", 128),
-        Row("linear_conv_kernel_dim", "linear_conv_kernel_dim", 4),
+        *(Row(f"linear_{name}", f"linear_{name}", default) for name, default in _SIZES.items()),
         Row("max_position_embeddings", "max_position_embeddings", 32768),
         DenseLayers(),
         NormTopkProb(True),

@@ -218,7 +218,9 @@ def _spec_of(values: Mapping[str, Any]) -> ModelSpec:
     # Before all others, since sizes of layers may follow from these.
     count = check_size(values.get("num_layers"), "num_layers", TOO_MANY_LAYERS)
     check_size(values.get("hidden_size"), "hidden_size")
-    further = check_size(values["mtp_num_layers"], "mtp_num_layers", TOO_MANY_LAYERS) if values.get("mtp_num_layers") else 0
+    further = (
+        check_size(values["mtp_num_layers"], "mtp_num_layers", TOO_MANY_LAYERS) if values.get("mtp_num_layers") else 0
+    )
     kinds: dict[Layer, int] = {}
     by_values: dict[tuple[Any, ...], int] = {}
     per_layer = {name: value for name, value in values.items() if isinstance(value, PerLayer)}
