@@ -40,9 +40,9 @@ class Part(NamedTuple):
 
     def view(self, data: Weight) -> Weight:
         """View of this part in the stored tensor."""
-        whole = self.stored_parts == 1 and len(self.stored_shape) == len(self.shape)
-        if whole and not self.transposed:
+        if self.shape == self.stored_shape and not self.transposed:
             return data
+        whole = self.stored_parts == 1 and len(self.stored_shape) == len(self.shape)
         if not isinstance(data, StoredTensor):
             raise ConversionError(f"{self.name} is quantised, and one that is transposed or stacked cannot be decoded")
         if not whole:
