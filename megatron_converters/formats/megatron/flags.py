@@ -92,20 +92,22 @@ def flag_warnings(spec: ModelSpec, shown: Iterable[str], tp: int = 1) -> list[st
 
 
 def _since_notes(known: Iterable[Flag]) -> Iterator[str]:
-    """Notes on the first release that knows each flag, one for each release."""
+    """Notes on the first release that knows each flag; many flags of one release share a note."""
     by_release: dict[str, list[str]] = {}
     for flag in known:
         by_release.setdefault(flag.since, []).append(flag.name)
     for since, names in by_release.items():
-        if since:
-            verb = "exists" if len(names) == 1 else "exist"
-            yield f"{' '.join(names)} {verb} from Megatron-LM {since} on"
+        if since and len(names) > _MANY_FLAGS:
+            yield f"{' '.join(names)} exist from Megatron-LM {since} on"
+        elif since:
+            yield from (f"{name} exists from Megatron-LM {since} on" for name in names)
 
 
 def _known(shown: Iterable[str]) -> list[Flag]:
     return [_BY_FLAG[name] for name in (flag.split()[0] for flag in shown) if name in _BY_FLAG]
 
 
+_MANY_FLAGS = 4
 #: Epsilon of the norms of latents in transformers' classes, whatever config.json says (models/deepseek_v3, glm4_moe_lite).
 _LATENT_EPSILON = 1e-6
 #: Release from which attention gathers the query groups that a rank lacks.
