@@ -264,6 +264,19 @@ def test_a_promise_of_config_json_is_not_kept_for_the_files(hf_model: Models, tm
         HFSource(folder)
 
 
+def test_gpt2_as_published_has_no_prefix_and_no_head(hf_model: Models, tmp_path: Path) -> None:
+    plain = hf_model("gpt2")
+    folder = tmp_path / "hf"
+    folder.mkdir()
+    tensors = {name.removeprefix("transformer."): value for name, value in hf_tensors(plain).items()}
+    tensors.pop("lm_head.weight", None)
+    tensors |= {f"h.{layer}.attn.bias": torch.ones(1, 1, 96, 96).tril() for layer in range(4)}  # a mask, no weight
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").symlink_to(plain / "config.json")
+    back = megatron_to_hf(hf_to_megatron(folder, tmp_path / "megatron", tp=2), tmp_path / "back")
+    assert different(hf_tensors(plain), hf_tensors(back)) == []
+
+
 # -- negative controls: what a wrong conversion would look like
 
 
