@@ -264,6 +264,19 @@ def test_a_promise_of_config_json_is_not_kept_for_the_files(hf_model: Models, tm
         HFSource(folder)
 
 
+def test_the_exact_gelu_is_told_from_its_tanh_form(
+    megatron_pool: MegatronPool, hf_model: Models, logits: Any, tmp_path: Path
+) -> None:
+    folder = hf_model("gpt2", activation_function="gelu")
+    root = hf_to_megatron(folder, tmp_path / "megatron", impl="local")
+    assert "--no-bias-gelu-fusion" in (root / "iter_0000001" / "pretrain_gpt_flags.txt").read_text()
+    wanted = hf_logits(folder, TOKENS)
+    assert difference(megatron_pool.logits(root, TOKENS), wanted) < TOLERANCE
+    assert difference(logits("gpt2"), wanted) > 5 * TOLERANCE  # the same weights in the other form
+    back = megatron_to_hf(root, tmp_path / "back")
+    assert json.loads((back / "config.json").read_text())["activation_function"] == "gelu"
+
+
 def test_gpt2_as_published_has_no_prefix_and_no_head(hf_model: Models, tmp_path: Path) -> None:
     plain = hf_model("gpt2")
     folder = tmp_path / "hf"

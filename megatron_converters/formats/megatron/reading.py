@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -56,6 +57,8 @@ class MegatronReadOptions:
 AS_STORED = MegatronReadOptions()
 #: Limits far beyond any training run's args: depth of containers, number of values, bits of an integer.
 _MAX_DEPTH, _MAX_VALUES, _MAX_BITS = 32, 1_000_000, 1024
+#: More ranks of a stage, or stages, than any run has, so that a damaged size allocates no memory.
+_MAX_RANKS = 1 << 18
 
 
 def checkpoint_directory(load_dir: Path, name: str | None) -> Path:
@@ -223,12 +226,18 @@ def parallel_of(args: argparse.Namespace, where: Path) -> Parallel:
     tp, pp = (_size(args, f"{kind}_model_parallel_size", where) for kind in ("tensor", "pipeline"))
     split = _pipeline_split(args, where)
     vpp = stages_per_rank(pp, split)
+    ep = etp = 1
+    if getattr(args, "num_experts", None):
+        _size(args, "num_experts", where)
+        ep = _size(args, "expert_model_parallel_size", where, absent=1)
+        etp = _size(args, "expert_tensor_parallel_size", where, absent=tp)
+    if pp * vpp > _MAX_RANKS or math.lcm(tp, ep * etp) > _MAX_RANKS:
+        raise ConversionError(
+            f"{where}: the args have no valid parallel sizes: together they are more than {_MAX_RANKS} stages or ranks"
+        )
     stages = (0,) * (pp * vpp)
     if not getattr(args, "num_experts", None):
         return Parallel(tp, stages, split, etp=tp, vpp=vpp)
-    _size(args, "num_experts", where)
-    ep = _size(args, "expert_model_parallel_size", where, absent=1)
-    etp = _size(args, "expert_tensor_parallel_size", where, absent=tp)
     return Parallel(tp, stages, split, ep, etp, vpp)
 
 
@@ -236,9 +245,9 @@ def _size(args: argparse.Namespace, name: str, where: Path, absent: int | None =
     value = getattr(args, name, None)
     if value is None and absent is not None:
         return absent
-    if type(value) is not int or value < 1:
+    if type(value) is not int or not 1 <= value <= _MAX_RANKS:
         raise ConversionError(
-            f"{where}: the args have no valid parallel sizes: {name} is {value!r}, not a positive whole number"
+            f"{where}: the args have no valid parallel sizes: {name} is {value!r}, not a positive whole number up to {_MAX_RANKS}"
         )
     return value
 
