@@ -153,8 +153,12 @@ def name_of(table: Mapping[str, Name], slot: str, kind: Layer, stack: str, modul
     """
     name = table[slot]
     if not isinstance(name, str):
-        found = next(name[type(record)] for record in (kind.mixer, kind.feed) if type(record) in name)
-        name = found
+        name = next(name[type(record)] for record in (kind.mixer, kind.feed) if type(record) in name)
+    return _in_stack(name, stack, module)
+
+
+def _in_stack(name: str, stack: str, module: str) -> str:
+    """Template of a decoder layer's name as it is in `stack`, where multi-token prediction has the layer in `module`."""
     return name if stack == DECODER else name.replace(_LAYER, f"{_MTP}{module}.")
 
 
@@ -220,7 +224,7 @@ def extra_state(
     if kind.is_moe:
         for expert in range(experts if expert_layout == "sequential" else 1):
             found += (name.replace("{expert}", str(expert)) for name in _EXPERT_LINEARS[expert_layout])
-    yield from (found if stack == DECODER else (name.replace(_LAYER, f"{_MTP}{module}.") for name in found))
+    yield from (_in_stack(name, stack, module) for name in found)
 
 
 def distributed_extra_state(spec: ModelSpec, kind: Layer, stack: str) -> Iterator[str]:
@@ -231,7 +235,7 @@ def distributed_extra_state(spec: ModelSpec, kind: Layer, stack: str) -> Iterato
     found = [owner.module for owner in _owners(spec, kind, stack)]
     if kind.is_moe:
         found += (_LAYER + DISTRIBUTED_EXPERTS + linear for linear in ("linear_fc1", "linear_fc2"))
-    yield from (found if stack == DECODER else (name.replace(_LAYER, f"{_MTP}{MTP_MODULES[-1]}.") for name in found))
+    yield from (_in_stack(name, stack, MTP_MODULES[-1]) for name in found)
 
 
 def _owners(spec: ModelSpec, kind: Layer, stack: str) -> Iterator[_Owner]:
