@@ -71,10 +71,10 @@ class Conventions:
     def fill(self, ref: Ref, fill: Fill) -> Fill:
         """Fill as this checkpoint stores the ref."""
         name = ref.slot.name
-        if name in self.values:
-            fill = fill._replace(value=self.values[name])
-        if name not in _QUERY_SLOTS or (self.queries is None and not self.halves):
+        if self.is_usual(ref.slot):
             return fill
+        if name in self.values:
+            return fill._replace(value=self.values[name])
         kind = ref.kind(self.spec)
         if self.halves:
             fill = fill._replace(rows=self._stored(ref, kind, fill.rows, _order))
@@ -85,10 +85,10 @@ class Conventions:
     def pieces(self, ref: Ref, piece: Piece) -> list[Piece]:
         """Pieces of the hub's slot from one that this checkpoint stores."""
         name = ref.slot.name
+        if self.is_usual(ref.slot):
+            return [piece]
         if name in self.values:
             return [dataclasses.replace(piece, value=self.values[name].inverse())]
-        if name not in _QUERY_SLOTS or (self.queries is None and not self.halves):
-            return [piece]
         kind = ref.kind(self.spec)
         if self.halves:
             piece = dataclasses.replace(piece, rows=self._stored(ref, kind, piece.rows, _order))
