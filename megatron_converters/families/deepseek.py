@@ -11,7 +11,7 @@ from ..model.layers import SIGMOID
 from .defaults import IfAbsent
 from .entries import implied, tensor
 from .llama import ATTENTION, DENSE, MLP, SIZES
-from .mixtures import EXPERTS, PREDICTION, shared_experts
+from .mixtures import EXPERTS, PREDICTION, PREDICTION_LAYER, PREDICTION_REPLICAS, shared_experts
 from .rules import Fixed, Passed, Row
 from .rules_attention import LINEAR, YARN, Rope
 from .rules_experts import ExpertGroups, FirstDense, SharedExperts
@@ -88,9 +88,6 @@ DEEPSEEK_V3 = Family(
         *implied(moe_router_score_function=SIGMOID, moe_router_enable_expert_bias=True),
     ),
     aliases=("kimi_k2",),
-    mtp_layer="model.layers.{beyond}.",
-    replicas={
-        "word_embeddings": "model.layers.{beyond}.embed_tokens.weight",
-        "output_layer": "model.layers.{beyond}.shared_head.head.weight",
-    },
+    mtp_layer=PREDICTION_LAYER,
+    replicas=PREDICTION_REPLICAS,
 )

@@ -9,7 +9,7 @@ from ..model.layers import EACH_HEAD, SIGMOID
 from ..model.layouts import GATED, GROUPED_QKV, interleaved, joined
 from .entries import implied, linear, tensor
 from .llama import ATTENTION, DENSE, DERIVED_HEAD_DIM, MLP, QK_NORM, QKV_BIAS, SIZES, query_groups
-from .mixtures import EXPERTS, PREDICTION, shared_experts
+from .mixtures import EXPERTS, PREDICTION, PREDICTION_LAYER, PREDICTION_REPLICAS, shared_experts
 from .rules import Fixed, Named, Row
 from .rules_attention import Rope
 from .rules_experts import ExpertGroups, FirstDense, SharedExperts
@@ -72,9 +72,6 @@ GLM4_MOE = Family(
         Row("mtp_num_layers", "num_nextn_predict_layers", 1),
         *implied(moe_router_score_function=SIGMOID, moe_router_enable_expert_bias=True),
     ),
-    mtp_layer="model.layers.{beyond}.",
-    replicas={
-        "word_embeddings": "model.layers.{beyond}.embed_tokens.weight",
-        "output_layer": "model.layers.{beyond}.shared_head.head.weight",
-    },
+    mtp_layer=PREDICTION_LAYER,
+    replicas=PREDICTION_REPLICAS,
 )

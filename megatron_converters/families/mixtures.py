@@ -30,6 +30,12 @@ PREDICTION = {
     **tensor("mtp_proj", "model.layers.{beyond}.eh_proj.weight"),
     **tensor("mtp_final_norm", "model.layers.{beyond}.shared_head.norm.weight"),
 }
+#: Where these files have such a layer, and its copies of the model's first and last tensors.
+PREDICTION_LAYER = "model.layers.{beyond}."
+PREDICTION_REPLICAS = {
+    "word_embeddings": PREDICTION_LAYER + "embed_tokens.weight",
+    "output_layer": PREDICTION_LAYER + "shared_head.head.weight",
+}
 
 
 def shared_experts(module: str, gate: str = "") -> dict[str, Entry]:
