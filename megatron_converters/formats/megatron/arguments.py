@@ -43,8 +43,6 @@ _DEFAULT_SEQ_LENGTH = 4096
 #: Sizes without which no model can be described.
 _REQUIRED = ("num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size", "max_position_embeddings")
 _WRITTEN = (Group.MODEL, Group.EXPERTS, Group.ROUTER, Group.LAYOUT, Group.EXPERT_LAYOUT)
-#: Attributes that describe how a checkpoint is cut, and not the model itself.
-LAYOUT_ATTRIBUTES = frozenset(row.attribute for row in ARGUMENTS if row.group in (Group.LAYOUT, Group.EXPERT_LAYOUT))
 
 
 def spec_fields(args: argparse.Namespace) -> dict[str, Any]:

@@ -18,7 +18,6 @@ from .rows_positions import scaling_of
 _GATED_DELTA = "gated_delta_net"
 #: YaRN of multi-latent attention in Megatron-LM, which no flag sets (core/transformer/transformer_config.py).
 _BETA_FAST, _BETA_SLOW, _ORIGINAL = 32.0, 1.0, 4096
-_LATENT_SIZES = ("kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim")
 _LATENT_DEFAULTS = {"kv_lora_rank": 32, "qk_head_dim": 128, "qk_pos_emb_head_dim": 64, "v_head_dim": 128}
 
 
@@ -102,7 +101,7 @@ LATENT = (
         build=Build.ENGINE,  # megatron-core builds it with Transformer Engine alone
     ),
     _latent("q_lora_rank"),
-    *map(_latent, _LATENT_SIZES),
+    *map(_latent, _LATENT_DEFAULTS),
     Argument(
         "rope_type",
         _rope_type,
