@@ -27,6 +27,10 @@ class Unclear(ConversionError):
     """The source leaves open something that a reference model can settle."""
 
 
+class UnknownArchitecture(ConversionError):
+    """The source is a model of a kind that no family describes."""
+
+
 class Stopped(ConversionError):
     """Something outside ended the run. Finished work is kept: the same command continues from there."""
 

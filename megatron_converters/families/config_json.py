@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ..basics.dtypes import DType, dtype_named
-from ..basics.errors import ConversionError, one_line
+from ..basics.errors import ConversionError, UnknownArchitecture, one_line
 from ..model.spec import ModelSpec, PerLayer
 from . import FAMILIES, quantisation
 from .rules_attention import FULL, layer_types
@@ -53,7 +53,7 @@ def family_from_config(config: Mapping[str, Any]) -> Family:
         )
     named = one_line(", ".join(architectures) or model_type or "no architecture")
     known = ", ".join(family.architecture for family in FAMILIES.values())
-    raise ConversionError(
+    raise UnknownArchitecture(
         f"config.json names {named}, which is not supported; supported are {known}, and those of a family file, which "
         "--family-file FILE names, or of an installed plug-in"
     )
@@ -122,7 +122,7 @@ def infer_family(fields: Mapping[str, Any]) -> ModelSpec:
             reasons.append(str(error))
         else:
             return spec
-    raise ConversionError("no supported architecture has this model's shape: " + "; ".join(reasons))
+    raise UnknownArchitecture("no supported architecture has this model's shape: " + "; ".join(reasons))
 
 
 def differences(one: ModelSpec, other: ModelSpec, among: Iterable[str] | None = None) -> list[str]:
