@@ -61,7 +61,7 @@ OPTIONS = {
 #: Parallel sizes, which ask for the ranks of a checkpoint.
 SIZES = ("tp", "pp", "ep", "etp")
 #: Other names of options and operands.
-ALIASES = {"as": "as_family", "model_name": "model_path"}
+ALIASES = {"as": "as_family", "from": "source_format", "model_name": "model_path"}
 DEVICES = ("auto", "cpu", "cuda", "mps")
 
 

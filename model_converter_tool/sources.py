@@ -23,7 +23,7 @@ class Input(NamedTuple):
 
 def on_hub(name: str) -> bool:
     """Whether this names a model on the Hub, since there is no such folder here."""
-    from megatron_converters.formats.huggingface.hub import is_hub_id
+    from megatron_converters.formats.hub import is_hub_id
 
     return not name.startswith(_LOCAL) and not os.path.lexists(name) and is_hub_id(name)
 
@@ -33,7 +33,7 @@ def resolve(name: str) -> Input:
     if os.path.isdir(name):
         return Input(Path(name), [])
     if on_hub(name):
-        from megatron_converters.formats.huggingface.hub import download
+        from megatron_converters.formats.hub import download
 
         _LOG.debug("there is no folder %s here, so it is looked for on the Hub", name)
         folder, notes = download(name)

@@ -8,18 +8,21 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from fnmatch import filter as matching
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ...assets.tokenizer import FILES as TOKENIZER_FILES
-from ...basics.errors import ConversionError, one_line
-from .source import ADAPTER, SINGLE_FILES, weight_map
+from ..assets.tokenizer import FILES as TOKENIZER_FILES
+from ..basics.errors import ConversionError, one_line
+from .huggingface.source import ADAPTER, SINGLE_FILES, weight_map
 
 _NAME = r"[A-Za-z0-9][\w.-]*"
 _HUB_ID = re.compile(rf"({_NAME}/)?{_NAME}(@[\w./-]+)?", re.ASCII)
 #: Files beside the weights and the tokenizer. The code of a model is carried along, and never run.
-_BESIDE = ("config.json", "generation_config.json", ADAPTER, "*.py")
+_BESIDE = ("generation_config.json", ADAPTER, "*.py")
+#: Files without which weights are no model, of Hugging Face's format and of Meta's, and the names of Meta's weights.
+_CONFIG, _PARAMS, _CONSOLIDATED = "config.json", "params.json", "consolidated.*.pth"
 #: Missing files that a message lists at most.
 _SHOWN_FILES = 5
 
@@ -67,10 +70,10 @@ def download(name: str) -> Snapshot:
             reason = f"the Hub cannot be asked for {model} ({_reason(error)}); this is its copy in the cache, {folder}"
             return Snapshot(folder, [] if offline else [f"warning: {reason}"])
         wanted = _wanted(listed, lambda index: Path(hub.hf_hub_download(repo, index, revision=model.revision)))
-        if "config.json" not in wanted or not _has_weights(wanted):
+        if not wanted:
             raise ConversionError(
-                f"{model} on the Hub has no config.json with {' or '.join(SINGLE_FILES)}, or an index of their shards; only such "
-                "models are downloaded"
+                f"{model} on the Hub has neither {_CONFIG} with {' or '.join(SINGLE_FILES)} or an index of their shards, nor "
+                f"{_PARAMS} with {_CONSOLIDATED}; only such models are downloaded"
             )
         return Snapshot(Path(hub.snapshot_download(repo, revision=model.revision, allow_patterns=sorted(wanted))), [])
 
@@ -88,24 +91,28 @@ def _library() -> Any:
 
 
 def _wanted(listed: Collection[str], index_file: Callable[[str], Path]) -> set[str]:
-    """Files, of those listed, that a conversion reads. The weights are the first kind that is there, as for reading a folder."""
+    """Files, of those listed, that a conversion reads; none where they are no model. `index_file` gets an index of shards."""
+    model = _model_files(listed, index_file)
     patterns = (*_BESIDE, *TOKENIZER_FILES)
-    wanted = {
+    beside = {
         name
         for name in listed
         if any(name.count("/") == pattern.count("/") and fnmatchcase(name, pattern) for pattern in patterns)
     }
-    for single in SINGLE_FILES:
-        index = f"{single}.index.json"
-        if single in listed:
-            return wanted | {single}
-        if index in listed:
-            return wanted | {index} | set(weight_map(index_file(index)).values())
-    return wanted
+    return model | beside if model else model
 
 
-def _has_weights(names: Collection[str]) -> bool:
-    return any(name.removesuffix(".index.json") in SINGLE_FILES for name in names)
+def _model_files(listed: Collection[str], index_file: Callable[[str], Path]) -> set[str]:
+    """Configuration and weights: the first kind of weights that is there, as a folder is read."""
+    if _CONFIG in listed:
+        for single in SINGLE_FILES:
+            index = f"{single}.index.json"
+            if single in listed:
+                return {_CONFIG, single}
+            if index in listed:
+                return {_CONFIG, index, *weight_map(index_file(index)).values()}
+    consolidated = matching(listed, _CONSOLIDATED)
+    return {_PARAMS, *consolidated} if _PARAMS in listed and consolidated else set()
 
 
 def _cached(hub: Any, model: _Model) -> Path | None:
@@ -113,14 +120,14 @@ def _cached(hub: Any, model: _Model) -> Path | None:
     try:
         folder = Path(
             hub.snapshot_download(
-                model.repo, revision=model.revision, allow_patterns=["config.json"], local_files_only=True
+                model.repo, revision=model.revision, allow_patterns=[_CONFIG, _PARAMS], local_files_only=True
             )
         )
     except hub.errors.LocalEntryNotFoundError:
         return None
     there = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     wanted = _wanted(there, lambda index: folder / index)
-    missing = sorted(wanted - there) if _has_weights(wanted) else ["weights"]
+    missing = sorted(wanted - there) if wanted else ["weights"]
     if missing:
         more = f" and {len(missing) - _SHOWN_FILES} more" if len(missing) > _SHOWN_FILES else ""
         raise ConversionError(
