@@ -25,7 +25,7 @@ from .debug import show_steps
 from .options import Task
 
 #: Seconds that workers have to leave what can be resumed, when the batch is interrupted.
-_GRACE_SECONDS = 2.0
+_GRACE_SECONDS = 1.5
 
 
 class Attempt(NamedTuple):

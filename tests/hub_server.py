@@ -8,25 +8,33 @@ import os
 import re
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+#: Seconds after which a held file is given all the same.
+_LONGEST = 60.0
 _API = re.compile(r"/api/models/(?P<id>[^/]+(?:/[^/]+)?)(?:/(?P<what>revision|tree)/(?P<revision>[^/]+))?$")
 _FILE = re.compile(r"/(?P<id>[^/]+(?:/[^/]+)?)/resolve/(?P<revision>[^/]+)/(?P<file>.+)$")
 
 
 @dataclass
 class Hub:
-    """Models by name, each a folder; gated ones give no file. `downloaded` are the files that were asked for."""
+    """Models by name, each a folder; gated ones give no file. `downloaded` are the files that were asked for.
+
+    Files whose names are in `held` are given once `released` is set.
+    """
 
     models: dict[str, Path] = field(default_factory=dict)
     gated: set[str] = field(default_factory=set)
     downloaded: list[str] = field(default_factory=list)
     endpoint: str = ""
+    held: set[str] = field(default_factory=set)
+    reached: threading.Event = field(default_factory=threading.Event)
+    released: threading.Event = field(default_factory=threading.Event)
 
     def environment(self, home: Path) -> dict[str, str]:
         """Environment of a process that uses this Hub, with a cache of its own."""
@@ -70,7 +78,8 @@ class _Handler(BaseHTTPRequestHandler):
         answer: Any = {"id": name, "sha": commit(name), "siblings": [{"rfilename": file} for file in listed]}
         if asked["what"] == "tree":
             answer = [
-                {"type": "file", "path": file, "size": (folder / file).stat().st_size, "oid": commit(file)} for file in listed
+                {"type": "file", "path": file, "size": (folder / file).stat().st_size, "oid": commit(file)}
+                for file in listed
             ]
         return self._send(200, json.dumps(answer).encode(), {"Content-Type": "application/json"}, body)
 
@@ -82,6 +91,9 @@ class _Handler(BaseHTTPRequestHandler):
         data = path.read_bytes()
         if body:
             self.hub.downloaded.append(f"{name}/{path.relative_to(self.hub.models[name]).as_posix()}")
+            if path.name in self.hub.held:
+                self.hub.reached.set()
+                self.hub.released.wait(_LONGEST)
         etag = hashlib.sha1(data).hexdigest()
         return self._send(200, data, {"ETag": f'"{etag}"', "X-Repo-Commit": commit(name)}, body)
 
@@ -89,9 +101,10 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_response(code)
         for key, value in {**headers, "Content-Length": str(len(data))}.items():
             self.send_header(key, value)
-        self.end_headers()
-        if body:
-            self.wfile.write(data)
+        with suppress(OSError):  # the process that asked may have been killed
+            self.end_headers()
+            if body:
+                self.wfile.write(data)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from model_converter_tool.cli.main import main
-from tests.helpers import ROOT, Run, run_here, finished, start
+from tests.helpers import ROOT, Run, finished, run_here, start
 
 
 def run(*options: Any) -> Run:

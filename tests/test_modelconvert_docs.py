@@ -24,7 +24,8 @@ from tests.test_meta_source import write as write_meta
 
 DOCUMENT = (ROOT / "docs/modelconvert.md").read_text()
 BASH, YAML, PYTHON = (
-    re.findall(rf"^```{language}\n(.*?)^```", DOCUMENT, re.MULTILINE | re.DOTALL) for language in ("bash", "yaml", "python")
+    re.findall(rf"^```{language}\n(.*?)^```", DOCUMENT, re.MULTILINE | re.DOTALL)
+    for language in ("bash", "yaml", "python")
 )
 #: What a MiniCPM's config.json has beyond a Llama's, as MiniCPM4-0.5B says it.
 _MINICPM = {
@@ -87,7 +88,9 @@ def run(command: list[str], here: Path, environment: dict[str, str]) -> subproce
 
 
 def checkpoint(hub: Hub, folder: Path, kind: str) -> None:
-    hf_to_megatron(hub.models["OpenBMB/MiniCPM4-0.5B" if kind == "minicpm" else "llama"], folder, allow_inexpressible=True)
+    hf_to_megatron(
+        hub.models["OpenBMB/MiniCPM4-0.5B" if kind == "minicpm" else "llama"], folder, allow_inexpressible=True
+    )
 
 
 def of(kind: str, blocks: list[str]) -> list[str]:

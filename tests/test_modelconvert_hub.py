@@ -26,7 +26,13 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     both = make_model("llama2", root / "both", max_shard_size="100KB")
     (both / "tokenizer_config.json").write_text("{}")
     (both / "modeling_own.py").write_text("raise SystemExit('this must not run')\n")
-    for name in ("pytorch_model.bin", "README.md", "consolidated.safetensors", "onnx/model.onnx", "original/params.json"):
+    for name in (
+        "pytorch_model.bin",
+        "README.md",
+        "consolidated.safetensors",
+        "onnx/model.onnx",
+        "original/params.json",
+    ):
         (both / name).parent.mkdir(exist_ok=True)
         (both / name).write_bytes(b"not needed")
     old = make_model("mistral", root / "old", weights="bin")
@@ -68,7 +74,7 @@ def test_only_the_files_that_are_needed(hub: Hub, models: dict[str, Path], home:
     assert len(hub.downloaded) == len(needed)
     output = home.parent / "outputs/both_huggingface"
     assert "[Output directory used]: ./outputs/both_huggingface\n" in done.out
-    same_tensors(hf_tensors(output), {k: v for k, v in _shards(models["acme__both"]).items()})
+    same_tensors(hf_tensors(output), _shards(models["acme__both"]))
     snapshot = home / "hub/models--acme--both/snapshots" / commit("acme/both")
     assert f"acme/both is read from {snapshot}" in done.out
 
@@ -139,7 +145,8 @@ def test_offline_without_a_copy(hub: Hub, home: Path) -> None:
         f"acme/both is neither a folder here nor in the cache {home}/hub, and HF_HUB_OFFLINE forbids",
     )
     failed(
-        convert(hub, home, "acme/both", "hf", env=unreachable(home)), "cannot be downloaded from the Hub at http://127.0.0.1:9"
+        convert(hub, home, "acme/both", "hf", env=unreachable(home)),
+        "cannot be downloaded from the Hub at http://127.0.0.1:9",
     )
 
 
@@ -147,7 +154,11 @@ def test_a_part_of_a_copy_is_not_taken_for_the_whole(hub: Hub, home: Path) -> No
     succeeded(convert(hub, home, "acme/both", "hf"))
     (shard, *_) = (home / "hub/models--acme--both/snapshots" / commit("acme/both")).glob("model-00002-*")
     shard.unlink()
-    failed(convert(hub, home, "acme/both", "hf", "-o", "b", env=offline(home)), "only a part of acme/both, without", shard.name)
+    failed(
+        convert(hub, home, "acme/both", "hf", "-o", "b", env=offline(home)),
+        "only a part of acme/both, without",
+        shard.name,
+    )
     hub.downloaded.clear()
     succeeded(convert(hub, home, "acme/both", "hf", "-o", "b"))
 
