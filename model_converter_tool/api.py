@@ -80,7 +80,11 @@ class ModelConverterAPI:
     def run(self, task: Task, progress: OnProgress | None = None) -> ConversionResult:
         """Convert a task, and record it in the history."""
         begun, start = datetime.now(timezone.utc), time.monotonic()
-        result = self._run(task, progress)
+        try:
+            result = self._run(task, progress)
+        except (Interrupted, KeyboardInterrupt):
+            self.record(task, begun, ConversionResult(False, str(Interrupted()), task.output_path))
+            raise
         result.extra_info["seconds"] = time.monotonic() - start
         fault = self.record(task, begun, result)
         if fault is not None:

@@ -18,6 +18,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
 import megatron_converters.api as mc
+from megatron_converters.basics.errors import Interrupted
 from model_converter_tool import history
 from model_converter_tool.api import ModelConverterAPI
 from model_converter_tool.workspace import workspace
@@ -155,6 +156,15 @@ def test_what_is_refused(what: str, hf_model: HFModel, place: Path) -> None:
     assert not (place / "out").exists()
 
 
+@pytest.mark.skipif("mup" not in mc.ReadOptions.__dataclass_fields__, reason="multipliers are not read as said yet")
+def test_a_checkpoint_that_is_no_minicpm(hf_model: HFModel) -> None:
+    succeeded(run("convert", hf_model("llama2"), "hf2megatron", "-o", "llama"))
+    done = failed(
+        run("convert", "llama", "hf", "--model-type", "minicpm"), "Model type not supported: llama holds a llama"
+    )
+    assert "stands for minicpm, minicpm3; pass --model-type llama" in done.err
+
+
 def test_folders_of_no_known_format(place: Path, hf_model: HFModel) -> None:
     (place / "empty").mkdir()
     failed(
@@ -258,6 +268,16 @@ def test_history(hf_model: HFModel, place: Path) -> None:
     assert json.loads(run("history", "--json", "--workspace", place / "elsewhere").out) == []
     succeeded(run("history", "--clear"))
     assert json.loads(run("history", "--json").out) == []
+
+
+def test_an_interruption_is_recorded(hf_model: HFModel, api: ModelConverterAPI) -> None:
+    def interrupt(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(Interrupted):
+        api.convert_model(hf_model("llama2"), "hf", "out", progress=interrupt)
+    (entry,) = api.get_history()
+    assert not entry["success"] and entry["error"] == "interrupted before the end"
 
 
 def test_a_history_that_cannot_be_written_fails_nothing(hf_model: HFModel, place: Path) -> None:
