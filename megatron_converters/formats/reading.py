@@ -31,7 +31,8 @@ class ReadOptions:
     (iter_0000008) instead of the latest, `hf_config` the folder of a reference model, and `true_vocab_size` the vocabulary size
     without padding, if args lack it. For a Hugging Face folder, `untie` keeps a stored lm_head although config.json ties it, and
     `ignore_config_fields` names unknown fields of config.json that do not matter. `without_mtp` leaves out layers of multi-token
-    prediction. `source_margs_file` is a source_megatron_args.json whose training arguments are inherited, `family_file` a YAML file
+    prediction. `mup` ("flags", "fold" or "raw") says where a checkpoint has its model's multipliers, if its args do not.
+    `source_margs_file` is a source_megatron_args.json whose training arguments are inherited, `family_file` a YAML file
     with a family of the user's own, and `capacity_bins` requests capacity_bins.pt.
     """
 
@@ -41,6 +42,7 @@ class ReadOptions:
     true_vocab_size: int | None = None
     untie: bool = False
     without_mtp: bool = False
+    mup: str | None = None
     ignore_config_fields: tuple[str, ...] = ()
     source_margs_file: str | os.PathLike[str] | None = None
     family_file: str | os.PathLike[str] | None = None
@@ -114,7 +116,13 @@ def _open_megatron(folder: Path, options: ReadOptions) -> Source:
     reference = None if options.hf_config is None else existing_folder(options.hf_config)
     return open_megatron(
         folder,
-        MegatronReadOptions(options.ckpt_dir_name, reference, options.true_vocab_size, without_mtp=options.without_mtp),
+        MegatronReadOptions(
+            options.ckpt_dir_name,
+            reference,
+            options.true_vocab_size,
+            without_mtp=options.without_mtp,
+            mup=options.mup,
+        ),
     )
 
 
@@ -142,5 +150,11 @@ _OPENERS: dict[str, Callable[[Path, ReadOptions], Source]] = {
     MEGATRON: _open_megatron,
 }
 #: Only format that uses an option.
-_FORMAT_OF_OPTION = {"ckpt_dir_name": MEGATRON, "hf_config": MEGATRON, "untie": HF, "ignore_config_fields": HF}
+_FORMAT_OF_OPTION = {
+    "ckpt_dir_name": MEGATRON,
+    "hf_config": MEGATRON,
+    "mup": MEGATRON,
+    "untie": HF,
+    "ignore_config_fields": HF,
+}
 _NAMES = {MEGATRON: "a Megatron-LM checkpoint", HF: "a Hugging Face folder"}
