@@ -185,7 +185,7 @@ def test_mup_that_contradicts_the_record_is_refused(model: Any, tmp_path: Path) 
 
 def test_flags_cannot_say_the_multipliers_of_minicpm3(model: Any, tmp_path: Path) -> None:
     folder = model("latent").folder
-    with pytest.raises(ConversionError, match="norms of queries, keys or latents.*use --mup fold"):
+    with pytest.raises(ConversionError, match=r"norms of queries, keys or latents.*use --mup fold"):
         hf_to_megatron(folder, tmp_path / "a", mup="flags")
     root = hf_to_megatron(folder, tmp_path / "default")
     assert args_of(root).multipliers_folded is True

@@ -17,7 +17,7 @@ def as_json(found: Survey) -> dict[str, Any]:
     return {
         "path": origin.described,
         "format": found.kind,
-        "checkpoint_format": found.checkpoint_format,
+        "checkpoint_format": origin.checkpoint_format,
         "model": found.spec.to_dict(),
         "parameters": {"total": total, "active": active},
         "weights": {

@@ -265,8 +265,9 @@ def by_dtype(found: Survey) -> dict[str, list[Holding]]:
 
 def _layout(found: Survey) -> Iterator[tuple[str, str]]:
     parallel, names, experts = found.origin.parallel, found.names, found.expert_layout
-    written = "" if found.cut else ", when it was written"
-    yield "format", _FORMATS[found.kind] + (f", {found.checkpoint_format}" if found.checkpoint_format else "")
+    checkpoint_format = found.origin.checkpoint_format
+    written = ", when it was written" if checkpoint_format == "torch_dist" else ""
+    yield "format", ", ".join(filter(None, (_FORMATS[found.kind], checkpoint_format)))
     if parallel is not None:
         yield "tensor parallel", f"{parallel.tp}{written}"
         yield "pipeline parallel", f"{_stages(parallel)}{written}"
@@ -301,6 +302,8 @@ def _other_contents(found: Survey) -> Iterator[tuple[str, str]]:
     origin = found.origin
     yield "iteration", "none" if origin.iteration is None else str(origin.iteration)
     yield "tokenizer", origin.tokenizer or "none"
+    if origin.code_files:
+        yield "code of the model", ", ".join(origin.code_files)
     if found.kind == MEGATRON:
         yield "Hugging Face configuration", "recorded" if origin.hf_config else "none is recorded"
     yield from (("note", note) for note in origin.notes)

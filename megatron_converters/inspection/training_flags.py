@@ -74,7 +74,7 @@ def _context(
         found.padded_vocab,
         _divisor(found, parallel, recorded),
         found.names or recorded.get("transformer_impl") or "transformer_engine",
-        found.checkpoint_format or "torch",
+        found.origin.checkpoint_format or "torch",
         router,
     )
 

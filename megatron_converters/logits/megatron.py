@@ -19,7 +19,7 @@ from ..basics.errors import ConversionError
 from ..formats.megatron.argument import Context, Group
 from ..formats.megatron.arguments import model_args, plain_args, written_args
 from ..formats.megatron.opening import open_megatron
-from ..formats.megatron.rank_files_source import MegatronSource
+from ..formats.megatron.rank_files_source import RankFilesSource
 from ..formats.megatron.reading import MegatronReadOptions, checkpoint_directory
 from ..formats.megatron.torch_dist_source import TorchDistSource
 from ..model.slots import refs
@@ -90,11 +90,10 @@ class MegatronModel:
         return dataclasses.replace(self._checkpoint, view=folder / _VIEW)
 
 
-def _checkpoint(source: MegatronSource | TorchDistSource, path: Path, folder: Path) -> Checkpoint:
-    if isinstance(source, MegatronSource):
-        return Checkpoint(
-            folder, _arguments(source.conventions.spec, source.parallel, path), source.spec, source.parallel
-        )
+def _checkpoint(source: RankFilesSource | TorchDistSource, path: Path, folder: Path) -> Checkpoint:
+    if isinstance(source, RankFilesSource):
+        args = _arguments(source.conventions.spec, source.parallel, path)
+        return Checkpoint(folder, args, source.spec, source.parallel, source.files)
     whole = parallel_for(source.spec, 1, 1)
     args = {**_arguments(source.conventions.spec, whole, path), "padded_vocab_size": source.padded}
     return Checkpoint(folder, args, source.spec, whole, content=plain_args(source.content))

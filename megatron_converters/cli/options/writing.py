@@ -62,9 +62,9 @@ def add_megatron_target_arguments(parser: Any) -> None:
     add_argument(
         parser,
         "--saver-transformer-impl",
-        default="transformer_engine",
+        default=None,
         choices=IMPLS,
-        help="Whose parameter names to write.",
+        help="Whose parameter names to write; by default those of transformer_engine, in model_pt local.",
     )
     add_argument(
         parser,
@@ -116,7 +116,8 @@ def add_megatron_target_arguments(parser: Any) -> None:
         "--ckpt-format",
         choices=sorted(CHECKPOINTS),
         default="torch",
-        help="Format of the checkpoint: a file for each rank (torch, the default), or chunks that any sizes load (torch_dist).",
+        help="Format of the checkpoint: a file for each rank (torch, the default), chunks that any sizes load (torch_dist), or the "
+        "state dict of the whole model in model.pt, described by metadata.json (model_pt).",
     )
     add_argument(
         parser,

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ...assets.code_files import code_files
 from ...assets.origin import Origin, file_identities
 from ...basics.dtypes import DType
 from ...basics.errors import ConversionError, one_line, raise_all
@@ -62,7 +63,8 @@ class HFSource:
         names = HFNames(family, spec, prefixed=prefixed)
         ignored = {name for name in tensors if name.endswith(family.ignored_suffixes)}
         self._pieces, self._replicas = _match(folder, spec, names, tensors, ignored | left_out)
-        files = {data.path for data in stored.values()} | {folder / "config.json"}
+        code = code_files(folder)
+        files = {data.path for data in stored.values()} | {folder / "config.json", *code.values()}
         self.spec = dataclasses.replace(spec, dtype=first_dtype(self._pieces[Ref(SLOTS["word_embeddings"])]))
         generation = folder / "generation_config.json"
         self.origin = Origin(
@@ -70,6 +72,7 @@ class HFSource:
             hf_config=unquantised(config),
             generation_config=read_json(generation) if generation.exists() else None,
             tokenizer=str(folder) if _has_tokenizer(folder) else None,
+            code_files=code,
             notes=[*notes, *decoded_note(tensors), *(note for key, note in family.remarks.items() if config.get(key))],
             ignored=[
                 *(f"{name} (no weight)" for name in sorted(ignored)),

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ...assets import capacity_bins
+from ...assets.code_files import write_code_files
 from ...assets.origin import Origin
 from ...assets.tokenizer import (
     generation_config,
@@ -30,7 +31,7 @@ from ...conversion.journal import MANIFEST
 from ...conversion.outline import Fill, Outline
 from ...conversion.staging import Staging
 from ...families import FAMILIES
-from ...families.config_json import config_for
+from ...families.config_json import config_for, missing_code
 from ...model.slots import SLOTS, Ref, refs
 from ...model.spec import ModelSpec
 from ...model.values import inverse
@@ -114,7 +115,7 @@ class HFTarget:
         self._names = HFNames(FAMILIES[spec.family], self._spec)
         self._origin = origin
         self._dtype_of = dtype_of
-        self._config, self._changed = config_for(self._spec, origin.hf_config)
+        self._config, self._changed = config_for(self._spec, origin.hf_config, origin.code_files)
         self._model_type = self._options.source_model_type or _token_family(self._spec)
         stored: dict[str, _Stored] = {}
         for ref in refs(spec):
@@ -197,13 +198,26 @@ class HFTarget:
 
     def _small_paths(self) -> list[Path]:
         """Paths of a model's small files that an older model must not leave behind."""
-        return [self.save_dir / name for name in (_GENERATION, _MARGS, capacity_bins.FILE, MANIFEST)]
+        names = (_GENERATION, _MARGS, capacity_bins.FILE, MANIFEST, *self._origin.code_files)
+        return [self.save_dir / name for name in names]
+
+    def _code_notes(self) -> list[str]:
+        """Note on code of the model that does not travel."""
+        missing = missing_code(self._origin.hf_config or {}, self._origin.code_files)
+        files = ", ".join(missing)
+        return (
+            [f"auto_map is left out of config.json: {files}, which it names, did not come with the model"]
+            if missing
+            else []
+        )
 
     def assets(self, folder: Path) -> None:
         """Write the small files: configuration, index, training arguments and tokenizer."""
         origin, options = self._origin, self._options
         notes = [*origin.notes]
         notes += [f"config.json differs from the reference in {change}" for change in self._changed]
+        notes += self._code_notes()
+        write_code_files(origin.code_files, folder)
         if len(set(self._file_names.values())) > 1:
             index = {"metadata": {"total_size": self._total}, "weight_map": dict(sorted(self._file_names.items()))}
             write_json(folder / _INDEX, index)

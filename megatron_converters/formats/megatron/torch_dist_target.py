@@ -159,7 +159,7 @@ class TorchDistTarget(CheckpointTarget):
         number = ref.kind_number(self._spec)
         key = ref.slot, number, ref.stack
         if key not in self._addresses:
-            table = _NAMES[self._options.impl]
+            table = _NAMES[self._impl]
             self._addresses[key] = name_of(table, ref.slot.name, self._spec.kinds[number], ref.stack)
         return self._addresses[key]
 
