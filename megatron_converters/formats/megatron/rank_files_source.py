@@ -43,6 +43,7 @@ from .reading import (
     parallel_of,
     skipped_entries,
     spec_and_notes,
+    supplemented,
     without_prediction,
 )
 
@@ -69,7 +70,7 @@ class MegatronSource:
     def __init__(self, load_dir: Path, options: MegatronReadOptions = AS_STORED) -> None:
         self._dir = checkpoint_directory(load_dir, options.directory_name)
         first = self._read_file(self._first_rank())
-        args = _args_of(first, self._dir)
+        args = _args_of(first, self._dir, options)
         self.parallel, self._ranks, left_out = self._read_ranks(args, first)
         self._embeddings = self.parallel.prefix(0) + EMBEDDINGS
         padded = self._padded_vocab()
@@ -139,7 +140,8 @@ class MegatronSource:
             f"{self._dir}: the folders do not match the args' tp={parallel.tp}, pp={parallel.pp}, ep={parallel.ep}:",
             problems,
         )
-        ranks, left_out, expected = {}, set(), rank_invariants(first.get("iteration"), args)
+        ranks, left_out = {}, set()
+        expected = rank_invariants(first.get("iteration"), args_in(first, self._dir))
         for name, rank in wanted.items():
             content = self._read_file(name)
             found = rank_invariants(content.get("iteration"), args_in(content, self._dir / name))
@@ -237,8 +239,8 @@ def _one_of_stack(stack: StoredTensor, expert: int, experts: int, shape: tuple[i
     return StoredTensor(stack.path, offset, stack.dtype, shape, (1, rows))
 
 
-def _args_of(content: Mapping[str, Any], where: Path) -> argparse.Namespace:
-    args = args_in(content, where)
+def _args_of(content: Mapping[str, Any], where: Path, options: MegatronReadOptions) -> argparse.Namespace:
+    args = supplemented(args_in(content, where), options)
     if args is None:
         raise ConversionError(
             f"{where}: the file of rank 0 has no args, which describe the model; copy it again or save the checkpoint with its args"
