@@ -24,6 +24,8 @@ class Origin:
     iteration: int | None = None
     parallel: Parallel | None = None
     capacity_bins: CapacityBins | None = None
+    #: Where a checkpoint has its model's multipliers: a value of `--mup`.
+    mup: str | None = None
     notes: list[str] = field(default_factory=list)
     #: Tensors of the source that are left out, and why.
     ignored: list[str] = field(default_factory=list)

@@ -32,7 +32,8 @@ class ReadOptions:
     padding, if args lack it, `missing_args` attributes that fill what the args lack, and `families` those that may be inferred
     where nothing names the model's. For a Hugging Face folder, `untie` keeps a stored lm_head although config.json ties it, and
     `ignore_config_fields` names unknown fields of config.json that do not matter; a file of weights has `hf_config`, too.
-    `without_mtp` leaves out layers of multi-token prediction. `source_margs_file` is a source_megatron_args.json whose training
+    `without_mtp` leaves out layers of multi-token prediction. `mup` ("flags", "fold" or "raw") says where a checkpoint has its
+    model's multipliers, if its args do not. `source_margs_file` is a source_megatron_args.json whose training
     arguments are inherited, `family_file` a YAML file with a family of the user's own, and `capacity_bins` requests
     capacity_bins.pt.
     """
@@ -43,6 +44,7 @@ class ReadOptions:
     true_vocab_size: int | None = None
     untie: bool = False
     without_mtp: bool = False
+    mup: str | None = None
     ignore_config_fields: tuple[str, ...] = ()
     source_margs_file: str | os.PathLike[str] | None = None
     family_file: str | os.PathLike[str] | None = None
@@ -126,6 +128,7 @@ def _open_megatron(folder: Path, options: ReadOptions) -> Source:
             _reference(options),
             options.true_vocab_size,
             without_mtp=options.without_mtp,
+            mup=options.mup,
             missing_args=options.missing_args,
             families=options.families,
         ),
@@ -165,6 +168,7 @@ _OPENERS: dict[str, Callable[[Path, ReadOptions], Source]] = {
 _FORMAT_OF_OPTION = {
     "ckpt_dir_name": {MEGATRON},
     "hf_config": {MEGATRON, WEIGHTS},
+    "mup": {MEGATRON},
     "missing_args": {MEGATRON},
     "families": {MEGATRON},
     "untie": {HF, WEIGHTS},

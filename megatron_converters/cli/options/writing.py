@@ -9,7 +9,6 @@ from typing import Any
 from ...basics.errors import UsageError
 from ...conversion.endpoint import Target
 from ...formats.huggingface.target import FUSED, SEPARATE, HFOptions
-from ...formats.megatron.conventions import FLAGS, FOLD
 from ...formats.megatron.names import EXPERTS
 from ...formats.megatron.writing import MegatronOptions
 from ...formats.writing import CHECKPOINTS, open_target
@@ -126,14 +125,7 @@ def add_megatron_target_arguments(parser: Any) -> None:
         default=None,
         help="Release of Megatron-LM that is to read the checkpoint, such as 0.16; by default the newest that is known.",
     )
-    add_argument(
-        parser,
-        "--mup",
-        choices=(FLAGS, FOLD),
-        default=None,
-        help="Where the multipliers of models such as Granite go: flags of muP (Megatron-LM 0.17 on; no weight changes), or folded "
-        "into weights, which rounds them; by default flags where the release has them.",
-    )
+    add_shared(parser, "--mup")
     add_argument(parser, "--release", action="store_true", help="Write a release directory instead of iter_0000001.")
     add_shared(parser, "--allow-inexpressible")
     add_argument(

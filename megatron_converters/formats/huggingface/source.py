@@ -88,7 +88,7 @@ class HFSource:
             hf_config=unquantised(config),
             generation_config=read_json(generation) if generation.exists() else None,
             tokenizer=str(folder) if _has_tokenizer(folder) else None,
-            notes=[*notes, *decoded_note(tensors)],
+            notes=[*notes, *decoded_note(tensors), *(note for key, note in family.remarks.items() if config.get(key))],
             ignored=[
                 *(f"{name} (no weight)" for name in sorted(ignored)),
                 *(f"{name} (multi-token prediction)" for name in sorted(left_out)),

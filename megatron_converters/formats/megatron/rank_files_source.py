@@ -78,7 +78,7 @@ class MegatronSource:
         sizes = self.parallel
         self.parallel = parallel_for(spec, sizes.tp, sizes.pp, sizes.split, sizes.ep, sizes.etp)
         self.spec = spec
-        self.conventions = conventions_of(vars(args), spec)
+        self.conventions = conventions_of(vars(args), spec, options.mup)
         self._padded = padded
         self._pieces, self._replicas = self._match()
         self.spec, left_out_notes = without_prediction(spec, options)
@@ -91,6 +91,7 @@ class MegatronSource:
             options,
             first.get("iteration"),
             parallel=self.parallel,
+            mup=self.conventions.mup,
             notes=notes,
             identity=file_identities(self._dir, [self._dir / file.folder / FILE for file in self._ranks.values()]),
             capacity_bins=from_rank_files(

@@ -121,7 +121,7 @@ class TorchDistSource:
         #: Megatron-LM's own description of how it named the keys (0.13 on); empty if there is none.
         self.content: dict[str, Any] = content if isinstance(content, dict) else {}
         self.spec, notes = spec_and_notes(args, self.padded, embeddings.dtype, options)
-        self.conventions = conventions_of(vars(args), self.spec)
+        self.conventions = conventions_of(vars(args), self.spec, options.mup)
         self._slices = self._match()
         self._chunks: dict[str, _Chunks] = {}
         self.spec, left_out_notes = without_prediction(self.spec, options)
@@ -139,6 +139,7 @@ class TorchDistSource:
             options,
             common.get("iteration"),
             parallel=parallel,
+            mup=self.conventions.mup,
             notes=notes,
             ignored=[f"{key} (training state)" for key in self._index.tensors if _TRAINING_KEY.match(key)],
             identity=file_identities(self._dir, [common_file, self._dir / dcp.METADATA, *self._index.files]),
