@@ -38,11 +38,12 @@ class Origin:
 
 
 def file_identities(folder: Path, paths: Iterable[str | Path]) -> dict[str, list[int]]:
-    """[bytes, modification time in nanoseconds] of each file, by its path within `folder`."""
+    """[bytes, modification time in nanoseconds] of each file, by its path within `folder`; absolute where it lies elsewhere."""
     found = {}
     for path in sorted({Path(path) for path in paths}):
         status = path.stat()
-        relative = path.relative_to(folder) if path.is_relative_to(folder) else path
+        inside = path != folder and path.is_relative_to(folder)
+        relative = path.relative_to(folder) if inside else path.absolute()
         found[str(relative)] = [status.st_size, status.st_mtime_ns]
     return found
 

@@ -159,8 +159,8 @@ class _OutputState:
 
 
 def _output_state(source: Source, target: Target, outline: Outline) -> _OutputState:
-    run, shown = describe_run(outline, source.origin), target.shown()
-    if shown is not None and is_output_of(shown, run):
+    run = describe_run(outline, source.origin)
+    if target.shown() is not None and is_output_of(target.manifest, run):
         return _OutputState(complete=True)
     staging = Staging(target.save_dir, outline.name)
     journal = Journal(staging.state)

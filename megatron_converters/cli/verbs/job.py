@@ -7,7 +7,7 @@ import dataclasses
 from typing import Any
 
 from ...basics.errors import UsageError
-from ...basics.folders import existing_folder
+from ...basics.folders import existing_path
 from ...formats.detect import HF, MEGATRON, format_of
 from ...formats.huggingface.target import FUSED, SEPARATE
 from ...formats.megatron.names import EXPERTS
@@ -71,7 +71,7 @@ def request_of(args: argparse.Namespace) -> Request:
     defaults = _defaults()
     given = {name: [key for key in own if getattr(args, key) is not None] for name, own in defaults.items()}
     asks = bool(given[MEGATRON]) or args.expert_layout in EXPERTS
-    source_format = args.source_format or format_of(existing_folder(args.load_dir))
+    source_format = args.source_format or format_of(existing_path(args.load_dir))
     chosen = args.to or target_format(source_format, None, asks)
     other = HF if chosen == MEGATRON else MEGATRON
     if given[other]:

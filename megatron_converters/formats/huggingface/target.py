@@ -39,7 +39,6 @@ from ...storage import safetensors
 from ...storage.output_file import FileLayout
 from .parts import HFNames, Part
 
-_NAME = "hf"
 #: Expert layouts: separate tensors for each expert, as in published models, or fused ones, as transformers 5 has in memory.
 SEPARATE, FUSED = "separate", "fused"
 _INDEX = "model.safetensors.index.json"
@@ -68,10 +67,12 @@ class HFOptions:
     source_model_type: str | None = None
     expert_layout: str = SEPARATE
     save_capacity_bins: bool = False
+    #: Write the weights alone, as one file of `torch.save`; the path then names that file.
+    single_file: bool = False
 
 
 @dataclass(frozen=True)
-class _Stored:
+class Stored:
     """Tensor of the folder, filled by `parts` fills."""
 
     name: str
@@ -84,9 +85,9 @@ class _Stored:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def split_shards(parts: list[_Stored], limit: int) -> dict[str, list[_Stored]]:
+def split_shards(parts: list[Stored], limit: int) -> dict[str, list[Stored]]:
     """Split tensors into files, by name: each is filled until the next tensor would exceed `limit` bytes, as in huggingface_hub."""
-    shards: list[list[_Stored]] = [[]]
+    shards: list[list[Stored]] = [[]]
     size = 0
     for part in parts:
         if shards[-1] and size + part.nbytes > limit:
@@ -101,6 +102,9 @@ def split_shards(parts: list[_Stored], limit: int) -> dict[str, list[_Stored]]:
 
 class HFTarget:
     """Hugging Face folder that appears in `save_dir` only when it is complete."""
+
+    #: Name of the output in that of its hidden folder.
+    _name = "hf"
 
     def __init__(self, save_dir: Path, options: HFOptions) -> None:
         self.save_dir = save_dir
@@ -117,16 +121,16 @@ class HFTarget:
         self._dtype_of = dtype_of
         self._config, self._changed = config_for(self._spec, origin.hf_config, origin.code_files)
         self._model_type = self._options.source_model_type or _token_family(self._spec)
-        stored: dict[str, _Stored] = {}
+        stored: dict[str, Stored] = {}
         for ref in refs(spec):
             for part in self._parts(ref):
-                tensor = _Stored(part.name, dtype_of(ref), part.stored_shape, part.stored_parts)
+                tensor = Stored(part.name, dtype_of(ref), part.stored_shape, part.stored_parts)
                 if stored.setdefault(part.name, tensor) != tensor:
                     raise ConversionError(
                         f"{ref} is {tensor.dtype}, but others in {part.name} are {stored[part.name].dtype}; "
                         "choose one dtype for all, or write experts as separate tensors"
                     )
-        shards = split_shards(list(stored.values()), self._options.max_shard_size)
+        shards = self._split(list(stored.values()))
         self._file_names = {tensor.name: file for file, shard in shards.items() for tensor in shard}
         self._total = sum(tensor.nbytes for tensor in stored.values())
         options = {
@@ -136,13 +140,18 @@ class HFTarget:
             "format": "hf",
             "dtype": self._spec.dtype.name,
         }
-        layouts = {file: _layout(shard) for file, shard in shards.items()}
-        return Outline(_NAME, layouts, options, content=self._small_files({}))
+        layouts = {file: self._layout(shard) for file, shard in shards.items()}
+        return Outline(self._name, layouts, options, content=self._small_files({}))
 
     @property
     def output(self) -> Path:
         """Folder of the model, which is `save_dir` itself."""
         return self.save_dir
+
+    @property
+    def manifest(self) -> Path:
+        """Manifest in the folder of the model."""
+        return self.save_dir / MANIFEST
 
     def shown(self) -> Path | None:
         """Return the folder if it has a config.json that is not to be overwritten; else None."""
@@ -184,6 +193,15 @@ class HFTarget:
             f"wrote {count(len(self._file_names), 'tensor')} ({size(self._total)}) in {count(files, 'file')} to {self.save_dir}",
             *self._notes,
         ]
+
+    def _split(self, stored: list[Stored]) -> dict[str, list[Stored]]:
+        """Tensors of each file."""
+        return split_shards(stored, self._options.max_shard_size)
+
+    def _layout(self, shard: list[Stored]) -> FileLayout:
+        """Layout of a file with these tensors."""
+        layout = safetensors.layout({tensor.name: (tensor.dtype, tensor.shape) for tensor in shard}, {"format": "pt"})
+        return dataclasses.replace(layout, parts=parts_of(shard))
 
     def _parts(self, ref: Ref) -> list[Part]:
         """Parts of a ref, and the copies of it that layers of multi-token prediction repeat."""
@@ -306,6 +324,6 @@ def _token_family(spec: ModelSpec) -> str | None:
     return "llama2" if spec.vocab_size == _LLAMA2_VOCABULARY else None
 
 
-def _layout(shard: list[_Stored]) -> FileLayout:
-    layout = safetensors.layout({tensor.name: (tensor.dtype, tensor.shape) for tensor in shard}, {"format": "pt"})
-    return dataclasses.replace(layout, parts={tensor.name: tensor.parts for tensor in shard if tensor.parts > 1})
+def parts_of(shard: list[Stored]) -> dict[str, int]:
+    """Number of parts of each tensor that has several."""
+    return {tensor.name: tensor.parts for tensor in shard if tensor.parts > 1}

@@ -169,7 +169,7 @@ class MegatronSource(RankFilesSource):
     """Checkpoint of the `torch` format: one file per rank."""
 
     def __init__(self, load_dir: Path, options: MegatronReadOptions = AS_STORED) -> None:
-        super().__init__(read_rank_files(checkpoint_directory(load_dir, options.directory_name)), options)
+        super().__init__(read_rank_files(checkpoint_directory(load_dir, options.directory_name), options), options)
 
 
 def _one_of_stack(stack: StoredTensor, expert: int, experts: int, shape: tuple[int, ...]) -> StoredTensor:

@@ -47,13 +47,18 @@ _EXPECTED_ENTRIES = re.compile(
 
 @dataclass(frozen=True)
 class MegatronReadOptions:
-    """Options of the user that supplement a checkpoint's args. `directory_name` is a folder such as `iter_0000008`."""
+    """Options of the user that supplement a checkpoint's args. `directory_name` is a folder such as `iter_0000008`.
+
+    `missing_args` fill attributes that the stored args lack. `families` limits those that are inferred where nothing names one.
+    """
 
     directory_name: str | None = None
     hf_config: Path | None = None
     true_vocab_size: int | None = None
     source_model_type: str | None = None
     without_mtp: bool = False
+    missing_args: Mapping[str, Any] | None = None
+    families: tuple[str, ...] = ()
     #: Where multipliers are, if args do not say it: a value of `--mup`.
     mup: str | None = None
 
@@ -123,6 +128,15 @@ def args_in(content: Mapping[str, Any], where: object) -> argparse.Namespace | N
     return args
 
 
+def supplemented(args: argparse.Namespace | None, options: MegatronReadOptions) -> argparse.Namespace | None:
+    """Args with the attributes that they lack, or that are None, from the options; None where neither has any."""
+    if options.missing_args is None:
+        return args
+    stored = {} if args is None else {name: value for name, value in vars(args).items() if value is not None}
+    absent = {} if args is None else vars(args)
+    return argparse.Namespace(**{**absent, **options.missing_args, **stored})
+
+
 def _is_plausible(value: Any) -> bool:
     """Whether a value is of plausible size; a hostile one may contain itself, or one object a million times."""
     pending, seen = [(value, 0)], 0
@@ -160,7 +174,7 @@ def spec_and_notes(
     if isinstance(recorded, dict):
         _check_family_file(args, recorded)
         return _updated_spec(_recorded_spec(recorded), fields, args, options.mup), notes + ignored_notes(vars(args))
-    spec = infer_family(fields)
+    spec = infer_family(fields, options.families)
     notes += ignored_notes(vars(args))
     return spec, [*notes, f"no Hugging Face configuration is recorded; the {spec.family} family fits the args"]
 

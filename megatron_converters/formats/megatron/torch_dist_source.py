@@ -56,6 +56,7 @@ from .reading import (
     parallel_of,
     skipped_entries,
     spec_and_notes,
+    supplemented,
     without_prediction,
 )
 
@@ -326,7 +327,7 @@ def _read_common(directory: Path, index: dcp.Index) -> tuple[Mapping[str, Any], 
 
 def _args_of(common: Mapping[str, Any], where: Path, options: MegatronReadOptions) -> argparse.Namespace:
     """Args of the common state; empty if it has none and a reference describes the model."""
-    args = args_in(common, where)
+    args = supplemented(args_in(common, where), options)
     if args is None and common.get("args") is None and options.hf_config is not None:
         return argparse.Namespace()
     if args is None:

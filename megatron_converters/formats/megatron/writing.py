@@ -24,6 +24,7 @@ from ...assets.training_args import inheritable, margs_to_json
 from ...basics.dtypes import DType, dtype_named
 from ...basics.errors import ConversionError, UsageError, raise_all
 from ...basics.quantities import count
+from ...conversion.journal import MANIFEST
 from ...conversion.outline import Fill, Outline
 from ...conversion.staging import Staging
 from ...families import FAMILIES
@@ -189,6 +190,11 @@ class CheckpointTarget(ABC):
     def output(self) -> Path:
         """Directory of the iteration."""
         return self.save_dir / self._name
+
+    @property
+    def manifest(self) -> Path:
+        """Manifest in the directory of the iteration."""
+        return self.output / MANIFEST
 
     def shown(self) -> Path | None:
         """Directory of this checkpoint if the tracker points at it and it is not to be overwritten; else None."""
