@@ -296,3 +296,30 @@ def test_halves_that_are_not_made_neighbours_show(megatron_pool: MegatronPool, m
     content["model"][key][24:] = content["model"][key][24:].reshape(4, 2, 64).transpose(0, 1).reshape(8, 64).clone()
     torch.save(content, file)
     assert difference(megatron_pool.logits(root, TOKENS), wanted) > 1e-4
+
+
+# -- as a Llama
+
+
+@pytest.mark.parametrize("name", DENSE)
+@pytest.mark.parametrize("through", ["folder", "flags", "fold"])
+def test_minicpm_is_exported_as_a_llama(model: Any, tmp_path: Path, name: str, through: str) -> None:
+    folder, wanted, options, _ = model(name)
+    source = folder if through == "folder" else hf_to_megatron(folder, tmp_path / through, tp=2, mup=through, **options)
+    run = succeeded(verb("convert", source, tmp_path / "llama", "--to", "hf", "--as", "llama"))
+    assert "written as a llama model, not minicpm; multipliers are folded into weights, which rounds them" in run.out
+    config = json.loads((tmp_path / "llama" / "config.json").read_text())
+    assert (config["architectures"], config["model_type"]) == (["LlamaForCausalLM"], "llama")
+    assert (config["bos_token_id"], config["eos_token_id"]) == (1, 2)
+    assert config["tie_word_embeddings"] is (name == "tied")
+    found = hf_logits(tmp_path / "llama", TOKENS)
+    assert difference(found, wanted) < TOLERANCE
+
+
+def test_minicpm3_is_no_llama(model: Any, tmp_path: Path) -> None:
+    folder = model("latent").folder
+    refused(
+        verb("convert", folder, tmp_path / "a", "--to", "hf", "--as", "llama"), "--as llama: the minicpm3 model", code=2
+    )
+    refused(verb("convert", folder, tmp_path / "a", "--to", "hf", "--as", "lama"), "there is no such family", code=2)
+    assert not (tmp_path / "a").exists()

@@ -222,6 +222,15 @@ def add_hf_target_arguments(parser: Any) -> None:
     )
     add_argument(
         parser,
+        "--as",
+        dest="as_family",
+        metavar="FAMILY",
+        default=None,
+        help="Write the model as another family, such as MiniCPM as llama, which needs no remote code: multipliers that the other "
+        "family lacks are folded into weights.",
+    )
+    add_argument(
+        parser,
         "--save-capacity-bins",
         action="store_true",
         help="Keep the capacity bins of Habana's routers in capacity_bins.pt.",
@@ -238,6 +247,7 @@ def hf_options(args: argparse.Namespace) -> HFOptions:
         source_model_type=args.source_model_type,
         expert_layout=_expert_layout(args, (SEPARATE, FUSED), "a Hugging Face folder") or SEPARATE,
         save_capacity_bins=args.save_capacity_bins,
+        as_family=args.as_family,
     )
 
 
