@@ -298,6 +298,25 @@ def test_halves_that_are_not_made_neighbours_show(megatron_pool: MegatronPool, m
     assert difference(megatron_pool.logits(root, TOKENS), wanted) > 1e-4
 
 
+def test_inspect_and_args_say_where_multipliers_are(model: Any, tmp_path: Path) -> None:
+    folder = model("tied").folder
+    words = {"flags": "in flags of muP", "fold": "folded into weights", "raw": "in arguments of MindSpeed-LLM"}
+    flags = {"flags": "--mup-output-mult 0.25", "fold": "--norm-epsilon 0.00204", "raw": "--dim-model-base 16"}
+    for mup, said in words.items():
+        root = hf_to_megatron(folder, tmp_path / mup, mup=mup)
+        assert said in succeeded(verb("inspect", root)).out
+        assert json.loads(succeeded(verb("inspect", root, "--json")).out)["mup"] == mup
+        assert flags[mup] in succeeded(verb("args", root)).out
+
+
+def test_logits_that_megatron_would_not_compute_are_refused(model: Any, tmp_path: Path) -> None:
+    folder = model("longrope").folder
+    root = hf_to_megatron(folder, tmp_path / "longrope", impl="local", allow_inexpressible=True)
+    refused(verb("verify", root, root, "--logits"), "would compute another model than this", "LongRoPE")
+    raw = hf_to_megatron(model("tied").folder, tmp_path / "raw", impl="local", mup="raw")
+    refused(verb("verify", raw, raw, "--logits"), "leaves its multipliers to MindSpeed-LLM's arguments", "--mup fold")
+
+
 # -- as a Llama
 
 
