@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .basics.errors import ConversionError, UsageError, raise_all
-from .basics.folders import existing_folder
+from .basics.folders import existing_path
 from .comparison.manifest_check import check_output, find_output
 from .comparison.report import check_json, difference_json, findings, open_pair, verification_json
 from .comparison.settings import settings_differences
@@ -22,7 +22,6 @@ from .comparison.tensors import Rules, compare
 from .conversion import crew_local
 from .conversion.crew import ALONE, Crew
 from .conversion.dry_run import Forecast, forecast, measure
-from .conversion.journal import MANIFEST
 from .conversion.progress import Progress, Silent
 from .conversion.run import convert as run_conversion
 from .families import FAMILIES, register_family
@@ -72,8 +71,8 @@ _WARNING = "warning: "
 class Result:
     """Finished conversion.
 
-    `path` is the folder with the files: of a checkpoint that of its iteration. `flags` are what `pretrain_gpt.py` needs to load
-    a checkpoint, quoted for a shell, empty for a Hugging Face folder. `manifest` says where every tensor came from.
+    `path` is the folder with the files, of a checkpoint that of its iteration, or the one file. `flags` are what `pretrain_gpt.py`
+    needs to load a checkpoint, quoted for a shell, empty for Hugging Face's side. `manifest` says where every tensor came from.
     """
 
     path: Path
@@ -209,7 +208,7 @@ def verify(
     Without `b`: whether the output `a` is as its manifest says.
     """
     if b is None:
-        checked = check_output(find_output(existing_folder(a), read.ckpt_dir_name), Silent())
+        checked = check_output(find_output(existing_path(a), read.ckpt_dir_name), Silent())
         return Verification(not checked.faults, tuple(map(str, checked.faults)), check_json(checked))
     with family_of(read.family_file):
         pair = open_pair(a, b, read, read_b_format)
@@ -289,7 +288,7 @@ def _convert(crew: Crew, request: Request, restart: bool, progress: Progress) ->
     warnings = [line.removeprefix(_WARNING) for line in lines if line.startswith(_WARNING)]
     notes = [line for line in lines if not line.startswith((_WARNING, "pretrain_gpt.py needs"))]
     flags = job.target.flags if isinstance(job.target, CheckpointTarget) else []
-    return Result(job.target.output, tuple(flags), tuple(notes), tuple(warnings), job.target.output / MANIFEST)
+    return Result(job.target.output, tuple(flags), tuple(notes), tuple(warnings), job.target.manifest)
 
 
 def _assist(crew: Crew, work: tuple[Request, bool]) -> None:

@@ -60,6 +60,11 @@ class Request:
         described = os.path.realpath(source.origin.described)
         chosen = target_format(source_format, self.to, self.megatron is not None)
         options = self._options(chosen)
+        held = source.origin.mup
+        if chosen == HF and self.read.mup not in (None, held):
+            raise UsageError(
+                f"--mup {self.read.mup}: the args of {self.src} say that it has its multipliers by {held!r}; leave it out"
+            )
         overwrite = self.overwrite or options.overwrite
         if overwrite and os.path.dirname(described) == os.path.realpath(self.dst):
             raise UsageError(

@@ -24,6 +24,8 @@ from megatron_converters.model.layouts import (
     GROUPED_GATED_QKV,
     GROUPED_INTERLEAVED_QKV,
     GROUPED_QKV,
+    LATENT_KEY_HALVES,
+    LATENT_QUERY_HALVES,
     SAME,
     joined,
 )
@@ -41,6 +43,7 @@ PARTS = {
     **{SAME.name: 1, GATED.name: 2, GROUPED_QKV.name: 3, GROUPED_GATED_QKV.name: 3, DELTA_BY_KEY_HEAD.name: 2},
     **{joined(layout).name: 1 for layout in (GATED, GROUPED_QKV)},
     GROUPED_INTERLEAVED_QKV.name: 3,
+    **{LATENT_QUERY_HALVES.name: 1, LATENT_KEY_HALVES.name: 1},
 }
 HAS_EXPERTS = [name for name, fields in KINDS.items() if {"num_experts", "n_routed_experts"} & fields.keys()]
 DENSE = [*CONFIGS, *(name for name in KINDS if name not in HAS_EXPERTS)]
@@ -171,6 +174,8 @@ ASKED: dict[str, list[dict[str, Any]]] = {
             **dict(linear_key_head_dim=2, linear_value_head_dim=4, shared_ffn_hidden_size=4, shared_gate=True),
         )
     ],
+    "minicpm": [dict(qkv_bias=True, proj_bias=True), EXPERT_FIELDS],
+    "minicpm3": [dict(**_LATENT, q_lora_rank=rank) for rank in (None, 4)],
 }
 
 

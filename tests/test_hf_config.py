@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ LLAMA3_TABLE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
+LONGROPE_TABLE = {"short_factor": [1.0], "long_factor": [1.5], "original_max_position_embeddings": 1024}
 
 
 #: Keys of families that spell sizes in their own way, or require more.
@@ -70,7 +72,10 @@ def theirs(values: dict[str, Any]) -> Any:
 
 #: Families whose models have a kind of norm, activation or attention of their own.
 WITH_LAYER_NORM = ("gpt2", "starcoder2")
-LATENT = ("deepseek_v2", "deepseek_v3")
+LATENT = ("deepseek_v2", "deepseek_v3", "minicpm3")
+#: Families without a class in transformers.
+REMOTE = ("minicpm",)
+NATIVE = [name for name in FAMILIES if name not in REMOTE]
 CHOSEN_BY_SIGMOID = ("glm4_moe", "deepseek_v3")
 
 
@@ -94,13 +99,28 @@ def facts(found: Any) -> dict[str, Any]:
         "gated": not ungated,
         "initializer_range": found.initializer_range,
         "attention_dropout": found.attn_pdrop if found.model_type == "gpt2" else found.attention_dropout,
+        **(minicpm_facts(found) if found.model_type == "minicpm3" else multiplier_facts(found)),
+        **(latent_facts(found) if found.model_type in LATENT else attention_facts(found)),
+        **rope_facts(found),
+        **expert_facts(found),
+    }
+
+
+def multiplier_facts(found: Any) -> dict[str, Any]:
+    return {
         "embedding_multiplier": getattr(found, "embedding_multiplier", 1.0),
         "residual_multiplier": getattr(found, "residual_multiplier", 1.0),
         "attention_multiplier": getattr(found, "attention_multiplier", None),
         "logits_multiplier": 1 / getattr(found, "logits_scaling", 1.0),
-        **(latent_facts(found) if found.model_type in LATENT else attention_facts(found)),
-        **rope_facts(found),
-        **expert_facts(found),
+    }
+
+
+def minicpm_facts(found: Any) -> dict[str, Any]:
+    return {
+        "embedding_multiplier": found.scale_emb,
+        "residual_multiplier": found.scale_depth / math.sqrt(found.num_hidden_layers),
+        "attention_multiplier": None,
+        "logits_multiplier": found.dim_model_base / found.hidden_size,
     }
 
 
@@ -110,6 +130,10 @@ def rope_facts(found: Any) -> dict[str, Any]:
     rope = dict(found.rope_parameters)
     percent = rope.pop("partial_rotary_factor", 1.0)
     scaling = {key: value for key, value in rope.items() if key not in ("rope_theta", "rope_type", "type")}
+    if rope["rope_type"] == "longrope":  # as in _compute_longrope_parameters
+        scaling.setdefault("factor", found.max_position_embeddings / rope["original_max_position_embeddings"])
+    if rope["rope_type"] == "dynamic":  # a key that transformers adds and does not read
+        scaling.pop("original_max_position_embeddings", None)
     return {
         "rope": True,
         "rotary_base": rope["rope_theta"],
@@ -200,12 +224,12 @@ def ours(spec: ModelSpec) -> dict[str, Any]:
     return {name: value for name, value in spec.values.items() if name not in ("family", "dtype", "mtp_num_layers")}
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", NATIVE)
 def test_absent_keys_mean_what_they_mean_to_transformers(model_type: str) -> None:
     assert ours(spec_of(model_type)) == facts(theirs(config(model_type)))
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", NATIVE)
 def test_the_class_s_own_default_config_is_read(model_type: str) -> None:
     # transformers' own default number of chosen experts is none for DeepSeek-V2.
     default = theirs({"model_type": model_type, **({"num_experts_per_tok": 4} if model_type == "deepseek_v2" else {})})
@@ -235,6 +259,16 @@ CASES: dict[str, dict[str, Any]] = {
     "biases": {"attention_bias": True, "mlp_bias": True},
     "attention bias": {"attention_bias": True},
     "groups": {"num_key_value_heads": 4, "head_dim": 24},
+    "longrope": {"max_position_embeddings": 1024, "rope_scaling": {"type": "longrope", **LONGROPE_TABLE}},
+    "longrope, more positions": {
+        "max_position_embeddings": 4096,
+        "rope_scaling": {"type": "longrope", **LONGROPE_TABLE},
+    },
+    "longrope, its factors said": {
+        "max_position_embeddings": 4096,
+        "rope_scaling": {"type": "longrope", **LONGROPE_TABLE, "factor": 3.0, "attention_factor": 1.25},
+    },
+    "dynamic": {"rope_scaling": {"type": "dynamic", "factor": 4.0}},
 }
 QWEN_CASES: dict[str, dict[str, Any]] = {
     "window off": {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 1},
@@ -291,6 +325,8 @@ ALL_CASES = [
         *("granite", "multipliers"),
         {"embedding_multiplier": 12.0, "logits_scaling": 8.0, "residual_multiplier": 0.22, "attention_multiplier": 0.5},
     ),
+    ("minicpm3", "multipliers", {"scale_emb": 3, "scale_depth": 0.7, "dim_model_base": 16, "q_lora_rank": 24}),
+    ("minicpm3", "none of them", {"scale_emb": 1, "scale_depth": None, "dim_model_base": None, "v_head_dim": 4}),
     ("glm4_moe", "groups and norms", {"n_group": 4, "topk_group": 2, "use_qk_norm": True, "n_shared_experts": 2}),
     ("deepseek_v2", "whole queries", {"q_lora_rank": None, "n_shared_experts": 2, "first_k_dense_replace": 1}),
     ("deepseek_v3", "small", {"n_routed_experts": 16, "n_group": 4, "topk_group": 2, "first_k_dense_replace": 3}),
@@ -337,8 +373,25 @@ def test_both_spellings_of_rope_are_one_spec(kind: str) -> None:
             {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
             r"type 'yarn'; supported are default, linear",
         ),
-        ("llama", {"rope_scaling": {"type": "dynamic", "factor": 4.0}}, "type 'dynamic'"),
-        ("llama", {"rope_parameters": {"rope_type": "longrope", "factor": 4.0}}, "type 'longrope'"),
+        ("llama", {"rope_scaling": {"type": "dynamic"}}, "type 'dynamic' without factor"),
+        (
+            "llama",
+            {"rope_scaling": {"type": "dynamic", "factor": 1.0, "alpha": 1e3}},
+            "dynamic RoPE scaling with alpha",
+        ),
+        ("llama", {"rope_parameters": {"rope_type": "longrope", "factor": 4.0}}, "'longrope' without short_factor"),
+        (
+            "llama",
+            {"rope_scaling": {**LONGROPE_TABLE, "type": "longrope", "factor": 1, "short_factor": 2}},
+            "short_factor is 2; it must be a list of numbers",
+        ),
+        (
+            "llama",
+            {"rope_scaling": {**LONGROPE_TABLE, "type": "longrope"}},
+            "'longrope' without factor or max_position_embeddings",
+        ),
+        ("minicpm", {"scale_depth": "1.4"}, "scale_depth is '1.4'; it must be a number"),
+        ("minicpm", {"dim_model_base": 0}, "logits_multiplier is 0"),
         ("llama", {"rope_scaling": {"type": "linear"}}, "type 'linear' without factor"),
         ("llama", {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "'llama3' without low_freq_factor"),
         ("llama", {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),

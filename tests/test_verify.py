@@ -660,7 +660,7 @@ def test_an_output_without_a_manifest(hf_model: HFModel, tmp_path: Path, capsys:
         code, _, err = run(capsys, "verify", path)
         assert code == 1
         assert "is no output of a conversion that can be checked alone: it has no conversion.json" in err
-    assert run(capsys, "verify", tmp_path / "nowhere")[2].endswith("is no folder; give one that exists\n")
+    assert run(capsys, "verify", tmp_path / "nowhere")[2].endswith("does not exist; give a folder or file that does\n")
     assert run(capsys, "verify", tmp_path, "--ckpt-dir-name", "iter_0000009")[0] == 1
     for option in ("--ignore-dtype", "--logits", "--tolerance=0"):
         code, _, err = run(capsys, "verify", tmp_path, option)

@@ -24,6 +24,8 @@ class Origin:
     iteration: int | None = None
     parallel: Parallel | None = None
     capacity_bins: CapacityBins | None = None
+    #: Where a checkpoint has its model's multipliers: a value of `--mup`.
+    mup: str | None = None
     #: Format of a Megatron-LM checkpoint, by its name as an option (`--ckpt-format`); None for other sources.
     checkpoint_format: str | None = None
     #: Files of the model's own code, by name.
@@ -36,11 +38,12 @@ class Origin:
 
 
 def file_identities(folder: Path, paths: Iterable[str | Path]) -> dict[str, list[int]]:
-    """[bytes, modification time in nanoseconds] of each file, by its path within `folder`."""
+    """[bytes, modification time in nanoseconds] of each file, by its path within `folder`; absolute where it lies elsewhere."""
     found = {}
     for path in sorted({Path(path) for path in paths}):
         status = path.stat()
-        relative = path.relative_to(folder) if path.is_relative_to(folder) else path
+        inside = path != folder and path.is_relative_to(folder)
+        relative = path.relative_to(folder) if inside else path.absolute()
         found[str(relative)] = [status.st_size, status.st_mtime_ns]
     return found
 

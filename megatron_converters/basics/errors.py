@@ -23,6 +23,14 @@ class UsageError(ConversionError):
     exit_code = 2
 
 
+class MissingPath(UsageError, FileNotFoundError):
+    """A file or folder that a caller names is not there; `except FileNotFoundError` catches it, too."""
+
+
+class InvalidConfiguration(UsageError, AssertionError):
+    """Numbers of a caller contradict each other or the model; `except AssertionError` catches it, too."""
+
+
 class Unclear(ConversionError):
     """The source leaves open something that a reference model can settle."""
 

@@ -3,21 +3,34 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
-from .errors import ConversionError, UsageError
+from .errors import ConversionError, MissingPath, UsageError
 
 
 def existing_folder(path: str | os.PathLike[str]) -> Path:
-    """Path of a folder that is there; raises `ConversionError` for any other."""
+    """Path of a folder that is there; raises `MissingPath` for any other."""
     folder = new_folder(path)
+    if not _asked(path, folder.is_dir):
+        raise MissingPath(f"{path} is no folder; give one that exists")
+    return folder
+
+
+def existing_path(path: str | os.PathLike[str]) -> Path:
+    """Path of a folder or file that is there; raises `MissingPath` for any other."""
+    found = new_folder(path)
+    if not _asked(path, found.exists):
+        raise MissingPath(f"{path} does not exist; give a folder or file that does")
+    return found
+
+
+def _asked(path: str | os.PathLike[str], question: Callable[[], bool]) -> bool:
+    """Answer of the file system to a question about a path."""
     try:
-        exists = folder.is_dir()
+        return question()
     except OSError as error:
         raise ConversionError(f"cannot look at {path}: {error.strerror}") from error
-    if not exists:
-        raise ConversionError(f"{path} is no folder; give one that exists")
-    return folder
 
 
 def new_folder(path: str | os.PathLike[str]) -> Path:

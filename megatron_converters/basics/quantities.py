@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 _UNITS = ("B", "KB", "MB", "GB", "TB", "PB")
 
 
@@ -24,3 +26,10 @@ def duration(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def shortest(value: float, is_right: Callable[[float], bool]) -> float | int:
+    """Number near `value` with the fewest digits that is right; `value` itself if none is. A whole one is an int."""
+    rounded = (float(f"{value:.{digits}g}") for digits in range(1, 18))
+    found = next((number for number in rounded if is_right(number)), value)
+    return int(found) if found.is_integer() else found

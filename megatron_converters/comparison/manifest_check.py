@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from ..basics.dtypes import DType
 from ..basics.errors import ConversionError, one_line, reason_of
 from ..conversion.copying import default_lanes
-from ..conversion.journal import MANIFEST, read_manifest
+from ..conversion.journal import MANIFEST, manifest_of, read_manifest
 from ..conversion.progress import Progress
 from ..formats.megatron.reading import checkpoint_directory
 from ..formats.megatron.writing import TRACKER
@@ -102,7 +102,7 @@ class _Task(NamedTuple):
 
 
 def find_output(path: Path, name: str | None) -> Path:
-    """Folder with the manifest: `name` in `path`, `path` itself, or the one that its tracker file names."""
+    """Output with a manifest: `name` in `path`, `path` itself, or the folder that its tracker file names."""
     if name is not None:
         return path / name
     if (path / MANIFEST).exists() or not (path / TRACKER).exists():
@@ -110,11 +110,17 @@ def find_output(path: Path, name: str | None) -> Path:
     return checkpoint_directory(path, None)
 
 
-def check_output(folder: Path, progress: Progress) -> Checked:
-    """Compare every file of an output with the manifest in `folder`; raises `ConversionError` if it is missing or damaged."""
-    manifest = read_manifest(folder / MANIFEST)
+def check_output(output: Path, progress: Progress) -> Checked:
+    """Compare every file of an output, a folder or a single file, with its manifest.
+
+    Raises `ConversionError` if the manifest is missing or damaged.
+    """
+    single = output.is_file()
+    folder = output.parent if single else output
+    manifest = read_manifest(manifest_of(output))
     files = [_file_entry(folder, name, entry) for name, entry in manifest["files"].items()]
-    faults = [Fault(name, "", (), f"is not listed in {MANIFEST}") for name in _unlisted_files(folder, files)]
+    unlisted = [] if single else _unlisted_files(folder, files)
+    faults = [Fault(name, "", (), f"is not listed in {MANIFEST}") for name in unlisted]
     faults += _side_file_faults(folder, manifest.get("beside"))
     tasks: list[_Task] = []
     for file in files:

@@ -127,7 +127,7 @@ def forecast(source: Source, target: Target, dtype: DType | None, workers: int =
         padding_rows=sum(plan.padding_rows for plan in files.values()),
         copies=copies,
         ignored=source.origin.ignored,
-        notes=source.origin.notes,
+        notes=[*source.origin.notes, *outline.notes],
         finished=state.finished,
         left=0 if state.complete else sum(plan.nbytes for file, plan in files.items() if file not in state.finished),
         complete=state.complete,
@@ -159,8 +159,8 @@ class _OutputState:
 
 
 def _output_state(source: Source, target: Target, outline: Outline) -> _OutputState:
-    run, shown = describe_run(outline, source.origin), target.shown()
-    if shown is not None and is_output_of(shown, run):
+    run = describe_run(outline, source.origin)
+    if target.shown() is not None and is_output_of(target.manifest, run):
         return _OutputState(complete=True)
     staging = Staging(target.save_dir, outline.name)
     journal = Journal(staging.state)

@@ -46,11 +46,16 @@ class Target(Protocol):
 
     @property
     def output(self) -> Path:
-        """Folder of the files and the manifest, known once the target is prepared."""
+        """Folder of the files, or the one file, known once the target is prepared."""
+        ...
+
+    @property
+    def manifest(self) -> Path:
+        """Manifest at its final place, beside the files, known once the target is prepared."""
         ...
 
     def shown(self) -> Path | None:
-        """Folder of a complete output at the final place; None where there is none, or where it is to be replaced."""
+        """Complete output at the final place; None where there is none, or where it is to be replaced."""
         ...
 
     def refuse_existing(self) -> None:

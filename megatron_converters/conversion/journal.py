@@ -219,8 +219,14 @@ class Journal:
         return self.folder / _FINISHED / (file.replace("/", "~") + ".json")
 
 
-def write_manifest(folder: Path, run: Mapping[str, Any], finished: Mapping[str, Any], origin: Origin) -> None:
-    """Write `conversion.json` of a finished run into the folder of its files; small files beside the weights get a digest."""
+def manifest_of(output: Path) -> Path:
+    """Manifest of an output: in its folder, or beside a single file and named after it, since several may lie in one folder."""
+    return output.with_name(f"{output.name}.{MANIFEST}") if output.is_file() else output / MANIFEST
+
+
+def write_manifest(path: Path, run: Mapping[str, Any], finished: Mapping[str, Any], origin: Origin) -> None:
+    """Write the manifest of a finished run beside its files; small files beside the weights get a digest."""
+    folder = path.parent
     files = {
         file: {**described, **{key: finished[file][key] for key in _RESULT_KEYS}}
         for file, described in run["files"].items()
@@ -231,7 +237,7 @@ def write_manifest(folder: Path, run: Mapping[str, Any], finished: Mapping[str, 
         if path.is_file() and path.relative_to(folder).as_posix() not in files
     }
     remarks = {"notes": origin.notes, "ignored": origin.ignored}
-    _write(folder / MANIFEST, with_digest({**run, **remarks, "beside": beside, "files": files}))
+    _write(path, with_digest({**run, **remarks, "beside": beside, "files": files}))
 
 
 def lost_lines(finished: Mapping[str, Any]) -> list[str]:
@@ -250,17 +256,18 @@ def lost_lines(finished: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def is_output_of(folder: Path, run: Mapping[str, Any]) -> bool:
-    """Whether a folder is the complete output of this run, by its manifest, and has all files.
+def is_output_of(path: Path, run: Mapping[str, Any]) -> bool:
+    """Whether the manifest at `path` is that of this run, and lies beside all files.
 
     Always false for a run whose source came as messages.
     """
     if run["source"]["files"] is None:
         return False
     try:
-        manifest = read_manifest(folder / MANIFEST)
+        manifest = read_manifest(path)
     except ConversionError:
         return False
+    folder = path.parent
     files = {
         file: {key: value for key, value in entry.items() if key not in _RESULT_KEYS}
         for file, entry in manifest["files"].items()
@@ -278,7 +285,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
         text = path.read_bytes()
     except FileNotFoundError:
         unfinished = unfinished_in(path.parent)
-        missing = f"is no output of a conversion that can be checked alone: it has no {MANIFEST}"
+        missing = f"is no output of a conversion that can be checked alone: it has no {path.name}"
         raise ConversionError(f"{path.parent} {unfinished or missing}") from None
     except OSError as error:
         raise ConversionError(f"cannot read {path}: {reason_of(error)}") from error

@@ -43,7 +43,7 @@ class Outline:
     """Files of a target, by path within the output folder `name`, and the options that decided them.
 
     `extra_tensors` has, by file and name, small tensors that belong to no slot and are copied unchanged. `content` has what the
-    files hold besides tensors, as JSON values.
+    files hold besides tensors, as JSON values. `notes` say what the user should know of how the model is written.
     """
 
     name: str
@@ -51,6 +51,7 @@ class Outline:
     options: Mapping[str, Any]
     extra_tensors: Mapping[str, Mapping[str, StoredTensor]] = field(default_factory=dict)
     content: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     @property
     def nbytes(self) -> int:

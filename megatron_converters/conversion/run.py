@@ -122,8 +122,7 @@ class _Run:
 
     def _complete_already(self) -> bool:
         """Whether this very run was completed before: repeating a command is no error."""
-        folder = self._target.shown()
-        if folder is None or not is_output_of(folder, self._description):
+        if self._target.shown() is None or not is_output_of(self._target.manifest, self._description):
             return False
         if self._staging.path.exists():  # killed while it cleaned up
             self._staging.open()
@@ -239,7 +238,8 @@ class _Run:
             if lost:
                 raise ConversionError(f"{', '.join(lost)} should be finished and are not; run the same command again")
             self._refuse_newcomers()
-            write_manifest(self._staging.files, self._description, finished, self._source.origin)
+            manifest = self._staging.files / self._target.manifest.name
+            write_manifest(manifest, self._description, finished, self._source.origin)
             self._journal.mark_complete()
         if not self._journal.cleared:
             self._target.clear(self._staging)

@@ -108,13 +108,16 @@ def _of_all(value: Any) -> Any:
     return next((each for each in value if each is not None), None) if isinstance(value, PerLayer) else value
 
 
-def infer_family(fields: Mapping[str, Any]) -> ModelSpec:
-    """Spec with the first family whose config.json can express these fields (all of `ModelSpec` except `family`)."""
+def infer_family(fields: Mapping[str, Any], among: Collection[str] = ()) -> ModelSpec:
+    """Spec with the first family whose config.json can express these fields (all of `ModelSpec` except `family`).
+
+    `among` names the families to choose from, in this order; all where it is empty.
+    """
     reasons = []
     choices = [fields]
     if fields.get("feed") == "moe":  # no layer then has a dense MLP, whatever its size
         choices.append({**fields, "ffn_hidden_size": fields["moe_ffn_hidden_size"]})
-    for choice, name in itertools.product(choices, FAMILIES):
+    for choice, name in itertools.product(choices, among or FAMILIES):
         spec = ModelSpec.of(family=name, **choice)
         try:
             config_from_spec(spec)

@@ -17,7 +17,8 @@ from .rules_attention import LINEAR, YARN, Rope
 from .rules_experts import ExpertGroups, FirstDense, SharedExperts
 from .table import Family
 
-_LATENT = {
+#: Attention with latents.
+LATENT = {
     **{slot: entry for slot, entry in DENSE.items() if slot != "qkv"},
     **tensor("q_down", ATTENTION + "q_a_proj.weight"),
     **tensor("q_latent_norm", ATTENTION + "q_a_layernorm.weight"),
@@ -26,9 +27,8 @@ _LATENT = {
     **tensor("kv_down", ATTENTION + "kv_a_proj_with_mqa.weight"),
     **tensor("kv_latent_norm", ATTENTION + "kv_a_layernorm.weight"),
     **tensor("kv_up", ATTENTION + "kv_b_proj.weight"),
-    **EXPERTS,
-    **shared_experts(MLP + "shared_experts."),
 }
+_TENSORS = {**LATENT, **EXPERTS, **shared_experts(MLP + "shared_experts.")}
 _RULES = (
     *SIZES,
     Rope(partial=None, scalings=(LINEAR, YARN)),
@@ -46,7 +46,7 @@ DEEPSEEK_V2 = Family(
     name="deepseek_v2",
     model_type="deepseek_v2",
     architecture="DeepseekV2ForCausalLM",
-    tensors=_LATENT,
+    tensors=_TENSORS,
     rules=(
         *_RULES,
         Row("q_lora_rank", "q_lora_rank", IfAbsent("q_lora_rank", 1536)),
@@ -68,7 +68,7 @@ DEEPSEEK_V3 = Family(
     name="deepseek_v3",
     model_type="deepseek_v3",
     architecture="DeepseekV3ForCausalLM",
-    tensors={**_LATENT, **tensor("expert_bias", MLP + "gate.e_score_correction_bias"), **PREDICTION},
+    tensors={**_TENSORS, **tensor("expert_bias", MLP + "gate.e_score_correction_bias"), **PREDICTION},
     rules=(
         *_RULES,
         Row("q_lora_rank", "q_lora_rank", IfAbsent("q_lora_rank", 1536)),

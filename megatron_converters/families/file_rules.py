@@ -12,7 +12,8 @@ from . import rules_experts as experts
 from .defaults import Product, Quotient, SameAs
 from .llama import query_groups
 from .place import Check, Place, chosen, listed, mapping, number, only, or_null, scalar, switch, text, texts, whole
-from .rules import Fixed, Implied, Named, Passed, Reciprocal, Row, Rule
+from .rules import Fixed, Implied, Named, Passed, Reciprocal, Row, Rule, overridden
+from .rules_scales import DepthScale, WidthScale
 
 #: Properties that a rule may decide; the others are decided elsewhere.
 _DECIDED = {name: name for name in sorted(PROPERTIES - {"family", "dtype"})}
@@ -67,7 +68,10 @@ def _names(value: Any, place: Place) -> dict[Any, Any]:
 
 
 def _scalings(value: Any, place: Place) -> tuple[str, ...]:
-    known = {name: name for name in (attention.LINEAR, attention.LLAMA3, attention.YARN)}
+    known = {
+        name: name
+        for name in (attention.LINEAR, attention.LLAMA3, attention.YARN, attention.LONGROPE, attention.DYNAMIC)
+    }
     return tuple(chosen(each, place, "scaling", known) for each in texts(value, place))
 
 
@@ -111,13 +115,16 @@ RULES: Mapping[str, Form] = {
     "norm_topk_prob": Form(experts.NormTopkProb, {"default": switch}),
     "shared_experts": Form(experts.SharedExperts, {"default": whole, "size": whole}),
     "expert_groups": Form(experts.ExpertGroups, {"default": _pair}, whole=True),
+    "optional_experts": Form(experts.OptionalExperts, {"topk": whole}),
+    "depth_scale": Form(DepthScale, {"default": number}, {"key": text}),
+    "width_scale": Form(WidthScale, {"default": number}, {"key": text}),
 }
 
 
 def read_rules(value: Any, place: Place, inherited: Sequence[Rule]) -> tuple[Rule, ...]:
     """Rules of a file, after those of the base whose place none of them takes."""
     own = [_one_of(RULES, "rule", each, place.at(number)) for number, each in enumerate(listed(value, place), start=1)]
-    return (*(rule for rule in inherited if not any(_replaces(new, rule) for new in own)), *own)
+    return overridden(inherited, own)
 
 
 def _one_of(forms: Mapping[str, Form], what: str, value: Any, place: Place) -> Any:
@@ -128,14 +135,3 @@ def _one_of(forms: Mapping[str, Form], what: str, value: Any, place: Place) -> A
     name = next((key for key in given if key in forms), next(iter(given)))
     form = chosen(name, place, what, forms)
     return form.read(given[name], {key: each for key, each in given.items() if key != name}, place.at(name))
-
-
-def _replaces(new: Rule, old: Rule) -> bool:
-    """Whether a rule takes the place of an inherited one: it decides the same property, or a key that one of them has alone.
-
-    Several properties may have one key (`attention_bias`), so rules of two properties stand beside each other.
-    """
-    fields = getattr(new, "field", None), getattr(old, "field", None)
-    if None not in fields:
-        return fields[0] == fields[1]
-    return not {*new.keys}.isdisjoint(old.keys)

@@ -6,7 +6,7 @@ error, since it may change what the model computes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Protocol
@@ -34,6 +34,22 @@ class Rule(Protocol):
     def keys(self) -> tuple[str, ...]: ...
     def read(self, config: Config) -> dict[str, Any]: ...
     def write(self, spec: ModelSpec) -> dict[str, Any]: ...
+
+
+def overridden(inherited: Sequence[Rule], own: Sequence[Rule]) -> tuple[Rule, ...]:
+    """Inherited rules whose place none of `own` takes, and then these."""
+    return (*(rule for rule in inherited if not any(_replaces(new, rule) for new in own)), *own)
+
+
+def _replaces(new: Rule, old: Rule) -> bool:
+    """Whether a rule takes the place of an inherited one: it decides the same property, or a key that one of them has alone.
+
+    Several properties may have one key (`attention_bias`), so rules of two properties stand beside each other.
+    """
+    fields = getattr(new, "field", None), getattr(old, "field", None)
+    if None not in fields:
+        return fields[0] == fields[1]
+    return not {*new.keys}.isdisjoint(old.keys)
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..basics.errors import ConversionError
-from ..model.layers import RopeScaling, is_whole, number
+from ..model.layers import RopeScaling, check_size, is_whole, number
 from ..model.spec import ModelSpec
 from .rules import Config, layer_count, list_of_names, per_layer
 
-LINEAR, LLAMA3, YARN = "linear", "llama3", "yarn"
+LINEAR, LLAMA3, YARN, LONGROPE, DYNAMIC = "linear", "llama3", "yarn", "longrope", "dynamic"
+#: Older names of kinds of scaling.
+_RENAMED = {"su": LONGROPE}
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,7 @@ class Rope:
 
     default_theta: float = 10000.0
     partial: float | None = None
-    scalings: tuple[str, ...] = (LINEAR, LLAMA3)
+    scalings: tuple[str, ...] = (LINEAR, LLAMA3, LONGROPE, DYNAMIC)
     keys: tuple[str, ...] = ("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor")
 
     def read(self, config: Config) -> dict[str, Any]:
@@ -34,7 +36,8 @@ class Rope:
             raise ConversionError("config.json has rotary embeddings that differ by layer type; that is not supported")
         kind = str(table.get("rope_type") or table.get("type") or "default")
         theta = table.get("rope_theta", config.get("rope_theta")) or self.default_theta
-        found = {"rotary_base": number(theta, "rope_theta"), "rope_scaling": self._scaling(kind, table)}
+        scaling = self._scaling(_RENAMED.get(kind, kind), table, config)
+        found = {"rotary_base": number(theta, "rope_theta"), "rope_scaling": scaling}
         return {**found, **self._percent(table, config)}
 
     def _percent(self, table: dict[str, Any], config: Config) -> dict[str, Any]:
@@ -48,17 +51,23 @@ class Rope:
         value = next((value for value in given if value is not None), self.partial)
         return {"rotary_percent": number(value, "partial_rotary_factor")}
 
-    def _scaling(self, kind: str, table: dict[str, Any]) -> RopeScaling | None:
+    def _scaling(self, kind: str, table: dict[str, Any], config: Config) -> RopeScaling | None:
         if kind == "default":
             return None
         if kind not in self.scalings:
             supported = " and ".join(filter(None, (", ".join(("default", *self.scalings[:-1])), self.scalings[-1])))
             raise ConversionError(f"config.json has RoPE scaling of type {kind!r}; supported are {supported}")
+        if kind == DYNAMIC and table.get("alpha") is not None:
+            raise ConversionError(
+                "config.json has dynamic RoPE scaling with alpha, another rotary base; that is not supported"
+            )
         required, optional = _SCALING_KEYS[kind]
         values: dict[str, Any] = {key: _required(table, key, kind) for key in required}
         values |= {key: number(table[key], key) for key in optional if table.get(key) is not None}
         if "original_max_position_embeddings" in values:
             values["original_max_position_embeddings"] = int(values["original_max_position_embeddings"])
+        if kind == LONGROPE:
+            values.setdefault("factor", _extension(values["original_max_position_embeddings"], config))
         return RopeScaling(kind, **values)
 
     def write(self, spec: ModelSpec) -> dict[str, Any]:
@@ -76,13 +85,26 @@ _SCALING_KEYS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("factor", "original_max_position_embeddings"),
         ("beta_fast", "beta_slow", "mscale", "mscale_all_dim"),
     ),
+    LONGROPE: (("short_factor", "long_factor", "original_max_position_embeddings"), ("factor", "attention_factor")),
+    DYNAMIC: (("factor",), ()),
 }
+_LISTS = ("short_factor", "long_factor")
 
 
-def _required(table: dict[str, Any], key: str, kind: str) -> float:
+def _required(table: dict[str, Any], key: str, kind: str) -> Any:
     if key not in table:
         raise ConversionError(f"config.json has RoPE scaling of type {kind!r} without {key}")
-    return number(table[key], key)
+    return table[key] if key in _LISTS else number(table[key], key)
+
+
+def _extension(original: int, config: Config) -> float:
+    """Factor of LongRoPE that config.json leaves out: how much longer sequences may be than those of the original model."""
+    longest = config.get("max_position_embeddings")
+    if longest is None:
+        raise ConversionError(
+            "config.json has RoPE scaling of type 'longrope' without factor or max_position_embeddings"
+        )
+    return number(longest, "max_position_embeddings") / check_size(original, "original_max_position_embeddings")
 
 
 def _write_scaling(scaling: RopeScaling | None) -> dict[str, Any] | None:
@@ -90,6 +112,7 @@ def _write_scaling(scaling: RopeScaling | None) -> dict[str, Any] | None:
         return None
     required, optional = _SCALING_KEYS[scaling.kind]
     values = {key: getattr(scaling, key) for key in (*required, *optional)}
+    values = {key: list(value) if key in _LISTS else value for key, value in values.items() if value is not None}
     # transformers 4 knows these two under their older key, too
     return {"rope_type": scaling.kind, **({} if scaling.kind == LLAMA3 else {"type": scaling.kind}), **values}
 

@@ -81,6 +81,31 @@ class Experts:
 
 
 @dataclass(frozen=True)
+class OptionalExperts:
+    """Experts of `intermediate_size` instead of MLPs, where `num_experts` is not 0 (MiniCPM); probabilities are normed."""
+
+    topk: int
+    keys: tuple[str, ...] = ("num_experts", "num_experts_per_tok")
+
+    def read(self, config: Config) -> dict[str, Any]:
+        count = config.get("num_experts") or 0
+        if not count:
+            return {}
+        chosen = config.get("num_experts_per_tok")
+        return {
+            "num_experts": count,
+            "moe_router_topk": self.topk if chosen is None else chosen,
+            "moe_ffn_hidden_size": config.get("intermediate_size"),
+            "moe_router_pre_softmax": False,
+        }
+
+    def write(self, spec: ModelSpec) -> dict[str, Any]:
+        if not spec.num_experts:
+            return {}
+        return {"num_experts": spec.num_experts, "num_experts_per_tok": spec.values["moe_router_topk"]}
+
+
+@dataclass(frozen=True)
 class NormTopkProb:
     """`norm_topk_prob`: normalizing the probabilities of the chosen experts equals a softmax over only these."""
 

@@ -33,6 +33,8 @@ class Family:
     replicas: Mapping[str, str] = field(default_factory=dict)
     optional_prefix: str = ""
     aliases: tuple[str, ...] = ()
+    #: Notes for the user on keys of config.json that decide nothing, where they are set.
+    remarks: Mapping[str, str] = field(default_factory=dict)
     #: Suffixes of names of tensors that files may hold although they are not weights.
     ignored_suffixes: tuple[str, ...] = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached")
 

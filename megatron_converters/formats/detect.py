@@ -1,4 +1,4 @@
-"""Format of a folder, recognised by its files."""
+"""Format of a folder, recognised by its files, or of a file."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from .megatron.reading import MODEL_FILE, listing
 from .megatron.writing import TRACKER
 
 HF, META, MEGATRON = "hf", "meta", "megatron"
+#: A file of weights under Hugging Face's names, without a configuration.
+WEIGHTS = "weights"
 #: Name patterns by format; one match marks a folder as of that format.
 _PATTERNS = {
     HF: ("config.json", "*.safetensors", "pytorch_model*.bin"),
@@ -21,7 +23,9 @@ FORMATS = tuple(_PATTERNS)
 
 
 def format_of(path: Path) -> str:
-    """Detect the format of a folder; raises `UsageError` if it fits none or several."""
+    """Detect the format of a folder or a file; raises `UsageError` if it fits none or several."""
+    if path.is_file():
+        return WEIGHTS
     names = [entry.name for entry in listing(path)]
     found = [
         name for name, patterns in _PATTERNS.items() if any(fnmatch.filter(names, pattern) for pattern in patterns)

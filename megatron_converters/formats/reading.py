@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ..assets import capacity_bins
 from ..assets.origin import Origin
 from ..assets.training_args import margs_from_json
 from ..basics.errors import UsageError
-from ..basics.folders import existing_folder
+from ..basics.folders import existing_folder, existing_path
 from ..conversion.endpoint import Source
 from ..families import FAMILIES
 from ..families.scope import family_of
-from .detect import FORMATS, HF, MEGATRON, META, format_of
+from .detect import FORMATS, HF, MEGATRON, META, WEIGHTS, format_of
 from .huggingface.source import HFSource
 from .megatron.opening import open_megatron
 from .megatron.reading import MegatronReadOptions
@@ -28,11 +28,14 @@ class ReadOptions:
     """Options for reading a source; each field is the command-line option of the same name.
 
     `format` is "hf", "meta" or "megatron"; None detects it. For a Megatron-LM checkpoint, `ckpt_dir_name` is the folder to read
-    (iter_0000008) instead of the latest, `hf_config` the folder of a reference model, and `true_vocab_size` the vocabulary size
-    without padding, if args lack it. For a Hugging Face folder, `untie` keeps a stored lm_head although config.json ties it, and
-    `ignore_config_fields` names unknown fields of config.json that do not matter. `without_mtp` leaves out layers of multi-token
-    prediction. `source_margs_file` is a source_megatron_args.json whose training arguments are inherited, `family_file` a YAML file
-    with a family of the user's own, and `capacity_bins` requests capacity_bins.pt.
+    (iter_0000008) instead of the latest, `hf_config` the folder of a reference model, `true_vocab_size` the vocabulary size without
+    padding, if args lack it, `missing_args` attributes that fill what the args lack, and `families` those that may be inferred
+    where nothing names the model's. For a Hugging Face folder, `untie` keeps a stored lm_head although config.json ties it, and
+    `ignore_config_fields` names unknown fields of config.json that do not matter; a file of weights has `hf_config`, too.
+    `without_mtp` leaves out layers of multi-token prediction. `mup` ("flags", "fold" or "raw") says where a checkpoint has its
+    model's multipliers, if its args do not. `source_margs_file` is a source_megatron_args.json whose training
+    arguments are inherited, `family_file` a YAML file with a family of the user's own, and `capacity_bins` requests
+    capacity_bins.pt.
     """
 
     format: str | None = None
@@ -41,10 +44,13 @@ class ReadOptions:
     true_vocab_size: int | None = None
     untie: bool = False
     without_mtp: bool = False
+    mup: str | None = None
     ignore_config_fields: tuple[str, ...] = ()
     source_margs_file: str | os.PathLike[str] | None = None
     family_file: str | os.PathLike[str] | None = None
     capacity_bins: bool = False
+    missing_args: Mapping[str, Any] | None = None
+    families: tuple[str, ...] = ()
 
 
 #: Options that take everything from the folder itself.
@@ -59,17 +65,19 @@ class Opened(NamedTuple):
 
 
 def open_source(path: str | os.PathLike[str], options: ReadOptions = AS_FOUND) -> Opened:
-    """Open a folder of any format, without reading weights.
+    """Open a folder of any format, or a file of Hugging Face's weights, without reading weights.
 
     Raises `ConversionError` if its format is unknown, if it is damaged, or if it does not hold the model that its configuration
     describes. What uses a source of a family file must do so in the scope of that (`families/scope.py`).
     """
-    folder = existing_folder(path)
+    found_path = existing_path(path)
     if options.format not in (None, *FORMATS):
         raise UsageError(f"format {options.format!r} is not one of {', '.join(FORMATS)}")
-    found = options.format or format_of(folder)
+    found = options.format or format_of(found_path)
+    if found == HF and found_path.is_file():
+        found = WEIGHTS
     with family_of(options.family_file):
-        source = _OPENERS[found](folder, options)
+        source = _OPENERS[found](found_path, options)
         _note_unused_family(source, options)
     if options.source_margs_file is not None:
         source.origin.margs = margs_from_json(Path(options.source_margs_file))
@@ -79,9 +87,10 @@ def open_source(path: str | os.PathLike[str], options: ReadOptions = AS_FOUND) -
 def refuse_unused(formats: Collection[str], options: ReadOptions) -> None:
     """Raise `UsageError` for an option that no source of these formats uses."""
     for name, only in _FORMAT_OF_OPTION.items():
-        if getattr(options, name) and only not in formats:
+        if getattr(options, name) and not only.intersection(formats):
             option = name.replace("_", "-")
-            raise UsageError(f"--{option} is for reading {_NAMES[only]}, which this is not; leave it out")
+            named = " or ".join(_NAMES[format_name] for format_name in _NAMES if format_name in only)
+            raise UsageError(f"--{option} is for reading {named}, which this is not; leave it out")
 
 
 def _note_unused_family(source: Source, options: ReadOptions) -> None:
@@ -93,29 +102,42 @@ def _note_unused_family(source: Source, options: ReadOptions) -> None:
         )
 
 
-def _open_hf(folder: Path, options: ReadOptions) -> Source:
+def _open_hf(path: Path, options: ReadOptions) -> Source:
     return _checked(
         HFSource(
-            folder,
+            path,
+            reference=_reference(options) if path.is_file() else None,
             ignored_config=options.ignore_config_fields,
             untie=options.untie,
             without_mtp=options.without_mtp,
         ),
-        folder,
+        path.parent if path.is_file() else path,
         options,
     )
 
 
 def _open_meta(folder: Path, options: ReadOptions) -> Source:
-    return _checked(MetaSource(folder), folder, options)
+    return _checked(MetaSource(existing_folder(folder)), folder, options)
 
 
 def _open_megatron(folder: Path, options: ReadOptions) -> Source:
-    reference = None if options.hf_config is None else existing_folder(options.hf_config)
     return open_megatron(
-        folder,
-        MegatronReadOptions(options.ckpt_dir_name, reference, options.true_vocab_size, without_mtp=options.without_mtp),
+        existing_folder(folder),
+        MegatronReadOptions(
+            options.ckpt_dir_name,
+            _reference(options),
+            options.true_vocab_size,
+            without_mtp=options.without_mtp,
+            mup=options.mup,
+            missing_args=options.missing_args,
+            families=options.families,
+        ),
     )
+
+
+def _reference(options: ReadOptions) -> Path | None:
+    """Folder of the reference model, if one is given."""
+    return None if options.hf_config is None else existing_folder(options.hf_config)
 
 
 def _checked(source: Source, folder: Path, options: ReadOptions) -> Source:
@@ -138,9 +160,18 @@ def _add_capacity_bins(origin: Origin, path: Path, wanted: bool) -> None:
 
 _OPENERS: dict[str, Callable[[Path, ReadOptions], Source]] = {
     HF: _open_hf,
+    WEIGHTS: _open_hf,
     META: _open_meta,
     MEGATRON: _open_megatron,
 }
-#: Only format that uses an option.
-_FORMAT_OF_OPTION = {"ckpt_dir_name": MEGATRON, "hf_config": MEGATRON, "untie": HF, "ignore_config_fields": HF}
-_NAMES = {MEGATRON: "a Megatron-LM checkpoint", HF: "a Hugging Face folder"}
+#: Formats that use an option, where not all do.
+_FORMAT_OF_OPTION = {
+    "ckpt_dir_name": {MEGATRON},
+    "hf_config": {MEGATRON, WEIGHTS},
+    "mup": {MEGATRON},
+    "missing_args": {MEGATRON},
+    "families": {MEGATRON},
+    "untie": {HF, WEIGHTS},
+    "ignore_config_fields": {HF, WEIGHTS},
+}
+_NAMES = {MEGATRON: "a Megatron-LM checkpoint", HF: "a Hugging Face folder", WEIGHTS: "a file of weights"}

@@ -7,6 +7,7 @@ import os
 from ..basics.errors import UsageError
 from ..basics.folders import new_folder
 from ..conversion.endpoint import Target
+from .huggingface.single_file import SingleFileTarget
 from .huggingface.target import HFOptions, HFTarget
 from .megatron.flat_target import FlatTarget
 from .megatron.rank_files_target import MegatronTarget
@@ -20,10 +21,10 @@ CHECKPOINTS: dict[str, type[CheckpointTarget]] = {
 
 
 def open_target(path: str | os.PathLike[str], options: HFOptions | MegatronOptions) -> Target:
-    """Target for a folder, which is not touched yet."""
+    """Target for a folder, or a single file, which is not touched yet."""
     folder = new_folder(path)
     if isinstance(options, HFOptions):
-        return HFTarget(folder, options)
+        return (SingleFileTarget if options.single_file else HFTarget)(folder, options)
     if options.ckpt_format not in CHECKPOINTS:
         raise UsageError(f"ckpt_format {options.ckpt_format!r} is not one of {', '.join(CHECKPOINTS)}")
     return CHECKPOINTS[options.ckpt_format](folder, options)

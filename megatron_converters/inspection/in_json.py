@@ -40,6 +40,7 @@ def as_json(found: Survey) -> dict[str, Any]:
             "expert": parallel.ep,
             "expert_tensor": parallel.etp,
         },
+        "mup": origin.mup,
         "names": found.names,
         "expert_layout": found.expert_layout,
         "iteration": origin.iteration,

@@ -13,6 +13,7 @@ from ..assets import capacity_bins
 from ..basics.quantities import count, size
 from ..families import FAMILIES
 from ..formats.detect import HF, MEGATRON, META
+from ..formats.megatron.conventions import FLAGS, FOLD, RAW
 from ..model.layers import (
     ALL_HEADS,
     EACH_HEAD,
@@ -31,6 +32,11 @@ from .inventory import Holding, Survey, count_parameters
 
 Rows = list[tuple[str, str]]
 _FORMATS = {HF: "Hugging Face", META: "Meta", MEGATRON: "Megatron-LM"}
+_MULTIPLIERS = {
+    FLAGS: "in flags of muP",
+    FOLD: "folded into weights",
+    RAW: "in arguments of MindSpeed-LLM, or left to the training program",
+}
 _NAMES = {"local": "Megatron-LM's local layers", "transformer_engine": "Transformer Engine"}
 
 
@@ -274,6 +280,8 @@ def _layout(found: Survey) -> Iterator[tuple[str, str]]:
         if found.spec.num_experts:
             yield "expert parallel", f"{parallel.ep}{written}"
             yield "expert tensor parallel", f"{parallel.etp}{written}"
+    if found.origin.mup is not None:
+        yield "multipliers", _MULTIPLIERS[found.origin.mup]
     if names is not None:
         yield "names", f"{_NAMES[names]} ({names})"
     if experts is not None:

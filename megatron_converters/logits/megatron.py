@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..basics.errors import ConversionError
+from ..basics.errors import ConversionError, raise_all
 from ..formats.megatron.argument import Context, Group
-from ..formats.megatron.arguments import model_args, plain_args, written_args
+from ..formats.megatron.arguments import inexpressible, model_args, plain_args, written_args
+from ..formats.megatron.conventions import RAW
 from ..formats.megatron.opening import open_megatron
 from ..formats.megatron.rank_files_source import RankFilesSource
 from ..formats.megatron.reading import MegatronReadOptions, checkpoint_directory
@@ -45,6 +46,14 @@ class MegatronModel:
     def __init__(self, path: Path, options: MegatronReadOptions) -> None:
         """Raises `ConversionError` if the checkpoint is damaged or has too many ranks, or if megatron-core is missing."""
         source = open_megatron(path, options)
+        if source.conventions.mup == RAW:
+            raise ConversionError(
+                f"{path} leaves its multipliers to MindSpeed-LLM's arguments, which megatron-core does not have; convert it with "
+                "--mup fold to compute its logits"
+            )
+        raise_all(
+            f"{path}: megatron-core would compute another model than this:", inexpressible(source.conventions.spec)
+        )
         need("torch", "torch")
         need("megatron.core", "megatron-core")
         self.path = path

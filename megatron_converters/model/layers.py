@@ -5,6 +5,7 @@ Field names are Megatron-LM's argument names where it has one.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -83,9 +84,10 @@ class Norm:
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """Scaling of rotary frequencies. `kind` is "llama3", "linear" or "yarn", which decides what other fields apply.
+    """Scaling of rotary frequencies. `kind` is "llama3", "linear", "yarn", "longrope" or "dynamic": which other fields apply.
 
-    The two `*_freq_factor` belong to llama3; the betas, `mscale`, `mscale_all_dim` and `truncate` to YaRN.
+    The two `*_freq_factor` belong to llama3; the betas, `mscale`, `mscale_all_dim` and `truncate` to YaRN; to LongRoPE the divisors
+    of frequencies, up to the original positions and beyond, and the factor of queries and keys, which None derives from `factor`.
     """
 
     kind: str
@@ -98,6 +100,26 @@ class RopeScaling:
     mscale: float = 1.0
     mscale_all_dim: float = 0.0
     truncate: bool = True
+    short_factor: tuple[float, ...] = ()
+    long_factor: tuple[float, ...] = ()
+    attention_factor: float | None = None
+
+    def __post_init__(self) -> None:
+        """Turn lists into tuples, and refuse values that are no numbers."""
+        for name in ("short_factor", "long_factor"):
+            values = getattr(self, name)
+            if not isinstance(values, (list, tuple)):
+                raise ConversionError(f"{name} is {values!r:.80}; it must be a list of numbers")
+            object.__setattr__(self, name, tuple(number(value, name) for value in values))
+
+    @property
+    def amplitude(self) -> float:
+        """Factor of rotated queries and keys in LongRoPE (transformers' `attention_factor`)."""
+        if self.attention_factor is not None:
+            return self.attention_factor
+        if self.factor <= 1:
+            return 1.0
+        return math.sqrt(1 + math.log(self.factor) / math.log(self.original_max_position_embeddings))
 
 
 @dataclass(frozen=True)
@@ -152,6 +174,10 @@ class Attention:
         """Sizes in words."""
         heads, groups = self.num_attention_heads, self.num_query_groups
         return f"{heads} attention heads of {self.kv_channels} in {groups} query groups"
+
+
+#: Epsilon of the norms of latents in transformers' classes, whatever config.json says (models/deepseek_v3, minicpm3).
+LATENT_EPSILON = 1e-6
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..basics.errors import ConversionError
-from .layers import Attention, GatedDelta, Layer
+from .layers import Attention, GatedDelta, Latent, Layer
 from .slots import SLOTS, Slot
 from .spec import ModelSpec
 
@@ -48,6 +48,13 @@ class Kind:
         """The layer's attention with query groups; raises `TypeError` where it has another mixer."""
         if not isinstance(self.layer.mixer, Attention):
             raise TypeError(f"{self.slot.name} has no query groups in {self.layer}")
+        return self.layer.mixer
+
+    @property
+    def latent(self) -> Latent:
+        """The layer's multi-latent attention; raises `TypeError` where it has another mixer."""
+        if not isinstance(self.layer.mixer, Latent):
+            raise TypeError(f"{self.slot.name} has no latents in {self.layer}")
         return self.layer.mixer
 
     @property
@@ -128,6 +135,29 @@ def _delta_by_key_head(slot: Array, parts: Sequence[Array], kind: Kind) -> Pairs
     yield alpha, gates[:, ratio:]
 
 
+def _query_halves(slot: Array, parts: Sequence[Array], kind: Kind) -> Pairs:
+    """Per head of multi-latent attention: rows without positions, then rotated rows, whose pairs are half of these apart."""
+    latent = kind.latent
+    heads, plain = latent.num_attention_heads, latent.qk_head_dim
+    packed, part = (rows.reshape(heads, rows.shape[0] // heads, *rows.shape[1:]) for rows in (slot, parts[0]))
+    yield packed[:, :plain], part[:, :plain]
+    yield from _halves(packed[:, plain:], part[:, plain:])
+
+
+def _key_halves(slot: Array, parts: Sequence[Array], kind: Kind) -> Pairs:
+    """Rows of the latent, then rotated rows that all heads share, whose pairs are half of these apart."""
+    rank = kind.latent.kv_lora_rank
+    yield slot[:rank], parts[0][:rank]
+    yield from _halves(slot[None, rank:], parts[0][None, rank:])
+
+
+def _halves(slot: Array, part: Array) -> Pairs:
+    """Rotated rows along the second axis: pairs are neighbours in the slot, and half the rows apart in the part."""
+    half = slot.shape[1] // 2
+    yield slot[:, 0::2], part[:, :half]
+    yield slot[:, 1::2], part[:, half:]
+
+
 def _qkv_rows(kind: Kind) -> tuple[int, ...]:
     attention = kind.attention
     key = attention.num_query_groups * attention.kv_channels
@@ -146,6 +176,8 @@ BLOCKS = Layout("blocks", lambda kind: kind.blocks, _blocks)
 GATED = Layout("gated", lambda kind: kind.blocks, _blocks)
 GROUPED_QKV = Layout("grouped qkv", _qkv_rows, _grouped_qkv)
 GROUPED_GATED_QKV = Layout("grouped qkv with gates", _qkv_rows, _grouped_gated_qkv)
+LATENT_QUERY_HALVES = Layout("latent query, rotary halves", lambda kind: (kind.rows,), _query_halves)
+LATENT_KEY_HALVES = Layout("latent key, rotary halves", lambda kind: (kind.rows,), _key_halves)
 DELTA_BY_KEY_HEAD = Layout("gated DeltaNet by key head", _delta_rows, _delta_by_key_head)
 
 
@@ -209,6 +241,8 @@ _WITH_PARTS = {
     "grouped_gated_qkv": _for(GROUPED_GATED_QKV, _QKV_SLOTS, 3),
     "interleaved_grouped_qkv": _for(GROUPED_INTERLEAVED_QKV, _QKV_SLOTS, 3),
     "delta_by_key_head": _for(DELTA_BY_KEY_HEAD, ("delta_in",), 2),
+    "latent_query_halves": _for(LATENT_QUERY_HALVES, ("q_up", "q_whole"), 1),
+    "latent_key_halves": _for(LATENT_KEY_HALVES, ("kv_down",), 1),
 }
 #: Every layout that a table which is no Python can name.
 NAMED: Mapping[str, NamedLayout] = {

@@ -107,7 +107,8 @@ def make_model(
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    fields = hf_kinds.KINDS.get(family) or {**_SIZES, **{**FAMILIES, **MOE_FAMILIES}[family]}
+    own = {**hf_kinds.KINDS, **hf_kinds.FOLDED}
+    fields = own.get(family) or {**_SIZES, **{**FAMILIES, **MOE_FAMILIES}[family]}
     config = AutoConfig.for_model(**{**fields, "dtype": dtype, **config_overrides})
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     _randomise(model, seed)

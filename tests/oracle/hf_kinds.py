@@ -157,6 +157,20 @@ KINDS: Mapping[str, Mapping[str, Any]] = {
 }
 """Families by name: all fields of config.json (transformers 5)."""
 
+FOLDED: Mapping[str, Mapping[str, Any]] = {
+    "minicpm3": {name: value for name, value in _MLA.items() if name not in _EXPERTS}
+    | dict(
+        model_type="minicpm3",
+        rms_norm_eps=1e-4,  # not that of the latents
+        scale_emb=12,
+        scale_depth=1.4,
+        dim_model_base=16,
+        rope_parameters=_rope(1e4),
+        tie_word_embeddings=True,
+    )
+}
+"""Families whose multipliers can only be folded, so that the way back is not exact."""
+
 #: Scale of a parameter's random values by a part of its name; the first that fits counts.
 _SCALES = (
     *(("c_attn.weight", 0.15), ("qkv_proj", 0.15), ("q_b_proj", 0.2), ("kv_b_proj", 0.2), ("kv_a_proj", 0.2)),

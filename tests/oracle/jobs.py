@@ -31,6 +31,7 @@ def read_logits(
     impl: str | None,
     by_megatron: bool,
     qk_norm_over_heads: bool,
+    rotary_divisors: Sequence[float],
 ) -> Shard:
     """Load this rank's file into the model that its args describe, and run it."""
     from megatron_converters.logits import gpt
@@ -52,6 +53,7 @@ def read_logits(
     _raise_on_all_ranks(problems)
     _raise_on_all_ranks(_different_args(content["args"]))
     models = megatron.build(content["args"], impl, qk_norm_over_heads)
+    megatron.divide_frequencies(models, rotary_divisors)
     named = checkpoint.named_models(models)
     _raise_on_all_ranks([f"{path}: no {name!r}" for name in named if name not in content])
     faults = [megatron.load(model, content[name], f"{path}: {name}") for name, model in named.items()]
@@ -100,7 +102,9 @@ def write_distributed(
     return _shard(gpt.run(models, tokens))
 
 
-def read_distributed(directory: Path, tokens: torch.Tensor, sizes: dict[str, int], impl: str | None) -> Shard:
+def read_distributed(
+    directory: Path, tokens: torch.Tensor, sizes: dict[str, int], impl: str | None, rotary_divisors: Sequence[float]
+) -> Shard:
     """Load a `torch_dist` checkpoint into the model that its args describe, at other sizes, and run it."""
     from megatron_converters.logits import gpt
 
@@ -109,6 +113,7 @@ def read_distributed(directory: Path, tokens: torch.Tensor, sizes: dict[str, int
     args = distributed.args_of(directory, sizes)
     _parallel(Grid.of(args))
     models = megatron.build(args, impl)
+    megatron.divide_frequencies(models, rotary_divisors)
     problem = distributed.load(models, directory)
     _raise_on_all_ranks([problem] if problem else [])
     _raise_on_all_ranks(_different_copies(megatron.fingerprints(models)))

@@ -7,11 +7,13 @@ import dataclasses
 import re
 import zlib
 from argparse import Namespace
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import (
     gather_from_tensor_model_parallel_region,
@@ -59,6 +61,14 @@ def _adapt(model: GPTModel, qk_norm_over_heads: bool) -> None:
             module.q_layernorm = _NormOverHeads(config, config.num_attention_heads)
             module.k_layernorm = _NormOverHeads(config, config.num_query_groups)
     return model
+
+
+def divide_frequencies(models: list[GPTModel], divisors: Sequence[float]) -> None:
+    """Divide the frequencies of all rotary embeddings, as LongRoPE does, for which megatron-core has no argument."""
+    for model in models:
+        for module in model.modules() if divisors else ():
+            if isinstance(module, RotaryEmbedding):
+                module.inv_freq /= torch.tensor(divisors)
 
 
 class _NormOverHeads(torch.nn.Module):

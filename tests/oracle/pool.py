@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -41,28 +41,38 @@ class MegatronPool:
         impl: str | None = None,
         by_megatron: bool = False,
         qk_norm_over_heads: bool = False,
+        rotary_divisors: Sequence[float] = (),
     ) -> torch.Tensor:
         """Logits, float32 [B, S, padded vocabulary], of the checkpoint in `root` for int64 tokens [B, S].
 
         The model is built from the checkpoint's args alone and loaded strictly. `tp`, `pp`, `ep` and `etp` are the sizes that
         the folder should have. `impl` overrides `args.transformer_impl`, as the user's `--transformer-impl` does. `by_megatron`
         allows the enums that Megatron-LM stores in args; otherwise a file may hold only Namespace and tensors.
-        `qk_norm_over_heads` builds OLMoE's attention, which megatron-core lacks.
+        `qk_norm_over_heads` builds OLMoE's attention, which megatron-core lacks, and `rotary_divisors` divide the frequencies of
+        rotary embeddings, as LongRoPE does.
         Raises `OracleError` with every missing, unexpected or misshapen key, and every tensor whose copies in the files
         of several ranks differ.
         """
         directory = checkpoint.iteration_directory(root)
         wanted = {name: size for name, size in (("tp", tp), ("pp", pp), ("ep", ep), ("etp", etp)) if size}
         return _concatenate(
-            self.run(jobs.read_logits, directory, tokens, wanted, impl, by_megatron, qk_norm_over_heads)
+            self.run(
+                jobs.read_logits, directory, tokens, wanted, impl, by_megatron, qk_norm_over_heads, rotary_divisors
+            )
         )
 
     def distributed_logits(
-        self, root: Path, tokens: torch.Tensor, *, impl: str | None = None, **sizes: int
+        self,
+        root: Path,
+        tokens: torch.Tensor,
+        *,
+        impl: str | None = None,
+        rotary_divisors: Sequence[float] = (),
+        **sizes: int,
     ) -> torch.Tensor:
         """Logits, as in `logits`, of a `torch_dist` checkpoint loaded at sizes `tp`, `pp`, `ep`, `etp`, by default its args'."""
         directory = checkpoint.iteration_directory(root)
-        return _concatenate(self.run(jobs.read_distributed, directory, tokens, sizes, impl))
+        return _concatenate(self.run(jobs.read_distributed, directory, tokens, sizes, impl, rotary_divisors))
 
     def run(self, job: Callable[..., T], *args: Any) -> list[T]:
         """Results of `job(*args)` on each rank; `job` is a module-level function. Raises `OracleError` if a rank fails."""

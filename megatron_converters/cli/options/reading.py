@@ -23,7 +23,7 @@ _MODEL_SIZES = {
     "qwen2": "qwen2",
     "qwen3": "qwen3",
 }
-_OF_CHECKPOINTS = ("--ckpt-dir-name", "--hf-config", "--true-vocab-size", "--without-mtp")
+_OF_CHECKPOINTS = ("--ckpt-dir-name", "--hf-config", "--true-vocab-size", "--without-mtp", "--mup")
 _OF_FOLDERS = ("--untie", "--ignore-config-fields", "--without-mtp")
 
 
@@ -41,6 +41,7 @@ def read_options(args: argparse.Namespace, source_format: str | None = None) -> 
         untie=bool(given("untie")),
         ignore_config_fields=tuple(name for name in (given("ignore_config_fields") or "").split(",") if name),
         without_mtp=bool(given("without_mtp")),
+        mup=given("mup"),
         source_margs_file=given("source_margs_file"),
         family_file=given("family_file"),
         capacity_bins=bool(given("load_capacity_bins")),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from ...formats.megatron.conventions import FLAGS, FOLD, RAW
 from .values import IMPLS, positive
 
 #: By flag, what `add_argument` takes beside it.
@@ -29,6 +30,14 @@ _DECLARED: dict[str, dict[str, Any]] = {
     ),
     "--without-mtp": dict(
         action="store_true", help="Leave out layers of multi-token prediction, which training and logits do not need."
+    ),
+    "--mup": dict(
+        choices=(FLAGS, FOLD, RAW),
+        default=None,
+        help="Where the multipliers of MiniCPM, Granite and the like go: flags of muP (Megatron-LM 0.17 on; no weight changes), "
+        "folded into weights, which rounds them, or raw: weights as they are, and MindSpeed-LLM's --scale-emb, --scale-depth and "
+        "--dim-model-base. By default flags where the release has them and they suffice. Of a checkpoint that is read whose args "
+        "do not say it: how that one has them.",
     ),
     "--ignore-config-fields": dict(
         metavar="NAMES", default="", help="Hugging Face: comma-separated unknown config.json fields to ignore."

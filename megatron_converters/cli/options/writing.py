@@ -9,7 +9,6 @@ from typing import Any
 from ...basics.errors import UsageError
 from ...conversion.endpoint import Target
 from ...formats.huggingface.target import FUSED, SEPARATE, HFOptions
-from ...formats.megatron.conventions import FLAGS, FOLD
 from ...formats.megatron.names import EXPERTS
 from ...formats.megatron.writing import MegatronOptions
 from ...formats.writing import CHECKPOINTS, open_target
@@ -127,14 +126,7 @@ def add_megatron_target_arguments(parser: Any) -> None:
         default=None,
         help="Release of Megatron-LM that is to read the checkpoint, such as 0.16; by default the newest that is known.",
     )
-    add_argument(
-        parser,
-        "--mup",
-        choices=(FLAGS, FOLD),
-        default=None,
-        help="Where the multipliers of models such as Granite go: flags of muP (Megatron-LM 0.17 on; no weight changes), or folded "
-        "into weights, which rounds them; by default flags where the release has them.",
-    )
+    add_shared(parser, "--mup")
     add_argument(parser, "--release", action="store_true", help="Write a release directory instead of iter_0000001.")
     add_shared(parser, "--allow-inexpressible")
     add_argument(
@@ -230,6 +222,15 @@ def add_hf_target_arguments(parser: Any) -> None:
     )
     add_argument(
         parser,
+        "--as",
+        dest="as_family",
+        metavar="FAMILY",
+        default=None,
+        help="Write the model as another family, such as MiniCPM as llama, which needs no remote code: multipliers that the other "
+        "family lacks are folded into weights.",
+    )
+    add_argument(
+        parser,
         "--save-capacity-bins",
         action="store_true",
         help="Keep the capacity bins of Habana's routers in capacity_bins.pt.",
@@ -246,6 +247,7 @@ def hf_options(args: argparse.Namespace) -> HFOptions:
         source_model_type=args.source_model_type,
         expert_layout=_expert_layout(args, (SEPARATE, FUSED), "a Hugging Face folder") or SEPARATE,
         save_capacity_bins=args.save_capacity_bins,
+        as_family=args.as_family,
     )
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from typing import Any
 
 from ...basics.errors import UsageError
-from ...basics.folders import existing_folder
+from ...basics.folders import existing_path
 from ...formats.detect import HF, MEGATRON, format_of
 from ...formats.huggingface.target import FUSED, SEPARATE
 from ...formats.megatron.names import EXPERTS
+from ...formats.reading import ReadOptions
 from ...request import TARGETS, Request, target_format
 from ..options.reading import add_reading_arguments, read_options
 from ..options.shared import add_shared
@@ -50,7 +52,7 @@ def _add_megatron_arguments(parser: Any) -> None:
 
 
 #: Options that both formats heed.
-_OF_BOTH = ("expert_layout", "tokenizer_model")
+_OF_BOTH = ("expert_layout", "tokenizer_model", "mup")
 
 
 def _defaults() -> dict[str, dict[str, Any]]:
@@ -69,7 +71,8 @@ def request_of(args: argparse.Namespace) -> Request:
     defaults = _defaults()
     given = {name: [key for key in own if getattr(args, key) is not None] for name, own in defaults.items()}
     asks = bool(given[MEGATRON]) or args.expert_layout in EXPERTS
-    chosen = args.to or target_format(args.source_format or format_of(existing_folder(args.load_dir)), None, asks)
+    source_format = args.source_format or format_of(existing_path(args.load_dir))
+    chosen = args.to or target_format(source_format, None, asks)
     other = HF if chosen == MEGATRON else MEGATRON
     if given[other]:
         options = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(given[other]))
@@ -84,7 +87,14 @@ def request_of(args: argparse.Namespace) -> Request:
         chosen,
         args.dtype,
         args.overwrite,
-        read_options(args),
+        _reading(args, source_format, chosen),
         megatron_options(complete) if chosen == MEGATRON else None,
         hf_options(complete) if chosen == HF else None,
     )
+
+
+def _reading(args: argparse.Namespace, source_format: str, chosen: str) -> ReadOptions:
+    """How to read the source. `--mup` may mean the checkpoint that is read, the one that is written, or both."""
+    options = read_options(args)
+    means_target = chosen == MEGATRON and source_format != MEGATRON
+    return dataclasses.replace(options, mup=None) if means_target else options

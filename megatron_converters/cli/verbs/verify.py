@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterable
 
 from ...basics.errors import UsageError
-from ...basics.folders import existing_folder
+from ...basics.folders import existing_folder, existing_path
 from ...basics.quantities import count, duration, size
 from ...comparison.manifest_check import Checked, check_output, find_output
 from ...comparison.report import check_json, findings, verification_json
@@ -127,7 +127,7 @@ def _verify_pair(args: argparse.Namespace) -> int:
 
 def _verify_output(args: argparse.Namespace) -> int:
     begun = time.monotonic()
-    where = find_output(existing_folder(args.a), args.ckpt_dir_name)
+    where = find_output(existing_path(args.a), args.ckpt_dir_name)
     checked = check_output(where, make_progress(args.quiet, "checking", "checked"))
     if args.json:
         put_json(check_json(checked))

@@ -1,4 +1,7 @@
-"""Source for Hugging Face folders: config.json, and safetensors or `pytorch_model*.bin` files, memory-mapped."""
+"""Source for Hugging Face folders: config.json, and safetensors or `pytorch_model*.bin` files, memory-mapped.
+
+A file of weights alone can be read, too, with the config.json beside it or that of a reference model.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from typing import Any
 from ...assets.code_files import code_files
 from ...assets.origin import Origin, file_identities
 from ...basics.dtypes import DType
-from ...basics.errors import ConversionError, one_line, raise_all
+from ...basics.errors import ConversionError, UsageError, one_line, raise_all
 from ...basics.json_files import read_json
 from ...basics.quantities import count
 from ...conversion.composing import Piece, Sources, StoredName
@@ -35,25 +38,40 @@ SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
 #: Maximum number of names listed in a message.
 _SHOWN_NAMES = 40
 ADAPTER = "adapter_config.json"
+_CONFIG = "config.json"
 
 
 class HFSource:
-    """Hugging Face folder, with every tensor checked against its config.json by name and shape.
+    """Hugging Face folder or file of weights, with every tensor checked against config.json by name and shape.
 
-    `untie` keeps a stored lm_head although config.json ties it, `without_mtp` leaves out layers of multi-token prediction.
+    A file's configuration and tokenizer are those of the folder `reference`, by default of the folder where it lies. `untie` keeps
+    a stored lm_head although config.json ties it, `without_mtp` leaves out layers of multi-token prediction.
     """
 
     def __init__(
-        self, folder: Path, *, ignored_config: Sequence[str] = (), untie: bool = False, without_mtp: bool = False
+        self,
+        path: Path,
+        *,
+        reference: Path | None = None,
+        ignored_config: Sequence[str] = (),
+        untie: bool = False,
+        without_mtp: bool = False,
     ) -> None:
+        single = path.is_file()
+        folder = (reference or path.parent) if single else path
+        if single and not (folder / _CONFIG).exists():
+            raise UsageError(
+                f"{path} holds weights alone, and {folder} has no {_CONFIG}; give the folder of a reference model with "
+                "--hf-config DIR"
+            )
         if (folder / ADAPTER).exists():  # transformers would load the adapter with the base model that it names
             raise ConversionError(
                 f"{folder / ADAPTER} describes a PEFT adapter, which cannot be converted; merge it into its model, or remove this "
                 "file to convert the model without it"
             )
-        config = read_json(folder / "config.json")
-        stored = read_tensors(folder)
-        tensors = decoded(folder, config, stored)
+        config = read_json(folder / _CONFIG)
+        stored = _read_file(path) if single else read_tensors(folder)
+        tensors = decoded(path, config, stored)
         spec = spec_from_config(config, ignored_config)
         if untie:
             spec = dataclasses.replace(spec, tied=False)
@@ -62,23 +80,23 @@ class HFSource:
         prefixed = any(name.startswith(family.optional_prefix) for name in tensors)
         names = HFNames(family, spec, prefixed=prefixed)
         ignored = {name for name in tensors if name.endswith(family.ignored_suffixes)}
-        self._pieces, self._replicas = _match(folder, spec, names, tensors, ignored | left_out)
+        self._pieces, self._replicas = _match(path, spec, names, tensors, ignored | left_out)
         code = code_files(folder)
-        files = {data.path for data in stored.values()} | {folder / "config.json", *code.values()}
+        files = {data.path for data in stored.values()} | {folder / _CONFIG, *code.values()}
         self.spec = dataclasses.replace(spec, dtype=first_dtype(self._pieces[Ref(SLOTS["word_embeddings"])]))
         generation = folder / "generation_config.json"
         self.origin = Origin(
-            described=str(folder),
+            described=str(path),
             hf_config=unquantised(config),
             generation_config=read_json(generation) if generation.exists() else None,
             tokenizer=str(folder) if _has_tokenizer(folder) else None,
             code_files=code,
-            notes=[*notes, *decoded_note(tensors)],
+            notes=[*notes, *decoded_note(tensors), *(note for key, note in family.remarks.items() if config.get(key))],
             ignored=[
                 *(f"{name} (no weight)" for name in sorted(ignored)),
                 *(f"{name} (multi-token prediction)" for name in sorted(left_out)),
             ],
-            identity=file_identities(folder, files),
+            identity=file_identities(path, files),
         )
 
     def dtype_of(self, ref: Ref) -> DType:

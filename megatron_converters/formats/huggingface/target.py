@@ -30,16 +30,17 @@ from ...basics.quantities import count, size
 from ...conversion.journal import MANIFEST
 from ...conversion.outline import Fill, Outline
 from ...conversion.staging import Staging
+from ...conversion.stored_model import StoredModel
 from ...families import FAMILIES
-from ...families.config_json import config_for, missing_code
+from ...families.config_json import config_for, config_from_spec, missing_code
 from ...model.slots import SLOTS, Ref, refs
 from ...model.spec import ModelSpec
-from ...model.values import inverse
+from ...model.values import composed, inverse
 from ...storage import safetensors
 from ...storage.output_file import FileLayout
+from .other_family import origin_elsewhere, stored_as
 from .parts import HFNames, Part
 
-_NAME = "hf"
 #: Expert layouts: separate tensors for each expert, as in published models, or fused ones, as transformers 5 has in memory.
 SEPARATE, FUSED = "separate", "fused"
 _INDEX = "model.safetensors.index.json"
@@ -68,10 +69,14 @@ class HFOptions:
     source_model_type: str | None = None
     expert_layout: str = SEPARATE
     save_capacity_bins: bool = False
+    #: Family to write the model as, such as "llama": with multipliers in its weights, where that has none. None keeps its own.
+    as_family: str | None = None
+    #: Write the weights alone, as one file of `torch.save`; the path then names that file.
+    single_file: bool = False
 
 
 @dataclass(frozen=True)
-class _Stored:
+class Stored:
     """Tensor of the folder, filled by `parts` fills."""
 
     name: str
@@ -84,9 +89,9 @@ class _Stored:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def split_shards(parts: list[_Stored], limit: int) -> dict[str, list[_Stored]]:
+def split_shards(parts: list[Stored], limit: int) -> dict[str, list[Stored]]:
     """Split tensors into files, by name: each is filled until the next tensor would exceed `limit` bytes, as in huggingface_hub."""
-    shards: list[list[_Stored]] = [[]]
+    shards: list[list[Stored]] = [[]]
     size = 0
     for part in parts:
         if shards[-1] and size + part.nbytes > limit:
@@ -102,6 +107,9 @@ def split_shards(parts: list[_Stored], limit: int) -> dict[str, list[_Stored]]:
 class HFTarget:
     """Hugging Face folder that appears in `save_dir` only when it is complete."""
 
+    #: Name of the output in that of its hidden folder.
+    _name = "hf"
+
     def __init__(self, save_dir: Path, options: HFOptions) -> None:
         self.save_dir = save_dir
         self._options = options
@@ -111,22 +119,24 @@ class HFTarget:
     def prepare(self, spec: ModelSpec, origin: Origin, dtype_of: Callable[[Ref], DType]) -> Outline:
         """Lay out all files; raises `ConversionError` if the options do not fit the model."""
         _check_model_type(self._options.source_model_type, spec)
-        self._spec = dataclasses.replace(spec, dtype=dtype_of(Ref(SLOTS["word_embeddings"])))
-        self._names = HFNames(FAMILIES[spec.family], self._spec)
+        asked = self._options.as_family
+        self._stored = StoredModel(spec) if asked in (None, spec.family) else stored_as(spec, asked)
+        self._spec = dataclasses.replace(self._stored.spec, dtype=dtype_of(Ref(SLOTS["word_embeddings"])))
+        self._names = HFNames(FAMILIES[self._spec.family], self._spec)
         self._origin = origin
         self._dtype_of = dtype_of
-        self._config, self._changed = config_for(self._spec, origin.hf_config, origin.code_files)
+        self._config, self._changed = self._configuration(spec.family)
         self._model_type = self._options.source_model_type or _token_family(self._spec)
-        stored: dict[str, _Stored] = {}
+        stored: dict[str, Stored] = {}
         for ref in refs(spec):
             for part in self._parts(ref):
-                tensor = _Stored(part.name, dtype_of(ref), part.stored_shape, part.stored_parts)
+                tensor = Stored(part.name, dtype_of(ref), part.stored_shape, part.stored_parts)
                 if stored.setdefault(part.name, tensor) != tensor:
                     raise ConversionError(
                         f"{ref} is {tensor.dtype}, but others in {part.name} are {stored[part.name].dtype}; "
                         "choose one dtype for all, or write experts as separate tensors"
                     )
-        shards = split_shards(list(stored.values()), self._options.max_shard_size)
+        shards = self._split(list(stored.values()))
         self._file_names = {tensor.name: file for file, shard in shards.items() for tensor in shard}
         self._total = sum(tensor.nbytes for tensor in stored.values())
         options = {
@@ -136,13 +146,25 @@ class HFTarget:
             "format": "hf",
             "dtype": self._spec.dtype.name,
         }
-        layouts = {file: _layout(shard) for file, shard in shards.items()}
-        return Outline(_NAME, layouts, options, content=self._small_files({}))
+        layouts = {file: self._layout(shard) for file, shard in shards.items()}
+        return Outline(self._name, layouts, options, content=self._small_files({}))
+
+    def _configuration(self, family: str) -> tuple[dict[str, Any], list[str]]:
+        """config.json to write, and what differs from the source's; another `family` has nothing of that but token ids."""
+        if self._spec.family == family:
+            return config_for(self._spec, self._origin.hf_config, self._origin.code_files)
+        self._origin = origin_elsewhere(self._origin, self._stored, family)
+        return {**config_from_spec(self._spec), **(self._origin.hf_config or {})}, []
 
     @property
     def output(self) -> Path:
         """Folder of the model, which is `save_dir` itself."""
         return self.save_dir
+
+    @property
+    def manifest(self) -> Path:
+        """Manifest in the folder of the model."""
+        return self.save_dir / MANIFEST
 
     def shown(self) -> Path | None:
         """Return the folder if it has a config.json that is not to be overwritten; else None."""
@@ -164,9 +186,10 @@ class HFTarget:
         for part in self._parts(ref):
             dtype = self._dtype_of(ref)
             start = part.number * math.prod(part.shape) * dtype.itemsize
-            value = inverse(part.value)
             file = self._file_names[part.name]
-            yield Fill(file, part.name, dtype, part.shape, part.rows, 0, start, part.transposed, value=value)
+            fill = Fill(file, part.name, dtype, part.shape, part.rows, 0, start, part.transposed)
+            fill = self._stored.fill(ref, fill)
+            yield fill._replace(value=composed(fill.value, inverse(part.value)))
 
     def clear(self, staging: Staging) -> None:
         """Remove an older model's files, those that name others first, so that a mixture of two models never looks complete."""
@@ -184,6 +207,15 @@ class HFTarget:
             f"wrote {count(len(self._file_names), 'tensor')} ({size(self._total)}) in {count(files, 'file')} to {self.save_dir}",
             *self._notes,
         ]
+
+    def _split(self, stored: list[Stored]) -> dict[str, list[Stored]]:
+        """Tensors of each file."""
+        return split_shards(stored, self._options.max_shard_size)
+
+    def _layout(self, shard: list[Stored]) -> FileLayout:
+        """Layout of a file with these tensors."""
+        layout = safetensors.layout({tensor.name: (tensor.dtype, tensor.shape) for tensor in shard}, {"format": "pt"})
+        return dataclasses.replace(layout, parts=parts_of(shard))
 
     def _parts(self, ref: Ref) -> list[Part]:
         """Parts of a ref, and the copies of it that layers of multi-token prediction repeat."""
@@ -306,6 +338,6 @@ def _token_family(spec: ModelSpec) -> str | None:
     return "llama2" if spec.vocab_size == _LLAMA2_VOCABULARY else None
 
 
-def _layout(shard: list[_Stored]) -> FileLayout:
-    layout = safetensors.layout({tensor.name: (tensor.dtype, tensor.shape) for tensor in shard}, {"format": "pt"})
-    return dataclasses.replace(layout, parts={tensor.name: tensor.parts for tensor in shard if tensor.parts > 1})
+def parts_of(shard: list[Stored]) -> dict[str, int]:
+    """Number of parts of each tensor that has several."""
+    return {tensor.name: tensor.parts for tensor in shard if tensor.parts > 1}

@@ -17,10 +17,11 @@ from ...model.slots import Precision, Ref, refs
 from ...model.spec import ModelSpec, PerLayer
 from ...sharding.ranks import Parallel
 from .argument import Args, Argument, Context, Group
-from .conventions import conventions
+from .conventions import FOLD, RAW, conventions
 from .rows_attention import GATED_DELTA, LATENT, MUP, PREDICTION
 from .rows_experts import EXPERTS, check_balancing, is_sinkhorn, wide_router
 from .rows_layout import LAYOUT, LOADING
+from .rows_mindspeed import MINDSPEED
 from .rows_model import BLOCKS, SEQ_LENGTH, SIZES, TRAINING
 from .rows_positions import POSITIONS
 
@@ -33,6 +34,7 @@ ARGUMENTS: tuple[Argument, ...] = (
     *LATENT,
     *GATED_DELTA,
     *MUP,
+    *MINDSPEED,
     *PREDICTION,
     *TRAINING,
     *EXPERTS,
@@ -179,8 +181,11 @@ RUN_DEFAULTS: dict[str, Any] = {
 def uncut_args(spec: ModelSpec, margs: argparse.Namespace | None) -> dict[str, Any]:
     """Attributes of an uncut model with sequential experts, as loaders send them; `margs` are the source's args."""
     groups = (Group.MODEL, Group.EXPERTS, Group.EXPERT_LAYOUT)
-    context = Context(conventions(spec).spec, Parallel(1, (spec.num_layers,)))
-    return {**RUN_DEFAULTS, **plain_args(inheritable(margs)), **written_args(context, groups)}
+    # The messages hold weights as they are: with multipliers that flags cannot say, arguments say them that no weight needs.
+    stored = conventions(spec)
+    stored = conventions(spec, mup=RAW) if stored.mup == FOLD else stored
+    context = Context(stored.spec, Parallel(1, (spec.num_layers,)))
+    return {**RUN_DEFAULTS, **plain_args(inheritable(margs)), **written_args(context, groups), **stored.marks}
 
 
 def plain_args(args: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from ...model.layers import Attention, Latent
+from ...model.layers import LATENT_EPSILON, Attention, Latent
 from ...model.spec import ModelSpec
 from .argument import Argument, Flag, Group
 from .arguments import ARGUMENTS
@@ -84,10 +84,15 @@ def flag_warnings(spec: ModelSpec, shown: Iterable[str], tp: int = 1) -> list[st
             "local RMS norms cannot be built; use --saver-transformer-impl transformer_engine, tensor-parallel size 1, or a "
             "Megatron-LM with norms of its own, such as Habana's"
         )
-    if any(isinstance(kind.mixer, Latent) for kind in spec.used) and spec.norm.norm_epsilon != _LATENT_EPSILON:
+    if any(isinstance(kind.mixer, Latent) for kind in spec.used) and spec.norm.norm_epsilon != LATENT_EPSILON:
         warnings.append(
-            f"warning: Hugging Face norms the latents of attention with an epsilon of {_LATENT_EPSILON:g}, Megatron-LM with that "
+            f"warning: Hugging Face norms the latents of attention with an epsilon of {LATENT_EPSILON:g}, Megatron-LM with that "
             f"of all norms, {spec.norm.norm_epsilon:g}: logits differ by some 1e-5 of the largest"
+        )
+    if scaling_of(spec, "dynamic") is not None:
+        warnings.append(
+            "warning: dynamic RoPE scaling: Megatron-LM has none; it computes the same up to the model's "
+            f"{spec.max_position_embeddings} positions, and another model beyond"
         )
     scaling = scaling_of(spec, "llama3")
     if scaling is not None and scaling.factor != MEGATRON_LLAMA3.factor:
@@ -115,8 +120,6 @@ def _known(shown: Iterable[str]) -> list[Flag]:
 
 
 _MANY_FLAGS = 4
-#: Epsilon of the norms of latents in transformers' classes, whatever config.json says (models/deepseek_v3, glm4_moe_lite).
-_LATENT_EPSILON = 1e-6
 #: Release from which attention gathers the query groups that a rank lacks.
 _GATHERS = "0.16"
 

@@ -21,7 +21,7 @@ from ...storage.tensor import StoredTensor
 from .arguments import rank_invariants
 from .names import EXPERTS, EXTRA_STATE_SUFFIX, STACKED
 from .rank_files_target import FILE
-from .reading import RANK, args_in, listing, parallel_of, skipped_entries
+from .reading import RANK, MegatronReadOptions, args_in, listing, parallel_of, skipped_entries, supplemented
 
 #: Key of an expert's first linear, in any expert layout.
 _EXPERT_FC1 = re.compile(r"\.experts\.(.*linear_fc1[._]weight\d*|weight1)$")
@@ -56,11 +56,12 @@ class RankFiles:
     beside: tuple[Path, ...] = ()
 
 
-def read_rank_files(folder: Path) -> RankFiles:
+def read_rank_files(folder: Path, options: MegatronReadOptions) -> RankFiles:
     """Read the files of all ranks in a folder; raises `ConversionError` if some are missing or of different saves."""
     first_name = _first_rank(folder)
     first = _read_file(folder / first_name / FILE)
-    args = args_in(first, folder)
+    stored = args_in(first, folder)
+    args = supplemented(stored, options)
     if args is None:
         raise ConversionError(
             f"{folder}: the file of rank 0 has no args, which describe the model; copy it again or save the checkpoint with its "
@@ -74,7 +75,7 @@ def read_rank_files(folder: Path) -> RankFiles:
     raise_all(
         f"{folder}: the folders do not match the args' tp={parallel.tp}, pp={parallel.pp}, ep={parallel.ep}:", problems
     )
-    ranks, left_out, expected = {}, set(), rank_invariants(first.get("iteration"), args)
+    ranks, left_out, expected = {}, set(), rank_invariants(first.get("iteration"), stored)
     for name, rank in wanted.items():
         content = _read_file(folder / name / FILE)
         found = rank_invariants(content.get("iteration"), args_in(content, folder / name))

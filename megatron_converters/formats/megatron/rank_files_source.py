@@ -44,7 +44,7 @@ class RankFilesSource:
         padded = self._padded_vocab()
         spec, notes = spec_and_notes(args, padded, self._embedding_dtype(), options)
         self.spec = spec
-        self.conventions = conventions_of(vars(args), spec)
+        self.conventions = conventions_of(vars(args), spec, options.mup)
         notes += self._check(padded)
         sizes = self.parallel
         self.parallel = parallel_for(spec, sizes.tp, sizes.pp, sizes.split, sizes.ep, sizes.etp)
@@ -64,6 +64,7 @@ class RankFilesSource:
             [*(file.path for file in self._ranks.values()), *files.beside],
             checkpoint_format=files.format,
             parallel=self.parallel,
+            mup=self.conventions.mup,
             notes=notes,
             capacity_bins=from_rank_files(
                 str(self._dir), self.parallel, {rank: file.tensors for rank, file in self._ranks.items()}
@@ -168,7 +169,7 @@ class MegatronSource(RankFilesSource):
     """Checkpoint of the `torch` format: one file per rank."""
 
     def __init__(self, load_dir: Path, options: MegatronReadOptions = AS_STORED) -> None:
-        super().__init__(read_rank_files(checkpoint_directory(load_dir, options.directory_name)), options)
+        super().__init__(read_rank_files(checkpoint_directory(load_dir, options.directory_name), options), options)
 
 
 def _one_of_stack(stack: StoredTensor, expert: int, experts: int, shape: tuple[int, ...]) -> StoredTensor:

@@ -47,13 +47,20 @@ _EXPECTED_ENTRIES = re.compile(
 
 @dataclass(frozen=True)
 class MegatronReadOptions:
-    """Options of the user that supplement a checkpoint's args. `directory_name` is a folder such as `iter_0000008`."""
+    """Options of the user that supplement a checkpoint's args. `directory_name` is a folder such as `iter_0000008`.
+
+    `missing_args` fill attributes that the stored args lack. `families` limits those that are inferred where nothing names one.
+    """
 
     directory_name: str | None = None
     hf_config: Path | None = None
     true_vocab_size: int | None = None
     source_model_type: str | None = None
     without_mtp: bool = False
+    missing_args: Mapping[str, Any] | None = None
+    families: tuple[str, ...] = ()
+    #: Where multipliers are, if args do not say it: a value of `--mup`.
+    mup: str | None = None
 
 
 #: Options that take everything from the checkpoint itself.
@@ -121,6 +128,15 @@ def args_in(content: Mapping[str, Any], where: object) -> argparse.Namespace | N
     return args
 
 
+def supplemented(args: argparse.Namespace | None, options: MegatronReadOptions) -> argparse.Namespace | None:
+    """Args with the attributes that they lack, or that are None, from the options; None where neither has any."""
+    if options.missing_args is None:
+        return args
+    stored = {} if args is None else {name: value for name, value in vars(args).items() if value is not None}
+    absent = {} if args is None else vars(args)
+    return argparse.Namespace(**{**absent, **options.missing_args, **stored})
+
+
 def _is_plausible(value: Any) -> bool:
     """Whether a value is of plausible size; a hostile one may contain itself, or one object a million times."""
     pending, seen = [(value, 0)], 0
@@ -150,15 +166,15 @@ def spec_and_notes(
 ) -> tuple[ModelSpec, list[str]]:
     """Spec of the model that args describe, or of the reference if one is given, and notes for the user."""
     if options.hf_config is not None:
-        return _reference_spec(options.hf_config, args, dtype, options.true_vocab_size)
+        return _reference_spec(options.hf_config, args, dtype, options)
     fields = spec_fields(args)
     vocab, notes = _vocab_size(args, padded, options.true_vocab_size)
     fields = {**fields, "vocab_size": vocab, "dtype": dtype}
     recorded = getattr(args, "hf_config", None)
     if isinstance(recorded, dict):
         _check_family_file(args, recorded)
-        return _updated_spec(_recorded_spec(recorded), fields, args), notes + ignored_notes(vars(args))
-    spec = infer_family(fields)
+        return _updated_spec(_recorded_spec(recorded), fields, args, options.mup), notes + ignored_notes(vars(args))
+    spec = infer_family(fields, options.families)
     notes += ignored_notes(vars(args))
     return spec, [*notes, f"no Hugging Face configuration is recorded; the {spec.family} family fits the args"]
 
@@ -187,21 +203,23 @@ def _recorded_spec(config: Mapping[str, Any]) -> ModelSpec:
         ) from error
 
 
-def _updated_spec(recorded: ModelSpec, fields: Mapping[str, Any], args: argparse.Namespace) -> ModelSpec:
+def _updated_spec(
+    recorded: ModelSpec, fields: Mapping[str, Any], args: argparse.Namespace, mup: str | None
+) -> ModelSpec:
     """Spec of the recorded configuration, updated by the fields of args that have changed since.
 
     Args cannot express every model (`inexpressible`), so only fields that differ from the args of the recorded model count.
     """
-    stored = conventions_of(vars(args), recorded).spec
-    original = spec_fields(argparse.Namespace(**model_args(stored)))
+    stored = conventions_of(vars(args), recorded, mup)
+    original = spec_fields(argparse.Namespace(**{**model_args(stored.spec), **stored.marks}))
     changed = {name: value for name, value in fields.items() if name not in original or original[name] != value}
     return recorded.replaced(**changed)
 
 
 def _reference_spec(
-    folder: Path, args: argparse.Namespace, dtype: DType, vocab: int | None
+    folder: Path, args: argparse.Namespace, dtype: DType, options: MegatronReadOptions
 ) -> tuple[ModelSpec, list[str]]:
-    config = read_json(folder / "config.json")
+    config, vocab = read_json(folder / "config.json"), options.true_vocab_size
     spec = dataclasses.replace(spec_from_config(config), dtype=dtype)
     if vocab is not None and vocab != spec.vocab_size:
         raise UsageError(
@@ -212,7 +230,7 @@ def _reference_spec(
     except Unclear as error:
         return spec, [f"taken from {folder} alone, since {error}"]
     args_spec = ModelSpec.of(family=spec.family, **fields)
-    stored = conventions_of(vars(args), spec).spec
+    stored = conventions_of(vars(args), spec, options.mup).spec
     heads = [name for name in stated_heads(args) if args_spec.values.get(name) != spec.values.get(name)]
     if heads:
         raise ConversionError(

@@ -130,6 +130,21 @@ def _linear_limit(spec: ModelSpec) -> str:
     return f"linear RoPE scaling by {scaling.factor}: Megatron-LM's --rotary-seq-len-interpolation-factor is a whole number"
 
 
+def _longrope_limit(spec: ModelSpec) -> str:
+    """LongRoPE is nothing only where all its factors are 1: no release has a flag or a class for it."""
+    scaling = scaling_of(spec, "longrope")
+    if scaling is None or ({*scaling.short_factor, *scaling.long_factor} <= {1.0} and scaling.amplitude == 1):
+        return ""
+    beyond = "" if scaling.short_factor == scaling.long_factor else ", which differ beyond the original positions"
+    amplitude = (
+        "" if scaling.amplitude == 1 else f", and rotated queries and keys are multiplied by {scaling.amplitude:g}"
+    )
+    return (
+        f"LongRoPE: each rotary frequency has a divisor of its own{beyond}{amplitude}. No release of Megatron-LM has a flag for "
+        "it; divide rotary_pos_emb.inv_freq by the factors in your model provider"
+    )
+
+
 def _base_limit(spec: ModelSpec) -> str:
     base = spec.values.get("rotary_base")
     if base is None or not any(spec.in_layers("rope")):
@@ -208,6 +223,7 @@ POSITIONS = (
         _positions,
         _read_positions,
         absent=ROPE,
+        limit=_longrope_limit,
         flag=flag("--position-embedding-type"),
         build=Build.MODEL,
     ),

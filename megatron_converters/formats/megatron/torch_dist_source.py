@@ -56,6 +56,7 @@ from .reading import (
     parallel_of,
     skipped_entries,
     spec_and_notes,
+    supplemented,
     without_prediction,
 )
 
@@ -119,7 +120,7 @@ class TorchDistSource:
         #: Megatron-LM's own description of how it named the keys (0.13 on); empty if there is none.
         self.content: dict[str, Any] = content if isinstance(content, dict) else {}
         self.spec, notes = spec_and_notes(args, self.padded, embeddings.dtype, options)
-        self.conventions = conventions_of(vars(args), self.spec)
+        self.conventions = conventions_of(vars(args), self.spec, options.mup)
         self._slices = self._match()
         self._chunks: dict[str, _Chunks] = {}
         self.spec, left_out_notes = without_prediction(self.spec, options)
@@ -139,6 +140,7 @@ class TorchDistSource:
             [common_file, self._dir / dcp.METADATA, *self._index.files],
             checkpoint_format="torch_dist",
             parallel=parallel,
+            mup=self.conventions.mup,
             notes=notes,
             ignored=[f"{key} (training state)" for key in self._index.tensors if _TRAINING_KEY.match(key)],
         )
@@ -325,7 +327,7 @@ def _read_common(directory: Path, index: dcp.Index) -> tuple[Mapping[str, Any], 
 
 def _args_of(common: Mapping[str, Any], where: Path, options: MegatronReadOptions) -> argparse.Namespace:
     """Args of the common state; empty if it has none and a reference describes the model."""
-    args = args_in(common, where)
+    args = supplemented(args_in(common, where), options)
     if args is None and common.get("args") is None and options.hf_config is not None:
         return argparse.Namespace()
     if args is None:

@@ -24,6 +24,7 @@ from ...assets.training_args import inheritable, margs_to_json
 from ...basics.dtypes import DType, dtype_named
 from ...basics.errors import ConversionError, UsageError, raise_all
 from ...basics.quantities import count
+from ...conversion.journal import MANIFEST
 from ...conversion.outline import Fill, Outline
 from ...conversion.staging import Staging
 from ...families import FAMILIES
@@ -45,7 +46,7 @@ from .arguments import (
     training_args,
     written_args,
 )
-from .conventions import conventions
+from .conventions import FLAGS, FOLD, RAW, conventions
 from .flags import as_shell, flag_warnings, flags, least_release, unknown_flags
 from .releases import NEWEST, parse
 from .rounding import rounding_warnings
@@ -57,6 +58,16 @@ FLAGS_FILE = "pretrain_gpt_flags.txt"
 DEFAULT_DIVISOR = 128
 _CHECKPOINT_VERSION = 3.0
 _EMBEDDINGS = "word_embeddings"
+#: What a user should know of where multipliers are, by the value of `--mup`.
+_MUP_REMARKS: Mapping[str | None, tuple[str, ...]] = {
+    None: (),
+    FLAGS: ("multipliers are said by flags of muP (--mup flags): no weight is changed",),
+    FOLD: ("multipliers are folded into weights (--mup fold), which rounds them; the args record it for the way back",),
+    RAW: (
+        "warning: multipliers are left to the training program (--mup raw), which must heed --scale-emb, --scale-depth and "
+        "--dim-model-base, as MindSpeed-LLM does; Megatron-LM does not know them",
+    ),
+}
 _FLOAT32 = dtype_named("float32")
 
 
@@ -84,7 +95,8 @@ class MegatronOptions:
     ckpt_format: str = "torch"
     #: Release that is to read the checkpoint, such as "0.16"; None takes the newest that is known.
     megatron_version: str | None = None
-    #: Where a model's multipliers go: "flags" of muP, or "fold" into weights; None takes flags where the release has them.
+    #: Where a model's multipliers go: "flags" of muP, "fold" into weights, or "raw", to arguments of MindSpeed-LLM. None takes
+    #: flags where the release has them and they suffice.
     mup: str | None = None
 
 
@@ -107,7 +119,7 @@ class CheckpointTarget(ABC):
         asked = self._options.megatron_version
         self._release = NEWEST if asked is None else parse(asked)
         self._conventions = conventions(spec, self._release, self._options.mup)
-        self._warnings = self._check_expressible(self._conventions.spec)
+        self._warnings = [*_MUP_REMARKS[self._conventions.mup], *self._check_expressible(self._conventions.spec)]
         self._spec = dataclasses.replace(spec, dtype=dtype_of(Ref(SLOTS[_EMBEDDINGS])))
         self._origin = origin
         self._source_dtype = dtype_of
@@ -131,7 +143,7 @@ class CheckpointTarget(ABC):
             )
         files, extra_tensors = self._lay_out()
         content = {"args": margs_to_json(argparse.Namespace(**self._args))}
-        return Outline(self._name, files, self._effective_options(), extra_tensors, content)
+        return Outline(self._name, files, self._effective_options(), extra_tensors, content, tuple(self._warnings))
 
     def _effective_options(self) -> dict[str, Any]:
         """Options with defaults resolved, so that options with the same effect are equal."""
@@ -148,6 +160,7 @@ class CheckpointTarget(ABC):
             "load_capacity_bins": options.load_capacity_bins,
             "tokenizer": recorded_name(options.tokenizer),
             **({} if options.megatron_version is None else {"megatron_version": self._release}),
+            **({} if self._conventions.mup is None else {"mup": self._conventions.mup}),
             **self._conventions.marks,
         }
 
@@ -177,6 +190,11 @@ class CheckpointTarget(ABC):
     def output(self) -> Path:
         """Directory of the iteration."""
         return self.save_dir / self._name
+
+    @property
+    def manifest(self) -> Path:
+        """Manifest in the directory of the iteration."""
+        return self.output / MANIFEST
 
     def shown(self) -> Path | None:
         """Directory of this checkpoint if the tracker points at it and it is not to be overwritten; else None."""
@@ -215,7 +233,7 @@ class CheckpointTarget(ABC):
     def show(self, staging: Staging) -> list[str]:
         """Move the files to their final place; returns lines for the user."""
         self._place(staging)
-        warnings = [*self._warnings, *flag_warnings(self._spec, self._model_flags(), self._parallel.tp)]
+        warnings = [*self._warnings, *flag_warnings(self._conventions.spec, self._model_flags(), self._parallel.tp)]
         warnings += router_warnings(self._spec, self._router)
         least = least_release(self._spec, self._args, self._parallel.tp, self._needed_releases())
         newest = self._newest_release()
