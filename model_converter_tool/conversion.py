@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 from collections.abc import Callable
@@ -10,7 +11,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import megatron_converters.api as mc
-from megatron_converters.basics.errors import ConversionError, UnknownArchitecture, UsageError
+from megatron_converters.basics.errors import (
+    ConversionError,
+    UnclearMultipliers,
+    UnknownArchitecture,
+    UsageError,
+)
 from megatron_converters.basics.quantities import size
 
 from .formats import HF, MEGATRON, SHOWN, SINGLE_FILE, OutputFormat, detected_format, output_format
@@ -23,7 +29,10 @@ _LOG = logging.getLogger(__name__)
 #: Fields of the library's records by the options that they have from the user.
 _HF_FIELDS = {"tokenizer_model": "tokenizer", "max_shard_size": "max_shard_size", "as_family": "as_family"}
 _MEGATRON_FIELDS = {"tokenizer_model": "tokenizer", "mup": "mup", "transformer_impl": "impl"}
-_RAW = "multipliers are taken for raw, that is not folded into the weights, unless the checkpoint says it; --mup says otherwise"
+_RAW = (
+    "warning: the checkpoint does not say where its multipliers are; they are taken for raw, that is its weights for unscaled; "
+    "if they are not, say so with --mup"
+)
 #: Called with bytes done and bytes in all.
 OnProgress = Callable[[int, int], None]
 
@@ -70,15 +79,16 @@ def prepare(task: Task, settings: dict[str, Any]) -> Prepared:
         )
     if task.device not in ("auto", "cpu"):
         notes = [*notes, f"conversions run on the CPU, also with the device {task.device}"]
-    read, raw = _read_options(task, found, model_type)
+    read = _read_options(task, found)
     try:
-        family = mc.inspect(folder, read=read)["model"]["family"]
-    except UnknownArchitecture as error:
-        raise unsupported(error, folder) from error
+        family = _family(folder, read)
+    except UnclearMultipliers:
+        if model_type != MINICPM:
+            raise
+        read, notes = dataclasses.replace(read, mup="raw"), [*notes, _RAW]
+        family = _family(folder, read)
     _LOG.debug("it holds a %s model", family)
     check_family(model_type, family, folder)
-    if raw:
-        notes = [*notes, _RAW]
     call = {"read": read, **_writing(task, written, found)}
     dtype = task.options.get("dtype") or settings["dtype"]
     call |= {} if dtype == SOURCE else {"dtype": dtype}
@@ -124,15 +134,20 @@ def run(task: Task, output: str, settings: dict[str, Any], progress: OnProgress 
     return Done(result, validation, prepared.notes)
 
 
-def _read_options(task: Task, found: str, model_type: str) -> tuple[mc.ReadOptions, bool]:
-    """Options for reading, and whether multipliers are taken as raw because the user names a model that has some."""
-    given: dict[str, Any] = {"format": found}
-    if "hf_config" in task.options:
-        given["hf_config"] = task.options["hf_config"]
-    raw = found == MEGATRON and model_type == MINICPM and "mup" not in task.options
-    if found == MEGATRON and (raw or "mup" in task.options):
-        given["mup"] = task.options.get("mup", "raw")
-    return mc.ReadOptions(**given), raw
+def _read_options(task: Task, found: str) -> mc.ReadOptions:
+    """Options for reading. Where the input and the output are checkpoints, `mup` is that of both, unless the input says its own."""
+    names = ("hf_config", "mup") if found == MEGATRON else ("hf_config",)
+    given = {name: task.options[name] for name in names if name in task.options}
+    return mc.ReadOptions(format=found, **given)
+
+
+def _family(folder: Path, read: mc.ReadOptions) -> str:
+    """Family of the model in a folder."""
+    try:
+        family: str = mc.inspect(folder, read=read)["model"]["family"]
+    except UnknownArchitecture as error:
+        raise unsupported(error, folder) from error
+    return family
 
 
 def _writing(task: Task, written: OutputFormat, found: str) -> dict[str, Any]:

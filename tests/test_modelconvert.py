@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,9 @@ from megatron_converters.basics.errors import Interrupted
 from model_converter_tool import history
 from model_converter_tool.api import ModelConverterAPI
 from model_converter_tool.workspace import workspace
-from tests.helpers import ROOT, Run, hf_tensors, nothing_complete, rank_content, same_tensors, succeeded
-from tests.modelconvert import process, run
+from tests.conversions import different
+from tests.helpers import ROOT, Run, edit_rank, hf_tensors, nothing_complete, rank_content, same_tensors, succeeded
+from tests.modelconvert import minicpm, process, run
 
 HFModel = Callable[..., Path]
 
@@ -156,13 +158,38 @@ def test_what_is_refused(what: str, hf_model: HFModel, place: Path) -> None:
     assert not (place / "out").exists()
 
 
-@pytest.mark.skipif("mup" not in mc.ReadOptions.__dataclass_fields__, reason="multipliers are not read as said yet")
 def test_a_checkpoint_that_is_no_minicpm(hf_model: HFModel) -> None:
     succeeded(run("convert", hf_model("llama2"), "hf2megatron", "-o", "llama"))
     done = failed(
         run("convert", "llama", "hf", "--model-type", "minicpm"), "Model type not supported: llama holds a llama"
     )
     assert "stands for minicpm, minicpm3; pass --model-type llama" in done.err
+
+
+def test_multipliers_that_the_checkpoint_does_not_say(place: Path) -> None:
+    source = minicpm(place / "minicpm")
+    succeeded(run("convert", source, "hf2megatron", "--tp", 2, "--mup", "raw", "-o", "out"))
+    for rank in ("mp_rank_00", "mp_rank_01"):
+        args = vars(rank_content(place / "out", rank)["args"])
+        kept = {name: value for name, value in args.items() if name != "scale_emb"}
+        edit_rank(place / "out", rank, args=Namespace(**kept))
+    failed(run("convert", "out", "hf"), "Conversion failed: ", "say it with --mup: flags")
+    done = succeeded(run("convert", "out", "hf", "--model-type", "minicpm", "-o", "raw"))
+    assert "warning: the checkpoint does not say where its multipliers are; they are taken for raw" in done.err
+    same_tensors(hf_tensors(source), hf_tensors(place / "raw"))
+    succeeded(run("convert", "out", "hf", "--mup", "fold", "-o", "folded"))
+    assert different(hf_tensors(source), hf_tensors(place / "folded"))
+
+
+def test_a_minicpm_as_a_llama(place: Path) -> None:
+    source = minicpm(place / "minicpm")
+    succeeded(run("convert", source, "hf", "--as", "llama", "-o", "llama"))
+    succeeded(run("convert", source, "hf", "--mup2llama", "-o", "too"))
+    assert json.loads((place / "llama/config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
+    same_tensors(hf_tensors(place / "llama"), hf_tensors(place / "too"))
+    succeeded(run("convert", source, "hf2megatron", "--mup2llama", "-o", "a"))
+    succeeded(run("convert", source, "hf2megatron", "--mup", "fold", "-o", "b"))
+    assert (place / "a/model.pt").read_bytes() == (place / "b/model.pt").read_bytes()
 
 
 def test_folders_of_no_known_format(place: Path, hf_model: HFModel) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -13,12 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from megatron_converters.families import FAMILIES
 from model_converter_tool.options import ALIASES, OPTIONS, REFUSED
 from model_converter_tool.settings import SETTINGS
 from tests.conversions import hf_to_megatron
 from tests.helpers import ROOT, hf_tensors
 from tests.hub_server import Hub, serving, without_hub_variables
+from tests.modelconvert import minicpm
 from tests.oracle.hf import make_model
 from tests.test_meta_source import write as write_meta
 
@@ -27,25 +26,6 @@ BASH, YAML, PYTHON = (
     re.findall(rf"^```{language}\n(.*?)^```", DOCUMENT, re.MULTILINE | re.DOTALL)
     for language in ("bash", "yaml", "python")
 )
-#: What a MiniCPM's config.json has beyond a Llama's, as MiniCPM4-0.5B says it.
-_MINICPM = {
-    "architectures": ["MiniCPMForCausalLM"],
-    "auto_map": {"AutoModelForCausalLM": "modeling_minicpm.MiniCPMForCausalLM"},
-    "scale_emb": 12,
-    "scale_depth": 1.4,
-    "dim_model_base": 32,
-}
-needs_minicpm = pytest.mark.skipif("minicpm" not in FAMILIES, reason="there is no family minicpm yet")
-
-
-def minicpm(folder: Path) -> Path:
-    """Tiny MiniCPM: a Llama's tensors under a MiniCPM's configuration, with a code file that must not run."""
-    make_model("llama2", folder, dtype="bfloat16", tie_word_embeddings=True)
-    config = json.loads((folder / "config.json").read_text())
-    del config["model_type"]
-    (folder / "config.json").write_text(json.dumps({**config, **_MINICPM}))
-    (folder / "modeling_minicpm.py").write_text("raise SystemExit('this must not run')\n")
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +88,6 @@ def test_commands(block: str, hub: Hub, environment: dict[str, str], tmp_path: P
     run_block(block, "llama", hub, environment, tmp_path / "here")
 
 
-@needs_minicpm
 @pytest.mark.parametrize("block", of("minicpm", BASH), ids=_name)
 def test_commands_about_minicpm(block: str, hub: Hub, environment: dict[str, str], tmp_path: Path) -> None:
     run_block(block, "minicpm", hub, environment, tmp_path / "here")
@@ -121,6 +100,9 @@ def run_block(block: str, kind: str, hub: Hub, environment: dict[str, str], here
         (output,) = (here / "outputs").iterdir()
         assert {"model.pt", "metadata.json"} <= {path.name for path in output.iterdir()}
         assert f"Conversion succeeded! Output: ./outputs/{output.name}\n" in done.stdout
+        if kind == "minicpm":
+            assert "warning: Megatron-LM will not compute LongRoPE" in done.stderr
+            assert (output / "hf_files/modeling_minicpm.py").is_file()
     elif "models/megatron_model hf" in block or "megatron2hf" in block:
         (output,) = (here / "outputs").iterdir()
         there = {path.name for path in output.iterdir()}
@@ -131,7 +113,6 @@ def run_block(block: str, kind: str, hub: Hub, environment: dict[str, str], here
         assert "it holds a minicpm model" in done.stderr
 
 
-@needs_minicpm
 def test_python(hub: Hub, environment: dict[str, str], tmp_path: Path) -> None:
     here = tmp_path / "here"
     checkpoint(hub, here / "megatron_model", "minicpm")

@@ -6,7 +6,8 @@ import argparse
 
 from megatron_converters.basics.quantities import count, size
 from megatron_converters.cli.console import put, put_json, warn
-from megatron_converters.cli.options.shared import add_shared
+
+from . import add_json_argument
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -16,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "-f", "--format", metavar="FMT", default=None, help="Format that it must be of, such as huggingface, megatron."
     )
     parser.add_argument("-v", "--verbose", action="store_true", help="Show what was found.")
-    add_shared(parser, "--json")
+    add_json_argument(parser)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -7,15 +7,15 @@ from typing import Any
 
 from megatron_converters.basics.quantities import duration
 from megatron_converters.cli.console import put, put_json
-from megatron_converters.cli.options.shared import add_shared
 
 from .. import history
 from ..workspace import workspace
+from . import add_json_argument
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
-    add_shared(parser, "--json")
+    add_json_argument(parser)
     parser.add_argument("--clear", action="store_true", help="Remove all entries.")
 
 

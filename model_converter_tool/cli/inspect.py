@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 
 from megatron_converters.cli.console import put, put_json
-from megatron_converters.cli.options.shared import add_shared
+
+from . import add_json_argument
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
     parser.add_argument("model_path", metavar="PATH", help="Folder of any format, or a name on the Hub.")
-    add_shared(parser, "--json")
+    add_json_argument(parser)
 
 
 def run(args: argparse.Namespace) -> int:
