@@ -28,6 +28,8 @@ from .writing import FLAGS_FILE, TRACKER
 
 #: What a finished output consists of; the first makes it a model, so it is removed first and moved last.
 _NAMES = (METADATA_FILE, MODEL_FILE, FLAGS_FILE, MANIFEST, CODE_FOLDER)
+#: Patterns of what tells readers that a folder is of another format.
+_OTHERS = ("config.json", TRACKER, dcp.METADATA, "mp_rank_*")
 _REMEDY = "leave it out, or write a file for each rank with --ckpt-format torch"
 
 
@@ -48,10 +50,10 @@ class FlatTarget(MegatronTarget):
         return self.save_dir if there else None
 
     def refuse_existing(self) -> None:
-        """Raise if the folder holds a model of this format, unless `overwrite` is set, or a checkpoint of another one."""
-        other = [name for name in (dcp.METADATA, TRACKER) if os.path.lexists(self.save_dir / name)]
+        """Raise if the folder holds a model of this format, unless `overwrite` is set, or one of another format."""
+        other = [path.name for name in _OTHERS for path in sorted(self.save_dir.glob(name))]
         if other:
-            raise ConversionError(f"{self.save_dir} holds a checkpoint of another format ({other[0]}); save elsewhere")
+            raise ConversionError(f"{self.save_dir} holds a model of another format ({other[0]}); save elsewhere")
         there = [name for name in _NAMES if os.path.lexists(self.save_dir / name)]
         if there and not self._options.overwrite:
             raise ConversionError(
