@@ -281,8 +281,8 @@ def _sizes(
     tp, *others = (max(column) + 1 for column in zip(*numbers, strict=False))
     if len(others) != 1:
         return Sizes(tp, *(others or [1])), "folder names"
-    held = [models[rank][0] for rank in models if rank[0] == 0]
-    if len(held) > 1 and all(EMBEDDINGS in tensors and _FINAL_NORM in tensors for tensors in held):
+    held = [found[0] for found in models.values()]
+    if others[0] > 1 and all(EMBEDDINGS in tensors and _FINAL_NORM in tensors for tensors in held):
         return Sizes(tp, 1, others[0]), "folder names, and embeddings on every rank, which only experts tell apart"
     return Sizes(tp, others[0]), "folder names, and embeddings on the first rank alone"
 
