@@ -19,7 +19,8 @@ from ...families import FAMILIES
 from ...model.layers import RopeScaling
 from ...model.spec import ModelSpec
 from .arguments import model_args
-from .reading import MODEL_FILE, args_in
+from .reading import args_in
+from .writing import MODEL_FILE
 
 METADATA_FILE = "metadata.json"
 #: Name and version of what this project adds to the keys of the original.
@@ -92,7 +93,7 @@ def refuse_undescribed(folder: Path, metadata: Mapping[str, Any] | None) -> None
         raise ConversionError(f"{folder} {unfinished}")
     if metadata is None:
         raise ConversionError(f"{folder} has no {METADATA_FILE}, which describes the model in {MODEL_FILE}; {remedy}")
-    missing = [key for key in (*_PROPERTIES, "tie_word_embeddings", _ARGS) if key not in metadata]
+    missing = [*(key for key in (*_PROPERTIES, "tie_word_embeddings") if key not in metadata), _ARGS]
     raise ConversionError(
         f"{folder / METADATA_FILE} does not describe the model (Model Converter Tool's never does): it lacks "
         f"{', '.join(missing)}; {remedy}"

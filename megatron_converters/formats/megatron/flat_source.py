@@ -15,13 +15,13 @@ from .rank_files import RankFile, RankFiles, tensors_of
 from .rank_files_source import RankFilesSource
 from .reading import (
     AS_STORED,
-    MODEL_FILE,
     MegatronReadOptions,
     args_in,
     checkpoint_directory,
     parallel_of,
     skipped_entries,
 )
+from .writing import MODEL_FILE
 
 FORMAT = "model_pt"
 #: Entry of a rank's file that holds the model.
