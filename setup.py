@@ -31,7 +31,12 @@ setup(
     description="Move LLM checkpoints between Hugging Face and Megatron-LM, on a CPU, without building a model",
     license="Apache-2.0",
     python_requires=">=3.10",
-    packages=[*find_packages(include=["megatron_converters", "megatron_converters.*"]), *PLUGINS],
+    packages=[
+        *find_packages(
+            include=["megatron_converters", "megatron_converters.*", "model_converter_tool", "model_converter_tool.*"]
+        ),
+        *PLUGINS,
+    ],
     package_dir=PLUGINS,
     package_data={
         "megatron_converters": ["py.typed"],
@@ -41,6 +46,7 @@ setup(
         "console_scripts": [
             "megatron-converters = megatron_converters.cli.main:main",
             "megatron-convert = megatron_converters.cli.queue_convert:main",
+            "modelconvert = model_converter_tool.cli.main:main",
             "megatron-convert-mlm-to-hf = megatron_converters.cli.mlm_to_hf:main",
         ]
     },

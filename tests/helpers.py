@@ -68,7 +68,7 @@ def convert(*options: Any, **more: Any) -> Run:
 
 def convert_back(*options: Any, **more: Any) -> Run:
     """Run `convert_mlm_to_hf_checkpoint.py …`: in this process, unless `more` asks for a process."""
-    return finished(start(BACK, *options, **more)) if more else _run_here(mlm_to_hf.main, options)
+    return finished(start(BACK, *options, **more)) if more else run_here(mlm_to_hf.main, options)
 
 
 def start_verb(*options: Any, **more: Any) -> Any:
@@ -78,15 +78,15 @@ def start_verb(*options: Any, **more: Any) -> Any:
 
 def verb(*options: Any, **more: Any) -> Run:
     """Run `megatron-converters …`: in this process, unless `more` asks for a process."""
-    return finished(start_verb(*options, **more)) if more else _run_here(main.main, options)
+    return finished(start_verb(*options, **more)) if more else run_here(main.main, options)
 
 
 def tp_pp_converter(*options: Any) -> Run:
     """Run `python -m megatron_converters.tp_pp_converter …` in this process."""
-    return _run_here(tensor_parallel.main, options)
+    return run_here(tensor_parallel.main, options)
 
 
-def _run_here(command: Callable[[list[str]], None], options: tuple[Any, ...]) -> Run:
+def run_here(command: Callable[[list[str]], None], options: tuple[Any, ...]) -> Run:
     """Run a command line in this process, which saves a start of Python."""
     streams = [io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True) for _ in range(2)]
     code: Any = 0

@@ -13,7 +13,7 @@ from ..basics.json_files import read_json, write_json
 from . import tokenizer_rebuild
 
 #: Files of which a tokenizer may consist.
-_FILES = (
+FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -169,7 +169,7 @@ def recorded_name(source: str | None) -> str | None:
 
 def tokenizer_files(folder: Path) -> list[Path]:
     """Files of a folder that belong to its tokenizer."""
-    return [path for pattern in _FILES for path in sorted(folder.glob(pattern)) if path.is_file()]
+    return [path for pattern in FILES for path in sorted(folder.glob(pattern)) if path.is_file()]
 
 
 def _copy_folder(folder: Path, out_dir: Path, vocab_size: int) -> list[str]:

@@ -35,6 +35,14 @@ class Unclear(ConversionError):
     """The source leaves open something that a reference model can settle."""
 
 
+class UnclearMultipliers(Unclear):
+    """The source leaves open where it has the model's multipliers, which `--mup` can say."""
+
+
+class UnknownArchitecture(ConversionError):
+    """The source is a model of a kind that no family describes."""
+
+
 class Stopped(ConversionError):
     """Something outside ended the run. Finished work is kept: the same command continues from there."""
 

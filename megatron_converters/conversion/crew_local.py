@@ -86,7 +86,7 @@ def run(count: int, work: Work[Any], argument: Any, lead: Callable[[Crew], T]) -
             process = context.Process(
                 target=_run_member, args=(rank, count, other_end, work, argument, families), name=f"worker {rank}"
             )
-            with _sigint_blocked():
+            with sigint_blocked():
                 process.start()
             other_end.close()
             others.append((process, own_end))
@@ -96,7 +96,7 @@ def run(count: int, work: Work[Any], argument: Any, lead: Callable[[Crew], T]) -
 
 
 @contextmanager
-def _sigint_blocked() -> Iterator[None]:
+def sigint_blocked() -> Iterator[None]:
     """Block SIGINT, so that processes started meanwhile ignore Ctrl-C; the leader gets it too, and ends them."""
     resource_tracker.ensure_running()  # if the first process had to start the tracker, that would unblock SIGINT
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})

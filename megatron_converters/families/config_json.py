@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from ..basics.dtypes import DType, dtype_named
-from ..basics.errors import ConversionError, one_line
+from ..basics.errors import ConversionError, UnknownArchitecture, one_line
 from ..model.spec import ModelSpec, PerLayer
 from . import FAMILIES, quantisation
 from .rules_attention import FULL, layer_types
@@ -61,7 +61,7 @@ def family_from_config(config: Mapping[str, Any]) -> Family:
         raise ConversionError(f"config.json names {one_line(', '.join(architectures) or model_type)}, {reasons[0]}")
     named = one_line(", ".join(architectures) or model_type or "no architecture")
     known = ", ".join(family.architecture for family in FAMILIES.values())
-    raise ConversionError(
+    raise UnknownArchitecture(
         f"config.json names {named}, which is not supported; supported are {known}, and those of a family file, which "
         "--family-file FILE names, or of an installed plug-in"
     )
@@ -133,7 +133,7 @@ def infer_family(fields: Mapping[str, Any], among: Collection[str] = ()) -> Mode
             reasons.append(str(error))
         else:
             return spec
-    raise ConversionError("no supported architecture has this model's shape: " + "; ".join(reasons))
+    raise UnknownArchitecture("no supported architecture has this model's shape: " + "; ".join(reasons))
 
 
 def differences(one: ModelSpec, other: ModelSpec, among: Iterable[str] | None = None) -> list[str]:

@@ -34,10 +34,10 @@ from .parts import HFNames, Part
 from .quantised import Weight, decoded, decoded_note
 
 #: Weight files of unsharded models, in the order of preference of `from_pretrained`; '.index.json' is appended for an index.
-_SINGLE = ("model.safetensors", "pytorch_model.bin")
+SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
 #: Maximum number of names listed in a message.
 _SHOWN_NAMES = 40
-_ADAPTER = "adapter_config.json"
+ADAPTER = "adapter_config.json"
 _CONFIG = "config.json"
 
 
@@ -64,9 +64,9 @@ class HFSource:
                 f"{path} holds weights alone, and {folder} has no {_CONFIG}; give the folder of a reference model with "
                 "--hf-config DIR"
             )
-        if (folder / _ADAPTER).exists():  # transformers would load the adapter with the base model that it names
+        if (folder / ADAPTER).exists():  # transformers would load the adapter with the base model that it names
             raise ConversionError(
-                f"{folder / _ADAPTER} describes a PEFT adapter, which cannot be converted; merge it into its model, or remove this "
+                f"{folder / ADAPTER} describes a PEFT adapter, which cannot be converted; merge it into its model, or remove this "
                 "file to convert the model without it"
             )
         config = read_json(folder / _CONFIG)
@@ -120,7 +120,7 @@ def _has_tokenizer(folder: Path) -> bool:
 
 def read_tensors(folder: Path) -> dict[str, StoredTensor]:
     """Read every tensor of the folder, by name, from an index or a single file; safetensors are preferred."""
-    for single in _SINGLE:
+    for single in SINGLE_FILES:
         index = folder / f"{single}.index.json"
         if (folder / single).exists():
             return _read_file(folder / single)
@@ -128,17 +128,22 @@ def read_tensors(folder: Path) -> dict[str, StoredTensor]:
             return _read_sharded(folder, index)
     shards = sorted(path.name for path in folder.glob("*.safetensors"))
     hint = f"; it has {', '.join(shards)}, but the index of these shards is missing" if shards else ""
-    raise ConversionError(f"{folder} has neither {' nor '.join(_SINGLE)} nor an index of shards{hint}")
+    raise ConversionError(f"{folder} has neither {' nor '.join(SINGLE_FILES)} nor an index of shards{hint}")
+
+
+def weight_map(index: Path) -> dict[str, str]:
+    """File of each tensor, by an index of shards."""
+    found = read_json(index).get("weight_map")
+    if not isinstance(found, dict) or not all(map(is_name, itertools.chain(*found.items()))):
+        raise ConversionError(f"{index} has no weight_map from tensor names to file names; copy it again")
+    return found
 
 
 def _read_sharded(folder: Path, index: Path) -> dict[str, StoredTensor]:
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(map(is_name, itertools.chain(*weight_map.items()))):
-        raise ConversionError(f"{index} has no weight_map from tensor names to file names; copy it again")
     tensors: dict[str, StoredTensor] = {}
     problems = []
     listed_in: dict[str, set[str]] = {}
-    for tensor, name in weight_map.items():
+    for tensor, name in weight_map(index).items():
         listed_in.setdefault(name, set()).add(tensor)
     for name, listed in sorted(listed_in.items()):
         path = folder / name

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ...basics.errors import ConversionError, Unclear, UsageError
+from ...basics.errors import ConversionError, UnclearMultipliers, UsageError
 from ...basics.quantities import shortest
 from ...conversion.stored_model import (
     StoredModel,
@@ -79,7 +79,7 @@ def conventions(spec: ModelSpec, release: str = NEWEST, mup: str | None = None) 
 
 
 def conventions_of(args: Mapping[str, Any], spec: ModelSpec, mup: str | None = None) -> Conventions:
-    """Conventions of a checkpoint with these args that holds this model; raises `Unclear` where they do not tell.
+    """Conventions of a checkpoint with these args that holds this model; raises `UnclearMultipliers` where they do not tell.
 
     `mup` says where multipliers are if the args do not: those of a training run that started from a conversion have lost the
     record, though its epsilon may tell whether they are folded.
@@ -96,7 +96,7 @@ def conventions_of(args: Mapping[str, Any], spec: ModelSpec, mup: str | None = N
         return found
     told = _told(args, found) or mup
     if told is None:
-        raise Unclear(
+        raise UnclearMultipliers(
             "the model has multipliers, and the checkpoint's args do not say where they are; say it with --mup: flags (muP's, "
             "weights as in Hugging Face's files), raw (the same weights, scaled by MindSpeed-LLM or other code) or fold (weights "
             "hold them)"

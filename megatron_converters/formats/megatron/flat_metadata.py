@@ -41,7 +41,10 @@ def describe(spec: ModelSpec, padded: int) -> dict[str, Any]:
     args, plain = model_args(spec), spec.to_dict()
     scaling = spec.values.get("rope_scaling")
     if isinstance(scaling, RopeScaling):
-        plain["rope_scaling"] = dataclasses.asdict(scaling)
+        fields = dataclasses.asdict(scaling)  # with tuples, where JSON has lists
+        plain["rope_scaling"] = {
+            name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()
+        }
     named = {
         "model_type": FAMILIES[spec.family].model_type,
         "position_embedding_type": args["position_embedding_type"],
