@@ -382,7 +382,7 @@ def test_both_spellings_of_rope_are_one_spec(kind: str) -> None:
         ("llama", {"rope_parameters": {"rope_type": "longrope", "factor": 4.0}}, "'longrope' without short_factor"),
         (
             "llama",
-            {"rope_scaling": {**LONGROPE_TABLE, "type": "longrope", "short_factor": 2}},
+            {"rope_scaling": {**LONGROPE_TABLE, "type": "longrope", "factor": 1, "short_factor": 2}},
             "short_factor is 2; it must be a list of numbers",
         ),
         (

@@ -185,7 +185,7 @@ def test_mup_that_contradicts_the_record_is_refused(model: Any, tmp_path: Path) 
 
 def test_flags_cannot_say_the_multipliers_of_minicpm3(model: Any, tmp_path: Path) -> None:
     folder = model("latent").folder
-    with pytest.raises(ConversionError, match="norms of queries, keys or latents.*use --mup fold"):
+    with pytest.raises(ConversionError, match=r"norms of queries, keys or latents.*use --mup fold"):
         hf_to_megatron(folder, tmp_path / "a", mup="flags")
     root = hf_to_megatron(folder, tmp_path / "default")
     assert args_of(root).multipliers_folded is True
@@ -268,6 +268,43 @@ def test_experts_have_minicpm_s_names(megatron_pool: MegatronPool, tmp_path: Pat
     assert "model.layers.0.mlp.experts.3.w2.weight" in back
 
 
+def test_block_experts_are_renamed(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    folder, _ = make_minicpm(tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    config |= dict(num_experts=6, expert_size=8, dense_layer_ids=[0])
+    tensors = {name: value for name, value in hf_tensors(folder).items() if ".mlp." not in name or ".0." in name}
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"moe_router": (6, 64), "router_norm": (6,), "moe_w_in": (6, 8, 64), "moe_w_out": (6, 64, 8)}
+    for layer in (1, 2, 3):
+        for name, shape in shapes.items():
+            tensors[f"model.layers.{layer}.mlp.{name}.weight"] = torch.randn(shape, generator=generator)
+    made = tmp_path / "block"
+    made.mkdir()
+    save_file(tensors, made / "model.safetensors", metadata={"format": "pt"})
+    (made / "config.json").write_text(json.dumps(config))
+    root = tmp_path / "megatron"
+    refused(verb("convert", made, root), "block experts (BlockFFN)", "--allow-inexpressible")
+    refused(verb("convert", made, root, "--allow-inexpressible", "--tp", 2), "6 block experts of 8, which stay whole")
+    succeeded(verb("convert", made, root, "--allow-inexpressible", "--pp", 2))
+    state = rank_content(root, "mp_rank_00_001")["model"]
+    assert torch.equal(state["decoder.layers.1.mlp.moe_w_out.weight"], tensors["model.layers.3.mlp.moe_w_out.weight"])
+    for options in ((), ("--ckpt-format", "torch_dist")):
+        target = tmp_path / f"again {len(options)}"
+        succeeded(verb("convert", root, target, "--to", "megatron", "--pp", 1, "--allow-inexpressible", *options))
+        succeeded(verb("convert", target, target / "hf"))
+        assert different(tensors, hf_tensors(target / "hf")) == []
+
+
+def test_a_hybrid_of_lightning_attention_is_refused_with_the_reason(tmp_path: Path) -> None:
+    folder, _ = make_minicpm(tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    names = {"architectures": ["MiniCPMSALAForCausalLM"], "model_type": "minicpm_sala"}
+    (folder / "config.json").write_text(json.dumps(config | names))
+    refused(verb("convert", folder, tmp_path / "a"), "MiniCPMSALAForCausalLM", "lightning attention")
+
+
 def test_the_way_between_conventions(megatron_pool: MegatronPool, model: Any, tmp_path: Path) -> None:
     folder, wanted, options, _ = model("tied")
     raw = hf_to_megatron(folder, tmp_path / "raw", **options, mup="raw")
@@ -296,3 +333,49 @@ def test_halves_that_are_not_made_neighbours_show(megatron_pool: MegatronPool, m
     content["model"][key][24:] = content["model"][key][24:].reshape(4, 2, 64).transpose(0, 1).reshape(8, 64).clone()
     torch.save(content, file)
     assert difference(megatron_pool.logits(root, TOKENS), wanted) > 1e-4
+
+
+def test_inspect_and_args_say_where_multipliers_are(model: Any, tmp_path: Path) -> None:
+    folder = model("tied").folder
+    words = {"flags": "in flags of muP", "fold": "folded into weights", "raw": "in arguments of MindSpeed-LLM"}
+    flags = {"flags": "--mup-output-mult 0.25", "fold": "--norm-epsilon 0.00204", "raw": "--dim-model-base 16"}
+    for mup, said in words.items():
+        root = hf_to_megatron(folder, tmp_path / mup, mup=mup)
+        assert said in succeeded(verb("inspect", root)).out
+        assert json.loads(succeeded(verb("inspect", root, "--json")).out)["mup"] == mup
+        assert flags[mup] in succeeded(verb("args", root)).out
+
+
+def test_logits_that_megatron_would_not_compute_are_refused(model: Any, tmp_path: Path) -> None:
+    folder = model("longrope").folder
+    root = hf_to_megatron(folder, tmp_path / "longrope", impl="local", allow_inexpressible=True)
+    refused(verb("verify", root, root, "--logits"), "would compute another model than this", "LongRoPE")
+    raw = hf_to_megatron(model("tied").folder, tmp_path / "raw", impl="local", mup="raw")
+    refused(verb("verify", raw, raw, "--logits"), "leaves its multipliers to MindSpeed-LLM's arguments", "--mup fold")
+
+
+# -- as a Llama
+
+
+@pytest.mark.parametrize("name", DENSE)
+@pytest.mark.parametrize("through", ["folder", "flags", "fold"])
+def test_minicpm_is_exported_as_a_llama(model: Any, tmp_path: Path, name: str, through: str) -> None:
+    folder, wanted, options, _ = model(name)
+    source = folder if through == "folder" else hf_to_megatron(folder, tmp_path / through, tp=2, mup=through, **options)
+    run = succeeded(verb("convert", source, tmp_path / "llama", "--to", "hf", "--as", "llama"))
+    assert "written as a llama model, not minicpm; multipliers are folded into weights, which rounds them" in run.out
+    config = json.loads((tmp_path / "llama" / "config.json").read_text())
+    assert (config["architectures"], config["model_type"]) == (["LlamaForCausalLM"], "llama")
+    assert (config["bos_token_id"], config["eos_token_id"]) == (1, 2)
+    assert config["tie_word_embeddings"] is (name == "tied")
+    found = hf_logits(tmp_path / "llama", TOKENS)
+    assert difference(found, wanted) < TOLERANCE
+
+
+def test_minicpm3_is_no_llama(model: Any, tmp_path: Path) -> None:
+    folder = model("latent").folder
+    refused(
+        verb("convert", folder, tmp_path / "a", "--to", "hf", "--as", "llama"), "--as llama: the minicpm3 model", code=2
+    )
+    refused(verb("convert", folder, tmp_path / "a", "--to", "hf", "--as", "lama"), "there is no such family", code=2)
+    assert not (tmp_path / "a").exists()

@@ -26,6 +26,10 @@ class Origin:
     capacity_bins: CapacityBins | None = None
     #: Where a checkpoint has its model's multipliers: a value of `--mup`.
     mup: str | None = None
+    #: Format of a Megatron-LM checkpoint, by its name as an option (`--ckpt-format`); None for other sources.
+    checkpoint_format: str | None = None
+    #: Files of the model's own code, by name.
+    code_files: dict[str, Path] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     #: Tensors of the source that are left out, and why.
     ignored: list[str] = field(default_factory=list)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,12 @@ def _json_value(value: Any) -> Any:
 
 def margs_from_json(path: Path) -> argparse.Namespace:
     """Arguments of a `source_megatron_args.json`; `torch.bfloat16` comes back as a dtype."""
-    return argparse.Namespace(**{name: _restored(value) for name, value in read_json(path).items()})
+    return margs_from_values(read_json(path))
+
+
+def margs_from_values(values: Mapping[str, Any]) -> argparse.Namespace:
+    """The inverse of `margs_to_json`, as far as that kept the values."""
+    return argparse.Namespace(**{name: _restored(value) for name, value in values.items()})
 
 
 def _restored(value: Any) -> Any:

@@ -251,14 +251,15 @@ def _match_tensors(
 
 
 def _read_rank_file(path: str) -> Mapping[str, StoredTensor]:
-    """Tensors of a rank's models, or of a file of weights alone, by key.
+    """Tensors of a rank's models by key; with virtual pipeline stages the model's name comes first, as in the manifest.
 
-    With virtual pipeline stages the model's name comes first, as in the manifest.
+    A file without such entries holds one model alone.
     """
     content = torch_zip.read(path)
     entries = content.items() if isinstance(content, dict) else ()
     models = [(name, model) for name, model in entries if _MODEL.fullmatch(str(name)) and isinstance(model, Mapping)]
-    return {name: value for name, value in entries if isinstance(value, StoredTensor)} | {
+    models = models or [("model", dict(entries))]
+    return {
         (key if name == "model" else f"{name}.{key}"): value
         for name, model in models
         for key, value in model.items()

@@ -32,6 +32,11 @@ HARMLESS = frozenset(
 )
 
 
+_SPARSE_HYBRID = "whose layers of lightning attention no GPTModel of Megatron-LM has, so that it cannot be converted"
+#: Architectures and model types that Megatron-LM cannot hold at all, and why.
+_REFUSED = dict.fromkeys(("MiniCPMSALAForCausalLM", "minicpm_sala"), _SPARSE_HYBRID)
+
+
 def family_from_config(config: Mapping[str, Any]) -> Family:
     """Family that config.json names by `architectures` or, without it, `model_type`; if both are there, they must agree."""
     architectures = config.get("architectures") or []
@@ -51,6 +56,9 @@ def family_from_config(config: Mapping[str, Any]) -> Family:
             f"config.json has architectures={architectures!r} and model_type={model_type!r}, which name different "
             "models; correct the one that is wrong"
         )
+    reasons = [reason for name, reason in _REFUSED.items() if name in architectures or name == model_type]
+    if reasons:
+        raise ConversionError(f"config.json names {one_line(', '.join(architectures) or model_type)}, {reasons[0]}")
     named = one_line(", ".join(architectures) or model_type or "no architecture")
     known = ", ".join(family.architecture for family in FAMILIES.values())
     raise ConversionError(
@@ -144,10 +152,30 @@ def _show(value: Any) -> str:
     return value.name if isinstance(value, DType) else str(value) or "none"
 
 
-def config_for(spec: ModelSpec, base: Mapping[str, Any] | None) -> tuple[dict[str, Any], list[str]]:
+def missing_code(config: Mapping[str, Any], code: Collection[str]) -> list[str]:
+    """Python files that `auto_map` takes the model's classes from and that are not among `code`.
+
+    Code of another repository (`repository--module.Class`) is not a file of this one, and that of a tokenizer belongs to it.
+    """
+    auto_map = config.get("auto_map")
+    listed = auto_map.items() if isinstance(auto_map, Mapping) else ()
+    names = {
+        f"{one_line(value).partition('.')[0]}.py"
+        for key, value in listed
+        if key != "AutoTokenizer"
+        if "--" not in str(value)
+    }
+    return sorted(names - set(code))
+
+
+def config_for(
+    spec: ModelSpec, base: Mapping[str, Any] | None, code: Collection[str] = ()
+) -> tuple[dict[str, Any], list[str]]:
     """config.json to write, and the keys of `base` that had to change, as `key: old -> new`.
 
-    `base` is the configuration of the source or of a reference model; its keys that the spec does not decide are kept.
+    `base` is the configuration of the source or of a reference model; its keys that the spec does not decide are kept. `code`
+    are names of Python files that will be beside it: where they are all that `auto_map` names, it stays, and so do the names of
+    a model that transformers does not have itself.
     """
     written = config_from_spec(spec)
     if base is None:
@@ -158,11 +186,11 @@ def config_for(spec: ModelSpec, base: Mapping[str, Any] | None) -> tuple[dict[st
         if rule.read(base) != {name: spec.values.get(name) for name in rule.read(base)}:
             config = {key: value for key, value in config.items() if key not in rule.keys}
             config.update({key: written[key] for key in rule.write(spec)})
-    config.update(architectures=[family.architecture], model_type=family.model_type)
+    complete = "auto_map" in base and not missing_code(base, code)
+    if not (complete and family_from_config(base).name == family.name):
+        config.pop("auto_map", None)  # names code that does not travel; the class is transformers' own
+        config.update(architectures=[family.architecture], model_type=family.model_type)
     config = quantisation.unquantised(config)  # weights are written as they are
-    config.pop(
-        "auto_map", None
-    )  # names code in the source's folder, which is not copied; the class is transformers' own
     dtype_key = "dtype" if "dtype" in base else "torch_dtype"
     config[dtype_key] = spec.dtype.name
     changed = [

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..basics.errors import UsageError
 from ..conversion.staging import unfinished_in
-from .megatron.reading import listing
+from .megatron.reading import MODEL_FILE, listing
 from .megatron.writing import TRACKER
 
 HF, META, MEGATRON = "hf", "meta", "megatron"
@@ -17,7 +17,7 @@ WEIGHTS = "weights"
 _PATTERNS = {
     HF: ("config.json", "*.safetensors", "pytorch_model*.bin"),
     META: ("consolidated.*.pth",),
-    MEGATRON: (TRACKER, "mp_rank_*", ".metadata"),
+    MEGATRON: (TRACKER, "mp_rank_*", ".metadata", MODEL_FILE),
 }
 FORMATS = tuple(_PATTERNS)
 

@@ -9,12 +9,15 @@ from ..basics.folders import new_folder
 from ..conversion.endpoint import Target
 from .huggingface.single_file import SingleFileTarget
 from .huggingface.target import HFOptions, HFTarget
+from .megatron.flat_target import FlatTarget
 from .megatron.rank_files_target import MegatronTarget
 from .megatron.torch_dist_target import TorchDistTarget
 from .megatron.writing import CheckpointTarget, MegatronOptions
 
-#: Targets by the name of their format in Megatron-LM (`--ckpt-format`).
-CHECKPOINTS: dict[str, type[CheckpointTarget]] = {kind.format: kind for kind in (MegatronTarget, TorchDistTarget)}
+#: Targets by the name of their format (`--ckpt-format`).
+CHECKPOINTS: dict[str, type[CheckpointTarget]] = {
+    kind.format: kind for kind in (MegatronTarget, TorchDistTarget, FlatTarget)
+}
 
 
 def open_target(path: str | os.PathLike[str], options: HFOptions | MegatronOptions) -> Target:

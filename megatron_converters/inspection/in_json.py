@@ -17,7 +17,7 @@ def as_json(found: Survey) -> dict[str, Any]:
     return {
         "path": origin.described,
         "format": found.kind,
-        "checkpoint_format": found.checkpoint_format,
+        "checkpoint_format": origin.checkpoint_format,
         "model": found.spec.to_dict(),
         "parameters": {"total": total, "active": active},
         "weights": {
@@ -40,6 +40,7 @@ def as_json(found: Survey) -> dict[str, Any]:
             "expert": parallel.ep,
             "expert_tensor": parallel.etp,
         },
+        "mup": origin.mup,
         "names": found.names,
         "expert_layout": found.expert_layout,
         "iteration": origin.iteration,

@@ -13,6 +13,7 @@ from ..assets import capacity_bins
 from ..basics.quantities import count, size
 from ..families import FAMILIES
 from ..formats.detect import HF, MEGATRON, META, WEIGHTS
+from ..formats.megatron.conventions import FLAGS, FOLD, RAW
 from ..model.layers import (
     ALL_HEADS,
     EACH_HEAD,
@@ -31,6 +32,11 @@ from .inventory import Holding, Survey, count_parameters
 
 Rows = list[tuple[str, str]]
 _FORMATS = {HF: "Hugging Face", WEIGHTS: "Hugging Face weights", META: "Meta", MEGATRON: "Megatron-LM"}
+_MULTIPLIERS = {
+    FLAGS: "in flags of muP",
+    FOLD: "folded into weights",
+    RAW: "in arguments of MindSpeed-LLM, or left to the training program",
+}
 _NAMES = {"local": "Megatron-LM's local layers", "transformer_engine": "Transformer Engine"}
 
 
@@ -265,14 +271,17 @@ def by_dtype(found: Survey) -> dict[str, list[Holding]]:
 
 def _layout(found: Survey) -> Iterator[tuple[str, str]]:
     parallel, names, experts = found.origin.parallel, found.names, found.expert_layout
-    written = "" if found.cut else ", when it was written"
-    yield "format", _FORMATS[found.kind] + (f", {found.checkpoint_format}" if found.checkpoint_format else "")
+    checkpoint_format = found.origin.checkpoint_format
+    written = ", when it was written" if checkpoint_format == "torch_dist" else ""
+    yield "format", ", ".join(filter(None, (_FORMATS[found.kind], checkpoint_format)))
     if parallel is not None:
         yield "tensor parallel", f"{parallel.tp}{written}"
         yield "pipeline parallel", f"{_stages(parallel)}{written}"
         if found.spec.num_experts:
             yield "expert parallel", f"{parallel.ep}{written}"
             yield "expert tensor parallel", f"{parallel.etp}{written}"
+    if found.origin.mup is not None:
+        yield "multipliers", _MULTIPLIERS[found.origin.mup]
     if names is not None:
         yield "names", f"{_NAMES[names]} ({names})"
     if experts is not None:
@@ -301,6 +310,8 @@ def _other_contents(found: Survey) -> Iterator[tuple[str, str]]:
     origin = found.origin
     yield "iteration", "none" if origin.iteration is None else str(origin.iteration)
     yield "tokenizer", origin.tokenizer or "none"
+    if origin.code_files:
+        yield "code of the model", ", ".join(origin.code_files)
     if found.kind == MEGATRON:
         yield "Hugging Face configuration", "recorded" if origin.hf_config else "none is recorded"
     yield from (("note", note) for note in origin.notes)

@@ -17,7 +17,7 @@ from ..basics.dtypes import DType
 from ..conversion.composing import Piece
 from ..conversion.endpoint import Source
 from ..families import FAMILIES
-from ..formats.detect import HF, MEGATRON, WEIGHTS
+from ..formats.detect import HF, WEIGHTS
 from ..formats.huggingface.parts import HFNames
 from ..formats.huggingface.target import FUSED, SEPARATE
 from ..formats.megatron.names import DIALECTS, EXPERTS, Name, name_of
@@ -95,11 +95,6 @@ class Survey:
     def cut(self) -> Parallel | None:
         """Parallel sizes if each rank has a file of its own, else None."""
         return self.origin.parallel if self.ranks else None
-
-    @property
-    def checkpoint_format(self) -> str | None:
-        """Megatron-LM's name of the checkpoint format: `torch` (a file for each rank) or `torch_dist`; None for other folders."""
-        return None if self.kind != MEGATRON else "torch" if self.ranks else "torch_dist"
 
     def stage(self, file: str) -> int:
         """Pipeline stage of a file; 0 if it belongs to no rank."""

@@ -45,7 +45,7 @@ def arguments(found: Survey, source: Source, folder: Path) -> tuple[dict[str, An
     context = Context(stored.spec, Parallel(1, (spec.num_layers,)), _EXPERT_LAYOUT, router=router)
     if found.kind == MEGATRON and origin.parallel is not None:
         groups += (Group.LAYOUT, Group.EXPERT_LAYOUT)
-        stored = conventions_of(recorded, spec)
+        stored = conventions_of(recorded, spec, origin.mup)
         context = _context(found, stored.spec, origin.parallel, recorded, router)
     result = {**written_args(context, groups), **stored.marks}
     result["seq_length"] = seq_length_of(spec, plain_args(inheritable(origin.margs)))
@@ -74,7 +74,7 @@ def _context(
         found.padded_vocab,
         _divisor(found, parallel, recorded),
         found.names or recorded.get("transformer_impl") or "transformer_engine",
-        found.checkpoint_format or "torch",
+        found.origin.checkpoint_format or "torch",
         router,
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,14 +18,15 @@ from ..sharding.ranks import Parallel
 class Checkpoint:
     """Description of the checkpoint for each process: its folder, the model's arguments and sizes, and how it is cut.
 
-    `view` is the folder to load a distributed checkpoint from instead of its own (see `view.py`), and `content` describes the
-    layout of its keys.
+    `files` has the files of ranks by the name of their folder. `view` is the folder to load a distributed checkpoint from instead
+    of its own (see `view.py`), and `content` describes the layout of its keys.
     """
 
     folder: Path
     args: dict[str, Any]
     spec: ModelSpec
     parallel: Parallel
+    files: Mapping[str, Path] = field(default_factory=dict)
     view: Path | None = None
     content: dict[str, Any] = field(default_factory=dict)
 

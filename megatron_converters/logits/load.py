@@ -15,7 +15,6 @@ from megatron.core.models.gpt import GPTModel
 from torch.distributed.checkpoint.api import CheckpointException
 
 from ..formats.megatron.names import EXTRA_STATE_SUFFIX, LOCAL
-from ..formats.megatron.rank_files_target import FILE
 from ..sharding.ranks import Rank
 from ..storage import torch_zip
 from ..storage.tensor import StoredTensor
@@ -33,12 +32,13 @@ def load(checkpoint: Checkpoint, rank: Rank) -> Loaded:
 
 
 def _from_file(checkpoint: Checkpoint, rank: Rank) -> Loaded:
-    """Models loaded from the rank's own file of the `torch` format."""
+    """Models loaded from the rank's own file."""
     parallel = checkpoint.parallel
-    file = checkpoint.folder / parallel.directory(rank) / FILE
+    file = checkpoint.files[parallel.directory(rank)]
     content = torch_zip.read(file)
+    stored = content if isinstance(content.get(parallel.entries[0]), Mapping) else {parallel.entries[0]: content}
     states = [
-        with_local_names(_tensors(content[entry]), checkpoint.spec, parallel, rank, rank.pp + number * parallel.pp)
+        with_local_names(_tensors(stored[entry]), checkpoint.spec, parallel, rank, rank.pp + number * parallel.pp)
         for number, entry in enumerate(parallel.entries)
     ]
     models = gpt.build(Namespace(**checkpoint.args, padded_vocab_size=_vocabulary_rows(states) * parallel.tp))

@@ -15,11 +15,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..basics.errors import ConversionError
+from ..basics.errors import ConversionError, raise_all
 from ..formats.megatron.argument import Context, Group
-from ..formats.megatron.arguments import model_args, plain_args, written_args
+from ..formats.megatron.arguments import inexpressible, model_args, plain_args, written_args
+from ..formats.megatron.conventions import RAW
 from ..formats.megatron.opening import open_megatron
-from ..formats.megatron.rank_files_source import MegatronSource
+from ..formats.megatron.rank_files_source import RankFilesSource
 from ..formats.megatron.reading import MegatronReadOptions, checkpoint_directory
 from ..formats.megatron.torch_dist_source import TorchDistSource
 from ..model.slots import refs
@@ -45,6 +46,14 @@ class MegatronModel:
     def __init__(self, path: Path, options: MegatronReadOptions) -> None:
         """Raises `ConversionError` if the checkpoint is damaged or has too many ranks, or if megatron-core is missing."""
         source = open_megatron(path, options)
+        if source.conventions.mup == RAW:
+            raise ConversionError(
+                f"{path} leaves its multipliers to MindSpeed-LLM's arguments, which megatron-core does not have; convert it with "
+                "--mup fold to compute its logits"
+            )
+        raise_all(
+            f"{path}: megatron-core would compute another model than this:", inexpressible(source.conventions.spec)
+        )
         need("torch", "torch")
         need("megatron.core", "megatron-core")
         self.path = path
@@ -90,11 +99,10 @@ class MegatronModel:
         return dataclasses.replace(self._checkpoint, view=folder / _VIEW)
 
 
-def _checkpoint(source: MegatronSource | TorchDistSource, path: Path, folder: Path) -> Checkpoint:
-    if isinstance(source, MegatronSource):
-        return Checkpoint(
-            folder, _arguments(source.conventions.spec, source.parallel, path), source.spec, source.parallel
-        )
+def _checkpoint(source: RankFilesSource | TorchDistSource, path: Path, folder: Path) -> Checkpoint:
+    if isinstance(source, RankFilesSource):
+        args = _arguments(source.conventions.spec, source.parallel, path)
+        return Checkpoint(folder, args, source.spec, source.parallel, source.files)
     whole = parallel_for(source.spec, 1, 1)
     args = {**_arguments(source.conventions.spec, whole, path), "padded_vocab_size": source.padded}
     return Checkpoint(folder, args, source.spec, whole, content=plain_args(source.content))

@@ -62,9 +62,9 @@ def add_megatron_target_arguments(parser: Any) -> None:
     add_argument(
         parser,
         "--saver-transformer-impl",
-        default="transformer_engine",
+        default=None,
         choices=IMPLS,
-        help="Whose parameter names to write.",
+        help="Whose parameter names to write; by default those of transformer_engine, in model_pt local.",
     )
     add_argument(
         parser,
@@ -116,7 +116,8 @@ def add_megatron_target_arguments(parser: Any) -> None:
         "--ckpt-format",
         choices=sorted(CHECKPOINTS),
         default="torch",
-        help="Format of the checkpoint: a file for each rank (torch, the default), or chunks that any sizes load (torch_dist).",
+        help="Format of the checkpoint: a file for each rank (torch, the default), chunks that any sizes load (torch_dist), or the "
+        "state dict of the whole model in model.pt, described by metadata.json (model_pt).",
     )
     add_argument(
         parser,
@@ -221,6 +222,15 @@ def add_hf_target_arguments(parser: Any) -> None:
     )
     add_argument(
         parser,
+        "--as",
+        dest="as_family",
+        metavar="FAMILY",
+        default=None,
+        help="Write the model as another family, such as MiniCPM as llama, which needs no remote code: multipliers that the other "
+        "family lacks are folded into weights.",
+    )
+    add_argument(
+        parser,
         "--save-capacity-bins",
         action="store_true",
         help="Keep the capacity bins of Habana's routers in capacity_bins.pt.",
@@ -237,6 +247,7 @@ def hf_options(args: argparse.Namespace) -> HFOptions:
         source_model_type=args.source_model_type,
         expert_layout=_expert_layout(args, (SEPARATE, FUSED), "a Hugging Face folder") or SEPARATE,
         save_capacity_bins=args.save_capacity_bins,
+        as_family=args.as_family,
     )
 
 

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ...assets.code_files import code_files
 from ...assets.origin import Origin, file_identities
 from ...basics.dtypes import DType
 from ...basics.errors import ConversionError, UsageError, one_line, raise_all
@@ -80,7 +81,8 @@ class HFSource:
         names = HFNames(family, spec, prefixed=prefixed)
         ignored = {name for name in tensors if name.endswith(family.ignored_suffixes)}
         self._pieces, self._replicas = _match(path, spec, names, tensors, ignored | left_out)
-        files = {data.path for data in stored.values()} | {folder / _CONFIG}
+        code = code_files(folder)
+        files = {data.path for data in stored.values()} | {folder / _CONFIG, *code.values()}
         self.spec = dataclasses.replace(spec, dtype=first_dtype(self._pieces[Ref(SLOTS["word_embeddings"])]))
         generation = folder / "generation_config.json"
         self.origin = Origin(
@@ -88,6 +90,7 @@ class HFSource:
             hf_config=unquantised(config),
             generation_config=read_json(generation) if generation.exists() else None,
             tokenizer=str(folder) if _has_tokenizer(folder) else None,
+            code_files=code,
             notes=[*notes, *decoded_note(tensors), *(note for key, note in family.remarks.items() if config.get(key))],
             ignored=[
                 *(f"{name} (no weight)" for name in sorted(ignored)),

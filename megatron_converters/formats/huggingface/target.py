@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ...assets import capacity_bins
+from ...assets.code_files import write_code_files
 from ...assets.origin import Origin
 from ...assets.tokenizer import (
     generation_config,
@@ -29,13 +30,15 @@ from ...basics.quantities import count, size
 from ...conversion.journal import MANIFEST
 from ...conversion.outline import Fill, Outline
 from ...conversion.staging import Staging
+from ...conversion.stored_model import StoredModel
 from ...families import FAMILIES
-from ...families.config_json import config_for
+from ...families.config_json import config_for, config_from_spec, missing_code
 from ...model.slots import SLOTS, Ref, refs
 from ...model.spec import ModelSpec
-from ...model.values import inverse
+from ...model.values import composed, inverse
 from ...storage import safetensors
 from ...storage.output_file import FileLayout
+from .other_family import origin_elsewhere, stored_as
 from .parts import HFNames, Part
 
 #: Expert layouts: separate tensors for each expert, as in published models, or fused ones, as transformers 5 has in memory.
@@ -66,6 +69,8 @@ class HFOptions:
     source_model_type: str | None = None
     expert_layout: str = SEPARATE
     save_capacity_bins: bool = False
+    #: Family to write the model as, such as "llama": with multipliers in its weights, where that has none. None keeps its own.
+    as_family: str | None = None
     #: Write the weights alone, as one file of `torch.save`; the path then names that file.
     single_file: bool = False
 
@@ -114,11 +119,13 @@ class HFTarget:
     def prepare(self, spec: ModelSpec, origin: Origin, dtype_of: Callable[[Ref], DType]) -> Outline:
         """Lay out all files; raises `ConversionError` if the options do not fit the model."""
         _check_model_type(self._options.source_model_type, spec)
-        self._spec = dataclasses.replace(spec, dtype=dtype_of(Ref(SLOTS["word_embeddings"])))
-        self._names = HFNames(FAMILIES[spec.family], self._spec)
+        asked = self._options.as_family
+        self._stored = StoredModel(spec) if asked in (None, spec.family) else stored_as(spec, asked)
+        self._spec = dataclasses.replace(self._stored.spec, dtype=dtype_of(Ref(SLOTS["word_embeddings"])))
+        self._names = HFNames(FAMILIES[self._spec.family], self._spec)
         self._origin = origin
         self._dtype_of = dtype_of
-        self._config, self._changed = config_for(self._spec, origin.hf_config)
+        self._config, self._changed = self._configuration(spec.family)
         self._model_type = self._options.source_model_type or _token_family(self._spec)
         stored: dict[str, Stored] = {}
         for ref in refs(spec):
@@ -141,6 +148,13 @@ class HFTarget:
         }
         layouts = {file: self._layout(shard) for file, shard in shards.items()}
         return Outline(self._name, layouts, options, content=self._small_files({}))
+
+    def _configuration(self, family: str) -> tuple[dict[str, Any], list[str]]:
+        """config.json to write, and what differs from the source's; another `family` has nothing of that but token ids."""
+        if self._spec.family == family:
+            return config_for(self._spec, self._origin.hf_config, self._origin.code_files)
+        self._origin = origin_elsewhere(self._origin, self._stored, family)
+        return {**config_from_spec(self._spec), **(self._origin.hf_config or {})}, []
 
     @property
     def output(self) -> Path:
@@ -172,9 +186,10 @@ class HFTarget:
         for part in self._parts(ref):
             dtype = self._dtype_of(ref)
             start = part.number * math.prod(part.shape) * dtype.itemsize
-            value = inverse(part.value)
             file = self._file_names[part.name]
-            yield Fill(file, part.name, dtype, part.shape, part.rows, 0, start, part.transposed, value=value)
+            fill = Fill(file, part.name, dtype, part.shape, part.rows, 0, start, part.transposed)
+            fill = self._stored.fill(ref, fill)
+            yield fill._replace(value=composed(fill.value, inverse(part.value)))
 
     def clear(self, staging: Staging) -> None:
         """Remove an older model's files, those that name others first, so that a mixture of two models never looks complete."""
@@ -215,13 +230,26 @@ class HFTarget:
 
     def _small_paths(self) -> list[Path]:
         """Paths of a model's small files that an older model must not leave behind."""
-        return [self.save_dir / name for name in (_GENERATION, _MARGS, capacity_bins.FILE, MANIFEST)]
+        names = (_GENERATION, _MARGS, capacity_bins.FILE, MANIFEST, *self._origin.code_files)
+        return [self.save_dir / name for name in names]
+
+    def _code_notes(self) -> list[str]:
+        """Note on code of the model that does not travel."""
+        missing = missing_code(self._origin.hf_config or {}, self._origin.code_files)
+        files = ", ".join(missing)
+        return (
+            [f"auto_map is left out of config.json: {files}, which it names, did not come with the model"]
+            if missing
+            else []
+        )
 
     def assets(self, folder: Path) -> None:
         """Write the small files: configuration, index, training arguments and tokenizer."""
         origin, options = self._origin, self._options
         notes = [*origin.notes]
         notes += [f"config.json differs from the reference in {change}" for change in self._changed]
+        notes += self._code_notes()
+        write_code_files(origin.code_files, folder)
         if len(set(self._file_names.values())) > 1:
             index = {"metadata": {"total_size": self._total}, "weight_map": dict(sorted(self._file_names.items()))}
             write_json(folder / _INDEX, index)

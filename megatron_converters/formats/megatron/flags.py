@@ -17,12 +17,19 @@ from .releases import NEWEST, OLDEST, before, latest
 from .rows_positions import MEGATRON_LLAMA3, scaling_of
 
 _BY_FLAG = {row.flag.name: row.flag for row in ARGUMENTS if row.flag is not None}
+#: Attributes that say what a checkpoint lacks besides its model.
+_NOT_SAVED = ("no_save_optim", "no_save_rng")
 _EXPERT_GROUPS = (Group.EXPERTS, Group.ROUTER, Group.EXPERT_LAYOUT)
 
 
 def all_flags(args: Mapping[str, Any]) -> list[str]:
     """All flags that set these `args`, each with its value, quoted for a shell."""
     return _shown(ARGUMENTS, args)
+
+
+def model_flags(args: Mapping[str, Any]) -> list[str]:
+    """All flags of a model whose weights `pretrain_gpt.py` cannot load by itself."""
+    return all_flags({name: value for name, value in args.items() if name not in _NOT_SAVED})
 
 
 def flags(args: Mapping[str, Any], release: str = NEWEST) -> list[str]:

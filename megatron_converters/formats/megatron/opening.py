@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from .rank_files_source import MegatronSource
-from .reading import AS_STORED, MegatronReadOptions, checkpoint_directory, is_distributed
+from .flat_source import FlatSource
+from .rank_files_source import MegatronSource, RankFilesSource
+from .reading import AS_STORED, MegatronReadOptions, checkpoint_directory, has_model_file, is_distributed
 from .torch_dist_source import TorchDistSource
 
 
-def open_megatron(load_dir: Path, options: MegatronReadOptions = AS_STORED) -> MegatronSource | TorchDistSource:
-    """Open the checkpoint in `load_dir`: as `torch_dist` if it has that format's index, else as `torch`."""
-    distributed = is_distributed(checkpoint_directory(load_dir, options.directory_name))
-    return TorchDistSource(load_dir, options) if distributed else MegatronSource(load_dir, options)
+def open_megatron(load_dir: Path, options: MegatronReadOptions = AS_STORED) -> RankFilesSource | TorchDistSource:
+    """Open the checkpoint in `load_dir`: as `torch_dist` if it has that format's index, else by the files that it has."""
+    directory = checkpoint_directory(load_dir, options.directory_name)
+    if is_distributed(directory):
+        return TorchDistSource(load_dir, options)
+    return FlatSource(load_dir, options) if has_model_file(directory) else MegatronSource(load_dir, options)

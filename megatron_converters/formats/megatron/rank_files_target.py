@@ -51,10 +51,10 @@ class MegatronTarget(CheckpointTarget):
     def _lay_out(self) -> tuple[dict[str, FileLayout], dict[str, dict[str, StoredTensor]]]:
         parallel = self._parallel
         self._placement = Placement(self._spec, parallel, self._padded, self._conventions.shards)
-        self._table = {**DIALECTS[self._options.impl], **EXPERTS[self._expert_layout]}
+        self._table = {**DIALECTS[self._impl], **EXPERTS[self._expert_layout]}
         self._names: dict[tuple[str, int, str], str] = {}
         ranks = [rank for stage in range(parallel.pp) for rank in parallel.ranks(stage)]
-        self._files = {rank: f"{parallel.directory(rank)}/{FILE}" for rank in ranks}
+        self._files = {rank: self._file_of(rank) for rank in ranks}
         groups = self._groups(ranks)
         given = {rank: {} if self._bins is None else dict(self._bins.on_rank(rank, parallel)) for rank in ranks}
         layouts: dict[tuple[int, tuple[_Stored, ...]], FileLayout] = {}
@@ -64,7 +64,7 @@ class MegatronTarget(CheckpointTarget):
             stored = groups[rank.pp, rank.ep] | bins
             kind = rank.pp, tuple(stored.values())
             if kind not in layouts:  # ranks whose files have the same structure share a layout
-                layouts[kind] = self._layout(rank.pp, stored)
+                layouts[kind] = self._layout(rank, stored)
             files[self._files[rank]] = layouts[kind]
         self._tensors = sum(len(layout.regions) for layout in files.values())
         return files, {self._files[rank]: bins for rank, bins in given.items()}
@@ -116,10 +116,19 @@ class MegatronTarget(CheckpointTarget):
             shape = (cols, parts * rows) if ref.slot.shard is Shard.COLUMN else (parts * cols, rows)
         return _new(key, self._dtype_of(ref), shape)
 
-    def _layout(self, pp: int, stored: Mapping[str, _Stored]) -> FileLayout:
+    def _file_of(self, rank: Rank) -> str:
+        """Path of a rank's file in the output folder."""
+        return f"{self._parallel.directory(rank)}/{FILE}"
+
+    def _content(self, models: Mapping[str, OrderedDict[str, Any]]) -> Any:
+        """Content of the file of a rank that holds these models."""
+        return self._tree(models)
+
+    def _layout(self, rank: Rank, stored: Mapping[str, _Stored]) -> FileLayout:
         tensors = {key: entry.tensor for key, entry in stored.items()}
         parts = {key: entry.parts for key, entry in stored.items() if entry.parts > 1}
-        return dataclasses.replace(torch_zip.layout(FILE, self._tree(self._models(pp, tensors))), parts=parts)
+        content = self._content(self._models(rank.pp, tensors))
+        return dataclasses.replace(torch_zip.layout(self._files[rank], content), parts=parts)
 
     def _models(self, pp: int, tensors: Mapping[str, torch_zip.NewTensor]) -> dict[str, OrderedDict[str, Any]]:
         """State dicts of a rank, one for each of its stages; the keys of `tensors` have the stage's prefix."""
@@ -133,7 +142,7 @@ class MegatronTarget(CheckpointTarget):
 
     def _extra_state(self, stage: int) -> Iterator[str]:
         """Keys of the `_extra_state` entries of a stage."""
-        parallel, spec, impl = self._parallel, self._spec, self._options.impl
+        parallel, spec, impl = self._parallel, self._spec, self._impl
         before = sum(parallel.stages[:stage])
         is_last = stage == len(parallel.stages) - 1
         stacks = [(DECODER, spec.order[before : before + parallel.stages[stage]]), (MTP, spec.mtp if is_last else ())]

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...assets.origin import Origin
+from ...assets.code_files import CODE_FOLDER, code_files
+from ...assets.origin import Origin, file_identities
 from ...basics.dtypes import DType
 from ...basics.errors import ConversionError, Unclear, UsageError, one_line, reason_of
 from ...basics.json_files import read_json
@@ -33,6 +34,8 @@ from .writing import FAMILY_FILE, TRACKER
 
 #: File that describes the format of a distributed checkpoint (core/dist_checkpointing/core.py).
 FORMAT_FILE = "metadata.json"
+#: File that holds the state dict of a whole model; beside it, a file of the same name as `FORMAT_FILE` describes the model.
+MODEL_FILE = "model.pt"
 #: Name of a rank's folder in the `torch` format.
 RANK = re.compile(r"mp_rank_\d{2,}(_\d{3,})*$")
 _ITERATION = re.compile(r"[0-9]{1,18}")
@@ -86,16 +89,22 @@ def checkpoint_directory(load_dir: Path, name: str | None) -> Path:
                 f"{tracker} names {directory.name}, which does not exist; copy that folder or select another"
             )
         return directory
-    if is_distributed(load_dir) or any(RANK.match(path.name) for path in listing(load_dir)):
+    if has_model_file(load_dir) or is_distributed(load_dir) or any(RANK.match(path.name) for path in listing(load_dir)):
         return load_dir
     raise ConversionError(
-        f"{load_dir} is not a Megatron-LM checkpoint: it has neither {TRACKER} nor mp_rank_* folders nor a {dcp.METADATA} file"
+        f"{load_dir} is not a Megatron-LM checkpoint: it has neither {TRACKER} nor mp_rank_* folders nor a {dcp.METADATA} or "
+        f"{MODEL_FILE} file"
     )
 
 
 def is_distributed(directory: Path) -> bool:
     """Whether an iteration's folder is a distributed checkpoint: of the `torch_dist` format, or another with an index file."""
-    return any((directory / name).exists() for name in (dcp.METADATA, FORMAT_FILE))
+    return any((directory / name).exists() for name in (dcp.METADATA, FORMAT_FILE)) and not has_model_file(directory)
+
+
+def has_model_file(directory: Path) -> bool:
+    """Whether a folder holds a whole model in one file."""
+    return (directory / MODEL_FILE).exists() and not (directory / dcp.METADATA).exists()
 
 
 def listing(folder: Path) -> list[Path]:
@@ -308,10 +317,16 @@ def _is_empty(value: Any) -> bool:
 
 
 def origin_of(
-    directory: Path, args: argparse.Namespace, options: MegatronReadOptions, iteration: Any, **more: Any
+    directory: Path,
+    args: argparse.Namespace,
+    options: MegatronReadOptions,
+    iteration: Any,
+    files: Iterable[str | Path],
+    **more: Any,
 ) -> Origin:
-    """Origin of a checkpoint: what is carried beside its weights. `more` are further fields of `Origin`."""
+    """Origin of a checkpoint in these files: what is carried beside its weights. `more` are further fields of `Origin`."""
     reference = options.hf_config
+    code = code_files(directory / CODE_FOLDER, links=False) if reference is None else code_files(reference)
     return Origin(
         described=str(directory),
         hf_config=_configuration(args, "hf_config", reference, "config.json"),
@@ -319,6 +334,8 @@ def origin_of(
         tokenizer=str(reference) if reference else _path(getattr(args, "tokenizer_model", None)),
         margs=args,
         iteration=iteration if isinstance(iteration, int) else None,
+        code_files=code,
+        identity=file_identities(directory, [*files, *code.values()]),
         **more,
     )
 

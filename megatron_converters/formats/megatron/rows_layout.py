@@ -9,6 +9,8 @@ from typing import Any
 
 from .argument import Argument, Build, Context, Flag, Group, flag, switch
 
+_DISTRIBUTED = "torch_dist"
+
 
 def _layout(attribute: str, write: Any, flagged: Flag | None = None, **more: Any) -> Argument:
     return Argument(attribute, write, group=Group.LAYOUT, flag=flagged, **more)
@@ -16,6 +18,11 @@ def _layout(attribute: str, write: Any, flagged: Flag | None = None, **more: Any
 
 def _lost(name: str, words: Any = None, **more: Any) -> Flag:
     return flag(name, *([words] if words else []), lost=True, **more)
+
+
+def _saved_format(context: Context) -> str:
+    """Megatron-LM's name of the format; one that it does not know holds what a rank's file does."""
+    return _DISTRIBUTED if context.ckpt_format == _DISTRIBUTED else "torch"
 
 
 def _stage_layers(context: Context) -> int | None:
@@ -119,8 +126,8 @@ LAYOUT = (
     _layout(
         "padded_vocab_size", lambda c: c.padded_vocab, flag("--padded-vocab-size", since="0.14"), build=Build.MODEL
     ),
-    _layout("ckpt_format", lambda c: c.ckpt_format, _lost("--ckpt-format", default="torch", since="0.9")),
-    _layout("use_dist_ckpt", lambda c: c.ckpt_format != "torch"),
+    _layout("ckpt_format", _saved_format, _lost("--ckpt-format", default="torch", since="0.9")),
+    _layout("use_dist_ckpt", lambda c: c.ckpt_format == _DISTRIBUTED),
     _layout("use_distributed_optimizer", lambda _: False),
 )
 LOADING = (

@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 
-from ...assets.origin import file_identities
 from ...basics.dtypes import DType
 from ...basics.errors import ConversionError
 from ...basics.json_files import read_json
@@ -138,11 +137,12 @@ class TorchDistSource:
             args,
             options,
             common.get("iteration"),
+            [common_file, self._dir / dcp.METADATA, *self._index.files],
+            checkpoint_format="torch_dist",
             parallel=parallel,
             mup=self.conventions.mup,
             notes=notes,
             ignored=[f"{key} (training state)" for key in self._index.tensors if _TRAINING_KEY.match(key)],
-            identity=file_identities(self._dir, [common_file, self._dir / dcp.METADATA, *self._index.files]),
         )
 
     @property

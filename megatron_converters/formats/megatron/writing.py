@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 
 from ...assets import capacity_bins
 from ...assets.capacity_bins import CapacityBins
+from ...assets.code_files import CODE_FOLDER, write_code_files
 from ...assets.origin import Origin
 from ...assets.tokenizer import recorded_name
 from ...assets.training_args import inheritable, margs_to_json
@@ -81,14 +82,16 @@ class MegatronOptions:
     split: PipelineSplit = EVEN
     #: Key of `names.EXPERTS`; None selects the layout that current Megatron-LM trains fastest.
     expert_layout: str | None = None
-    impl: str = "transformer_engine"
+    #: Key of `names.DIALECTS`; None selects the format's default.
+    impl: str | None = None
     divisor: int | None = None
     release: bool = False
     overwrite: bool = False
     allow_inexpressible: bool = False
     load_capacity_bins: bool = False
     tokenizer: str | None = None
-    #: Name of the format in Megatron-LM: "torch" (one file per rank), or "torch_dist" (chunks that runs of any sizes load).
+    #: "torch" (one file per rank) and "torch_dist" (chunks that runs of any sizes load) are Megatron-LM's formats; "model_pt" is
+    #: the state dict of a whole model in one file, with metadata.json.
     ckpt_format: str = "torch"
     #: Release that is to read the checkpoint, such as "0.16"; None takes the newest that is known.
     megatron_version: str | None = None
@@ -100,8 +103,10 @@ class MegatronOptions:
 class CheckpointTarget(ABC):
     """Checkpoint directory that appears in `save_dir` only when it is complete; the tracker file is written last."""
 
-    #: Name of the format in Megatron-LM (`--ckpt-format`).
+    #: Name of the format (`--ckpt-format`).
     format: ClassVar[str]
+    #: Key of `names.DIALECTS` whose names are written by default.
+    default_impl: ClassVar[str] = "transformer_engine"
     #: Whether each rank has its own `mp_rank_*` directory.
     directories: ClassVar[bool] = True
 
@@ -120,9 +125,10 @@ class CheckpointTarget(ABC):
         self._source_dtype = dtype_of
         self._warnings += rounding_warnings(self._spec, dtype_of)
         self._iteration = 1 if origin.iteration is None else origin.iteration
-        self._name = "release" if self._options.release else f"iter_{self._iteration:07d}"
+        self._name = self._choose_name()
         self._parallel = self._choose_parallel()
-        default_layout = "grouped" if self._options.impl == "transformer_engine" else "sequential"
+        self._impl = self._options.impl or self.default_impl
+        default_layout = "grouped" if self._impl == "transformer_engine" else "sequential"
         self._expert_layout = self._options.expert_layout or default_layout
         self._divisor = self._choose_divisor()
         self._padded = padded_vocab(spec.vocab_size, self._divisor, self._parallel.tp)
@@ -148,7 +154,7 @@ class CheckpointTarget(ABC):
             "parallel": dataclasses.asdict(self._parallel),
             "expert_layout": self._expert_layout,
             "vocabulary divisor": self._divisor,
-            "names": options.impl,
+            "names": self._impl,
             "release": options.release,
             "allow_inexpressible": options.allow_inexpressible,
             "load_capacity_bins": options.load_capacity_bins,
@@ -217,18 +223,17 @@ class CheckpointTarget(ABC):
             )
 
     def assets(self, folder: Path) -> None:
-        """Write the flags that training needs."""
+        """Write the flags that training needs, and the model's own code."""
+        write_code_files(self._origin.code_files, folder / CODE_FOLDER)
         (folder / FLAGS_FILE).write_text(self._flags_text(), encoding="utf-8", errors="surrogateescape")
 
     def clear(self, staging: Staging) -> None:  # noqa: B027 - a format may override it
         """Do nothing: the directory is replaced as a whole."""
 
     def show(self, staging: Staging) -> list[str]:
-        """Rename the directory to its final name, then point the tracker at it; returns lines for the user."""
-        staging.move_to(self.output)
-        staging.put(self.save_dir / TRACKER, self._tracker_text())
-        shown = flags(self._args, self._release)
-        warnings = [*self._warnings, *flag_warnings(self._conventions.spec, shown, self._parallel.tp)]
+        """Move the files to their final place; returns lines for the user."""
+        self._place(staging)
+        warnings = [*self._warnings, *flag_warnings(self._conventions.spec, self._model_flags(), self._parallel.tp)]
         warnings += router_warnings(self._spec, self._router)
         least = least_release(self._spec, self._args, self._parallel.tp, self._needed_releases())
         newest = self._newest_release()
@@ -240,6 +245,14 @@ class CheckpointTarget(ABC):
             *warnings,
             f"pretrain_gpt.py needs:\n{self._flags_text()}".rstrip(),
         ]
+
+    def _place(self, staging: Staging) -> None:
+        """Rename the directory to its final name, then point the tracker at it."""
+        staging.move_to(self.output)
+        staging.put(self.save_dir / TRACKER, self._tracker_text())
+
+    def _choose_name(self) -> str:
+        return "release" if self._options.release else f"iter_{self._iteration:07d}"
 
     def _dtype_of(self, ref: Ref) -> DType:
         """Dtype to write a ref in."""
@@ -263,9 +276,13 @@ class CheckpointTarget(ABC):
 
     @property
     def flags(self) -> list[str]:
-        """Flags with which `pretrain_gpt.py` loads the checkpoint, quoted for a shell; known once the target is prepared."""
-        shown = [f"--load {shlex.quote(os.path.abspath(self.save_dir))}", *flags(self._args, self._release)]
+        """Flags that `pretrain_gpt.py` needs for the checkpoint, quoted for a shell; known once the target is prepared."""
+        shown = self._model_flags()
         return shown if self._bins is None else [*shown, f"--moe-capacity-bins-num {self._bins.count}"]
+
+    def _model_flags(self) -> list[str]:
+        """The same without those of capacity bins."""
+        return [f"--load {shlex.quote(os.path.abspath(self.save_dir))}", *flags(self._args, self._release)]
 
     def _flags_text(self) -> str:
         return as_shell(self.flags) + "\n"
@@ -324,7 +341,7 @@ class CheckpointTarget(ABC):
             self._expert_layout,
             self._padded,
             self._divisor,
-            self._options.impl,
+            self._impl,
             self.format,
             self._router,
         )

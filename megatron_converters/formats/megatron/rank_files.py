@@ -1,0 +1,161 @@
+"""Files of a checkpoint's ranks, and what they hold: args, sizes, and tensors by key, which nothing has matched yet.
+
+Format: Megatron-LM core_v0.8.0 to core_v0.19.0, training/checkpointing.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ...basics.errors import ConversionError, one_line, raise_all
+from ...sharding.ranks import Parallel, Rank
+from ...storage import torch_zip
+from ...storage.opening import is_name
+from ...storage.tensor import StoredTensor
+from .arguments import rank_invariants
+from .names import EXPERTS, EXTRA_STATE_SUFFIX, STACKED
+from .rank_files_target import FILE
+from .reading import RANK, MegatronReadOptions, args_in, listing, parallel_of, skipped_entries, supplemented
+
+#: Key of an expert's first linear, in any expert layout.
+_EXPERT_FC1 = re.compile(r"\.experts\.(.*linear_fc1[._]weight\d*|weight1)$")
+#: Last parts of the keys of stacked experts.
+STACKED_SUFFIXES = tuple(name.rpartition("}")[2] for name in EXPERTS[STACKED].values())
+
+
+@dataclass(frozen=True)
+class RankFile:
+    """File of one rank: its path, its name in messages, and its tensors by key."""
+
+    path: Path
+    name: str
+    tensors: Mapping[str, StoredTensor]
+
+
+@dataclass(frozen=True)
+class RankFiles:
+    """All files of a checkpoint in `folder`, which is of the format `format`, and what the first one says beside its tensors.
+
+    The layers of the stages of `parallel` are still 0. `left_out` has the names of entries that are not converted, `beside` the
+    paths of other files that were read.
+    """
+
+    format: str
+    folder: Path
+    args: argparse.Namespace
+    iteration: Any
+    parallel: Parallel
+    ranks: Mapping[Rank, RankFile]
+    left_out: set[str]
+    beside: tuple[Path, ...] = ()
+
+
+def read_rank_files(folder: Path, options: MegatronReadOptions) -> RankFiles:
+    """Read the files of all ranks in a folder; raises `ConversionError` if some are missing or of different saves."""
+    first_name = _first_rank(folder)
+    first = _read_file(folder / first_name / FILE)
+    stored = args_in(first, folder)
+    args = supplemented(stored, options)
+    if args is None:
+        raise ConversionError(
+            f"{folder}: the file of rank 0 has no args, which describe the model; copy it again or save the checkpoint with its "
+            "args"
+        )
+    parallel = _stored_sizes(args, first, folder)
+    wanted = {parallel.directory(rank): rank for stage in range(parallel.pp) for rank in parallel.ranks(stage)}
+    present = {path.name for path in listing(folder) if RANK.match(path.name)}
+    problems = [f"{name} is missing" for name in sorted(wanted.keys() - present)]
+    problems += [f"{name} is there, but the args have no such rank" for name in sorted(present - wanted.keys())]
+    raise_all(
+        f"{folder}: the folders do not match the args' tp={parallel.tp}, pp={parallel.pp}, ep={parallel.ep}:", problems
+    )
+    ranks, left_out, expected = {}, set(), rank_invariants(first.get("iteration"), stored)
+    for name, rank in wanted.items():
+        content = _read_file(folder / name / FILE)
+        found = rank_invariants(content.get("iteration"), args_in(content, folder / name))
+        differing = (key for key in expected.keys() & found.keys() if found[key] != expected[key])
+        problems += [
+            f"{name}: {key} is {one_line(repr(found[key]))}, not {one_line(repr(expected[key]))}"
+            for key in sorted(differing)
+        ]
+        ranks[rank] = RankFile(folder / name / FILE, name, tensors_of(content, parallel, folder / name))
+        left_out |= skipped_entries(content)
+    remedy = "They are of different saves; copy all ranks of one save again."
+    raise_all(f"{folder}: the ranks' files contradict {first_name}:", problems, remedy=remedy)
+    return RankFiles("torch", folder, args, first.get("iteration"), parallel, ranks, left_out)
+
+
+def _first_rank(folder: Path) -> str:
+    for name in ("mp_rank_00", "mp_rank_00_000", "mp_rank_00_000_000"):
+        if (folder / name).is_dir():
+            return name
+    raise ConversionError(
+        f"{folder} has no mp_rank_00, mp_rank_00_000 or mp_rank_00_000_000; copy the folder of rank 0"
+    )
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ConversionError(f"{path} is missing; copy the checkpoint again")
+    content = torch_zip.read(path)
+    if not isinstance(content, dict):
+        raise ConversionError(f"{path} holds a {type(content).__name__}, not a checkpoint")
+    return content
+
+
+def _stored_sizes(args: argparse.Namespace, first: Mapping[str, Any], where: Path) -> Parallel:
+    """Parallel sizes from args, that of experts from their shapes. Stages get their layers later, once the number is checked."""
+    parallel, values = parallel_of(args, where), vars(args)
+    if not values.get("num_experts"):
+        return parallel
+    tensors = tensors_of(first, parallel, where)
+    return dataclasses.replace(parallel, etp=_expert_tensor_parallel(values, tensors, parallel, where))
+
+
+def _expert_tensor_parallel(
+    values: Mapping[str, Any], tensors: Mapping[str, StoredTensor], parallel: Parallel, where: Path
+) -> int:
+    """Expert-tensor-parallel size, from the experts' shapes: stock savers always record 1, and old ones nothing."""
+    size = values.get("moe_ffn_hidden_size") or values.get("ffn_hidden_size") or 0
+    local_experts = max(values["num_experts"] // parallel.ep, 1)
+    stored_rows = [
+        value.shape[1] // local_experts if key.endswith(STACKED_SUFFIXES) else value.shape[0]
+        for key, value in tensors.items()
+        if _EXPERT_FC1.search(key) and len(value.shape) == 2
+    ]
+    if not stored_rows:  # this stage has only dense layers
+        return parallel.etp
+    if not isinstance(size, int) or 2 * size % stored_rows[0]:
+        raise ConversionError(
+            f"{where}: experts have {stored_rows[0]} rows of gate and up, but the args require a divisor of 2 x {size}"
+        )
+    return 2 * size // stored_rows[0]
+
+
+def tensors_of(content: Mapping[str, Any], parallel: Parallel, where: Path) -> Mapping[str, StoredTensor]:
+    """Tensors of all models of a rank, by key; keys of virtual stages have the prefix of their model."""
+    tensors: dict[str, StoredTensor] = {}
+    unnamed = []
+    for number, entry in enumerate(parallel.entries):
+        model = content.get(entry)
+        if not isinstance(model, Mapping):
+            held = ", ".join(map(one_line, content))
+            reason = (
+                f", though the args have {parallel.vpp} virtual pipeline stages per rank" if parallel.vpp > 1 else ""
+            )
+            raise ConversionError(f"{where}: there is no {entry!r} entry{reason}; the file holds {held}")
+        prefix = parallel.prefix(number * parallel.pp)
+        for key, value in model.items():
+            if isinstance(value, StoredTensor) and is_name(key):
+                tensors[prefix + key] = value
+            elif not one_line(key).endswith(EXTRA_STATE_SUFFIX):
+                unnamed.append(f"{prefix}{one_line(key)}")
+    if unnamed:
+        raise ConversionError(f"{where}: model entries that are not named tensors: {', '.join(unnamed[:20])}")
+    return tensors
