@@ -137,13 +137,27 @@ def test_virtual_stages(hf_model: HFModel, tmp_path: Path) -> None:
         assert torch.equal(tensors[key], expected[key]), key
 
 
-def test_a_flat_state_dict(hf_model: HFModel, tmp_path: Path) -> None:
-    source = tree(hf_model("llama2"), tmp_path / "tree")
-    flat = tmp_path / "flat"
-    flat.mkdir()
-    torch.save(torch.load(source / "mp_rank_00" / RANK_FILE)["model"], flat / "model.pt")
-    found = detect(flat)
+@pytest.mark.parametrize("wrapped", [False, True], ids=["flat", "as a rank's file"])
+def test_a_whole_model_in_one_file(wrapped: bool, hf_model: HFModel, tmp_path: Path) -> None:
+    """model.pt without metadata.json: numbers and shapes describe it."""
+    state = torch.load(tree(hf_model("llama2"), tmp_path / "tree") / "mp_rank_00" / RANK_FILE)["model"]
+    (tmp_path / "flat").mkdir()
+    torch.save({"model": state} if wrapped else state, tmp_path / "flat" / "model.pt")
+    found = detect(tmp_path / "flat")
     assert (found.sizes, found.num_layers, found.vocab_rows, found.is_flat) == ((1, 1, 1), 4, 208, True)
+    mc.smart_convert_megatron_to_hf(
+        tmp_path / "flat", tmp_path / "w.pt", num_query_heads=8, num_kv_heads=4, true_vocab_size=199
+    )
+    assert mc.verify(tmp_path / "w.pt", hf_model("llama2"), read=mc.ReadOptions(hf_config=hf_model("llama2")))
+
+
+def test_a_whole_model_with_metadata(hf_model: HFModel, tmp_path: Path) -> None:
+    options = mc.MegatronOptions(ckpt_format="model_pt", impl="local")
+    mc.convert(hf_model("llama2"), tmp_path / "flat", to="megatron", megatron=options)
+    mc.smart_convert_megatron_to_hf(tmp_path / "flat", tmp_path / "hf", format="directory", num_kv_heads=4)
+    assert mc.verify(tmp_path / "hf", hf_model("llama2"))
+    with pytest.raises(AssertionError, match=r"--num_kv_heads 2 contradicts .*, which has 4"):
+        mc.smart_convert_megatron_to_hf(tmp_path / "flat", tmp_path / "other", num_kv_heads=2)
 
 
 def test_multi_latent_attention(hf_model: HFModel, tmp_path: Path) -> None:

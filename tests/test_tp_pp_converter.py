@@ -88,6 +88,22 @@ def test_biases_and_heads_of_other_sizes(
     same_tensors(written(tmp_path / "w.pt"), hf_tensors(hf_model(family)))
 
 
+@pytest.mark.parametrize("ep", [1, 2])
+def test_experts_without_args_are_minicpms(
+    ep: int, hf_model: HFModel, trees: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Mixtral's tensors are those of MiniCPM-MoE under other names."""
+    mc.smart_convert_megatron_to_hf(
+        trees("mixtral", 2, 1, ep=ep),
+        tmp_path / "w.pt",
+        model_type="minicpm",
+        num_query_heads=8,
+        true_vocab_size=VOCABULARY,
+    )
+    expected = {name.replace("block_sparse_moe", "mlp"): held for name, held in hf_tensors(hf_model("mixtral")).items()}
+    same_tensors(written(tmp_path / "w.pt"), expected)
+
+
 def test_stages_of_different_lengths(hf_model: HFModel, trees: Callable[..., Path], tmp_path: Path) -> None:
     """Three layers before one: the tensors say where the cut is."""
     bare = tmp_path / "uneven"

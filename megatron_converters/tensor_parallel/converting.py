@@ -17,6 +17,7 @@ from ..formats.detect import HF, MEGATRON
 from ..formats.huggingface.target import HFOptions
 from ..formats.megatron.arguments import lacks_sizes
 from ..formats.megatron.detecting import Detected, detect
+from ..formats.megatron.flat_metadata import METADATA_FILE
 from ..formats.megatron.shape_args import PLACEHOLDERS, shape_args, size_args
 from ..formats.megatron.writing import MegatronOptions
 from ..formats.reading import ReadOptions
@@ -137,7 +138,8 @@ def _log_detected(found: Detected) -> None:
 
 def _check_configuration(found: Detected, model: Recognised, wishes: Wishes) -> None:
     """Raise `UsageError` if a folder is to be written, and nothing says what config.json must say."""
-    if wishes.format != DIRECTORY or wishes.hf_config is not None or isinstance(found.arg("hf_config"), dict):
+    described = wishes.hf_config is not None or isinstance(found.arg("hf_config"), dict) or _has_metadata(found)
+    if wishes.format != DIRECTORY or described:
         return
     is_minicpm = (wishes.model_type or (model.model_type if model.sure else "")) == MINICPM
     what = "no args that describe the model" if lacks_sizes(found.args) else ""
@@ -150,12 +152,17 @@ def _check_configuration(found: Detected, model: Recognised, wishes: Wishes) -> 
         )
 
 
+def _has_metadata(found: Detected) -> bool:
+    """Whether the checkpoint is a whole model in one file, which a file beside it describes."""
+    return found.is_flat and (found.directory / METADATA_FILE).exists()
+
+
 def _reading(found: Detected, model: Recognised, wishes: Wishes) -> tuple[ReadOptions, list[str]]:
     """Options for reading the checkpoint, with what its args lack, and notes on what was assumed."""
     read = ReadOptions(
         ckpt_dir_name=wishes.ckpt_dir_name, hf_config=wishes.hf_config, true_vocab_size=wishes.true_vocab_size
     )
-    if found.is_flat:
+    if _has_metadata(found):
         return read, []
     lacking = lacks_sizes(found.args)
     notes: list[str] = []

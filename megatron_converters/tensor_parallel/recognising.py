@@ -13,7 +13,7 @@ from ..basics.folders import existing_path
 from ..basics.json_files import read_json
 from ..families.config_json import family_from_config, spec_from_config
 from ..formats.detect import MEGATRON, format_of
-from ..formats.megatron.detecting import FLAT_FILE, Detected, detect
+from ..formats.megatron.detecting import Detected, detect
 from .presets import LLAMA, MINICPM, PRESETS, RELEASES, VOCABULARIES, Release
 
 LOG = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ def recognise(path: str | os.PathLike[str]) -> Recognised:
 
 
 def _is_checkpoint(place: Path) -> bool:
-    return place.is_dir() and ((place / FLAT_FILE).is_file() or format_of(place) == MEGATRON)
+    return place.is_dir() and format_of(place) == MEGATRON
 
 
 def _config_beside(place: Path) -> dict[str, Any]:

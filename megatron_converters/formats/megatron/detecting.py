@@ -23,10 +23,8 @@ from ...storage.opening import is_name
 from ...storage.tensor import StoredTensor
 from .names import EMBEDDINGS
 from .rank_files_target import FILE
-from .reading import RANK, args_in, checkpoint_directory, is_distributed, listing
+from .reading import MODEL_FILE, RANK, args_in, checkpoint_directory, has_model_file, is_distributed, listing
 
-#: File of a whole model's flat state dict, where a checkpoint has no ranks.
-FLAT_FILE = "model.pt"
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 _MODEL = re.compile(r"model\d*")
 #: More ranks than any run has, so that damaged args take no memory.
@@ -83,8 +81,8 @@ class Detected:
 
     @property
     def is_flat(self) -> bool:
-        """Whether it is a whole model's flat state dict."""
-        return self.decided_by == FLAT_FILE
+        """Whether it is a whole model in one file."""
+        return self.decided_by == MODEL_FILE
 
     @property
     def layers_of_stages(self) -> tuple[int, ...]:
@@ -177,16 +175,15 @@ def detect(path: Path, directory_name: str | None = None) -> Detected:
 
     Raises `MissingPath` if there is no such folder, and `ConversionError` if it holds no checkpoint or ranks are missing.
     """
-    path = existing_folder(path)
-    if directory_name is None and (path / FLAT_FILE).is_file():
-        return _flat(path)
-    directory = checkpoint_directory(path, directory_name)
-    return _distributed(directory) if is_distributed(directory) else _rank_files(directory)
+    directory = checkpoint_directory(existing_folder(path), directory_name)
+    if is_distributed(directory):
+        return _distributed(directory)
+    return _flat(directory) if has_model_file(directory) else _rank_files(directory)
 
 
 def _flat(path: Path) -> Detected:
-    tensors = _models(_content(path / FLAT_FILE), path)[0]
-    return Detected(path, Sizes(1, 1), FLAT_FILE, None, (_stage(tensors),), _vocab_rows([tensors]), (tensors, tensors))
+    tensors = _models(_content(path / MODEL_FILE), path)[0]
+    return Detected(path, Sizes(1, 1), MODEL_FILE, None, (_stage(tensors),), _vocab_rows([tensors]), (tensors, tensors))
 
 
 def _distributed(directory: Path) -> Detected:
