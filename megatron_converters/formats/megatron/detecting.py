@@ -23,7 +23,8 @@ from ...storage.opening import is_name
 from ...storage.tensor import StoredTensor
 from .names import EMBEDDINGS
 from .rank_files_target import FILE
-from .reading import MODEL_FILE, RANK, args_in, checkpoint_directory, has_model_file, is_distributed, listing
+from .reading import RANK, args_in, checkpoint_directory, has_model_file, is_distributed, listing
+from .writing import MODEL_FILE
 
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 _MODEL = re.compile(r"model\d*")
