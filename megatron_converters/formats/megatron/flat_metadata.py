@@ -6,7 +6,6 @@ That tool writes `_ORIGINAL` only, which do not describe a model: sizes of MLP a
 from __future__ import annotations
 
 import argparse
-import dataclasses
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from ...basics.errors import ConversionError, one_line
 from ...basics.json_files import read_json
 from ...conversion.staging import unfinished_in
 from ...families import FAMILIES
-from ...model.layers import RopeScaling
+from ...families.rules_attention import written_scaling
 from ...model.spec import ModelSpec
 from .arguments import model_args
 from .reading import args_in
@@ -39,12 +38,7 @@ _PROPERTIES = ("num_query_groups", "ffn_hidden_size", "kv_channels", "norm_epsil
 def describe(spec: ModelSpec, padded: int) -> dict[str, Any]:
     """Values by key, for a model as its args describe it and embeddings of `padded` rows."""
     args, plain = model_args(spec), spec.to_dict()
-    scaling = spec.values.get("rope_scaling")
-    if isinstance(scaling, RopeScaling):
-        fields = dataclasses.asdict(scaling)  # with tuples, where JSON has lists
-        plain["rope_scaling"] = {
-            name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()
-        }
+    plain["rope_scaling"] = written_scaling(spec.values.get("rope_scaling"))  # as config.json has it
     named = {
         "model_type": FAMILIES[spec.family].model_type,
         "position_embedding_type": args["position_embedding_type"],
