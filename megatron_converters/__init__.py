@@ -31,6 +31,16 @@ if TYPE_CHECKING:
         training_flags,
         verify,
     )
+    from .tp_pp_converter import (
+        SmartConverter,
+        TensorParallelConverter,
+        convert_llama_7b,
+        convert_minicpm4_8b,
+        convert_minicpm_3b,
+        convert_minicpm_8b,
+        smart_convert_hf_to_megatron,
+        smart_convert_megatron_to_hf,
+    )
 
 __version__ = "0.1.0"
 __all__ = [
@@ -43,25 +53,41 @@ __all__ = [
     "PipelineSplit",
     "ReadOptions",
     "Result",
+    "SmartConverter",
+    "TensorParallelConverter",
     "TrainingFlags",
     "UsageError",
     "Verification",
     "__version__",
     "convert",
+    "convert_llama_7b",
+    "convert_minicpm4_8b",
+    "convert_minicpm_3b",
+    "convert_minicpm_8b",
     "diff",
     "inspect",
     "plan",
     "register_family",
+    "smart_convert_hf_to_megatron",
+    "smart_convert_megatron_to_hf",
     "supported_families",
     "training_flags",
     "verify",
 ]
+#: Names that are of `tp_pp_converter`; the others are of `api`.
+_BY_NUMBERS = frozenset(
+    """
+    SmartConverter TensorParallelConverter convert_llama_7b convert_minicpm4_8b convert_minicpm_3b convert_minicpm_8b
+    smart_convert_hf_to_megatron smart_convert_megatron_to_hf
+    """.split()
+)
 
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.api"), name)
+    module = "tp_pp_converter" if name in _BY_NUMBERS else "api"
+    return getattr(importlib.import_module(f"{__name__}.{module}"), name)
 
 
 def __dir__() -> list[str]:

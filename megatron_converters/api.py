@@ -34,7 +34,7 @@ from .formats.reading import AS_FOUND, ReadOptions, open_source, refuse_unused
 from .inspection.in_json import as_json
 from .inspection.inventory import survey
 from .inspection.training_flags import arguments
-from .request import Request
+from .request import Job, Request
 from .sharding.stages import PipelineSplit
 
 __all__ = [
@@ -283,8 +283,12 @@ def _request(
 
 def _convert(crew: Crew, request: Request, restart: bool, progress: Progress) -> Result:
     with family_of(request.read.family_file):
-        job = request.open()
-        lines = run_conversion(job.source, job.target, job.dtype, progress, restart=restart, crew=crew)
+        return run_job(request.open(), progress, restart=restart, crew=crew)
+
+
+def run_job(job: Job, progress: Progress, *, restart: bool = False, crew: Crew = ALONE) -> Result:
+    """Run an opened conversion, all or nothing."""
+    lines = run_conversion(job.source, job.target, job.dtype, progress, restart=restart, crew=crew)
     warnings = [line.removeprefix(_WARNING) for line in lines if line.startswith(_WARNING)]
     notes = [line for line in lines if not line.startswith((_WARNING, "pretrain_gpt.py needs"))]
     flags = job.target.flags if isinstance(job.target, CheckpointTarget) else []

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from megatron_converters.cli import main, mlm_to_hf
+from megatron_converters.cli import main, mlm_to_hf, tensor_parallel
 
 if TYPE_CHECKING:
     import torch
@@ -79,6 +79,11 @@ def start_verb(*options: Any, **more: Any) -> Any:
 def verb(*options: Any, **more: Any) -> Run:
     """Run `megatron-converters …`: in this process, unless `more` asks for a process."""
     return finished(start_verb(*options, **more)) if more else run_here(main.main, options)
+
+
+def tp_pp_converter(*options: Any) -> Run:
+    """Run `python -m megatron_converters.tp_pp_converter …` in this process."""
+    return run_here(tensor_parallel.main, options)
 
 
 def run_here(command: Callable[[list[str]], None], options: tuple[Any, ...]) -> Run:

@@ -174,7 +174,11 @@ ASKED: dict[str, list[dict[str, Any]]] = {
             **dict(linear_key_head_dim=2, linear_value_head_dim=4, shared_ffn_hidden_size=4, shared_gate=True),
         )
     ],
-    "minicpm": [dict(qkv_bias=True, proj_bias=True), EXPERT_FIELDS],
+    "minicpm": [
+        dict(qkv_bias=True, proj_bias=True),
+        EXPERT_FIELDS,
+        dict(feed=PerLayer(["mlp", "block experts"]), block_experts=3, block_expert_size=4),
+    ],
     "minicpm3": [dict(**_LATENT, q_lora_rank=rank) for rank in (None, 4)],
 }
 

@@ -31,6 +31,7 @@ from tests.helpers import convert, hf_tensors, nothing_complete, rank_content, r
 from tests.logits_processes import PRELOADED
 from tests.oracle import by_hand, checkpoint
 from tests.oracle.hf import FAMILIES, MOE_FAMILIES, hf_logits, sample_tokens
+from tests.oracle.hf_kinds import KINDS
 from tests.oracle.pool import MegatronPool
 
 HFModel = Callable[..., Path]
@@ -149,10 +150,10 @@ def test_megatron_loads_it_strictly_and_computes_what_transformers_computes(
     assert float((got[..., :VOCABULARY] - wanted).abs().max() / wanted.abs().max()) < 1e-5
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, *MOE_FAMILIES])
+@pytest.mark.parametrize("family", [*FAMILIES, *MOE_FAMILIES, *KINDS])
 def test_the_way_back_is_exact(hf_model: HFModel, tmp_path: Path, family: str) -> None:
     folder = hf_model(family)
-    out = flat(folder, tmp_path / "flat", allow_inexpressible=family == "olmoe")
+    out = flat(folder, tmp_path / "flat", allow_inexpressible=True)
     back = megatron_to_hf(out, tmp_path / "hf")
     same_tensors(hf_tensors(folder), hf_tensors(back))
     assert config(folder) == config(back)
@@ -378,6 +379,8 @@ def test_what_is_there_is_replaced_only_if_asked_for(hf_model: HFModel, tmp_path
     (out / "hf_files/modeling_old.py").write_text("old")
     flat(hf_model("qwen2"), out, overwrite=True)
     assert not (out / "hf_files").exists() and metadata(out)["model_type"] == "qwen2"
+    with pytest.raises(ConversionError, match=r"holds a model of another format \(model.pt\)"):
+        hf_to_megatron(hf_model("llama2"), out, overwrite=True)
     for other in (hf_to_torch_dist(hf_model("llama2"), tmp_path / "dist") / "iter_0000001", tmp_path / "dist"):
         with pytest.raises(ConversionError, match="holds a model of another format"):
             flat(hf_model("llama2"), other, overwrite=True)

@@ -11,6 +11,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "megatron_converters"
 #: From top to bottom: a folder imports from those below it; beside each other, in one direction alone.
 LEVELS = (
     ("cli",),
+    ("tensor_parallel",),
     ("",),  # modules at the top of the package, such as api.py
     ("inspection", "comparison", "logits"),
     ("formats",),
@@ -22,8 +23,9 @@ LEVELS = (
     ("basics",),
 )
 _LEVEL = {folder: number for number, level in enumerate(LEVELS) for folder in level}
-#: The package itself, of which everyone may take the version, and its command, which starts the highest folder.
-_APART = ("megatron_converters", "megatron_converters.__main__")
+#: The package itself, of which everyone may take the version, and its commands, which start the highest folder.
+_COMMANDS = ("__main__", "tp_pp_converter", "ckpt_to_hf_minicpm_with_tp_pp")
+_APART = ("megatron_converters", *(f"megatron_converters.{name}" for name in _COMMANDS))
 _MOST_AT_THE_TOP = 14
 _LONGEST = 400
 

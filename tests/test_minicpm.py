@@ -268,6 +268,43 @@ def test_experts_have_minicpm_s_names(megatron_pool: MegatronPool, tmp_path: Pat
     assert "model.layers.0.mlp.experts.3.w2.weight" in back
 
 
+def test_block_experts_are_renamed(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    folder, _ = make_minicpm(tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    config |= dict(num_experts=6, expert_size=8, dense_layer_ids=[0])
+    tensors = {name: value for name, value in hf_tensors(folder).items() if ".mlp." not in name or ".0." in name}
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"moe_router": (6, 64), "router_norm": (6,), "moe_w_in": (6, 8, 64), "moe_w_out": (6, 64, 8)}
+    for layer in (1, 2, 3):
+        for name, shape in shapes.items():
+            tensors[f"model.layers.{layer}.mlp.{name}.weight"] = torch.randn(shape, generator=generator)
+    made = tmp_path / "block"
+    made.mkdir()
+    save_file(tensors, made / "model.safetensors", metadata={"format": "pt"})
+    (made / "config.json").write_text(json.dumps(config))
+    root = tmp_path / "megatron"
+    refused(verb("convert", made, root), "block experts (BlockFFN)", "--allow-inexpressible")
+    refused(verb("convert", made, root, "--allow-inexpressible", "--tp", 2), "6 block experts of 8, which stay whole")
+    succeeded(verb("convert", made, root, "--allow-inexpressible", "--pp", 2))
+    state = rank_content(root, "mp_rank_00_001")["model"]
+    assert torch.equal(state["decoder.layers.1.mlp.moe_w_out.weight"], tensors["model.layers.3.mlp.moe_w_out.weight"])
+    for options in ((), ("--ckpt-format", "torch_dist")):
+        target = tmp_path / f"again {len(options)}"
+        succeeded(verb("convert", root, target, "--to", "megatron", "--pp", 1, "--allow-inexpressible", *options))
+        succeeded(verb("convert", target, target / "hf"))
+        assert different(tensors, hf_tensors(target / "hf")) == []
+
+
+def test_a_hybrid_of_lightning_attention_is_refused_with_the_reason(tmp_path: Path) -> None:
+    folder, _ = make_minicpm(tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    names = {"architectures": ["MiniCPMSALAForCausalLM"], "model_type": "minicpm_sala"}
+    (folder / "config.json").write_text(json.dumps(config | names))
+    refused(verb("convert", folder, tmp_path / "a"), "MiniCPMSALAForCausalLM", "lightning attention")
+
+
 def test_the_way_between_conventions(megatron_pool: MegatronPool, model: Any, tmp_path: Path) -> None:
     folder, wanted, options, _ = model("tied")
     raw = hf_to_megatron(folder, tmp_path / "raw", **options, mup="raw")

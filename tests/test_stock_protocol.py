@@ -258,8 +258,8 @@ def test_our_loader_of_checkpoints_and_casting(
 
 def test_a_failing_loader_tells_a_stock_saver(tools: Path, tmp_path: Path) -> None:
     run = stock(tools, "llama_mistral", "keeping", tmp_path / "nothing", tmp_path / "out", "--keep", tmp_path / "kept")
-    assert run.code == 1
-    assert "nothing" in run.err
+    assert run.code == 2
+    assert "nothing does not exist" in run.err
     assert torch.load(tmp_path / "kept", weights_only=False) == ["exit"]
 
 

@@ -37,20 +37,26 @@ class Origin:
     identity: dict[str, list[int]] | None = None
 
 
-def file_identities(folder: Path, paths: Iterable[str | Path]) -> dict[str, list[int]]:
-    """[bytes, modification time in nanoseconds] of each file, by its path within `folder`; absolute where it lies elsewhere."""
+def folder_of(source: str | Path) -> Path:
+    """Folder of a source, which is a folder itself or a single file."""
+    path = Path(source)
+    return path.parent if path.is_file() else path
+
+
+def file_identities(source: Path, paths: Iterable[str | Path]) -> dict[str, list[int]]:
+    """[bytes, modification time in nanoseconds] of each file, by its path within the source's folder; absolute outside of it."""
+    folder = folder_of(source)
     found = {}
     for path in sorted({Path(path) for path in paths}):
         status = path.stat()
-        inside = path != folder and path.is_relative_to(folder)
-        relative = path.relative_to(folder) if inside else path.absolute()
+        relative = path.relative_to(folder) if path.is_relative_to(folder) else path.absolute()
         found[str(relative)] = [status.st_size, status.st_mtime_ns]
     return found
 
 
 def changed_files(origin: Origin) -> list[str]:
     """Files of the source that have changed since it was opened."""
-    folder, changed = Path(origin.described), []
+    folder, changed = folder_of(origin.described), []
     for name, identity in (origin.identity or {}).items():
         try:
             now = file_identities(folder, [folder / name])[name]

@@ -32,6 +32,11 @@ HARMLESS = frozenset(
 )
 
 
+_SPARSE_HYBRID = "whose layers of lightning attention no GPTModel of Megatron-LM has, so that it cannot be converted"
+#: Architectures and model types that Megatron-LM cannot hold at all, and why.
+_REFUSED = dict.fromkeys(("MiniCPMSALAForCausalLM", "minicpm_sala"), _SPARSE_HYBRID)
+
+
 def family_from_config(config: Mapping[str, Any]) -> Family:
     """Family that config.json names by `architectures` or, without it, `model_type`; if both are there, they must agree."""
     architectures = config.get("architectures") or []
@@ -51,6 +56,9 @@ def family_from_config(config: Mapping[str, Any]) -> Family:
             f"config.json has architectures={architectures!r} and model_type={model_type!r}, which name different "
             "models; correct the one that is wrong"
         )
+    reasons = [reason for name, reason in _REFUSED.items() if name in architectures or name == model_type]
+    if reasons:
+        raise ConversionError(f"config.json names {one_line(', '.join(architectures) or model_type)}, {reasons[0]}")
     named = one_line(", ".join(architectures) or model_type or "no architecture")
     known = ", ".join(family.architecture for family in FAMILIES.values())
     raise UnknownArchitecture(

@@ -31,6 +31,10 @@ MINICPM = Family(
         **tensor("router", MLP + "gate.weight"),
         **tensor("expert_fc1", _EXPERT + "w1.weight", _EXPERT + "w3.weight", layout=GATED),
         **tensor("expert_fc2", _EXPERT + "w2.weight"),
+        **tensor("block_router", MLP + "moe_router.weight"),
+        **tensor("block_router_norm", MLP + "router_norm.weight"),
+        **tensor("block_in", MLP + "moe_w_in.weight"),
+        **tensor("block_out", MLP + "moe_w_out.weight"),
     },
     rules=(
         *overridden(SIZES, [Row("tied", "tie_word_embeddings", True)]),

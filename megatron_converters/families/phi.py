@@ -10,7 +10,7 @@ from ..model.layouts import GATED, GROUPED_QKV, joined
 from .entries import tensor
 from .llama import ATTENTION, DENSE, DERIVED_HEAD_DIM, MLP, SIZES, query_groups
 from .rules import Passed, Row
-from .rules_attention import Rope, Window
+from .rules_attention import LINEAR, LLAMA3, Rope, Window
 from .table import Family
 
 PHI3 = Family(
@@ -26,7 +26,8 @@ PHI3 = Family(
         *SIZES,
         query_groups(),
         DERIVED_HEAD_DIM,
-        Rope(partial=1.0),
+        # Its LongRoPE has other keys, and two sets of factors that differ; it is not supported yet.
+        Rope(partial=1.0, scalings=(LINEAR, LLAMA3)),
         Window(default=None),
         Row("norm_epsilon", "rms_norm_eps", 1e-5),
         Row("max_position_embeddings", "max_position_embeddings", 4096),

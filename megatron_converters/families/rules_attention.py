@@ -73,7 +73,7 @@ class Rope:
     def write(self, spec: ModelSpec) -> dict[str, Any]:
         theta = number(spec.values.get("rotary_base"), "rotary_base")
         base = int(theta) if float(theta).is_integer() else theta
-        written = {"rope_theta": base, "rope_scaling": _write_scaling(spec.values["rope_scaling"])}
+        written = {"rope_theta": base, "rope_scaling": written_scaling(spec.values["rope_scaling"])}
         return written if self.partial is None else {**written, "partial_rotary_factor": spec.values["rotary_percent"]}
 
 
@@ -107,7 +107,8 @@ def _extension(original: int, config: Config) -> float:
     return number(longest, "max_position_embeddings") / check_size(original, "original_max_position_embeddings")
 
 
-def _write_scaling(scaling: RopeScaling | None) -> dict[str, Any] | None:
+def written_scaling(scaling: RopeScaling | None) -> dict[str, Any] | None:
+    """Scaling as config.json has it; None for none."""
     if scaling is None:
         return None
     required, optional = _SCALING_KEYS[scaling.kind]

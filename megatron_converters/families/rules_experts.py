@@ -82,15 +82,23 @@ class Experts:
 
 @dataclass(frozen=True)
 class OptionalExperts:
-    """Experts of `intermediate_size` instead of MLPs, where `num_experts` is not 0 (MiniCPM); probabilities are normed."""
+    """MiniCPM's experts instead of MLPs, where `num_experts` is not 0: of `expert_size` (BlockFFN), else of `intermediate_size`.
+
+    Probabilities of the latter are normed. `dense_layer_ids` lists layers, from 0 on, without block experts.
+    """
 
     topk: int
-    keys: tuple[str, ...] = ("num_experts", "num_experts_per_tok")
+    keys: tuple[str, ...] = (
+        *("num_experts", "num_experts_per_tok"),
+        *("expert_size", "norm_after_router", "dense_layer_ids", "ffn_type", "router_act", "norm_scale"),
+    )
 
     def read(self, config: Config) -> dict[str, Any]:
         count = config.get("num_experts") or 0
         if not count:
             return {}
+        if config.get("expert_size") is not None:
+            return self._block_experts(count, config)
         chosen = config.get("num_experts_per_tok")
         return {
             "num_experts": count,
@@ -99,10 +107,32 @@ class OptionalExperts:
             "moe_router_pre_softmax": False,
         }
 
+    def _block_experts(self, count: Any, config: Config) -> dict[str, Any]:
+        dense = config.get("dense_layer_ids") or []
+        layers = layer_count(config)
+        if not isinstance(dense, list) or not {*dense} <= {*range(layers)}:
+            raise ConversionError(
+                f"config.json has dense_layer_ids={dense!r}; it must be a list of layers below {layers}"
+            )
+        return {
+            "feed": per_layer(["mlp" if layer in dense else "block experts" for layer in range(layers)]),
+            "block_experts": count,
+            "block_expert_size": config["expert_size"],
+            "router_norm": config.get("norm_after_router", "rms") == "rms",
+        }
+
     def write(self, spec: ModelSpec) -> dict[str, Any]:
-        if not spec.num_experts:
+        if spec.num_experts:
+            return {"num_experts": spec.num_experts, "num_experts_per_tok": spec.values["moe_router_topk"]}
+        if "block_experts" not in spec.values:
             return {}
-        return {"num_experts": spec.num_experts, "num_experts_per_tok": spec.values["moe_router_topk"]}
+        dense = [layer for layer, feed in enumerate(spec.in_layers("feed")) if feed == "mlp"]
+        return {
+            "num_experts": spec.values["block_experts"],
+            "expert_size": spec.values["block_expert_size"],
+            "norm_after_router": "rms" if spec.values["router_norm"] else "none",
+            "dense_layer_ids": dense,
+        }
 
 
 @dataclass(frozen=True)

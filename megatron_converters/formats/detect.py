@@ -7,8 +7,8 @@ from pathlib import Path
 
 from ..basics.errors import UsageError
 from ..conversion.staging import unfinished_in
-from .megatron.reading import MODEL_FILE, listing
-from .megatron.writing import TRACKER
+from .megatron.reading import listing
+from .megatron.writing import MODEL_FILE, TRACKER
 
 HF, META, MEGATRON = "hf", "meta", "megatron"
 #: A file of weights under Hugging Face's names, without a configuration.

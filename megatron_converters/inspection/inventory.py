@@ -12,12 +12,12 @@ from typing import Any, NamedTuple, cast
 
 import numpy as np
 
-from ..assets.origin import Origin
+from ..assets.origin import Origin, folder_of
 from ..basics.dtypes import DType
 from ..conversion.composing import Piece
 from ..conversion.endpoint import Source
 from ..families import FAMILIES
-from ..formats.detect import HF
+from ..formats.detect import HF, WEIGHTS
 from ..formats.huggingface.parts import HFNames
 from ..formats.huggingface.target import FUSED, SEPARATE
 from ..formats.megatron.names import DIALECTS, EXPERTS, Name, name_of
@@ -132,7 +132,7 @@ class Survey:
     def expert_layout(self) -> str | None:
         """Layout of the stored experts; None for a dense model."""
         first = self._first(_EXPERT)
-        if first is not None and self.kind == HF:
+        if first is not None and self.kind in (HF, WEIGHTS):
             return (
                 FUSED
                 if first.name == HFNames(FAMILIES[self.spec.family], self.spec).fused_name(first.ref)
@@ -188,7 +188,7 @@ def count_parameters(spec: ModelSpec) -> Parameters:
 
 
 def _holdings(source: Source) -> Iterator[Holding]:
-    folder = source.origin.described
+    folder = folder_of(source.origin.described)
     for ref in refs(source.spec):
         sources = source.read(ref)
         first_name = sources.pieces[0].name.tensor

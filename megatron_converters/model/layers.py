@@ -311,8 +311,27 @@ class Mixture:
             )
 
 
+@dataclass(frozen=True)
+class BlockExperts:
+    """Experts of BlockFFN, ungated and chosen by a ReLU of a normed router. No release of Megatron-LM has them."""
+
+    block_experts: int
+    block_expert_size: int
+    router_norm: bool = True
+
+    def __post_init__(self) -> None:
+        """Refuse sizes that no model can have."""
+        check_sizes(self, ("block_experts", "block_expert_size"))
+        check_switches(self, ("router_norm",))
+
+    @property
+    def sizes(self) -> str:
+        """Sizes in words."""
+        return f"{self.block_experts} block experts of {self.block_expert_size}, which stay whole"
+
+
 Mixer = Attention | Latent | GatedDelta
-Feed = Mlp | Mixture
+Feed = Mlp | Mixture | BlockExperts
 
 
 @dataclass(frozen=True)

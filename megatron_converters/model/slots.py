@@ -8,12 +8,14 @@ core/ssm/gated_delta_net.py, core/transformer/moe/, multi_token_prediction.py, a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
-from .layers import ALL_HEADS, LAYER_NORM, Attention, GatedDelta, Latent, Layer, Mixture, Mlp
+from . import extents
+from .extents import Extent, SizeOf, of_block_experts, of_feed, of_mixer, of_model
+from .layers import Attention, GatedDelta, Latent, Layer, Mixture, Mlp
 from .spec import ModelSpec
 
 
@@ -45,41 +47,6 @@ class Precision(Enum):
     MODEL = "the model's"
     STORED = "at least the stored one"
     FLOAT32 = "float32 in Megatron-LM, at least the stored one elsewhere"
-
-
-class Block(NamedTuple):
-    """Rows of a slot that are cut on their own, in `units` that stay whole (0: single rows).
-
-    A unit that is `shared` may be cut where there are more ranks than units (query groups).
-    """
-
-    name: str
-    rows: int
-    units: int = 0
-    shared: bool = False
-
-    def fits(self, ways: int) -> bool:
-        """Whether it can be cut `ways` ways."""
-        units = self.units or self.rows
-        whole = units % ways == 0 or (self.shared and ways % units == 0)
-        return whole and self.rows % ways == 0
-
-
-class Extent(NamedTuple):
-    """Size of a slot: its blocks of rows, its further dimensions, and the units of columns that stay whole (0: single ones)."""
-
-    blocks: tuple[Block, ...]
-    rest: tuple[int, ...] = ()
-    units: int = 0
-
-    @property
-    def rows(self) -> int:
-        """Rows of all blocks together."""
-        return sum(block.rows for block in self.blocks)
-
-
-#: Size of a slot in one kind of layer; None where that has none.
-SizeOf = Callable[[ModelSpec, Layer], Extent | None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,211 +127,169 @@ class Ref(NamedTuple):
         return found
 
 
-_Record = TypeVar("_Record")
-
-
-def _rows(count: int, *rest: int, name: str = "", units: int = 0, col_units: int = 0) -> Extent:
-    return Extent((Block(name, count, units),), rest, col_units)
-
-
-def _model(extent: Callable[[ModelSpec], Extent | None]) -> SizeOf:
-    """Slot of the model, whatever its layers are."""
-    return lambda spec, _: extent(spec)
-
-
-def _mixer(record: type[_Record], extent: Callable[[_Record, ModelSpec], Extent | None]) -> SizeOf:
-    """Slot of the layers whose mixer is a `record`."""
-    return lambda spec, layer: extent(layer.mixer, spec) if isinstance(layer.mixer, record) else None
-
-
-def _feed(record: type[_Record], extent: Callable[[_Record, ModelSpec], Extent | None]) -> SizeOf:
-    """Slot of the layers whose second block is a `record`."""
-    return lambda spec, layer: extent(layer.feed, spec) if isinstance(layer.feed, record) else None
-
-
-def _hidden(spec: ModelSpec) -> Extent:
-    return _rows(spec.hidden_size)
-
-
-def _norm_bias(spec: ModelSpec) -> Extent | None:
-    return _rows(spec.hidden_size) if spec.norm.normalization == LAYER_NORM else None
-
-
-def _vocab(spec: ModelSpec) -> Extent:
-    return _rows(spec.vocab_size, spec.hidden_size)
-
-
-def _qkv(mixer: Attention) -> Block:
-    heads, groups = mixer.num_attention_heads, mixer.num_query_groups
-    packed = (2 if mixer.attention_output_gate else 1) * heads + 2 * groups
-    return Block("groups", packed * mixer.kv_channels, groups, shared=True)
-
-
-def _head_norm(mixer: Attention, heads: int) -> Extent | None:
-    return _rows((heads if mixer.qk_norm == ALL_HEADS else 1) * mixer.kv_channels) if mixer.qk_norm else None
-
-
-def _head_norm_bias(mixer: Attention, spec: ModelSpec) -> Extent | None:
-    return _rows(mixer.kv_channels) if mixer.qk_norm and spec.norm.normalization == LAYER_NORM else None
-
-
-def _proj(spec: ModelSpec, layer: Layer) -> Extent | None:
-    mixer = layer.mixer
-    if isinstance(mixer, GatedDelta):
-        return None
-    heads = mixer.num_attention_heads
-    width = mixer.kv_channels if isinstance(mixer, Attention) else mixer.v_head_dim
-    return _rows(spec.hidden_size, heads * width, col_units=heads)
-
-
-def _per_head(heads: int, dim: int, *rest: int) -> Extent:
-    return _rows(heads * dim, *rest, units=heads)
-
-
-def _query_up(mixer: Latent, spec: ModelSpec) -> Extent | None:
-    if mixer.q_lora_rank is None:
-        return None
-    return _per_head(mixer.num_attention_heads, mixer.qk_head_dim + mixer.qk_pos_emb_head_dim, mixer.q_lora_rank)
-
-
-def _whole_query(mixer: Latent, spec: ModelSpec) -> Extent | None:
-    if mixer.q_lora_rank is not None:
-        return None
-    return _per_head(mixer.num_attention_heads, mixer.qk_head_dim + mixer.qk_pos_emb_head_dim, spec.hidden_size)
-
-
-def _delta_blocks(mixer: GatedDelta, *, convolved: bool) -> tuple[Block, ...]:
-    """Blocks of the input projection of gated DeltaNet, or those that its convolution runs over."""
-    keys, values = mixer.linear_num_key_heads, mixer.linear_num_value_heads
-    blocks = (Block("query", mixer.keys, keys), Block("key", mixer.keys, keys), Block("value", mixer.values, values))
-    if convolved:
-        return blocks
-    return (*blocks, Block("z", mixer.values, values), Block("beta", values, values), Block("alpha", values, values))
-
-
-def _first_linear(size: int, gated: bool, *rest: int) -> Extent:
-    return Extent((Block("gate", size), Block("up", size)), rest) if gated else _rows(size, *rest)
-
-
-def _shared(mixture: Mixture, spec: ModelSpec) -> Extent | None:
-    size = mixture.shared_ffn_hidden_size
-    return _first_linear(size, mixture.gated, spec.hidden_size) if size else None
-
-
 _FIRST, _LAYER, _LAST, _MTP = Scope.FIRST, Scope.LAYER, Scope.LAST, Scope.MTP
 _COLUMN, _ROW, _REPLICATED = Shard.COLUMN, Shard.ROW, Shard.REPLICATED
 _STORED = Precision.STORED
 
 _ALL = (
-    Slot("word_embeddings", _FIRST, _COLUMN, _model(_vocab), vocab=True),
+    Slot("word_embeddings", _FIRST, _COLUMN, of_model(extents.vocab), vocab=True),
     Slot(
         *("position_embeddings", _FIRST, _REPLICATED),
-        _model(lambda s: _rows(s.max_position_embeddings, s.hidden_size) if s.learned_positions else None),
+        of_model(lambda s: extents.rows_of(s.max_position_embeddings, s.hidden_size) if s.learned_positions else None),
     ),
     # The layer of multi-token prediction begins with its own norms and a projection of embedding and hidden state.
-    Slot("mtp_embedding_norm", _MTP, _REPLICATED, _model(_hidden)),
-    Slot("mtp_embedding_norm_bias", _MTP, _REPLICATED, _model(_norm_bias)),
-    Slot("mtp_hidden_norm", _MTP, _REPLICATED, _model(_hidden)),
-    Slot("mtp_hidden_norm_bias", _MTP, _REPLICATED, _model(_norm_bias)),
-    Slot("mtp_proj", _MTP, _COLUMN, _model(lambda s: _rows(s.hidden_size, 2 * s.hidden_size))),
-    Slot("input_norm", _LAYER, _REPLICATED, _model(_hidden)),
-    Slot("input_norm_bias", _LAYER, _REPLICATED, _model(_norm_bias)),
-    Slot("qkv", _LAYER, _COLUMN, _mixer(Attention, lambda a, s: Extent((_qkv(a),), (s.hidden_size,)))),
-    Slot("qkv_bias", _LAYER, _COLUMN, _mixer(Attention, lambda a, _: Extent((_qkv(a),)) if a.qkv_bias else None)),
-    Slot("q_norm", _LAYER, _REPLICATED, _mixer(Attention, lambda a, _: _head_norm(a, a.num_attention_heads))),
-    Slot("q_norm_bias", _LAYER, _REPLICATED, _mixer(Attention, _head_norm_bias)),
-    Slot("k_norm", _LAYER, _REPLICATED, _mixer(Attention, lambda a, _: _head_norm(a, a.num_query_groups))),
-    Slot("k_norm_bias", _LAYER, _REPLICATED, _mixer(Attention, _head_norm_bias)),
+    Slot("mtp_embedding_norm", _MTP, _REPLICATED, of_model(extents.hidden)),
+    Slot("mtp_embedding_norm_bias", _MTP, _REPLICATED, of_model(extents.norm_bias)),
+    Slot("mtp_hidden_norm", _MTP, _REPLICATED, of_model(extents.hidden)),
+    Slot("mtp_hidden_norm_bias", _MTP, _REPLICATED, of_model(extents.norm_bias)),
+    Slot("mtp_proj", _MTP, _COLUMN, of_model(lambda s: extents.rows_of(s.hidden_size, 2 * s.hidden_size))),
+    Slot("input_norm", _LAYER, _REPLICATED, of_model(extents.hidden)),
+    Slot("input_norm_bias", _LAYER, _REPLICATED, of_model(extents.norm_bias)),
+    Slot("qkv", _LAYER, _COLUMN, of_mixer(Attention, lambda a, s: Extent((extents.qkv(a),), (s.hidden_size,)))),
+    Slot(
+        "qkv_bias",
+        _LAYER,
+        _COLUMN,
+        of_mixer(Attention, lambda a, _: Extent((extents.qkv(a),)) if a.qkv_bias else None),
+    ),
+    Slot(
+        "q_norm",
+        _LAYER,
+        _REPLICATED,
+        of_mixer(Attention, lambda a, _: extents.head_norm(a, a.num_attention_heads)),
+    ),
+    Slot("q_norm_bias", _LAYER, _REPLICATED, of_mixer(Attention, extents.head_norm_bias)),
+    Slot(
+        "k_norm",
+        _LAYER,
+        _REPLICATED,
+        of_mixer(Attention, lambda a, _: extents.head_norm(a, a.num_query_groups)),
+    ),
+    Slot("k_norm_bias", _LAYER, _REPLICATED, of_mixer(Attention, extents.head_norm_bias)),
     Slot(
         *("q_down", _LAYER, _REPLICATED),
-        _mixer(Latent, lambda a, s: _rows(a.q_lora_rank, s.hidden_size) if a.q_lora_rank else None),
+        of_mixer(Latent, lambda a, s: extents.rows_of(a.q_lora_rank, s.hidden_size) if a.q_lora_rank else None),
     ),
     Slot(
         "q_latent_norm",
         _LAYER,
         _REPLICATED,
-        _mixer(Latent, lambda a, _: _rows(a.q_lora_rank) if a.q_lora_rank else None),
+        of_mixer(Latent, lambda a, _: extents.rows_of(a.q_lora_rank) if a.q_lora_rank else None),
     ),
-    Slot("q_up", _LAYER, _COLUMN, _mixer(Latent, _query_up)),
-    Slot("q_whole", _LAYER, _COLUMN, _mixer(Latent, _whole_query)),
+    Slot("q_up", _LAYER, _COLUMN, of_mixer(Latent, extents.query_up)),
+    Slot("q_whole", _LAYER, _COLUMN, of_mixer(Latent, extents.whole_query)),
     Slot(
         *("kv_down", _LAYER, _REPLICATED),
-        _mixer(Latent, lambda a, s: _rows(a.kv_lora_rank + a.qk_pos_emb_head_dim, s.hidden_size)),
+        of_mixer(Latent, lambda a, s: extents.rows_of(a.kv_lora_rank + a.qk_pos_emb_head_dim, s.hidden_size)),
     ),
-    Slot("kv_latent_norm", _LAYER, _REPLICATED, _mixer(Latent, lambda a, _: _rows(a.kv_lora_rank))),
+    Slot("kv_latent_norm", _LAYER, _REPLICATED, of_mixer(Latent, lambda a, _: extents.rows_of(a.kv_lora_rank))),
     Slot(
         *("kv_up", _LAYER, _COLUMN),
-        _mixer(Latent, lambda a, _: _per_head(a.num_attention_heads, a.qk_head_dim + a.v_head_dim, a.kv_lora_rank)),
+        of_mixer(
+            Latent, lambda a, _: extents.per_head(a.num_attention_heads, a.qk_head_dim + a.v_head_dim, a.kv_lora_rank)
+        ),
     ),
     Slot(
         *("delta_in", _LAYER, _COLUMN),
-        _mixer(GatedDelta, lambda d, s: Extent(_delta_blocks(d, convolved=False), (s.hidden_size,))),
+        of_mixer(GatedDelta, lambda d, s: Extent(extents.delta_blocks(d, convolved=False), (s.hidden_size,))),
     ),
     Slot(
         *("delta_conv", _LAYER, _COLUMN),
-        _mixer(GatedDelta, lambda d, _: Extent(_delta_blocks(d, convolved=True), (1, d.linear_conv_kernel_dim))),
+        of_mixer(
+            GatedDelta, lambda d, _: Extent(extents.delta_blocks(d, convolved=True), (1, d.linear_conv_kernel_dim))
+        ),
     ),
-    Slot("delta_a_log", _LAYER, _COLUMN, _mixer(GatedDelta, lambda d, _: _rows(d.linear_num_value_heads))),
-    Slot("delta_dt_bias", _LAYER, _COLUMN, _mixer(GatedDelta, lambda d, _: _rows(d.linear_num_value_heads))),
-    Slot("delta_norm", _LAYER, _REPLICATED, _mixer(GatedDelta, lambda d, _: _rows(d.linear_value_head_dim))),
+    Slot(
+        "delta_a_log",
+        _LAYER,
+        _COLUMN,
+        of_mixer(GatedDelta, lambda d, _: extents.rows_of(d.linear_num_value_heads)),
+    ),
+    Slot(
+        "delta_dt_bias",
+        _LAYER,
+        _COLUMN,
+        of_mixer(GatedDelta, lambda d, _: extents.rows_of(d.linear_num_value_heads)),
+    ),
+    Slot(
+        "delta_norm",
+        _LAYER,
+        _REPLICATED,
+        of_mixer(GatedDelta, lambda d, _: extents.rows_of(d.linear_value_head_dim)),
+    ),
     Slot(
         *("delta_out", _LAYER, _ROW),
-        _mixer(GatedDelta, lambda d, s: _rows(s.hidden_size, d.values, col_units=d.linear_num_value_heads)),
+        of_mixer(GatedDelta, lambda d, s: extents.rows_of(s.hidden_size, d.values, col_units=d.linear_num_value_heads)),
     ),
-    Slot("proj", _LAYER, _ROW, _proj),
-    Slot("proj_bias", _LAYER, _REPLICATED, _mixer(Attention, lambda a, s: _hidden(s) if a.proj_bias else None)),
-    Slot("mlp_norm", _LAYER, _REPLICATED, _model(_hidden)),
-    Slot("mlp_norm_bias", _LAYER, _REPLICATED, _model(_norm_bias)),
-    Slot("fc1", _LAYER, _COLUMN, _feed(Mlp, lambda m, s: _first_linear(m.ffn_hidden_size, m.gated, s.hidden_size))),
+    Slot("proj", _LAYER, _ROW, extents.proj),
+    Slot(
+        "proj_bias",
+        _LAYER,
+        _REPLICATED,
+        of_mixer(Attention, lambda a, s: extents.hidden(s) if a.proj_bias else None),
+    ),
+    Slot("mlp_norm", _LAYER, _REPLICATED, of_model(extents.hidden)),
+    Slot("mlp_norm_bias", _LAYER, _REPLICATED, of_model(extents.norm_bias)),
+    Slot(
+        "fc1",
+        _LAYER,
+        _COLUMN,
+        of_feed(Mlp, lambda m, s: extents.first_linear(m.ffn_hidden_size, m.gated, s.hidden_size)),
+    ),
     Slot(
         *("fc1_bias", _LAYER, _COLUMN),
-        _feed(Mlp, lambda m, _: _first_linear(m.ffn_hidden_size, m.gated) if m.mlp_bias else None),
+        of_feed(Mlp, lambda m, _: extents.first_linear(m.ffn_hidden_size, m.gated) if m.mlp_bias else None),
     ),
-    Slot("fc2", _LAYER, _ROW, _feed(Mlp, lambda m, s: _rows(s.hidden_size, m.ffn_hidden_size))),
-    Slot("fc2_bias", _LAYER, _REPLICATED, _feed(Mlp, lambda m, s: _hidden(s) if m.mlp_bias else None)),
+    Slot("fc2", _LAYER, _ROW, of_feed(Mlp, lambda m, s: extents.rows_of(s.hidden_size, m.ffn_hidden_size))),
+    Slot("fc2_bias", _LAYER, _REPLICATED, of_feed(Mlp, lambda m, s: extents.hidden(s) if m.mlp_bias else None)),
     # Small differences of a router change which expert is chosen; Megatron-LM holds the bias of the choice in float32.
     Slot(
         "router",
         _LAYER,
         _REPLICATED,
-        _feed(Mixture, lambda m, s: _rows(m.num_experts, s.hidden_size)),
+        of_feed(Mixture, lambda m, s: extents.rows_of(m.num_experts, s.hidden_size)),
         precision=_STORED,
     ),
     Slot(
         *("expert_bias", _LAYER, _REPLICATED),
-        _feed(Mixture, lambda m, _: _rows(m.num_experts) if m.moe_router_enable_expert_bias else None),
+        of_feed(Mixture, lambda m, _: extents.rows_of(m.num_experts) if m.moe_router_enable_expert_bias else None),
         precision=Precision.FLOAT32,
     ),
     Slot(
         *("expert_fc1", _LAYER, _COLUMN),
-        _feed(Mixture, lambda m, s: _first_linear(m.moe_ffn_hidden_size, m.gated, s.hidden_size)),
+        of_feed(Mixture, lambda m, s: extents.first_linear(m.moe_ffn_hidden_size, m.gated, s.hidden_size)),
         expert=True,
     ),
     Slot(
         "expert_fc2",
         _LAYER,
         _ROW,
-        _feed(Mixture, lambda m, s: _rows(s.hidden_size, m.moe_ffn_hidden_size)),
+        of_feed(Mixture, lambda m, s: extents.rows_of(s.hidden_size, m.moe_ffn_hidden_size)),
         expert=True,
     ),
-    Slot("shared_fc1", _LAYER, _COLUMN, _feed(Mixture, _shared)),
+    Slot("shared_fc1", _LAYER, _COLUMN, of_feed(Mixture, extents.shared)),
     Slot(
         *("shared_fc2", _LAYER, _ROW),
-        _feed(
-            Mixture, lambda m, s: _rows(s.hidden_size, m.shared_ffn_hidden_size) if m.shared_ffn_hidden_size else None
+        of_feed(
+            Mixture,
+            lambda m, s: extents.rows_of(s.hidden_size, m.shared_ffn_hidden_size) if m.shared_ffn_hidden_size else None,
         ),
     ),
     Slot(
         "shared_gate",
         _LAYER,
         _REPLICATED,
-        _feed(Mixture, lambda m, s: _rows(1, s.hidden_size) if m.shared_gate else None),
+        of_feed(Mixture, lambda m, s: extents.rows_of(1, s.hidden_size) if m.shared_gate else None),
     ),
-    Slot("mtp_final_norm", _MTP, _REPLICATED, _model(_hidden)),
-    Slot("mtp_final_norm_bias", _MTP, _REPLICATED, _model(_norm_bias)),
-    Slot("final_norm", _LAST, _REPLICATED, _model(_hidden)),
-    Slot("final_norm_bias", _LAST, _REPLICATED, _model(_norm_bias)),
-    Slot("output_layer", _LAST, _COLUMN, _model(lambda s: None if s.tied else _vocab(s)), vocab=True),
+    Slot("block_router", _LAYER, _COLUMN, of_block_experts(lambda b, s: (s.hidden_size,)), precision=_STORED),
+    Slot("block_router_norm", _LAYER, _COLUMN, of_block_experts(lambda b, _: () if b.router_norm else None)),
+    Slot("block_in", _LAYER, _COLUMN, of_block_experts(lambda b, s: (b.block_expert_size, s.hidden_size))),
+    Slot("block_out", _LAYER, _COLUMN, of_block_experts(lambda b, s: (s.hidden_size, b.block_expert_size))),
+    Slot("mtp_final_norm", _MTP, _REPLICATED, of_model(extents.hidden)),
+    Slot("mtp_final_norm_bias", _MTP, _REPLICATED, of_model(extents.norm_bias)),
+    Slot("final_norm", _LAST, _REPLICATED, of_model(extents.hidden)),
+    Slot("final_norm_bias", _LAST, _REPLICATED, of_model(extents.norm_bias)),
+    Slot("output_layer", _LAST, _COLUMN, of_model(lambda s: None if s.tied else extents.vocab(s)), vocab=True),
 )
 SLOTS = {slot.name: slot for slot in _ALL}
 

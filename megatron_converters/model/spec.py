@@ -16,6 +16,7 @@ from ..basics.errors import ConversionError
 from .layers import (
     TOO_MANY_LAYERS,
     Attention,
+    BlockExperts,
     Feed,
     GatedDelta,
     Latent,
@@ -60,7 +61,7 @@ class Multipliers:
 
 #: Records that a layer can have, by the value of the properties "mixer" and "feed".
 MIXERS: dict[str, type[Mixer]] = {"attention": Attention, "latent": Latent, "gated delta": GatedDelta}
-FEEDS: dict[str, type[Feed]] = {"mlp": Mlp, "moe": Mixture}
+FEEDS: dict[str, type[Feed]] = {"mlp": Mlp, "moe": Mixture, "block experts": BlockExperts}
 _TAGS = {record: name for name, record in (*MIXERS.items(), *FEEDS.items())}
 
 

@@ -17,9 +17,10 @@ from typing import NamedTuple
 import numpy as np
 
 from ..basics.errors import ConversionError, UsageError
-from ..model.layers import Layer, Mixture, Mlp
+from ..model.extents import Extent
+from ..model.layers import BlockExperts, Layer, Mixture, Mlp
 from ..model.layouts import RowMap, interned
-from ..model.slots import MTP, SLOTS, Extent, Ref, Scope, Shard, Slot
+from ..model.slots import MTP, SLOTS, Ref, Scope, Shard, Slot
 from ..model.spec import ModelSpec
 from .stages import EVEN, PipelineSplit, alternatives, stage_layers
 
@@ -214,7 +215,7 @@ def _tp_fits(cuttable: Sequence[tuple[Shard, Extent]], tp: int) -> bool:
 def _sizes(spec: ModelSpec) -> Iterable[str]:
     """Sizes in words of what tensor parallelism cuts."""
     mixers = [kind.mixer.sizes for kind in spec.used]
-    dense = [kind.feed.sizes for kind in spec.used if isinstance(kind.feed, Mlp)]
+    dense = [kind.feed.sizes for kind in spec.used if isinstance(kind.feed, (Mlp, BlockExperts))]
     mixtures = [kind.feed for kind in spec.used if isinstance(kind.feed, Mixture)]
     shared = [f"shared experts of {size}" for feed in mixtures if (size := feed.shared_ffn_hidden_size)]
     return dict.fromkeys((*mixers, *dense, *shared))

@@ -49,6 +49,28 @@ class StoredTensor(Sealed):
             raise ConversionError(f"{self.path} has become shorter since it was opened") from error
 
 
+def writable_view(data: StoredTensor) -> npt.NDArray[Any]:
+    """Array in the dtype's carrier type on a private mapping, since torch expects writable memory; writes never reach the file."""
+    if 0 in data.shape:
+        return np.empty(data.shape, data.dtype.carrier)
+    size = data.dtype.itemsize
+    start = (
+        data.offset - data.offset % mmap.ALLOCATIONGRANULARITY
+    )  # map only its own pages, since writable pages count as memory
+    elements = 1 + sum((count - 1) * step for count, step in zip(data.shape, data.strides, strict=True))
+    with open(data.path, "rb") as file:
+        private = mmap.mmap(file.fileno(), data.offset + elements * size - start, access=mmap.ACCESS_COPY, offset=start)
+    strides = tuple(step * size for step in data.strides)
+    return np.ndarray(data.shape, data.dtype.carrier, private, data.offset - start, strides)
+
+
+def as_torch(data: StoredTensor) -> Any:
+    """Torch tensor that is mapped from the file (imports torch)."""
+    import torch
+
+    return torch.from_numpy(writable_view(data).view(f"i{data.dtype.itemsize}")).view(data.dtype.torch)
+
+
 @lru_cache(maxsize=1024)
 def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     """Row-major strides, in elements, of a tensor of `shape`."""

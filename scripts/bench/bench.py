@@ -89,14 +89,15 @@ def commands(args: argparse.Namespace) -> dict[str, Timed]:
     hf, megatron, back = args.folder / "hf", args.folder / "megatron", args.folder / "back"
     to_megatron, back_command = _conversions(args, hf, megatron, back)
     return {
-        **_copies("HF", hf, args.folder / "cp"),
+        **copies("HF", hf, args.folder / "cp"),
         "HF to Megatron": Timed(hf, megatron, to_megatron, kept=True),
-        **_copies("Megatron", megatron, args.folder / "cp"),
+        **copies("Megatron", megatron, args.folder / "cp"),
         "Megatron to HF": Timed(megatron, back, back_command),
     }
 
 
-def _copies(name: str, source: Path, output: Path) -> dict[str, Timed]:
+def copies(name: str, source: Path, output: Path) -> dict[str, Timed]:
+    """Commands that copy a folder, without and with a flush."""
     flushed = f"cp -r {shlex.quote(str(source))} {shlex.quote(str(output))} && sync -f {shlex.quote(str(output))}"
     return {
         f"cp of {name}": Timed(source, output, ["cp", "-r", str(source), str(output)]),
@@ -118,6 +119,57 @@ def _conversions(args: argparse.Namespace, hf: Path, megatron: Path, back: Path)
     )
 
 
+def run_in_turn(commands: dict[str, Timed], runs: int) -> dict[str, list[Measured]]:
+    """Run all commands in turn several times; returns the measurements by name."""
+    found: dict[str, list[Measured]] = {}
+    for number in range(runs + 1):  # the first run warms the page cache
+        for name, timed in commands.items():
+            remove(timed.output)
+            measured = measure(timed.command)
+            if number:
+                found.setdefault(name, []).append(measured)
+            if not timed.kept:  # copies would displace the sources from the page cache
+                remove(timed.output)
+    return found
+
+
+def remove(path: Path) -> None:
+    """Remove an output, a folder or a file with its manifest."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    for file in path.parent.glob(f"{path.name}*") if path.suffix else ():
+        file.unlink()
+
+
+def print_table(runs: dict[str, list[Measured]]) -> None:
+    """Print medians as a Markdown table, with ratios to the plain and the flushed copy of what each run reads."""
+    print(
+        "| run | wall s | CPU s | wall / cp | wall / flushed cp | anonymous MiB | total MiB |\n|---|---|---|---|---|---|---|"
+    )
+    for name, measurements in runs.items():
+        walls = [measured.wall for measured in measurements]
+        read = f"cp of {name.removeprefix('cp of ').split(' to ')[0].split(',')[0]}"
+        ratios = [
+            _median([m.wall / c.wall for m, c in zip(measurements, runs[copy], strict=True)], "{:.2f}")
+            for copy in (read, f"{read}, flushed")
+        ]
+        rest = [statistics.median(row[index] for row in measurements) for index in (1, 2, 3)]
+        shown = " | ".join([_median(walls, "{:.2f}"), f"{rest[0]:.2f}", *ratios])
+        print(f"| {name} | {shown} | {rest[1]:.0f} | {rest[2]:.0f} |")
+
+
+def _median(values: list[float], form: str) -> str:
+    """Median of values, and their range in parentheses."""
+    return f"{form.format(statistics.median(values))} ({form.format(min(values))}-{form.format(max(values))})"
+
+
+def make_model(folder: Path, layers: int, hidden: int, experts: int = 0) -> None:
+    """Make the random model of this shape unless it is there."""
+    if not (folder / "config.json").exists():
+        make = [sys.executable, str(Path(__file__).with_name("make_model.py"))]
+        subprocess.run([*make, str(folder), *map(str, (layers, hidden, experts))], check=True)
+
+
 def main() -> None:
     """Make the model if it is missing, run all commands in turn several times, and print a Markdown table of medians."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -136,31 +188,12 @@ def main() -> None:
     parser.add_argument("--ckpt-format", choices=["torch", "torch_dist"], default="torch")
     args = parser.parse_args()
     args.folder = args.folder.absolute()
-    if not (args.folder / "hf" / "config.json").exists():
-        make = [sys.executable, str(Path(__file__).with_name("make_model.py"))]
-        shape = map(str, (args.layers, args.hidden, args.experts))
-        subprocess.run([*make, str(args.folder / "hf"), *shape], check=True)
+    make_model(args.folder / "hf", args.layers, args.hidden, args.experts)
     size = sum(path.stat().st_size for path in (args.folder / "hf").iterdir())
-    runs: dict[str, list[Measured]] = {}
-    for number in range(args.runs + 1):  # the first run warms the page cache
-        for name, timed in commands(args).items():
-            shutil.rmtree(timed.output, ignore_errors=True)
-            measured = measure(timed.command)
-            if number:
-                runs.setdefault(name, []).append(measured)
-            if not timed.kept:  # copies would displace the sources from the page cache
-                shutil.rmtree(timed.output)
+    runs = run_in_turn(commands(args), args.runs)
     sizes = f"tp={args.tp}, pp={args.pp}, ep={args.ep}, {args.ckpt_format}, workers={args.workers}"
     print(f"{size / 1e9:.2f} GB, {sizes}, {args.runs} runs, median (minimum-maximum)\n")
-    print("| run | wall s | CPU s | wall / cp | anonymous MiB | total MiB |\n|---|---|---|---|---|---|")
-    for name, measurements in runs.items():
-        walls = [measured.wall for measured in measurements]
-        copies = runs[f"cp of {name.removeprefix('cp of ').split(' to ')[0].split(',')[0]}"]
-        ratios = [measured.wall / copied.wall for measured, copied in zip(measurements, copies, strict=True)]
-        wall = f"{statistics.median(walls):.2f} ({min(walls):.2f}-{max(walls):.2f})"
-        ratio = f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
-        rest = [statistics.median(row[index] for row in measurements) for index in (1, 2, 3)]
-        print(f"| {name} | {wall} | {rest[0]:.2f} | {ratio} | {rest[1]:.0f} | {rest[2]:.0f} |")
+    print_table(runs)
 
 
 if __name__ == "__main__":

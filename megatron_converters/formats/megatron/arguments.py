@@ -7,7 +7,7 @@ training/checkpointing.py. Written `args` hold only plain values and torch dtype
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 from ...assets.training_args import inheritable
@@ -44,6 +44,7 @@ ARGUMENTS: tuple[Argument, ...] = (
 _DEFAULT_SEQ_LENGTH = 4096
 #: Sizes without which no model can be described.
 _REQUIRED = ("num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size", "max_position_embeddings")
+_PARALLEL = ("tensor_model_parallel_size", "pipeline_model_parallel_size")
 _WRITTEN = (Group.MODEL, Group.EXPERTS, Group.ROUTER, Group.LAYOUT, Group.EXPERT_LAYOUT)
 
 
@@ -51,7 +52,7 @@ def spec_fields(args: argparse.Namespace) -> dict[str, Any]:
     """Properties of a model that `args` decide: all but family, dtype and vocab_size. Raises `ConversionError`."""
     values = vars(args)
     refuse_unsupported(values)
-    missing = [name for name in _REQUIRED if type(values.get(name)) is not int or values[name] < 1]
+    missing = _missing(values, _REQUIRED)
     if missing:
         raise Unclear(
             f"the checkpoint's args have no valid {', '.join(missing)}; give a reference model with --hf-config DIR"
@@ -60,6 +61,18 @@ def spec_fields(args: argparse.Namespace) -> dict[str, Any]:
     for row in ARGUMENTS:
         fields |= row.read(values)
     return {name: _collapsed(value) for name, value in fields.items()}
+
+
+def _missing(values: Args, names: Iterable[str]) -> list[str]:
+    """Sizes that args do not have, or that are not valid."""
+    return [name for name in names if type(values.get(name)) is not int or values[name] < 1]
+
+
+def lacks_sizes(args: argparse.Namespace | None) -> bool:
+    """Whether args do not say all sizes without which a checkpoint cannot be read; None are those of one without args."""
+    values = {} if args is None else vars(args)
+    groups = ("num_query_groups", "group_query_attention")
+    return bool(_missing(values, (*_REQUIRED, *_PARALLEL))) or not any(name in values for name in groups)
 
 
 def _collapsed(value: Any) -> Any:

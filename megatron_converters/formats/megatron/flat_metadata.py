@@ -6,7 +6,6 @@ That tool writes `_ORIGINAL` only, which do not describe a model: sizes of MLP a
 from __future__ import annotations
 
 import argparse
-import dataclasses
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,10 +15,11 @@ from ...basics.errors import ConversionError, one_line
 from ...basics.json_files import read_json
 from ...conversion.staging import unfinished_in
 from ...families import FAMILIES
-from ...model.layers import RopeScaling
+from ...families.rules_attention import written_scaling
 from ...model.spec import ModelSpec
 from .arguments import model_args
-from .reading import MODEL_FILE, args_in
+from .reading import args_in
+from .writing import MODEL_FILE
 
 METADATA_FILE = "metadata.json"
 #: Name and version of what this project adds to the keys of the original.
@@ -38,12 +38,7 @@ _PROPERTIES = ("num_query_groups", "ffn_hidden_size", "kv_channels", "norm_epsil
 def describe(spec: ModelSpec, padded: int) -> dict[str, Any]:
     """Values by key, for a model as its args describe it and embeddings of `padded` rows."""
     args, plain = model_args(spec), spec.to_dict()
-    scaling = spec.values.get("rope_scaling")
-    if isinstance(scaling, RopeScaling):
-        fields = dataclasses.asdict(scaling)  # with tuples, where JSON has lists
-        plain["rope_scaling"] = {
-            name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()
-        }
+    plain["rope_scaling"] = written_scaling(spec.values.get("rope_scaling"))  # as config.json has it
     named = {
         "model_type": FAMILIES[spec.family].model_type,
         "position_embedding_type": args["position_embedding_type"],
@@ -95,7 +90,7 @@ def refuse_undescribed(folder: Path, metadata: Mapping[str, Any] | None) -> None
         raise ConversionError(f"{folder} {unfinished}")
     if metadata is None:
         raise ConversionError(f"{folder} has no {METADATA_FILE}, which describes the model in {MODEL_FILE}; {remedy}")
-    missing = [key for key in (*_PROPERTIES, "tie_word_embeddings", _ARGS) if key not in metadata]
+    missing = [*(key for key in (*_PROPERTIES, "tie_word_embeddings") if key not in metadata), _ARGS]
     raise ConversionError(
         f"{folder / METADATA_FILE} does not describe the model (Model Converter Tool's never does): it lacks "
         f"{', '.join(missing)}; {remedy}"

@@ -15,13 +15,14 @@ from .rank_files import RankFile, RankFiles, tensors_of
 from .rank_files_source import RankFilesSource
 from .reading import (
     AS_STORED,
-    MODEL_FILE,
     MegatronReadOptions,
     args_in,
     checkpoint_directory,
     parallel_of,
     skipped_entries,
+    supplemented,
 )
+from .writing import MODEL_FILE
 
 FORMAT = "model_pt"
 #: Entry of a rank's file that holds the model.
@@ -37,15 +38,15 @@ class FlatSource(RankFilesSource):
         folder = checkpoint_directory(load_dir, options.directory_name)
         self._metadata = read_metadata(folder)
         self._reference = options.hf_config
-        super().__init__(_read(folder, self._metadata, described=options.hf_config is not None), options)
+        super().__init__(_read(folder, self._metadata, options), options)
 
     def _check(self, padded: int) -> list[str]:
         described = describe(self.conventions.spec, padded)
         return check_metadata(self._dir, self._metadata, described, self._reference) if self._metadata else []
 
 
-def _read(folder: Path, metadata: Mapping[str, Any] | None, *, described: bool) -> RankFiles:
-    """The file of the only rank; `described` says that a reference replaces args that are missing."""
+def _read(folder: Path, metadata: Mapping[str, Any] | None, options: MegatronReadOptions) -> RankFiles:
+    """The file of the only rank. A reference, or args of the caller's, may replace those that are missing."""
     path = folder / MODEL_FILE
     content = torch_zip.read(path)
     if not isinstance(content, Mapping):
@@ -54,7 +55,8 @@ def _read(folder: Path, metadata: Mapping[str, Any] | None, *, described: bool) 
     args = args_of(folder, metadata)
     if args is None and is_rank_file:
         args = args_in(content, path)
-    if args is None and not described:
+    args = supplemented(args, options)
+    if args is None and options.hf_config is None:
         refuse_undescribed(folder, metadata)
     if args is not None:
         _refuse_shares(args, path)

@@ -23,8 +23,7 @@ from .flags import model_flags
 from .flat_metadata import METADATA_FILE, complete, describe
 from .flat_source import FORMAT
 from .rank_files_target import MegatronTarget
-from .reading import MODEL_FILE
-from .writing import FLAGS_FILE, TRACKER
+from .writing import FLAGS_FILE, MODEL_FILE, TRACKER
 
 #: What a finished output consists of; the first makes it a model, so it is removed first and moved last.
 _NAMES = (METADATA_FILE, MODEL_FILE, FLAGS_FILE, MANIFEST, CODE_FOLDER)

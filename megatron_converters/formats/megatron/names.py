@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from itertools import accumulate
 from typing import NamedTuple
 
-from ...model.layers import Attention, GatedDelta, Latent, Layer, Mixture, Mlp
+from ...model.layers import Attention, BlockExperts, GatedDelta, Latent, Layer, Mixture, Mlp
 from ...model.slots import DECODER, SLOTS, Slot
 from ...model.spec import ModelSpec
 
@@ -61,6 +61,10 @@ LOCAL: dict[str, Name] = {
     "shared_fc1": _MLP + "shared_experts.linear_fc1.weight",
     "shared_fc2": _MLP + "shared_experts.linear_fc2.weight",
     "shared_gate": _MLP + "shared_experts.gate_weight",
+    "block_router": _MLP + "moe_router.weight",
+    "block_router_norm": _MLP + "router_norm.weight",
+    "block_in": _MLP + "moe_w_in.weight",
+    "block_out": _MLP + "moe_w_out.weight",
     "mtp_embedding_norm": _MTP + "enorm.weight",
     "mtp_embedding_norm_bias": _MTP + "enorm.bias",
     "mtp_hidden_norm": _MTP + "hnorm.weight",
@@ -86,6 +90,7 @@ def _fused(kind: str) -> dict[str, Name]:
         "mlp" + own: {
             Mlp: f"{_MLP}linear_fc1.layer_norm_{kind}",
             Mixture: f"{_LAYER}pre_mlp_layernorm.{kind}",
+            BlockExperts: f"{_LAYER}pre_mlp_layernorm.{kind}",
         },
     }
 
@@ -268,7 +273,9 @@ def stacks_layers(spec: ModelSpec) -> bool:
     Source: `sharded_state_dict` of core/transformer/transformer_block.py.
     """
     kinds = {spec.kinds[number] for number in spec.order}
-    return len({kind.is_moe for kind in kinds}) == 1 and not any(isinstance(kind.mixer, GatedDelta) for kind in kinds)
+    return len({type(kind.feed) for kind in kinds}) == 1 and not any(
+        isinstance(kind.mixer, GatedDelta) for kind in kinds
+    )
 
 
 #: Modules of the last stage that own an `_extra_state`, by dialect.

@@ -30,12 +30,10 @@ from ...storage.pickle_reader import StandIn
 from .arguments import model_args, spec_fields, stated_heads
 from .conventions import conventions_of
 from .flags import ignored_notes
-from .writing import FAMILY_FILE, TRACKER
+from .writing import FAMILY_FILE, MODEL_FILE, TRACKER
 
 #: File that describes the format of a distributed checkpoint (core/dist_checkpointing/core.py).
 FORMAT_FILE = "metadata.json"
-#: File that holds the state dict of a whole model; beside it, a file of the same name as `FORMAT_FILE` describes the model.
-MODEL_FILE = "model.pt"
 #: Name of a rank's folder in the `torch` format.
 RANK = re.compile(r"mp_rank_\d{2,}(_\d{3,})*$")
 _ITERATION = re.compile(r"[0-9]{1,18}")

@@ -17,6 +17,7 @@ from ...model.layers import (
     RMS_NORM,
     SILU,
     SQUARED_RELU,
+    BlockExperts,
     number,
 )
 from ...model.spec import ModelSpec
@@ -80,6 +81,12 @@ def _fuses_gelu(context: Context) -> bool | None:
     if context.value("gated", True):
         return None
     return bool(context.value("activation") == GELU_TANH)
+
+
+def _feed_limit(spec: ModelSpec) -> str:
+    if not any(isinstance(kind.feed, BlockExperts) for kind in spec.used):
+        return ""
+    return "block experts (BlockFFN), which no release of it has; the code that trains them must read these names"
 
 
 def _activation_limit(spec: ModelSpec) -> str:
@@ -156,7 +163,7 @@ SIZES = (
     said("num_layers", "num_layers", flag=flag("--num-layers"), build=Build.CONFIG),
     Argument("encoder_num_layers", lambda context: context.spec.num_layers),
     said("hidden_size", "hidden_size", flag=flag("--hidden-size"), build=Build.CONFIG),
-    said("ffn_hidden_size", "ffn_hidden_size", flag=flag("--ffn-hidden-size"), build=Build.CONFIG),
+    said("ffn_hidden_size", "ffn_hidden_size", limit=_feed_limit, flag=flag("--ffn-hidden-size"), build=Build.CONFIG),
     said("num_attention_heads", "num_attention_heads", flag=flag("--num-attention-heads"), build=Build.CONFIG),
     Argument(
         "group_query_attention",

@@ -19,8 +19,9 @@ from ...basics.dtypes import DType
 from ...basics.errors import ConversionError, UsageError
 from ...basics.quantities import count
 from ...conversion.outline import Fill
+from ...model.extents import Extent
 from ...model.layouts import RowMap, interned
-from ...model.slots import DECODER, MTP, Extent, Ref, Slot, refs
+from ...model.slots import DECODER, MTP, Ref, Slot, refs
 from ...sharding.placement import Placement, Share
 from ...sharding.ranks import Rank, boxes
 from ...storage import dcp, dcp_layout, torch_zip

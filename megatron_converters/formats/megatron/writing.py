@@ -52,6 +52,8 @@ from .releases import NEWEST, parse
 from .rounding import rounding_warnings
 
 TRACKER = "latest_checkpointed_iteration.txt"
+#: File that holds the state dict of a whole model; `metadata.json` beside it describes the model.
+MODEL_FILE = "model.pt"
 #: Attribute of args for the digest of the family file that describes the recorded configuration's family.
 FAMILY_FILE = "hf_family_file"
 FLAGS_FILE = "pretrain_gpt_flags.txt"
@@ -210,7 +212,9 @@ class CheckpointTarget(ABC):
         return "release" if self._options.release else str(self._iteration)
 
     def refuse_existing(self) -> None:
-        """Raise if a checkpoint of this name or a tracker exists, unless `overwrite` is set."""
+        """Raise if a checkpoint of this name or a tracker exists, unless `overwrite` is set, or a whole model in one file."""
+        if os.path.lexists(self.save_dir / MODEL_FILE):
+            raise ConversionError(f"{self.save_dir} holds a model of another format ({MODEL_FILE}); save elsewhere")
         if self._options.overwrite:
             return
         if os.path.lexists(self.output):

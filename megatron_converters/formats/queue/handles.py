@@ -7,7 +7,6 @@ which is built from the same references while it unpickles.
 from __future__ import annotations
 
 import dataclasses
-import mmap
 from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any
@@ -22,7 +21,7 @@ from ...conversion.gathering import materialise
 from ...model.layouts import RowMap, interned, runs
 from ...model.values import Affine, composed
 from ...storage.decoding import ScaledBlocks
-from ...storage.tensor import StoredTensor, contiguous_strides
+from ...storage.tensor import StoredTensor, as_torch, contiguous_strides
 
 #: Row map as its `layouts.runs`: (row of the tensor, first row of the slot, number of rows).
 _Runs = tuple[tuple[int, int, int], ...]
@@ -125,9 +124,9 @@ def to_torch(handle: TensorHandle) -> Any:
     import torch
 
     stored = _identical(handle)
-    array = (
-        materialise(Planner(), handle.pieces, handle.shape, handle.dtype) if stored is None else _writable_view(stored)
-    )
+    if stored is not None:
+        return as_torch(stored)
+    array = materialise(Planner(), handle.pieces, handle.shape, handle.dtype)
     return torch.from_numpy(array.view(f"i{handle.dtype.itemsize}")).view(handle.dtype.torch)
 
 
@@ -146,14 +145,3 @@ def _identical(handle: TensorHandle) -> StoredTensor | None:
     if data.strides == contiguous_strides(data.shape) and np.array_equal(rows, np.arange(rows.size)):
         return data
     return None
-
-
-def _writable_view(data: StoredTensor) -> np.ndarray[Any, Any]:
-    """Array on a private mapping, since torch expects writable memory; writes never reach the file."""
-    start = (
-        data.offset - data.offset % mmap.ALLOCATIONGRANULARITY
-    )  # map only its own pages, since writable pages count as memory
-    length = data.offset + data.nbytes - start
-    with open(data.path, "rb") as file:
-        private = mmap.mmap(file.fileno(), length, access=mmap.ACCESS_COPY, offset=start)
-    return np.ndarray(data.shape, data.dtype.carrier, private, data.offset - start)

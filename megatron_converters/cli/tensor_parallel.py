@@ -1,0 +1,112 @@
+"""Command lines of `megatron_converters.tp_pp_converter` and `ckpt_to_hf_minicpm_with_tp_pp.py`: one checkpoint to one file."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+
+from ..conversion.progress import make_progress
+from ..tensor_parallel.converting import DIRECTORY, FILE, Wishes, to_hf
+from ..tensor_parallel.numbers import Numbers
+from ..tensor_parallel.presets import LLAMA, MINICPM, PRESETS, Preset
+from .console import exit_on_error, prepare_process, report, warn
+from .options.shared import add_shared
+from .options.values import positive
+
+#: What the direct converter takes where nothing else says a number.
+_DIRECT = Preset(80, 8, 4, 8, 64)
+_DIRECT_PROG = "ckpt_to_hf_minicpm_with_tp_pp.py"
+_NUMBERS = {
+    "num_layer": "Layers",
+    "tp_size": "Tensor-parallel size",
+    "pp_size": "Pipeline-parallel size",
+    "num_kv_heads": "KV heads",
+    "num_query_heads": "Query heads",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run `python -m megatron_converters.tp_pp_converter`; exits with 0 only if the output is complete."""
+    parser = _parser(
+        "python -m megatron_converters.tp_pp_converter",
+        "Convert a checkpoint of MiniCPM or Llama, with or without args, of any tensor- and pipeline-parallel sizes.",
+    )
+    sizes = "; ".join(f"{name}: {', '.join(presets)}" for name, presets in PRESETS.items())
+    parser.add_argument(
+        "--model_type", choices=[MINICPM, LLAMA], default=None, help="Type of the model; detected by default."
+    )
+    parser.add_argument(
+        "--model_size",
+        metavar="SIZE",
+        default=None,
+        help=f"Preset for numbers that nothing else says ({sizes}).",
+    )
+    _run(parser, sys.argv[1:] if argv is None else argv)
+
+
+def main_direct(argv: Sequence[str] | None = None) -> None:
+    """Run `ckpt_to_hf_minicpm_with_tp_pp.py`; exits with 0 only if the output is complete."""
+    defaults = ", ".join(f"--{name} {value}" for name, value in zip(_NUMBERS, _DIRECT, strict=True))
+    parser = _parser(
+        _DIRECT_PROG, f"Convert a MiniCPM checkpoint. Where nothing says a number, it is one of {defaults}."
+    )
+    parser.set_defaults(model_type=MINICPM, model_size=None, preset=_DIRECT, preset_name="this script's defaults")
+    _run(parser, sys.argv[1:] if argv is None else argv)
+
+
+def _parser(prog: str, description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=prog, description=description, allow_abbrev=False)
+    parser.add_argument(
+        "--in_dir", metavar="DIR", required=True, help="Checkpoint: a root, or the folder of mp_rank_*."
+    )
+    parser.add_argument("--save_path", metavar="PATH", required=True, help="File to write, or folder.")
+    for name, words in _NUMBERS.items():
+        told = "; an error where the checkpoint says another"
+        parser.add_argument(f"--{name}", metavar="N", type=positive, default=None, help=f"{words}{told}.")
+    parser.add_argument(
+        "--format",
+        choices=[FILE, DIRECTORY],
+        default=FILE,
+        help="One file of weights (the default), or a Hugging Face folder with config.json.",
+    )
+    parser.add_argument(
+        "--hf_config", metavar="DIR", default=None, help="Reference model: its configuration and tokenizer are taken."
+    )
+    parser.add_argument(
+        "--true_vocab_size", metavar="N", type=positive, default=None, help="Vocabulary without padding, where unknown."
+    )
+    parser.add_argument(
+        "--dtype", choices=["bf16", "fp16", "fp32"], default=None, help="Type to write; the checkpoint's by default."
+    )
+    parser.add_argument("--verbose", action="store_true", help="Show each step, and each number with what says it.")
+    add_shared(parser, "--overwrite", "--restart", "--quiet")
+    parser.set_defaults(preset=None, preset_name="")
+    return parser
+
+
+def _run(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
+    prepare_process()
+    args = parser.parse_args(argv)
+    if args.verbose:
+        logging.basicConfig(level=logging.DEBUG, format="%(message)s")
+    with exit_on_error(parser.prog):
+        wishes = Wishes(
+            Numbers(*(getattr(args, name) for name in _NUMBERS)),
+            args.model_type,
+            args.model_size,
+            args.preset,
+            args.preset_name,
+            args.format,
+            args.hf_config,
+            args.dtype,
+            args.overwrite,
+            args.true_vocab_size,
+            restart=args.restart,
+        )
+        result = to_hf(args.in_dir, args.save_path, wishes, make_progress(args.quiet))
+        for line in result.notes:
+            report(args, line)
+        for line in result.warnings:
+            warn(f"warning: {line}")
