@@ -24,9 +24,9 @@ KINDS = {
         *("delta_in", "delta_conv", "delta_a_log", "delta_dt_bias", "delta_out"),
     ),
     "MLP": ("fc1", "fc1_bias", "fc2", "fc2_bias"),
-    "experts": ("expert_fc1", "expert_fc2"),
+    "experts": ("expert_fc1", "expert_fc2", "block_in", "block_out"),
     "shared expert": ("shared_fc1", "shared_fc2", "shared_gate"),
-    "router": ("router", "expert_bias"),
+    "router": ("router", "expert_bias", "block_router"),
     "norms": tuple(name for name in SLOTS if name.endswith(("_norm", "_norm_bias"))),
     "output layer": ("output_layer",),
 }
