@@ -15,6 +15,7 @@ import megatron_converters.api as mc
 from megatron_converters.basics.errors import (
     ConversionError,
     Interrupted,
+    UnclearMultipliers,
     UnknownArchitecture,
     UsageError,
     reason_of,
@@ -171,6 +172,8 @@ class ModelConverterAPI:
         detected_format(folder)
         try:
             return mc.inspect(folder)
+        except UnclearMultipliers:  # which decide nothing of names and shapes
+            return mc.inspect(folder, read=mc.ReadOptions(mup="raw"))
         except UnknownArchitecture as error:
             raise unsupported(error, folder) from error
 

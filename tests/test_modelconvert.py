@@ -177,6 +177,8 @@ def test_multipliers_that_the_checkpoint_does_not_say(place: Path) -> None:
     done = succeeded(run("convert", "out", "hf", "--model-type", "minicpm", "-o", "raw"))
     assert "warning: the checkpoint does not say where its multipliers are; they are taken for raw" in done.err
     same_tensors(hf_tensors(source), hf_tensors(place / "raw"))
+    assert "minicpm" in succeeded(run("inspect", "out")).out
+    succeeded(run("check", "out"))
     succeeded(run("convert", "out", "hf", "--mup", "fold", "-o", "folded"))
     assert different(hf_tensors(source), hf_tensors(place / "folded"))
 

@@ -23,9 +23,9 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         put_json(found)
         return 0
-    from megatron_converters.formats.reading import open_source
+    from megatron_converters.formats.reading import ReadOptions, open_source
     from megatron_converters.inspection.in_words import lines
     from megatron_converters.inspection.inventory import survey
 
-    put("\n".join(lines(survey(*open_source(found["path"])))))
+    put("\n".join(lines(survey(*open_source(found["path"], ReadOptions(mup=found["mup"]))))))
     return 0
