@@ -262,8 +262,8 @@ def test_a_broken_config(text: str, hf: Path) -> None:
 
 
 def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
-    refused(forward(tmp_path / "nothing"), tmp_path / "nothing")
-    refused(back(tmp_path / "nothing"), tmp_path / "nothing")
+    refused(forward(tmp_path / "nothing"), tmp_path / "nothing", code=2)
+    refused(back(tmp_path / "nothing"), tmp_path / "nothing", code=2)
 
 
 def test_an_unknown_architecture_names_the_supported_ones(hf: Path) -> None:

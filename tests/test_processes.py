@@ -274,7 +274,7 @@ def test_a_saver_of_others_that_sleeps_is_ended_when_the_loader_fails(
     (plugins / "saver_other.py").write_text(SAVER + "import time; time.sleep(600)")
     options = ("--saver", "other", "--load-dir", tmp_path / "nothing", "--save-dir", tmp_path / "out")
     run = finished(Conversion(tmp_path, CONVERT, *options).process, 3 * NOTICED)
-    refused(run, tmp_path / "nothing")
+    refused(run, tmp_path / "nothing", code=2)
 
 
 @pytest.mark.parametrize(

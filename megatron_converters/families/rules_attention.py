@@ -66,8 +66,8 @@ class Rope:
         values |= {key: number(table[key], key) for key in optional if table.get(key) is not None}
         if "original_max_position_embeddings" in values:
             values["original_max_position_embeddings"] = int(values["original_max_position_embeddings"])
-        if kind == LONGROPE:
-            values.setdefault("factor", _extension(values["original_max_position_embeddings"], config))
+        if kind == LONGROPE and "factor" not in values:
+            values["factor"] = _extension(values["original_max_position_embeddings"], config)
         return RopeScaling(kind, **values)
 
     def write(self, spec: ModelSpec) -> dict[str, Any]:
