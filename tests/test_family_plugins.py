@@ -596,7 +596,7 @@ BASED = HEAD + "base: llama\n"
         ),
         (
             BASED + "tensors: {fc1: {layout: grouped_qkv}}\n",
-            "tensors: fc1: the layout grouped_qkv is not for this slot, which can have same, gated, joined_gated",
+            "tensors: fc1: the layout grouped_qkv is not for this slot, which can have same, gated, joined_gated, alternating",
         ),
         (BASED + "tensors: {proj: {scale: 0}}\n", "tensors: proj: a tensor cannot be multiplied by 0"),
         (BASED + "tensors: {proj: {transposed: 1}}\n", "tensors: proj: transposed: 1 is neither true nor false"),

@@ -9,6 +9,7 @@ import pytest
 
 from megatron_converters.basics.errors import ConversionError
 from megatron_converters.model.layouts import (
+    ALTERNATING,
     GATED,
     GROUPED_INTERLEAVED_QKV,
     GROUPED_QKV,
@@ -158,3 +159,8 @@ def test_equal_row_maps_are_one_object_that_cannot_be_changed() -> None:
     assert maps_of(GATED, "fc1", spec) is maps_of(GATED, "fc1", tiny_spec())
     with pytest.raises(ValueError, match="read-only"):
         maps_of(GATED, "fc1", spec)[0][0] = 1
+
+
+def test_alternating_rows_are_gate_and_up_in_turn() -> None:
+    (rows,) = row_maps(ALTERNATING, SLOTS["fc1"], tiny_spec(ffn_hidden_size=3), tiny_spec(ffn_hidden_size=3).kinds[0])
+    assert rows.tolist() == [0, 3, 1, 4, 2, 5]

@@ -92,6 +92,12 @@ def _blocks(slot: Array, parts: Sequence[Array], kind: Kind) -> Pairs:
     yield from zip(_split(slot, kind.blocks), parts, strict=True)
 
 
+def _alternating(slot: Array, parts: Sequence[Array], kind: Kind) -> Pairs:
+    """Rows of the two blocks in turn: the first of gate, the first of up, the second of gate, …"""
+    for number, block in enumerate(_split(slot, kind.blocks)):
+        yield block, parts[0][number :: len(kind.blocks)]
+
+
 def _grouped_qkv(slot: Array, parts: Sequence[Array], kind: Kind) -> Pairs:
     """Per query group: its query heads, then its key head, then its value head."""
     query, key, value = parts
@@ -174,6 +180,8 @@ SAME = Layout("same", lambda kind: (kind.rows,), _same)
 #: One part for each block of the slot: gate and up, for example.
 BLOCKS = Layout("blocks", lambda kind: kind.blocks, _blocks)
 GATED = Layout("gated", lambda kind: kind.blocks, _blocks)
+#: Gate and up row by row in one part; up alone where there is no gate.
+ALTERNATING = Layout("alternating", lambda kind: (kind.rows,), _alternating)
 GROUPED_QKV = Layout("grouped qkv", _qkv_rows, _grouped_qkv)
 GROUPED_GATED_QKV = Layout("grouped qkv with gates", _qkv_rows, _grouped_gated_qkv)
 LATENT_QUERY_HALVES = Layout("latent query, rotary halves", lambda kind: (kind.rows,), _query_halves)
@@ -249,6 +257,7 @@ NAMED: Mapping[str, NamedLayout] = {
     "same": _for(SAME, SLOTS, 1),
     **_WITH_PARTS,
     **{f"joined_{name}": _for(joined(known.layout), known.parts, 1) for name, known in _WITH_PARTS.items()},
+    "alternating": _for(ALTERNATING, _GATED_SLOTS, 1),
     "blocks": NamedLayout(BLOCKS, {"delta_in": 6, "delta_conv": 3}),
 }
 
