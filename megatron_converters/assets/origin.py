@@ -31,6 +31,8 @@ class Origin:
     #: Files of the model's own code, by name.
     code_files: dict[str, Path] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    #: Warnings among the notes that a user should read before the conversion, too.
+    urgent: list[str] = field(default_factory=list)
     #: Tensors of the source that are left out, and why.
     ignored: list[str] = field(default_factory=list)
     #: [bytes, modification time in nanoseconds] of the source's files by path. None for a source that came as messages.

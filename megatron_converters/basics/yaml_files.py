@@ -38,6 +38,13 @@ class _Loader(yaml.SafeLoader):  # type: ignore[misc]
         return super().construct_mapping(node, deep)
 
 
+class _WithAliases(_Loader):
+    """The same, for files of other programs, in which an alias stands for what an anchor marks."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        return yaml.SafeLoader.compose_node(self, parent, index)
+
+
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
 )
@@ -48,8 +55,11 @@ _Loader.yaml_implicit_resolvers = {
 }
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """Read the mapping in a YAML file; raises `ConversionError` with the line for a file that is missing, broken or no mapping."""
+def read_yaml(path: Path, *, aliases: bool = False) -> dict[str, Any]:
+    """Read the mapping in a YAML file; raises `ConversionError` with the line for a file that is missing, broken or no mapping.
+
+    Anchors and aliases are refused unless `aliases`.
+    """
     try:
         if path.exists() and not path.is_file():
             raise ConversionError(f"{path} is not a file; name one")
@@ -62,7 +72,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise ConversionError(
             f"{path} has {len(data):,} bytes, which is no file that a person has written; name another"
         )
-    value = _parsed(path, data)
+    value = _parsed(path, data, _WithAliases if aliases else _Loader)
     if not isinstance(value, dict):
         raise ConversionError(
             f"{path} holds {'nothing' if value is None else 'no mapping'}; write lines such as 'name: example'"
@@ -76,9 +86,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return value
 
 
-def _parsed(path: Path, data: bytes) -> Any:
+def _parsed(path: Path, data: bytes, loader: type[_Loader]) -> Any:
     try:
-        return yaml.load(data, Loader=_Loader)
+        return yaml.load(data, Loader=loader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = "" if mark is None else f", line {mark.line + 1}"
