@@ -1,0 +1,1 @@
+"""MindSpore's weight files, as mindspore and MindSpore Transformers (mindformers) save them."""
