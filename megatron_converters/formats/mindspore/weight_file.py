@@ -1,0 +1,37 @@
+"""One file of weights, .safetensors or .ckpt, with everything that is no weight sorted out by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from ...basics.errors import ConversionError, one_line
+from ...storage import safetensors
+from .nonweights import group_of
+from .tensors import Tensor, whole
+
+SAFETENSORS, CKPT = ".safetensors", ".ckpt"
+#: Value under a tensor's name in a header's metadata: two 4-bit integers a byte (mindspore train/serialization.py).
+_PACKED = ("qint4x2", "Int4")
+
+
+class FileContent(NamedTuple):
+    """Weights of a file by name, and the groups of its other tensors by name."""
+
+    weights: Mapping[str, Tensor]
+    others: Mapping[str, str]
+
+
+def read_file(path: Path) -> FileContent:
+    """Read the weights' places in a file of either kind."""
+    if path.suffix == CKPT:
+        raise ConversionError(f"{path}: reading .ckpt files is not built")
+    content = safetensors.read(path)
+    packed = [name for name, value in content.metadata.items() if value in _PACKED]
+    if packed:
+        raise ConversionError(
+            f"{path}: {one_line(packed[0])} holds 4-bit integers, which cannot be converted; give the weights before quantisation"
+        )
+    others = {name: group for name in content.tensors if (group := group_of(name)) is not None}
+    return FileContent({name: whole(data) for name, data in content.tensors.items() if name not in others}, others)
