@@ -69,6 +69,8 @@ def run_loader(queue: Any, args: argparse.Namespace, open_source: Callable[[], S
         with family_of(getattr(args, "family_file", None)):
             source = open_source()
             report(args, f"loading {source.origin.described} ({source.spec.family}, {source.spec.num_layers} layers)")
+            for line in source.origin.urgent:
+                report(args, line)
             target = QueueTarget(
                 queue,
                 uncut_args,

@@ -9,8 +9,9 @@ from ..basics.errors import UsageError
 from ..conversion.staging import unfinished_in
 from .megatron.reading import listing
 from .megatron.writing import MODEL_FILE, TRACKER
+from .mindspore.files import is_mindspore
 
-HF, META, MEGATRON = "hf", "meta", "megatron"
+HF, META, MEGATRON, MINDSPORE = "hf", "meta", "megatron", "mindspore"
 #: A file of weights under Hugging Face's names, without a configuration.
 WEIGHTS = "weights"
 #: Name patterns by format; one match marks a folder as of that format.
@@ -19,11 +20,13 @@ _PATTERNS = {
     META: ("consolidated.*.pth",),
     MEGATRON: (TRACKER, "mp_rank_*", ".metadata", MODEL_FILE),
 }
-FORMATS = tuple(_PATTERNS)
+FORMATS = (*_PATTERNS, MINDSPORE)
 
 
 def format_of(path: Path) -> str:
     """Detect the format of a folder or a file; raises `UsageError` if it fits none or several."""
+    if is_mindspore(path):
+        return MINDSPORE
     if path.is_file():
         return WEIGHTS
     names = [entry.name for entry in listing(path)]

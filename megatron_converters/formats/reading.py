@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,11 +16,13 @@ from ..basics.folders import existing_folder, existing_path
 from ..conversion.endpoint import Source
 from ..families import FAMILIES
 from ..families.scope import family_of
-from .detect import FORMATS, HF, MEGATRON, META, WEIGHTS, format_of
+from .detect import FORMATS, HF, MEGATRON, META, MINDSPORE, WEIGHTS, format_of
 from .huggingface.source import HFSource
 from .megatron.opening import open_megatron
 from .megatron.reading import MegatronReadOptions
 from .meta.source import MetaSource
+from .mindspore.describing import MindSporeReadOptions
+from .mindspore.source import MindSporeSource
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,8 @@ class ReadOptions:
     `without_mtp` leaves out layers of multi-token prediction. `mup` ("flags", "fold" or "raw") says where a checkpoint has its
     model's multipliers, if its args do not. `source_margs_file` is a source_megatron_args.json whose training
     arguments are inherited, `family_file` a YAML file with a family of the user's own, and `capacity_bins` requests
-    capacity_bins.pt.
+    capacity_bins.pt. Of MindSpore's weights, `mf_mlp_layout` and `mf_qkv_layout` are the orders of rows, `mf_version` is the release
+    of MindSpore Transformers that wrote them, `mf_config` its YAML, and `typed` has properties of the model that nothing else says.
     """
 
     format: str | None = None
@@ -51,6 +54,11 @@ class ReadOptions:
     capacity_bins: bool = False
     missing_args: Mapping[str, Any] | None = None
     families: tuple[str, ...] = ()
+    mf_mlp_layout: str | None = None
+    mf_qkv_layout: str | None = None
+    mf_version: str | None = None
+    mf_config: str | os.PathLike[str] | None = None
+    typed: Mapping[str, Any] = field(default_factory=dict)
 
 
 #: Options that take everything from the folder itself.
@@ -135,6 +143,21 @@ def _open_megatron(folder: Path, options: ReadOptions) -> Source:
     )
 
 
+def _open_mindspore(path: Path, options: ReadOptions) -> Source:
+    return MindSporeSource(
+        path,
+        MindSporeReadOptions(
+            options.mf_mlp_layout,
+            options.mf_qkv_layout,
+            options.mf_version,
+            None if options.mf_config is None else Path(options.mf_config),
+            _reference(options),
+            options.true_vocab_size,
+            options.typed,
+        ),
+    )
+
+
 def _reference(options: ReadOptions) -> Path | None:
     """Folder of the reference model, if one is given."""
     return None if options.hf_config is None else existing_folder(options.hf_config)
@@ -163,15 +186,22 @@ _OPENERS: dict[str, Callable[[Path, ReadOptions], Source]] = {
     WEIGHTS: _open_hf,
     META: _open_meta,
     MEGATRON: _open_megatron,
+    MINDSPORE: _open_mindspore,
 }
 #: Formats that use an option, where not all do.
 _FORMAT_OF_OPTION = {
     "ckpt_dir_name": {MEGATRON},
-    "hf_config": {MEGATRON, WEIGHTS},
+    "hf_config": {MEGATRON, WEIGHTS, MINDSPORE},
     "mup": {MEGATRON},
     "missing_args": {MEGATRON},
     "families": {MEGATRON},
     "untie": {HF, WEIGHTS},
     "ignore_config_fields": {HF, WEIGHTS},
+    **dict.fromkeys(("mf_mlp_layout", "mf_qkv_layout", "mf_version", "mf_config", "typed"), {MINDSPORE}),
 }
-_NAMES = {MEGATRON: "a Megatron-LM checkpoint", HF: "a Hugging Face folder", WEIGHTS: "a file of weights"}
+_NAMES = {
+    MEGATRON: "a Megatron-LM checkpoint",
+    HF: "a Hugging Face folder",
+    WEIGHTS: "a file of weights",
+    MINDSPORE: "MindSpore's weights",
+}

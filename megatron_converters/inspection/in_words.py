@@ -12,7 +12,7 @@ from typing import Any
 from ..assets import capacity_bins
 from ..basics.quantities import count, size
 from ..families import FAMILIES
-from ..formats.detect import HF, MEGATRON, META, WEIGHTS
+from ..formats.detect import HF, MEGATRON, META, MINDSPORE, WEIGHTS
 from ..formats.megatron.conventions import FLAGS, FOLD, RAW
 from ..model.layers import (
     ALL_HEADS,
@@ -31,7 +31,13 @@ from ..sharding.ranks import Parallel
 from .inventory import Holding, Survey, count_parameters
 
 Rows = list[tuple[str, str]]
-_FORMATS = {HF: "Hugging Face", WEIGHTS: "Hugging Face weights", META: "Meta", MEGATRON: "Megatron-LM"}
+_FORMATS = {
+    HF: "Hugging Face",
+    WEIGHTS: "Hugging Face weights",
+    META: "Meta",
+    MEGATRON: "Megatron-LM",
+    MINDSPORE: "MindSpore",
+}
 _MULTIPLIERS = {
     FLAGS: "in flags of muP",
     FOLD: "folded into weights",

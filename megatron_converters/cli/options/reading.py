@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,10 @@ from ...basics.errors import UsageError
 from ...basics.json_files import read_json
 from ...conversion.endpoint import Source
 from ...formats.detect import FORMATS, HF, MEGATRON
+from ...formats.mindspore.typed import TYPED, Typed
 from ...formats.reading import Opened, ReadOptions, open_source, refuse_unused
 from .shared import add_argument, add_shared
+from .values import positive
 
 #: Families that a stock --model-size name may mean, by how it begins.
 _MODEL_SIZES = {
@@ -24,6 +27,7 @@ _MODEL_SIZES = {
     "qwen3": "qwen3",
 }
 _OF_CHECKPOINTS = ("--ckpt-dir-name", "--hf-config", "--true-vocab-size", "--without-mtp", "--mup")
+_OF_MINDSPORE = ("--mf-mlp-layout", "--mf-qkv-layout", "--mf-version", "--mf-config")
 _OF_FOLDERS = ("--untie", "--ignore-config-fields", "--without-mtp")
 
 
@@ -42,6 +46,11 @@ def read_options(args: argparse.Namespace, source_format: str | None = None) -> 
         ignore_config_fields=tuple(name for name in (given("ignore_config_fields") or "").split(",") if name),
         without_mtp=bool(given("without_mtp")),
         mup=given("mup"),
+        mf_mlp_layout=given("mf_mlp_layout"),
+        mf_qkv_layout=given("mf_qkv_layout"),
+        mf_version=given("mf_version"),
+        mf_config=given("mf_config"),
+        typed={row.field: value for row in TYPED if (value := given(row.attribute)) is not None},
         source_margs_file=given("source_margs_file"),
         family_file=given("family_file"),
         capacity_bins=bool(given("load_capacity_bins")),
@@ -53,6 +62,23 @@ def add_reading_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("reading")
     group.add_argument("--from", dest="source_format", choices=FORMATS, default=None, help="Format of the source.")
     add_shared(group, *_OF_CHECKPOINTS, *_OF_FOLDERS, "--source-margs-file", "--family-file")
+    mindspore = parser.add_argument_group("reading MindSpore's weights, where neither they nor a configuration say it")
+    add_shared(mindspore, *_OF_MINDSPORE)
+    add_typed(mindspore, [row for row in TYPED if row.in_verbs])
+
+
+def add_typed(parser: Any, rows: Iterable[Typed], *, defaults: bool = False) -> None:
+    """Declare options by which a user types what a model is; `defaults` names those of the original loader in help."""
+    for row in rows:
+        words = f"{row.words}{'; an error where shapes say another' if row.is_size else '; the names of weights win'}."
+        words += f" Originally {row.default}, which is never assumed here." if defaults else ""
+        if isinstance(row.kind, type):
+            how = {"metavar": "N", "type": positive if row.kind is int else float}
+        elif isinstance(row.kind, tuple):
+            how = {"choices": row.kind}
+        else:
+            how = {"action": "store_const", "const": row.kind}
+        add_argument(parser, row.option, dest=row.attribute, default=None, help=words, **how)
 
 
 def open_any(path: str, args: argparse.Namespace) -> Opened:

@@ -6,6 +6,7 @@ import argparse
 from typing import Any
 
 from ...formats.megatron.conventions import FLAGS, FOLD, RAW
+from ...formats.mindspore.names import CONTIGUOUS, GROUPED, INTERLEAVED
 from .values import IMPLS, positive
 
 #: By flag, what `add_argument` takes beside it.
@@ -38,6 +39,25 @@ _DECLARED: dict[str, dict[str, Any]] = {
         "folded into weights, which rounds them, or raw: weights as they are, and MindSpeed-LLM's --scale-emb, --scale-depth and "
         "--dim-model-base. By default flags where the release has them and they suffice. Of a checkpoint that is read whose args "
         "do not say it: how that one has them.",
+    ),
+    "--mf-mlp-layout": dict(
+        choices=[INTERLEAVED, CONTIGUOUS],
+        default=None,
+        help="MindSpore: rows of gated MLPs, gate and up in turn (MindSpore Transformers from 1.7 on) or gate above up. Neither names "
+        "nor shapes tell.",
+    ),
+    "--mf-qkv-layout": dict(
+        choices=[GROUPED, CONTIGUOUS],
+        default=None,
+        help="MindSpore: rows of attention, by query groups (from 1.7 on) or queries above keys above values.",
+    ),
+    "--mf-version": dict(
+        metavar="X",
+        default=None,
+        help="MindSpore: release of MindSpore Transformers that wrote the weights, such as 1.7, which decides both.",
+    ),
+    "--mf-config": dict(
+        metavar="FILE", default=None, help="MindSpore: YAML of the training run, which says sizes and orders of rows."
     ),
     "--ignore-config-fields": dict(
         metavar="NAMES", default="", help="Hugging Face: comma-separated unknown config.json fields to ignore."

@@ -65,6 +65,8 @@ def _work(crew: Crew, args: argparse.Namespace) -> list[str]:
             f"reading {origin.described} ({job.source_format}, {spec.family}), writing {args.save_dir} "
             f"({job.target_format}){among}",
         )
+        for line in job.source.origin.urgent:
+            report(args, line)
     progress: Progress = WatchedProgress(Silent(), "first process")
     if crew.rank == 0:
         share = f" (the share of process 0 of {crew.size})" if crew.size > 1 else ""

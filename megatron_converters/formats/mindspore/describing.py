@@ -1,4 +1,4 @@
-"""The model that MindSpore's weights hold: by a configuration beside them, or by their shapes, MindFormers' YAML and typed options."""
+"""The model that MindSpore's weights hold: by a configuration beside them, or by shapes, MindFormers' YAML and typed options."""
 
 from __future__ import annotations
 
@@ -124,7 +124,9 @@ def _by_shapes(
         if said.get(name) not in (None, known[name])
     ]
     if contradictions:
-        raise ConversionError(f"the YAML says {'; '.join(contradictions)}; give the YAML of this model with --mf-config")
+        raise ConversionError(
+            f"the YAML says {'; '.join(contradictions)}; give the YAML of this model with --mf-config"
+        )
     if yaml is None and (shapes.is_moe or shapes.is_latent):
         kind = "experts" if shapes.is_moe else "multi-latent attention"
         raise UsageError(
@@ -135,13 +137,17 @@ def _by_shapes(
     found |= {} if shapes.is_latent else _heads(shapes, found)
     vocab = options.true_vocab_size or said.get("vocab_size") or shapes.embeddings[0]
     if not 0 < vocab <= shapes.embeddings[0]:
-        raise UsageError(f"--true-vocab-size {vocab} is more than the {shapes.embeddings[0]} rows of embeddings; correct it")
+        raise UsageError(
+            f"--true-vocab-size {vocab} is more than the {shapes.embeddings[0]} rows of embeddings; correct it"
+        )
     assumed = {name: value for name, value in ASSUMED.items() if found.get(name) is None}
     if shapes.switches()["learned_positions"]:
         assumed.pop("rotary_base", None)
         found["max_position_embeddings"] = shapes.shapes["embedding.position_embeddings.weight"][0]
         assumed.pop("max_position_embeddings", None)
-    notes = [f"warning: neither weights nor options say {name}; {value:g} is assumed" for name, value in assumed.items()]
+    notes = [
+        f"warning: neither weights nor options say {name}; {value:g} is assumed" for name, value in assumed.items()
+    ]
     fields = {**found, **assumed, "vocab_size": vocab, "dtype": dtype}
     spec = infer_family({name: value for name, value in fields.items() if value is not None})
     return spec, [*notes, *switch_notes(typed, known), f"the {spec.family} family fits shapes and options"]
@@ -165,7 +171,9 @@ def _heads(shapes: Shapes, found: Mapping[str, Any]) -> dict[str, int]:
         )
     groups = found.get("num_query_groups")
     if groups not in (None, keys // size):
-        raise UsageError(f"--num-query-groups {groups} contradicts {keys // size} of the shapes; leave it out, or correct it")
+        raise UsageError(
+            f"--num-query-groups {groups} contradicts {keys // size} of the shapes; leave it out, or correct it"
+        )
     return {"num_attention_heads": heads, "num_query_groups": keys // size, "kv_channels": size}
 
 

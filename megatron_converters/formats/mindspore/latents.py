@@ -1,4 +1,4 @@
-"""Tensors of multi-latent attention that MindSpore Transformers joins or renames (`mla_qkv_concat: True`), under their usual names."""
+"""Tensors of multi-latent attention that MindSpore Transformers joins (`mla_qkv_concat: True`), under their usual names."""
 
 from __future__ import annotations
 

@@ -189,7 +189,7 @@ def _reshaped(stored: Slice, tensor: Tensor, height: int, width: int) -> Slice:
     if data.shape == tensor.shape:
         return Slice(StoredTensor(data.path, data.offset, data.dtype, (height, width), (width, 1)), (0, 0))
     raise ConversionError(
-        f"{data.path}: experts of shape {list(tensor.shape)} are cut as {list(data.shape)}, which is not supported; unify the weights "
+        f"{data.path}: experts of shape {list(tensor.shape)} are cut as {list(data.shape)}, which is not supported; unify them "
         "with MindSpore's unified_safetensors first"
     )
 
@@ -206,9 +206,7 @@ def _embeddings(tensors: Mapping[str, Tensor]) -> Iterator[Tensor]:
     yield from (tensor for name, tensor in tensors.items() if "embedding" in name and len(tensor.shape) == 2)
 
 
-def _origin(
-    path: Path, files: WeightFiles, found: Described, rows: int, options: MindSporeReadOptions
-) -> Origin:
+def _origin(path: Path, files: WeightFiles, found: Described, rows: int, options: MindSporeReadOptions) -> Origin:
     generation = files.root / GENERATION
     folder = options.reference or files.root
     padding = rows - found.spec.vocab_size

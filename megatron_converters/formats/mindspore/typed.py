@@ -1,4 +1,4 @@
-"""What a user types of a model whose weights come without a configuration: options of the loader `core_mf`, and their defaults there.
+"""What a user types of a model whose weights have no configuration: options of the loader `core_mf`, and their defaults there.
 
 Sizes that shapes tell need not be typed; one that is typed and disagrees is an error. Of a switch the names win, which is said.
 """
@@ -19,7 +19,7 @@ class Typed(NamedTuple):
     """
 
     option: str
-    property: str
+    field: str
     kind: Any
     default: str
     words: str
@@ -29,6 +29,11 @@ class Typed(NamedTuple):
     def attribute(self) -> str:
         """Name of the attribute that argparse stores it in."""
         return self.option.removeprefix("--").replace("-", "_")
+
+    @property
+    def in_verbs(self) -> bool:
+        """Whether the verbs have it, too: those that no shape tells."""
+        return self.field in ("num_attention_heads", "num_query_groups", "kv_channels", *ASSUMED)
 
 
 #: Options in the order of the documentation of MindSpore Transformers; the last ones are what that lacks.
@@ -56,9 +61,9 @@ ASSUMED: Mapping[str, Any] = {"rotary_base": 10000.0, "norm_epsilon": 1e-5, "max
 def check_sizes(typed: Mapping[str, Any], known: Mapping[str, Any], where: str) -> None:
     """Raise `UsageError` for typed sizes that what is known contradicts, naming both."""
     wrong = [
-        f"{row.option} {typed[row.property]} contradicts {known[row.property]} of {where}"
+        f"{row.option} {typed[row.field]} contradicts {known[row.field]} of {where}"
         for row in _given(typed)
-        if row.is_size and known.get(row.property) is not None and known[row.property] != typed[row.property]
+        if row.is_size and known.get(row.field) is not None and known[row.field] != typed[row.field]
     ]
     if wrong:
         raise UsageError(f"{'; '.join(wrong)}; leave {'it' if len(wrong) == 1 else 'them'} out, or correct it")
@@ -69,9 +74,9 @@ def switch_notes(typed: Mapping[str, Any], known: Mapping[str, Any]) -> list[str
     return [
         f"warning: {row.option} contradicts the names of the weights, which win"
         for row in _given(typed)
-        if not row.is_size and row.property in known and known[row.property] != typed[row.property]
+        if not row.is_size and row.field in known and known[row.field] != typed[row.field]
     ]
 
 
 def _given(typed: Mapping[str, Any]) -> Iterator[Typed]:
-    return (row for row in TYPED if typed.get(row.property) is not None)
+    return (row for row in TYPED if typed.get(row.field) is not None)
