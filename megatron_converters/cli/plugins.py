@@ -40,11 +40,12 @@ def add_common_arguments(parser: Any) -> None:
 
 
 def requested_dtype(args: argparse.Namespace) -> DType | None:
-    """Dtype that --bf16 or --fp16 requests; None keeps that of the source."""
+    """Dtype that --bf16, --fp16 or --dtype requests; None keeps that of the source."""
     bf16, fp16 = getattr(args, "bf16", False), getattr(args, "fp16", False)
     if bf16 and fp16:
         raise UsageError("--bf16 and --fp16 exclude each other; give only one")
-    return dtype_named("bf16") if bf16 else dtype_named("fp16") if fp16 else None
+    chosen = "bf16" if bf16 else "fp16" if fp16 else getattr(args, "dtype", None)
+    return None if chosen is None else dtype_named(chosen)
 
 
 def add_hf_loader_arguments(parser: argparse.ArgumentParser, title: str) -> None:

@@ -143,7 +143,7 @@ def load_plugin(kind: str, name: str) -> types.ModuleType:
     )
 
 
-_OUR_PLUGINS = {"loader": "llama_mistral, mixtral_hf, hf and core", "saver": "mcore and hf"}
+_OUR_PLUGINS = {"loader": "llama_mistral, mixtral_hf, hf, core and core_mf", "saver": "mcore and hf"}
 
 
 def _exists(module: str) -> bool:

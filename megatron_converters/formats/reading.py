@@ -37,8 +37,9 @@ class ReadOptions:
     `without_mtp` leaves out layers of multi-token prediction. `mup` ("flags", "fold" or "raw") says where a checkpoint has its
     model's multipliers, if its args do not. `source_margs_file` is a source_megatron_args.json whose training
     arguments are inherited, `family_file` a YAML file with a family of the user's own, and `capacity_bins` requests
-    capacity_bins.pt. Of MindSpore's weights, `mf_mlp_layout` and `mf_qkv_layout` are the orders of rows, `mf_version` is the release
-    of MindSpore Transformers that wrote them, `mf_config` its YAML, and `typed` has properties of the model that nothing else says.
+    capacity_bins.pt. Of MindSpore's weights, `mf_mlp_layout` and `mf_qkv_layout` are the orders of rows, `mf_version` is the
+    release of MindSpore Transformers that wrote them, `mf_config` its YAML, and `typed` has properties of the model that nothing
+    else says.
     """
 
     format: str | None = None
@@ -197,7 +198,7 @@ _FORMAT_OF_OPTION = {
     "families": {MEGATRON},
     "untie": {HF, WEIGHTS},
     "ignore_config_fields": {HF, WEIGHTS},
-    **dict.fromkeys(("mf_mlp_layout", "mf_qkv_layout", "mf_version", "mf_config", "typed"), {MINDSPORE}),
+    **{name: {MINDSPORE} for name in ("mf_mlp_layout", "mf_qkv_layout", "mf_version", "mf_config", "typed")},
 }
 _NAMES = {
     MEGATRON: "a Megatron-LM checkpoint",

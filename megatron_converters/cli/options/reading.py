@@ -63,8 +63,13 @@ def add_reading_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--from", dest="source_format", choices=FORMATS, default=None, help="Format of the source.")
     add_shared(group, *_OF_CHECKPOINTS, *_OF_FOLDERS, "--source-margs-file", "--family-file")
     mindspore = parser.add_argument_group("reading MindSpore's weights, where neither they nor a configuration say it")
-    add_shared(mindspore, *_OF_MINDSPORE)
+    add_mindspore_arguments(mindspore)
     add_typed(mindspore, [row for row in TYPED if row.in_verbs])
+
+
+def add_mindspore_arguments(parser: Any) -> None:
+    """Options of what reads MindSpore's weights."""
+    add_shared(parser, *_OF_MINDSPORE)
 
 
 def add_typed(parser: Any, rows: Iterable[Typed], *, defaults: bool = False) -> None:
@@ -72,6 +77,7 @@ def add_typed(parser: Any, rows: Iterable[Typed], *, defaults: bool = False) -> 
     for row in rows:
         words = f"{row.words}{'; an error where shapes say another' if row.is_size else '; the names of weights win'}."
         words += f" Originally {row.default}, which is never assumed here." if defaults else ""
+        how: dict[str, Any]
         if isinstance(row.kind, type):
             how = {"metavar": "N", "type": positive if row.kind is int else float}
         elif isinstance(row.kind, tuple):

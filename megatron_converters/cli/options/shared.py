@@ -43,8 +43,8 @@ _DECLARED: dict[str, dict[str, Any]] = {
     "--mf-mlp-layout": dict(
         choices=[INTERLEAVED, CONTIGUOUS],
         default=None,
-        help="MindSpore: rows of gated MLPs, gate and up in turn (MindSpore Transformers from 1.7 on) or gate above up. Neither names "
-        "nor shapes tell.",
+        help="MindSpore: rows of gated MLPs, gate and up in turn (MindSpore Transformers from 1.7 on) or gate above up; neither "
+        "names nor shapes tell.",
     ),
     "--mf-qkv-layout": dict(
         choices=[GROUPED, CONTIGUOUS],
