@@ -15,6 +15,7 @@ import pytest
 
 from tests.helpers import convert, succeeded
 from tests.oracle.fixtures import megatron_pool, pytest_collection_modifyitems  # noqa: F401 - pytest looks for them here
+from tests.oracle.mindspore import pytest_runtest_setup  # noqa: F401
 
 
 @pytest.fixture(scope="session")
