@@ -76,6 +76,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return value
 
 
+def write_yaml(path: Path, value: Any) -> None:
+    """Write a mapping of plain values, in its order."""
+    path.write_text(yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=120), encoding="utf-8")
+
+
 def _parsed(path: Path, data: bytes) -> Any:
     try:
         return yaml.load(data, Loader=_Loader)

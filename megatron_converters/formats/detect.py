@@ -10,7 +10,7 @@ from ..conversion.staging import unfinished_in
 from .megatron.reading import listing
 from .megatron.writing import MODEL_FILE, TRACKER
 
-HF, META, MEGATRON = "hf", "meta", "megatron"
+HF, META, MEGATRON, MINDSPORE = "hf", "meta", "megatron", "mindspore"
 #: A file of weights under Hugging Face's names, without a configuration.
 WEIGHTS = "weights"
 #: Name patterns by format; one match marks a folder as of that format.

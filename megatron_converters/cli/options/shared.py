@@ -6,6 +6,7 @@ import argparse
 from typing import Any
 
 from ...formats.megatron.conventions import FLAGS, FOLD, RAW
+from ...formats.mindspore.names import MLP_LAYOUTS, QKV_LAYOUTS
 from .values import IMPLS, positive
 
 #: By flag, what `add_argument` takes beside it.
@@ -77,6 +78,19 @@ _DECLARED: dict[str, dict[str, Any]] = {
     "--restart": dict(
         action="store_true",
         help="Throw away what an interrupted run has finished, instead of going on from it.",
+    ),
+    "--mf-mlp-layout": dict(
+        choices=tuple(MLP_LAYOUTS),
+        default=None,
+        help="MindSpore: whether gate and up of an MLP alternate row by row (interleaved, as mindformers has it from 1.7 on unless "
+        "use_interleaved_weight_layout_mlp is false) or follow each other (contiguous). Written interleaved by default.",
+    ),
+    "--mf-qkv-layout": dict(
+        choices=tuple(QKV_LAYOUTS),
+        default=None,
+        help="MindSpore: whether each query group has its queries, key and value together (grouped, as mindformers has it from 1.7 "
+        "on unless use_contiguous_weight_layout_attention is true), or all queries come first, then all keys, then all values "
+        "(contiguous). Written grouped by default.",
     ),
     "--json": dict(action="store_true", help="Print one JSON object instead of text."),
     "--allow-inexpressible": dict(
