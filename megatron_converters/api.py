@@ -30,6 +30,7 @@ from .formats.huggingface.target import HFOptions
 from .formats.megatron.arguments import inexpressible
 from .formats.megatron.flags import all_flags, flag_warnings
 from .formats.megatron.writing import CheckpointTarget, MegatronOptions
+from .formats.mindspore.target import MindSporeOptions
 from .formats.reading import AS_FOUND, ReadOptions, open_source, refuse_unused
 from .inspection.in_json import as_json
 from .inspection.inventory import survey
@@ -44,6 +45,7 @@ __all__ = [
     "Forecast",
     "HFOptions",
     "MegatronOptions",
+    "MindSporeOptions",
     "PipelineSplit",
     "ReadOptions",
     "Result",
@@ -139,6 +141,7 @@ def convert(
     read: ReadOptions = AS_FOUND,
     megatron: MegatronOptions | None = None,
     hf: HFOptions | None = None,
+    mindspore: MindSporeOptions | None = None,
     progress: OnProgress | None = None,
 ) -> Result:
     """Convert the folder `src`, of any format, into the folder `dst`; all or nothing, and the same call goes on after a kill.
@@ -149,7 +152,7 @@ def convert(
     asks for several needs the usual `if __name__ == "__main__":`. Raises `ConversionError` and leaves nothing that looks
     complete.
     """
-    request = _request(src, dst, to, (tp, pp, ep, etp), dtype, overwrite, read, megatron, hf)
+    request = _request(src, dst, to, (tp, pp, ep, etp), dtype, overwrite, read, megatron, hf, mindspore)
 
     def lead(crew: Crew) -> Result:
         return _convert(crew, request, restart, Silent() if progress is None else _Reported(progress))
@@ -174,6 +177,7 @@ def plan(
     read: ReadOptions = AS_FOUND,
     megatron: MegatronOptions | None = None,
     hf: HFOptions | None = None,
+    mindspore: MindSporeOptions | None = None,
     measured: bool = False,
 ) -> Forecast:
     """What `convert` would write and need; nothing is written.
@@ -181,7 +185,7 @@ def plan(
     With `measured`, up to two seconds are spent on measuring a rate, from which `seconds` follows.
     """
     with family_of(read.family_file):
-        job = _request(src, dst, to, (tp, pp, ep, etp), dtype, overwrite, read, megatron, hf).open()
+        job = _request(src, dst, to, (tp, pp, ep, etp), dtype, overwrite, read, megatron, hf, mindspore).open()
         result = forecast(job.source, job.target, job.dtype, workers)
         if measured:
             measure(result, job.source, job.target.save_dir)
@@ -272,13 +276,14 @@ def _request(
     read: ReadOptions,
     megatron: MegatronOptions | None,
     hf: HFOptions | None,
+    mindspore: MindSporeOptions | None,
 ) -> Request:
     given: dict[str, Any] = {
         name: size for name, size in zip(("tp", "pp", "ep", "etp"), sizes, strict=True) if size is not None
     }
     if given:
         megatron = dataclasses.replace(megatron or MegatronOptions(), **given)
-    return Request(src, dst, to, dtype, overwrite, read, megatron, hf)
+    return Request(src, dst, to, dtype, overwrite, read, megatron, hf, mindspore)
 
 
 def _convert(crew: Crew, request: Request, restart: bool, progress: Progress) -> Result:

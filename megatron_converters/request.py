@@ -11,14 +11,21 @@ from .basics.dtypes import DType, dtype_named
 from .basics.errors import UsageError
 from .basics.folders import new_folder
 from .conversion.endpoint import Source, Target
-from .formats.detect import HF, MEGATRON
+from .formats.detect import HF, MEGATRON, MINDSPORE
 from .formats.huggingface.target import HFOptions
 from .formats.megatron.writing import MegatronOptions
+from .formats.mindspore.target import MindSporeOptions
 from .formats.reading import AS_FOUND, ReadOptions, open_source, refuse_unused
-from .formats.writing import open_target
+from .formats.writing import TargetOptions, open_target
 
 #: Formats that can be written, in words.
-TARGETS = {HF: "a Hugging Face folder", MEGATRON: "a Megatron-LM checkpoint"}
+TARGETS = {
+    HF: "a Hugging Face folder",
+    MEGATRON: "a Megatron-LM checkpoint",
+    MINDSPORE: "weights of MindSpore Transformers",
+}
+#: Options of each format that can be written.
+_OPTIONS: dict[str, type[TargetOptions]] = {HF: HFOptions, MEGATRON: MegatronOptions, MINDSPORE: MindSporeOptions}
 
 
 class Job(NamedTuple):
@@ -35,8 +42,9 @@ class Job(NamedTuple):
 class Request:
     """Conversion of the folder `src` into the folder `dst`.
 
-    `to` is "hf" or "megatron"; where it is None, a checkpoint becomes a Hugging Face folder unless `megatron` options are given,
-    and everything else a checkpoint. `dtype` is a name such as "bf16". Options of the format that is not written are refused.
+    `to` is "hf", "megatron" or "mindspore"; where it is None, a checkpoint becomes a Hugging Face folder unless `megatron` options
+    are given, and everything else a checkpoint. `dtype` is a name such as "bf16". Options of a format that is not written are
+    refused.
     """
 
     src: str | os.PathLike[str]
@@ -47,6 +55,7 @@ class Request:
     read: ReadOptions = AS_FOUND
     megatron: MegatronOptions | None = None
     hf: HFOptions | None = None
+    mindspore: MindSporeOptions | None = None
 
     def open(self) -> Job:
         """Open both sides; nothing is written. Raises `ConversionError` where the request or the source is not sound."""
@@ -61,7 +70,7 @@ class Request:
         chosen = target_format(source_format, self.to, self.megatron is not None)
         options = self._options(chosen)
         held = source.origin.mup
-        if chosen == HF and self.read.mup not in (None, held):
+        if chosen != MEGATRON and self.read.mup not in (None, held):
             raise UsageError(
                 f"--mup {self.read.mup}: the args of {self.src} say that it has its multipliers by {held!r}; leave it out"
             )
@@ -73,16 +82,17 @@ class Request:
         target = open_target(self.dst, dataclasses.replace(options, overwrite=overwrite))
         return Job(source_format, source, chosen, target, None if self.dtype is None else dtype_named(self.dtype))
 
-    def _options(self, chosen: str) -> HFOptions | MegatronOptions:
+    def _options(self, chosen: str) -> TargetOptions:
         if chosen not in TARGETS:
             raise UsageError(f"to={chosen!r}: the formats that can be written are {', '.join(TARGETS)}")
-        other = HF if chosen == MEGATRON else MEGATRON
-        if (self.hf if other == HF else self.megatron) is not None:
+        given = {HF: self.hf, MEGATRON: self.megatron, MINDSPORE: self.mindspore}
+        other = next((name for name, options in given.items() if name != chosen and options is not None), None)
+        if other is not None:
             raise UsageError(
                 f"options for writing {TARGETS[other]} are given, but this writes {TARGETS[chosen]}; leave them out, or pass "
                 f"to={other!r}"
             )
-        return (self.hf or HFOptions()) if chosen == HF else (self.megatron or MegatronOptions())
+        return given[chosen] or _OPTIONS[chosen]()
 
 
 def target_format(source_format: str, to: str | None, asks_for_checkpoint: bool) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+from filecmp import cmp
 from pathlib import Path
 from typing import Any
 
@@ -170,6 +171,17 @@ def recorded_name(source: str | None) -> str | None:
 def tokenizer_files(folder: Path) -> list[Path]:
     """Files of a folder that belong to its tokenizer."""
     return [path for pattern in FILES for path in sorted(folder.glob(pattern)) if path.is_file()]
+
+
+def refuse_other_tokenizer(new_folder: Path, save_dir: Path) -> None:
+    """Raise if `save_dir` has tokenizer files that differ from those of `new_folder`: they may be the user's own."""
+    new = {path.relative_to(new_folder): path for path in tokenizer_files(new_folder)}
+    old = {path.relative_to(save_dir): path for path in tokenizer_files(save_dir)}
+    differing = [str(name) for name, path in old.items() if name not in new or not cmp(path, new[name], shallow=False)]
+    if new and differing:
+        raise ConversionError(
+            f"{save_dir} already holds another tokenizer ({', '.join(differing)}); save elsewhere or pass --overwrite"
+        )
 
 
 def _copy_folder(folder: Path, out_dir: Path, vocab_size: int) -> list[str]:

@@ -86,6 +86,11 @@ def read_yaml(path: Path, *, aliases: bool = False) -> dict[str, Any]:
     return value
 
 
+def write_yaml(path: Path, value: Any) -> None:
+    """Write a mapping of plain values, in its order."""
+    path.write_text(yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=120), encoding="utf-8")
+
+
 def _parsed(path: Path, data: bytes, loader: type[_Loader]) -> Any:
     try:
         return yaml.load(data, Loader=loader)

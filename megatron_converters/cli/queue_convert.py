@@ -23,7 +23,10 @@ from ..formats.queue.messages import DONE
 from .console import exit_on_error, prepare_process
 
 #: Names that stock and Habana's tools use for the same plugins.
-_ALIASES = {"loader": {"mcore": "core", "megatron": "core"}, "saver": {"core": "mcore", "megatron": "mcore"}}
+_ALIASES = {
+    "loader": {"mcore": "core", "megatron": "core"},
+    "saver": {"core": "mcore", "megatron": "mcore", "mindspore": "mf"},
+}
 #: Seconds to wait for messages that the saver left unread.
 _UNREAD_TIMEOUT = 0.05
 #: Seconds that the saver has to clean up after the loader failed, before it is terminated, and then killed.
@@ -125,7 +128,12 @@ def _add_plugin_names(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--loader", metavar="NAME", default="llama_mistral", help="llama_mistral, core, or the name of another plugin."
     )
-    parser.add_argument("--saver", metavar="NAME", default="mcore", help="mcore, hf, or the name of another plugin.")
+    parser.add_argument(
+        "--saver",
+        metavar="NAME",
+        default="mcore",
+        help="mcore, hf, mf (MindSpore Transformers), or the name of another plugin.",
+    )
 
 
 def load_plugin(kind: str, name: str) -> types.ModuleType:
@@ -143,7 +151,7 @@ def load_plugin(kind: str, name: str) -> types.ModuleType:
     )
 
 
-_OUR_PLUGINS = {"loader": "llama_mistral, mixtral_hf, hf, core and core_mf", "saver": "mcore and hf"}
+_OUR_PLUGINS = {"loader": "llama_mistral, mixtral_hf, hf, core and core_mf", "saver": "mcore, hf and mf"}
 
 
 def _exists(module: str) -> bool:

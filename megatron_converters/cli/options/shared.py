@@ -40,17 +40,6 @@ _DECLARED: dict[str, dict[str, Any]] = {
         "--dim-model-base. By default flags where the release has them and they suffice. Of a checkpoint that is read whose args "
         "do not say it: how that one has them.",
     ),
-    "--mf-mlp-layout": dict(
-        choices=[INTERLEAVED, CONTIGUOUS],
-        default=None,
-        help="MindSpore: rows of gated MLPs, gate and up in turn (MindSpore Transformers from 1.7 on) or gate above up; neither "
-        "names nor shapes tell.",
-    ),
-    "--mf-qkv-layout": dict(
-        choices=[GROUPED, CONTIGUOUS],
-        default=None,
-        help="MindSpore: rows of attention, by query groups (from 1.7 on) or queries above keys above values.",
-    ),
     "--mf-version": dict(
         metavar="X",
         default=None,
@@ -97,6 +86,20 @@ _DECLARED: dict[str, dict[str, Any]] = {
     "--restart": dict(
         action="store_true",
         help="Throw away what an interrupted run has finished, instead of going on from it.",
+    ),
+    "--mf-mlp-layout": dict(
+        choices=[INTERLEAVED, CONTIGUOUS],
+        default=None,
+        help="MindSpore: whether gate and up of an MLP alternate row by row (interleaved, as mindformers has it from 1.7 on unless "
+        "use_interleaved_weight_layout_mlp is false) or follow each other (contiguous), which neither names nor shapes "
+        "tell. Written interleaved by default.",
+    ),
+    "--mf-qkv-layout": dict(
+        choices=[GROUPED, CONTIGUOUS],
+        default=None,
+        help="MindSpore: whether each query group has its queries, key and value together (grouped, as mindformers has it from 1.7 "
+        "on unless use_contiguous_weight_layout_attention is true), or all queries come first, then all keys, then all values "
+        "(contiguous). Written grouped by default.",
     ),
     "--json": dict(action="store_true", help="Print one JSON object instead of text."),
     "--allow-inexpressible": dict(

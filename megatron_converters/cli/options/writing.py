@@ -11,6 +11,7 @@ from ...conversion.endpoint import Target
 from ...formats.huggingface.target import FUSED, SEPARATE, HFOptions
 from ...formats.megatron.names import EXPERTS
 from ...formats.megatron.writing import MegatronOptions
+from ...formats.mindspore.target import MindSporeOptions
 from ...formats.writing import CHECKPOINTS, open_target
 from ...sharding.stages import PipelineSplit
 from .shared import add_argument, add_shared
@@ -199,11 +200,23 @@ def open_megatron_target(args: argparse.Namespace) -> Target:
     return open_target(args.save_dir, megatron_options(args))
 
 
+#: Largest file by default: as huggingface_hub has it, and as mindspore.unified_safetensors does.
+_HF_SHARD_SIZE, _MINDSPORE_SHARD_SIZE = "5GB", "3GB"
+
+
+def _add_shard_size(parser: Any, default: str) -> None:
+    add_argument(
+        parser,
+        "--max-shard-size",
+        metavar="SIZE",
+        default=default,
+        help=f"Largest file, such as 500MB; by default {_HF_SHARD_SIZE}, of MindSpore's weights {_MINDSPORE_SHARD_SIZE}.",
+    )
+
+
 def add_hf_target_arguments(parser: Any) -> None:
     """Options of entry points that write a Hugging Face folder."""
-    add_argument(
-        parser, "--max-shard-size", metavar="SIZE", default="5GB", help="Largest file, such as 500MB; 5GB by default."
-    )
+    _add_shard_size(parser, _HF_SHARD_SIZE)
     add_shared(parser, "--tokenizer-model")
     add_argument(
         parser,
@@ -254,3 +267,33 @@ def hf_options(args: argparse.Namespace) -> HFOptions:
 def open_hf_target(args: argparse.Namespace) -> Target:
     """The folder to write in --save-dir."""
     return open_target(args.save_dir, hf_options(args))
+
+
+def add_mindspore_target_arguments(parser: Any) -> None:
+    """Options of entry points that write weights of MindSpore Transformers."""
+    _add_shard_size(parser, _MINDSPORE_SHARD_SIZE)
+    add_shared(parser, "--tokenizer-model", "--mf-mlp-layout", "--mf-qkv-layout")
+    add_argument(
+        parser,
+        "--mf-fold",
+        action="store_true",
+        help="Fold the multipliers of MiniCPM, Granite and the like into weights, which rounds them: MindSpore Transformers has no "
+        "others.",
+    )
+
+
+def mindspore_options(args: argparse.Namespace) -> MindSporeOptions:
+    """How to write weights of MindSpore Transformers."""
+    layouts = {"mlp_layout": args.mf_mlp_layout, "qkv_layout": args.mf_qkv_layout}
+    return MindSporeOptions(
+        **{name: layout for name, layout in layouts.items() if layout is not None},
+        max_shard_size=byte_size(str(args.max_shard_size)),
+        overwrite=args.overwrite,
+        tokenizer=args.tokenizer_model,
+        fold=args.mf_fold,
+    )
+
+
+def open_mindspore_target(args: argparse.Namespace) -> Target:
+    """The folder to write in --save-dir."""
+    return open_target(args.save_dir, mindspore_options(args))

@@ -8,7 +8,7 @@ from typing import Any
 
 from ...basics.errors import UsageError
 from ...basics.folders import existing_path
-from ...formats.detect import HF, MEGATRON, format_of
+from ...formats.detect import HF, MEGATRON, MINDSPORE, format_of
 from ...formats.huggingface.target import FUSED, SEPARATE
 from ...formats.megatron.names import EXPERTS
 from ...formats.reading import ReadOptions
@@ -19,8 +19,10 @@ from ..options.writing import (
     add_expert_layout_argument,
     add_hf_target_arguments,
     add_megatron_target_arguments,
+    add_mindspore_target_arguments,
     hf_options,
     megatron_options,
+    mindspore_options,
 )
 
 
@@ -30,7 +32,7 @@ def add_job_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("save_dir", metavar="DST", help="Folder to write to.")
     parser.add_argument(
         "--to",
-        choices=[HF, MEGATRON],
+        choices=list(TARGETS),
         default=None,
         help="Format to write. By default a Megatron-LM checkpoint, but Hugging Face from a checkpoint when no option of "
         "checkpoints is given.",
@@ -43,6 +45,7 @@ def add_job_arguments(parser: argparse.ArgumentParser) -> None:
     add_shared(parser, "--tokenizer-model", "--overwrite")
     _add_megatron_arguments(parser.add_argument_group("writing a Megatron-LM checkpoint"))
     add_hf_target_arguments(parser.add_argument_group("writing a Hugging Face folder"))
+    add_mindspore_target_arguments(parser.add_argument_group("writing weights of MindSpore Transformers"))
     parser.set_defaults(**{name: None for defaults in _defaults().values() for name in defaults})
 
 
@@ -51,18 +54,25 @@ def _add_megatron_arguments(parser: Any) -> None:
     add_shared(parser, "--make-vocab-size-divisible-by")
 
 
-#: Options that both formats heed.
-_OF_BOTH = ("expert_layout", "tokenizer_model", "mup")
+_DECLARING = {
+    MEGATRON: _add_megatron_arguments,
+    HF: add_hf_target_arguments,
+    MINDSPORE: add_mindspore_target_arguments,
+}
+#: Options that reading heeds, too, or that every format does; what does not heed them refuses them by itself.
+_OF_ALL = ("expert_layout", "tokenizer_model", "mup")
+#: Options for writing a format that reading it heeds, too.
+_OF_SOURCES = {MINDSPORE: ("mf_mlp_layout", "mf_qkv_layout")}
 
 
 def _defaults() -> dict[str, dict[str, Any]]:
-    """Options that one format alone has, with their defaults, by format. In the parser itself None means "not given"."""
+    """Options that not every format has, with their defaults, by format. In the parser itself None means "not given"."""
     found = {}
-    for name, declare in {MEGATRON: _add_megatron_arguments, HF: add_hf_target_arguments}.items():
+    for name, declare in _DECLARING.items():
         parser = argparse.ArgumentParser(add_help=False)
         declare(parser)
         declared = vars(parser.parse_args([])).items()
-        found[name] = {key: value for key, value in declared if key not in _OF_BOTH}
+        found[name] = {key: value for key, value in declared if key not in _OF_ALL}
     return found
 
 
@@ -73,12 +83,15 @@ def request_of(args: argparse.Namespace) -> Request:
     asks = bool(given[MEGATRON]) or args.expert_layout in EXPERTS
     source_format = args.source_format or format_of(existing_path(args.load_dir))
     chosen = args.to or target_format(source_format, None, asks)
-    other = HF if chosen == MEGATRON else MEGATRON
-    if given[other]:
-        options = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(given[other]))
-        raise UsageError(
-            f"{options}: only for writing {TARGETS[other]}, but this writes {TARGETS[chosen]}; leave it out, or pass --to {other}"
-        )
+    heeded = (*defaults[chosen], *_OF_SOURCES.get(source_format, ()))
+    for other, names in given.items():
+        unheeded = sorted(name for name in names if name not in heeded)
+        if unheeded:
+            options = ", ".join(f"--{name.replace('_', '-')}" for name in unheeded)
+            raise UsageError(
+                f"{options}: only for writing {TARGETS[other]}, but this writes {TARGETS[chosen]}; leave it out, or pass "
+                f"--to {other}"
+            )
     unset = {key: value for key, value in defaults[chosen].items() if getattr(args, key) is None}
     complete = argparse.Namespace(**{**vars(args), **unset})
     return Request(
@@ -90,6 +103,7 @@ def request_of(args: argparse.Namespace) -> Request:
         _reading(args, source_format, chosen),
         megatron_options(complete) if chosen == MEGATRON else None,
         hf_options(complete) if chosen == HF else None,
+        mindspore_options(complete) if chosen == MINDSPORE else None,
     )
 
 

@@ -13,7 +13,8 @@ from ...conversion.journal import MANIFEST
 from ...conversion.staging import Staging
 from ...storage import torch_zip
 from ...storage.output_file import FileLayout
-from .target import HFOptions, HFTarget, Stored, parts_of
+from ...storage.shards import Stored, parts_of
+from .target import HFOptions, HFTarget
 
 
 class SingleFileTarget(HFTarget):

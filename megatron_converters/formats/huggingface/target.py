@@ -7,7 +7,6 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from filecmp import cmp
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from ...assets.origin import Origin
 from ...assets.tokenizer import (
     generation_config,
     recorded_name,
+    refuse_other_tokenizer,
     token_ids,
     tokenizer_files,
     tokenizer_token_ids,
@@ -36,8 +36,8 @@ from ...families.config_json import config_for, config_from_spec, missing_code
 from ...model.slots import SLOTS, Ref, refs
 from ...model.spec import ModelSpec
 from ...model.values import composed, inverse
-from ...storage import safetensors
 from ...storage.output_file import FileLayout
+from ...storage.shards import Stored, layout, split
 from .other_family import origin_elsewhere, stored_as
 from .parts import HFNames, Part
 
@@ -75,30 +75,9 @@ class HFOptions:
     single_file: bool = False
 
 
-@dataclass(frozen=True)
-class Stored:
-    """Tensor of the folder, filled by `parts` fills."""
-
-    name: str
-    dtype: DType
-    shape: tuple[int, ...]
-    parts: int
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
-
-
-def split_shards(parts: list[Stored], limit: int) -> dict[str, list[Stored]]:
-    """Split tensors into files, by name: each is filled until the next tensor would exceed `limit` bytes, as in huggingface_hub."""
-    shards: list[list[Stored]] = [[]]
-    size = 0
-    for part in parts:
-        if shards[-1] and size + part.nbytes > limit:
-            shards.append([])
-            size = 0
-        shards[-1].append(part)
-        size += part.nbytes
+def named_shards(tensors: list[Stored], limit: int) -> dict[str, list[Stored]]:
+    """Tensors of each file, by the names that huggingface_hub gives to files of at most `limit` bytes."""
+    shards = split(tensors, limit)
     if len(shards) == 1:
         return {"model.safetensors": shards[0]}
     return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards, 1)}
@@ -210,12 +189,11 @@ class HFTarget:
 
     def _split(self, stored: list[Stored]) -> dict[str, list[Stored]]:
         """Tensors of each file."""
-        return split_shards(stored, self._options.max_shard_size)
+        return named_shards(stored, self._options.max_shard_size)
 
     def _layout(self, shard: list[Stored]) -> FileLayout:
         """Layout of a file with these tensors."""
-        layout = safetensors.layout({tensor.name: (tensor.dtype, tensor.shape) for tensor in shard}, {"format": "pt"})
-        return dataclasses.replace(layout, parts=parts_of(shard))
+        return layout(shard, {"format": "pt"})
 
     def _parts(self, ref: Ref) -> list[Part]:
         """Parts of a ref, and the copies of it that layers of multi-token prediction repeat."""
@@ -268,19 +246,7 @@ class HFTarget:
             write_json(folder / name, value)
         self._notes = notes
         if not options.overwrite:
-            self._refuse_tokenizer(folder)
-
-    def _refuse_tokenizer(self, folder: Path) -> None:
-        """Raise if `save_dir` has tokenizer files that differ from the new ones in `folder`: they may be the user's own."""
-        new = {path.relative_to(folder): path for path in tokenizer_files(folder)}
-        old = {path.relative_to(self.save_dir): path for path in tokenizer_files(self.save_dir)}
-        differing = [
-            str(name) for name, path in old.items() if name not in new or not cmp(path, new[name], shallow=False)
-        ]
-        if new and differing:
-            raise ConversionError(
-                f"{self.save_dir} already holds another tokenizer ({', '.join(differing)}); save elsewhere or pass --overwrite"
-            )
+            refuse_other_tokenizer(folder, self.save_dir)
 
     def _small_files(self, tokens: dict[str, Any]) -> dict[str, Any]:
         """Contents by file name: configuration with these token ids, generation settings and training arguments."""
@@ -336,8 +302,3 @@ def _token_family(spec: ModelSpec) -> str | None:
     if spec.vocab_size == _LLAMA3_VOCABULARY:
         return "llama3" if spec.values["rope_scaling"] is None else "llama3.1"
     return "llama2" if spec.vocab_size == _LLAMA2_VOCABULARY else None
-
-
-def parts_of(shard: list[Stored]) -> dict[str, int]:
-    """Number of parts of each tensor that has several."""
-    return {tensor.name: tensor.parts for tensor in shard if tensor.parts > 1}

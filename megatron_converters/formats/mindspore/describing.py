@@ -17,7 +17,7 @@ from ...model.spec import ModelSpec
 from .names import CONTIGUOUS, GROUPED, INTERLEAVED
 from .shapes import Shapes
 from .typed import ASSUMED, check_sizes, switch_notes
-from .yaml_reading import flags_of, properties_of
+from .yaml_reading import layouts_of, properties_of
 
 #: Names of Hugging Face's configuration beside the weights: of this project's writer, and of Hugging Face itself.
 CONFIGS = ("hf_config.json", "config.json")
@@ -62,9 +62,9 @@ def describe(root: Path, shapes: Shapes, dtype: DType, options: MindSporeReadOpt
         spec, notes = _by_configuration(config, shapes, options)
     else:
         spec, notes = _by_shapes(root, shapes, yaml, dtype, options)
-    flags = {} if yaml is None else flags_of(yaml)
-    mlp, mlp_warnings = _mlp_layout(shapes, flags, options)
-    qkv, qkv_warnings = _qkv_layout(shapes, flags, options)
+    said = {} if yaml is None else layouts_of(yaml)
+    mlp, mlp_warnings = _mlp_layout(shapes, said.get("mlp_layout"), options)
+    qkv, qkv_warnings = _qkv_layout(shapes, said.get("qkv_layout"), options)
     urgent = (*mlp_warnings, *qkv_warnings)
     return Described(dataclasses.replace(spec, dtype=dtype), mlp, qkv, (*notes, *urgent), urgent, config)
 
@@ -117,7 +117,7 @@ def _by_shapes(
     typed = {name: value for name, value in options.typed.items() if value is not None}
     known = {**shapes.sizes(), **shapes.switches()}
     check_sizes(typed, known, "the shapes")
-    said = {} if yaml is None else properties_of(yaml)
+    said = {} if yaml is None else properties_of(yaml, shapes)
     contradictions = [
         f"{name} {said[name]}, but shapes {known[name]}"
         for name in shapes.sizes()
@@ -177,12 +177,10 @@ def _heads(shapes: Shapes, found: Mapping[str, Any]) -> dict[str, int]:
     return {"num_attention_heads": heads, "num_query_groups": keys // size, "kv_channels": size}
 
 
-def _mlp_layout(shapes: Shapes, flags: Mapping[str, bool], options: MindSporeReadOptions) -> tuple[str, list[str]]:
+def _mlp_layout(shapes: Shapes, said: str | None, options: MindSporeReadOptions) -> tuple[str, list[str]]:
     """Order of rows of gated MLPs."""
-    if options.mlp_layout is not None:
-        return options.mlp_layout, []
-    if "interleaved" in flags:
-        return (INTERLEAVED if flags["interleaved"] else CONTIGUOUS), []
+    if options.mlp_layout is not None or said is not None:
+        return options.mlp_layout or said or "", []
     modern = _is_modern(options)
     if modern is not None:
         return (INTERLEAVED if modern else CONTIGUOUS), []
@@ -195,12 +193,10 @@ def _mlp_layout(shapes: Shapes, flags: Mapping[str, bool], options: MindSporeRea
     ]
 
 
-def _qkv_layout(shapes: Shapes, flags: Mapping[str, bool], options: MindSporeReadOptions) -> tuple[str, list[str]]:
+def _qkv_layout(shapes: Shapes, said: str | None, options: MindSporeReadOptions) -> tuple[str, list[str]]:
     """Order of rows of queries, keys and values."""
-    if options.qkv_layout is not None:
-        return options.qkv_layout, []
-    if "contiguous" in flags:
-        return (CONTIGUOUS if flags["contiguous"] else GROUPED), []
+    if options.qkv_layout is not None or said is not None:
+        return options.qkv_layout or said or "", []
     modern = _is_modern(options)
     if modern is not None:
         return (GROUPED if modern else CONTIGUOUS), []
