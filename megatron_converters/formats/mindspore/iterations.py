@@ -14,6 +14,7 @@ from typing import Any
 
 from ...basics.errors import ConversionError, one_line, raise_all, reason_of
 from ...basics.json_files import read_json
+from ...storage.opening import is_name
 from .nonweights import OPTIMIZER, group_of
 from .tensors import Placed, Tensor, WeightFiles, assembled
 from .weight_file import SAFETENSORS, FileContent, read_file
@@ -25,6 +26,9 @@ _FILE = re.compile(r"(?:.+-)?(model|opt)-([0-9]{7,18})-([0-9]{7,18})\.safetensor
 _SLICE = re.compile(r"\((['\"])(?P<name>[^'\"\\]+)\1, \((?:np\.int64\()?(?P<index>[0-9]{1,18})\)?,\)\)")
 _FORM = "checkpoint 2.0"
 _TOO_LARGE = 1 << 63
+
+#: Files that hold a slice, by the slice's index.
+_Places = Mapping[int, list[str]]
 
 
 def is_root(folder: Path) -> bool:
@@ -106,58 +110,50 @@ def _described(path: Path, contents: Mapping[str, FileContent]) -> tuple[dict[st
     if not isinstance(described, dict) or not isinstance(stored, dict):
         raise ConversionError(f"{path} lacks state_dict_metadata or storage_data; copy it again")
     places = _places(path, stored)
-    optimizer = [name for name in described if group_of(name) == OPTIMIZER or _only_optimizer(places.get(name, {}))]
-    weights = {name: entry for name, entry in described.items() if name not in {*optimizer} and group_of(name) is None}
-    listed = {(file, name) for name in weights for files in places.get(name, {}).values() for file in files}
-    missing = sorted(
-        {f"it lists {one_line(file)}, which is not in the folder" for file, _ in listed if file not in contents}
-    )
-    missing += [
-        f"it lists {name} in {file}, which does not hold it"
-        for file, name in sorted(listed)
-        if file in contents and name not in contents[file].weights
-    ]
-    missing += [
-        f"it does not list {name} of {file}"
-        for file, held in contents.items()
-        for name in held.weights
-        if (file, name) not in listed
-    ]
-    raise_all(f"{path} does not describe the files beside it:", missing, remedy="copy the folder again")
-    return {
-        name: _tensor(f"{path}: {one_line(name)}", entry, _held(name, places.get(name, {}), contents))
-        for name, entry in weights.items()
-    }, optimizer
+    optimizer = {name for name in described if group_of(name) == OPTIMIZER or _only_optimizer(places.get(name, {}))}
+    weights = {name: places.get(name, {}) for name in described if name not in optimizer and group_of(name) is None}
+    _check_listed(path, weights, contents)
+    tensors = {}
+    for name, files_of in weights.items():
+        held = {index: [contents[file].weights[name] for file in files] for index, files in files_of.items()}
+        tensors[name] = _tensor(f"{path}: {one_line(name)}", described[name], held)
+    return tensors, sorted(optimizer)
 
 
-#: Files that hold a slice, by the slice's index.
-_Places = Mapping[int, list[str]]
+def _check_listed(path: Path, weights: Mapping[str, _Places], contents: Mapping[str, FileContent]) -> None:
+    """Every slice that is listed must be in its file, and every weight of a file must be listed."""
+    listed = {(file, name) for name, places in weights.items() for files in places.values() for file in files}
+    problems = [
+        f"it lists {file}, which is not there" for file in sorted({file for file, _ in listed} - contents.keys())
+    ]
+    for file, name in sorted(listed):
+        if file in contents and name not in contents[file].weights:
+            problems.append(f"it lists {one_line(name)} in {file}, which does not hold it")
+    for file, content in contents.items():
+        problems += [f"it does not list {name} of {file}" for name in content.weights if (file, name) not in listed]
+    raise_all(f"{path} does not describe the files beside it:", problems, remedy="copy the folder again")
 
 
 def _places(path: Path, stored: Mapping[str, Any]) -> dict[str, dict[int, list[str]]]:
     found: dict[str, dict[int, list[str]]] = defaultdict(dict)
     for key, entries in stored.items():
         match = _SLICE.fullmatch(key)
-        names = (
-            [entry.get("file_name") if isinstance(entry, dict) else None for entry in entries]
-            if isinstance(entries, list)
-            else []
-        )
-        if match is None or not names or not all(isinstance(name, str) for name in names):
-            raise ConversionError(
-                f"{path}: storage_data has no file for {one_line(key)}, or its key is no slice; copy it again"
-            )
-        found[match["name"]][int(match["index"])] = names
+        files = [_file_name(entry) for entry in entries] if isinstance(entries, list) else []
+        if match is None or not files or "" in files:
+            raise ConversionError(f"{path}: {one_line(key)} of storage_data is no slice or has no file; copy it again")
+        found[match["name"]][int(match["index"])] = files
     return found
+
+
+def _file_name(entry: Any) -> str:
+    """Name of a file in storage_data; empty if the entry has none."""
+    name = entry.get("file_name") if isinstance(entry, dict) else None
+    return name if is_name(name) else ""
 
 
 def _only_optimizer(places: _Places) -> bool:
     matches = [_FILE.fullmatch(file) for files in places.values() for file in files]
     return bool(matches) and all(match is not None and match[1] == "opt" for match in matches)
-
-
-def _held(name: str, places: _Places, contents: Mapping[str, FileContent]) -> dict[int, list[Tensor]]:
-    return {index: [contents[file].weights[name] for file in files] for index, files in places.items()}
 
 
 def _tensor(where: str, entry: Any, held: Mapping[int, list[Tensor]]) -> Tensor:
@@ -169,14 +165,16 @@ def _tensor(where: str, entry: Any, held: Mapping[int, list[Tensor]]) -> Tensor:
     if not isinstance(chunks, list):
         raise ConversionError(f"{where} lists no slices; copy it again")
     local = tuple(size // count for size, count in zip(shape, cuts, strict=True))
-    indices = []
+    indices: list[int] = []
     for chunk in chunks:
         if _whole_numbers(where, chunk, "local_shape") != local:
             raise ConversionError(f"{where}: a slice does not have the shape {one_line(local)} of an even cut")
         indices += _whole_numbers(where, chunk, "global_offset")[:1]
-    if len({*indices}) != math.prod(cuts) or {*indices} != held.keys() or max(indices) >= math.prod(cuts):
+    count = math.prod(cuts)
+    if len({*indices}) != count or {*indices} != held.keys() or max(indices) >= count:
         raise ConversionError(
-            f"{where} has {one_line(math.prod(cuts))} slices, of which {len({*indices})} are listed and {len(held)} stored; copy the folder again"
+            f"{where} is cut into {one_line(count)} slices, but {len({*indices})} are listed and {len(held)} stored; "
+            "copy the folder again"
         )
     return assembled(where, shape, _parts(where, shape, local, cuts, held))
 

@@ -84,12 +84,8 @@ def _chosen(folder: Path) -> tuple[dict[int, Path], tuple[str, ...]]:
         raise ConversionError(f"{folder}: no step is saved by all of its {len(by_rank)} ranks; copy the missing files")
     last = max(steps)
     several = {step for files in by_rank.values() for step in files}
-    notes = (
-        (f"of {len(several)} saved steps the last that all ranks hold is read, {last[0]}_{last[1]}",)
-        if len(several) > 1
-        else ()
-    )
-    return {rank: files[last] for rank, files in by_rank.items()}, notes
+    notes = [f"of {len(several)} saved steps the last that all ranks hold is read, {last[0]}_{last[1]}"]
+    return {rank: files[last] for rank, files in by_rank.items()}, tuple(notes if len(several) > 1 else ())
 
 
 def _by_step(files: list[Path]) -> dict[tuple[int, int], Path]:
@@ -112,6 +108,11 @@ def _joined(folder: Path, contents: Mapping[int, FileContent], stages: Mapping[i
     known = {name for stage in stages.values() for name in stage}
     if not any(name in known for content in contents.values() for name in content.weights):
         raise ConversionError(f"the strategy files of {folder} name none of its tensors; give those of the same run")
+    absent = sorted(stages.keys() - {rank // size for rank in contents})
+    if absent:
+        raise ConversionError(
+            f"{folder} has no rank of pipeline stage {absent[0]}, ranks {absent[0] * size} and on; copy them, too"
+        )
     parts: dict[str, dict[int, list[Placed]]] = {}
     for rank, content in contents.items():
         stage, local_rank = divmod(rank, size)
@@ -125,7 +126,7 @@ def _joined(folder: Path, contents: Mapping[int, FileContent], stages: Mapping[i
     return {
         name: _of_stages(
             f"{folder}: {name}",
-            [_whole(folder, name, stages[stage].get(name), found) for stage, found in by_stage.items()],
+            [_of_ranks(f"{folder}: {name}", stages[stage].get(name), found) for stage, found in by_stage.items()],
         )
         for name, by_stage in parts.items()
     }
@@ -139,10 +140,10 @@ def _placed(where: str, tensor: Tensor, layout: Layout | None, rank: int) -> Pla
     return Placed(tensor, tuple(index * size for index, size in zip(layout.place(rank), tensor.shape, strict=True)))
 
 
-def _whole(folder: Path, name: str, layout: Layout | None, parts: list[Placed]) -> Tensor:
+def _of_ranks(where: str, layout: Layout | None, parts: list[Placed]) -> Tensor:
     local = parts[0].tensor.shape
     cuts = layout.cuts() if layout else (1,) * len(local)
-    return assembled(f"{folder}: {name}", tuple(size * count for size, count in zip(local, cuts, strict=True)), parts)
+    return assembled(where, tuple(size * count for size, count in zip(local, cuts, strict=True)), parts)
 
 
 def _of_stages(where: str, tensors: list[Tensor]) -> Tensor:
@@ -150,7 +151,8 @@ def _of_stages(where: str, tensors: list[Tensor]) -> Tensor:
     for other in rest:
         if (other.shape, other.dtype) != (first.shape, first.dtype):
             raise ConversionError(
-                f"{where} is {first.dtype} {one_line(first.shape)} in one pipeline stage and {other.dtype} {one_line(other.shape)} in another"
+                f"{where} is {first.dtype} {one_line(first.shape)} in one pipeline stage, "
+                f"{other.dtype} {one_line(other.shape)} in another"
             )
     copies = [item for other in rest for item in (*other.slices, *other.copies)]
     return first._replace(copies=(*first.copies, *copies))
