@@ -19,7 +19,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ConversionError(f"{path} is missing; give a folder that holds it") from None
     except OSError as error:
         raise ConversionError(f"cannot read {path}: {reason_of(error)}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConversionError(f"cannot read {path}: {error}") from error
     if not isinstance(value, dict):
         raise ConversionError(f"{path} holds a {type(value).__name__}, not an object")

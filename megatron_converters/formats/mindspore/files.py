@@ -1,29 +1,73 @@
-"""MindSpore weights on disk: which form a path has, and the tensors in it."""
+"""MindSpore weights on disk: which form a path has, and the tensors in it.
+
+Nothing is copied or executed: tensors stay mapped, and MindSpore is not needed.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections import Counter
 from pathlib import Path
 
-from ...basics.errors import ConversionError, UsageError
+from ...basics.dtypes import values
+from ...basics.errors import ConversionError, UsageError, reason_of
 from ...basics.folders import existing_path
 from ...storage import safetensors
+from .iterations import is_iteration, is_root, read_iteration, read_root
 from .parts import MAP, read_parts
+from .ranks import is_strategy, rank_folders, read_ranks, weights_in
 from .tensors import Slice, Tensor, WeightFiles
 from .weight_file import CKPT, SAFETENSORS, read_file
 
 __all__ = ["Slice", "Tensor", "WeightFiles", "is_mindspore", "read_weight_files"]
 
+#: Which slot of the stacked weights each expert has; identity unless experts were relocated (mindformers 1.9.0 and later).
+_EXPERT_ORDER, _ORDER_GROUP = "expert_mapping", "expert order"
+_MOST_EXPERTS = 1 << 16
+#: First byte of a .ckpt file that is not encrypted: field 1, a message.
+_FIELD_1 = b"\n"
 
-def read_weight_files(path: Path) -> WeightFiles:
-    """Find and read the weights of a file or folder; raises `ConversionError` if they are damaged or incomplete."""
+
+def read_weight_files(path: Path, strategy: Path | None = None) -> WeightFiles:
+    """Find and read the weights of a file or folder; `strategy` is a file or folder that joins the slices of ranks.
+
+    Raises `ConversionError` if anything is missing, damaged or contradicts itself.
+    """
     path = existing_path(path)
-    if path.is_file():
-        return _one_file(path)
-    files = sorted(path.glob(f"*{SAFETENSORS}"))
-    if files:
-        return read_parts(path, files)
-    raise UsageError(f"{path} holds no weights of MindSpore")
+    strategy = existing_path(strategy) if strategy is not None else None
+    try:
+        found = _one_file(path) if path.is_file() else _folder(path, strategy)
+    except OSError as error:
+        raise ConversionError(f"cannot look at {error.filename or path}: {reason_of(error)}") from error
+    return _without_expert_order(found)
+
+
+def is_mindspore(path: Path) -> bool:
+    """Whether a path looks like weights of MindSpore: by names, and by the header of one file."""
+    try:
+        return _is_file(path) if path.is_file() else path.is_dir() and _is_folder(path)
+    except (ConversionError, OSError):
+        return False
+
+
+def _is_file(path: Path) -> bool:
+    if path.suffix == CKPT:  # a name that others use, too
+        with open(path, "rb") as file:
+            return not is_strategy(path) and file.read(1) == _FIELD_1
+    return path.suffix == SAFETENSORS and safetensors.read(path).metadata.get("format") == "ms"
+
+
+def _is_folder(path: Path) -> bool:
+    if (
+        (path / MAP).exists()
+        or is_root(path)
+        or is_iteration(path)
+        or any(map(weights_in, rank_folders(path).values()))
+    ):
+        return True
+    files = weights_in(path)
+    return bool(files) and _is_file(files[0])
 
 
 def _one_file(path: Path) -> WeightFiles:
@@ -34,15 +78,43 @@ def _one_file(path: Path) -> WeightFiles:
     return WeightFiles(path.parent, content.weights, Counter(content.others.values()), (path,), form)
 
 
-def is_mindspore(path: Path) -> bool:
-    """Whether a path looks like weights of MindSpore: by names, and by the header of a single file."""
-    if path.is_file():
-        return path.suffix == CKPT or (path.suffix == SAFETENSORS and _says_ms(path))
-    return (path / MAP).exists()
+def _folder(path: Path, strategy: Path | None) -> WeightFiles:
+    if is_root(path):
+        return read_root(path)
+    if is_iteration(path):
+        return read_iteration(path)
+    if rank_folders(path):
+        return read_ranks(path, strategy)
+    files = weights_in(path)
+    if len({file.suffix for file in files}) > 1:
+        raise UsageError(f"{path} holds both {SAFETENSORS} and {CKPT} files; give one of them, or a folder of one kind")
+    if not files:
+        inner = ", ".join(sorted(entry.name for entry in path.iterdir() if entry.is_dir() and _is_folder(entry)))
+        raise UsageError(
+            f"{path} holds no weights of MindSpore{f'; give one of its folders: {inner}' if inner else ''}"
+        )
+    return read_parts(path, files)
 
 
-def _says_ms(path: Path) -> bool:
-    try:
-        return safetensors.read(path).metadata.get("format") == "ms"
-    except ConversionError:
+def _without_expert_order(found: WeightFiles) -> WeightFiles:
+    """Weights without the orders of experts, each of which must be the identity."""
+    orders = [name for name in found.tensors if name.rpartition(".")[2] == _EXPERT_ORDER]
+    moved = [name for name in orders if not _is_identity(found.tensors[name])]
+    if moved:
+        raise ConversionError(
+            f"{found.root}: {moved[0]} is not the identity: experts were relocated between devices, so that their slots are not "
+            "in the router's order; save the checkpoint again without enable_expert_relocation"
+        )
+    kept = {name: tensor for name, tensor in found.tensors.items() if name not in {*orders}}
+    dropped = {**found.dropped, **({_ORDER_GROUP: len(orders)} if orders else {})}
+    return dataclasses.replace(found, tensors=kept, dropped=dropped)
+
+
+def _is_identity(order: Tensor) -> bool:
+    if len(order.shape) != 1 or math.prod(order.shape) > _MOST_EXPERTS:
         return False
+    return all(
+        value == offset[0] + index
+        for data, offset in (*order.slices, *order.copies)
+        for index, value in enumerate(values(data.array(), data.dtype).tolist())
+    )

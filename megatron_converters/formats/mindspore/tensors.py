@@ -85,10 +85,7 @@ def assembled(where: str, shape: tuple[int, ...], parts: Iterable[Placed]) -> Te
 
 
 def _shifted(part: Tensor, offset: tuple[int, ...]) -> list[Slice]:
-    return [
-        Slice(data, tuple(a + b for a, b in zip(inner, offset, strict=True)))
-        for data, inner in (*part.slices, *part.copies)
-    ]
+    return [Slice(data, tuple(a + b for a, b in zip(inner, offset, strict=True))) for data, inner in part.slices]
 
 
 def _check_grid(where: str, shape: tuple[int, ...], local: tuple[int, ...], offsets: Iterable[tuple[int, ...]]) -> None:
