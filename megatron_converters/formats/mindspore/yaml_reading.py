@@ -11,6 +11,8 @@ from .shapes import Shapes
 from .yaml_rows import LAYOUTS, ROWS
 
 _WHERE = "the YAML of MindSpore Transformers"
+#: Keys of sizes that shapes tell, where they are not called as the property.
+_KEYS = {"num_experts": "num_moe_experts", "shared_ffn_hidden_size": "moe_shared_expert_intermediate_size"}
 _SECTIONS = ("model", "model_config")
 #: What classes of models preset, where a YAML leaves it out: by its `model_type` (mindformers 2.1.0, models/*/configuration_*.py).
 _PRESETS: Mapping[str, Mapping[str, Any]] = {
@@ -34,8 +36,9 @@ def properties_of(yaml: Mapping[str, Any], shapes: Shapes) -> dict[str, Any]:
     """
     config = canonical(ROWS, _with_presets(_section(yaml)), _WHERE)
     config["multi_latent_attention"] = shapes.is_latent
-    if shapes.is_moe:
-        config["num_moe_experts"] = config["num_moe_experts"] or shapes.sizes()["num_experts"]
+    for name, size in shapes.sizes().items():
+        key = _KEYS.get(name, name)
+        config[key] = size if config[key] is None else config[key]
     said = properties(ROWS, config)
     return {name: value for name, value in said.items() if value is not None}
 
