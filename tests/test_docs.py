@@ -16,6 +16,7 @@ from megatron_converters.families import FAMILIES
 from tests.conversions import different, hf_to_megatron, megatron_to_hf
 from tests.helpers import hf_tensors
 from tests.oracle.hf import make_model
+from tests.oracle.mindspore_by_hand import write_by_hand
 from tests.oracle.minicpm import make_minicpm
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -25,6 +26,7 @@ DOCUMENTS = (
     "docs/architecture.md",
     "docs/adding-a-family.md",
     "docs/messages.md",
+    "docs/mindspore.md",
     "docs/python-api.md",
     "scripts/bench/README.md",
 )
@@ -57,6 +59,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     (root / "example.yaml").write_text(family)
     named = {"HF": folder, "MEG": hf_to_megatron(folder, root / "megatron", tp=2, pp=2)}
     named |= {"MINICPM": make_minicpm(root)[0]}
+    named |= {"MS": write_by_hand(make_model("llama2", root / "plain"), root / "ms", mlp="contiguous")}
     named |= {"MOE": make_model("mixtral", root / "moe"), "EXAMPLE": example, "FAMILY": root / "example.yaml"}
     return {name: str(path) for name, path in named.items()}
 

@@ -17,6 +17,7 @@ _YAML = """
 model:
   model_config:
     num_attention_heads: 4
+    num_key_value_heads: 2
     num_experts: 4
     num_experts_per_tok: 2
     moe_intermediate_size: 8

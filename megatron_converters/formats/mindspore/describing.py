@@ -134,7 +134,7 @@ def _by_shapes(
             "or the folder of a reference model with --hf-config DIR"
         )
     found = {**said, **{name: value for name, value in typed.items() if name not in known}, **known}
-    found |= {} if shapes.is_latent else _heads(shapes, found)
+    found |= {} if shapes.is_latent else _heads(shapes, found, typed)
     vocab = options.true_vocab_size or said.get("vocab_size") or shapes.embeddings[0]
     if not 0 < vocab <= shapes.embeddings[0]:
         raise UsageError(
@@ -153,7 +153,7 @@ def _by_shapes(
     return spec, [*notes, *switch_notes(typed, known), f"the {spec.family} family fits shapes and options"]
 
 
-def _heads(shapes: Shapes, found: Mapping[str, Any]) -> dict[str, int]:
+def _heads(shapes: Shapes, found: Mapping[str, Any], typed: Mapping[str, Any]) -> dict[str, int]:
     """Number of query heads, of groups, and size of a head; the first is in no shape."""
     heads, queries, keys = found.get("num_attention_heads"), shapes.query_rows, shapes.key_rows
     if queries is None or keys is None:
@@ -171,9 +171,8 @@ def _heads(shapes: Shapes, found: Mapping[str, Any]) -> dict[str, int]:
         )
     groups = found.get("num_query_groups")
     if groups not in (None, keys // size):
-        raise UsageError(
-            f"--num-query-groups {groups} contradicts {keys // size} of the shapes; leave it out, or correct it"
-        )
+        whose = "--num-query-groups" if typed.get("num_query_groups") else "the YAML's num_query_groups"
+        raise UsageError(f"{whose} {groups} contradicts {keys // size} of the shapes; correct it")
     return {"num_attention_heads": heads, "num_query_groups": keys // size, "kv_channels": size}
 
 
