@@ -284,6 +284,11 @@ def add_mindspore_target_arguments(parser: Any) -> None:
 
 def mindspore_options(args: argparse.Namespace) -> MindSporeOptions:
     """How to write weights of MindSpore Transformers."""
+    experts = getattr(args, "expert_layout", None)
+    if experts is not None:
+        raise UsageError(
+            f"--expert-layout {experts}: weights of MindSpore Transformers have one layout of experts; leave it out"
+        )
     layouts = {"mlp_layout": args.mf_mlp_layout, "qkv_layout": args.mf_qkv_layout}
     return MindSporeOptions(
         **{name: layout for name, layout in layouts.items() if layout is not None},
