@@ -84,7 +84,15 @@ class Layout(NamedTuple):
                 f"an optimizer shard of size {self.shard_size} and step {self.shard_step} "
                 f"for the device matrix {one_line(self.devices)}"
             )
+        if shards > 1 and self._is_disputed():
+            return f"an optimizer shard under the tensor map {one_line(self.axes)}, which MindSpore itself reads in two ways,"
         return None
+
+    def _is_disputed(self) -> bool:
+        """Whether `_construct_tensor_layout_for_opt_shard` takes the axes' order for the devices' although they differ."""
+        repeated = [dim for dim, size in zip(self._repeated(), self._repeated_sizes(), strict=True) if size > 1]
+        cutting = [dim for axis in self.axes for dim in axis if self.devices[-1 - dim] > 1]
+        return repeated == [len(self.devices) - 1] and cutting != sorted(cutting, reverse=True)
 
     def _repeated(self) -> list[int]:
         """Dimensions (from the end, major first) along which ranks hold the same slice."""
@@ -114,7 +122,7 @@ def read(paths: list[Path]) -> dict[int, Stage]:
         for stage, name, layout in _json_items(path) if path.suffix == ".json" else _protobuf_items(path):
             fault = layout.fault()
             if fault:
-                raise ConversionError(f"{path}: {one_line(name)} has {fault}, which contradicts itself")
+                raise ConversionError(f"{path}: {one_line(name)} has {fault}; that cannot be joined")
             found.setdefault(stage, {})[name] = layout
         for stage, layouts in found.items():
             if len({layout.ranks for layout in layouts.values()}) > 1:
