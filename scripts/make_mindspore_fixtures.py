@@ -48,15 +48,14 @@ def _network(fixture: Fixture) -> nn.Cell:
     # MindSpore Transformers' outermost class holds the model as `model` and adds no prefix; older classes add it.
     network = nn.Cell(auto_prefix=bool(fixture.prefix))
     network.model = cells(
-        {
-            name.removeprefix(fixture.prefix): mindspore.Tensor(array).astype(
-                getattr(mindspore, fixture.dtype_of(name))
-            )
-            for name, array in weights.items()
-        }
+        {name.removeprefix(fixture.prefix): _cast(array, fixture.dtype_of(name)) for name, array in weights.items()}
     )
     parameters_of(network, set(weights))
     return network
+
+
+def _cast(array: np.ndarray, dtype: str) -> mindspore.Tensor:
+    return mindspore.Tensor(array).astype(getattr(mindspore, dtype))
 
 
 def _saved(fixture: Fixture, network: nn.Cell) -> list[dict[str, Any]]:
@@ -79,7 +78,7 @@ def _save_file(fixture: Fixture, folder: Path) -> None:
     saved = _saved(fixture, _network(fixture))
     state = _run_state() if fixture.optimizer else None
     path = folder / f"network_rank_0-1_4.{fixture.format}"
-    mindspore.save_checkpoint(saved, str(path), append_dict=state, format=fixture.format)
+    mindspore.save_checkpoint(saved, str(path), append_dict=state, format=fixture.format, crc_check=fixture.crc)
 
 
 def _save_parts(fixture: Fixture, folder: Path) -> None:

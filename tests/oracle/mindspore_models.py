@@ -17,6 +17,17 @@ Weights = dict[str, npt.NDArray[np.float32]]
 
 
 @dataclass(frozen=True)
+class Latent:
+    """Sizes of multi-latent attention."""
+
+    q_rank: int = 12
+    kv_rank: int = 10
+    nope: int = 6
+    rotated: int = 4
+    value: int = 7
+
+
+@dataclass(frozen=True)
 class Model:
     """Sizes of a model, by default those of a dense one."""
 
@@ -35,6 +46,7 @@ class Model:
     expert_ffn: int = 8
     shared_ffn: int = 0
     expert_bias: bool = False
+    latent: Latent | None = None  # instead of heads, groups and their dim: multi-latent attention, with `heads` heads
 
 
 #: By model_type of Hugging Face.
@@ -44,6 +56,7 @@ MODELS = {
     "qwen3": Model(tied=True, qk_norm=True),
     "qwen3_moe": Model(qk_norm=True, experts=4),
     "glm4_moe": Model(experts=4, dense_layers=1, shared_ffn=16, expert_bias=True),
+    "deepseek_v3": Model(experts=4, dense_layers=1, shared_ffn=16, expert_bias=True, latent=Latent()),
 }
 
 
@@ -55,6 +68,9 @@ class Layout:
         "interleaved"  # row 2i is the gate's i, row 2i + 1 the up projection's; "contiguous": all of the gate first
     )
     qkv: str = "grouped"  # per group: its queries, key, value; "contiguous": all queries, all keys, all values
+    latent: str = (
+        "split"  # tensors as in Megatron; "joined": both down projections are one tensor, and others have other names
+    )
 
 
 def values(name: str, *shape: int) -> npt.NDArray[np.float32]:
@@ -84,14 +100,8 @@ def hf_weights(model: Model) -> Weights:
 
 
 def _layer_shapes(model: Model, layer: int) -> dict[str, tuple[int, ...]]:
-    rows = {"q": model.heads * model.dim, "k": model.groups * model.dim, "v": model.groups * model.dim}
     shapes: dict[str, tuple[int, ...]] = {"input_layernorm.weight": (model.hidden,)}
-    shapes |= {f"self_attn.{part}_proj.weight": (count, model.hidden) for part, count in rows.items()}
-    if model.qkv_bias:
-        shapes |= {f"self_attn.{part}_proj.bias": (count,) for part, count in rows.items()}
-    if model.qk_norm:
-        shapes |= {f"self_attn.{part}_norm.weight": (model.dim,) for part in "qk"}
-    shapes["self_attn.o_proj.weight"] = (model.hidden, rows["q"])
+    shapes |= _latent_shapes(model, model.latent) if model.latent else _attention_shapes(model)
     shapes["post_attention_layernorm.weight"] = (model.hidden,)
     if not has_experts(model, layer):
         return shapes | _mlp_shapes("mlp", model.hidden, model.ffn)
@@ -103,6 +113,30 @@ def _layer_shapes(model: Model, layer: int) -> dict[str, tuple[int, ...]]:
     if model.shared_ffn:
         shapes |= _mlp_shapes("mlp.shared_experts", model.hidden, model.shared_ffn)
     return shapes
+
+
+def _attention_shapes(model: Model) -> dict[str, tuple[int, ...]]:
+    rows = {"q": model.heads * model.dim, "k": model.groups * model.dim, "v": model.groups * model.dim}
+    shapes: dict[str, tuple[int, ...]] = {
+        f"self_attn.{part}_proj.weight": (count, model.hidden) for part, count in rows.items()
+    }
+    if model.qkv_bias:
+        shapes |= {f"self_attn.{part}_proj.bias": (count,) for part, count in rows.items()}
+    if model.qk_norm:
+        shapes |= {f"self_attn.{part}_norm.weight": (model.dim,) for part in "qk"}
+    return shapes | {"self_attn.o_proj.weight": (model.hidden, rows["q"])}
+
+
+def _latent_shapes(model: Model, latent: Latent) -> dict[str, tuple[int, ...]]:
+    return {
+        "self_attn.q_a_proj.weight": (latent.q_rank, model.hidden),
+        "self_attn.q_a_layernorm.weight": (latent.q_rank,),
+        "self_attn.q_b_proj.weight": (model.heads * (latent.nope + latent.rotated), latent.q_rank),
+        "self_attn.kv_a_proj_with_mqa.weight": (latent.kv_rank + latent.rotated, model.hidden),
+        "self_attn.kv_a_layernorm.weight": (latent.kv_rank,),
+        "self_attn.kv_b_proj.weight": (model.heads * (latent.nope + latent.value), latent.kv_rank),
+        "self_attn.o_proj.weight": (model.hidden, model.heads * latent.value),
+    }
 
 
 def _mlp_shapes(name: str, hidden: int, ffn: int) -> dict[str, tuple[int, ...]]:
@@ -136,12 +170,24 @@ def _attention(hf: Weights, model: Model, layout: Layout) -> Weights:
         if f"self_attn.q_proj.{kind}" in hf:
             parts = [hf[f"self_attn.{part}_proj.{kind}"] for part in "qkv"]
             found[f"self_attention.linear_qkv.{kind}"] = _qkv(parts, model, layout)
+    if model.latent:
+        found |= {f"self_attention.{name}.weight": array for name, array in _latent(hf, layout).items()}
     for part in "qk":
         if f"self_attn.{part}_norm.weight" in hf:
             found[f"self_attention.{part}_layernorm.weight"] = hf[f"self_attn.{part}_norm.weight"]
     found["self_attention.linear_proj.weight"] = hf["self_attn.o_proj.weight"]
     found["pre_mlp_layernorm.weight"] = hf["post_attention_layernorm.weight"]
     return found
+
+
+def _latent(hf: Weights, layout: Layout) -> Weights:
+    parts = ("q_a_proj", "q_a_layernorm", "q_b_proj", "kv_a_proj_with_mqa", "kv_a_layernorm", "kv_b_proj")
+    q_down, q_norm, q_up, kv_down, kv_norm, kv_up = (hf[f"self_attn.{part}.weight"] for part in parts)
+    if layout.latent == "joined":
+        down = np.concatenate([q_down, kv_down])
+        return dict(linear_qkv=down, q_layernorm=q_norm, linear_qb=q_up, k_layernorm=kv_norm, linear_kvb=kv_up)
+    queries = dict(linear_q_down_proj=q_down, q_layernorm=q_norm, linear_q_up_proj=q_up)
+    return queries | dict(linear_kv_down_proj=kv_down, kv_layernorm=kv_norm, linear_kv_up_proj=kv_up)
 
 
 def _qkv(parts: list[npt.NDArray[np.float32]], model: Model, layout: Layout) -> npt.NDArray[np.float32]:
