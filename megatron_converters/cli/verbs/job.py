@@ -107,8 +107,12 @@ def request_of(args: argparse.Namespace) -> Request:
     )
 
 
+#: Options that a format heeds when it is read and when it is written.
+_OF_BOTH_SIDES = {MEGATRON: ("mup",), MINDSPORE: ("mf_mlp_layout", "mf_qkv_layout")}
+
+
 def _reading(args: argparse.Namespace, source_format: str, chosen: str) -> ReadOptions:
-    """How to read the source. `--mup` may mean the checkpoint that is read, the one that is written, or both."""
-    options = read_options(args)
-    means_target = chosen == MEGATRON and source_format != MEGATRON
-    return dataclasses.replace(options, mup=None) if means_target else options
+    """How to read the source. An option that both sides may heed means the target where the source is of another format."""
+    of_target = _OF_BOTH_SIDES.get(chosen, ()) if source_format != chosen else ()
+    unset: dict[str, Any] = dict.fromkeys(of_target)
+    return dataclasses.replace(read_options(args), **unset)
