@@ -33,6 +33,7 @@ from tests.helpers import (
     succeeded,
 )
 from tests.oracle.args import megatron_args
+from tests.oracle.mindspore_by_hand import write_by_hand
 
 HFModel = Callable[..., Path]
 Messages = list[Any]
@@ -232,6 +233,24 @@ def test_our_loader_sends_what_a_stock_saver_reads(family: str, hf_model: HFMode
     assert (args.rotary_base, args.norm_epsilon, args.bf16) == (rope["rope_theta"], config["rms_norm_eps"], True)
     assert args.params_dtype is torch.bfloat16
     assert (args.num_query_groups, args.kv_channels) == (4, config.get("head_dim", 8))
+
+
+@pytest.mark.parametrize("family", ["qwen2", "llama2"])
+def test_our_loader_of_mindspore_s_weights(family: str, hf_model: HFModel, tools: Path, tmp_path: Path) -> None:
+    """bf16 as the documentation has it; stock savers take it from the metadata and the arguments."""
+    folder, keep = hf_model(family, dtype="bfloat16"), tmp_path / "messages.pt"
+    source = write_by_hand(folder, tmp_path / "ms", mlp="contiguous")
+    sizes = ("--num-attention-heads", 8, "--num-query-groups", 4, "--padded-vocab-size", 199, "--seq-length", 512)
+    succeeded(stock(tools, "core_mf", "keeping", source, tmp_path / "out", "--keep", keep, *sizes, "--swiglu"))
+    metadata, *dicts, last = torch.load(keep, weights_only=False)
+    assert last == "done"
+    for ours, theirs in zip(dicts, expected_messages(folder), strict=True):
+        same_tensors(*({key: value for key, value in message.items() if key != "name"} for message in (ours, theirs)))
+    told = (metadata.num_layers, metadata.hidden_size, metadata.num_attention_heads, metadata.params_dtype)
+    assert told == (4, 64, 8, torch.bfloat16)
+    assert (metadata.swiglu, metadata.linear_bias, metadata.output_layer) == (True, False, True)
+    args = metadata.checkpoint_args
+    assert (args.num_query_groups, args.ffn_hidden_size, args.bf16) == (4, 112, True)
 
 
 def test_a_stock_saver_needs_a_divisor(hf_model: HFModel, tools: Path, tmp_path: Path) -> None:

@@ -1,9 +1,10 @@
-"""Benchmark of `modelconvert` and `tp_pp_converter` against `cp` of the same bytes, run alternately, with their memory.
+"""Benchmark of `modelconvert`, `tp_pp_converter` and MindSpore against `cp` of the same bytes, run alternately, with their memory.
 
     python scripts/bench/tools.py FOLDER [--layers 16] [--hidden 2048] [--runs 5] [--models 20] [--workers 4]
 
 A Llama of 1.1 billion parameters becomes model.pt and a folder again, as it is and cast to float32, and a checkpoint of TP 2 and
-PP 2 one file of weights. Then a batch of many small models is converted by several workers.
+PP 2 one file of weights. The checkpoint becomes a MindSpore model in its newer layout, and that a checkpoint again, as it is and
+cast to float16. Then a batch of many small models is converted by several workers.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pathlib import Path
 from bench import ROOT, Timed, copies, make_model, measure, print_table, run_in_turn
 
 _TOOL = [sys.executable, "-m", "model_converter_tool"]
+_VERB = [sys.executable, "-m", "megatron_converters", "convert", "--quiet"]
 _BY_NUMBERS = [sys.executable, "-m", "megatron_converters.tp_pp_converter", "--quiet"]
 
 
@@ -39,6 +41,23 @@ def commands(folder: Path) -> dict[str, Timed]:
         "model.pt to HF": convert(flat, "hf", back, "--model-type", "llama"),
         **copies("Megatron", megatron, folder / "cp"),
         "Megatron to one file": Timed(megatron, weights, to_file),
+        **mindspore(folder, megatron),
+    }
+
+
+def mindspore(folder: Path, megatron: Path) -> dict[str, Timed]:
+    """A checkpoint to MindSpore's files and back, in TP 2 and PP 2."""
+    files, back = folder / "mindspore", folder / "from_mindspore"
+
+    def convert(source: Path, output: Path, *options: str, kept: bool = False) -> Timed:
+        return Timed(source, output, [*_VERB, str(source), str(output), *options], kept)
+
+    parallel = ("--tp", "2", "--pp", "2")
+    return {
+        "Megatron to MindSpore": convert(megatron, files, "--to", "mindspore", kept=True),
+        **copies("MindSpore", files, folder / "cp"),
+        "MindSpore to Megatron": convert(files, back, *parallel),
+        "MindSpore to Megatron, float16": convert(files, back, *parallel, "--dtype", "fp16"),
     }
 
 
@@ -72,8 +91,8 @@ def main() -> None:
     folder = args.folder.absolute()
     make_model(folder / "hf", args.layers, args.hidden)
     if not (folder / "megatron").exists():
-        verb = [sys.executable, "-m", "megatron_converters", "convert", "--quiet", str(folder / "hf")]
-        subprocess.run([*verb, str(folder / "megatron"), "--tp", "2", "--pp", "2"], cwd=ROOT, check=True)
+        command = [*_VERB, str(folder / "hf"), str(folder / "megatron"), "--tp", "2", "--pp", "2"]
+        subprocess.run(command, cwd=ROOT, check=True)
     size = sum(path.stat().st_size for path in (folder / "hf").iterdir())
     print(f"{size / 1e9:.2f} GB, {args.runs} runs, median (minimum-maximum)\n")
     print_table(run_in_turn(commands(folder), args.runs))
