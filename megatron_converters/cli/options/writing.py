@@ -278,7 +278,7 @@ def add_mindspore_target_arguments(parser: Any) -> None:
         "--mf-fold",
         action="store_true",
         help="Fold the multipliers of MiniCPM, Granite and the like into weights, which rounds them: MindSpore Transformers has no "
-        "others.",
+        "settings for them.",
     )
 
 
