@@ -92,6 +92,11 @@ def test_removed_redundancy(tmp_path: Path) -> None:
     refused(tmp_path, "w: 1 of 2 slices were found")
 
 
+def test_single_axis_that_two_dimensions_cut(tmp_path: Path) -> None:
+    given(tmp_path, strategy({"b": layout([2, 3], [[0, 1]])}))
+    same(read_weight_files(ranks(tmp_path, [{"b": B[at : at + 1]} for at in (0, 2, 4, 1, 3, 5)])), {"b": B})
+
+
 def test_ckpt_files_of_ranks(tmp_path: Path) -> None:
     given(tmp_path, strategy({"w": layout([2], [-1, 0])}))
     for rank in range(2):

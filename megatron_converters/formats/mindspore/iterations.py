@@ -173,8 +173,8 @@ def _tensor(where: str, entry: Any, held: Mapping[int, list[Tensor]]) -> Tensor:
     count = math.prod(cuts)
     if len({*indices}) != count or {*indices} != held.keys() or max(indices) >= count:
         raise ConversionError(
-            f"{where} is cut into {one_line(count)} slices, but {len({*indices})} are listed and {len(held)} stored; "
-            "copy the folder again"
+            f"{where} is cut into {one_line(count)} slices, but slices {one_line(sorted({*indices}))} are listed "
+            f"and {one_line(sorted(held))} stored; copy the folder again"
         )
     return assembled(where, shape, _parts(where, shape, local, cuts, held))
 
