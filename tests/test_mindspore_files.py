@@ -15,15 +15,6 @@ from megatron_converters.formats.mindspore.nonweights import group_of
 from megatron_converters.formats.mindspore.tensors import Placed, assembled
 
 from .mindspore_bytes import array, ckpt, joined, metadata, record, refused, same, save, with_header
-    array,
-    ckpt,
-    joined,
-    metadata,
-    refused,
-    same,
-    save,
-    with_header,
-)
 
 NORM, FC1 = "decoder.final_layernorm.weight", "decoder.layers.0.mlp.linear_fc1.weight"
 
