@@ -318,6 +318,16 @@ def test_tracker_names_an_iteration_that_is_there(tmp_path: Path) -> None:
         refused(tmp_path, word)
 
 
+@pytest.mark.parametrize("kind", ["iteration", "parts"])
+def test_one_of_several_files_is_refused(tmp_path: Path, kind: str) -> None:
+    if kind == "iteration":
+        path = sliced(tmp_path) / A
+    else:
+        (tmp_path / "param_name_map.json").write_text(json.dumps(parts(tmp_path)[1]))
+        path = tmp_path / "part0.safetensors"
+    refused(path, "one of several files", f"give their folder, {path.parent}")
+
+
 # Recognising
 
 

@@ -144,6 +144,21 @@ def test_single_rank_needs_no_strategy(tmp_path: Path) -> None:
     refused(ranks(tmp_path, [{"w": W}, {"w": W}]), "2 ranks without a strategy", "unified_safetensors")
 
 
+def test_one_of_several_ranks_is_refused(tmp_path: Path) -> None:
+    folder = ranks(tmp_path / "checkpoint", [{"w": W[:8]}]) / "rank_0"
+    for path in (folder, *folder.iterdir()):
+        same(read_weight_files(path), {"w": W[:8]})
+    given(tmp_path / "strategy", strategy({"w": layout([2], [0, -1])}))
+    refused(folder, "one of several ranks", f"the folder of all, {tmp_path / 'checkpoint'}")
+    refused(tmp_path / "checkpoint", "w: 1 of 2 slices")
+    (tmp_path / "strategy" / "ckpt_strategy.ckpt").unlink()
+    ranks(tmp_path / "checkpoint", [{"w": W[:8]}, {"w": W[8:]}])
+    for path in (folder, *folder.iterdir()):
+        refused(path, "one of several ranks")
+    save(tmp_path / "alone" / "rank_1" / "w.safetensors", {"w": W[8:]})
+    refused(tmp_path / "alone", "rank 1 alone")
+
+
 def test_files_of_two_runs_are_refused(tmp_path: Path) -> None:
     ranks(tmp_path, [{"w": W}])
     save(tmp_path / "rank_0" / "net_rank_0_1-1_10.safetensors", {"w": W})

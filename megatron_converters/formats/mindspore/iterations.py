@@ -41,6 +41,12 @@ def is_iteration(folder: Path) -> bool:
     return any(_FILE.fullmatch(path.name) for path in folder.iterdir())
 
 
+def is_one_of_several(path: Path) -> bool:
+    """Whether a file is one of an iteration's, so that it may hold slices only."""
+    match = _FILE.fullmatch(path.name)
+    return match is not None and (int(match[3]) > 1 or (path.parent / METADATA).exists())
+
+
 def read_root(folder: Path) -> WeightFiles:
     """Read the iteration that the tracker names."""
     try:
