@@ -32,7 +32,8 @@ def read_parts(folder: Path, files: list[Path]) -> WeightFiles:
         others.update(content.others)
     raise_all(f"{folder} holds tensors in more than one file; leave the files of one checkpoint there:", twice)
     read = [*files, folder / MAP] if (folder / MAP).exists() else files
-    return WeightFiles(folder, weights, Counter(others.values()), tuple(read), "a directory of parts")
+    form = "a directory of parts" if len(read) > 1 else "one file"
+    return WeightFiles(folder, weights, Counter(others.values()), tuple(read), form)
 
 
 def _hyper(path: Path) -> FileContent:
