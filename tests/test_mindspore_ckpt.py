@@ -102,6 +102,12 @@ def test_large_tensor_in_several_values(tmp_path: Path, shape: tuple[int, ...], 
         (content(1, number(1, 3)), "lacks its name or tensor"),
         (content(1, content(1, "a") + content(2, content(2, "Float32"))), "lacks its type or content"),
         (b"\x0b", "malformed"),
+        # Content that ends in the next value.
+        (
+            content(1, content(1, "a") + content(2, number(1, 3) + content(2, "Int8") + varint(26) + varint(3) + b"ab"))
+            + ckpt({"b": array(9)}),
+            "malformed",
+        ),
     ],
 )
 def test_damaged_ckpt_is_refused(tmp_path: Path, data: bytes, word: str) -> None:

@@ -9,20 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_converters.basics.errors import UsageError
+from megatron_converters.basics.errors import ConversionError, UsageError
 from megatron_converters.formats.mindspore.files import is_mindspore, read_weight_files
 from megatron_converters.formats.mindspore.nonweights import group_of
+from megatron_converters.formats.mindspore.tensors import Placed, assembled
 
-from .mindspore_bytes import (
-    array,
-    ckpt,
-    joined,
-    metadata,
-    refused,
-    same,
-    save,
-    with_header,
-)
+from .mindspore_bytes import array, ckpt, joined, metadata, record, refused, same, save, with_header
 
 NORM, FC1 = "decoder.final_layernorm.weight", "decoder.layers.0.mlp.linear_fc1.weight"
 
@@ -103,6 +95,31 @@ def test_order_of_experts_must_be_the_identity(tmp_path: Path) -> None:
     assert (list(found.tensors), found.dropped) == (["a"], {"expert order": 1})
     refused(save(tmp_path / "b.safetensors", {"a": array(2), name: np.array([0, 2, 1], "int32")}), name, "relocated")
     refused(save(tmp_path / "b.safetensors", {name: np.zeros((2, 2), "int32")}), name)
+    halves = [record(name, [4], "Int32", np.array(half, "int32").tobytes()) for half in ([0, 1], [2, 3], [0, 1])]
+    (tmp_path / "c.ckpt").write_bytes(b"".join(halves[:2]))
+    assert read_weight_files(tmp_path / "c.ckpt").dropped == {"expert order": 1}
+    (tmp_path / "c.ckpt").write_bytes(halves[0] + halves[2])
+    refused(tmp_path / "c.ckpt", name)
+
+
+# Slices
+
+
+@pytest.mark.parametrize(
+    ("offsets", "word"),
+    [
+        ([(0, 0), (2, 0)], "2 of 4 slices"),
+        ([(0, 0), (0, 3), (2, 0), (4, 3)], "overlaps others or leaves"),
+        ([(0, 0), (0, 3), (2, 0), (1, 3)], "overlaps others or leaves"),
+        ([], "no file holds it"),
+    ],
+)
+def test_slices_fill_the_tensor_once(tmp_path: Path, offsets: list[tuple[int, int]], word: str) -> None:
+    part = read_weight_files(save(tmp_path / "a.safetensors", {"a": array(2, 3)})).tensors["a"]
+    with pytest.raises(ConversionError, match=word):
+        assembled("a", (4, 6), [Placed(part, offset) for offset in offsets])
+    with pytest.raises(ConversionError, match="do not tile"):
+        assembled("a", (5, 6), [Placed(part, (0, 0))])
 
 
 # A directory of parts
@@ -223,6 +240,17 @@ def test_checkpoint_2_with_whole_tensors_where_slices_are_listed(tmp_path: Path)
     assert len(found.tensors["w"].copies) == 1
 
 
+def test_slices_are_numbered_by_rows(tmp_path: Path) -> None:
+    w = array(4, 6)
+    names = [f"model-{index:07d}-0000006.safetensors" for index in range(6)]
+    places = [(row, column) for row in (0, 2) for column in (0, 2, 4)]
+    contents = {
+        name: {"w": w[row : row + 2, column : column + 2]} for name, (row, column) in zip(names, places, strict=True)
+    }
+    files = {index: [name] for index, name in enumerate(names)}
+    same(read_weight_files(iteration(tmp_path, contents, metadata({"w": ((4, 6), (2, 3), files)}))), {"w": w})
+
+
 def test_index_of_a_numpy_number(tmp_path: Path) -> None:
     described = metadata({"w": ((4,), (2,), {0: [A], 1: [B]})}).replace("(1,)", "(np.int64(1),)")
     iteration(tmp_path, {A: {"w": array(4)[:2]}, B: {"w": array(4)[2:]}}, described)
@@ -244,7 +272,7 @@ def test_checkpoint_2_without_its_metadata(tmp_path: Path) -> None:
     ("old", "new", "word"),
     [
         (f'"file_name": "{B}"', '"file_name": "model-0000009-0000010.safetensors"', "which is not there"),
-        ("('w', (3,))", "('w', (4,))", "slices"),
+        ("('w', (3,))", "('w', (4,))", "[0, 1, 2, 3] are listed and [0, 1, 2, 4] stored"),
         ("('w', (3,))", "('ghost', (3,))", "does not list w of"),
         ("('w', (3,))", "__import__('os')", "is no slice"),
         ("('w', (3,))", "(" * 5000, "is no slice"),
@@ -288,6 +316,16 @@ def test_tracker_names_an_iteration_that_is_there(tmp_path: Path) -> None:
     for text, word in (("13", "iteration_00000013"), ("release", "'release'"), ("9" * 30, "instead of an iteration")):
         tracker.write_text(text)
         refused(tmp_path, word)
+
+
+@pytest.mark.parametrize("kind", ["iteration", "parts"])
+def test_one_of_several_files_is_refused(tmp_path: Path, kind: str) -> None:
+    if kind == "iteration":
+        path = sliced(tmp_path) / A
+    else:
+        (tmp_path / "param_name_map.json").write_text(json.dumps(parts(tmp_path)[1]))
+        path = tmp_path / "part0.safetensors"
+    refused(path, "one of several files", f"give their folder, {path.parent}")
 
 
 # Recognising

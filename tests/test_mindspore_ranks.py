@@ -92,6 +92,11 @@ def test_removed_redundancy(tmp_path: Path) -> None:
     refused(tmp_path, "w: 1 of 2 slices were found")
 
 
+def test_single_axis_that_two_dimensions_cut(tmp_path: Path) -> None:
+    given(tmp_path, strategy({"b": layout([2, 3], [[0, 1]])}))
+    same(read_weight_files(ranks(tmp_path, [{"b": B[at : at + 1]} for at in (0, 2, 4, 1, 3, 5)])), {"b": B})
+
+
 def test_ckpt_files_of_ranks(tmp_path: Path) -> None:
     given(tmp_path, strategy({"w": layout([2], [-1, 0])}))
     for rank in range(2):
@@ -137,6 +142,21 @@ def test_last_step_of_all_ranks(tmp_path: Path) -> None:
 def test_single_rank_needs_no_strategy(tmp_path: Path) -> None:
     same(read_weight_files(ranks(tmp_path, [{"w": W}])), {"w": W})
     refused(ranks(tmp_path, [{"w": W}, {"w": W}]), "2 ranks without a strategy", "unified_safetensors")
+
+
+def test_one_of_several_ranks_is_refused(tmp_path: Path) -> None:
+    folder = ranks(tmp_path / "checkpoint", [{"w": W[:8]}]) / "rank_0"
+    for path in (folder, *folder.iterdir()):
+        same(read_weight_files(path), {"w": W[:8]})
+    given(tmp_path / "strategy", strategy({"w": layout([2], [0, -1])}))
+    refused(folder, "one of several ranks", f"the folder of all, {tmp_path / 'checkpoint'}")
+    refused(tmp_path / "checkpoint", "w: 1 of 2 slices")
+    (tmp_path / "strategy" / "ckpt_strategy.ckpt").unlink()
+    ranks(tmp_path / "checkpoint", [{"w": W[:8]}, {"w": W[8:]}])
+    for path in (folder, *folder.iterdir()):
+        refused(path, "one of several ranks")
+    save(tmp_path / "alone" / "rank_1" / "w.safetensors", {"w": W[8:]})
+    refused(tmp_path / "alone", "rank 1 alone")
 
 
 def test_files_of_two_runs_are_refused(tmp_path: Path) -> None:

@@ -14,9 +14,9 @@ from ...basics.dtypes import values
 from ...basics.errors import ConversionError, UsageError, reason_of
 from ...basics.folders import existing_path
 from ...storage import safetensors
-from .iterations import is_iteration, is_root, read_iteration, read_root
-from .parts import MAP, read_parts
-from .ranks import is_strategy, rank_folders, read_ranks, weights_in
+from .iterations import is_iteration, is_one_of_several, is_root, read_iteration, read_root
+from .parts import MAP, other_parts, read_parts
+from .ranks import is_strategy, rank_folders, read_ranks, siblings_of, weights_in
 from .tensors import Slice, Tensor, WeightFiles
 from .weight_file import CKPT, SAFETENSORS, read_file
 
@@ -73,9 +73,18 @@ def _is_folder(path: Path) -> bool:
 def _one_file(path: Path) -> WeightFiles:
     if path.suffix not in (SAFETENSORS, CKPT):
         raise UsageError(f"{path} is not a {SAFETENSORS} or {CKPT} file; give one, or a folder of them")
+    if is_one_of_several(path) or other_parts(path):
+        raise UsageError(f"{path} is one of several files that belong together; give their folder, {path.parent}")
+    _check_not_one_of_several_ranks(path.parent)
     content = read_file(path)
     form = CKPT if path.suffix == CKPT else "one file"
     return WeightFiles(path.parent, content.weights, Counter(content.others.values()), (path,), form)
+
+
+def _check_not_one_of_several_ranks(folder: Path) -> None:
+    together = siblings_of(folder)
+    if together is not None:
+        raise UsageError(f"{folder} holds what one of several ranks had; give the folder of all, {together}")
 
 
 def _folder(path: Path, strategy: Path | None) -> WeightFiles:
@@ -85,6 +94,7 @@ def _folder(path: Path, strategy: Path | None) -> WeightFiles:
         return read_iteration(path)
     if rank_folders(path):
         return read_ranks(path, strategy)
+    _check_not_one_of_several_ranks(path)
     files = weights_in(path)
     if len({file.suffix for file in files}) > 1:
         raise UsageError(f"{path} holds both {SAFETENSORS} and {CKPT} files; give one of them, or a folder of one kind")

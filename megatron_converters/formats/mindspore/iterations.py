@@ -41,6 +41,12 @@ def is_iteration(folder: Path) -> bool:
     return any(_FILE.fullmatch(path.name) for path in folder.iterdir())
 
 
+def is_one_of_several(path: Path) -> bool:
+    """Whether a file is one of an iteration's, so that it may hold slices only."""
+    match = _FILE.fullmatch(path.name)
+    return match is not None and (int(match[3]) > 1 or (path.parent / METADATA).exists())
+
+
 def read_root(folder: Path) -> WeightFiles:
     """Read the iteration that the tracker names."""
     try:
@@ -173,8 +179,8 @@ def _tensor(where: str, entry: Any, held: Mapping[int, list[Tensor]]) -> Tensor:
     count = math.prod(cuts)
     if len({*indices}) != count or {*indices} != held.keys() or max(indices) >= count:
         raise ConversionError(
-            f"{where} is cut into {one_line(count)} slices, but {len({*indices})} are listed and {len(held)} stored; "
-            "copy the folder again"
+            f"{where} is cut into {one_line(count)} slices, but slices {one_line(sorted({*indices}))} are listed "
+            f"and {one_line(sorted(held))} stored; copy the folder again"
         )
     return assembled(where, shape, _parts(where, shape, local, cuts, held))
 

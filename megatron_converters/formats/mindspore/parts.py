@@ -32,7 +32,8 @@ def read_parts(folder: Path, files: list[Path]) -> WeightFiles:
         others.update(content.others)
     raise_all(f"{folder} holds tensors in more than one file; leave the files of one checkpoint there:", twice)
     read = [*files, folder / MAP] if (folder / MAP).exists() else files
-    return WeightFiles(folder, weights, Counter(others.values()), tuple(read), "a directory of parts")
+    form = "a directory of parts" if len(read) > 1 else "one file"
+    return WeightFiles(folder, weights, Counter(others.values()), tuple(read), form)
 
 
 def _hyper(path: Path) -> FileContent:
@@ -43,11 +44,23 @@ def _hyper(path: Path) -> FileContent:
     return FileContent(weights, {**content.others, **dict.fromkeys(scalars, RUN_STATE)})
 
 
-def _check_map(path: Path, contents: dict[str, FileContent]) -> None:
+def other_parts(path: Path) -> list[str]:
+    """Names of the other files that the map beside a file lists."""
+    listed = _listed(path.parent / MAP) if (path.parent / MAP).exists() else {}
+    return sorted({*listed.values()} - {path.name})
+
+
+def _listed(path: Path) -> dict[str, str]:
+    """File of each tensor, as the map states it in either of its shapes."""
     value = read_json(path)
     listed = value.get("weight_map", value)
     if not isinstance(listed, dict) or not all(is_name(name) and is_name(file) for name, file in listed.items()):
         raise ConversionError(f"{path} is not a map of tensor names to file names; copy it again")
+    return listed
+
+
+def _check_map(path: Path, contents: dict[str, FileContent]) -> None:
+    listed = _listed(path)
     problems = []
     for file in sorted({*listed.values()} - contents.keys()):
         problems.append(f"it lists {one_line(file)}, which is not in the folder")

@@ -46,6 +46,14 @@ def weights_in(folder: Path) -> list[Path]:
     )
 
 
+def siblings_of(folder: Path) -> Path | None:
+    """Folder to read instead of one rank's, which may hold slices only; None if the folder is no rank's, or the only one."""
+    if _RANK.fullmatch(folder.resolve().name) is None:
+        return None
+    parent = folder.resolve().parent
+    return parent if len(rank_folders(parent)) > 1 or _strategy_files(parent, None) else None
+
+
 def read_ranks(folder: Path, strategy: Path | None) -> WeightFiles:
     """Read the folders of all ranks; slices are joined as the strategy says, and a single rank needs none."""
     files, notes = _chosen(folder)
@@ -54,12 +62,11 @@ def read_ranks(folder: Path, strategy: Path | None) -> WeightFiles:
     found = _strategy_files(folder, strategy)
     if found:
         tensors = _joined(folder, contents, read_strategy(found))
-    elif len(contents) == 1:
+    elif contents.keys() == {0}:
         tensors = dict(next(iter(contents.values())).weights)
     else:
-        raise ConversionError(
-            f"{folder} holds slices of {len(contents)} ranks without a strategy that joins them; {_WAY}"
-        )
+        held = f"{len(contents)} ranks" if len(contents) > 1 else f"rank {next(iter(contents))} alone"
+        raise ConversionError(f"{folder} holds slices of {held} without a strategy that joins them; {_WAY}")
     return WeightFiles(folder, tensors, Counter(others.values()), (*files.values(), *found), "ranks", notes)
 
 
