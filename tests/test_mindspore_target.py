@@ -457,3 +457,13 @@ def test_models_that_are_there_stay(hf_model: HFModel, tmp_path: Path) -> None:
         with pytest.raises(mc.ConversionError, match="holds a model of another format"):
             write(hf_model("qwen2"), other, overwrite=overwrite)
     same_tensors(hf_tensors(other), hf_tensors(source))
+
+
+@pytest.mark.parametrize("to", ["hf", "megatron"])
+def test_no_other_format_is_written_beside_them(to: str, hf_model: HFModel, tmp_path: Path) -> None:
+    """The map would make readers take the older model."""
+    write(hf_model("llama2"), tmp_path / "ms")
+    before = left_in(tmp_path / "ms")
+    run = verb("convert", hf_model("qwen2"), tmp_path / "ms", "--to", to, "--overwrite")
+    refused(run, f"holds a model of another format ({MAP}); save elsewhere")
+    assert left_in(tmp_path / "ms") == before

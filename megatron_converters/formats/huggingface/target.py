@@ -38,6 +38,7 @@ from ...model.spec import ModelSpec
 from ...model.values import composed, inverse
 from ...storage.output_file import FileLayout
 from ...storage.shards import Stored, layout, split
+from .. import marks
 from .other_family import origin_elsewhere, stored_as
 from .parts import HFNames, Part
 
@@ -151,7 +152,8 @@ class HFTarget:
         return self.save_dir if there else None
 
     def refuse_existing(self) -> None:
-        """Raise if the folder holds a model or files of one, unless `overwrite` is set."""
+        """Raise if the folder holds a model or files of one, unless `overwrite` is set, or a model of another format."""
+        marks.refuse_others(self.save_dir, marks.MODEL_PT, marks.MINDSPORE)
         if self._options.overwrite:
             return
         model, beside = self._model_files(), [path for path in self._small_paths() if os.path.lexists(path)]

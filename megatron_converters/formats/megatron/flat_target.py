@@ -18,17 +18,15 @@ from ...conversion.journal import MANIFEST
 from ...conversion.staging import Staging
 from ...sharding.ranks import Parallel, Rank, parallel_for
 from ...sharding.stages import EVEN
-from ...storage import dcp
+from .. import marks
 from .flags import model_flags
 from .flat_metadata import METADATA_FILE, complete, describe
 from .flat_source import FORMAT
 from .rank_files_target import MegatronTarget
-from .writing import FLAGS_FILE, MODEL_FILE, TRACKER
+from .writing import FLAGS_FILE, MODEL_FILE
 
 #: What a finished output consists of; the first makes it a model, so it is removed first and moved last.
 _NAMES = (METADATA_FILE, MODEL_FILE, FLAGS_FILE, MANIFEST, CODE_FOLDER)
-#: Patterns of what tells readers that a folder is of another format.
-_OTHERS = ("config.json", TRACKER, dcp.METADATA, "mp_rank_*")
 _REMEDY = "leave it out, or write a file for each rank with --ckpt-format torch"
 
 
@@ -50,9 +48,7 @@ class FlatTarget(MegatronTarget):
 
     def refuse_existing(self) -> None:
         """Raise if the folder holds a model of this format, unless `overwrite` is set, or one of another format."""
-        other = [path.name for name in _OTHERS for path in sorted(self.save_dir.glob(name))]
-        if other:
-            raise ConversionError(f"{self.save_dir} holds a model of another format ({other[0]}); save elsewhere")
+        marks.refuse_others(self.save_dir, marks.HF, marks.RANKS, marks.MINDSPORE)
         there = [name for name in _NAMES if os.path.lexists(self.save_dir / name)]
         if there and not self._options.overwrite:
             raise ConversionError(

@@ -35,6 +35,7 @@ from ...sharding.ranks import Parallel, kept_etp, padded_vocab, parallel_for
 from ...sharding.stages import EVEN, PipelineSplit
 from ...storage.output_file import FileLayout
 from ...storage.tensor import StoredTensor
+from .. import marks
 from .argument import Context
 from .arguments import (
     RUN_DEFAULTS,
@@ -212,9 +213,8 @@ class CheckpointTarget(ABC):
         return "release" if self._options.release else str(self._iteration)
 
     def refuse_existing(self) -> None:
-        """Raise if a checkpoint of this name or a tracker exists, unless `overwrite` is set, or a whole model in one file."""
-        if os.path.lexists(self.save_dir / MODEL_FILE):
-            raise ConversionError(f"{self.save_dir} holds a model of another format ({MODEL_FILE}); save elsewhere")
+        """Raise if a checkpoint of this name or a tracker exists, unless `overwrite` is set, or a model of another format."""
+        marks.refuse_others(self.save_dir, marks.MODEL_PT, marks.MINDSPORE)
         if self._options.overwrite:
             return
         if os.path.lexists(self.output):

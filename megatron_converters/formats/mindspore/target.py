@@ -32,6 +32,7 @@ from ...model.layouts import row_maps
 from ...model.slots import SLOTS, Precision, Ref, refs
 from ...model.spec import ModelSpec
 from ...storage.shards import Stored, layout, split
+from .. import marks
 from .limits import without_place
 from .names import EXPERTS, GROUPED, INTERLEAVED, MLP_LAYOUTS, QKV_LAYOUTS, Dialect
 from .row import limits, written
@@ -42,11 +43,6 @@ MAP, MODEL_CONFIG = "param_name_map.json", "model_config.yaml"
 HF_CONFIG, HF_GENERATION_CONFIG, MARGS = "hf_config.json", "hf_generation_config.json", "source_megatron_args.json"
 PARTS = "part*.safetensors"
 _SMALL_FILES = (MODEL_CONFIG, HF_CONFIG, HF_GENERATION_CONFIG, MARGS, MANIFEST, CODE_FOLDER)
-#: Patterns of what tells readers that a folder is of another format.
-_OTHERS = (
-    *("config.json", "*.index.json", "model*.safetensors", "pytorch_model*.bin", "consolidated.*.pth"),
-    *("latest_checkpointed_iteration.txt", "mp_rank_*", ".metadata", "model.pt"),
-)
 _FLOAT32 = dtype_named("float32")
 
 
@@ -166,9 +162,7 @@ class MindSporeTarget:
 
     def refuse_existing(self) -> None:
         """Raise if the folder holds a model of another format, or files of one of this, unless `overwrite` is set."""
-        other = [path.name for pattern in _OTHERS for path in sorted(self.save_dir.glob(pattern))]
-        if other:
-            raise ConversionError(f"{self.save_dir} holds a model of another format ({other[0]}); save elsewhere")
+        marks.refuse_others(self.save_dir, marks.HF, marks.RANKS, marks.MODEL_PT)
         there = [path.name for path in self._paths() if os.path.lexists(path)]
         if there and not self._options.overwrite:
             raise ConversionError(
