@@ -36,9 +36,9 @@ from ...families.config_json import config_for, config_from_spec, missing_code
 from ...model.slots import SLOTS, Ref, refs
 from ...model.spec import ModelSpec
 from ...model.values import composed, inverse
+from ...storage import marks
 from ...storage.output_file import FileLayout
 from ...storage.shards import Stored, layout, split
-from .. import marks
 from .other_family import origin_elsewhere, stored_as
 from .parts import HFNames, Part
 

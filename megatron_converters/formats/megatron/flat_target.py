@@ -18,7 +18,7 @@ from ...conversion.journal import MANIFEST
 from ...conversion.staging import Staging
 from ...sharding.ranks import Parallel, Rank, parallel_for
 from ...sharding.stages import EVEN
-from .. import marks
+from ...storage import marks
 from .flags import model_flags
 from .flat_metadata import METADATA_FILE, complete, describe
 from .flat_source import FORMAT

@@ -33,9 +33,9 @@ from ...model.slots import SLOTS, Precision, Ref
 from ...model.spec import ModelSpec
 from ...sharding.ranks import Parallel, kept_etp, padded_vocab, parallel_for
 from ...sharding.stages import EVEN, PipelineSplit
+from ...storage import marks
 from ...storage.output_file import FileLayout
 from ...storage.tensor import StoredTensor
-from .. import marks
 from .argument import Context
 from .arguments import (
     RUN_DEFAULTS,

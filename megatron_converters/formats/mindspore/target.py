@@ -31,8 +31,8 @@ from ...families import FAMILIES
 from ...model.layouts import row_maps
 from ...model.slots import SLOTS, Precision, Ref, refs
 from ...model.spec import ModelSpec
+from ...storage import marks
 from ...storage.shards import Stored, layout, split
-from .. import marks
 from .limits import without_place
 from .names import EXPERTS, GROUPED, INTERLEAVED, MLP_LAYOUTS, QKV_LAYOUTS, Dialect
 from .row import limits, written
