@@ -146,11 +146,11 @@ def convert(
 ) -> Result:
     """Convert the folder `src`, of any format, into the folder `dst`; all or nothing, and the same call goes on after a kill.
 
-    `to` is "hf" or "megatron"; by default a checkpoint becomes a Hugging Face folder unless sizes or `megatron` options are
-    given, everything else a checkpoint. `tp`, `pp`, `ep` and `etp` are parallel sizes, the source's or 1 where None. `dtype`
-    ("bf16", "fp16", "fp32") is the source's where None. `workers` is the number of processes, which are spawned: a script that
-    asks for several needs the usual `if __name__ == "__main__":`. Raises `ConversionError` and leaves nothing that looks
-    complete.
+    `to` is "hf", "megatron" or "mindspore"; by default a checkpoint becomes a Hugging Face folder unless sizes or `megatron`
+    options are given, everything else a checkpoint. `tp`, `pp`, `ep` and `etp` are parallel sizes, the source's or 1 where
+    None. `dtype` ("bf16", "fp16", "fp32") is the source's where None. `workers` is the number of processes, which are spawned: a
+    script that asks for several needs the usual `if __name__ == "__main__":`. Raises `ConversionError` and leaves nothing that
+    looks complete.
     """
     request = _request(src, dst, to, (tp, pp, ep, etp), dtype, overwrite, read, megatron, hf, mindspore)
 

@@ -219,6 +219,16 @@ def test_pynative_experts_have_three_dimensions(hf_model: HFModel, tmp_path: Pat
     assert different(hf_tensors(folder), hf_tensors(tmp_path / "hf")) == []
 
 
+def test_hugging_face_s_names_are_no_mindspore_model(hf_model: HFModel, tmp_path: Path) -> None:
+    """Other libraries on mindspore save such files with its mark, and mindformers leaves its map beside them."""
+    folder = shutil.copytree(hf_model("llama2"), tmp_path / "hf")
+    tensors = hf_tensors(folder)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "ms"})
+    assert succeeded(verb("inspect", folder)).out.startswith(f"{folder}: Hugging Face, llama")
+    (folder / "param_name_map.json").write_text(json.dumps(dict.fromkeys(tensors, "model.safetensors")))
+    assert succeeded(verb("inspect", folder)).out.startswith(f"{folder}: Hugging Face, llama")
+
+
 # -- damage and mistakes: each is refused, warned of, or visible
 
 

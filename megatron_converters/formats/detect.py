@@ -20,6 +20,8 @@ _PATTERNS = {
     META: ("consolidated.*.pth",),
     MEGATRON: (TRACKER, "mp_rank_*", ".metadata", MODEL_FILE),
 }
+#: The same of the format that a look into files tells, for messages.
+_MARKS = {MINDSPORE: ("param_name_map.json", "rank_*", "*.ckpt")}
 FORMATS = (*_PATTERNS, MINDSPORE)
 
 
@@ -40,5 +42,5 @@ def format_of(path: Path) -> str:
     unfinished = unfinished_in(path)
     if unfinished is not None:
         raise UsageError(f"{path} {unfinished}")
-    expected = "; ".join(f"{name}: {', '.join(patterns)}" for name, patterns in _PATTERNS.items())
+    expected = "; ".join(f"{name}: {', '.join(patterns)}" for name, patterns in {**_PATTERNS, **_MARKS}.items())
     raise UsageError(f"{path} is of no known format; a folder needs one of {expected}")

@@ -43,6 +43,10 @@ def read_weight_files(path: Path, strategy: Path | None = None) -> WeightFiles:
     return _without_expert_order(found)
 
 
+#: Parts of Hugging Face's names, which MindSpore Transformers' never have: other libraries on mindspore save those with its mark.
+_FOREIGN = (".self_attn.", "embed_tokens.", "transformer.h.")
+
+
 def is_mindspore(path: Path) -> bool:
     """Whether a path looks like weights of MindSpore: by names, and by the header of one file."""
     try:
@@ -55,18 +59,26 @@ def _is_file(path: Path) -> bool:
     if path.suffix == CKPT:  # a name that others use, too
         with open(path, "rb") as file:
             return not is_strategy(path) and file.read(1) == _FIELD_1
-    return path.suffix == SAFETENSORS and safetensors.read(path).metadata.get("format") == "ms"
+    return (
+        path.suffix == SAFETENSORS and safetensors.read(path).metadata.get("format") == "ms" and not _is_foreign(path)
+    )
+
+
+def _is_foreign(path: Path) -> bool:
+    """Whether a file of safetensors has Hugging Face's names; not if it is damaged, which reading it says."""
+    try:
+        names = safetensors.read(path).tensors
+    except ConversionError:
+        return False
+    return any(part in name for name in names for part in _FOREIGN)
 
 
 def _is_folder(path: Path) -> bool:
-    if (
-        (path / MAP).exists()
-        or is_root(path)
-        or is_iteration(path)
-        or any(map(weights_in, rank_folders(path).values()))
-    ):
+    if is_root(path) or is_iteration(path) or any(map(weights_in, rank_folders(path).values())):
         return True
     files = weights_in(path)
+    if (path / MAP).exists():
+        return not (files and files[0].suffix == SAFETENSORS and _is_foreign(files[0]))
     return bool(files) and _is_file(files[0])
 
 
