@@ -15,8 +15,8 @@ import pytest
 from megatron_converters.families import FAMILIES
 from tests.conversions import different, hf_to_megatron, megatron_to_hf
 from tests.helpers import hf_tensors
+from tests.oracle.by_hand_mindspore import write_by_hand
 from tests.oracle.hf import make_model
-from tests.oracle.mindspore_by_hand import write_by_hand
 from tests.oracle.minicpm import make_minicpm
 
 ROOT = Path(__file__).resolve().parent.parent

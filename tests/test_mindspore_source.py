@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from tests.conversions import different
 from tests.helpers import convert, hf_tensors, nothing_complete, refused, succeeded, verb
+from tests.oracle.by_hand_mindspore import tensors_by_hand, write_by_hand, yaml_of
 from tests.oracle.hf import hf_logits, sample_tokens
-from tests.oracle.mindspore_by_hand import tensors_by_hand, write_by_hand, yaml_of
 from tests.oracle.pool import MegatronPool
 
 HFModel = Callable[..., Path]

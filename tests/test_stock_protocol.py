@@ -33,7 +33,7 @@ from tests.helpers import (
     succeeded,
 )
 from tests.oracle.args import megatron_args
-from tests.oracle.mindspore_by_hand import write_by_hand
+from tests.oracle.by_hand_mindspore import write_by_hand
 
 HFModel = Callable[..., Path]
 Messages = list[Any]

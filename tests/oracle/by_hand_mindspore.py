@@ -1,14 +1,20 @@
 """Weights of MindSpore Transformers made by hand from those of Hugging Face: explicit rows, one after the other.
 
+With torch, sharing no code with the converter.
+
 Source: mindformers 2.1.0, models/*/utils.py (names) and parallel_core/utils/model_mixin.py, 1.8.0 (orders of rows).
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 
 Tensors = dict[str, torch.Tensor]
 
@@ -99,3 +105,62 @@ def renamed(name: str) -> str:
     for old, new in _RENAMED:
         name = name.replace(old, new)
     return name
+
+
+def tensors_by_hand(folder: Path, *, mlp: str = "interleaved", qkv: str = "grouped") -> Tensors:
+    """Tensors of the model in a Hugging Face folder."""
+    source: Tensors = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        source |= load_file(path)
+    config = json.loads((folder / "config.json").read_text())
+    dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    found = converted(source, config["num_key_value_heads"], dim, mlp=mlp, qkv=qkv)
+    return {name: tensor.contiguous() for name, tensor in found.items()}
+
+
+def write_by_hand(folder: Path, out: Path, *, parts: int = 1, **orders: str) -> Path:
+    """Write such weights as `unified_safetensors` does: `part*.safetensors` and their map."""
+    tensors = tensors_by_hand(folder, **orders)
+    out.mkdir(parents=True)
+    names = sorted(tensors)
+    weight_map = {}
+    for part in range(parts):
+        own = names[part::parts]
+        save_file({name: tensors[name] for name in own}, out / f"part{part}.safetensors", metadata={"format": "ms"})
+        weight_map |= dict.fromkeys(own, f"part{part}.safetensors")
+    (out / "param_name_map.json").write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": weight_map}))
+    return out
+
+
+def yaml_of(folder: Path, **more: Any) -> str:
+    """MindFormers' YAML for the model in a Hugging Face folder."""
+    config = json.loads((folder / "config.json").read_text())
+    kept = {
+        name: config[name]
+        for name in (
+            *(
+                "num_hidden_layers",
+                "hidden_size",
+                "num_attention_heads",
+                "num_key_value_heads",
+                "head_dim",
+                "vocab_size",
+            ),
+            *("intermediate_size", "rms_norm_eps", "max_position_embeddings", "num_experts", "num_experts_per_tok"),
+            *(
+                "moe_intermediate_size",
+                "norm_topk_prob",
+                "n_routed_experts",
+                "n_shared_experts",
+                "n_group",
+                "topk_group",
+            ),
+            *("routed_scaling_factor", "first_k_dense_replace", "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim"),
+            *("qk_rope_head_dim", "v_head_dim"),
+        )
+        if config.get(name) is not None
+    }
+    rope = config.get("rope_parameters") or {"rope_theta": config.get("rope_theta", 10000.0)}
+    kept |= {"rope_theta": rope["rope_theta"], "normalization": "RMSNorm", **more}
+    lines = [f"    {name}: {json.dumps(value)}" for name, value in kept.items()]
+    return "\n".join(["trainer: &trainer", "  type: x", "again: *trainer", "model:", "  model_config:", *lines, ""])
