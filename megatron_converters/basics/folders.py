@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -38,3 +39,11 @@ def new_folder(path: str | os.PathLike[str]) -> Path:
     if not os.fspath(path):
         raise UsageError("the name of a folder is empty; is a variable of the command line unset?")
     return Path(path)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link or a whole folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

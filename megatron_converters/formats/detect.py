@@ -7,8 +7,8 @@ from pathlib import Path
 
 from ..basics.errors import UsageError
 from ..conversion.staging import unfinished_in
+from ..storage import marks
 from .megatron.reading import listing
-from .megatron.writing import MODEL_FILE, TRACKER
 from .mindspore.files import is_mindspore
 
 HF, META, MEGATRON, MINDSPORE = "hf", "meta", "megatron", "mindspore"
@@ -18,10 +18,10 @@ WEIGHTS = "weights"
 _PATTERNS = {
     HF: ("config.json", "*.safetensors", "pytorch_model*.bin"),
     META: ("consolidated.*.pth",),
-    MEGATRON: (TRACKER, "mp_rank_*", ".metadata", MODEL_FILE),
+    MEGATRON: (*marks.RANKS, *marks.MODEL_PT),
 }
 #: The same of the format that a look into files tells, for messages.
-_MARKS = {MINDSPORE: ("param_name_map.json", "rank_*", "*.ckpt")}
+_MARKS = {MINDSPORE: (*marks.MINDSPORE, "rank_*", "*.ckpt")}
 FORMATS = (*_PATTERNS, MINDSPORE)
 
 

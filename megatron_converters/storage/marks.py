@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from ..basics.errors import ConversionError
@@ -18,3 +20,12 @@ def refuse_others(folder: Path, *others: tuple[str, ...]) -> None:
     found = [path.name for patterns in others for pattern in patterns for path in sorted(folder.glob(pattern))]
     if found:
         raise ConversionError(f"{folder} holds a model of another format ({found[0]}); save elsewhere")
+
+
+def refuse_files(folder: Path, paths: Sequence[Path]) -> None:
+    """Raise if any of these paths of the folder is there."""
+    there = [path.name for path in paths if os.path.lexists(path)]
+    if there:
+        raise ConversionError(
+            f"{folder} already holds files of a model ({', '.join(there)}); save elsewhere or pass --overwrite"
+        )

@@ -61,8 +61,8 @@ _DECLARING = {
 }
 #: Options that reading heeds, too, or that every format does; what does not heed them refuses them by itself.
 _OF_ALL = ("expert_layout", "tokenizer_model", "mup")
-#: Options for writing a format that reading it heeds, too.
-_OF_SOURCES = {MINDSPORE: ("mf_mlp_layout", "mf_qkv_layout")}
+#: Options that a format heeds when it is read and when it is written.
+_OF_BOTH_SIDES = {MEGATRON: ("mup",), MINDSPORE: ("mf_mlp_layout", "mf_qkv_layout")}
 
 
 def _defaults() -> dict[str, dict[str, Any]]:
@@ -83,7 +83,7 @@ def request_of(args: argparse.Namespace) -> Request:
     asks = bool(given[MEGATRON]) or args.expert_layout in EXPERTS
     source_format = args.source_format or format_of(existing_path(args.load_dir))
     chosen = args.to or target_format(source_format, None, asks)
-    heeded = (*defaults[chosen], *_OF_SOURCES.get(source_format, ()))
+    heeded = (*defaults[chosen], *_OF_BOTH_SIDES.get(source_format, ()))
     for other, names in given.items():
         unheeded = sorted(name for name in names if name not in heeded)
         if unheeded:
@@ -105,10 +105,6 @@ def request_of(args: argparse.Namespace) -> Request:
         hf_options(complete) if chosen == HF else None,
         mindspore_options(complete) if chosen == MINDSPORE else None,
     )
-
-
-#: Options that a format heeds when it is read and when it is written.
-_OF_BOTH_SIDES = {MEGATRON: ("mup",), MINDSPORE: ("mf_mlp_layout", "mf_qkv_layout")}
 
 
 def _reading(args: argparse.Namespace, source_format: str, chosen: str) -> ReadOptions:

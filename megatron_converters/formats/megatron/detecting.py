@@ -18,10 +18,11 @@ from typing import Any, NamedTuple
 
 from ...basics.errors import ConversionError, raise_all
 from ...basics.folders import existing_folder
-from ...storage import dcp, torch_zip
+from ...storage import dcp
 from ...storage.opening import is_name
 from ...storage.tensor import StoredTensor
 from .names import EMBEDDINGS
+from .rank_files import read_file
 from .rank_files_target import FILE
 from .reading import RANK, args_in, checkpoint_directory, has_model_file, is_distributed, listing
 from .writing import MODEL_FILE
@@ -183,14 +184,14 @@ def detect(path: Path, directory_name: str | None = None) -> Detected:
 
 
 def _flat(path: Path) -> Detected:
-    tensors = _models(_content(path / MODEL_FILE), path)[0]
+    tensors = _models(read_file(path / MODEL_FILE), path)[0]
     return Detected(path, Sizes(1, 1), MODEL_FILE, None, (_stage(tensors),), _vocab_rows([tensors]), (tensors, tensors))
 
 
 def _distributed(directory: Path) -> Detected:
     """Detection of the `torch_dist` format, which has whole tensors: sizes of the run that wrote it are in its args alone."""
     common = directory / "common.pt"
-    args = args_in(_content(common), common) if common.is_file() else None
+    args = args_in(read_file(common), common) if common.is_file() else None
     whole = dcp.read_index(directory).tensors.get(EMBEDDINGS)
     rows = 0 if whole is None else whole.shape[0]
     decided_by = "the format, which has whole tensors" if args is None else "args"
@@ -205,7 +206,7 @@ def _rank_files(directory: Path) -> Detected:
     for rank in numbers:
         columns.setdefault(rank[0], rank)
     needed = [rank for rank in numbers if rank[0] == 0 or rank in columns.values()]
-    contents = {rank: _content(directory / _name(rank) / FILE) for rank in needed}
+    contents = {rank: read_file(directory / _name(rank) / FILE) for rank in needed}
     models = {rank: _models(content, directory / _name(rank)) for rank, content in contents.items()}
     args = args_in(contents[numbers[0]], directory)
     sizes, decided_by = _sizes(numbers, args, models)
@@ -218,7 +219,7 @@ def _rank_files(directory: Path) -> Detected:
 
 def models_of_rank(directory: Path, rank: tuple[int, ...]) -> list[dict[str, StoredTensor]]:
     """Tensors of the rank whose folder has these numbers: one model, or one for each virtual stage."""
-    return _models(_content(directory / _name(rank) / FILE), directory / _name(rank))
+    return _models(read_file(directory / _name(rank) / FILE), directory / _name(rank))
 
 
 def _numbers(name: str) -> tuple[int, ...]:
@@ -228,15 +229,6 @@ def _numbers(name: str) -> tuple[int, ...]:
 def _name(rank: Iterable[int]) -> str:
     tp, *others = rank
     return "_".join([f"mp_rank_{tp:02d}", *(f"{number:03d}" for number in others)])
-
-
-def _content(path: Path) -> Mapping[str, Any]:
-    if not path.is_file():
-        raise ConversionError(f"{path} is missing; copy the checkpoint again")
-    content = torch_zip.read(path)
-    if not isinstance(content, dict):
-        raise ConversionError(f"{path} holds a {type(content).__name__}, not a checkpoint")
-    return content
 
 
 def _models(content: Mapping[str, Any], where: Path) -> list[dict[str, StoredTensor]]:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import shutil
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ...assets.code_files import CODE_FOLDER
-from ...basics.errors import ConversionError, UsageError
+from ...basics.errors import UsageError
+from ...basics.folders import remove
 from ...basics.json_files import write_json
 from ...basics.quantities import count
 from ...conversion.journal import MANIFEST
@@ -49,11 +48,8 @@ class FlatTarget(MegatronTarget):
     def refuse_existing(self) -> None:
         """Raise if the folder holds a model of this format, unless `overwrite` is set, or one of another format."""
         marks.refuse_others(self.save_dir, marks.HF, marks.RANKS, marks.MINDSPORE)
-        there = [name for name in _NAMES if os.path.lexists(self.save_dir / name)]
-        if there and not self._options.overwrite:
-            raise ConversionError(
-                f"{self.save_dir} already holds files of a model ({', '.join(there)}); save elsewhere or pass --overwrite"
-            )
+        if not self._options.overwrite:
+            marks.refuse_files(self.save_dir, [self.save_dir / name for name in _NAMES])
 
     def assets(self, folder: Path) -> None:
         """Write what training needs, the model's own code, and the metadata."""
@@ -64,11 +60,7 @@ class FlatTarget(MegatronTarget):
     def clear(self, staging: Staging) -> None:
         """Remove an older model, first what makes it one."""
         for name in _NAMES:
-            path = self.save_dir / name
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
+            remove(self.save_dir / name)
 
     def _place(self, staging: Staging) -> None:
         """Move the files into the folder, last those that make them a model."""

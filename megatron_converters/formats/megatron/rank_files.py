@@ -59,7 +59,7 @@ class RankFiles:
 def read_rank_files(folder: Path, options: MegatronReadOptions) -> RankFiles:
     """Read the files of all ranks in a folder; raises `ConversionError` if some are missing or of different saves."""
     first_name = _first_rank(folder)
-    first = _read_file(folder / first_name / FILE)
+    first = read_file(folder / first_name / FILE)
     stored = args_in(first, folder)
     args = supplemented(stored, options)
     if args is None:
@@ -77,7 +77,7 @@ def read_rank_files(folder: Path, options: MegatronReadOptions) -> RankFiles:
     )
     ranks, left_out, expected = {}, set(), rank_invariants(first.get("iteration"), stored)
     for name, rank in wanted.items():
-        content = _read_file(folder / name / FILE)
+        content = read_file(folder / name / FILE)
         found = rank_invariants(content.get("iteration"), args_in(content, folder / name))
         differing = (key for key in expected.keys() & found.keys() if found[key] != expected[key])
         problems += [
@@ -100,7 +100,8 @@ def _first_rank(folder: Path) -> str:
     )
 
 
-def _read_file(path: Path) -> dict[str, Any]:
+def read_file(path: Path) -> dict[str, Any]:
+    """What a rank's file, or `common.pt`, holds; raises `ConversionError` if it is missing or no dictionary."""
     if not path.is_file():
         raise ConversionError(f"{path} is missing; copy the checkpoint again")
     content = torch_zip.read(path)

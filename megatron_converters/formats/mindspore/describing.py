@@ -176,36 +176,41 @@ def _heads(shapes: Shapes, found: Mapping[str, Any], typed: Mapping[str, Any]) -
     return {"num_attention_heads": heads, "num_query_groups": keys // size, "kv_channels": size}
 
 
+#: What is said where an order of rows is only assumed.
+_MLP_WARNING = (
+    "warning: rows of the MLP's first linear are taken for gate above up (--mf-mlp-layout contiguous); MindSpore Transformers "
+    "from 1.7 on interleaves them unless its YAML says use_interleaved_weight_layout_mlp: False, and the wrong order is a "
+    "model that loads and computes nonsense. Give --mf-mlp-layout, --mf-version or --mf-config, and compare logits"
+)
+_QKV_WARNING = (
+    "warning: rows of queries, keys and values are taken for grouped (--mf-qkv-layout grouped), as MindSpore Transformers has "
+    "them from 1.7 on unless its YAML says use_contiguous_weight_layout_attention: True; give --mf-qkv-layout, --mf-version or "
+    "--mf-config if yours has"
+)
+
+
 def _mlp_layout(shapes: Shapes, said: str | None, options: MindSporeReadOptions) -> tuple[str, list[str]]:
     """Order of rows of gated MLPs."""
-    if options.mlp_layout is not None or said is not None:
-        return options.mlp_layout or said or "", []
-    modern = _is_modern(options)
-    if modern is not None:
-        return (INTERLEAVED if modern else CONTIGUOUS), []
-    if shapes.is_legacy or not shapes.switches()["gated"]:
-        return CONTIGUOUS, []
-    return CONTIGUOUS, [
-        "warning: rows of the MLP's first linear are taken for gate above up (--mf-mlp-layout contiguous); MindSpore Transformers "
-        "from 1.7 on interleaves them unless its YAML says use_interleaved_weight_layout_mlp: False, and the wrong order is a "
-        "model that loads and computes nonsense. Give --mf-mlp-layout, --mf-version or --mf-config, and compare logits"
-    ]
+    known = _known_layout(options.mlp_layout, said, INTERLEAVED, options)
+    matters = not shapes.is_legacy and shapes.switches()["gated"]
+    return (known, []) if known is not None else (CONTIGUOUS, [_MLP_WARNING] if matters else [])
 
 
 def _qkv_layout(shapes: Shapes, said: str | None, options: MindSporeReadOptions) -> tuple[str, list[str]]:
     """Order of rows of queries, keys and values."""
-    if options.qkv_layout is not None or said is not None:
-        return options.qkv_layout or said or "", []
-    modern = _is_modern(options)
-    if modern is not None:
-        return (GROUPED if modern else CONTIGUOUS), []
-    if shapes.is_latent or not shapes.has("self_attention.linear_qkv.weight", "attention.w_qkv.weight"):
-        return GROUPED, []
-    return GROUPED, [
-        "warning: rows of queries, keys and values are taken for grouped (--mf-qkv-layout grouped), as MindSpore Transformers has "
-        "them from 1.7 on unless its YAML says use_contiguous_weight_layout_attention: True; give --mf-qkv-layout, --mf-version or "
-        "--mf-config if yours has"
-    ]
+    known = _known_layout(options.qkv_layout, said, GROUPED, options)
+    matters = not shapes.is_latent and shapes.has("self_attention.linear_qkv.weight", "attention.w_qkv.weight")
+    return (known, []) if known is not None else (GROUPED, [_QKV_WARNING] if matters else [])
+
+
+def _known_layout(given: str | None, said: str | None, modern: str, options: MindSporeReadOptions) -> str | None:
+    """Order of rows by option, by the YAML, or by the release, which has `modern` or else contiguous; None if nothing tells."""
+    if given is not None or said is not None:
+        return given or said or ""
+    is_modern = _is_modern(options)
+    if is_modern is None:
+        return None
+    return modern if is_modern else CONTIGUOUS
 
 
 def _is_modern(options: MindSporeReadOptions) -> bool | None:

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +18,7 @@ from ...assets.tokenizer import recorded_name, refuse_other_tokenizer, tokenizer
 from ...assets.training_args import margs_to_json
 from ...basics.dtypes import DType, dtype_named
 from ...basics.errors import ConversionError, UsageError, raise_all
+from ...basics.folders import remove
 from ...basics.json_files import write_json
 from ...basics.quantities import count, size
 from ...basics.yaml_files import write_yaml
@@ -163,11 +162,8 @@ class MindSporeTarget:
     def refuse_existing(self) -> None:
         """Raise if the folder holds a model of another format, or files of one of this, unless `overwrite` is set."""
         marks.refuse_others(self.save_dir, marks.HF, marks.RANKS, marks.MODEL_PT)
-        there = [path.name for path in self._paths() if os.path.lexists(path)]
-        if there and not self._options.overwrite:
-            raise ConversionError(
-                f"{self.save_dir} already holds files of a model ({', '.join(there)}); save elsewhere or pass --overwrite"
-            )
+        if not self._options.overwrite:
+            marks.refuse_files(self.save_dir, self._paths())
 
     def _paths(self) -> list[Path]:
         """Paths of a model's files, first the one that makes them a model."""
@@ -179,10 +175,7 @@ class MindSporeTarget:
         # Without a new tokenizer the old one stays.
         beside = tokenizer_files(self.save_dir) if tokenizer_files(staging.files) else []
         for path in [*self._paths(), *beside]:
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
+            remove(path)
 
     def show(self, staging: Staging) -> list[str]:
         """Move the files into place, the map of names last; returns lines for the user."""
