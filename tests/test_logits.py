@@ -25,8 +25,8 @@ from megatron_converters.families.config_json import spec_from_config
 from megatron_converters.formats.megatron.argument import Context, Group
 from megatron_converters.formats.megatron.arguments import model_args, written_args
 from megatron_converters.formats.megatron.reading import MegatronReadOptions
+from megatron_converters.live.buildable_args import check
 from megatron_converters.logits import compare_logits, logits_of, memory
-from megatron_converters.logits.buildable_args import check
 from megatron_converters.logits.compare import _common_vocabulary, _open, _window_notes
 from megatron_converters.logits.megatron import MegatronModel, _logits, _parameters, _setup
 from megatron_converters.logits.pool import Pool

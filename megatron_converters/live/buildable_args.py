@@ -1,4 +1,4 @@
-"""Megatron-LM arguments from which megatron-core's model is built here, by the table of arguments."""
+"""Megatron-LM arguments from which a model of megatron-core is built, by the table of arguments."""
 
 from __future__ import annotations
 

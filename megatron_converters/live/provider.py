@@ -1,0 +1,211 @@
+"""Providers: configs of megatron-core from which its models are built, with every attribute settable before (0.16).
+
+They have the names of Megatron-Bridge's, so that programs written for these run.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.activations import squared_relu
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer import MLATransformerConfig, TransformerConfig
+
+from ..basics.errors import ConversionError
+from ..sharding.ranks import padded_vocab
+from . import buildable_args
+from .layer_specs import layer_spec, prediction_spec
+from .on_cpu import on_cpu
+
+#: Field that later releases lack; they behave as if it were False.
+_ONLY_IN_0_16 = "moe_use_legacy_grouped_gemm"
+#: Kinds of position embeddings that are built here. Latent attention has a rotary one of its own, whatever the kind.
+_POSITIONS = ("rope", "learned_absolute", "none")
+#: Config fields for a CPU; none of them changes what the model computes.
+ON_CPU: dict[str, Any] = dict(
+    use_cpu_initialization=True,
+    gradient_accumulation_fusion=False,
+    bias_activation_fusion=False,
+    bias_dropout_fusion=False,
+    masked_softmax_fusion=False,
+    apply_rope_fusion=False,
+    persist_layer_norm=False,
+    moe_token_dispatcher_type="allgather",  # the other dispatchers need CUDA streams
+)
+
+
+def gelu_tanh(values: torch.Tensor) -> torch.Tensor:
+    """GELU in its tanh form, which is also what megatron-core's kernel of bias and GELU computes."""
+    return F.gelu(values, approximate="tanh")
+
+
+def context() -> Any:
+    """Context in which models are built and run: that of a CPU where there is no GPU."""
+    return nullcontext() if torch.cuda.is_available() else on_cpu()
+
+
+class LiveGPTModel(GPTModel):  # type: ignore[misc]
+    """GPTModel that is built without any collective operation."""
+
+    #: Whether the model is being built; megatron-core would then add up the embeddings of first and last stage.
+    _building = False
+
+    def _is_in_embd_group(self) -> bool:
+        return not self._building and bool(super()._is_in_embd_group())
+
+
+class _Building(LiveGPTModel):
+    """The same while it is built."""
+
+    _building = True
+
+
+@dataclass
+class ProviderFields:
+    """What a GPTModel needs besides its config. `seq_length` is the greatest number of positions."""
+
+    vocab_size: int = 0
+    seq_length: int = 0
+    share_embeddings_and_output_weights: bool = True
+    position_embedding_type: str = "rope"
+    rotary_percent: float = 1.0
+    rotary_base: float = 10000
+    rope_scaling: bool = False
+    rope_scaling_factor: float = 8.0
+    seq_len_interpolation_factor: float | None = None
+    #: Rows of the embedding are padded to a multiple of this times the tensor-parallel size, unless `should_pad_vocab` is False.
+    make_vocab_size_divisible_by: int = 128
+    should_pad_vocab: bool = True
+    parallel_output: bool = True
+    fp16_lm_cross_entropy: bool = False
+    scatter_embedding_sequence_parallel: bool = True
+    #: Spec of the layers, or a function of the provider that gives it; None is megatron-core's for `transformer_impl`.
+    transformer_layer_spec: Any = None
+
+    def __post_init__(self) -> None:
+        """Nothing yet: megatron-core's checks and derived values come with `finalize`."""
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding on all tensor-parallel ranks."""
+        size: int = cast(Any, self).tensor_model_parallel_size
+        return padded_vocab(self.vocab_size, self.make_vocab_size_divisible_by if self.should_pad_vocab else 1, size)
+
+    def finalize(self) -> None:
+        """Check the settings and derive what follows from them, as megatron-core does when a config is made."""
+        config = cast(Any, self)
+        if config.bias_activation_fusion:
+            if config.activation_func is gelu_tanh:
+                config.activation_func = F.gelu  # the kernel's name for the same
+            elif config.activation_func is F.gelu and not self._finalized:
+                raise ConversionError(
+                    "bias_activation_fusion computes the tanh form of GELU, but this model has the exact form; leave it False"
+                )
+        super().__post_init__()  # type: ignore[misc]
+        self._finalized = True
+
+    #: Whether `finalize` was called; no annotation, so that it is no field.
+    _finalized = False
+
+    def provide(
+        self, pre_process: bool | None = None, post_process: bool | None = None, vp_stage: int | None = None
+    ) -> GPTModel:
+        """Model of one (virtual) pipeline stage of this rank, megatron-core's parallel state being initialised."""
+        config = copy.copy(self)
+        config.finalize()
+        if config.position_embedding_type not in _POSITIONS:
+            raise ConversionError(
+                f"position_embedding_type is {config.position_embedding_type!r}, not {' or '.join(map(repr, _POSITIONS))}"
+            )
+        first = parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage)
+        last = parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage)
+        as_config = cast(TransformerConfig, config)
+        with context():
+            model = _Building(
+                as_config,
+                config._layers(as_config, vp_stage),
+                vocab_size=config.padded_vocab_size,
+                max_sequence_length=config.seq_length,
+                pre_process=first if pre_process is None else pre_process,
+                post_process=last if post_process is None else post_process,
+                fp16_lm_cross_entropy=config.fp16_lm_cross_entropy,
+                parallel_output=config.parallel_output,
+                share_embeddings_and_output_weights=config.share_embeddings_and_output_weights,
+                position_embedding_type=config.position_embedding_type,
+                rotary_percent=config.rotary_percent,
+                rotary_base=config.rotary_base,
+                rope_scaling=config.rope_scaling,
+                rope_scaling_factor=config.rope_scaling_factor,
+                scatter_embedding_sequence_parallel=config.scatter_embedding_sequence_parallel,
+                seq_len_interpolation_factor=config.seq_len_interpolation_factor,
+                mtp_block_spec=prediction_spec(as_config, vp_stage),
+                vp_stage=vp_stage,
+            )
+        model.__class__ = LiveGPTModel
+        return model
+
+    def _layers(self, config: TransformerConfig, stage: int | None) -> Any:
+        given = self.transformer_layer_spec
+        if given is None:
+            return layer_spec(config, stage)
+        return given(self) if callable(given) else given
+
+
+@dataclass
+class GPTModelProvider(ProviderFields, TransformerConfig):  # type: ignore[misc]
+    """Config of a model, and what else it is built from."""
+
+
+@dataclass
+class MLAModelProvider(ProviderFields, MLATransformerConfig):  # type: ignore[misc]
+    """The same for models with multi-latent attention."""
+
+
+def provider_of(args: Mapping[str, Any], **settings: Any) -> GPTModelProvider | MLAModelProvider:
+    """Provider of the model that Megatron-LM's args describe; `settings` are further fields, which take precedence.
+
+    Config as built by Megatron-LM's `core_transformer_config_from_args` (0.16). Raises `ConversionError` if args are missing.
+    """
+    missing = [name for name in buildable_args.required(args) if name not in args]
+    if missing:
+        raise ConversionError(f"args lack {', '.join(missing)}")
+    fields = buildable_args.config_fields(args)
+    if not fields.get(_ONLY_IN_0_16):
+        fields.pop(_ONLY_IN_0_16, None)
+    if fields.get("rope_type", "") is None:  # Megatron-LM leaves it to the class, whose default is YaRN
+        del fields["rope_type"]
+    if args.get("num_experts"):
+        fields |= {"num_moe_experts": args["num_experts"]}
+    fields |= dict(
+        activation_func=_activation(args),
+        gated_linear_unit=args["swiglu"],
+        deterministic_mode=args.get("experimental_attention_variant") is not None,  # megatron then has code of its own
+        num_query_groups=args["num_query_groups"] if args["group_query_attention"] else None,
+        seq_length=args["max_position_embeddings"],
+        share_embeddings_and_output_weights=not args["untie_embeddings_and_output_weights"],
+        position_embedding_type=args["position_embedding_type"],
+        rotary_percent=args["rotary_percent"],
+        rotary_base=args["rotary_base"],
+        rope_scaling=args["use_rope_scaling"],
+        rope_scaling_factor=args["rope_scaling_factor"],
+        seq_len_interpolation_factor=args["rotary_seq_len_interpolation_factor"],
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+    )
+    kind = MLAModelProvider if args.get("multi_latent_attention") else GPTModelProvider
+    return kind(**{**fields, **settings})
+
+
+def _activation(args: Mapping[str, Any]) -> Callable[[torch.Tensor], torch.Tensor]:
+    if args["swiglu"]:
+        return F.silu
+    if args.get("squared_relu", False):
+        return cast("Callable[[torch.Tensor], torch.Tensor]", squared_relu)
+    return gelu_tanh if args["bias_gelu_fusion"] else F.gelu
