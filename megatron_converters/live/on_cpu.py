@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from types import TracebackType
 from typing import Any, NamedTuple
 
@@ -99,6 +99,11 @@ class on_cpu:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stack.close()
+
+
+def where_it_runs() -> AbstractContextManager[Any]:
+    """Context in which models are built and run: `on_cpu` where there is no GPU."""
+    return nullcontext() if torch.cuda.is_available() else on_cpu()
 
 
 class cuda_is_cpu(TorchFunctionMode):

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -22,7 +21,7 @@ from ..basics.errors import ConversionError
 from ..sharding.ranks import padded_vocab
 from . import buildable_args
 from .layer_specs import layer_spec, prediction_spec
-from .on_cpu import on_cpu
+from .on_cpu import where_it_runs
 
 #: Field that later releases lack; they behave as if it were False.
 _ONLY_IN_0_16 = "moe_use_legacy_grouped_gemm"
@@ -44,11 +43,6 @@ ON_CPU: dict[str, Any] = dict(
 def gelu_tanh(values: torch.Tensor) -> torch.Tensor:
     """GELU in its tanh form, which is also what megatron-core's kernel of bias and GELU computes."""
     return F.gelu(values, approximate="tanh")
-
-
-def context() -> Any:
-    """Context in which models are built and run: that of a CPU where there is no GPU."""
-    return nullcontext() if torch.cuda.is_available() else on_cpu()
 
 
 class LiveGPTModel(GPTModel):  # type: ignore[misc]
@@ -127,7 +121,7 @@ class ProviderFields:
         first = parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage)
         last = parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage)
         as_config = cast(TransformerConfig, config)
-        with context():
+        with where_it_runs():
             model = _Building(
                 as_config,
                 config._layers(as_config, vp_stage),
