@@ -32,11 +32,12 @@ def is_hub_id(text: str) -> bool:
 
 
 def library() -> Any:
-    """The module huggingface_hub, with its submodules `constants` and `errors`."""
+    """The module huggingface_hub, with its submodules `constants`, `errors` and `utils`."""
     try:
         import huggingface_hub
         import huggingface_hub.constants
         import huggingface_hub.errors
+        import huggingface_hub.utils
     except ImportError as error:
         raise ConversionError(
             f"models of the Hub need the package {error.name}; run pip install huggingface_hub, or give a local folder"
