@@ -62,6 +62,27 @@ class Heartbeat:
         reason = self._lost or f"a transfer between processes failed: {one_line(str(error))}"
         return LostProcess(reason)
 
+    def put(self, name: str, value: bytes) -> None:
+        """Leave a value for the others."""
+        self._store.set(f"{self._prefix}/{name}", value)
+
+    def wait_for(self, name: str) -> bytes:
+        """Value that a process leaves, as soon as it does; raises `LostProcess` if one is lost."""
+        pause = 0.001
+        key = f"{self._prefix}/{name}"
+        while not self._store.check([key]):
+            self.check()
+            time.sleep(pause)
+            pause = min(2 * pause, 0.1)
+        found: bytes = self._store.get(key)
+        return found
+
+    def meet(self) -> None:
+        """Wait for all processes; raises `LostProcess` if one is lost."""
+        self.put(f"met {self._rank}", b"")
+        for other in range(self._size):
+            self.wait_for(f"met {other}")
+
     def _tell(self, text: str) -> None:
         try:
             self._store.set(f"{self._prefix}/{self._rank}", text)

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ..basics.errors import ConversionError, UsageError
 from ..conversion.composing import Piece
 from ..conversion.outline import Fill
 from ..conversion.stored_model import has_multipliers
 from ..formats.megatron.conventions import FOLD, Conventions, conventions
+from ..formats.megatron.names import DIALECTS
 from ..formats.megatron.rank_tensors import RankTensors
 from ..formats.megatron.releases import NEWEST, parse
 from ..model.slots import Ref
 from ..model.spec import ModelSpec
-from ..sharding.ranks import Cut, Parallel, Rank
+from ..sharding.ranks import Cut, Parallel, Rank, padded_vocab, parallel_for
+from ..sharding.stages import PipelineSplit
+
+#: Greatest multiple that vocabularies are padded to; megatron-core itself needs no more than the tensor-parallel size.
+_MOST_PADDING = 128
 
 
 class Key(NamedTuple):
@@ -89,7 +95,9 @@ class LiveLayout:
     """
 
     def __init__(self, spec: ModelSpec, parallel: Parallel, ranks: Sequence[Rank], padded: int, naming: Naming) -> None:
-        self.spec, self.parallel, self.ranks, self.padded, self.naming = spec, parallel, tuple(ranks), padded, naming
+        self.spec, self.parallel, self.padded, self.naming = spec, parallel, padded, naming
+        # A model without experts has the numbers of those groups, too, which then mean nothing.
+        self.ranks = tuple(ranks) if spec.num_experts else tuple(Rank(r.tp, r.pp, 0, r.tp) for r in ranks)
         self.conventions = live_conventions(spec)
         self._tensors = RankTensors(
             spec,
@@ -132,3 +140,37 @@ class LiveLayout:
     def pieces(self, ref: Ref, piece: Piece) -> list[Piece]:
         """Pieces of the hub's slot from a piece of the model."""
         return self.conventions.pieces(ref, piece)
+
+
+def planned(spec: ModelSpec, sizes: Mapping[str, Any], names: str = Naming.impl) -> LiveLayout:
+    """Layout of a model that is not there: of `sizes` "tp", "pp", "ep", "etp", "vpp" and "world", and fields of `PipelineSplit`.
+
+    `names` are those of a key of `names.DIALECTS`. Raises `UsageError` for an unknown size, `ConversionError` for one that the
+    model cannot have, with those that it can.
+    """
+    sizes = dict(sizes)
+    fields = {field.name for field in dataclasses.fields(PipelineSplit)}
+    known = {"tp", "pp", "ep", "etp", "vpp", "world"}
+    unknown = sorted(sizes.keys() - known - fields)
+    if unknown or names not in DIALECTS:
+        raise UsageError(
+            f"{', '.join(unknown)} is none of {', '.join(sorted(known | fields))}"
+            if unknown
+            else f"names {names!r} is not one of {', '.join(DIALECTS)}"
+        )
+    split = PipelineSplit(**{name: sizes[name] for name in fields if name in sizes})
+    if sizes.get("vpp", 1) != 1:
+        split = dataclasses.replace(split, virtual=sizes["vpp"])
+    parallel = parallel_for(
+        spec, sizes.get("tp", 1), sizes.get("pp", 1), split, sizes.get("ep", 1), sizes.get("etp"), directories=False
+    )
+    processes = sizes.get("world", parallel.pp * stage_size(parallel))
+    engine = names != Naming.impl
+    naming = Naming(names, "grouped" if engine and spec.num_experts else Naming.expert_layout)
+    padded = padded_vocab(spec.vocab_size, least_divisor(spec.vocab_size), parallel.tp)
+    return LiveLayout(spec, parallel, grid(parallel, processes), padded, naming)
+
+
+def least_divisor(vocab: int) -> int:
+    """Multiple that a live model's vocabulary is padded to: the greatest power of 2 up to 128 that divides it, so that none is."""
+    return math.gcd(vocab, _MOST_PADDING)

@@ -111,7 +111,9 @@ def _layout(spec: ModelSpec, summaries: Sequence[_Summary]) -> LiveLayout:
             f"the model has {sum(stages)} layers ({'+'.join(map(str, stages))}), but the bridge's has {spec.num_layers}; give the "
             "bridge that it was built by, or the configuration of this model"
         )
-    parallel = Parallel(tp, stages, ep=ep, etp=etp, vpp=vpp)
+    parallel = (
+        Parallel(tp, stages, ep=ep, etp=etp, vpp=vpp) if spec.num_experts else Parallel(tp, stages, etp=tp, vpp=vpp)
+    )
     padded = tp * max(summary.embedding_rows for summary in summaries if summary.rank.pp == 0)
     naming = common_naming([summary.naming for summary in summaries])
     return LiveLayout(spec, parallel, ranks, padded, naming)

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.activations import squared_relu
 from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 
 from ..basics.errors import ConversionError
@@ -22,6 +23,7 @@ from ..sharding.ranks import padded_vocab
 from . import buildable_args
 from .layer_specs import layer_spec, prediction_spec
 from .on_cpu import where_it_runs
+from .process_group import ensure_parallel
 
 #: Field that later releases lack; they behave as if it were False.
 _ONLY_IN_0_16 = "moe_use_legacy_grouped_gemm"
@@ -80,6 +82,8 @@ class ProviderFields:
     parallel_output: bool = True
     fp16_lm_cross_entropy: bool = False
     scatter_embedding_sequence_parallel: bool = True
+    #: Name of the model in Hugging Face's form, which checkpoints record.
+    hf_model_id: str | None = None
     #: Spec of the layers, or a function of the provider that gives it; None is megatron-core's for `transformer_impl`.
     transformer_layer_spec: Any = None
 
@@ -105,8 +109,10 @@ class ProviderFields:
         super().__post_init__()  # type: ignore[misc]
         self._finalized = True
 
-    #: Whether `finalize` was called; no annotation, so that it is no field.
+    # Without annotations, so that they are no fields: whether `finalize` was called, what fills the models, and further hooks.
     _finalized = False
+    _load = None
+    _hooks = ()
 
     def provide(
         self, pre_process: bool | None = None, post_process: bool | None = None, vp_stage: int | None = None
@@ -144,6 +150,57 @@ class ProviderFields:
             )
         model.__class__ = LiveGPTModel
         return model
+
+    def register_pre_wrap_hook(self, hook: Any, prepend: bool = False) -> None:
+        """Call `hook` with the list of models once they are loaded, before they are wrapped for data parallelism."""
+        cast(Any, self)._hooks = (hook, *self._hooks) if prepend else (*self._hooks, hook)
+
+    def initialize_model_parallel(self, seed: int | None = None) -> None:
+        """Initialise megatron-core's parallel state with these sizes, and its generators on GPUs with `seed`."""
+        ensure_parallel(self)
+        if seed is not None and torch.cuda.is_available():
+            model_parallel_cuda_manual_seed(seed)
+
+    def provide_distributed_model(
+        self,
+        ddp_config: Any = None,
+        *,
+        wrap_with_ddp: bool | None = None,
+        overlap_param_gather_with_optimizer_step: bool = False,
+        fp16: bool | None = None,
+        bf16: bool | None = None,
+        use_cpu_initialization: bool | None = None,
+        pre_wrap_hook: Any = None,
+        post_wrap_hook: Any = None,
+    ) -> list[torch.nn.Module]:
+        """This process's models, one for each of its virtual stages, with the weights of the bridge if it gave this provider so.
+
+        A process group and megatron-core's parallel state are made where there are none. `wrap_with_ddp` None wraps where there is
+        a GPU. Raises `ConversionError` for sizes that the processes or the model cannot have.
+        """
+        from .distributed_model import provide
+
+        changed = {"fp16": fp16, "bf16": bf16, "use_cpu_initialization": use_cpu_initialization}
+        for name, value in changed.items():
+            if value is not None:
+                setattr(self, name, value)
+        return provide(
+            self,
+            self._load,
+            wrap_with_ddp=wrap_with_ddp,
+            ddp_config=ddp_config,
+            overlap_param_gather_with_optimizer_step=overlap_param_gather_with_optimizer_step,
+            pre_wrap_hooks=[*self._hooks, *([pre_wrap_hook] if pre_wrap_hook is not None else [])],
+            post_wrap_hook=post_wrap_hook,
+        )
+
+    def __call__(self, wrap_with_ddp: bool | None = None, **options: Any) -> list[torch.nn.Module]:
+        """Same as `provide_distributed_model`."""
+        return self.provide_distributed_model(wrap_with_ddp=wrap_with_ddp, **options)
+
+    def loading(self, load: Any) -> None:
+        """Let `load` fill the models that are built."""
+        self._load = load
 
     def _layers(self, config: TransformerConfig, stage: int | None) -> Any:
         given = self.transformer_layer_spec
@@ -191,7 +248,7 @@ def provider_of(args: Mapping[str, Any], **settings: Any) -> GPTModelProvider | 
         rope_scaling_factor=args["rope_scaling_factor"],
         seq_len_interpolation_factor=args["rotary_seq_len_interpolation_factor"],
         hidden_dropout=0.0,
-        attention_dropout=0.0,
+        attention_dropout=args.get("attention_dropout", 0.0),
     )
     kind = MLAModelProvider if args.get("multi_latent_attention") else GPTModelProvider
     return kind(**{**fields, **settings})
