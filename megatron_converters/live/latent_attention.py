@@ -65,6 +65,23 @@ class LatentSelfAttention(MLASelfAttention):  # type: ignore[misc]
                 linear.register_load_state_dict_pre_hook(_without_extra_state)
                 if config.perform_initialization:
                     config.init_method(linear.weight)  # in place of torch's own
+        if isinstance(self.linear_kv_down_proj, Linear):
+            self.linear_kv_down_proj.register_forward_hook(self._share_gradients)
+
+    def _share_gradients(self, _: torch.nn.Module, __: Any, out: tuple[torch.Tensor, Any]) -> None:
+        """Have gradients of the down projection's output summed over tensor-parallel ranks where megatron forgets it."""
+        if out[0].requires_grad and self.tp_group.size() > 1 and not self.config.sequence_parallel:
+            out[0].register_hook(self._shared)  # type: ignore[no-untyped-call]
+
+    def _shared(self, gradient: torch.Tensor) -> torch.Tensor:
+        """Gradients [s, b, latent | rotary part of keys], the rotary part's summed: each rank has those of its own heads.
+
+        megatron sums them with sequence parallelism alone. Without it, copies of the weights would drift apart in training.
+        """
+        latent, key = torch.split(gradient, [self.config.kv_lora_rank, self.config.qk_pos_emb_head_dim], dim=-1)
+        total = key.clone(memory_format=torch.contiguous_format)
+        torch.distributed.all_reduce(total, group=self.tp_group)
+        return torch.cat([latent, total], dim=-1)
 
 
 @contextmanager

@@ -34,10 +34,11 @@ def layer_spec(config: TransformerConfig, stage: int | None) -> ModuleSpec | Tra
     if config.num_moe_experts:
         engine = impl == ENGINE
         block = get_gpt_decoder_block_spec(config, engine, normalization=config.normalization, vp_stage=stage)
-        return block if engine else latent_layer_spec(block)
+        return block if engine else latent_layer_spec(block, config.cut_down_projections)
     options = dict(qk_layernorm=config.qk_layernorm, multi_latent_attention=config.multi_latent_attention)
     if impl == LOCAL:
-        return latent_layer_spec(get_gpt_layer_local_spec(**options, normalization=config.normalization))
+        layer = get_gpt_layer_local_spec(**options, normalization=config.normalization)
+        return latent_layer_spec(layer, config.cut_down_projections)
     return get_gpt_layer_with_transformer_engine_spec(**options)
 
 
@@ -47,5 +48,5 @@ def prediction_spec(config: TransformerConfig, stage: int | None) -> Any:
         return None
     engine = config.transformer_impl == ENGINE
     layer = get_gpt_decoder_layer_specs(config, engine, normalization=config.normalization, vp_stage=stage)[-1]
-    layer = layer if engine else latent_layer_spec(layer)
+    layer = layer if engine else latent_layer_spec(layer, config.cut_down_projections)
     return get_gpt_mtp_block_spec(config, layer, use_transformer_engine=engine, vp_stage=stage)

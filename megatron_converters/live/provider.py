@@ -86,6 +86,8 @@ class ProviderFields:
     parallel_output: bool = True
     fp16_lm_cross_entropy: bool = False
     scatter_embedding_sequence_parallel: bool = True
+    #: Whether local layers cut the down projections of multi-latent attention over tensor-parallel ranks, as before 0.14.
+    cut_down_projections: bool = False
     #: Spec of the layers, or a function of the provider that gives it; None is megatron-core's for `transformer_impl`.
     transformer_layer_spec: Any = None
 

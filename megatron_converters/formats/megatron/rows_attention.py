@@ -213,7 +213,7 @@ GATED_DELTA = (
         lambda args: {"attention_output_gate": bool(args.get("attention_output_gate", False))},
         absent=False,
         flag=flag("--attention-output-gate", switch, lost=True, since="0.16"),
-        build=Build.ENGINE,
+        build=Build.OPTIONAL,
     ),
 )
 
