@@ -313,7 +313,7 @@ def test_every_argument_of_every_family_is_built_or_known_to_say_nothing(name: s
 def test_an_argument_that_would_not_be_built_is_refused() -> None:
     args = model_args(tiny_spec())
     refusals = {
-        "multi_latent_attention": "it: megatron-core builds a model with multi_latent_attention=1 from Transformer Engine",
+        "apply_layernorm_1p": "it: megatron-core builds a model with apply_layernorm_1p=1 from Transformer Engine",
         "made_up": "it: megatron-core's model cannot be built here with\n  - made_up=1",
     }
     for name, refusal in refusals.items():

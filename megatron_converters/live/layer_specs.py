@@ -19,6 +19,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
 from ..basics.errors import ConversionError
+from .latent_attention import latent_layer_spec
 
 LOCAL, ENGINE = "local", "transformer_engine"
 
@@ -31,10 +32,13 @@ def layer_spec(config: TransformerConfig, stage: int | None) -> ModuleSpec | Tra
     if config.experimental_attention_variant is not None:
         return get_transformer_block_with_experimental_attention_variant_spec(config, vp_stage=stage)
     if config.num_moe_experts:
-        return get_gpt_decoder_block_spec(config, impl == ENGINE, normalization=config.normalization, vp_stage=stage)
+        engine = impl == ENGINE
+        block = get_gpt_decoder_block_spec(config, engine, normalization=config.normalization, vp_stage=stage)
+        return block if engine else latent_layer_spec(block, config.cut_down_projections)
     options = dict(qk_layernorm=config.qk_layernorm, multi_latent_attention=config.multi_latent_attention)
     if impl == LOCAL:
-        return get_gpt_layer_local_spec(**options, normalization=config.normalization)
+        layer = get_gpt_layer_local_spec(**options, normalization=config.normalization)
+        return latent_layer_spec(layer, config.cut_down_projections)
     return get_gpt_layer_with_transformer_engine_spec(**options)
 
 
@@ -44,4 +48,5 @@ def prediction_spec(config: TransformerConfig, stage: int | None) -> Any:
         return None
     engine = config.transformer_impl == ENGINE
     layer = get_gpt_decoder_layer_specs(config, engine, normalization=config.normalization, vp_stage=stage)[-1]
+    layer = layer if engine else latent_layer_spec(layer, config.cut_down_projections)
     return get_gpt_mtp_block_spec(config, layer, use_transformer_engine=engine, vp_stage=stage)

@@ -84,6 +84,8 @@ class ProviderFields:
     scatter_embedding_sequence_parallel: bool = True
     #: Name of the model in Hugging Face's form, which checkpoints record.
     hf_model_id: str | None = None
+    #: Whether local layers cut the down projections of multi-latent attention over tensor-parallel ranks, as before 0.14.
+    cut_down_projections: bool = False
     #: Spec of the layers, or a function of the provider that gives it; None is megatron-core's for `transformer_impl`.
     transformer_layer_spec: Any = None
 

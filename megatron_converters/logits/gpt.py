@@ -18,11 +18,14 @@ from ..live.on_cpu import cuda_is_cpu
 from ..live.provider import ON_CPU, provider_of
 
 
-def build(args: Namespace, initialise: bool = False, engine: bool = False) -> list[GPTModel]:
+def build(
+    args: Namespace, initialise: bool = False, engine: bool = False, cut_down_projections: bool = False
+) -> list[GPTModel]:
     """This rank's parts of the model that `args` describes, in float32, one for each of its virtual pipeline stages.
 
     They are built as by Megatron-LM's `gpt_builder` (0.16). Without `initialise` the parameters are uninitialised and lack
-    megatron's attributes; a strict load then fills them all. `engine` says that this process has Transformer Engine's layers.
+    megatron's attributes; a strict load then fills them all. `engine` says that this process has Transformer Engine's layers,
+    `cut_down_projections` that rank files of multi-latent attention are those of a release before 0.14.
     Raises `ConversionError` if arguments are missing, or if the model needs those layers and there are none.
     """
     needing = buildable_args.needing_engine(vars(args))
@@ -36,6 +39,7 @@ def build(args: Namespace, initialise: bool = False, engine: bool = False) -> li
         perform_initialization=initialise,
         vocab_size=args.padded_vocab_size,
         should_pad_vocab=False,
+        cut_down_projections=cut_down_projections,
     )
     vpp = provider.virtual_pipeline_model_parallel_size
     parallel_state.set_virtual_pipeline_model_parallel_world_size(vpp)
