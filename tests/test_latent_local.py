@@ -120,7 +120,7 @@ def _gradients(root: Path, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
     assert megatron.load(model, content["model"], "") is None
     positions = torch.arange(tokens.shape[1]).expand(tokens.shape[0], -1)
     model.train()
-    with context():
+    with on_cpu():
         model(tokens, positions, attention_mask=None, labels=tokens.roll(-1, 1)).mean().backward()
     return {name: value.grad.clone() for name, value in model.named_parameters() if value.grad is not None}
 
