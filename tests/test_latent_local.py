@@ -110,7 +110,7 @@ def _usual_norms(content: dict[str, Any]) -> None:
 
 def _gradients(root: Path, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
     """Job of a pool's process: gradients of the mean loss of predicting the tokens, further ones included."""
-    from megatron_converters.live.provider import context
+    from megatron_converters.live.on_cpu import on_cpu
     from tests.oracle import checkpoint, jobs, megatron
 
     grid = checkpoint.read_grid(root / "iter_0000001", ())

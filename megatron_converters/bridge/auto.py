@@ -261,9 +261,10 @@ class AutoBridge(Checkpoints, Unsupported):
         the map is that of a live model; all its processes call this.
         """
         if model is not None:
-            from ..live.model import LiveModel
+            from ..live.model import live_model
 
-            return map_of(self.hf_pretrained, LiveModel(model, self.hf_pretrained.spec).layout)
+            with live_model(model, self.hf_pretrained.spec) as live:
+                return map_of(self.hf_pretrained, live.layout)
         return map_of(self.hf_pretrained, planned(self.hf_pretrained.spec, parallel or {}, names))
 
     def get_conversion_tasks(self, model: Any, hf_path: str | None = None) -> list[ConversionTask]:

@@ -20,10 +20,9 @@ from ..conversion.progress import Progress, Silent, make_progress
 from ..conversion.run import convert
 from ..formats.huggingface.target import HFOptions, HFTarget
 from ..formats.huggingface.weights_target import WeightsTarget
-from ..live.exchange import Exchange
 from ..live.export import ExportOptions, Order, WeightDistributionMode, export
 from ..live.layout import LiveLayout
-from ..live.model import LiveModel
+from ..live.model import live_model
 from ..live.shard_map import MappedTensor, ShardMap, shard_map
 from ..live.source import LiveSource
 from ..live.writers import Writers
@@ -63,20 +62,20 @@ def weights(
     with_megatron_names: bool = False,
 ) -> Iterator[HFWeightTuple | HFSourcedWeightTuple]:
     """Weights that this process gets, all or those of these names."""
-    live = LiveModel(model, pretrained.spec)
-    shards = map_of(pretrained, live.layout)
-    if names is not None:
-        shards = dataclasses.replace(shards, tensors={name: shards.tensors[name] for name in names})
-    progress = _progress(show_progress and live.process == 0, "exporting", "exported")
-    progress.start(sum(tensor.elements for tensor in shards.tensors.values()) * live.layout.spec.dtype.itemsize)
-    try:
-        for tensor, weight in export(live, shards, options, progress):
-            if with_megatron_names:
-                yield HFSourcedWeightTuple(tensor.name, weight, _megatron_names(tensor))
-            else:
-                yield HFWeightTuple(tensor.name, weight)
-    finally:
-        progress.stop()
+    with live_model(model, pretrained.spec) as live:
+        shards = map_of(pretrained, live.layout)
+        if names is not None:
+            shards = dataclasses.replace(shards, tensors={name: shards.tensors[name] for name in names})
+        progress = _progress(show_progress and live.process == 0, "exporting", "exported")
+        progress.start(sum(tensor.elements for tensor in shards.tensors.values()) * live.layout.spec.dtype.itemsize)
+        try:
+            for tensor, weight in export(live, shards, options, progress):
+                if with_megatron_names:
+                    yield HFSourcedWeightTuple(tensor.name, weight, _megatron_names(tensor))
+                else:
+                    yield HFWeightTuple(tensor.name, weight)
+        finally:
+            progress.stop()
 
 
 def _megatron_names(tensor: MappedTensor) -> tuple[str, ...]:
@@ -146,12 +145,11 @@ def write(
     every_n_ranks: int = 0,
 ) -> list[str]:
     """Write a live model to a target, together with the other processes; returns lines for the user in the first one."""
-    live = LiveModel(model, pretrained.spec)
-    writers = tuple(range(0, live.processes, every_n_ranks)) if every_n_ranks else (0,)
     lines: list[str] = []
-    with live.heartbeat() as heartbeat:
-        exchange = Exchange(live.parameters, live.process, heartbeat)
-        source = LiveSource(live, exchange, origin, writers)
+    with live_model(model, pretrained.spec) as live:
+        heartbeat = live.heartbeat
+        writers = tuple(range(0, live.processes, every_n_ranks)) if every_n_ranks else (0,)
+        source = LiveSource(live, origin, writers)
         if live.process in writers:
             crew: Crew = ALONE if len(writers) == 1 or heartbeat is None else Writers(heartbeat, writers, live.process)
             progress = _progress(show_progress and live.process == 0, "saving", "saved")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -97,41 +97,55 @@ class Exchange:
     def _wait(self, works: Sequence[Any]) -> None:
         """Wait for transfers, as long as no process is lost."""
         if self._device.type == "cuda":
-            self._poll(lambda: all(work.is_completed() for work in works))
+            _poll(lambda: all(work.is_completed() for work in works), self._heartbeat)
             for work in works:
                 work.wait()
-            return
-        waiting = _Waiting(works)  # a transfer of gloo does not tell whether it is complete but by waiting
-        waiting.start()
-        self._poll(lambda: not waiting.is_alive())
-        if waiting.failure is not None:
-            raise self._explained(waiting.failure) from waiting.failure
+        else:  # a transfer of gloo does not tell whether it is complete but by waiting
+            _run_watched(lambda: [work.wait() for work in works], self._heartbeat)
 
-    def _poll(self, done: Any) -> None:
-        pause = _POLL
-        while not done():
-            if self._heartbeat is not None:
-                self._heartbeat.check()
-            time.sleep(pause)
-            pause = min(2 * pause, 0.02)
 
-    def _explained(self, failure: BaseException) -> BaseException:
-        return failure if self._heartbeat is None else self._heartbeat.explain(failure)
+def gathered(mine: Any, heartbeat: Heartbeat | None) -> list[Any]:
+    """Values that all processes pass in, by process, as long as none is lost."""
+    if heartbeat is None:
+        return [mine]
+    values: list[Any] = [None] * dist.get_world_size()
+    if "nccl" in dist.get_backend():  # a thread of its own would take another device
+        dist.all_gather_object(values, mine)
+    else:
+        _run_watched(lambda: dist.all_gather_object(values, mine), heartbeat)
+    return values
+
+
+def _run_watched(action: Callable[[], Any], heartbeat: Heartbeat | None) -> None:
+    """Run an action that waits for other processes, and wait for it as long as none of them is lost."""
+    waiting = _Waiting(action)
+    waiting.start()
+    _poll(lambda: not waiting.is_alive(), heartbeat)
+    if waiting.failure is not None:
+        raise (waiting.failure if heartbeat is None else heartbeat.explain(waiting.failure)) from waiting.failure
+
+
+def _poll(done: Callable[[], bool], heartbeat: Heartbeat | None) -> None:
+    pause = _POLL
+    while not done():
+        if heartbeat is not None:
+            heartbeat.check()
+        time.sleep(pause)
+        pause = min(2 * pause, 0.02)
 
 
 class _Waiting(threading.Thread):
-    """Thread that waits for transfers."""
+    """Thread that runs an action which waits for other processes."""
 
-    def __init__(self, works: Sequence[Any]) -> None:
+    def __init__(self, action: Callable[[], Any]) -> None:
         super().__init__(daemon=True)
-        self._works = works
+        self._action = action
         self.failure: BaseException | None = None
 
     def run(self) -> None:
-        """Wait for all of them."""
+        """Run it, and keep its failure."""
         try:
-            for work in self._works:
-                work.wait()
+            self._action()
         except RuntimeError as error:
             self.failure = error
 

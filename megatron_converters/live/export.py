@@ -60,16 +60,15 @@ def export(
     if options.order is Order.SAFETENSORS:
         tensors.sort(key=lambda tensor: tensor.file)
     takers = _takers(live, tensors, options)
-    with live.heartbeat() as heartbeat:
-        exchange = Exchange(live.parameters, live.process, heartbeat)
-        for bucket in _buckets(live, tensors, options.bucket_bytes):
-            received = _moved(exchange, live, bucket, takers)
-            for tensor in bucket:
-                if takers is None or live.process in takers[tensor.name]:
-                    found = assembled(live, tensor, received, options.dtype)
-                    yield tensor, found.cpu() if options.cpu else found
-                progress(_nbytes(live, tensor))
-            del received
+    exchange = live.exchange()
+    for bucket in _buckets(live, tensors, options.bucket_bytes):
+        received = _moved(exchange, live, bucket, takers)
+        for tensor in bucket:
+            if takers is None or live.process in takers[tensor.name]:
+                found = _assembled(tensor, received, options.dtype)
+                yield tensor, found.cpu() if options.cpu else found
+            progress(_nbytes(live, tensor))
+        del received
 
 
 def _takers(
@@ -135,7 +134,7 @@ def _moved(
     return exchange.send(wanted)
 
 
-def assembled(live: LiveModel, tensor: MappedTensor, received: Received, dtype: torch.dtype | None) -> torch.Tensor:
+def _assembled(tensor: MappedTensor, received: Received, dtype: torch.dtype | None) -> torch.Tensor:
     """Tensor of Hugging Face, a new one, from the parameters that hold its parts."""
     found = [(part, received[_source(part, received)]) for part in tensor.parts]
     first = found[0][1]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -15,11 +15,11 @@ from ..basics.errors import ConversionError, raise_all
 from ..formats.megatron.names import EMBEDDINGS
 from ..model.spec import ModelSpec
 from ..sharding.ranks import Parallel, Rank
-from .exchange import Wanted
+from .exchange import Exchange, Wanted, gathered
 from .heartbeat import Heartbeat
 from .layout import Holding, Key, LiveLayout, Naming
 from .parameters import Parameters, common_naming, dtype_of, mismatches, naming_of, parameters_of, unwrapped
-from .process_group import gathered, own_rank
+from .process_group import own_rank
 
 
 class _Summary(NamedTuple):
@@ -36,22 +36,40 @@ class _Summary(NamedTuple):
     others: dict[Key, torch.dtype]
 
 
+@contextmanager
+def live_model(model: Any, spec: ModelSpec) -> Iterator[LiveModel]:
+    """Context in which all processes of a model move its weights together; one that is lost is named to the others.
+
+    Raises `ConversionError` with every parameter of any process that is not the model's.
+    """
+    with _heartbeat() as heartbeat:
+        yield LiveModel(model, spec, heartbeat)
+
+
+def _heartbeat() -> AbstractContextManager[Heartbeat | None]:
+    """Heartbeat of all processes; None for one alone."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return nullcontext()
+    return Heartbeat(dist.distributed_c10d._get_default_store(), dist.get_rank(), dist.get_world_size())
+
+
 class LiveModel:
     """Part of a model that this process has, and what it knows of the others' parts."""
 
-    def __init__(self, model: Any, spec: ModelSpec) -> None:
-        """All processes of the model do this together. Raises `ConversionError` with every parameter that is not the model's."""
+    def __init__(self, model: Any, spec: ModelSpec, heartbeat: Heartbeat | None) -> None:
+        """Use `live_model`. Raises `ConversionError` with every parameter that is not the model's."""
+        self.heartbeat = heartbeat
         self.models = unwrapped(model)
         self.parameters = parameters_of(self.models)
         if not self.parameters:
             raise ConversionError("the model has no parameters; give what the provider returned, a list of models")
-        self._summaries: list[_Summary] = gathered(_summary(self.models, self.parameters))
+        self._summaries: list[_Summary] = gathered(_summary(self.models, self.parameters), heartbeat)
         self.process = dist.get_rank() if len(self._summaries) > 1 else 0
         self.layout = _layout(spec, self._summaries)
         own = [text for _, text in mismatches(self.parameters, self.layout, self.process)]
         raise_all(
             f"the model does not match the {spec.family} model of the bridge:",
-            dict.fromkeys(text for found in gathered(own) for text in found),
+            dict.fromkeys(text for found in gathered(own, heartbeat) for text in found),
         )
 
     @property
@@ -77,12 +95,9 @@ class LiveModel:
         """Pipeline stage of a process."""
         return self._summaries[process].rank.pp
 
-    def heartbeat(self) -> AbstractContextManager[Heartbeat | None]:
-        """Context of a heartbeat of all processes; None for one alone."""
-        if self.processes == 1:
-            return nullcontext()
-        store = dist.distributed_c10d._get_default_store()
-        return Heartbeat(store, self.process, self.processes)
+    def exchange(self) -> Exchange:
+        """Transfers of this model's parameters."""
+        return Exchange(self.parameters, self.process, self.heartbeat)
 
 
 def _summary(models: Sequence[torch.nn.Module], parameters: Parameters) -> _Summary:

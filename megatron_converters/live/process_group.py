@@ -124,12 +124,3 @@ def own_rank() -> Rank:
         parallel_state.get_expert_model_parallel_rank(),
         parallel_state.get_expert_tensor_parallel_rank(),
     )
-
-
-def gathered(mine: Any) -> list[Any]:
-    """Values that all processes pass in, by process."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return [mine]
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, mine)
-    return values

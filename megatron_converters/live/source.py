@@ -12,7 +12,7 @@ from ..basics.dtypes import DType
 from ..conversion.composing import Piece, Sources, StoredName
 from ..model.slots import Ref, refs
 from ..storage.tensor import MemoryTensor
-from .exchange import Exchange, Received, Wanted
+from .exchange import Received, Wanted
 from .export import BUCKET_BYTES
 from .layout import Holding
 from .model import LiveModel
@@ -31,13 +31,12 @@ class LiveSource:
     def __init__(
         self,
         live: LiveModel,
-        exchange: Exchange,
         origin: Origin,
         writers: Sequence[int],
         bucket_bytes: int = BUCKET_BYTES,
     ) -> None:
         self.spec, self.origin = live.layout.spec, origin
-        self._live, self._exchange, self._writers = live, exchange, tuple(writers)
+        self._live, self._exchange, self._writers = live, live.exchange(), tuple(writers)
         self._holdings = {ref: list(next(iter(live.layout.holdings(ref)))) for ref in refs(self.spec)}
         self._buckets = iter(self._divided(bucket_bytes))
         self._received: Received = {}
