@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from megatron_converters.basics.errors import ConversionError, MissingPath
-from megatron_converters.formats.hub import download, download_config, resolve
+from megatron_converters.formats.hub import download, resolve
 from megatron_converters.formats.hub_upload import upload
 from tests.helpers import hf_tensors, same_tensors
 from tests.hub_repos import READER, WRITER
@@ -265,24 +265,37 @@ def test_a_commit_of_someone_else_in_between(hub: Hub, shards: Path, single: Pat
 def test_config_json_alone(hub: Hub, single: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub import constants
 
-    folder = download_config("acme/there")
+    folder = resolve("acme/there", config_only=True).folder
     assert hub.downloaded == ["acme/there/config.json"] and list(files(folder)) == ["config.json"]
     assert json.loads((folder / "config.json").read_text()) == json.loads((single / "config.json").read_text())
     elsewhere = resolve("acme/there", config_only=True, cache_dir=str(tmp_path / "cache")).folder
     assert elsewhere.is_relative_to(tmp_path / "cache")
-    refused(lambda: download_config("acme/absent"), "acme/absent is neither a folder here nor a model on the Hub")
-    refused(lambda: download_config("acme/there@v9"), "has no revision v9")
+    refused(
+        lambda: resolve("acme/absent", config_only=True).folder,
+        "acme/absent is neither a folder here nor a model on the Hub",
+    )
+    refused(lambda: resolve("acme/there@v9", config_only=True).folder, "has no revision v9")
     (tmp_path / "without").mkdir()
     hub.repositories.by_name["acme/there"].branches["empty"] = "f" * 40
     hub.repositories.by_name["acme/there"].commits["f" * 40] = tmp_path / "without"
-    refused(lambda: download_config("acme/there@empty"), "acme/there@empty on the Hub has no config.json")
+    refused(
+        lambda: resolve("acme/there@empty", config_only=True).folder, "acme/there@empty on the Hub has no config.json"
+    )
 
+    hub.downloaded.clear()
+    assert resolve("acme/there", config_only=True, local_files_only=True).folder == folder
+    refused(lambda: resolve("acme/new", local_files_only=True), "nor in the cache", "local_files_only forbids")
+    assert not hub.downloaded
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert download_config("acme/there") == folder
+    assert resolve("acme/there", config_only=True).folder == folder
     refused(lambda: download("acme/there"), "the cache has only a part of acme/there, without weights")
-    refused(lambda: download_config("acme/new"), "nor in the cache", "HF_HUB_OFFLINE forbids")
+    refused(
+        lambda: resolve("acme/new", config_only=True).folder,
+        "nor in the cache",
+        "HF_HUB_OFFLINE or local_files_only forbids",
+    )
     nowhere = str(tmp_path / "nowhere")
-    refused(lambda: download_config("acme/there", cache_dir=nowhere), f"nor in the cache {nowhere}")
+    refused(lambda: resolve("acme/there", config_only=True, cache_dir=nowhere).folder, f"nor in the cache {nowhere}")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     found = resolve("acme/there", config_only=True)

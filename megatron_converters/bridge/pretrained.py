@@ -53,7 +53,13 @@ class Location:
     def folder(self, *, config_only: bool) -> Path:
         """Folder with the model's files, or at least its config.json; what is missing of a model on the Hub is downloaded."""
         name = self.name if self.revision is None or Path(self.name).is_dir() else f"{self.name}@{self.revision}"
-        snapshot = resolve(name, config_only=config_only, token=self.token, cache_dir=self.cache_dir)
+        snapshot = resolve(
+            name,
+            config_only=config_only,
+            token=self.token,
+            cache_dir=self.cache_dir,
+            local_files_only=self.local_files_only,
+        )
         for note in snapshot.notes:
             LOG.warning(note)
         return snapshot.folder

@@ -47,16 +47,19 @@ class _Choice(NamedTuple):
 class _Remote(NamedTuple):
     """Model on the Hub, and how it is reached: huggingface_hub, the model, the user's token, the folder of the cache.
 
-    Without a token, or a cache, those of huggingface_hub are used.
+    Without a token, or a cache, those of huggingface_hub are used. With `local_only`, the Hub is not asked.
     """
 
     hub: Any
     model: Model
     token: str | None
     cache_dir: str | None
+    local_only: bool
 
     def listed(self) -> list[str]:
         """Names of its files."""
+        if self.local_only:
+            raise self.hub.errors.OfflineModeIsEnabled("local_files_only")
         api = self.hub.HfApi(token=self.token)
         return [file.rfilename for file in api.model_info(self.model.repo, revision=self.model.revision).siblings or ()]
 
@@ -84,6 +87,7 @@ def resolve(
     config_only: bool = False,
     token: str | None = None,
     cache_dir: str | None = None,
+    local_files_only: bool = False,
 ) -> Snapshot:
     """Folder of a model: a local one as it is, even if its name could be one of the Hub, else downloaded from the Hub.
 
@@ -94,7 +98,7 @@ def resolve(
         return Snapshot(Path(name), [])
     if not on_hub(name):
         raise MissingPath(f"{name} is no folder here, and no name of a model on the Hub (owner/name); correct it")
-    return _download(name, _CONFIG_ALONE if config_only else _MODEL, token, cache_dir)
+    return _download(name, _CONFIG_ALONE if config_only else _MODEL, token, cache_dir, local_files_only)
 
 
 def download(name: str, *, token: str | None = None, cache_dir: str | None = None) -> Snapshot:
@@ -105,15 +109,12 @@ def download(name: str, *, token: str | None = None, cache_dir: str | None = Non
     return _download(name, _MODEL, token, cache_dir)
 
 
-def download_config(name: str, *, token: str | None = None, cache_dir: str | None = None) -> Path:
-    """Download a model's config.json alone, as `download` does; returns the folder in the cache that holds it."""
-    return _download(name, _CONFIG_ALONE, token, cache_dir).folder
-
-
-def _download(name: str, choice: _Choice, token: str | None, cache_dir: str | None) -> Snapshot:
+def _download(
+    name: str, choice: _Choice, token: str | None, cache_dir: str | None, local_only: bool = False
+) -> Snapshot:
     hub = library()
     repo, _, revision = name.partition("@")
-    remote = _Remote(hub, Model(repo, revision or None), token, cache_dir)
+    remote = _Remote(hub, Model(repo, revision or None), token, cache_dir, local_only)
     model = remote.model
     with in_one_sentence(hub, partial(_sentence, remote)):
         try:
@@ -214,8 +215,8 @@ def _sentence(remote: _Remote, error: BaseException) -> str:
         (errors.RevisionNotFoundError, f"{model.repo} on {where} has no revision {model.revision}; name another"),
         (
             errors.OfflineModeIsEnabled,
-            f"{model} is neither a folder here nor in the cache {cache}, and HF_HUB_OFFLINE forbids to download it; correct the "
-            "name, or unset HF_HUB_OFFLINE",
+            f"{model} is neither a folder here nor in the cache {cache}, and HF_HUB_OFFLINE or local_files_only "
+            "forbids to download it; correct the name, or leave that out",
         ),
         (errors.HFValidationError, f"{model} is neither a folder here nor a name that the Hub allows; correct it"),
     ]
