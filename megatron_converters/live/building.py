@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from contextlib import nullcontext
 from typing import Any
 
@@ -71,13 +72,13 @@ def _materialise(model: torch.nn.Module) -> None:
 
 def _run_on_cpu(model: torch.nn.Module) -> None:
     """Let the forward pass of a model take place where megatron-core's calls of CUDA mean the CPU."""
-    contexts: list[on_cpu] = []
+    own = threading.local()
 
     def enter(*_: Any) -> None:
-        contexts.append(on_cpu().__enter__())
+        own.contexts = [*getattr(own, "contexts", ()), on_cpu().__enter__()]
 
     def leave(*_: Any) -> None:
-        contexts.pop().__exit__(None, None, None)
+        own.contexts.pop().__exit__(None, None, None)
 
     model.register_forward_pre_hook(enter)
     model.register_forward_hook(leave, always_call=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -14,6 +14,7 @@ from .heartbeat import Heartbeat
 from .layout import Key
 from .parameters import Parameters
 
+T = TypeVar("T")
 #: Seconds between looks at transfers under way.
 _POLL = 0.0005
 #: Alignment of parameters in a buffer, in bytes.
@@ -148,6 +149,19 @@ class _Waiting(threading.Thread):
             self._action()
         except RuntimeError as error:
             self.failure = error
+
+
+def in_buckets(items: Iterable[T], nbytes: Callable[[T], int], limit: int) -> Iterator[list[T]]:
+    """Items in their order, in buckets of at most `limit` bytes, unless one item is larger."""
+    bucket: list[T] = []
+    filled = 0
+    for item in items:
+        if bucket and filled + nbytes(item) > limit:
+            yield bucket
+            bucket, filled = [], 0
+        bucket.append(item)
+        filled += nbytes(item)
+    yield bucket
 
 
 def _by_owner(wanted: Iterable[Wanted]) -> Iterator[tuple[int, list[Wanted]]]:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from enum import Enum
+from functools import partial
 from typing import NamedTuple
 
 import torch
 
 from ..basics.errors import ConversionError, UsageError
 from ..model.values import Affine
-from .exchange import Exchange, Received, Wanted
+from .exchange import Exchange, Received, Wanted, in_buckets
 from .layout import Key
 from .model import LiveModel
 from .shard_map import MappedTensor, Part, ShardMap
@@ -61,7 +62,7 @@ def export(
         tensors.sort(key=lambda tensor: tensor.file)
     takers = _takers(live, tensors, options)
     exchange = live.exchange()
-    for bucket in _buckets(live, tensors, options.bucket_bytes):
+    for bucket in in_buckets(tensors, partial(_nbytes, live), options.bucket_bytes):
         received = _moved(exchange, live, bucket, takers)
         for tensor in bucket:
             if takers is None or live.process in takers[tensor.name]:
@@ -97,19 +98,6 @@ def _of_stage(live: LiveModel, tensor: MappedTensor) -> tuple[int, ...]:
     """Processes of the pipeline stage that has a tensor."""
     stage = live.stage(tensor.parts[0].ranks[0])
     return tuple(process for process in range(live.processes) if live.stage(process) == stage)
-
-
-def _buckets(live: LiveModel, tensors: Iterable[MappedTensor], limit: int) -> Iterator[list[MappedTensor]]:
-    bucket: list[MappedTensor] = []
-    filled = 0
-    for tensor in tensors:
-        nbytes = _nbytes(live, tensor)
-        if bucket and filled + nbytes > limit:
-            yield bucket
-            bucket, filled = [], 0
-        bucket.append(tensor)
-        filled += nbytes
-    yield bucket
 
 
 def _nbytes(live: LiveModel, tensor: MappedTensor) -> int:

@@ -42,12 +42,15 @@ class _Patches:
         self._lock = threading.RLock()
         self._users = 0
         self._before: list[tuple[Any, str, Any]] = []
+        self._stance = ExitStack()
 
     def enter(self) -> None:
         """Put them in force, if they are not."""
         with self._lock:
             self._users += 1
             if self._users == 1:
+                # megatron's fusions are compiled functions; on a CPU that would take minutes and a C++ compiler.
+                self._stance.enter_context(torch.compiler.set_stance("force_eager"))
                 self._before = [found for patch in _PATCHES if (found := _apply(patch)) is not None]
 
     def leave(self) -> None:
@@ -55,6 +58,7 @@ class _Patches:
         with self._lock:
             self._users -= 1
             if self._users == 0:
+                self._stance.close()
                 for owner, name, value in self._before:
                     if value is _MISSING:
                         delattr(owner, name)
@@ -90,8 +94,6 @@ class on_cpu:
     def __enter__(self) -> on_cpu:
         PATCHES.enter()
         self._stack.callback(PATCHES.leave)
-        # megatron's fusions are compiled functions; on a CPU that would take minutes and a C++ compiler.
-        self._stack.enter_context(torch.compiler.set_stance("force_eager"))
         self._stack.enter_context(cuda_is_cpu())
         return self
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import threading
 import time
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from ..assets.origin import Origin
 from ..basics.dtypes import DType
 from ..conversion.composing import Piece, Sources, StoredName
 from ..model.slots import Ref, refs
 from ..storage.tensor import MemoryTensor
-from .exchange import Received, Wanted
+from .exchange import Received, Wanted, in_buckets
 from .export import BUCKET_BYTES
 from .layout import Holding
 from .model import LiveModel
@@ -38,7 +38,7 @@ class LiveSource:
         self.spec, self.origin = live.layout.spec, origin
         self._live, self._exchange, self._writers = live, live.exchange(), tuple(writers)
         self._holdings = {ref: list(next(iter(live.layout.holdings(ref)))) for ref in refs(self.spec)}
-        self._buckets = iter(self._divided(bucket_bytes))
+        self._buckets = in_buckets(self._holdings, self._nbytes, bucket_bytes)
         self._received: Received = {}
         self._current: set[Ref] = set()
         self._held = _Held(bucket_bytes)
@@ -55,7 +55,7 @@ class LiveSource:
             self._received, self._current = {}, set()
             self._held.wait(self._last)
             self._move(next(self._buckets))
-        self._last = sum(self._live.wanted(holding).nbytes for holding in self._holdings[ref])
+        self._last = self._nbytes(ref)
         pieces: list[Piece] = []
         for holding in self._holdings[ref]:
             wanted = self._live.wanted(holding, self._live.process)
@@ -87,18 +87,9 @@ class LiveSource:
         self._received = self._exchange.send(wanted)
         self._current = set(bucket)
 
-    def _divided(self, limit: int) -> Iterator[list[Ref]]:
-        """Refs in buckets of at most this many bytes, unless one is larger."""
-        bucket: list[Ref] = []
-        filled = 0
-        for ref, holdings in self._holdings.items():
-            nbytes = sum(self._live.wanted(holding).nbytes for holding in holdings)
-            if bucket and filled + nbytes > limit:
-                yield bucket
-                bucket, filled = [], 0
-            bucket.append(ref)
-            filled += nbytes
-        yield bucket
+    def _nbytes(self, ref: Ref) -> int:
+        """Bytes of a ref's parameters in a buffer."""
+        return sum(self._live.wanted(holding).nbytes for holding in self._holdings[ref])
 
 
 class _Held:
