@@ -19,7 +19,6 @@ from .exchange import Exchange, Wanted, gathered
 from .heartbeat import Heartbeat
 from .layout import Holding, Key, LiveLayout, Naming
 from .parameters import Parameters, common_naming, dtype_of, mismatches, naming_of, parameters_of, unwrapped
-from .process_group import own_rank
 
 
 class _Summary(NamedTuple):
@@ -101,6 +100,8 @@ class LiveModel:
 
 
 def _summary(models: Sequence[torch.nn.Module], parameters: Parameters) -> _Summary:
+    from .process_group import own_rank  # imports megatron-core, which those who only read shard maps need not have
+
     dtypes = Counter(tensor.dtype for tensor in parameters.values())
     usual = dtypes.most_common(1)[0][0]
     embedding = parameters.get(Key(0, EMBEDDINGS))
