@@ -73,7 +73,7 @@ def grid(parallel: Parallel, processes: int) -> tuple[Rank, ...]:
     if left or each % least:
         sizes = f"tp={parallel.tp}, pp={parallel.pp}, ep={parallel.ep}, etp={parallel.etp}"
         raise ConversionError(
-            f"{processes} processes cannot be divided into {sizes}, which takes {parallel.pp * least} or a multiple of it; "
+            f"a world size of {processes} cannot be divided into {sizes}, which takes {parallel.pp * least} or a multiple of it; "
             "start as many, or choose sizes that fit"
         )
     return tuple(

@@ -109,7 +109,7 @@ def _check_world(sizes: dict[str, int]) -> None:
     for least, what in ((tp * pp * cp, f"tp={tp}, pp={pp}, cp={cp}"), (etp * ep * pp, f"etp={etp}, ep={ep}, pp={pp}")):
         if world % least:
             raise ConversionError(
-                f"{world} processes cannot be divided into {what}, which takes {least} or a multiple of it; start as many "
+                f"a world size of {world} cannot be divided into {what}, which takes {least} or a multiple of it; start as many "
                 "(torchrun --nproc-per-node), or choose sizes whose product divides the number of processes"
             )
 

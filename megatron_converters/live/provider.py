@@ -111,9 +111,11 @@ class ProviderFields:
         super().__post_init__()  # type: ignore[misc]
         self._finalized = True
 
-    # Without annotations, so that they are no fields: whether `finalize` was called, what fills the models, and further hooks.
+    # Without annotations, so that they are no fields: whether `finalize` was called, what checks the settings and fills the
+    # models, and hooks.
     _finalized = False
     _load = None
+    _check = None
     _hooks = ()
 
     def provide(
@@ -182,6 +184,9 @@ class ProviderFields:
         """
         from .distributed_model import provide
 
+        if self._check is not None:
+            self._check(self)
+
         changed = {"fp16": fp16, "bf16": bf16, "use_cpu_initialization": use_cpu_initialization}
         for name, value in changed.items():
             if value is not None:
@@ -199,6 +204,10 @@ class ProviderFields:
     def __call__(self, wrap_with_ddp: bool | None = None, **options: Any) -> list[torch.nn.Module]:
         """Same as `provide_distributed_model`."""
         return self.provide_distributed_model(wrap_with_ddp=wrap_with_ddp, **options)
+
+    def checking(self, check: Any) -> None:
+        """Let `check` raise an error for settings that the model cannot have, before models are built."""
+        self._check = check
 
     def loading(self, load: Any) -> None:
         """Let `load` fill the models that are built."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Collection
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from ..formats.megatron.argument import Context, Group
 from ..formats.megatron.arguments import inexpressible, written_args
 from ..model.spec import ModelSpec
 from ..sharding.ranks import Parallel, padded_vocab, parallel_for
-from ..sharding.stages import EVEN
+from ..sharding.stages import EVEN, PipelineSplit
 from .buildable_args import needing_engine
 from .filling import fill
 from .layer_specs import ENGINE, LOCAL
@@ -60,7 +61,33 @@ def provider_for(spec: ModelSpec) -> GPTModelProvider | MLAModelProvider:
         vocab_size=spec.vocab_size,
         make_vocab_size_divisible_by=least_divisor(spec.vocab_size),
     )
-    return provider_of(args, **settings)
+    provider = provider_of(args, **settings)
+    provider.checking(partial(check_sizes, spec))
+    return provider
+
+
+def check_sizes(spec: ModelSpec, config: Any) -> None:
+    """Raise `ConversionError`, with the sizes that fit, for parallel sizes of a config that a model of this spec cannot have."""
+    layout = config.pipeline_model_parallel_layout
+    if config.num_layers != spec.num_layers or not (layout is None or isinstance(layout, str)):
+        return  # then it is another model, or megatron-core checks the stages
+    split = PipelineSplit(
+        config.num_layers_in_first_pipeline_stage,
+        config.num_layers_in_last_pipeline_stage,
+        config.account_for_embedding_in_pipeline_split,
+        config.account_for_loss_in_pipeline_split,
+        config.virtual_pipeline_model_parallel_size if layout is None else None,
+        layout=layout,
+    )
+    parallel_for(
+        spec,
+        config.tensor_model_parallel_size,
+        config.pipeline_model_parallel_size,
+        split,
+        config.expert_model_parallel_size,
+        config.expert_tensor_parallel_size,
+        directories=False,
+    )
 
 
 def load(model: Any, source: Source, spec: ModelSpec, allowed: Collection[str] = ()) -> None:
