@@ -7,6 +7,7 @@ others look at the first one and at what it tells.
 from __future__ import annotations
 
 import itertools
+import os
 import threading
 import time
 from types import TracebackType
@@ -47,7 +48,9 @@ class Heartbeat:
         self._stop.set()
         self._thread.join()
         gave_up = error is not None and not isinstance(error, LostProcess)
-        self._tell(_LEFT + one_line(str(error) or type(error).__name__) if gave_up else _DONE)
+        self._tell(f"{_LEFT}{_reason(error)}" if gave_up else _DONE)
+        if self._rank == 0 and self._lost is not None:
+            self._wait_for_listeners()
 
     def check(self) -> None:
         """Raise `LostProcess` if a process is known to be lost."""
@@ -56,11 +59,12 @@ class Heartbeat:
 
     def explain(self, error: BaseException) -> ConversionError:
         """Error for a transfer that has failed: the process that is lost, if one is found to be so in time."""
-        deadline = time.monotonic() + _EXPLAINED
-        while self._lost is None and time.monotonic() < deadline:
+        begun = time.monotonic()
+        while self._lost is None and time.monotonic() - begun < _EXPLAINED:
             time.sleep(0.1)
-        reason = self._lost or f"a transfer between processes failed: {one_line(str(error))}"
-        return LostProcess(reason)
+            if time.monotonic() - begun > 2 * INTERVAL:
+                self._lose_absent()
+        return LostProcess(self._lost or f"a transfer between processes failed: {one_line(str(error))}")
 
     def put(self, name: str, value: bytes) -> None:
         """Leave a value for the others."""
@@ -102,7 +106,7 @@ class Heartbeat:
             try:
                 self._look()
             except (RuntimeError, ValueError) as error:
-                self._lose(f"the store of the process group is gone: {error}")
+                self._lose(f"{_store_holder()} is lost: the store of the process group is gone ({error})")
             if self._stop.wait(INTERVAL):
                 return
 
@@ -128,9 +132,43 @@ class Heartbeat:
         elif told != _DONE and now - before[1] > PATIENCE:
             self._lose(f"process {other} is lost: it has given no sign of life for {PATIENCE:g} seconds")
 
+    def _lose_absent(self) -> None:
+        """Note a process that has never told that it lives, where a transfer has failed."""
+        try:
+            absent = [other for other in range(self._size) if self._get(str(other)) is None]
+        except (RuntimeError, ValueError):
+            return  # the beat tells of a store that is gone
+        if absent:
+            self._lose(f"process {absent[0]} is lost: it has given no sign of life")
+
+    def _wait_for_listeners(self) -> None:
+        """Keep the store, which may end with this process, until the others know who is lost."""
+        deadline = time.monotonic() + 3 * INTERVAL
+        try:
+            self._store.set(f"{self._prefix}/lost", self._lost)
+            while time.monotonic() < deadline and not all(map(self._has_left, range(1, self._size))):
+                time.sleep(0.1)
+        except (RuntimeError, ValueError):
+            return  # then the others know that from the store
+
+    def _has_left(self, other: int) -> bool:
+        return (self._get(str(other)) or "").startswith((_DONE, _LEFT))
+
     def _get(self, name: str) -> str | None:
         key = f"{self._prefix}/{name}"
         return self._store.get(key).decode() if self._store.check([key]) else None
+
+
+def _reason(error: BaseException | None) -> str:
+    """Why a process gave up, in a line."""
+    if isinstance(error, GeneratorExit):
+        return "its loop over the weights ended early"
+    return one_line(str(error) or type(error).__name__)
+
+
+def _store_holder() -> str:
+    """Process that holds the store."""
+    return "the launcher" if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else "process 0"
 
 
 class LostProcess(ConversionError):
