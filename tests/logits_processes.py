@@ -6,7 +6,7 @@ stand-ins for Transformer Engine, which the product's must not see.
 
 from __future__ import annotations
 
-from functools import partial
+from functools import cache, partial
 from multiprocessing import context, forkserver, popen_forkserver
 from multiprocessing.process import BaseProcess
 from typing import Any
@@ -16,28 +16,46 @@ import pytest
 from megatron_converters.logits import hf, megatron
 from megatron_converters.logits.pool import Pool
 
-_server = forkserver.ForkServer()  # type: ignore[attr-defined]
-_server.set_forkserver_preload(["tests.logits_preload"])
+
+@cache
+def _server(module: str) -> forkserver.ForkServer:
+    """Server that has imported a module."""
+    server = forkserver.ForkServer()  # type: ignore[attr-defined]
+    server.set_forkserver_preload([module])
+    return server
 
 
 class _Popen(popen_forkserver.Popen):
     def _launch(self, process_obj: Any) -> None:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(forkserver, "connect_to_new_process", _server.connect_to_new_process)
+            patch.setattr(forkserver, "connect_to_new_process", _server(process_obj.module).connect_to_new_process)
             super()._launch(process_obj)
 
 
 class _Process(context.ForkServerProcess):
+    #: What the server has imported.
+    module: str
+
     @staticmethod
     def _Popen(process_obj: BaseProcess) -> Any:
         return _Popen(process_obj)
 
 
-class _Context(context.ForkServerContext):
-    Process = _Process
+class PreloadedContext(context.ForkServerContext):
+    """Context of processes that are forked from one that has imported a module."""
+
+    def __init__(self, module: str) -> None:
+        super().__init__()
+        self._module = module
+
+    def Process(self, *args: Any, **options: Any) -> _Process:
+        """Process that is not started yet."""
+        process = _Process(*args, **options)
+        process.module = self._module
+        return process
 
 
-PRELOADED = _Context()
+PRELOADED = PreloadedContext("tests.logits_preload")
 
 
 def use_preloaded(monkeypatch: pytest.MonkeyPatch) -> None:

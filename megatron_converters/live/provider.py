@@ -6,7 +6,8 @@ They have the names of Megatron-Bridge's, so that programs written for these run
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -47,14 +48,42 @@ def gelu_tanh(values: torch.Tensor) -> torch.Tensor:
     return F.gelu(values, approximate="tanh")
 
 
+@contextmanager
+def only_next_token(model: GPTModel) -> Iterator[None]:
+    """Context without the layers that predict further tokens: they do not change the logits, and run only with labels."""
+    config, process, layers = model.config, model.mtp_process, model.config.mtp_num_layers
+    model.mtp_process, config.mtp_num_layers = False, None
+    try:
+        yield
+    finally:
+        model.mtp_process, config.mtp_num_layers = process, layers
+
+
 class LiveGPTModel(GPTModel):  # type: ignore[misc]
-    """GPTModel that is built without any collective operation."""
+    """GPTModel that is built without any collective operation, and computes logits whatever it predicts in training."""
 
     #: Whether the model is being built; megatron-core would then add up the embeddings of first and last stage.
     _building = False
 
     def _is_in_embd_group(self) -> bool:
         return not self._building and bool(super()._is_in_embd_group())
+
+    def forward(
+        self,
+        input_ids: Any,
+        position_ids: Any,
+        attention_mask: Any,
+        decoder_input: Any = None,
+        labels: Any = None,
+        *args: Any,
+        **options: Any,
+    ) -> torch.Tensor:
+        """Logits, or losses where there are `labels`, without which megatron-core cannot predict further tokens."""
+        with only_next_token(self) if self.post_process and labels is None else nullcontext():
+            found: torch.Tensor = super().forward(
+                input_ids, position_ids, attention_mask, decoder_input, labels, *args, **options
+            )
+            return found
 
 
 class _Building(LiveGPTModel):

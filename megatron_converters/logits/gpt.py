@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -15,7 +13,7 @@ from megatron.core.models.gpt import GPTModel
 from ..basics.errors import ConversionError
 from ..live import buildable_args
 from ..live.on_cpu import cuda_is_cpu
-from ..live.provider import ON_CPU, provider_of
+from ..live.provider import ON_CPU, only_next_token, provider_of
 
 
 def build(
@@ -57,19 +55,10 @@ def _run(model: GPTModel, tokens: torch.Tensor) -> torch.Tensor | None:
         hidden = torch.empty(length, batch, model.config.hidden_size)
         dist.recv(hidden, parallel_state.get_pipeline_model_parallel_prev_rank())
         model.set_input_tensor(hidden)
-    with torch.no_grad(), cuda_is_cpu(), _only_next_token(model):
+    with torch.no_grad(), cuda_is_cpu(), only_next_token(model):
         out: torch.Tensor = model(tokens, torch.arange(length).expand(batch, -1), attention_mask=None)
     RotaryEmbedding.forward.cache_clear()  # else its cache keeps every model of the process alive
     if model.post_process:
         return out
     dist.send(out.contiguous(), parallel_state.get_pipeline_model_parallel_next_rank())
     return None
-
-
-@contextmanager
-def _only_next_token(model: GPTModel) -> Iterator[None]:
-    """Context without the layers that predict further tokens: they do not change the logits, and run only with labels."""
-    config, process, layers = model.config, model.mtp_process, model.config.mtp_num_layers
-    model.mtp_process, config.mtp_num_layers = False, None
-    yield
-    model.mtp_process, config.mtp_num_layers = process, layers
