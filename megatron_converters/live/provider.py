@@ -130,19 +130,21 @@ class ProviderFields:
     def finalize(self) -> None:
         """Check the settings and derive what follows from them, as megatron-core does when a config is made."""
         config = cast(Any, self)
-        if config.bias_activation_fusion:
-            if config.activation_func is gelu_tanh:
-                config.activation_func = F.gelu  # the kernel's name for the same
-            elif config.activation_func is F.gelu and not self._finalized:
-                raise ConversionError(
-                    "bias_activation_fusion computes the tanh form of GELU, but this model has the exact form; leave it False"
-                )
+        if config.activation_func is gelu_tanh:
+            self._tanh = True
+        elif config.activation_func is not F.gelu:
+            self._tanh = False
+        if config.activation_func is F.gelu and config.bias_activation_fusion and not self._tanh:
+            raise ConversionError(
+                "bias_activation_fusion computes the tanh form of GELU, but this model has the exact form; leave it False"
+            )
+        if self._tanh:  # the kernel knows it by the name of the exact form
+            config.activation_func = F.gelu if config.bias_activation_fusion else gelu_tanh
         super().__post_init__()  # type: ignore[misc]
-        self._finalized = True
 
-    # Without annotations, so that they are no fields: whether `finalize` was called, what checks the settings and fills the
+    # Without annotations, so that they are no fields: whether GELU is in its tanh form, what checks the settings and fills the
     # models, and hooks.
-    _finalized = False
+    _tanh = False
     _load = None
     _check = None
     _hooks = ()
