@@ -14,6 +14,7 @@ LEVELS = (
     ("tensor_parallel",),
     ("",),  # modules at the top of the package, such as api.py
     ("inspection", "comparison", "logits"),
+    ("live",),
     ("formats",),
     ("conversion",),
     ("assets",),

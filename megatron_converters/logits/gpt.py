@@ -30,6 +30,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
 from ..basics.errors import ConversionError
+from ..live.parallel_block import GPTModelWithHeadBias, parallel_layer_spec
 from . import buildable_args
 from .cpu import cuda_is_cpu
 
@@ -79,7 +80,7 @@ def build(args: Namespace, initialise: bool = False, engine: bool = False) -> li
 
 def _stage(args: Namespace, config: TransformerConfig, number: int | None) -> GPTModel:
     with cuda_is_cpu():
-        model = GPTModel(
+        model = (GPTModelWithHeadBias if getattr(args, "head_bias", False) else GPTModel)(
             config,
             _layer_spec(args, config, number),
             vocab_size=args.padded_vocab_size,
@@ -172,6 +173,8 @@ def _layer_spec(
     impl = args.transformer_impl
     if impl not in ("local", "transformer_engine"):
         raise ConversionError(f"transformer_impl {impl!r} is neither 'local' nor 'transformer_engine'")
+    if getattr(args, "parallel_block", False):
+        return parallel_layer_spec(config, engine=impl == "transformer_engine")
     if _linear_attention(args):
         return get_transformer_block_with_experimental_attention_variant_spec(config, vp_stage=number)
     if _experts(args):

@@ -120,6 +120,25 @@ def read_distributed(
     return _shard(gpt.run(models, tokens))
 
 
+def gradients(directory: Path, tokens: torch.Tensor, vocabulary: int, names: Sequence[str]) -> dict[str, torch.Tensor]:
+    """This rank's gradients, by parameter, of the sum of all squared logits; for a checkpoint of one pipeline stage."""
+    from megatron.core import parallel_state
+
+    from . import megatron
+
+    grid = checkpoint.read_grid(directory)
+    content = checkpoint.load_rank(checkpoint.rank_file(directory, grid, _parallel(grid)))
+    (model,) = megatron.build(content["args"])
+    fault = megatron.load(model, content["model"], str(directory))
+    _raise_on_all_ranks([fault] if fault else [])
+    with cpu.cuda_is_cpu():
+        logits = model(tokens, torch.arange(tokens.shape[1]).expand(*tokens.shape), attention_mask=None)
+    first = parallel_state.get_tensor_model_parallel_rank() * logits.shape[-1]
+    logits[..., : max(vocabulary - first, 0)].square().sum().backward()
+    held = dict(model.named_parameters())
+    return {name: held[name].grad.clone() for name in names}
+
+
 def _rank_content(models: Sequence[torch.nn.Module], args: Namespace, iteration: int) -> dict[str, Any]:
     from megatron.core.enums import ModelType
     from megatron.core.transformer.enums import AttnBackend

@@ -1,0 +1,1 @@
+"""Models of megatron-core in a running process: how they are built."""
