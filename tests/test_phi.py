@@ -12,14 +12,16 @@ import torch
 
 import megatron_converters as mc
 from megatron_converters.basics.errors import ConversionError
+from megatron_converters.conversion.stored_model import StoredModel, folded
 from megatron_converters.families.config_json import config_from_spec, spec_from_config
 from megatron_converters.model.layers import GELU_TANH, LAYER_NORM
 from megatron_converters.model.spec import PerLayer
+from megatron_converters.model.values import Affine
 from tests.conversions import different, hf_to_megatron, hf_to_torch_dist, megatron_to_hf, reshard
 from tests.helpers import (
+    RANK_FILE,
     args_of,
     convert,
-    edit_rank,
     hf_tensors,
     nothing_complete,
     rank_content,
@@ -31,6 +33,7 @@ from tests.oracle.checkpoint import iteration_directory
 from tests.oracle.errors import OracleError
 from tests.oracle.hf import hf_logits, sample_tokens
 from tests.oracle.jobs import gradients
+from tests.oracle.live_jobs import dropped_out, layer_refusal
 from tests.oracle.pool import MegatronPool
 from tests.tiny import tiny_spec
 
@@ -88,6 +91,13 @@ def difference(found: torch.Tensor, wanted: torch.Tensor) -> float:
     return float((found[..., :VOCABULARY] - wanted).abs().max() / wanted.abs().max())
 
 
+def edited(root: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change the content of the first rank's file."""
+    content = rank_content(root)
+    change(content)
+    torch.save(content, iteration_directory(root) / "mp_rank_00" / RANK_FILE)
+
+
 # -- the table
 
 
@@ -131,6 +141,11 @@ def test_names_are_those_that_transformers_saves(hf_model: HFModel) -> None:
 def test_blocks_of_both_kinds_in_one_model_are_refused() -> None:
     with pytest.raises(ConversionError, match="parallel_block differs between layers"):
         tiny_spec(parallel_block=PerLayer([True, False]))
+
+
+def test_a_multiplier_of_logits_is_one_of_the_head_s_bias() -> None:
+    model = folded(StoredModel(tiny_spec(head_bias=True, logits_multiplier=0.5)))
+    assert (model.values["output_layer_bias"], model.values["final_norm"]) == (Affine(0.5), Affine(0.5))
 
 
 # -- megatron-core
@@ -202,12 +217,39 @@ def test_gradients_are_those_of_transformers(megatron_pool: MegatronPool, wanted
         assert float((whole - expected).abs().max() / expected.abs().max()) < TOLERANCE, name
 
 
+def test_attention_and_mlp_are_dropped_out_each_on_its_own(megatron_pool: MegatronPool) -> None:
+    added, *outputs = megatron_pool.run(dropped_out, 0.5)[0]
+    kept = [torch.stack([torch.zeros_like(output), 2 * output]) for output in outputs]
+    cases = torch.stack([attention + mlp for attention in kept[0] for mlp in kept[1]])
+    distance, case = (cases - added).detach().abs().min(dim=0)
+    assert float(distance.max()) < 1e-4
+    assert min(case.flatten().bincount(minlength=4)) > 150  # of 1024 elements, a quarter for each
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (dict(), ""),
+        (dict(recompute_granularity="selective", recompute_modules=["core_attn"]), ""),
+        (dict(recompute_granularity="selective", recompute_modules=["mlp"]), "recompute_modules=['mlp']"),
+        (dict(cuda_graph_impl="local", cuda_graph_scope="full"), "cuda_graph_impl='local'; set it to 'none'"),
+        (dict(num_moe_experts=4), "num_moe_experts=4: only dense MLPs"),
+    ],
+)
+def test_options_that_a_parallel_block_does_not_heed_are_refused(
+    megatron_pool: MegatronPool, options: dict[str, Any], words: str
+) -> None:
+    found = megatron_pool.run(layer_refusal, options)[0]
+    assert words in found
+    assert bool(words) == bool(found)
+
+
 @pytest.mark.usefixtures("preloaded")
 def test_logits_are_verified(wanted: Any, tmp_path: Path) -> None:
     folder, _ = wanted("phi")
     root = hf_to_megatron(folder, tmp_path / "megatron", tp=2, **ALLOWED)
     succeeded(verb("verify", folder, root, "--logits"))
-    edit_rank(root, lambda content: content["model"]["output_layer.bias"].add_(0.1))
+    edited(root, lambda content: content["model"]["output_layer.bias"].add_(0.1))
     assert verb("verify", folder, root, "--logits").code != 0
 
 
@@ -217,7 +259,7 @@ def test_logits_are_verified(wanted: Any, tmp_path: Path) -> None:
 def test_layers_that_run_one_after_the_other_show(megatron_pool: MegatronPool, wanted: Any, tmp_path: Path) -> None:
     folder, _ = wanted("phi")
     root = hf_to_megatron(folder, tmp_path / "megatron", impl="local", **ALLOWED)
-    edit_rank(root, lambda content: setattr(content["args"], "parallel_block", False))
+    edited(root, lambda content: setattr(content["args"], "parallel_block", False))
     with pytest.raises(OracleError, match="pre_mlp_layernorm"):
         megatron_pool.logits(root, TOKENS)
 
@@ -225,9 +267,9 @@ def test_layers_that_run_one_after_the_other_show(megatron_pool: MegatronPool, w
 def test_a_head_without_its_bias_shows(megatron_pool: MegatronPool, wanted: Any, tmp_path: Path) -> None:
     folder, logits = wanted("phi")
     root = hf_to_megatron(folder, tmp_path / "megatron", impl="local", **ALLOWED)
-    edit_rank(root, lambda content: content["model"]["output_layer.bias"].zero_())
+    edited(root, lambda content: content["model"]["output_layer.bias"].zero_())
     assert difference(megatron_pool.logits(root, TOKENS), logits) > 1e-3
-    edit_rank(root, lambda content: setattr(content["args"], "head_bias", False))
+    edited(root, lambda content: setattr(content["args"], "head_bias", False))
     with pytest.raises(OracleError, match=r"output_layer\.bias"):
         megatron_pool.logits(root, TOKENS)
 
