@@ -117,7 +117,8 @@ def test_every_slot_has_the_cut_that_megatron_core_gives_it() -> None:
     assert found.keys() == SLOTS.keys()
     assert {name: counts for name, counts in found.items() if counts != {1}} == BLOCKS
     assert {name for name, slot in SLOTS.items() if slot.expert} == {"expert_fc1", "expert_fc2"}
-    assert {name for name, slot in SLOTS.items() if slot.vocab} == {"word_embeddings", "output_layer"}
+    vocabulary = {"word_embeddings", "output_layer", "output_layer_bias"}
+    assert {name for name, slot in SLOTS.items() if slot.vocab} == vocabulary
 
 
 @pytest.mark.parametrize(
