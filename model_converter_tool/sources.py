@@ -8,10 +8,9 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from megatron_converters.basics.errors import ConversionError
+from megatron_converters.basics.errors import ConversionError, MissingPath
 
 _LOG = logging.getLogger(__name__)
-_LOCAL = (".", "/", "~")
 
 
 class Input(NamedTuple):
@@ -23,24 +22,25 @@ class Input(NamedTuple):
 
 def on_hub(name: str) -> bool:
     """Whether this names a model on the Hub, since there is no such folder here."""
-    from megatron_converters.formats.hub import is_hub_id
+    from megatron_converters.formats import hub
 
-    return not name.startswith(_LOCAL) and not os.path.lexists(name) and is_hub_id(name)
+    return hub.on_hub(name)
 
 
 def resolve(name: str) -> Input:
     """Folder of an input; a model on the Hub is downloaded. Raises `ConversionError` if it is neither."""
-    if os.path.isdir(name):
+    if os.path.isdir(name):  # asked before the library is imported
         return Input(Path(name), [])
-    if on_hub(name):
-        from megatron_converters.formats.hub import download
+    from megatron_converters.formats import hub
 
-        _LOG.debug("there is no folder %s here, so it is looked for on the Hub", name)
-        folder, notes = download(name)
-        return Input(folder, [f"{name} is read from {folder}", *notes])
     if os.path.exists(name):
         raise ConversionError(f"Format detection failed: {name} is a file; give the folder that holds the model")
-    raise ConversionError(f"{name} is no folder here, and no name of a model on the Hub (owner/name); correct it")
+    _LOG.debug("there is no folder %s here, so it is asked whether it is a model on the Hub", name)
+    try:
+        folder, notes = hub.resolve(name)
+    except MissingPath as error:  # a failure as any other here, and no wrong use of the command
+        raise ConversionError(str(error)) from error
+    return Input(folder, [f"{name} is read from {folder}", *notes])
 
 
 def output_name(name: str, suffix: str) -> str:

@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "megatron_converters"
 #: From top to bottom: a folder imports from those below it; beside each other, in one direction alone.
 LEVELS = (
     ("cli",),
-    ("tensor_parallel",),
+    ("tensor_parallel", "bridge"),
     ("",),  # modules at the top of the package, such as api.py
     ("inspection", "comparison", "logits"),
     ("live",),

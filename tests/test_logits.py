@@ -25,8 +25,8 @@ from megatron_converters.families.config_json import spec_from_config
 from megatron_converters.formats.megatron.argument import Context, Group
 from megatron_converters.formats.megatron.arguments import model_args, written_args
 from megatron_converters.formats.megatron.reading import MegatronReadOptions
+from megatron_converters.live.buildable_args import check
 from megatron_converters.logits import compare_logits, logits_of, memory
-from megatron_converters.logits.buildable_args import check
 from megatron_converters.logits.compare import _common_vocabulary, _open, _window_notes
 from megatron_converters.logits.megatron import MegatronModel, _logits, _parameters, _setup
 from megatron_converters.logits.pool import Pool
@@ -313,7 +313,7 @@ def test_every_argument_of_every_family_is_built_or_known_to_say_nothing(name: s
 def test_an_argument_that_would_not_be_built_is_refused() -> None:
     args = model_args(tiny_spec())
     refusals = {
-        "multi_latent_attention": "it: megatron-core builds a model with multi_latent_attention=1 from Transformer Engine",
+        "apply_layernorm_1p": "it: megatron-core builds a model with apply_layernorm_1p=1 from Transformer Engine",
         "made_up": "it: megatron-core's model cannot be built here with\n  - made_up=1",
     }
     for name, refusal in refusals.items():

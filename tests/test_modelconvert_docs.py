@@ -37,8 +37,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
         "meta-llama__Llama-2-7b": write_meta(llama, root / "meta", ranks=1, embedding_dim=1),
         "mistralai__Mistral-7B-v0.1": make_model("mistral", root / "mistral", weights="bin"),
     }
-    with serving(**models) as served:
-        served.models["llama"] = llama
+    with serving(llama=llama, **models) as served:
         yield served
 
 

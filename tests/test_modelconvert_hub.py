@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_converters.formats.hub import is_hub_id
+from megatron_converters.formats.hub_access import is_hub_id
 from tests import modelconvert
 from tests.helpers import Run, hf_tensors, nothing_complete, same_tensors, succeeded
 from tests.hub_server import Hub, commit, offline, serving, unreachable
@@ -30,6 +30,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "pytorch_model.bin",
         "README.md",
         "consolidated.safetensors",
+        "params.json",
         "onnx/model.onnx",
         "original/params.json",
     ):
@@ -142,7 +143,7 @@ def test_gated_models(hub: Hub, home: Path) -> None:
 def test_offline_without_a_copy(hub: Hub, home: Path) -> None:
     failed(
         convert(hub, home, "acme/both", "hf", env=offline(home)),
-        f"acme/both is neither a folder here nor in the cache {home}/hub, and HF_HUB_OFFLINE forbids",
+        f"acme/both is neither a folder here nor in the cache {home}/hub, and HF_HUB_OFFLINE",
     )
     failed(
         convert(hub, home, "acme/both", "hf", env=unreachable(home)),

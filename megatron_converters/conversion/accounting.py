@@ -56,7 +56,7 @@ class Accounts:
             for name, (_, nbytes) in layout.regions.items():
                 spans = self._filled.pop((file, name), [])
                 if spans != [(0, nbytes)]:
-                    self._problems += (f"{file}: {name}: {fault}" for fault in _gaps_and_overlaps(spans, nbytes))
+                    self._problems += (f"{file}: {name}: {fault}" for fault in gaps_and_overlaps(spans, nbytes))
         self._problems += (
             f"{file}: {name} would be filled, but the file has no such tensor" for file, name in self._filled
         )
@@ -124,7 +124,7 @@ def _fill_names(fills: Sequence[Fill]) -> str:
     return ", ".join(shown) + (", …" if len(fills) > _SHOWN_FILLS else "") if shown else "nothing"
 
 
-def _gaps_and_overlaps(spans: Sequence[tuple[int, int]], nbytes: int) -> Iterator[str]:
+def gaps_and_overlaps(spans: Sequence[tuple[int, int]], nbytes: int) -> Iterator[str]:
     """Problems with byte ranges of a tensor of `nbytes` that are filled twice, or not at all."""
     for (_, end), (start, _) in pairwise([(0, 0), *sorted(spans), (nbytes, nbytes)]):
         if start > end:

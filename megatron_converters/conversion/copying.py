@@ -147,9 +147,15 @@ class Executor(Generic[S]):
             raise self._failure
 
     def _serve(self, lane: _Lane) -> None:
-        while (task := lane.get()) is not None:
-            if not self._stopped:  # after a failure the queued tasks are dropped
-                self._run(task)
+        while self._serve_next(lane):
+            pass
+
+    def _serve_next(self, lane: _Lane) -> bool:
+        """Run the next task of a lane, and forget it: what it reads may take memory. Returns whether there was one."""
+        task = lane.get()
+        if task is not None and not self._stopped:  # after a failure the queued tasks are dropped
+            self._run(task)
+        return task is not None
 
     def _run(self, task: Callable[[], None]) -> None:
         try:

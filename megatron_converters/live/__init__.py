@@ -1,1 +1,1 @@
-"""Models of megatron-core in a running process: how they are built."""
+"""Live models of megatron-core: what builds them from a model description, on a GPU or a CPU."""

@@ -1,6 +1,6 @@
 """Preparation of a process to run megatron-core on a CPU, with its arithmetic unchanged (written for 0.16).
 
-Call `prepare()` before megatron is first imported, and build and run models inside `cuda_is_cpu()`.
+Call `prepare()` before megatron is first imported, and build and run models inside `cuda_is_cpu()` of live/on_cpu.py.
 """
 
 from __future__ import annotations
@@ -8,16 +8,15 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.overrides import TorchFunctionMode
 
+from ..live.on_cpu import PATCHES
 from ..sharding.ranks import Parallel, Rank
 
 #: Packages that megatron-core would use but that fail without a GPU; it has code of its own in place of each.
@@ -50,17 +49,7 @@ def prepare() -> None:
     if sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # gloo then need not resolve the host name
     warnings.filterwarnings("ignore")  # megatron warns about every fusion that a CPU lacks
-    torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment,return-value]
-
-    from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
-    from megatron.core.transformer.moe import moe_utils
-
-    # It forks the CUDA generator around dropout, which is off in these models.
-    CudaRNGStatesTracker.fork = lambda self, name="": nullcontext()
-    if not hasattr(
-        moe_utils, "te_general_gemm"
-    ):  # 0.16 tests whether it is None, but defines it only with Transformer Engine
-        moe_utils.te_general_gemm = None
+    PATCHES.enter()  # for as long as the process lives
     _share_groups()
 
 
@@ -122,17 +111,3 @@ def gathered(mine: Any) -> list[Any]:
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, mine)
     return values
-
-
-class cuda_is_cpu(TorchFunctionMode):
-    """Context in which `device="cuda"` (megatron's causal masks) and `.cuda()` mean the CPU."""
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Sequence[type], args: Any = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        if func is torch.Tensor.cuda:
-            return args[0]
-        options = dict(kwargs or {})
-        if str(options.get("device", "")).startswith("cuda"):
-            options["device"] = "cpu"
-        return func(*args, **options)

@@ -14,7 +14,8 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTenso
 from megatron.core.models.gpt import GPTModel
 from torch.distributed.checkpoint.api import CheckpointException
 
-from ..formats.megatron.names import EXTRA_STATE_SUFFIX, LOCAL
+from ..formats.megatron.names import EXTRA_STATE_SUFFIX, LOCAL, name_of
+from ..model.slots import DECODER
 from ..sharding.ranks import Rank
 from ..storage import torch_zip
 from ..storage.tensor import StoredTensor
@@ -41,7 +42,8 @@ def _from_file(checkpoint: Checkpoint, rank: Rank) -> Loaded:
         with_local_names(_tensors(stored[entry]), checkpoint.spec, parallel, rank, rank.pp + number * parallel.pp)
         for number, entry in enumerate(parallel.entries)
     ]
-    models = gpt.build(Namespace(**checkpoint.args, padded_vocab_size=_vocabulary_rows(states) * parallel.tp))
+    args = Namespace(**checkpoint.args, padded_vocab_size=_vocabulary_rows(states) * parallel.tp)
+    models = gpt.build(args, cut_down_projections=_cuts_down_projections(states, checkpoint))
     faults = [
         f"{file}: {entry}: {fault}"
         for entry, model, state in zip(parallel.entries, models, states, strict=True)
@@ -63,6 +65,14 @@ def _vocabulary_rows(states: Sequence[State]) -> int:
     """Rows of this rank's share of the vocabulary; 1 if it has neither the first stage nor the last, where any number works."""
     ends = (LOCAL["word_embeddings"], LOCAL["output_layer"])
     return next((len(state[name]) for state in states for name in ends if name in state), 1)
+
+
+def _cuts_down_projections(states: Sequence[State], checkpoint: Checkpoint) -> bool:
+    """Whether a rank holds a part of a down projection of multi-latent attention, as before 0.14; by its first layer."""
+    args = checkpoint.args
+    name = name_of(LOCAL, "kv_down", checkpoint.spec.kinds[0], DECODER).format(layer=0)
+    parts = (len(state[name]) for state in states if name in state)
+    return any(rows < args["kv_lora_rank"] + args["qk_pos_emb_head_dim"] for rows in parts)
 
 
 def _load_strictly(model: GPTModel, state: State) -> Iterator[str]:

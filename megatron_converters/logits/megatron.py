@@ -23,10 +23,11 @@ from ..formats.megatron.opening import open_megatron
 from ..formats.megatron.rank_files_source import RankFilesSource
 from ..formats.megatron.reading import MegatronReadOptions, checkpoint_directory
 from ..formats.megatron.torch_dist_source import TorchDistSource
+from ..live import buildable_args
 from ..model.slots import refs
 from ..model.spec import ModelSpec
 from ..sharding.ranks import Parallel, locations, parallel_for
-from . import buildable_args, view
+from . import view
 from .checkpoint import Checkpoint, Part
 from .needs import need
 from .pool import Pool

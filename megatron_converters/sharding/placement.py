@@ -29,6 +29,7 @@ class Location(NamedTuple):
     model of its rank.
     """
 
+    stage: int
     prefix: str
     slot: str
     layer: int | None
@@ -36,8 +37,8 @@ class Location(NamedTuple):
     shares: tuple[Share, ...]
 
     def key(self, template: str, global_expert: int | None) -> str:
-        """Key of the tensor on these ranks, from a template of Megatron names."""
-        return self.prefix + template.format(layer=self.layer, expert=self.expert, global_expert=global_expert)
+        """Key of the tensor in its model, from a template of Megatron names."""
+        return template.format(layer=self.layer, expert=self.expert, global_expert=global_expert)
 
 
 class Placement:
@@ -62,7 +63,7 @@ class Placement:
         kind, ep = ref.kind_number(self._spec), self._ep(ref)
         for stage, slot, layer in locations(ref, self._spec, parallel):
             shares = self._stage_shares(ref.slot, kind, stage % parallel.pp, ep)
-            yield Location(self._prefixes[stage], slot, layer, local, shares)
+            yield Location(stage, self._prefixes[stage], slot, layer, local, shares)
 
     def shares(self, ref: Ref) -> tuple[Share, ...]:
         """Shares on the first stage that holds a tensor."""

@@ -49,6 +49,19 @@ class StoredTensor(Sealed):
             raise ConversionError(f"{self.path} has become shorter since it was opened") from error
 
 
+@dataclass(frozen=True, eq=False)
+class MemoryTensor:
+    """Tensor in memory, as an array of the carrier type that keeps the memory alive."""
+
+    dtype: DType
+    shape: tuple[int, ...]
+    values: npt.NDArray[Any]
+
+    def array(self) -> npt.NDArray[Any]:
+        """Elements, in the carrier type."""
+        return self.values
+
+
 def writable_view(data: StoredTensor) -> npt.NDArray[Any]:
     """Array in the dtype's carrier type on a private mapping, since torch expects writable memory; writes never reach the file."""
     if 0 in data.shape:

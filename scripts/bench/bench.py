@@ -150,15 +150,15 @@ def print_table(runs: dict[str, list[Measured]]) -> None:
         walls = [measured.wall for measured in measurements]
         read = f"cp of {name.removeprefix('cp of ').split(' to ')[0].split(',')[0]}"
         ratios = [
-            _median([m.wall / c.wall for m, c in zip(measurements, runs[copy], strict=True)], "{:.2f}")
+            median_and_range([m.wall / c.wall for m, c in zip(measurements, runs[copy], strict=True)], "{:.2f}")
             for copy in (read, f"{read}, flushed")
         ]
         rest = [statistics.median(row[index] for row in measurements) for index in (1, 2, 3)]
-        shown = " | ".join([_median(walls, "{:.2f}"), f"{rest[0]:.2f}", *ratios])
+        shown = " | ".join([median_and_range(walls, "{:.2f}"), f"{rest[0]:.2f}", *ratios])
         print(f"| {name} | {shown} | {rest[1]:.0f} | {rest[2]:.0f} |")
 
 
-def _median(values: list[float], form: str) -> str:
+def median_and_range(values: list[float], form: str) -> str:
     """Median of values, and their range in parentheses."""
     return f"{form.format(statistics.median(values))} ({form.format(min(values))}-{form.format(max(values))})"
 

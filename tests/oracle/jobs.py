@@ -124,6 +124,8 @@ def gradients(directory: Path, tokens: torch.Tensor, vocabulary: int, names: Seq
     """This rank's gradients, by parameter, of the sum of all squared logits; for a checkpoint of one pipeline stage."""
     from megatron.core import parallel_state
 
+    from megatron_converters.live.on_cpu import cuda_is_cpu
+
     from . import megatron
 
     grid = checkpoint.read_grid(directory)
@@ -131,7 +133,7 @@ def gradients(directory: Path, tokens: torch.Tensor, vocabulary: int, names: Seq
     (model,) = megatron.build(content["args"])
     fault = megatron.load(model, content["model"], str(directory))
     _raise_on_all_ranks([fault] if fault else [])
-    with cpu.cuda_is_cpu():
+    with cuda_is_cpu():
         logits = model(tokens, torch.arange(tokens.shape[1]).expand(*tokens.shape), attention_mask=None)
     first = parallel_state.get_tensor_model_parallel_rank() * logits.shape[-1]
     logits[..., : max(vocabulary - first, 0)].square().sum().backward()

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from megatron_converters.basics.errors import ConversionError
+from megatron_converters.live.on_cpu import cuda_is_cpu
 from megatron_converters.logits import cpu
 
 
@@ -23,7 +24,7 @@ def dropped_out(probability: float) -> tuple[torch.Tensor, ...]:
     """What a layer adds to its input in training with dropout, and the outputs of attention and MLP with their biases."""
     layer = _layer(hidden_dropout=probability, attention_dropout=0.0)
     generator = torch.Generator().manual_seed(0)
-    with torch.no_grad(), cpu.cuda_is_cpu():
+    with torch.no_grad(), cuda_is_cpu():
         for parameter in layer.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator))
         x = torch.randn(16, 2, 32, generator=generator)
@@ -43,7 +44,7 @@ def _layer(**options: Any) -> torch.nn.Module:
     cpu.cut(1, 1, 1, 1)
     sizes = dict(num_layers=1, hidden_size=32, ffn_hidden_size=48, num_attention_heads=4, normalization="LayerNorm")
     on_cpu = dict(use_cpu_initialization=True, bias_dropout_fusion=False, masked_softmax_fusion=False)
-    with cpu.cuda_is_cpu():
+    with cuda_is_cpu():
         config = TransformerConfig(**sizes, **on_cpu, persist_layer_norm=False, **options)
         layer: torch.nn.Module = build_module(parallel_layer_spec(config, engine=False), config=config)
     return layer

@@ -23,6 +23,7 @@ import torch
 import torch._dynamo  # before triton is replaced
 import torch.distributed as dist
 
+from megatron_converters.live.on_cpu import cuda_is_cpu
 from megatron_converters.logits import cpu
 
 from . import transformer_engine_standin
@@ -41,7 +42,7 @@ def main(tokens_file: str, out_file: str, flags: list[str]) -> None:
     _replace_torch()
     cpu.prepare()
     sys.argv = ["pretrain_gpt.py", *flags]
-    with cpu.cuda_is_cpu(), torch.no_grad():
+    with cuda_is_cpu(), torch.no_grad():
         logits = _run(_load(), torch.load(tokens_file))
     if logits is not None:
         torch.save(logits, out_file)

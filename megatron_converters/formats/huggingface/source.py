@@ -80,6 +80,9 @@ class HFSource:
         prefixed = any(name.startswith(family.optional_prefix) for name in tensors)
         names = HFNames(family, spec, prefixed=prefixed)
         ignored = {name for name in tensors if name.endswith(family.ignored_suffixes)}
+        experts = (ref for ref in refs(spec) if ref.expert is not None)
+        #: Whether experts are in fused tensors, as transformers 5 has them in memory.
+        self.fused = any(names.fused_name(ref) in tensors for ref in itertools.islice(experts, 1))
         self._pieces, self._replicas = _match(path, spec, names, tensors, ignored | left_out)
         code = code_files(folder)
         files = {data.path for data in stored.values()} | {folder / _CONFIG, *code.values()}

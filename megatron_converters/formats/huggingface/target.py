@@ -230,9 +230,7 @@ class HFTarget:
         notes += [f"config.json differs from the reference in {change}" for change in self._changed]
         notes += self._code_notes()
         write_code_files(origin.code_files, folder)
-        if len(set(self._file_names.values())) > 1:
-            index = {"metadata": {"total_size": self._total}, "weight_map": dict(sorted(self._file_names.items()))}
-            write_json(folder / _INDEX, index)
+        self._write_index(folder)
         notes += self._write_bins(folder)
         notes += write_tokenizer(
             options.tokenizer or origin.tokenizer,
@@ -249,6 +247,12 @@ class HFTarget:
         self._notes = notes
         if not options.overwrite:
             refuse_other_tokenizer(folder, self.save_dir)
+
+    def _write_index(self, folder: Path) -> None:
+        """Write the index of shards, if there are several."""
+        if len(set(self._file_names.values())) > 1:
+            index = {"metadata": {"total_size": self._total}, "weight_map": dict(sorted(self._file_names.items()))}
+            write_json(folder / _INDEX, index)
 
     def _small_files(self, tokens: dict[str, Any]) -> dict[str, Any]:
         """Contents by file name: configuration with these token ids, generation settings and training arguments."""

@@ -123,7 +123,7 @@ class RankFilesSource:
                 kind = home.slot, ref.kind_number(self.spec), ref.stack
                 if kind not in names:
                     names[kind] = keys(home.slot, ref.kind(self.spec), ref.stack)
-                candidates = [home.key(name, ref.expert) for name in names[kind]]
+                candidates = [home.prefix + home.key(name, ref.expert) for name in names[kind]]
                 for share in home.shares:
                     piece = self._piece(ref, share, candidates, matcher)
                     found = [] if piece is None else self.conventions.pieces(ref, piece)
@@ -143,7 +143,7 @@ class RankFilesSource:
         if ref is None or self.parallel.tp == 1:
             return {}
         home = next(Placement(self.spec, self.parallel, self._padded).locations(ref))
-        found = (home.key(name, None) for name in keys(home.slot, ref.kind(self.spec), ref.stack))
+        found = (home.prefix + home.key(name, None) for name in keys(home.slot, ref.kind(self.spec), ref.stack))
         rank = home.shares[0].rank
         shapes = [stored[rank, key].shape for key in found if (rank, key) in stored]
         return CUT_DOWN_PROJECTIONS if shapes and shapes[0][0] < ref.shape(self.spec)[0] else {}

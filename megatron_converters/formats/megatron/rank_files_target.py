@@ -19,13 +19,13 @@ from ...basics.quantities import count
 from ...conversion.outline import Fill
 from ...model.layouts import RowMap
 from ...model.slots import DECODER, MTP, Ref, Shard, refs
-from ...sharding.placement import Location, Placement
 from ...sharding.ranks import Cut, Rank
 from ...storage import torch_zip
 from ...storage.output_file import FileLayout
 from ...storage.tensor import StoredTensor
 from .conventions import CUT_DOWN_PROJECTIONS, MTP_MODEL_LAYER, WHOLE_DOWN_PROJECTIONS
-from .names import DIALECTS, EXPERTS, EXTRA_STATE_SUFFIX, LAST_EXTRA_STATE, MTP_MODULES, STACKED, extra_state, name_of
+from .names import EXTRA_STATE_SUFFIX, LAST_EXTRA_STATE, MTP_MODULES, extra_state
+from .rank_tensors import RankTensors
 from .releases import previous
 from .writing import CheckpointTarget, sizes
 
@@ -50,9 +50,15 @@ class MegatronTarget(CheckpointTarget):
 
     def _lay_out(self) -> tuple[dict[str, FileLayout], dict[str, dict[str, StoredTensor]]]:
         parallel = self._parallel
-        self._placement = Placement(self._spec, parallel, self._padded, self._conventions.shards)
-        self._table = {**DIALECTS[self._impl], **EXPERTS[self._expert_layout]}
-        self._names: dict[tuple[str, int, str], str] = {}
+        self._rank_tensors = RankTensors(
+            self._spec,
+            parallel,
+            self._padded,
+            impl=self._impl,
+            expert_layout=self._expert_layout,
+            shards=self._conventions.shards,
+            mtp_module=self._conventions.mtp_module,
+        )
         ranks = [rank for stage in range(parallel.pp) for rank in parallel.ranks(stage)]
         self._files = {rank: self._file_of(rank) for rank in ranks}
         groups = self._groups(ranks)
@@ -71,47 +77,34 @@ class MegatronTarget(CheckpointTarget):
 
     def fills(self, ref: Ref) -> Iterator[Fill]:
         """Fills of a ref: one per rank that holds a share of it."""
-        dtype, transposed = self._dtype_of(ref), self._stacks(ref)
+        dtype, transposed = self._dtype_of(ref), self._rank_tensors.stacks(ref)
         usual = self._conventions.is_usual(ref.slot)
-        for home in self._placement.locations(ref):
-            key = home.key(self._template(home, ref), ref.expert)
-            for rank, cut, _ in home.shares:
+        for place in self._rank_tensors.places(ref):
+            key, local = place.whole_key, place.location.expert or 0
+            for rank, cut, _ in place.location.shares:
                 rows = resolve_padding(cut, self._spec.vocab_size)
-                start = (home.expert or 0) * math.prod(cut.shape) * dtype.itemsize if transposed else 0
+                start = local * math.prod(cut.shape) * dtype.itemsize if transposed else 0
                 fill = Fill(self._files[rank], key, dtype, cut.shape, rows, cut.col, start, transposed, cut.padding)
                 yield fill if usual else self._conventions.fill(ref, fill)
-
-    def _template(self, home: Location, ref: Ref) -> str:
-        """Name template of a ref at one of its locations."""
-        number = ref.kind_number(self._spec)
-        key = home.slot, number, ref.stack
-        if key not in self._names:
-            kind, module = self._spec.kinds[number], self._conventions.mtp_module
-            self._names[key] = name_of(self._table, home.slot, kind, ref.stack, module)
-        return self._names[key]
 
     def _groups(self, ranks: Sequence[Rank]) -> dict[tuple[int, int], _Group]:
         """Tensors of a rank in the order of its layers, by pipeline and expert number, which determine them."""
         groups: dict[tuple[int, int], _Group] = {(rank.pp, rank.ep): {} for rank in ranks}
         for ref in refs(self._spec):
-            parts = self._spec.num_experts // self._parallel.ep if self._stacks(ref) else 1
-            for home in self._placement.locations(ref):
-                key = home.key(self._template(home, ref), ref.expert)
-                stored = _Stored(self._tensor(ref, key, home.shares[0].cut.shape, parts), parts)
-                for group in dict.fromkeys((share.rank.pp, share.rank.ep) for share in home.shares):
+            parts = self._spec.num_experts // self._parallel.ep if self._rank_tensors.stacks(ref) else 1
+            for place in self._rank_tensors.places(ref):
+                key, shares = place.whole_key, place.location.shares
+                stored = _Stored(self._tensor(ref, key, shares[0].cut.shape, parts), parts)
+                for group in dict.fromkeys((share.rank.pp, share.rank.ep) for share in shares):
                     if groups[group].setdefault(key, stored) != stored:
                         raise ConversionError(
                             f"{ref} is {stored.tensor.dtype}, but others in {key} are not; choose one dtype for all"
                         )
         return groups
 
-    def _stacks(self, ref: Ref) -> bool:
-        """Whether the ref is an expert's that is stored transposed, in one tensor with other experts."""
-        return ref.expert is not None and self._expert_layout == STACKED
-
     def _tensor(self, ref: Ref, key: str, shape: tuple[int, ...], parts: int) -> torch_zip.NewTensor:
         """New tensor of a ref, or the stack that holds it; Megatron-LM's stacks of transposed matrices have two dimensions."""
-        if self._stacks(ref):
+        if self._rank_tensors.stacks(ref):
             rows, cols = shape
             shape = (cols, parts * rows) if ref.slot.shard is Shard.COLUMN else (parts * cols, rows)
         return _new(key, self._dtype_of(ref), shape)

@@ -33,7 +33,7 @@ def _latent(name: str) -> Argument:
         read,
         written=is_latent,
         flag=flag("--" + name.replace("_", "-"), lost=True, since="0.12", needs="multi_latent_attention"),
-        build=Build.ENGINE,
+        build=Build.CONFIG,
     )
 
 
@@ -98,7 +98,7 @@ LATENT = (
         lambda args: {"mixer": "latent"} if args.get("multi_latent_attention") else {},
         absent=False,
         flag=flag("--multi-latent-attention", switch, lost=True, since="0.12"),
-        build=Build.ENGINE,  # megatron-core builds it with Transformer Engine alone
+        build=Build.OPTIONAL,
     ),
     _latent("q_lora_rank"),
     *map(_latent, _LATENT_DEFAULTS),
@@ -109,7 +109,7 @@ LATENT = (
         written=is_latent,
         limit=_yarn_limit,
         flag=flag("--rope-type", lost=True, since="0.14", implied="rope"),
-        build=Build.ENGINE,
+        build=Build.CONFIG,
     ),
     *(
         Argument(
@@ -117,7 +117,7 @@ LATENT = (
             _of_yarn(field, plain),
             written=is_latent,
             flag=flag("--" + attribute.replace("_", "-"), lost=True, since="0.12", needs="multi_latent_attention"),
-            build=Build.ENGINE,
+            build=Build.CONFIG,
         )
         for attribute, field, plain in (
             ("rotary_scaling_factor", "factor", 1.0),
@@ -213,7 +213,7 @@ GATED_DELTA = (
         lambda args: {"attention_output_gate": bool(args.get("attention_output_gate", False))},
         absent=False,
         flag=flag("--attention-output-gate", switch, lost=True, since="0.16"),
-        build=Build.ENGINE,
+        build=Build.OPTIONAL,
     ),
 )
 
@@ -283,6 +283,6 @@ PREDICTION = (
         lambda context: len(context.spec.mtp) or None,
         lambda args: {"mtp_num_layers": args.get("mtp_num_layers") or 0},
         flag=flag("--mtp-num-layers", lost=True, since="0.12"),
-        build=Build.ENGINE,
+        build=Build.OPTIONAL,
     ),
 )

@@ -5,11 +5,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from ... import __version__
 from ...assets.origin import Origin
@@ -24,25 +22,13 @@ from ...model.layouts import RowMap, interned, row_maps
 from ...model.slots import Ref
 from ...model.spec import ModelSpec
 from ...sharding.ranks import Parallel
+from ...storage.tensor import MemoryTensor
 from .channel import check_parent, receive
 from .handles import StackedHandle, TensorHandle
 from .messages import DONE, ENTRIES, message_name, received
 
 #: Function from Megatron-LM's `args` to the `ModelSpec` fields that they decide: all but family, dtype and vocab_size.
 FieldsOf = Callable[[argparse.Namespace], dict[str, Any]]
-
-
-@dataclass(frozen=True, eq=False)
-class MemoryTensor:
-    """Torch tensor received over the queue, as an array of the carrier type that keeps the tensor's memory alive."""
-
-    dtype: DType
-    shape: tuple[int, ...]
-    values: npt.NDArray[Any]
-
-    def array(self) -> npt.NDArray[Any]:
-        """Elements, in the carrier type."""
-        return self.values
 
 
 class QueueSource:

@@ -1,4 +1,4 @@
-"""Megatron-LM arguments from which megatron-core's model is built here, by the table of arguments."""
+"""Megatron-LM arguments from which a model of megatron-core is built, by the table of arguments."""
 
 from __future__ import annotations
 
@@ -30,8 +30,6 @@ def required(args: Mapping[str, Any]) -> list[str]:
     """Arguments that the args must have: their defaults would build another model, or fail."""
     experts, latent = bool(args.get("num_experts")), bool(args.get("multi_latent_attention"))
     names = _names((Build.CONFIG, Build.MODEL), experts=experts, latent=latent)
-    if latent:
-        names += [row.attribute for row in ARGUMENTS if row.written is is_latent]
     gated = args.get("swiglu", True) or args.get("squared_relu", False)
     return names if gated else [*names, "bias_gelu_fusion"]
 
@@ -70,8 +68,5 @@ def needing_engine(args: Mapping[str, Any]) -> list[str]:
     return [
         f"{row.attribute}={args[row.attribute]!r}"
         for row in ARGUMENTS
-        if row.build is Build.ENGINE
-        and row.written is not is_latent
-        and row.attribute in args
-        and not row.is_usual(args[row.attribute])
+        if row.build is Build.ENGINE and row.attribute in args and not row.is_usual(args[row.attribute])
     ]

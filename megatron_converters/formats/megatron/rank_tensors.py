@@ -1,0 +1,69 @@
+"""Tensors that a rank's models have, by Megatron-LM's names: where each ref of a model is, in one dialect and cut."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+from ...model.slots import Ref, Shard
+from ...model.spec import ModelSpec
+from ...sharding.placement import Location, Placement
+from ...sharding.ranks import Parallel
+from .names import DIALECTS, EXPERTS, MTP_MODULES, STACKED, name_of
+
+
+class Place(NamedTuple):
+    """Stage that holds a ref, with the shares of its ranks, and the key of the tensor in the model of that stage.
+
+    `whole_key` is the key that also says which of a rank's models it is in.
+    """
+
+    location: Location
+    key: str
+
+    @property
+    def whole_key(self) -> str:
+        """Key with the prefix of the stage's model."""
+        return self.location.prefix + self.key
+
+
+class RankTensors:
+    """Tensors of all ranks' models. `impl` is a key of `names.DIALECTS`, `expert_layout` one of `names.EXPERTS`.
+
+    `padded` counts embedding rows with padding, `shards` has cuts that are not usual, and `mtp_module` names the module of layers
+    that predict further tokens.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        parallel: Parallel,
+        padded: int,
+        *,
+        impl: str,
+        expert_layout: str,
+        shards: Mapping[str, Shard] | None = None,
+        mtp_module: str = MTP_MODULES[0],
+    ) -> None:
+        self._spec, self._expert_layout, self._mtp_module = spec, expert_layout, mtp_module
+        self._placement = Placement(spec, parallel, padded, shards)
+        self._table = {**DIALECTS[impl], **EXPERTS[expert_layout]}
+        self._templates: dict[tuple[str, int, str], str] = {}
+
+    def places(self, ref: Ref) -> Iterator[Place]:
+        """Places of a ref: one stage, or two for embeddings that the last stage needs, too."""
+        for location in self._placement.locations(ref):
+            yield Place(location, location.key(self._template(location, ref), ref.expert))
+
+    def stacks(self, ref: Ref) -> bool:
+        """Whether the ref is an expert's that is stored transposed, in one tensor with other experts."""
+        return ref.expert is not None and self._expert_layout == STACKED
+
+    def _template(self, location: Location, ref: Ref) -> str:
+        """Name template of a ref at one of its locations."""
+        number = ref.kind_number(self._spec)
+        key = location.slot, number, ref.stack
+        if key not in self._templates:
+            kind = self._spec.kinds[number]
+            self._templates[key] = name_of(self._table, location.slot, kind, ref.stack, self._mtp_module)
+        return self._templates[key]
