@@ -33,7 +33,7 @@ from tests.oracle.checkpoint import iteration_directory
 from tests.oracle.errors import OracleError
 from tests.oracle.hf import hf_logits, sample_tokens
 from tests.oracle.jobs import gradients
-from tests.oracle.live_jobs import dropped_out, layer_refusal
+from tests.oracle.live_jobs import bridged, dropped_out, layer_refusal
 from tests.oracle.pool import MegatronPool
 from tests.tiny import tiny_spec
 
@@ -168,6 +168,19 @@ def test_megatron_computes_what_transformers_computes(
         assert difference(hf_logits(back, TOKENS), logits) == 0
     args = args_of(files)
     assert (args.parallel_block, args.head_bias) == (True, True)
+
+
+@pytest.mark.parametrize("sizes", [dict(), dict(tp=2, pp=2), dict(pp=4)], ids=["whole", "cut", "stages"])
+@pytest.mark.parametrize("name", ["phi", "phi-tied"])
+def test_a_live_model_computes_what_transformers_computes(
+    megatron_pool: MegatronPool, wanted: Any, name: str, sizes: dict[str, int]
+) -> None:
+    folder, logits = wanted(name)
+    found = megatron_pool.run(bridged, str(folder), TOKENS, sizes)
+    parts = dict(shard for shard, _ in found if shard is not None)
+    assert difference(torch.cat([parts[rank] for rank in sorted(parts)], dim=-1), logits) < TOLERANCE
+    tied = ["lm_head.weight"] if name == "phi-tied" and "lm_head.weight" in hf_tensors(folder) else []
+    assert [names for _, names in found] == [tied] * 4
 
 
 def test_virtual_stages_and_resharding(megatron_pool: MegatronPool, wanted: Any, tmp_path: Path) -> None:

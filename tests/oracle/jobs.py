@@ -59,7 +59,7 @@ def read_logits(
     faults = [megatron.load(model, content[name], f"{path}: {name}") for name, model in named.items()]
     _raise_on_all_ranks([fault for fault in faults if fault])
     _raise_on_all_ranks(_different_copies(megatron.fingerprints(models)))
-    return _shard(gpt.run(models, tokens))
+    return shard(gpt.run(models, tokens))
 
 
 def write_and_run(root: Path, args: Namespace, seed: int, iteration: int, tokens: torch.Tensor) -> Shard:
@@ -80,7 +80,7 @@ def write_and_run(root: Path, args: Namespace, seed: int, iteration: int, tokens
     dist.barrier()
     if dist.get_rank() == 0:
         checkpoint.write_tracker(root, iteration)
-    return _shard(gpt.run(models, tokens))
+    return shard(gpt.run(models, tokens))
 
 
 def write_distributed(
@@ -99,7 +99,7 @@ def write_distributed(
     distributed.save(models, root / f"iter_{iteration:07d}", args, metadata)
     if dist.get_rank() == 0:
         checkpoint.write_tracker(root, iteration)
-    return _shard(gpt.run(models, tokens))
+    return shard(gpt.run(models, tokens))
 
 
 def read_distributed(
@@ -117,7 +117,7 @@ def read_distributed(
     problem = distributed.load(models, directory)
     _raise_on_all_ranks([problem] if problem else [])
     _raise_on_all_ranks(_different_copies(megatron.fingerprints(models)))
-    return _shard(gpt.run(models, tokens))
+    return shard(gpt.run(models, tokens))
 
 
 def gradients(directory: Path, tokens: torch.Tensor, vocabulary: int, names: Sequence[str]) -> dict[str, torch.Tensor]:
@@ -172,7 +172,7 @@ def _parallel(grid: Grid) -> Rank:
     return Rank(own_rank.tp, own_rank.pp, own_rank.ep, own_rank.etp)
 
 
-def _shard(logits: torch.Tensor | None) -> Shard:
+def shard(logits: torch.Tensor | None) -> Shard:
     from megatron.core import parallel_state
 
     if logits is None or parallel_state.get_data_parallel_rank():

@@ -1,7 +1,8 @@
-"""Jobs of the pool's processes for a parallel block by itself: what it refuses, and how it drops out."""
+"""Jobs of the pool's processes for live models, and for a parallel block by itself: what it refuses, and how it drops out."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,6 +10,10 @@ import torch
 from megatron_converters.basics.errors import ConversionError
 from megatron_converters.live.on_cpu import cuda_is_cpu
 from megatron_converters.logits import cpu
+from tests.conversions import different
+from tests.helpers import hf_tensors
+
+from .jobs import Shard, shard
 
 
 def layer_refusal(options: dict[str, Any]) -> str:
@@ -48,3 +53,19 @@ def _layer(**options: Any) -> torch.nn.Module:
         config = TransformerConfig(**sizes, **on_cpu, persist_layer_norm=False, **options)
         layer: torch.nn.Module = build_module(parallel_layer_spec(config, engine=False), config=config)
     return layer
+
+
+def bridged(folder: str, tokens: torch.Tensor, sizes: dict[str, int]) -> tuple[Shard, list[str]]:
+    """This rank's logits of a live model that AutoBridge fills, and the names of tensors whose export differs from the files."""
+    from megatron_converters.bridge import AutoBridge
+    from megatron_converters.logits import gpt
+
+    tp, pp = sizes.get("tp", 1), sizes.get("pp", 1)
+    cpu.cut(tp, pp, 1, tp)
+    bridge = AutoBridge.from_hf_pretrained(folder)
+    provider = bridge.to_megatron_provider()
+    provider.transformer_impl = "local"
+    provider.tensor_model_parallel_size, provider.pipeline_model_parallel_size = tp, pp
+    models = [model.eval() for model in provider(wrap_with_ddp=False)]
+    exported = dict(bridge.export_hf_weights(models, mode="replicate", show_progress=False))
+    return shard(gpt.run(models, tokens)), different(hf_tensors(Path(folder)), exported)
