@@ -145,6 +145,7 @@ ASKED: dict[str, list[dict[str, Any]]] = {
     "olmoe": [dict(**EXPERT_FIELDS, qkv_bias=True, proj_bias=True, qk_norm=ALL_HEADS)],
     "gpt2": [dict(_UNGATED, learned_positions=True, rope=False)],
     "starcoder2": [_UNGATED],
+    "phi": [dict(_UNGATED, parallel_block=True, head_bias=True)],
     "phi3": [{}],
     "glm": [dict(qkv_bias=True, rotary_interleaved=True)],
     "granite": [_BIASES],

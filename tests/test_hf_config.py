@@ -71,7 +71,9 @@ def theirs(values: dict[str, Any]) -> Any:
 
 
 #: Families whose models have a kind of norm, activation or attention of their own.
-WITH_LAYER_NORM = ("gpt2", "starcoder2")
+WITH_LAYER_NORM = ("gpt2", "starcoder2", "phi")
+#: Families whose linears all have biases.
+WITH_BIASES = ("gpt2", "phi")
 LATENT = ("deepseek_v2", "deepseek_v3", "minicpm3")
 #: Families without a class in transformers.
 REMOTE = ("minicpm",)
@@ -82,7 +84,7 @@ CHOSEN_BY_SIGMOID = ("glm4_moe", "deepseek_v3")
 def facts(found: Any) -> dict[str, Any]:
     """What transformers' config object says, in our words; all but layers of multi-token prediction, which it has not."""
     ungated = found.model_type in WITH_LAYER_NORM
-    epsilons = ("rms_norm_eps", "norm_epsilon", "layer_norm_epsilon")
+    epsilons = ("rms_norm_eps", "norm_epsilon", "layer_norm_epsilon", "layer_norm_eps")
     return {
         "num_layers": found.num_hidden_layers,
         "hidden_size": found.hidden_size,
@@ -94,7 +96,9 @@ def facts(found: Any) -> dict[str, Any]:
         "zero_centred": found.model_type == "qwen3_next",  # Qwen3NextRMSNorm adds 1 to its weight
         "learned_positions": found.model_type == "gpt2",
         "tied": found.tie_word_embeddings,
-        "mlp_bias": getattr(found, "mlp_bias", getattr(found, "use_bias", found.model_type == "gpt2")),
+        "mlp_bias": getattr(found, "mlp_bias", getattr(found, "use_bias", found.model_type in WITH_BIASES)),
+        "parallel_block": found.model_type == "phi",  # PhiDecoderLayer
+        "head_bias": found.model_type == "phi",
         "activation": "gelu_tanh" if ungated else "silu",
         "gated": not ungated,
         "initializer_range": found.initializer_range,
@@ -165,7 +169,7 @@ def attention_facts(found: Any) -> dict[str, Any]:
     if kind == "qwen3_next":
         names = ("key_head_dim", "value_head_dim", "num_key_heads", "num_value_heads", "conv_kernel_dim")
         linear = {f"linear_{name}": getattr(found, f"linear_{name}") for name in names}
-    bias = getattr(found, "attention_bias", getattr(found, "use_bias", kind == "gpt2"))
+    bias = getattr(found, "attention_bias", getattr(found, "use_bias", kind in WITH_BIASES))
     # OlmoeAttention's norms have the size of all heads.
     norms = {**dict.fromkeys(("qwen3", "qwen3_moe", "qwen3_next"), EACH_HEAD), "olmoe": ALL_HEADS}
     own_norms = EACH_HEAD if getattr(found, "use_qk_norm", False) else ""
@@ -318,6 +322,8 @@ ALL_CASES = [
     ("qwen3_moe", "both spellings", {"num_experts": 16, "num_local_experts": 16}),
     ("qwen3_moe", "biases", {"attention_bias": True, "head_dim": 24}),
     ("starcoder2", "no bias", {"use_bias": False, "sliding_window": 16, "rope_theta": 1e5}),
+    ("phi", "part rotated", {"partial_rotary_factor": 0.4, "num_key_value_heads": 8, "attention_dropout": 0.1}),
+    ("phi", "null groups", {"num_key_value_heads": None, "rope_scaling": {"type": "linear", "factor": 2.0}}),
     ("phi3", "part rotated", {"partial_rotary_factor": 0.75, "tie_word_embeddings": True}),
     ("glm", "no bias", {"attention_bias": False, "head_dim": 24}),
     ("gpt2", "untied", {"tie_word_embeddings": False, "n_inner": None, "layer_norm_epsilon": 1e-6}),

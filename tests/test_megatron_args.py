@@ -156,7 +156,7 @@ def test_the_cases_change_every_property() -> None:
     }
     decided_elsewhere = {"family", "dtype", "vocab_size"}
     folded_into_weights = {"residual_multiplier"}
-    inexpressible_ones = {"block_experts", "block_expert_size", "router_norm"}
+    inexpressible_ones = {"block_experts", "block_expert_size", "router_norm", "parallel_block", "head_bias"}
     every = {name for spec in KINDS.values() for name in spec.values}
     assert changed == every - decided_elsewhere - folded_into_weights - inexpressible_ones
 
@@ -166,6 +166,14 @@ def test_norms_over_all_heads_survive_args_although_megatron_lacks_them() -> Non
         spec = tiny_spec(qk_norm=norm)
         assert bool(inexpressible(spec)) == (norm == ALL_HEADS)
         assert back(all_args(spec), spec) == spec
+
+
+@pytest.mark.parametrize("name", ["parallel_block", "head_bias"])
+def test_what_is_built_by_own_classes_survives_args(name: str) -> None:
+    spec = tiny_spec(**{name: True})
+    assert (len(inexpressible(spec)), inexpressible(spec, with_own=True)) == (1, [])
+    assert back(all_args(spec), spec) == spec
+    assert name not in all_args(tiny_spec())
 
 
 def test_args_in_megatron_s_words() -> None:

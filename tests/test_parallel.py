@@ -88,7 +88,7 @@ def test_vocabulary_padding_follows_the_last_row() -> None:
 #: Layers of megatron-core that cut a weight: dim 0 of ColumnParallelLinear (with its bias) and of vocabularies, gated DeltaNet's
 #: heads; dim 1 of RowParallelLinear. All else is whole. It has no block experts, which are in one unit.
 CUT = {
-    Shard.COLUMN: """word_embeddings output_layer qkv qkv_bias fc1 fc1_bias expert_fc1 shared_fc1
+    Shard.COLUMN: """word_embeddings output_layer output_layer_bias qkv qkv_bias fc1 fc1_bias expert_fc1 shared_fc1
         q_up q_whole kv_up delta_in delta_conv delta_a_log delta_dt_bias mtp_proj
         block_router block_router_norm block_in block_out""".split(),
     Shard.ROW: "proj fc2 expert_fc2 shared_fc2 delta_out".split(),
@@ -117,7 +117,8 @@ def test_every_slot_has_the_cut_that_megatron_core_gives_it() -> None:
     assert found.keys() == SLOTS.keys()
     assert {name: counts for name, counts in found.items() if counts != {1}} == BLOCKS
     assert {name for name, slot in SLOTS.items() if slot.expert} == {"expert_fc1", "expert_fc2"}
-    assert {name for name, slot in SLOTS.items() if slot.vocab} == {"word_embeddings", "output_layer"}
+    vocabulary = {"word_embeddings", "output_layer", "output_layer_bias"}
+    assert {name for name, slot in SLOTS.items() if slot.vocab} == vocabulary
 
 
 @pytest.mark.parametrize(

@@ -68,6 +68,10 @@ KINDS: dict[str, ModelSpec] = {
         mtp_num_layers=1,
     ),
     "no gate": tiny_spec(activation=GELU, gated=False, mlp_bias=True),
+    "parallel blocks": tiny_spec(
+        **dict(normalization=LAYER_NORM, activation=GELU, gated=False, parallel_block=True, head_bias=True),
+        **dict(qkv_bias=True, proj_bias=True, mlp_bias=True),
+    ),
     "mixture": tiny_spec(
         **_MOE, qk_norm=ALL_HEADS, moe_router_enable_expert_bias=True, shared_ffn_hidden_size=6, shared_gate=True
     ),

@@ -13,12 +13,13 @@ from ..live.layout import planned
 from ..live.shard_map import ShardMap
 from .checkpoints import Checkpoints
 from .pretrained import Location, Pretrained, loading_options, other_source, supported_models
+from .publishing import Publishing
 from .registry import ConversionTask, ModelBridge, tasks
 from .unsupported import Unsupported
 from .weights import HFSourcedWeightTuple, HFWeightTuple, export_options, map_of, save, weights
 
 
-class AutoBridge(Checkpoints, Unsupported):
+class AutoBridge(Checkpoints, Publishing, Unsupported):
     """Bridge between a model of Hugging Face and live models of megatron-core with the same weights.
 
     Nothing imports megatron-core before a model or a provider is asked for, and no model of transformers is built.

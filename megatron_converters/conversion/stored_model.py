@@ -191,3 +191,4 @@ def _folds(spec: ModelSpec, embedding: float, norm: float) -> Iterator[tuple[str
     # A norm that is stored minus 1 is scaled as a whole: (1 + w) s - 1.
     yield "final_norm", Affine(norm, norm - 1 if spec.norm.zero_centred else 0.0)
     yield "final_norm_bias", Affine(norm)
+    yield "output_layer_bias", Affine(spec.multipliers.logits_multiplier)

@@ -1,17 +1,54 @@
-"""Phi-3, Phi-3.5 and Phi-4 (transformers Phi3ForCausalLM): Llama with fused qkv and gate_up, and heads that rotate in part.
+"""Phi-1, Phi-1.5 and Phi-2 (transformers PhiForCausalLM), and Phi-3, Phi-3.5 and Phi-4 (Phi3ForCausalLM).
 
-Names and defaults: transformers 5.23, models/phi3. LongRoPE, which the long-context variants have, is refused: Megatron-LM has
-none.
+Phi computes attention and MLP in parallel on one norm, and has a bias in its head; Megatron-LM has neither. Phi-3 is a Llama with
+fused qkv and gate_up. The heads of both rotate in part. Names and defaults: transformers 5.23, models/phi and models/phi3.
+LongRoPE, which long-context variants of Phi-3 have, is refused: Megatron-LM has none.
 """
 
 from __future__ import annotations
 
+from ..model.layers import GELU, GELU_TANH, LAYER_NORM
 from ..model.layouts import GATED, GROUPED_QKV, joined
-from .entries import tensor
-from .llama import ATTENTION, DENSE, DERIVED_HEAD_DIM, MLP, SIZES, query_groups
-from .rules import Passed, Row
-from .rules_attention import LINEAR, LLAMA3, Rope, Window
+from .entries import implied, linear, tensor
+from .llama import ATTENTION, DENSE, DERIVED_HEAD_DIM, LAYER, MLP, SIZES, query_groups
+from .rules import Fixed, Named, Passed, Row, overridden
+from .rules_attention import DYNAMIC, LINEAR, LLAMA3, Rope, Window
 from .table import Family
+
+_GELUS = {"gelu_new": GELU_TANH, "gelu_pytorch_tanh": GELU_TANH, "gelu": GELU}
+
+PHI = Family(
+    name="phi",
+    model_type="phi",
+    architecture="PhiForCausalLM",
+    tensors={
+        **tensor("word_embeddings", "model.embed_tokens.weight"),
+        **linear("input_norm", LAYER + "input_layernorm"),
+        **linear("qkv", *(f"{ATTENTION}{part}_proj" for part in "qkv"), layout=GROUPED_QKV),
+        **linear("proj", ATTENTION + "dense"),
+        **linear("fc1", MLP + "fc1"),
+        **linear("fc2", MLP + "fc2"),
+        **linear("final_norm", "model.final_layernorm"),
+        **linear("output_layer", "lm_head"),
+    },
+    rules=(
+        *overridden(
+            SIZES,
+            (
+                Row("norm_epsilon", "layer_norm_eps", 1e-5),
+                Named("activation", "hidden_act", _GELUS, "gelu_new"),
+            ),
+        ),
+        query_groups(),
+        DERIVED_HEAD_DIM,
+        Rope(partial=0.5, scalings=(LINEAR, DYNAMIC)),
+        Row("max_position_embeddings", "max_position_embeddings", 2048),
+        *implied(parallel_block=True, head_bias=True, normalization=LAYER_NORM, gated=False),
+        *implied(qkv_bias=True, proj_bias=True, mlp_bias=True),
+        Fixed("qk_layernorm", False),
+        Passed(("resid_pdrop", "embd_pdrop")),  # dropout outside attention
+    ),
+)
 
 PHI3 = Family(
     name="phi3",

@@ -183,6 +183,7 @@ _USUAL = {
     "rotary_percent": 1.0,
     "rotary_interleaved": False,
     "attention_output_gate": False,
+    "parallel_block": False,
 }
 
 
@@ -209,6 +210,7 @@ def _value(spec: ModelSpec, name: str) -> str:
 
 def _biases(spec: ModelSpec) -> str:
     biases = {"query, key and value": "qkv_bias", "attention output": "proj_bias", "MLP": "mlp_bias"}
+    biases |= {"output layer": "head_bias"}
     return ", ".join(words for words, name in biases.items() if spec.values.get(name)) or "none"
 
 

@@ -52,6 +52,11 @@ class Heartbeat:
         if self._rank == 0 and self._lost is not None:
             self._wait_for_listeners()
 
+    @property
+    def rank(self) -> int:
+        """Number of this process."""
+        return self._rank
+
     def check(self) -> None:
         """Raise `LostProcess` if a process is known to be lost."""
         if self._lost is not None:

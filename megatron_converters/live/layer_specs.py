@@ -20,6 +20,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 
 from ..basics.errors import ConversionError
 from .latent_attention import latent_layer_spec
+from .parallel_block import parallel_layer_spec
 
 LOCAL, ENGINE = "local", "transformer_engine"
 
@@ -29,6 +30,8 @@ def layer_spec(config: TransformerConfig, stage: int | None) -> ModuleSpec | Tra
     impl = config.transformer_impl
     if impl not in (LOCAL, ENGINE):
         raise ConversionError(f"transformer_impl {impl!r} is neither {LOCAL!r} nor {ENGINE!r}")
+    if config.parallel_block:
+        return parallel_layer_spec(config, engine=impl == ENGINE)
     if config.experimental_attention_variant is not None:
         return get_transformer_block_with_experimental_attention_variant_spec(config, vp_stage=stage)
     if config.num_moe_experts:

@@ -41,11 +41,11 @@ def live_model(model: Any, spec: ModelSpec) -> Iterator[LiveModel]:
 
     Raises `ConversionError` with every parameter of any process that is not the model's.
     """
-    with _heartbeat() as heartbeat:
+    with process_heartbeat() as heartbeat:
         yield LiveModel(model, spec, heartbeat)
 
 
-def _heartbeat() -> AbstractContextManager[Heartbeat | None]:
+def process_heartbeat() -> AbstractContextManager[Heartbeat | None]:
     """Heartbeat of all processes; None for one alone."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return nullcontext()

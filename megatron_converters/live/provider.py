@@ -24,6 +24,7 @@ from ..sharding.ranks import padded_vocab
 from . import buildable_args
 from .layer_specs import layer_spec, prediction_spec
 from .on_cpu import where_it_runs
+from .parallel_block import GPTModelWithHeadBias
 from .process_group import ensure_parallel
 
 #: Field that later releases lack; they behave as if it were False.
@@ -86,8 +87,18 @@ class LiveGPTModel(GPTModel):  # type: ignore[misc]
             return found
 
 
+class LiveGPTModelWithHeadBias(GPTModelWithHeadBias, LiveGPTModel):
+    """The same with a bias of the output layer."""
+
+
 class _Building(LiveGPTModel):
-    """The same while it is built."""
+    """Model while it is built."""
+
+    _building = True
+
+
+class _BuildingWithHeadBias(LiveGPTModelWithHeadBias):
+    """The same with a bias of the output layer."""
 
     _building = True
 
@@ -115,6 +126,9 @@ class ProviderFields:
     hf_model_id: str | None = None
     #: Whether local layers cut the down projections of multi-latent attention over tensor-parallel ranks, as before 0.14.
     cut_down_projections: bool = False
+    #: Whether attention and MLP are parallel, on one norm, and whether the output layer has a bias; megatron-core has neither.
+    parallel_block: bool = False
+    head_bias: bool = False
     #: Spec of the layers, or a function of the provider that gives it; None is megatron-core's for `transformer_impl`.
     transformer_layer_spec: Any = None
 
@@ -163,7 +177,7 @@ class ProviderFields:
         last = parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage)
         as_config = cast(TransformerConfig, config)
         with where_it_runs():
-            model = _Building(
+            model = (_BuildingWithHeadBias if config.head_bias else _Building)(
                 as_config,
                 config._layers(as_config, vp_stage),
                 vocab_size=config.padded_vocab_size,
@@ -183,7 +197,7 @@ class ProviderFields:
                 mtp_block_spec=prediction_spec(as_config, vp_stage),
                 vp_stage=vp_stage,
             )
-        model.__class__ = LiveGPTModel
+        model.__class__ = LiveGPTModelWithHeadBias if config.head_bias else LiveGPTModel
         return model
 
     def register_pre_wrap_hook(self, hook: Any, prepend: bool = False) -> None:
@@ -289,6 +303,8 @@ def provider_of(args: Mapping[str, Any], **settings: Any) -> GPTModelProvider | 
         rope_scaling=args["use_rope_scaling"],
         rope_scaling_factor=args["rope_scaling_factor"],
         seq_len_interpolation_factor=args["rotary_seq_len_interpolation_factor"],
+        parallel_block=args.get("parallel_block", False),
+        head_bias=args.get("head_bias", False),
         hidden_dropout=0.0,
         attention_dropout=args.get("attention_dropout", 0.0),
     )

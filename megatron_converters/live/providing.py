@@ -39,7 +39,7 @@ def has_engine() -> bool:
 def provider_for(spec: ModelSpec) -> GPTModelProvider | MLAModelProvider:
     """Provider of a model, of one process unless its sizes are changed. Raises `ConversionError` for one that it cannot build."""
     stored = live_conventions(spec).spec
-    raise_all("megatron-core would compute another model than this:", inexpressible(stored))
+    raise_all("megatron-core would compute another model than this:", inexpressible(stored, with_own=True))
     impl = ENGINE if has_engine() else LOCAL
     whole = parallel_for(stored, 1, 1)
     layout = "grouped" if impl == ENGINE and stored.num_experts else "sequential"

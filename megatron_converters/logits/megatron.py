@@ -53,7 +53,8 @@ class MegatronModel:
                 "--mup fold to compute its logits"
             )
         raise_all(
-            f"{path}: megatron-core would compute another model than this:", inexpressible(source.conventions.spec)
+            f"{path}: megatron-core would compute another model than this:",
+            inexpressible(source.conventions.spec, with_own=True),
         )
         need("torch", "torch")
         need("megatron.core", "megatron-core")

@@ -81,6 +81,11 @@ def norm_bias(spec: ModelSpec) -> Extent | None:
     return rows_of(spec.hidden_size) if spec.norm.normalization == LAYER_NORM else None
 
 
+def of_second_norm(extent: Callable[[ModelSpec], Extent | None]) -> SizeOf:
+    """Slot of the norm before the MLP, which a parallel block lacks."""
+    return lambda spec, layer: None if layer.parallel_block else extent(spec)
+
+
 def vocab(spec: ModelSpec) -> Extent:
     """Embedding of each token."""
     return rows_of(spec.vocab_size, spec.hidden_size)

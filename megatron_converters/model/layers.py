@@ -336,10 +336,18 @@ Feed = Mlp | Mixture | BlockExperts
 
 @dataclass(frozen=True)
 class Layer:
-    """Kind of layer: what mixes positions, and what follows it. Norms before both are the model's."""
+    """Kind of layer: what mixes positions, and what follows it. Norms before both are the model's.
+
+    In a `parallel_block` both read the same norm, and their outputs are added to the layer's input: there is no second norm.
+    """
 
     mixer: Mixer
     feed: Feed
+    parallel_block: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse a switch that is neither on nor off."""
+        check_switches(self, ("parallel_block",))
 
     @property
     def window(self) -> int | None:

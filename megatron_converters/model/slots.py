@@ -14,7 +14,7 @@ from enum import Enum
 from typing import NamedTuple
 
 from . import extents
-from .extents import Extent, SizeOf, of_block_experts, of_feed, of_mixer, of_model
+from .extents import Extent, SizeOf, of_block_experts, of_feed, of_mixer, of_model, of_second_norm
 from .layers import Attention, GatedDelta, Latent, Layer, Mixture, Mlp
 from .spec import ModelSpec
 
@@ -228,8 +228,8 @@ _ALL = (
         _REPLICATED,
         of_mixer(Attention, lambda a, s: extents.hidden(s) if a.proj_bias else None),
     ),
-    Slot("mlp_norm", _LAYER, _REPLICATED, of_model(extents.hidden)),
-    Slot("mlp_norm_bias", _LAYER, _REPLICATED, of_model(extents.norm_bias)),
+    Slot("mlp_norm", _LAYER, _REPLICATED, of_second_norm(extents.hidden)),
+    Slot("mlp_norm_bias", _LAYER, _REPLICATED, of_second_norm(extents.norm_bias)),
     Slot(
         "fc1",
         _LAYER,
@@ -290,6 +290,13 @@ _ALL = (
     Slot("final_norm", _LAST, _REPLICATED, of_model(extents.hidden)),
     Slot("final_norm_bias", _LAST, _REPLICATED, of_model(extents.norm_bias)),
     Slot("output_layer", _LAST, _COLUMN, of_model(lambda s: None if s.tied else extents.vocab(s)), vocab=True),
+    Slot(
+        "output_layer_bias",
+        _LAST,
+        _COLUMN,
+        of_model(lambda s: extents.rows_of(s.vocab_size) if s.head_bias else None),
+        vocab=True,
+    ),
 )
 SLOTS = {slot.name: slot for slot in _ALL}
 

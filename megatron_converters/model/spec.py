@@ -86,6 +86,8 @@ class ModelSpec:
     #: Embeddings of absolute positions, added to those of tokens.
     learned_positions: bool = False
     tied: bool = False
+    #: Bias of the output layer, also where its weight is that of the embeddings.
+    head_bias: bool = False
     initializer_range: float = 0.02
     attention_dropout: float = 0.0
 
@@ -98,10 +100,12 @@ class ModelSpec:
             )
         for name in ("initializer_range", "attention_dropout"):
             number(getattr(self, name), name)
-        check_switches(self, ("tied", "learned_positions"))
+        check_switches(self, ("tied", "learned_positions", "head_bias"))
         counts = {kind.feed.num_experts for kind in self.kinds if isinstance(kind.feed, Mixture)}
         if len(counts) > 1:
             raise ConversionError(f"num_experts differs between layers ({sorted(counts)}); that is not supported")
+        if len({kind.parallel_block for kind in self.used}) > 1:
+            raise ConversionError("parallel_block differs between layers; that is not supported")
 
     def __hash__(self) -> int:
         return self._hash
@@ -169,7 +173,7 @@ class ModelSpec:
 
 
 _SHARED = ("family", "dtype", "hidden_size", "vocab_size", "max_position_embeddings")
-_OPTIONAL = ("learned_positions", "tied", "initializer_range", "attention_dropout")
+_OPTIONAL = ("learned_positions", "tied", "head_bias", "initializer_range", "attention_dropout")
 
 
 def names(record: type[Any]) -> list[str]:
@@ -195,7 +199,7 @@ def _kind_values(kind: Layer) -> dict[str, Any]:
         found |= {field.name: getattr(record, field.name) for field in dataclasses.fields(record)}
     if "rope" in found:
         found["rope"] = rope is not None
-    return found
+    return found | {"parallel_block": kind.parallel_block}
 
 
 def _layer_values(spec: ModelSpec) -> Iterator[tuple[str, Any]]:
@@ -252,7 +256,7 @@ def _kind(values: Mapping[str, Any]) -> Layer:
     feed = FEEDS[values.get("feed") or ("moe" if values.get("num_experts") else "mlp")]
     rope = values.get("rope", values.get("rotary_base") is not None)
     with_rope = {**values, "rope": _record(Rope, values) if rope else None}
-    return Layer(_record(mixer, with_rope), _record(feed, values))
+    return Layer(_record(mixer, with_rope), _record(feed, values), values.get("parallel_block", False))
 
 
 def _spare_kinds(values: Mapping[str, Any], kinds: list[Layer]) -> Iterator[Layer]:
@@ -282,6 +286,7 @@ _KNOWN = {
     "mtp_num_layers",
     "mixer",
     "feed",
+    "parallel_block",
     *(n for r in _RECORDS for n in names(r)),
 }
 #: Names of all properties.

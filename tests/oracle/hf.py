@@ -98,7 +98,7 @@ def make_model(
 ) -> Path:
     """Write a random model of `family` into `directory`, and return it; the seed determines the bytes.
 
-    `family` is a key of `FAMILIES`, `MOE_FAMILIES` or `hf_kinds.KINDS`.
+    `family` is a key of `FAMILIES`, `MOE_FAMILIES` or a table of `hf_kinds`.
     `max_shard_size` is bytes or text such as "100KB". `weights` is "safetensors" or "bin" (`pytorch_model*.bin`).
     `legacy_config` rewrites `config.json` as transformers 4 wrote it (`rope_theta`, `rope_scaling`, `torch_dtype`).
     `fused_experts` keeps each layer's experts as the two 3-D tensors that transformers 5 holds in memory; without it the
@@ -107,7 +107,7 @@ def make_model(
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    own = {**hf_kinds.KINDS, **hf_kinds.FOLDED}
+    own = {**hf_kinds.KINDS, **hf_kinds.FOLDED, **hf_kinds.LIVE}
     fields = own.get(family) or {**_SIZES, **{**FAMILIES, **MOE_FAMILIES}[family]}
     config = AutoConfig.for_model(**{**fields, "dtype": dtype, **config_overrides})
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)

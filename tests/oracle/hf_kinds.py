@@ -171,6 +171,26 @@ FOLDED: Mapping[str, Mapping[str, Any]] = {
 }
 """Families whose multipliers can only be folded, so that the way back is not exact."""
 
+_PHI: dict[str, Any] = _TOKENS | dict(
+    model_type="phi",
+    hidden_size=80,
+    intermediate_size=112,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=512,
+    hidden_act="gelu_new",
+    layer_norm_eps=_VISIBLE_EPSILON,
+    rope_parameters=_rope(1e4, partial_rotary_factor=0.4),
+    qk_layernorm=False,
+    tie_word_embeddings=False,
+)
+LIVE: Mapping[str, Mapping[str, Any]] = {
+    "phi": _PHI,
+    "phi-tied": _PHI | dict(num_key_value_heads=None, hidden_act="gelu", tie_word_embeddings=True),
+}
+"""Families that Megatron-LM has no arguments for, so that files need --allow-inexpressible."""
+
 #: Scale of a parameter's random values by a part of its name; the first that fits counts.
 _SCALES = (
     *(("c_attn.weight", 0.15), ("qkv_proj", 0.15), ("q_b_proj", 0.2), ("kv_b_proj", 0.2), ("kv_a_proj", 0.2)),

@@ -59,7 +59,7 @@ def read_logits(
     faults = [megatron.load(model, content[name], f"{path}: {name}") for name, model in named.items()]
     _raise_on_all_ranks([fault for fault in faults if fault])
     _raise_on_all_ranks(_different_copies(megatron.fingerprints(models)))
-    return _shard(gpt.run(models, tokens))
+    return shard(gpt.run(models, tokens))
 
 
 def write_and_run(root: Path, args: Namespace, seed: int, iteration: int, tokens: torch.Tensor) -> Shard:
@@ -80,7 +80,7 @@ def write_and_run(root: Path, args: Namespace, seed: int, iteration: int, tokens
     dist.barrier()
     if dist.get_rank() == 0:
         checkpoint.write_tracker(root, iteration)
-    return _shard(gpt.run(models, tokens))
+    return shard(gpt.run(models, tokens))
 
 
 def write_distributed(
@@ -99,7 +99,7 @@ def write_distributed(
     distributed.save(models, root / f"iter_{iteration:07d}", args, metadata)
     if dist.get_rank() == 0:
         checkpoint.write_tracker(root, iteration)
-    return _shard(gpt.run(models, tokens))
+    return shard(gpt.run(models, tokens))
 
 
 def read_distributed(
@@ -117,7 +117,28 @@ def read_distributed(
     problem = distributed.load(models, directory)
     _raise_on_all_ranks([problem] if problem else [])
     _raise_on_all_ranks(_different_copies(megatron.fingerprints(models)))
-    return _shard(gpt.run(models, tokens))
+    return shard(gpt.run(models, tokens))
+
+
+def gradients(directory: Path, tokens: torch.Tensor, vocabulary: int, names: Sequence[str]) -> dict[str, torch.Tensor]:
+    """This rank's gradients, by parameter, of the sum of all squared logits; for a checkpoint of one pipeline stage."""
+    from megatron.core import parallel_state
+
+    from megatron_converters.live.on_cpu import cuda_is_cpu
+
+    from . import megatron
+
+    grid = checkpoint.read_grid(directory)
+    content = checkpoint.load_rank(checkpoint.rank_file(directory, grid, _parallel(grid)))
+    (model,) = megatron.build(content["args"])
+    fault = megatron.load(model, content["model"], str(directory))
+    _raise_on_all_ranks([fault] if fault else [])
+    with cuda_is_cpu():
+        logits = model(tokens, torch.arange(tokens.shape[1]).expand(*tokens.shape), attention_mask=None)
+    first = parallel_state.get_tensor_model_parallel_rank() * logits.shape[-1]
+    logits[..., : max(vocabulary - first, 0)].square().sum().backward()
+    held = dict(model.named_parameters())
+    return {name: held[name].grad.clone() for name in names}
 
 
 def _rank_content(models: Sequence[torch.nn.Module], args: Namespace, iteration: int) -> dict[str, Any]:
@@ -151,7 +172,7 @@ def _parallel(grid: Grid) -> Rank:
     return Rank(own_rank.tp, own_rank.pp, own_rank.ep, own_rank.etp)
 
 
-def _shard(logits: torch.Tensor | None) -> Shard:
+def shard(logits: torch.Tensor | None) -> Shard:
     from megatron.core import parallel_state
 
     if logits is None or parallel_state.get_data_parallel_rank():

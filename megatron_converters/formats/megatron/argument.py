@@ -43,6 +43,8 @@ class Build(Enum):
     MODEL = "model"
     #: The same, but Megatron-LM's default applies where it is absent.
     USED = "used"
+    #: The same, by classes of this project for what Megatron-LM lacks, so that the argument's limit does not hold there.
+    OWN = "own"
     #: Changes nothing of what a model computes in float32, or repeats other arguments.
     NOTHING = "nothing"
     #: Not built: any value but that of `absent` is refused.

@@ -16,7 +16,7 @@ from ...basics.errors import ConversionError, Unclear
 from ...model.slots import Precision, Ref, refs
 from ...model.spec import ModelSpec, PerLayer
 from ...sharding.ranks import Parallel
-from .argument import Args, Argument, Context, Group
+from .argument import Args, Argument, Build, Context, Group
 from .conventions import FOLD, RAW, conventions
 from .rows_attention import GATED_DELTA, LATENT, MUP, PREDICTION
 from .rows_experts import EXPERTS, check_balancing, is_sinkhorn, wide_router
@@ -93,9 +93,13 @@ def refuse_unsupported(args: Args) -> None:
     check_balancing(args)
 
 
-def inexpressible(spec: ModelSpec) -> list[str]:
-    """Properties of a model that Megatron-LM's arguments cannot express, one reason each."""
-    return list(filter(None, (row.limit(spec) for row in ARGUMENTS)))
+def inexpressible(spec: ModelSpec, *, with_own: bool = False) -> list[str]:
+    """Properties of a model that Megatron-LM's arguments cannot express, one reason each.
+
+    `with_own` leaves out those that this project builds itself (`live/`).
+    """
+    rows = (row for row in ARGUMENTS if not (with_own and row.build is Build.OWN))
+    return list(filter(None, (row.limit(spec) for row in rows)))
 
 
 def written_args(context: Context, groups: Collection[Group] = _WRITTEN) -> dict[str, Any]:

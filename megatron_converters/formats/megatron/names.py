@@ -20,7 +20,7 @@ _ATTENTION = _LAYER + "self_attention."
 _MLP = _LAYER + "mlp."
 _MTP = "mtp.layers.{layer}."
 
-#: Name of a slot; where it depends on what is in the layer, one for each kind of record.
+#: Name of a slot; where it depends on what is in the layer, one for each kind of record, and with `Layer` that of a parallel block.
 Name = str | Mapping[type, str]
 
 EMBEDDINGS = "embedding.word_embeddings.weight"
@@ -75,6 +75,7 @@ LOCAL: dict[str, Name] = {
     "final_norm": "decoder.final_layernorm.weight",
     "final_norm_bias": "decoder.final_layernorm.bias",
     "output_layer": "output_layer.weight",
+    "output_layer_bias": "output_layer.bias",
 }
 
 
@@ -86,6 +87,7 @@ def _fused(kind: str) -> dict[str, Name]:
             Attention: f"{_ATTENTION}linear_qkv.layer_norm_{kind}",
             Latent: f"{_LAYER}input_layernorm.{kind}",
             GatedDelta: f"{_ATTENTION}in_proj.layer_norm_{kind}",
+            Layer: f"{_LAYER}input_layernorm.{kind}",  # two linears read it, so that it is part of neither
         },
         "mlp" + own: {
             Mlp: f"{_MLP}linear_fc1.layer_norm_{kind}",
@@ -158,7 +160,8 @@ def name_of(table: Mapping[str, Name], slot: str, kind: Layer, stack: str, modul
     """
     name = table[slot]
     if not isinstance(name, str):
-        name = next(name[type(record)] for record in (kind.mixer, kind.feed) if type(record) in name)
+        records = [kind] if kind.parallel_block else [kind.mixer, kind.feed]
+        name = next(name[type(record)] for record in records if type(record) in name)
     return _in_stack(name, stack, module)
 
 
@@ -203,6 +206,8 @@ _OWNERS = (
     _Owner(_MLP + "shared_experts.linear_fc1", "shared_fc1"),
     _Owner(_MLP + "shared_experts.linear_fc2", "shared_fc2"),
 )
+#: Norm of a parallel block, which is no part of a linear.
+_SHARED_NORM = _Owner(_LAYER + "input_layernorm", "input_norm", local=False)
 _MTP_OWNERS = (
     _Owner(_MTP + "enorm", "mtp_embedding_norm", local=False),
     _Owner(_MTP + "hnorm", "mtp_hidden_norm", local=False),
@@ -245,6 +250,8 @@ def distributed_extra_state(spec: ModelSpec, kind: Layer, stack: str) -> Iterato
 
 def _owners(spec: ModelSpec, kind: Layer, stack: str) -> Iterator[_Owner]:
     """Owners of an `_extra_state` in a layer, without its experts."""
+    if kind.parallel_block:
+        yield _SHARED_NORM
     for owner in (*_OWNERS, *(_MTP_OWNERS if stack != DECODER else ())):
         if SLOTS[owner.slot].extent(spec, kind) is not None:
             yield owner

@@ -159,6 +159,18 @@ def _head_norm_limit(spec: ModelSpec) -> str:
     )
 
 
+def _parallel_limit(spec: ModelSpec) -> str:
+    if not spec.values["parallel_block"]:
+        return ""
+    return f"attention and MLP in parallel on one norm: Megatron-LM has no such block; {_LIVE_ONLY}"
+
+
+def _head_bias_limit(spec: ModelSpec) -> str:
+    return f"a bias of the output layer: Megatron-LM's has none; {_LIVE_ONLY}" if spec.head_bias else ""
+
+
+_LIVE_ONLY = "the model works live only, through AutoBridge"
+
 SIZES = (
     said("num_layers", "num_layers", flag=flag("--num-layers"), build=Build.CONFIG),
     Argument("encoder_num_layers", lambda context: context.spec.num_layers),
@@ -280,6 +292,9 @@ BLOCKS = (
         absent=False,
         build=Build.REFUSED,
     ),
+    # Both are this project's own, and built by classes of its own.
+    said("parallel_block", "parallel_block", absent=False, optional=True, limit=_parallel_limit, build=Build.OWN),
+    said("head_bias", "head_bias", absent=False, optional=True, limit=_head_bias_limit, build=Build.OWN),
     only("qk_l2_norm", False, "queries and keys of length 1"),
     Argument(
         "untie_embeddings_and_output_weights",

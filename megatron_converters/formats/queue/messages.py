@@ -56,8 +56,11 @@ _ENTRIES = {
     "final_norm": Entry(SAME, ("weight",)),
     "final_norm_bias": Entry(SAME, ("bias",)),
     "output_layer": Entry(SAME, ("weight",)),
+    "output_layer_bias": Entry(SAME, ("bias",)),
 }
 ENTRIES = {name: _ENTRIES.get(name, Entry(SAME, (name.replace("_", " "),))) for name in SLOTS}
+#: Slots of the message of the output layer.
+_OUTPUT_SLOTS = ("output_layer", "output_layer_bias")
 DONE, EXIT = "done", "exit"
 
 
@@ -83,6 +86,6 @@ def received(ref: Ref, spec: ModelSpec, message: Mapping[str, Any]) -> Sent:
 
 def message_name(ref: Ref) -> str:
     """Name of the message that carries a ref."""
-    if ref.slot.name == "output_layer":
+    if ref.slot.name in _OUTPUT_SLOTS:
         return _OUTPUT
     return (_MTP if ref.stack == MTP else _MESSAGES[ref.slot.scope]).format(layer=ref.layer)
