@@ -258,8 +258,9 @@ class AutoBridge(Checkpoints, Publishing, Unsupported):
     ) -> ShardMap:
         """Which rows and columns of which process's parameters make up each tensor of Hugging Face; see `ShardMap`.
 
-        `parallel` has sizes "tp", "pp", "ep", "etp" and "vpp", 1 where it has none, "world", the number of processes, and any of
-        the fields of `PipelineSplit` for uneven stages. `names` are those of layers "local" or "transformer_engine". With `model`,
+        `parallel` has sizes "tp", "pp", "ep", "etp" and "vpp", 1 where it has none, "world", the number of processes, any of the
+        fields of `PipelineSplit` for uneven stages, and "make_vocab_size_divisible_by", which is 128 in Megatron-LM, and the least
+        that is possible in models of this bridge. `names` are those of layers "local" or "transformer_engine". With `model`,
         the map is that of a live model; all its processes call this.
         """
         if model is not None:

@@ -25,6 +25,7 @@ from ..sharding.stages import PipelineSplit
 
 #: Greatest multiple that vocabularies are padded to; megatron-core itself needs no more than the tensor-parallel size.
 _MOST_PADDING = 128
+_DIVISOR = "make_vocab_size_divisible_by"
 
 
 class Key(NamedTuple):
@@ -145,12 +146,13 @@ class LiveLayout:
 def planned(spec: ModelSpec, sizes: Mapping[str, Any], names: str = Naming.impl) -> LiveLayout:
     """Layout of a model that is not there: of `sizes` "tp", "pp", "ep", "etp", "vpp" and "world", and fields of `PipelineSplit`.
 
+    "make_vocab_size_divisible_by" is Megatron-LM's, where the vocabulary is padded to more than a live model of ours has.
     `names` are those of a key of `names.DIALECTS`. Raises `UsageError` for an unknown size, `ConversionError` for one that the
     model cannot have, with those that it can.
     """
     sizes = dict(sizes)
     fields = {field.name for field in dataclasses.fields(PipelineSplit)}
-    known = {"tp", "pp", "ep", "etp", "vpp", "world"}
+    known = {"tp", "pp", "ep", "etp", "vpp", "world", _DIVISOR}
     unknown = sorted(sizes.keys() - known - fields)
     if unknown or names not in DIALECTS:
         raise UsageError(
@@ -167,7 +169,7 @@ def planned(spec: ModelSpec, sizes: Mapping[str, Any], names: str = Naming.impl)
     processes = sizes.get("world", parallel.pp * stage_size(parallel))
     engine = names != Naming.impl
     naming = Naming(names, "grouped" if engine and spec.num_experts else Naming.expert_layout)
-    padded = padded_vocab(spec.vocab_size, least_divisor(spec.vocab_size), parallel.tp)
+    padded = padded_vocab(spec.vocab_size, sizes.get(_DIVISOR, least_divisor(spec.vocab_size)), parallel.tp)
     return LiveLayout(spec, parallel, grid(parallel, processes), padded, naming)
 
 
