@@ -74,7 +74,7 @@ def tasks(shards: ShardMap) -> list[ConversionTask]:
     """Tasks of a shard map, one for each parameter of each of a model's parts."""
     found: dict[tuple[str, int, tuple[int, ...]], dict[str, None]] = {}
     for tensor in shards.tensors.values():
-        for part in tensor.parts:
+        for part in (*tensor.parts, *tensor.copies):
             found.setdefault((part.parameter, part.model, part.ranks), {})[tensor.name] = None
     return [ConversionTask(*key, tuple(names)) for key, names in found.items()]
 

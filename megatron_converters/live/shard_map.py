@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -48,12 +48,16 @@ class Part(NamedTuple):
 
 
 class MappedTensor(NamedTuple):
-    """Tensor of Hugging Face: its name, shape, parts, and the file of the saved model that it is in."""
+    """Tensor of Hugging Face: its name, shape, parts, and the file of the saved model that it is in.
+
+    `copies` are parts of parameters that hold the same again, such as tied embeddings on the last pipeline stage.
+    """
 
     name: str
     shape: tuple[int, ...]
     file: str
     parts: tuple[Part, ...]
+    copies: tuple[Part, ...] = ()
 
     @property
     def elements(self) -> int:
@@ -72,10 +76,13 @@ class ShardMap:
     tensors: Mapping[str, MappedTensor]
 
     def of_rank(self, rank: int) -> dict[tuple[int, str], list[tuple[str, Part]]]:
-        """The way back: for each parameter of a process, by (model, name), the tensors and parts of them that it holds."""
+        """The way back: for each parameter of a process, by (model, name), the tensors and parts of them that it holds.
+
+        Parameters that are padding alone have none.
+        """
         found: dict[tuple[int, str], list[tuple[str, Part]]] = {}
         for tensor in self.tensors.values():
-            for part in tensor.parts:
+            for part in (*tensor.parts, *tensor.copies):
                 if rank in part.ranks:
                     found.setdefault((part.model, part.parameter), []).append((tensor.name, part))
         return found
@@ -87,7 +94,10 @@ class ShardMap:
             tensor.name: {
                 "shape": list(tensor.shape),
                 "file": tensor.file,
-                "parts": [_plain(part, numbers.setdefault(part.runs, len(numbers))) for part in tensor.parts],
+                **{
+                    kind: [_plain(part, numbers.setdefault(part.runs, len(numbers))) for part in parts]
+                    for kind, parts in (("parts", tensor.parts), ("copies", tensor.copies))
+                },
             }
             for tensor in self.tensors.values()
         }
@@ -130,19 +140,24 @@ class _Mapper:
         files = {name: file for file, found in outline.files.items() for name in found.shapes}
         shapes = {name: tuple(shape) for found in outline.files.values() for name, shape in found.shapes.items()}
         parts: dict[str, list[Part]] = {}
+        copies: dict[str, list[Part]] = {}
         for ref in refs(self._layout.spec):
-            sources = self._sources(ref)
-            self._planner.check_cover(ref, self._layout.spec, sources)
-            for fill in self._target.fills(ref):
-                parts.setdefault(fill.name, []).extend(self._parts(fill, sources.pieces, shapes[fill.name]))
-        found = {name: MappedTensor(name, shapes[name], files[name], tuple(own)) for name, own in parts.items()}
-        raise_all("elements are not mapped once; this is a fault of this program, please report it:", _faults(found))
+            for number, place in enumerate(self._layout.holdings(ref)):
+                sources = self._sources(ref, place)
+                self._planner.check_cover(ref, self._layout.spec, sources)
+                for fill in self._target.fills(ref):
+                    found = self._parts(fill, sources.pieces, shapes[fill.name])
+                    (copies if number else parts).setdefault(fill.name, []).extend(found)
+        tensors = {
+            name: MappedTensor(name, shapes[name], files[name], tuple(own), tuple(copies.get(name, ())))
+            for name, own in parts.items()
+        }
+        raise_all("elements are not mapped once; this is a fault of this program, please report it:", _faults(tensors))
         sizes = {name: getattr(self._layout.parallel, name) for name in ("tp", "pp", "vpp", "ep", "etp")}
-        return ShardMap({**sizes, "world": len(self._layout.ranks)}, found)
+        return ShardMap({**sizes, "world": len(self._layout.ranks)}, tensors)
 
-    def _sources(self, ref: Ref) -> Sources:
+    def _sources(self, ref: Ref, place: Iterable[Holding]) -> Sources:
         dtype = self._layout.spec.dtype
-        place = next(iter(self._layout.holdings(ref)))
         pieces = []
         for holding in place:
             data: Any = _Parameter(holding, holding.cut.shape, dtype)
@@ -188,6 +203,9 @@ def _value(gather: Gather) -> Affine | None:
 def _faults(tensors: Mapping[str, MappedTensor]) -> Iterator[str]:
     """Tensors whose parts have another number of elements."""
     for tensor in tensors.values():
-        mapped = sum(count * part.columns for part in tensor.parts for _, _, count in part.runs)
-        if mapped != tensor.elements:
-            yield f"{tensor.name}: {mapped} of {tensor.elements}"
+        mapped, again = (
+            sum(count * part.columns for part in parts for _, _, count in part.runs)
+            for parts in (tensor.parts, tensor.copies)
+        )
+        if mapped != tensor.elements or again % tensor.elements:
+            yield f"{tensor.name}: {mapped} of {tensor.elements}, and {again} in copies"
