@@ -1,4 +1,4 @@
-"""docs/autobridge.md is true: its blocks and commands run, with ids, paths and sizes substituted, on a Hub of loopback."""
+"""docs/autobridge.md and README's recipe are true: blocks and commands run, with ids, paths and sizes substituted."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ TEXT = (ROOT / PAGE).read_text()
 EXAMPLE = ROOT / "examples/2_way_hf_binding.py"
 #: Script of the page, which its command starts.
 SCRIPT = "# train.py\n"
-BLOCKS = [block for block in python_blocks(PAGE) if not block.startswith(SCRIPT)]
+BLOCKS = [*(block for block in python_blocks(PAGE) if not block.startswith(SCRIPT)), *python_blocks("README.md")]
 COMMANDS = re.findall(r"^```bash\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
 #: Families of the models that the page names on the Hub.
 HUB = {
@@ -65,6 +65,10 @@ def saved(names: dict[str, Any], source: dict[str, torch.Tensor]) -> None:
     assert names["hf_model"].config.architectures == ["LlamaForCausalLM"]
 
 
+def kept(names: dict[str, Any], source: dict[str, torch.Tensor]) -> None:
+    assert different(hf_tensors(Path("back")), source) == []
+
+
 def weights_alone(names: dict[str, Any], source: dict[str, torch.Tensor]) -> None:
     for folder in map(Path, ("model_weights", "weights")):
         assert different(hf_tensors(folder), source) == []
@@ -94,7 +98,8 @@ def refused(names: dict[str, Any], source: dict[str, torch.Tensor]) -> None:
 
 #: By a call of a block, what is to be seen after it, given its names and the weights of the model on the Hub.
 CHECKS: dict[str, Callable[[dict[str, Any], dict[str, torch.Tensor]], None]] = {
-    "save_hf_pretrained(": saved,
+    'my-fine-tuned-llama")\n\n# tr': saved,
+    '"./back"': kept,
     "save_hf_weights(": weights_alone,
     "import_ckpt(": checkpoints,
     "load_megatron_model(": loaded,
@@ -125,7 +130,7 @@ SHOWN = {
 def test_what_is_checked_is_on_the_page() -> None:
     for words in (*CHECKS, *SHOWN, *SUBSTITUTED):
         assert any(words in block for block in BLOCKS), words
-    assert TEXT.count("\n```python\n") == len(BLOCKS) + 1
+    assert TEXT.count("\n```python\n") == len(python_blocks(PAGE))
     for name in HUB:
         assert f'"{name}"' in TEXT
 
