@@ -45,7 +45,9 @@ class Publishing:
         chosen: dict[str, Any] = {name: value for name, value in saving.items() if value is not None}
         if isinstance(model, (str, os.PathLike)):
             if chosen:
-                raise UsageError(f"{', '.join(chosen)}: a folder is published as it is; leave it out, or give a live model")
+                raise UsageError(
+                    f"{', '.join(chosen)}: a folder is published as it is; leave it out, or give a live model"
+                )
             return upload(Path(model), repo_id, **options)
         with tempfile.TemporaryDirectory(prefix="megatron_converters_") as folder:
             path = Path(folder) / "model"
