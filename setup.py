@@ -53,8 +53,8 @@ setup(
     install_requires=requirements("requirements.txt"),
     extras_require={
         "hf": ["transformers>=4.43", "tokenizers", "sentencepiece", "tiktoken", "protobuf"],
-        "logits": ["transformers>=4.43", "megatron-core>=0.16"],
         "bridge": ["megatron-core>=0.16"],
+        "logits": ["transformers>=4.43", "megatron-core>=0.16"],
         "test": requirements("requirements-test.txt"),
     },
 )

@@ -31,7 +31,7 @@ DOCUMENTS = (
     "scripts/bench/README.md",
 )
 #: Documents whose commands have a test of their own.
-OTHERS = ("docs/modelconvert.md",)
+OTHERS = ("docs/modelconvert.md", "docs/autobridge.md")
 _BLOCK = re.compile(r"^```bash\n(.*?)^```", re.MULTILINE | re.DOTALL)
 _YAML = re.compile(r"^```yaml\n(.*?)^```", re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"\]\((?!https?:)([^)#]+)(?:#([^)]+))?\)")

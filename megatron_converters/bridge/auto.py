@@ -85,7 +85,7 @@ class AutoBridge(Checkpoints, Publishing, Unsupported):
         pretrained = self.hf_pretrained
         source = None
         if load_weights:
-            source = other_source(hf_path) if hf_path is not None else pretrained.source()
+            source = other_source(hf_path, pretrained.spec) if hf_path is not None else pretrained.source()
         provider = provider_for(pretrained.spec)
         provider.hf_model_id = pretrained.model_name_or_path
         if source is not None:
@@ -129,8 +129,9 @@ class AutoBridge(Checkpoints, Publishing, Unsupported):
         """
         from ..live.providing import load
 
-        source = self.hf_pretrained.source() if hf_path is None else other_source(hf_path)
-        load(model, source, self.hf_pretrained.spec, allowed_mismatched_params or ())
+        pretrained = self.hf_pretrained
+        source = pretrained.source() if hf_path is None else other_source(hf_path, pretrained.spec)
+        load(model, source, pretrained.spec, allowed_mismatched_params or ())
         return list(model) if isinstance(model, (list, tuple)) else [model]
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +11,9 @@ from typing import Any
 
 from ..assets.origin import Origin
 from ..basics.dtypes import DType, dtype_named
-from ..basics.errors import ConversionError
+from ..basics.errors import ConversionError, raise_all
 from ..basics.json_files import read_json
+from ..comparison.tensors import model_differences
 from ..conversion.endpoint import Source
 from ..families import FAMILIES
 from ..families.config_json import spec_from_config
@@ -19,6 +21,7 @@ from ..formats.hub import resolve
 from ..formats.huggingface.source import HFSource
 from ..formats.huggingface.target import FUSED, SEPARATE
 from ..live.log import LOG
+from ..model.slots import refs
 from ..model.spec import ModelSpec
 
 #: Options of transformers' `from_pretrained` that concern how transformers would hold or run a model.
@@ -101,7 +104,9 @@ class Pretrained:
     @classmethod
     def of_config(cls, config: Any) -> Pretrained:
         """Model with this configuration of transformers, or dictionary, and without weights."""
-        values = json.loads(config.to_json_string()) if hasattr(config, "to_json_string") else dict(config)
+        values = json.loads(config.to_json_string()) if hasattr(config, "to_json_string") else config
+        if not isinstance(values, Mapping):
+            raise TypeError(f"a {type(config).__name__} is no configuration; give one of transformers, or a dictionary")
         try:
             return cls(values, None)
         except ConversionError as error:
@@ -151,9 +156,27 @@ class Pretrained:
         )
 
 
-def other_source(hf_path: str) -> Source:
-    """Weights of another folder or name on the Hub."""
-    return Pretrained.at(Location(hf_path)).source()
+def other_source(hf_path: str | os.PathLike[str], spec: ModelSpec) -> Source:
+    """Weights of another folder or name on the Hub, for a model of this spec; other settings of theirs are said.
+
+    Raises `ConversionError` for weights of a model whose tensors are others.
+    """
+    source = Pretrained.at(Location(os.fspath(hf_path))).source()
+    own, other = ({ref: ref.shape(each) for ref in refs(each)} for each in (spec, source.spec))
+    differing = model_differences(spec, source.spec, ("this model", os.fspath(hf_path)))
+    if own != other:
+        raise_all(f"{hf_path} holds the weights of another model:", differing)
+    if differing:
+        LOG.warning("%s has settings that are not heeded: %s", hf_path, "; ".join(differing))
+    return source
+
+
+def weights_dtype(value: Any, option: str) -> DType | None:
+    """Dtype of weights that an option names, as torch's or as text; None for None. Raises `ConversionError` for other ones."""
+    dtype = None if value is None else dtype_named(str(value))
+    if dtype is not None and not dtype.floating:
+        raise ConversionError(f"{option} is {dtype}, which weights cannot have; use bfloat16, float16 or float32")
+    return dtype
 
 
 def loading_options(options: Mapping[str, Any]) -> tuple[dict[str, Any], DType | None]:
@@ -170,4 +193,4 @@ def loading_options(options: Mapping[str, Any]) -> tuple[dict[str, Any], DType |
         raise TypeError(f"from_hf_pretrained takes no {', '.join(unknown)}; leave it out")
     if needless:
         LOG.warning("%s: not heeded, since no model of transformers is built", ", ".join(needless))
-    return known, None if dtype in (None, "auto") else dtype_named(str(dtype))
+    return known, None if dtype == "auto" else weights_dtype(dtype, "torch_dtype")

@@ -11,7 +11,7 @@ from ..basics.dtypes import DType
 from ..basics.yaml_files import read_yaml
 from ..formats.megatron.torch_dist_target import TorchDistTarget
 from ..formats.megatron.writing import MegatronOptions
-from ..live.buildable_args import config_fields
+from ..live.buildable_args import activation, provider_fields
 
 RUN_CONFIG = "run_config.yaml"
 #: Class that reads the fields of a model's section, by whether the model has multi-latent attention.
@@ -19,19 +19,17 @@ _TARGETS = {
     False: "megatron.bridge.models.gpt_provider.GPTModelProvider",
     True: "megatron.bridge.models.mla_provider.MLAModelProvider",
 }
-#: Fields of a provider that are none of its config, by the argument that has their value.
-_OF_PROVIDER = {
-    "vocab_size": "vocab_size",
-    "seq_length": "max_position_embeddings",
-    "make_vocab_size_divisible_by": "make_vocab_size_divisible_by",
-    "position_embedding_type": "position_embedding_type",
-    "rotary_base": "rotary_base",
-    "rotary_percent": "rotary_percent",
-    "seq_len_interpolation_factor": "rotary_seq_len_interpolation_factor",
-    "num_query_groups": "num_query_groups",
-    "num_moe_experts": "num_experts",
-    "gated_linear_unit": "swiglu",
+#: Function that computes an activation, and whether it does so in the fused form.
+_ACTIVATIONS = {
+    "silu": ("torch.nn.functional.silu", False),
+    "squared_relu": ("megatron.core.activations.squared_relu", False),
+    "gelu": ("torch.nn.functional.gelu", False),
+    "gelu_tanh": ("torch.nn.functional.gelu", True),  # the fused kernel computes the tanh form alone
 }
+#: Spec of layers of which some may differ from others; that of Megatron-Bridge's providers knows only layers of one kind.
+_BLOCK_SPEC = "megatron.core.models.gpt.gpt_layer_specs.get_gpt_decoder_block_spec"
+#: Further fields that have the name of their argument.
+_SAME_NAME = ("vocab_size", "make_vocab_size_divisible_by", "moe_router_dtype")
 
 
 class BridgeCheckpoint(TorchDistTarget):
@@ -47,12 +45,29 @@ class BridgeCheckpoint(TorchDistTarget):
         args: dict[str, Any] = self._args
         latent = bool(args.get("multi_latent_attention"))
         model: dict[str, Any] = {"_target_": _TARGETS[latent], "hf_model_id": self._model_name}
-        model |= {name: _plain(value) for name, value in config_fields(args).items()}
-        model |= {field: _plain(args.get(name)) for field, name in _OF_PROVIDER.items()}
-        model["share_embeddings_and_output_weights"] = not args["untie_embeddings_and_output_weights"]
-        model["params_dtype"] = str(args["params_dtype"])
+        model |= {name: args[name] for name in _SAME_NAME if name in args}
+        model |= {name: _plain(value) for name, value in provider_fields(args).items()} | _dtypes(args["params_dtype"])
+        function, fused = _ACTIVATIONS[activation(args)]
+        model |= {"activation_func": _object(function), "bias_activation_fusion": fused, "should_pad_vocab": True}
+        if latent or args.get("num_experts"):
+            model["transformer_layer_spec"] = {
+                "_target_": _BLOCK_SPEC,
+                "_partial_": True,
+                "use_transformer_engine": args["transformer_impl"] == "transformer_engine",
+            }
         text = yaml.safe_dump({"model": dict(sorted(model.items()))}, sort_keys=False)
         (folder / RUN_CONFIG).write_text(text, encoding="utf-8")
+
+
+def _dtypes(dtype: DType) -> dict[str, Any]:
+    """Fields that say the dtype of a model."""
+    fields: dict[str, Any] = {name: _object(repr(dtype)) for name in ("params_dtype", "pipeline_dtype")}
+    return fields | {"bf16": dtype.name == "bfloat16", "fp16": dtype.name == "float16"}
+
+
+def _object(name: str) -> dict[str, Any]:
+    """Object of a module, as the file has it."""
+    return {"_target_": name, "_call_": False}
 
 
 def _plain(value: Any) -> Any:

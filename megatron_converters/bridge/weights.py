@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..assets.origin import Origin
-from ..basics.dtypes import DType, dtype_named
+from ..basics.dtypes import DType
 from ..basics.errors import UsageError
 from ..basics.folders import new_folder
 from ..conversion.crew import ALONE, Crew
@@ -26,7 +26,7 @@ from ..live.model import live_model
 from ..live.shard_map import MappedTensor, ShardMap, shard_map
 from ..live.source import LiveSource
 from ..live.writers import Writers
-from .pretrained import Pretrained
+from .pretrained import Pretrained, weights_dtype
 
 
 class HFWeightTuple(NamedTuple):
@@ -86,11 +86,12 @@ def export_options(
     cpu: bool, order: str | None, mode: str | WeightDistributionMode | None, weight_dtype: Any, bucket_bytes: int
 ) -> ExportOptions:
     """Options from those of `export_hf_weights`; raises `UsageError` for a value that is none of theirs."""
+    dtype = weights_dtype(weight_dtype, "weight_dtype")
     return ExportOptions(
         WeightDistributionMode.REPLICATE if mode is None else _member(WeightDistributionMode, mode, "mode"),
         Order.MODEL if order is None else _member(Order, order, "order"),
         cpu,
-        None if weight_dtype is None else dtype_named(str(weight_dtype)).torch,
+        None if dtype is None else dtype.torch,
         bucket_bytes,
     )
 
@@ -128,7 +129,7 @@ def save(
         tokenizer=source_path,
     )
     target = (WeightsTarget if weights_only else HFTarget)(new_folder(path), options)
-    dtype = None if weight_dtype is None else dtype_named(str(weight_dtype))
+    dtype = weights_dtype(weight_dtype, "weight_dtype")
     write(
         pretrained, model, target, pretrained.origin(), dtype, show_progress=show_progress, every_n_ranks=every_n_ranks
     )

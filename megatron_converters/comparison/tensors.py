@@ -27,6 +27,7 @@ from ..conversion.gathering import gather_chunks
 from ..conversion.progress import Progress
 from ..model.layouts import RowMap, interned
 from ..model.slots import SLOTS, Ref, Scope, refs
+from ..model.spec import ModelSpec
 from ..model.values import Affine, inverse
 from ..storage.tensor import StoredTensor, release_mappings
 from .measure import Measure, Place, Tally
@@ -125,15 +126,26 @@ def spec_differences(one: Source, other: Source) -> list[str]:
 
     The family is compared only where both sides record it; Megatron-LM's arguments do not.
     """
-    left, right = one.spec, dataclasses.replace(other.spec, dtype=one.spec.dtype)
+    left, right = one.spec, other.spec
     if one.origin.hf_config is None or other.origin.hf_config is None:
         right = dataclasses.replace(right, family=left.family)
-    return differences(left.to_dict(), right.to_dict(), "", difference_text)
+    return model_differences(left, right)
+
+
+def model_differences(one: ModelSpec, other: ModelSpec, sides: tuple[str, str] = ("A", "B")) -> list[str]:
+    """Fields in which two specs differ, except the dtype, as `name: A has this, B has that`."""
+    same_dtype = dataclasses.replace(other, dtype=one.dtype)
+    return differences(one.to_dict(), same_dtype.to_dict(), "", lambda name, *values: _differing(name, sides, values))
 
 
 def difference_text(name: str, one: Any, other: Any) -> str:
     """Text of a setting that differs."""
-    return f"{name}: A has {one}, B has {other}"
+    return _differing(name, ("A", "B"), (one, other))
+
+
+def _differing(name: str, sides: tuple[str, str], values: tuple[Any, ...]) -> str:
+    has = (f"{side} has {value}" for side, value in zip(sides, values, strict=True))
+    return f"{name}: {', '.join(has)}"
 
 
 def ordered(found: Iterable[Ref]) -> list[Ref]:

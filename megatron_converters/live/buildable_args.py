@@ -9,6 +9,8 @@ from ..basics.errors import ConversionError, raise_all
 from ..formats.megatron.argument import Build, Group, is_latent
 from ..formats.megatron.arguments import ARGUMENTS
 
+#: Field that later releases lack; they behave as if it were False.
+_ONLY_IN_0_16 = "moe_use_legacy_grouped_gemm"
 #: Fields of the config of multi-latent attention that other models have no field for, and those that no flag sets in any release.
 _LATENT_TOO = ("multi_latent_attention", "rotary_base", "rotary_percent")
 _FLAGLESS = ("beta_fast", "beta_slow", "original_max_position_embeddings")
@@ -41,6 +43,43 @@ def config_fields(args: Mapping[str, Any]) -> dict[str, Any]:
     names = [name for name in names if latent or name not in _LATENT_TOO]
     fields = {_ROWS[name].config or name: args[name] for name in names if name in args}
     return fields | ({name: args[name] for name in (*_LATENT_TOO, *_FLAGLESS) if name in args} if latent else {})
+
+
+def provider_fields(args: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of a provider, as far as they are plain values: all but its activation.
+
+    Config as built by Megatron-LM's `core_transformer_config_from_args` (0.16).
+    """
+    fields = config_fields(args)
+    if not fields.get(_ONLY_IN_0_16):
+        fields.pop(_ONLY_IN_0_16, None)
+    if fields.get("rope_type", "") is None:  # Megatron-LM leaves it to the class, whose default is YaRN
+        del fields["rope_type"]
+    if args.get("num_experts"):
+        fields |= {"num_moe_experts": args["num_experts"]}
+    return fields | dict(
+        gated_linear_unit=args["swiglu"],
+        num_query_groups=args["num_query_groups"] if args["group_query_attention"] else None,
+        seq_length=args["max_position_embeddings"],
+        share_embeddings_and_output_weights=not args["untie_embeddings_and_output_weights"],
+        position_embedding_type=args["position_embedding_type"],
+        rotary_percent=args["rotary_percent"],
+        rotary_base=args["rotary_base"],
+        rope_scaling=args["use_rope_scaling"],
+        rope_scaling_factor=args["rope_scaling_factor"],
+        seq_len_interpolation_factor=args["rotary_seq_len_interpolation_factor"],
+        hidden_dropout=0.0,
+        attention_dropout=args.get("attention_dropout", 0.0),
+    )
+
+
+def activation(args: Mapping[str, Any]) -> str:
+    """Name of the activation of the MLPs: "silu", "squared_relu", "gelu" or "gelu_tanh"."""
+    if args["swiglu"]:
+        return "silu"
+    if args.get("squared_relu", False):
+        return "squared_relu"
+    return "gelu_tanh" if args["bias_gelu_fusion"] else "gelu"
 
 
 def check(args: Mapping[str, Any], what: str) -> None:

@@ -27,8 +27,6 @@ from .on_cpu import where_it_runs
 from .parallel_block import GPTModelWithHeadBias
 from .process_group import ensure_parallel
 
-#: Field that later releases lack; they behave as if it were False.
-_ONLY_IN_0_16 = "moe_use_legacy_grouped_gemm"
 #: Kinds of position embeddings that are built here. Latent attention has a rotary one of its own, whatever the kind.
 _POSITIONS = ("rope", "learned_absolute", "none")
 #: Config fields for a CPU; none of them changes what the model computes.
@@ -47,6 +45,14 @@ ON_CPU: dict[str, Any] = dict(
 def gelu_tanh(values: torch.Tensor) -> torch.Tensor:
     """GELU in its tanh form, which is also what megatron-core's kernel of bias and GELU computes."""
     return F.gelu(values, approximate="tanh")
+
+
+_ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "silu": F.silu,
+    "squared_relu": squared_relu,
+    "gelu": F.gelu,
+    "gelu_tanh": gelu_tanh,
+}
 
 
 @contextmanager
@@ -144,19 +150,21 @@ class ProviderFields:
     def finalize(self) -> None:
         """Check the settings and derive what follows from them, as megatron-core does when a config is made."""
         config = cast(Any, self)
-        if config.bias_activation_fusion:
-            if config.activation_func is gelu_tanh:
-                config.activation_func = F.gelu  # the kernel's name for the same
-            elif config.activation_func is F.gelu and not self._finalized:
-                raise ConversionError(
-                    "bias_activation_fusion computes the tanh form of GELU, but this model has the exact form; leave it False"
-                )
+        if config.activation_func is gelu_tanh:
+            self._tanh = True
+        elif config.activation_func is not F.gelu:
+            self._tanh = False
+        if config.activation_func is F.gelu and config.bias_activation_fusion and not self._tanh:
+            raise ConversionError(
+                "bias_activation_fusion computes the tanh form of GELU, but this model has the exact form; leave it False"
+            )
+        if self._tanh:  # the kernel knows it by the name of the exact form
+            config.activation_func = F.gelu if config.bias_activation_fusion else gelu_tanh
         super().__post_init__()  # type: ignore[misc]
-        self._finalized = True
 
-    # Without annotations, so that they are no fields: whether `finalize` was called, what checks the settings and fills the
+    # Without annotations, so that they are no fields: whether GELU is in its tanh form, what checks the settings and fills the
     # models, and hooks.
-    _finalized = False
+    _tanh = False
     _load = None
     _check = None
     _hooks = ()
@@ -276,43 +284,16 @@ class MLAModelProvider(ProviderFields, MLATransformerConfig):  # type: ignore[mi
 def provider_of(args: Mapping[str, Any], **settings: Any) -> GPTModelProvider | MLAModelProvider:
     """Provider of the model that Megatron-LM's args describe; `settings` are further fields, which take precedence.
 
-    Config as built by Megatron-LM's `core_transformer_config_from_args` (0.16). Raises `ConversionError` if args are missing.
+    Raises `ConversionError` if args are missing.
     """
     missing = [name for name in buildable_args.required(args) if name not in args]
     if missing:
         raise ConversionError(f"args lack {', '.join(missing)}")
-    fields = buildable_args.config_fields(args)
-    if not fields.get(_ONLY_IN_0_16):
-        fields.pop(_ONLY_IN_0_16, None)
-    if fields.get("rope_type", "") is None:  # Megatron-LM leaves it to the class, whose default is YaRN
-        del fields["rope_type"]
-    if args.get("num_experts"):
-        fields |= {"num_moe_experts": args["num_experts"]}
-    fields |= dict(
-        activation_func=_activation(args),
-        gated_linear_unit=args["swiglu"],
+    fields = buildable_args.provider_fields(args) | dict(
+        activation_func=_ACTIVATIONS[buildable_args.activation(args)],
         deterministic_mode=args.get("experimental_attention_variant") is not None,  # megatron then has code of its own
-        num_query_groups=args["num_query_groups"] if args["group_query_attention"] else None,
-        seq_length=args["max_position_embeddings"],
-        share_embeddings_and_output_weights=not args["untie_embeddings_and_output_weights"],
-        position_embedding_type=args["position_embedding_type"],
-        rotary_percent=args["rotary_percent"],
-        rotary_base=args["rotary_base"],
-        rope_scaling=args["use_rope_scaling"],
-        rope_scaling_factor=args["rope_scaling_factor"],
-        seq_len_interpolation_factor=args["rotary_seq_len_interpolation_factor"],
         parallel_block=args.get("parallel_block", False),
         head_bias=args.get("head_bias", False),
-        hidden_dropout=0.0,
-        attention_dropout=args.get("attention_dropout", 0.0),
     )
     kind = MLAModelProvider if args.get("multi_latent_attention") else GPTModelProvider
     return kind(**{**fields, **settings})
-
-
-def _activation(args: Mapping[str, Any]) -> Callable[[torch.Tensor], torch.Tensor]:
-    if args["swiglu"]:
-        return F.silu
-    if args.get("squared_relu", False):
-        return cast("Callable[[torch.Tensor], torch.Tensor]", squared_relu)
-    return gelu_tanh if args["bias_gelu_fusion"] else F.gelu
