@@ -44,8 +44,10 @@ def main() -> int:
     provider.pipeline_model_parallel_size = args.pp
     model = provider(wrap_with_ddp=False)
 
-    first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+    first = torch.distributed.get_rank() == 0  # which alone gets the weights
     source = source_weights(bridge.hf_pretrained.location.folder(config_only=False)) if first else {}
+    if first and not source:
+        sys.exit(f"{args.model} has no safetensors to compare with")
     left, differing = set(source), 0
     for name, weight in bridge.export_hf_weights(model, cpu=True, show_progress=False):
         equal = name in source and torch.equal(weight, source[name])
