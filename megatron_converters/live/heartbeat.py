@@ -30,7 +30,9 @@ class Heartbeat:
 
     def __init__(self, store: Any, rank: int, size: int) -> None:
         self._store, self._rank, self._size = _Answering(store), rank, size
-        self._prefix = f"megatron_converters/{next(_NUMBERS)}"
+        #: Number of this context, the same in all processes.
+        self.number = next(_NUMBERS)
+        self._prefix = f"megatron_converters/{self.number}"
         self._stop = threading.Event()
         self._lost: str | None = None
         #: What this process tells instead of a number, once it has given up.
@@ -88,12 +90,19 @@ class Heartbeat:
             self._left = _LEFT + one_line(reason)
             self._tell(self._left)
 
-    def meet(self) -> None:
+    def meet(self, name: str) -> None:
         """Wait for all processes; raises `LostProcess` if one is lost. The first one, which may hold the store, leaves last."""
-        for name in ("met", "seen"):
-            self.put(f"{name} {self._rank}", b"")
-            for other in range(self._size) if name == "met" or self._rank == 0 else ():
-                self.wait_for(f"{name} {other}")
+        self._come(name)
+        if self._rank == 0:
+            self.put(name, b"")
+        self.wait_for(name)
+        self._come(f"{name}, seen")
+
+    def _come(self, name: str) -> None:
+        """Tell the first process that this one is here; the first one waits for all."""
+        self.put(f"{name} {self._rank}", b"")
+        for other in range(self._size) if self._rank == 0 else ():
+            self.wait_for(f"{name} {other}")
 
     def _asked(self, what: str, name: str, *value: Any) -> Any:
         """Answer of the store; raises `LostProcess` if it is gone."""
