@@ -111,8 +111,10 @@ class ProviderFields:
         super().__post_init__()  # type: ignore[misc]
         self._finalized = True
 
-    # Without annotations, so that they are no fields: whether `finalize` was called, what fills the models, and further hooks.
+    # Without annotations, so that they are no fields: whether `finalize` was called, what checks the sizes and fills the models,
+    # and further hooks.
     _finalized = False
+    _check = None
     _load = None
     _hooks = ()
 
@@ -199,6 +201,15 @@ class ProviderFields:
     def __call__(self, wrap_with_ddp: bool | None = None, **options: Any) -> list[torch.nn.Module]:
         """Same as `provide_distributed_model`."""
         return self.provide_distributed_model(wrap_with_ddp=wrap_with_ddp, **options)
+
+    def checking(self, check: Any) -> None:
+        """Let `check` be called with this provider before models are built."""
+        self._check = check
+
+    def check(self) -> None:
+        """Raise `ConversionError` for parallel sizes that the model cannot have, with those that it can."""
+        if self._check is not None:
+            self._check(self)
 
     def loading(self, load: Any) -> None:
         """Let `load` fill the models that are built."""

@@ -15,7 +15,7 @@ from ..formats.megatron.argument import Context, Group
 from ..formats.megatron.arguments import inexpressible, written_args
 from ..model.spec import ModelSpec
 from ..sharding.ranks import Parallel, padded_vocab, parallel_for
-from ..sharding.stages import EVEN
+from ..sharding.stages import EVEN, PipelineSplit
 from .buildable_args import needing_engine
 from .filling import fill
 from .layer_specs import ENGINE, LOCAL
@@ -24,6 +24,14 @@ from .parameters import naming_of, parameters_of, unwrapped
 from .process_group import own_rank
 from .provider import ON_CPU, GPTModelProvider, MLAModelProvider, provider_of
 
+#: Fields of configs whose pipeline stages are uneven.
+_UNEVEN = (
+    "num_layers_in_first_pipeline_stage",
+    "num_layers_in_last_pipeline_stage",
+    "account_for_embedding_in_pipeline_split",
+    "account_for_loss_in_pipeline_split",
+    "pipeline_model_parallel_layout",
+)
 _GROUPS = (Group.MODEL, Group.EXPERTS, Group.ROUTER, Group.LAYOUT, Group.EXPERT_LAYOUT)
 
 
@@ -57,10 +65,30 @@ def provider_for(spec: ModelSpec) -> GPTModelProvider | MLAModelProvider:
         bf16=dtype is torch.bfloat16,
         fp16=dtype is torch.float16,
         moe_router_dtype=args.get("moe_router_dtype"),
+        expert_tensor_parallel_size=None,  # megatron-core's default: the tensor-parallel size that the user sets
         vocab_size=spec.vocab_size,
         make_vocab_size_divisible_by=least_divisor(spec.vocab_size),
     )
-    return provider_of(args, **settings)
+    provider = provider_of(args, **settings)
+    provider.checking(lambda changed: _check_sizes(changed, spec))
+    return provider
+
+
+def _check_sizes(config: Any, spec: ModelSpec) -> None:
+    """Raise `ConversionError` for sizes that a model cannot have; uneven stages are checked by megatron-core, and at loading."""
+    if config.num_layers != spec.num_layers or any(getattr(config, name, None) for name in _UNEVEN):
+        return
+    vpp = config.virtual_pipeline_model_parallel_size
+    split = EVEN if vpp is None else PipelineSplit(virtual=vpp)
+    _cut(config, spec, config.pipeline_model_parallel_size, split)
+
+
+def _cut(config: Any, spec: ModelSpec, pp: int, split: PipelineSplit) -> Parallel:
+    """Cut of a model of this spec by a config's sizes but `pp`."""
+    tp, ep = config.tensor_model_parallel_size, config.expert_model_parallel_size
+    etp = config.expert_tensor_parallel_size or tp
+    experts = (ep, etp) if spec.num_experts else (1, None)
+    return parallel_for(spec, tp, pp, split, *experts, directories=False)
 
 
 def load(model: Any, source: Source, spec: ModelSpec, allowed: Collection[str] = ()) -> None:
@@ -81,8 +109,6 @@ def load(model: Any, source: Source, spec: ModelSpec, allowed: Collection[str] =
 def parallel_of(config: Any, spec: ModelSpec) -> Parallel:
     """Sizes by which a model with this config is cut. Raises `ConversionError` for sizes that a model of this spec cannot have."""
     pp, vpp = config.pipeline_model_parallel_size, config.virtual_pipeline_model_parallel_size or 1
-    tp, ep = config.tensor_model_parallel_size, config.expert_model_parallel_size
-    etp = config.expert_tensor_parallel_size or tp
     stages = tuple(
         get_num_layers_to_build(config, vp_stage=number if vpp > 1 else None, pp_rank=stage)
         for number in range(vpp)
@@ -93,9 +119,7 @@ def parallel_of(config: Any, spec: ModelSpec) -> Parallel:
             f"the model has {sum(stages)} layers ({'+'.join(map(str, stages))}), but {spec.num_layers} are to be loaded; give the "
             "provider as many, or load_weights=False"
         )
-    cut = parallel_for(
-        spec, tp, 1, EVEN, ep if spec.num_experts else 1, etp if spec.num_experts else None, directories=False
-    )
+    cut = _cut(config, spec, 1, EVEN)
     return Parallel(cut.tp, stages, EVEN, cut.ep, cut.etp, vpp)
 
 
