@@ -57,5 +57,5 @@ class Publishing:
                     return upload(path, repo_id, **options)
                 if heartbeat.rank == 0:
                     heartbeat.put(_URL, upload(path, repo_id, **options).encode())
-                heartbeat.meet()
+                heartbeat.meet("published")
                 return heartbeat.wait_for(_URL).decode()

@@ -158,7 +158,7 @@ def write(
         else:
             source.serve()
         if heartbeat is not None:
-            heartbeat.meet()
+            heartbeat.meet("end")
     return lines
 
 

@@ -15,7 +15,7 @@ from ..assets.origin import changed_files
 from ..basics.dtypes import DType
 from ..basics.errors import ConversionError, DiskError, Interrupted, Stopped, raise_all, reason_of
 from ..families import FAMILIES
-from ..model.slots import refs
+from ..model.slots import Ref, refs
 from ..storage.output_file import OutputFile
 from ..storage.tensor import release_mappings
 from .accounting import check_target
@@ -176,13 +176,7 @@ class _Run:
         executor = Executor(self._progress, self._finish, lost=self._provenance.add_lost, files=len(mine))
         try:
             for number, ref in enumerate(refs(self._source.spec)):
-                sources = self._source.read(ref)
-                executor.check(ref, self._source.spec, sources, replicas=number % self._crew.size == self._crew.rank)
-                for fill in self._target.fills(ref):
-                    if fill.file in mine:
-                        gathers = executor.plan(fill, sources.pieces)
-                        self._provenance.add_fill(ref, fill, gathers)
-                        executor.fill(self._file(fill.file), fill, gathers)
+                self._copy_ref(executor, ref, mine, replicas=number % self._crew.size == self._crew.rank)
             executor.finish()
         except BaseException:
             executor.cancel()
@@ -197,6 +191,16 @@ class _Run:
             if not self._file(path).closed:
                 self._finish(self._file(path))
         return sorted(mine)
+
+    def _copy_ref(self, executor: Executor[OutputFile], ref: Ref, mine: set[str], *, replicas: bool) -> None:
+        """Queue what these files have of a ref. Nothing of it is held afterwards: a source may wait until it is written."""
+        sources = self._source.read(ref)
+        executor.check(ref, self._source.spec, sources, replicas=replicas)
+        for fill in self._target.fills(ref):
+            if fill.file in mine:
+                gathers = executor.plan(fill, sources.pieces)
+                self._provenance.add_fill(ref, fill, gathers)
+                executor.fill(self._file(fill.file), fill, gathers)
 
     def _file(self, path: str) -> OutputFile:
         file = self._open.get(path)

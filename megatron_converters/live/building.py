@@ -29,6 +29,7 @@ def build(provider: Any, *, empty: bool) -> list[torch.nn.Module]:
 
     If `empty`, parameters have the attributes that megatron-core gives them, but no values yet; else its initial ones.
     """
+    provider.check()
     ensure_parallel(provider)
     config = copy.copy(provider)
     if empty and provider.transformer_impl == ENGINE:

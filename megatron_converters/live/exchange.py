@@ -50,6 +50,13 @@ class Exchange:
         self._device = torch.device("cpu")
         if heartbeat is not None and "nccl" in dist.get_backend():
             self._device = torch.device("cuda", torch.cuda.current_device())
+        # Of its own, so that no transfer of an earlier run that was given up is taken for one of this; nccl knows no tags.
+        self._tag = heartbeat.number if heartbeat is not None and self._device.type == "cpu" else 0
+
+    def begin(self) -> None:
+        """Wait until all processes are about to transfer: what one refuses before leaves no transfer of another one behind."""
+        if self._heartbeat is not None:
+            self._heartbeat.meet("begin")
 
     def send(self, wanted: Mapping[int, Iterable[Wanted]]) -> Received:
         """Give each process the parameters that it wants; returns those of this one."""
@@ -60,9 +67,9 @@ class Exchange:
             buffer = self._buffer(parts, filled=owner == self._process)
             buffers.append(buffer)
             if owner == self._process:
-                operations.append(dist.P2POp(dist.isend, buffer, target))
+                operations.append(dist.P2POp(dist.isend, buffer, target, tag=self._tag))
             else:
-                operations.append(dist.P2POp(dist.irecv, buffer, owner))
+                operations.append(dist.P2POp(dist.irecv, buffer, owner, tag=self._tag))
                 received |= _views(buffer, parts)
         if operations:
             self._wait(dist.batch_isend_irecv(operations))

@@ -66,6 +66,7 @@ class LiveModel:
         self.process = dist.get_rank() if len(self._summaries) > 1 else 0
         self.layout = _layout(spec, self._summaries)
         own = [text for _, text in mismatches(self.parameters, self.layout, self.process)]
+        own += _tying(self.models, spec, self.process)
         raise_all(
             f"the model does not match the {spec.family} model of the bridge:",
             dict.fromkeys(text for found in gathered(own, heartbeat) for text in found),
@@ -97,6 +98,15 @@ class LiveModel:
     def exchange(self) -> Exchange:
         """Transfers of this model's parameters."""
         return Exchange(self.parameters, self.process, self.heartbeat)
+
+
+def _tying(models: Sequence[torch.nn.Module], spec: ModelSpec, process: int) -> list[str]:
+    """Text for a model that ties embedding and head otherwise than the spec: with several stages it has the same parameters."""
+    tied = {getattr(model, "share_embeddings_and_output_weights", spec.tied) for model in models}
+    if tied == {spec.tied}:
+        return []
+    words = {True: "share_embeddings_and_output_weights=True", False: "share_embeddings_and_output_weights=False"}
+    return [f"rank {process}: the model was built with {words[not spec.tied]}, not {words[spec.tied]}"]
 
 
 def _summary(models: Sequence[torch.nn.Module], parameters: Parameters) -> _Summary:

@@ -100,6 +100,8 @@ def ensure_parallel(config: Any) -> None:
             f"megatron-core's parallel state was initialised with {', '.join(differing)} of the provider; set the provider's sizes "
             "to these, or call parallel_state.destroy_model_parallel() first"
         )
+    # megatron-core finds the first and the last stage by it; Megatron-LM, too, sets it when it builds a model.
+    parallel_state.set_virtual_pipeline_model_parallel_world_size(config.virtual_pipeline_model_parallel_size)
 
 
 def _check_world(sizes: dict[str, int]) -> None:

@@ -235,9 +235,6 @@ class ProviderFields:
         """
         from .distributed_model import provide
 
-        if self._check is not None:
-            self._check(self)
-
         changed = {"fp16": fp16, "bf16": bf16, "use_cpu_initialization": use_cpu_initialization}
         for name, value in changed.items():
             if value is not None:
@@ -257,8 +254,13 @@ class ProviderFields:
         return self.provide_distributed_model(wrap_with_ddp=wrap_with_ddp, **options)
 
     def checking(self, check: Any) -> None:
-        """Let `check` raise an error for settings that the model cannot have, before models are built."""
+        """Let `check` be called with this provider before models are built."""
         self._check = check
+
+    def check(self) -> None:
+        """Raise `ConversionError` for parallel sizes that the model cannot have, with those that it can."""
+        if self._check is not None:
+            self._check(self)
 
     def loading(self, load: Any) -> None:
         """Let `load` fill the models that are built."""

@@ -58,6 +58,7 @@ def provider_for(spec: ModelSpec) -> GPTModelProvider | MLAModelProvider:
         bf16=dtype is torch.bfloat16,
         fp16=dtype is torch.float16,
         moe_router_dtype=args.get("moe_router_dtype"),
+        expert_tensor_parallel_size=None,  # megatron-core's default: the tensor-parallel size that the user sets
         vocab_size=spec.vocab_size,
         make_vocab_size_divisible_by=least_divisor(spec.vocab_size),
     )
@@ -108,8 +109,6 @@ def load(model: Any, source: Source, spec: ModelSpec, allowed: Collection[str] =
 def parallel_of(config: Any, spec: ModelSpec) -> Parallel:
     """Sizes by which a model with this config is cut. Raises `ConversionError` for sizes that a model of this spec cannot have."""
     pp, vpp = config.pipeline_model_parallel_size, config.virtual_pipeline_model_parallel_size or 1
-    tp, ep = config.tensor_model_parallel_size, config.expert_model_parallel_size
-    etp = config.expert_tensor_parallel_size or tp
     stages = tuple(
         get_num_layers_to_build(config, vp_stage=number if vpp > 1 else None, pp_rank=stage)
         for number in range(vpp)
@@ -120,9 +119,9 @@ def parallel_of(config: Any, spec: ModelSpec) -> Parallel:
             f"the model has {sum(stages)} layers ({'+'.join(map(str, stages))}), but {spec.num_layers} are to be loaded; give the "
             "provider as many, or load_weights=False"
         )
-    cut = parallel_for(
-        spec, tp, 1, EVEN, ep if spec.num_experts else 1, etp if spec.num_experts else None, directories=False
-    )
+    tp, ep = config.tensor_model_parallel_size, config.expert_model_parallel_size
+    experts = (ep, config.expert_tensor_parallel_size or tp) if spec.num_experts else (1, None)
+    cut = parallel_for(spec, tp, 1, EVEN, *experts, directories=False)
     return Parallel(cut.tp, stages, EVEN, cut.ep, cut.etp, vpp)
 
 

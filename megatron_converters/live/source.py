@@ -41,6 +41,7 @@ class LiveSource:
         self._buckets = in_buckets(self._holdings, self._nbytes, bucket_bytes)
         self._received: Received = {}
         self._current: set[Ref] = set()
+        self._begun = False
         self._held = _Held(bucket_bytes)
         #: Bytes of the ref that was read last, which its reader still holds.
         self._last = 0
@@ -84,6 +85,9 @@ class LiveSource:
             writer: [self._live.wanted(holding, writer) for ref in bucket for holding in self._holdings[ref]]
             for writer in self._writers
         }
+        if not self._begun:
+            self._exchange.begin()
+            self._begun = True
         self._received = self._exchange.send(wanted)
         self._current = set(bucket)
 

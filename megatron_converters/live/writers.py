@@ -6,7 +6,7 @@ import pickle
 from collections.abc import Sequence
 
 from ..conversion.crew import Report
-from .heartbeat import Heartbeat
+from .heartbeat import Heartbeat, LostProcess
 
 
 class Writers:
@@ -28,11 +28,18 @@ class Writers:
         return len(self._writers)
 
     def exchange(self, report: Report) -> list[Report]:
-        """Wait for the others; returns all reports. Raises `LostProcess` if a process is gone."""
+        """Wait for the others; returns all reports. Raises `LostProcess` if a process is gone, unless this one has failed."""
         self._meetings += 1
         name = f"meeting {self._meetings}"
         self._heartbeat.put(f"{name} {self._process}", pickle.dumps(report))
-        found = (self._heartbeat.wait_for(f"{name} {writer}") for writer in self._writers)
+        if report.failure is not None:  # the others may be waiting for weights of this process
+            self._heartbeat.give_up(report.failure)
+        try:
+            found = [self._heartbeat.wait_for(f"{name} {writer}") for writer in self._writers]
+        except LostProcess:
+            if report.failure is not None:
+                return [report]
+            raise
         return [pickle.loads(data) for data in found]  # noqa: S301 - from a process of this run
 
     def close(self) -> None:
