@@ -19,8 +19,8 @@ from megatron_converters.bridge import AutoBridge
 from tests.conversions import different
 from tests.helpers import ROOT, hf_tensors
 from tests.live_process import live
-from tests.oracle.hf import make_model
-from tests.test_bridge import agree, built, exported, logits
+from tests.oracle.hf import hf_logits, make_model
+from tests.test_bridge import TOKENS, TOLERANCE, agree, built, exported, logits
 
 HFModel = Callable[..., Path]
 _MIB = 1 << 20
@@ -113,6 +113,8 @@ def test_threads_build_at_once(llama: Path, mixture: Path) -> None:
     """Models of several threads are right, whoever ends first, and nothing stays patched."""
     before = patched()
     built(llama)  # the process group is made once
+    # Before the threads start: transformers, which patches itself while it loads, is not safe in several.
+    theirs = {folder: hf_logits(folder, TOKENS) for folder in (llama, mixture)}
     found: list[Path] = []
     errors: list[BaseException] = []
     start = threading.Barrier(4)
@@ -122,7 +124,8 @@ def test_threads_build_at_once(llama: Path, mixture: Path) -> None:
             start.wait()
             for _ in range(3):
                 _, model = built(folder)
-                agree(model, folder)
+                difference = (logits(model) - theirs[folder]).abs().max() / theirs[folder].abs().max()
+                assert float(difference) < TOLERANCE
                 found.append(folder)
         except BaseException as error:  # noqa: BLE001 - shown by the test
             errors.append(error)
