@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from ..basics.errors import ConversionError
+from ..conversion.endpoint import Source
 from ..formats.huggingface.target import HFOptions
 from ..live.export import BUCKET_BYTES, WeightDistributionMode
 from ..live.layout import planned
@@ -83,14 +85,11 @@ class AutoBridge(Checkpoints, Publishing, Unsupported):
         from ..live.providing import load, provider_for
 
         pretrained = self.hf_pretrained
-        source = None
-        if load_weights:
-            source = other_source(hf_path, pretrained.spec) if hf_path is not None else pretrained.source()
+        source = self._weights(hf_path) if load_weights else None
         provider = provider_for(pretrained.spec)
         provider.hf_model_id = pretrained.model_name_or_path
         if source is not None:
-            found = source
-            provider.loading(lambda models: load(models, found, pretrained.spec))
+            provider.loading(partial(load, source=source, spec=pretrained.spec))
         return provider
 
     def to_megatron_model(self, load_weights: bool = True, hf_path: str | None = None, **options: Any) -> list[Any]:
@@ -129,10 +128,13 @@ class AutoBridge(Checkpoints, Publishing, Unsupported):
         """
         from ..live.providing import load
 
-        pretrained = self.hf_pretrained
-        source = pretrained.source() if hf_path is None else other_source(hf_path, pretrained.spec)
-        load(model, source, pretrained.spec, allowed_mismatched_params or ())
+        load(model, self._weights(hf_path), self.hf_pretrained.spec, allowed_mismatched_params or ())
         return list(model) if isinstance(model, (list, tuple)) else [model]
+
+    def _weights(self, hf_path: str | None) -> Source:
+        """Weights of the model, or of another one of the same kind."""
+        pretrained = self.hf_pretrained
+        return pretrained.source() if hf_path is None else other_source(hf_path, pretrained.spec)
 
     @property
     def transformer_config(self) -> Any:

@@ -92,10 +92,10 @@ def _mappings(spec: ModelSpec) -> Iterator[Mapping]:
     names = HFNames(FAMILIES[spec.family], spec)
     for ref in refs(spec):
         place = next(iter(whole.places(ref)))
-        starred = [_starred(name, ref.layer, ref.expert) for name in names.names(ref)]
-        yield Mapping(_starred(place.key, ref.layer, ref.expert), tuple(starred), ref.slot.name)
+        starred = [_starred(name) for name in names.names(ref)]
+        yield Mapping(_starred(place.key), tuple(starred), ref.slot.name)
 
 
-def _starred(name: str, *numbers: int | None) -> str:
+def _starred(name: str) -> str:
     """Name with `*` in place of numbers between dots."""
     return ".".join("*" if part.isdecimal() else part for part in name.split("."))

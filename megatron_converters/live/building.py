@@ -8,7 +8,6 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from megatron.core import parallel_state
 
 from ..basics.errors import raise_all
 from .layer_specs import ENGINE
@@ -38,7 +37,6 @@ def build(provider: Any, *, empty: bool) -> list[torch.nn.Module]:
         config.use_cpu_initialization = True  # megatron-core then leaves the device of weights to the context
         config.perform_initialization = True  # which on the meta device sets attributes and takes no time
     vpp = config.virtual_pipeline_model_parallel_size
-    parallel_state.set_virtual_pipeline_model_parallel_world_size(vpp)  # the pipeline's schedules read it there
     with torch.device("meta") if empty else nullcontext():
         models = [config.provide(vp_stage=number) for number in (range(vpp) if vpp else [None])]
     for model in models:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -30,12 +31,14 @@ class Wanted(NamedTuple):
     dtype: torch.dtype
 
     @property
+    def size(self) -> int:
+        """Bytes of the parameter."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
     def nbytes(self) -> int:
         """Bytes in a buffer."""
-        size = self.dtype.itemsize
-        for length in self.shape:
-            size *= length
-        return -(-size // _ALIGNED) * _ALIGNED
+        return -(-self.size // _ALIGNED) * _ALIGNED
 
 
 #: Parameters by owner and key, as tensors.
@@ -60,12 +63,11 @@ class Exchange:
 
     def send(self, wanted: Mapping[int, Iterable[Wanted]]) -> Received:
         """Give each process the parameters that it wants; returns those of this one."""
-        received, operations, buffers = self._own(wanted.get(self._process, ())), [], []
+        received, operations = self._own(wanted.get(self._process, ())), []
         for target, (owner, parts) in _pairs(wanted):
             if self._process not in (owner, target):
                 continue
             buffer = self._buffer(parts, filled=owner == self._process)
-            buffers.append(buffer)
             if owner == self._process:
                 operations.append(dist.P2POp(dist.isend, buffer, target, tag=self._tag))
             else:
@@ -79,7 +81,7 @@ class Exchange:
         """Give all processes these parameters."""
         received: Received = {}
         for owner, parts in _by_owner(wanted):
-            if self._heartbeat is None or dist.get_world_size() == 1:
+            if self._heartbeat is None:
                 received |= self._own(parts)
                 continue
             buffer = self._buffer(parts, filled=owner == self._process)
@@ -163,11 +165,12 @@ def in_buckets(items: Iterable[T], nbytes: Callable[[T], int], limit: int) -> It
     bucket: list[T] = []
     filled = 0
     for item in items:
-        if bucket and filled + nbytes(item) > limit:
+        size = nbytes(item)
+        if bucket and filled + size > limit:
             yield bucket
             bucket, filled = [], 0
         bucket.append(item)
-        filled += nbytes(item)
+        filled += size
     yield bucket
 
 
@@ -193,9 +196,6 @@ def _views(buffer: torch.Tensor, parts: Sequence[Wanted]) -> Received:
     found: Received = {}
     start = 0
     for part in parts:
-        size = part.dtype.itemsize
-        for length in part.shape:
-            size *= length
-        found[part.owner, part.key] = buffer[start : start + size].view(part.dtype).view(part.shape)
+        found[part.owner, part.key] = buffer[start : start + part.size].view(part.dtype).view(part.shape)
         start += part.nbytes
     return found

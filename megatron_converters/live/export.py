@@ -81,7 +81,8 @@ def _takers(
     if options.mode is WeightDistributionMode.CONSOLIDATE:
         return {tensor.name: (0,) for tensor in tensors}
     if options.mode is WeightDistributionMode.STAGE:
-        return {tensor.name: _of_stage(live, tensor) for tensor in tensors}
+        of_stage = _by_stage(live)
+        return {tensor.name: of_stage[live.stage(tensor.parts[0].ranks[0])] for tensor in tensors}
     assigned = [0] * live.processes
     by_file: dict[str, int] = {}
     found: dict[str, tuple[int, ...]] = {}
@@ -94,10 +95,13 @@ def _takers(
     return found
 
 
-def _of_stage(live: LiveModel, tensor: MappedTensor) -> tuple[int, ...]:
-    """Processes of the pipeline stage that has a tensor."""
-    stage = live.stage(tensor.parts[0].ranks[0])
-    return tuple(process for process in range(live.processes) if live.stage(process) == stage)
+def _by_stage(live: LiveModel) -> dict[int, tuple[int, ...]]:
+    """Processes of each pipeline stage."""
+    found: dict[int, tuple[int, ...]] = {}
+    for process in range(live.processes):
+        stage = live.stage(process)
+        found[stage] = (*found.get(stage, ()), process)
+    return found
 
 
 def _nbytes(live: LiveModel, tensor: MappedTensor) -> int:
@@ -105,8 +109,7 @@ def _nbytes(live: LiveModel, tensor: MappedTensor) -> int:
 
 
 def _wanted(live: LiveModel, part: Part, taker: int | None) -> Wanted:
-    owner = taker if taker in part.ranks else part.ranks[0]
-    return live.wanted_of(owner, Key(part.model, part.parameter), part.parameter_shape)
+    return live.wanted_of(part.ranks, Key(part.model, part.parameter), part.parameter_shape, taker)
 
 
 def _moved(

@@ -59,7 +59,7 @@ def _fills(ref: Ref, parameters: Parameters, layout: LiveLayout, process: int) -
         for holding in place:
             if process in holding.holders and holding.key in parameters:
                 cut = holding.cut
-                dtype = dtype_of(parameters[holding.key])
+                dtype = dtype_of(parameters[holding.key].dtype)
                 rows = resolve_padding(cut, layout.spec.vocab_size)
                 found = Fill("the model", shown(holding.key), dtype, cut.shape, rows, cut.col, padding=cut.padding)
                 yield holding.key, layout.fill(ref, found)

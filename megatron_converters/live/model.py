@@ -79,17 +79,17 @@ class LiveModel:
 
     def wanted(self, holding: Holding, taker: int | None = None) -> Wanted:
         """Parameter of a holding, of the taker itself if that is one of the holders, else of the first of these."""
-        owner = taker if taker in holding.holders else holding.holders[0]
-        return self.wanted_of(owner, holding.key, holding.cut.shape)
+        return self.wanted_of(holding.holders, holding.key, holding.cut.shape, taker)
 
-    def wanted_of(self, owner: int, key: Key, shape: tuple[int, ...]) -> Wanted:
-        """Parameter of a process."""
+    def wanted_of(self, holders: Sequence[int], key: Key, shape: tuple[int, ...], taker: int | None) -> Wanted:
+        """Parameter that these processes have, chosen as `wanted` does."""
+        owner = taker if taker is not None and taker in holders else holders[0]
         summary = self._summaries[owner]
         return Wanted(owner, key, shape, summary.others.get(key, summary.usual))
 
     def dtype(self, holding: Holding) -> DType:
         """Dtype of a holding."""
-        return dtype_of(torch.empty(0, dtype=self.wanted(holding).dtype))
+        return dtype_of(self.wanted(holding).dtype)
 
     def stage(self, process: int) -> int:
         """Pipeline stage of a process."""

@@ -99,9 +99,9 @@ def shown(key: Key) -> str:
     return f"model {key.model}, {key.parameter}" if key.model else key.parameter
 
 
-def dtype_of(tensor: torch.Tensor) -> DType:
-    """Dtype of a tensor; raises `ConversionError` where no weight can have it."""
-    name = str(tensor.dtype).removeprefix("torch.")
+def dtype_of(dtype: torch.dtype) -> DType:
+    """Dtype that torch calls so; raises `ConversionError` where no weight can have it."""
+    name = str(dtype).removeprefix("torch.")
     if name not in BY_NAME:
         raise ConversionError(f"a parameter of the model is {name}, which is no dtype of weights here")
     return BY_NAME[name]
@@ -109,7 +109,7 @@ def dtype_of(tensor: torch.Tensor) -> DType:
 
 def as_array(tensor: torch.Tensor) -> npt.NDArray[Any]:
     """Elements of a contiguous tensor on the CPU, in their dtype's carrier type; the memory is shared."""
-    dtype = dtype_of(tensor)
+    dtype = dtype_of(tensor.dtype)
     found: npt.NDArray[Any] = (
         tensor.detach().view(getattr(torch, f"int{8 * dtype.itemsize}")).numpy().view(dtype.carrier)
     )

@@ -56,7 +56,7 @@ _ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 
 @contextmanager
-def only_next_token(model: GPTModel) -> Iterator[None]:
+def _only_next_token(model: GPTModel) -> Iterator[None]:
     """Context without the layers that predict further tokens: they do not change the logits, and run only with labels."""
     config, process, layers = model.config, model.mtp_process, model.config.mtp_num_layers
     model.mtp_process, config.mtp_num_layers = False, None
@@ -86,7 +86,7 @@ class LiveGPTModel(GPTModel):  # type: ignore[misc]
         **options: Any,
     ) -> torch.Tensor:
         """Logits, or losses where there are `labels`, without which megatron-core cannot predict further tokens."""
-        with only_next_token(self) if self.post_process and labels is None else nullcontext():
+        with _only_next_token(self) if self.post_process and labels is None else nullcontext():
             found: torch.Tensor = super().forward(
                 input_ids, position_ids, attention_mask, decoder_input, labels, *args, **options
             )

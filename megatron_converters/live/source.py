@@ -43,8 +43,6 @@ class LiveSource:
         self._current: set[Ref] = set()
         self._begun = False
         self._held = _Held(bucket_bytes)
-        #: Bytes of the ref that was read last, which its reader still holds.
-        self._last = 0
 
     def dtype_of(self, ref: Ref) -> DType:
         """Dtype of a ref in the model."""
@@ -54,9 +52,8 @@ class LiveSource:
         """Pieces of a ref, as views of this process's parameters or of a bucket from other ones."""
         while ref not in self._current:
             self._received, self._current = {}, set()
-            self._held.wait(self._last)
+            self._held.wait()
             self._move(next(self._buckets))
-        self._last = self._nbytes(ref)
         pieces: list[Piece] = []
         for holding in self._holdings[ref]:
             wanted = self._live.wanted(holding, self._live.process)
@@ -75,7 +72,7 @@ class LiveSource:
 
     def _data(self, holding: Holding, wanted: Wanted) -> MemoryTensor:
         tensor = self._received[wanted.owner, holding.key]
-        found = MemoryTensor(dtype_of(tensor), tuple(tensor.shape), as_array(tensor.cpu().contiguous()))
+        found = MemoryTensor(dtype_of(tensor.dtype), tuple(tensor.shape), as_array(tensor.cpu().contiguous()))
         if wanted.owner != self._live.process:
             self._held.add(found)
         return found
@@ -110,9 +107,9 @@ class _Held:
             self._nbytes += nbytes
         weakref.finalize(tensor, self._forget, nbytes)
 
-    def wait(self, in_use: int) -> None:
-        """Wait until there is room for a further bucket; `in_use` bytes are not given back meanwhile."""
-        while self._nbytes > max(self._limit, in_use):
+    def wait(self) -> None:
+        """Wait until there is room for a further bucket."""
+        while self._nbytes > self._limit:
             time.sleep(_POLL)
 
     def _forget(self, nbytes: int) -> None:

@@ -77,6 +77,8 @@ def cut(tp: int, pp: int, ep: int, etp: int) -> Rank:
     """Divide the processes into megatron's parallel groups of these sizes, replacing earlier ones; returns this process's rank."""
     from megatron.core import parallel_state
 
+    from ..live.process_group import own_rank
+
     parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(
         tp,
@@ -85,12 +87,7 @@ def cut(tp: int, pp: int, ep: int, etp: int) -> Rank:
         expert_tensor_parallel_size=etp,
         create_gloo_process_groups=False,
     )
-    return Rank(
-        parallel_state.get_tensor_model_parallel_rank(),
-        parallel_state.get_pipeline_model_parallel_rank(),
-        parallel_state.get_expert_model_parallel_rank(),
-        parallel_state.get_expert_tensor_parallel_rank(),
-    )
+    return own_rank()
 
 
 def replica() -> int:

@@ -13,7 +13,7 @@ from megatron.core.models.gpt import GPTModel
 from ..basics.errors import ConversionError
 from ..live import buildable_args
 from ..live.on_cpu import cuda_is_cpu
-from ..live.provider import ON_CPU, only_next_token, provider_of
+from ..live.provider import ON_CPU, provider_of
 
 
 def build(
@@ -55,7 +55,7 @@ def _run(model: GPTModel, tokens: torch.Tensor) -> torch.Tensor | None:
         hidden = torch.empty(length, batch, model.config.hidden_size)
         dist.recv(hidden, parallel_state.get_pipeline_model_parallel_prev_rank())
         model.set_input_tensor(hidden)
-    with torch.no_grad(), cuda_is_cpu(), only_next_token(model):
+    with torch.no_grad(), cuda_is_cpu():
         out: torch.Tensor = model(tokens, torch.arange(length).expand(batch, -1), attention_mask=None)
     RotaryEmbedding.forward.cache_clear()  # else its cache keeps every model of the process alive
     if model.post_process:
