@@ -17,6 +17,7 @@ SIZES = {
     "ep": "expert_model_parallel_size",
     "etp": "expert_tensor_parallel_size",
     "vpp": "virtual_pipeline_model_parallel_size",
+    "layout": "pipeline_model_parallel_layout",
 }
 Weights = dict[str, torch.Tensor]
 
@@ -35,7 +36,7 @@ def join(rank: int, size: int, folder: Path) -> None:
     cpu.init_gloo(rank, size, folder)
 
 
-def bridge_and_model(folder: Path, sizes: dict[str, int], **settings: Any) -> tuple[Any, list[Any]]:
+def bridge_and_model(folder: Path, sizes: dict[str, Any], **settings: Any) -> tuple[Any, list[Any]]:
     """Bridge of a folder, and this process's models in evaluation."""
     from megatron.core import parallel_state
 
@@ -55,7 +56,7 @@ def exported(bridge: Any, models: list[Any], **options: Any) -> Weights:
     return {name: weight.clone() for name, weight in bridge.export_hf_weights(models, show_progress=False, **options)}
 
 
-def round_trip(folder: Path, out: Path, tokens: torch.Tensor, sizes: dict[str, int]) -> Seen:
+def round_trip(folder: Path, out: Path, tokens: torch.Tensor, sizes: dict[str, Any]) -> Seen:
     """Build a model, run it, and export it in every manner; it is saved by one process, and by several."""
     from megatron.core import parallel_state
 
@@ -94,7 +95,7 @@ class Trained(NamedTuple):
     exported: Weights
 
 
-def trained(folder: Path, tokens: torch.Tensor, sizes: dict[str, int]) -> Trained:
+def trained(folder: Path, tokens: torch.Tensor, sizes: dict[str, Any]) -> Trained:
     """Take a step of gradient descent on one stage, and export the model to all processes."""
     from megatron.core import parallel_state
 
@@ -118,13 +119,13 @@ def trained(folder: Path, tokens: torch.Tensor, sizes: dict[str, int]) -> Traine
     )
 
 
-def saved(folder: Path, out: Path, sizes: dict[str, int]) -> None:
+def saved(folder: Path, out: Path, sizes: dict[str, Any]) -> None:
     """Save a live model as a distributed checkpoint."""
     bridge, models = bridge_and_model(folder, sizes)
     bridge.save_megatron_model(models, out, show_progress=False)
 
 
-def loaded(folder: Path, checkpoint: Path, tokens: torch.Tensor, sizes: dict[str, int]) -> Seen:
+def loaded(folder: Path, checkpoint: Path, tokens: torch.Tensor, sizes: dict[str, Any]) -> Seen:
     """Logits of a model that is loaded from a checkpoint at other sizes."""
     from megatron.core import parallel_state
 
@@ -140,12 +141,12 @@ def loaded(folder: Path, checkpoint: Path, tokens: torch.Tensor, sizes: dict[str
     return Seen(parallel_state.get_tensor_model_parallel_rank(), logits if first else None, {})
 
 
-def refused(folder: Path, sizes: dict[str, int]) -> None:
+def refused(folder: Path, sizes: dict[str, Any]) -> None:
     """Build a model of sizes that it cannot have."""
     bridge_and_model(folder, sizes)
 
 
-def damaged(folder: Path, sizes: dict[str, int], process: int) -> None:
+def damaged(folder: Path, sizes: dict[str, Any], process: int) -> None:
     """Export a model of which one process has lost a parameter."""
     import torch.distributed as dist
 
@@ -155,7 +156,7 @@ def damaged(folder: Path, sizes: dict[str, int], process: int) -> None:
     exported(bridge, models, mode="replicate")
 
 
-def swapped(folder: Path, sizes: dict[str, int]) -> Weights:
+def swapped(folder: Path, sizes: dict[str, Any]) -> Weights:
     """Export of a model whose layout gives the shares of the MLP to the wrong processes."""
     import pytest
 

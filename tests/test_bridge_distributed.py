@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,9 +24,10 @@ TOLERANCE = 1e-5
 VOCABULARY = 199
 PROCESSES = 4
 #: Families, and sizes of four processes.
-CASES = [
+CASES: list[tuple[str, dict[str, Any]]] = [
     ("llama3.2-tied", dict(tp=2, pp=2)),
     ("llama3", dict(tp=2, pp=2, vpp=2)),
+    ("llama3.2-tied", dict(tp=2, pp=2, layout="Et|t|t|tL")),
     ("gpt2", dict(tp=2, pp=2)),
     ("qwen3-moe", dict(tp=2, pp=2, ep=2, etp=1)),
     ("qwen3-moe", dict(pp=2, vpp=2, ep=2)),
@@ -52,7 +54,7 @@ def off(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 
 @pytest.mark.parametrize(("family", "sizes"), CASES, ids=[f"{family} {sizes}" for family, sizes in CASES])
 def test_live_models_are_the_source(
-    family: str, sizes: dict[str, int], pool: Pool, hf_model: Callable[..., Path], tmp_path: Path
+    family: str, sizes: dict[str, Any], pool: Pool, hf_model: Callable[..., Path], tmp_path: Path
 ) -> None:
     folder = hf_model(family)
     source = hf_tensors(folder)

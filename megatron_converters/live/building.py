@@ -29,8 +29,9 @@ def build(provider: Any, *, empty: bool) -> list[torch.nn.Module]:
     If `empty`, parameters have the attributes that megatron-core gives them, but no values yet; else its initial ones.
     """
     provider.check()
-    ensure_parallel(provider)
     config = copy.copy(provider)
+    config.finalize()  # which counts the virtual stages of a layout
+    ensure_parallel(config)
     if empty and provider.transformer_impl == ENGINE:
         config.init_model_with_meta_device = True
     elif empty:

@@ -39,6 +39,7 @@ def build(
         should_pad_vocab=False,
         cut_down_projections=cut_down_projections,
     )
+    provider.finalize()  # which counts the virtual stages of a layout
     vpp = provider.virtual_pipeline_model_parallel_size
     parallel_state.set_virtual_pipeline_model_parallel_world_size(vpp)
     return [provider.provide(vp_stage=number).eval() for number in (range(vpp) if vpp else [None])]

@@ -60,7 +60,6 @@ def _adapt(model: GPTModel, qk_norm_over_heads: bool) -> None:
         if isinstance(module, SelfAttention) and qk_norm_over_heads:
             module.q_layernorm = _NormOverHeads(config, config.num_attention_heads)
             module.k_layernorm = _NormOverHeads(config, config.num_query_groups)
-    return model
 
 
 def divide_frequencies(models: list[GPTModel], divisors: Sequence[float]) -> None:

@@ -159,8 +159,9 @@ class DotProductAttention(_ExtraState):
         **_: Any,
     ):
         super().__init__()
-        if attention_dropout or softmax_type != "vanilla":
-            raise NotImplementedError("the stand-in has no attention dropout and no attention sinks")
+        if softmax_type != "vanilla":
+            raise NotImplementedError("the stand-in has no attention sinks")
+        self.attention_dropout = attention_dropout
         key_channels = kv_channels if isinstance(kv_channels, int) else kv_channels[0]
         self.scale = softmax_scale or 1 / math.sqrt(key_channels)
         self.window_size = window_size or (-1, -1)
@@ -170,6 +171,8 @@ class DotProductAttention(_ExtraState):
     ) -> torch.Tensor:
         if attn_mask_type != "causal" or mask is not None:
             raise NotImplementedError(f"the stand-in has only causal attention, not {attn_mask_type!r}")
+        if self.training and self.attention_dropout:
+            raise NotImplementedError("the stand-in has no attention dropout")
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [b, heads or groups, s, d]
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
         scores = (q @ k.transpose(-1, -2)).float() * self.scale
