@@ -104,6 +104,7 @@ def test_patterns_that_the_model_needs_or_nobody_has(plain: Path, odd: Path, tmp
 def test_several_patterns() -> None:
     assert patterns(["a.*,b", "c"]) == ("a.*", "b", "c")
     assert patterns(None) == ()
+    assert LeftOut("a.*").kept({"a.x": 1, "b": 2}) == {"b": 2}  # one pattern, not one for each character
     left_out = LeftOut(("a.*", "?"))
     assert left_out.kept(dict.fromkeys(["a.x", "b", "A.x", "cc"])) == {"A.x": None, "cc": None}
     assert left_out.ignored == ["a.x (--ignore-tensors)", "b (--ignore-tensors)"]

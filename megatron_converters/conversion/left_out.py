@@ -18,7 +18,7 @@ class LeftOut:
     """Tensors that one of the patterns (`*`, `?`, `[…]`) names, of those that a source has come across."""
 
     def __init__(self, patterns: Sequence[str] = ()) -> None:
-        self._patterns = tuple(patterns)
+        self._patterns = (patterns,) if isinstance(patterns, str) else tuple(patterns)
         #: Patterns by the names of the tensors that are left out.
         self._found: dict[str, str] = {}
 
