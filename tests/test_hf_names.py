@@ -159,6 +159,7 @@ def test_tying_goes_both_ways(hf_model: HFModel, tmp_path: Path) -> None:
     assert torch.equal(hf_logits(odd, TOKENS), expected)
     assert torch.equal(hf_logits(back, TOKENS), expected)
     refused(verb("plan", odd, tmp_path / "out", "--untie"), f"{EMBEDDINGS} (word_embeddings) is missing")
+    refused(verb("plan", plain, tmp_path / "out", "--untie"), f"{HEAD} (output_layer) is missing", "leave --untie out")
     edit_config(odd, tie_word_embeddings=False)
     refused(verb("plan", odd, tmp_path / "out"), f"{EMBEDDINGS} (word_embeddings) is missing")
 

@@ -189,6 +189,8 @@ def _why_missing(
     )
     if spec.tied or not key or name not in names.names(Ref(SLOTS["output_layer"])):
         return ""
+    if config.get(key):
+        return f": {key} is true in config.json; leave --untie out"
     stated = f"{key} is {str(config[key]).lower()} in config.json" if key in config else f"config.json has no {key}"
     return f": {stated}, so that it is not tied to the embeddings; if the model has no head of its own, set it to true"
 
@@ -233,7 +235,7 @@ def _ghost_note(ghosts: Mapping[str, str]) -> list[str]:
 
 def _dtype_note(config: Mapping[str, Any], spec: ModelSpec) -> list[str]:
     """Note on another dtype in config.json than the model's weights have."""
-    stated = next((config[key] for key in ("dtype", "torch_dtype") if config.get(key) is not None), None)
+    stated = next((config[key] for key in ("torch_dtype", "dtype") if config.get(key) is not None), None)
     if stated is None or dtype_named(str(stated)) == spec.dtype:
         return []
     return [f"config.json says {stated}, but the weights are {spec.dtype}, which is taken for the model's dtype"]

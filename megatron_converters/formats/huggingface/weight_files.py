@@ -26,7 +26,8 @@ _SHARD = re.compile(r"(?P<start>.+-)(?P<number>\d+)-of-(?P<total>\d+)(?P<end>\.s
 _WEIGHTS = ("*.safetensors", "*.bin")
 _CONFIG = "config.json"
 #: Weights as Mistral's and Meta's own programs name them, of which transformers reads none.
-_CONSOLIDATED = "consolidated*.safetensors"
+_OWN = "consolidated"
+_CONSOLIDATED = f"{_OWN}*.safetensors"
 
 
 @dataclass
@@ -152,7 +153,7 @@ def _complete_sets(folder: Path) -> list[list[Path]]:
     complete = {
         key: list(shards.values())
         for key, shards in sets.items()
-        if shards.keys() == set(range(1, int(key[2]) + 1)) and not key[1].startswith("consolidated")
+        if (min(shards), max(shards), len(shards)) == (1, len(shards), int(key[2])) and not key[1].startswith(_OWN)
     }
     preferred = max(complete, default=("", "", ""))[0]
     return [shards for key, shards in sorted(complete.items()) if key[0] == preferred]
