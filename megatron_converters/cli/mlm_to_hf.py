@@ -20,7 +20,7 @@ from .plugins import add_common_arguments
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a conversion; exits with a code of its row in `EXIT_CODES`, 0 only if the output is complete."""
     prepare_process()
-    with exit_on_error("convert_mlm_to_hf_checkpoint"):
+    with exit_on_error("convert_mlm_to_hf_checkpoint", EXIT_CODES["convert_mlm_to_hf_checkpoint.py"]):
         args = _parser().parse_args(sys.argv[1:] if argv is None else argv)
         dtype = dtype_named(args.target_params_dtype) if args.target_params_dtype else None
         with family_of(args.family_file):

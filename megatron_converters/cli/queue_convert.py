@@ -37,7 +37,7 @@ _GRACE = 5.0
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a conversion; exits with a code of its row in `EXIT_CODES`, 0 only if the saver has completed its output."""
     prepare_process()
-    with exit_on_error("convert"):
+    with exit_on_error("convert", EXIT_CODES["convert.py"]):
         _main(sys.argv[1:] if argv is None else argv)
 
 
