@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import time
 
-from ...api import Result, result_of
 from ...basics.errors import ConversionError, UsageError
 from ...conversion import crew_local
 from ...conversion.crew import ALONE, Crew
@@ -52,13 +51,15 @@ def run(args: argparse.Namespace) -> int:
         for line in lines:
             report(args, line)
         if args.json:
-            _put_result(result_of(job, lines, time.monotonic() - begun))
+            _put_result(job, lines, time.monotonic() - begun)
     return 0
 
 
-def _put_result(result: Result) -> None:
+def _put_result(job: Job, lines: list[str], seconds: float) -> None:
+    from ...api import result_of  # which imports all that looks and compares, too
+
     try:
-        put_json(result.to_json())
+        put_json(result_of(job, lines, seconds).to_json())
     except ConversionError as error:
         error.hint = "; the output is complete all the same"
         raise
