@@ -10,7 +10,6 @@ import io
 import json
 import os
 import sys
-import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
@@ -92,6 +91,8 @@ def exit_on_error(program: str, codes: ExitCodes = ANY, *, as_json: bool = False
     except Exception as error:
         if codes.failure == FAILED and not as_json:
             raise  # Python prints it and ends with the same code
+        import traceback
+
         warn(traceback.format_exc().rstrip())
         _exit(f"{type(error).__name__}: {error}", codes.failure, FAULT, as_json=as_json)
 
