@@ -61,7 +61,7 @@ def reports(places: dict[str, Path], out: Path) -> list[tuple[str, dict[str, Any
         ("convert", printed("convert", hf, out / "meg", "--tp", "2")),
         ("convert", printed("convert", hf, out / "meg", "--tp", "2")),  # complete already
         ("convert", printed("convert", meg, out / "hf", "--dtype", "bf16")),
-        ("plan", printed("plan", hf, out / "plan", "--tp", "2", "--dtype", "bf16", "--no-measure")),
+        ("plan", printed("plan", hf, out / "plan", "--tp", "2", "--dtype", "bf16")),  # with a measured rate
         ("plan", printed("plan", hf, meg, "--tp", "1", "--no-measure", code=1)),
         ("verify", printed("verify", hf, meg)),
         ("verify", printed("verify", hf, half, "--as-cast")),
