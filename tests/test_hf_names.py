@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Mapping
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -69,8 +70,7 @@ WRAPPED: dict[str, tuple[Callable[[str], str], str]] = {
 }
 
 
-@pytest.mark.parametrize("family", ["qwen2", "qwen2-tied"])
-@pytest.mark.parametrize("kind", WRAPPED)
+@pytest.mark.parametrize(("kind", "family"), list(zip(WRAPPED, cycle(["qwen2", "qwen2-tied"]), strict=False)))
 def test_a_uniform_prefix_is_said_and_read(kind: str, family: str, hf_model: HFModel, tmp_path: Path) -> None:
     plain, (name_of, note) = hf_model(family, **SMALL), WRAPPED[kind]
     odd = renamed(plain, tmp_path / "odd", name_of)
