@@ -13,10 +13,11 @@ from ..conversion.run import convert
 from ..families.config_json import config_from_spec
 from ..formats.huggingface.target import HFOptions, HFTarget
 from ..formats.megatron.reading import checkpoint_directory
+from ..formats.megatron.run_config import RUN_CONFIG
 from ..formats.megatron.writing import MegatronOptions
 from ..formats.reading import ReadOptions, open_source
 from .pretrained import Location, Pretrained
-from .run_config import RUN_CONFIG, BridgeCheckpoint, recorded_model
+from .run_config import BridgeCheckpoint, recorded_model
 from .weights import write
 
 

@@ -17,8 +17,9 @@ from ...comparison.manifest_check import Checked, check_output, find_output
 from ...comparison.report import check_json, findings, verification_json
 from ...comparison.tensors import Comparison, Rules, compare
 from ...conversion.progress import make_progress
-from ...formats.megatron.reading import MegatronReadOptions
+from ...formats.reading import megatron_options
 from ..console import put_json, say
+from ..options.reading import read_options
 from ..options.values import natural
 from .pair import add_pair_arguments, pair_of
 
@@ -94,7 +95,6 @@ def _verify_logits(args: argparse.Namespace) -> int:
     from ...logits import compare_logits
     from ...logits.compare import TOLERANCE
 
-    reference = existing_folder(args.hf_config) if args.hf_config is not None else None
     report = compare_logits(
         existing_folder(args.a),
         existing_folder(args.b),
@@ -103,7 +103,7 @@ def _verify_logits(args: argparse.Namespace) -> int:
             for name, (default, _) in _LOGITS.items()
         },
         tolerance=TOLERANCE if args.tolerance is None else args.tolerance,
-        options=MegatronReadOptions(args.ckpt_dir_name, reference, args.true_vocab_size),
+        options=megatron_options(read_options(args)),
     )
     if args.json:
         put_json({"equal": report.ok, **dataclasses.asdict(report)})

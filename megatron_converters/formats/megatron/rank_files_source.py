@@ -17,6 +17,7 @@ from ...sharding.placement import Placement, Share
 from ...sharding.ranks import Rank, parallel_for
 from ...storage.tensor import StoredTensor, contiguous_strides
 from .conventions import CUT_DOWN_PROJECTIONS, conventions_of
+from .describing import padding_note, spec_and_notes, without_prediction
 from .names import EMBEDDINGS, EXTRA_STATE_SUFFIX, keys
 from .rank_files import STACKED_SUFFIXES, RankFiles, read_rank_files
 from .reading import (
@@ -24,9 +25,6 @@ from .reading import (
     MegatronReadOptions,
     checkpoint_directory,
     origin_of,
-    padding_note,
-    spec_and_notes,
-    without_prediction,
 )
 
 #: Rank and name of a tensor.
@@ -42,7 +40,7 @@ class RankFilesSource:
         self.parallel = files.parallel
         self._embeddings = self.parallel.prefix(0) + EMBEDDINGS
         padded = self._padded_vocab()
-        spec, notes = spec_and_notes(args, padded, self._embedding_dtype(), options)
+        spec, notes = spec_and_notes(args, padded, self._embedding_dtype(), options, files.record)
         self.spec = spec
         self.conventions = conventions_of(vars(args), spec, options.mup)
         notes += self._check(padded)
@@ -58,7 +56,7 @@ class RankFilesSource:
             )
         self.origin = origin_of(
             self._dir,
-            args,
+            args if files.record is None else files.record.margs,
             options,
             files.iteration,
             [*(file.path for file in self._ranks.values()), *files.beside],
