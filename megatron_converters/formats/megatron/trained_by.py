@@ -63,8 +63,8 @@ def as_built(args: argparse.Namespace, trained_by: str | None) -> tuple[argparse
         if row.flag is not None and row.flag.effective_since and not before(trained_by, row.flag.effective_since):
             continue
         notes.append(
-            f"{row.attribute} is {builds!r}, with which Megatron-LM {trained_by} trains, not {values[row.attribute]!r} of the "
-            "args (--trained-by)"
+            f"the args have {row.attribute}={values[row.attribute]!r}, but Megatron-LM {trained_by} (--trained-by) trains "
+            f"{_with(builds)}, which is converted"
         )
         values[row.attribute] = builds
     return argparse.Namespace(**values), notes
@@ -76,11 +76,14 @@ def doubts(args: Args, trained_by: str | None) -> list[str]:
         return []
     return [
         f"warning: the args have {row.attribute}={args[row.attribute]!r}, which is taken as it stands, but the pretrain_gpt.py of "
-        f"Megatron-LM up to {last} builds the model with {builds!r}: the converted model is another one than such a release has "
-        f"trained. Say which program trained it: --trained-by RELEASE, such as {last}, or --trained-by {ALL_HEEDED} for one that "
-        "heeds it, such as Megatron-Bridge"
+        f"Megatron-LM up to {last} trains {_with(builds)}; say which program trained the checkpoint: --trained-by RELEASE, such as "
+        f"{last}, or --trained-by {ALL_HEEDED} for one that heeds it, such as Megatron-Bridge"
         for row, builds, last in _unheeded(args)
     ]
+
+
+def _with(builds: Any) -> str:
+    return "without it" if builds is None else f"with {builds:g}"
 
 
 def _unheeded(args: Args) -> Iterator[tuple[Argument, Any, str]]:
