@@ -91,7 +91,7 @@ def test_programs(text: str | None, known: str | None) -> None:
 
 
 def test_no_program() -> None:
-    with pytest.raises(UsageError, match="'0.7' is no release of Megatron-LM that is known here"):
+    with pytest.raises(UsageError, match=r"'0\.7' is no release of Megatron-LM that is known here"):
         program("0.7")
 
 

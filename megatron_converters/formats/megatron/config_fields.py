@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ...model.layers import GELU, SILU, SQUARED_RELU
-from .arguments import ARGUMENTS, ATTRIBUTES
+from .arguments import ARGUMENTS
 
 #: Fields that have another name than the attribute of the same value.
 _RENAMED = {
@@ -55,9 +55,9 @@ def args_of_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _attribute(field: str, fields: Mapping[str, Any]) -> str:
-    """Attribute of a field: its own name where that is one, or where the other is said, too."""
-    other = _RENAMED.get(field, field)
-    return field if field in ATTRIBUTES or other in fields else other
+    """Attribute of a field; its own name where the attribute is there, too."""
+    attribute = _RENAMED.get(field, field)
+    return field if attribute in fields else attribute
 
 
 def _heads(values: Mapping[str, Any]) -> dict[str, Any]:
