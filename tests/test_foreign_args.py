@@ -25,7 +25,10 @@ from tests.tiny import tiny_spec
 SPEC = tiny_spec()
 #: By program, arguments that make another model of it than its weights and Megatron-LM's arguments say.
 CHANGING: dict[str, dict[str, Any]] = {
-    "a fork": {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
+    "ms-swift": {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
+    "its llama3 scaling without constants": {"rope_scaling": {"rope_type": "llama3", "factor": 4.0}},
+    "another form of it": {"rope_scaling": "yarn"},
+    "YaRN in MindSpeed-LLM": {"rope_scaling_type": "yarn"},
     "a window": {"sliding_window": 32},
     "Gemma's in MindSpeed-LLM": {
         "geglu": True,
@@ -69,6 +72,8 @@ HARMLESS: dict[str, Any] = {
     "the norms of the Swiss AI Initiative": {"attn_layernorm": True, "mlp_layernorm": True, "final_layernorm": True},
     "Habana's": {"use_fused_rmsnorm": True, "use_fast_softmax": True},
     "slime's": {"grpo_std_normalization": True, "sglang_attention_backend": "fa3", "data_pad_size_multiplier": 128},
+    "Primus's": {"file_sink_level": "DEBUG", "use_turbo_rms_norm": True},
+    "ms-swift's": {"rope_scaling": None, "scale_rewards": "group"},
     "upstream's": {
         "loss_scale_window": 1000,
         "head_lr_mult": 1.0,
@@ -146,25 +151,34 @@ SHORT = [1.0, 1.5]
             },
             ("longrope", (1.0, 1.5), (2.0, 3.0), 8),
         ),
+        ({"rope_scaling": {"type": "linear", "factor": 4.0}}, RopeScaling("linear", 4.0)),
+        (
+            {
+                "rope_scaling": {
+                    **{"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+                    "original_max_position_embeddings": 8192,
+                }
+            },
+            RopeScaling("llama3", 32.0, 1.0, 4.0, 8192),
+        ),
+        ({"rope_scaling": {"rope_type": "default", "rope_theta": 10000.0}}, None),
     ],
-    ids=["llama3", "longrope"],
+    ids=["llama3", "longrope", "ms-swift's linear", "ms-swift's llama3", "ms-swift's default"],
 )
-def test_mindspeed_s_scaling(changes: dict[str, Any], scaling: Any) -> None:
+def test_scaling_of_other_programs(changes: dict[str, Any], scaling: Any) -> None:
     found = described(MegatronReadOptions(families=("llama", "minicpm")), **changes)[0].values["rope_scaling"]
-    shown = found.kind, found.short_factor, found.long_factor, found.original_max_position_embeddings
-    assert scaling in (found, shown)
+    names = ("kind", "short_factor", "long_factor", "original_max_position_embeddings")
+    assert scaling in (found, tuple(getattr(found, name, None) for name in names))
 
 
-@pytest.mark.parametrize(
-    ("changes", "reason"),
-    [
-        ({"rope_scaling_type": "yarn"}, "rope_scaling_type='yarn'; only 'longrope' and 'llama3'"),
-        ({**LLAMA3, "low_freq_factor": None}, "low_freq_factor is None; it must be a number"),
-    ],
-)
-def test_scaling_that_is_not_supported(changes: dict[str, Any], reason: str) -> None:
-    with pytest.raises(ConversionError, match=reason):
-        described(**changes)
+def test_scaling_without_its_constants() -> None:
+    with pytest.raises(ConversionError, match="low_freq_factor is None; it must be a number"):
+        described(**{**LLAMA3, "low_freq_factor": None})
+
+
+def test_an_option_without_effect_is_said() -> None:
+    notes = described(MegatronReadOptions(ignore_args=("num_layers", "sliding_window")))[1]
+    assert "warning: --ignore-args num_layers,sliding_window: the args have nothing of this that is refused" in notes
 
 
 def test_a_reference_is_the_way_out_too(hf_model: Callable[..., Path], tmp_path: Path) -> None:

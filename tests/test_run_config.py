@@ -17,8 +17,8 @@ from megatron_converters.formats.megatron.arguments import spec_fields
 from megatron_converters.formats.megatron.config_fields import args_of_fields
 from megatron_converters.live.buildable_args import activation, provider_fields
 from megatron_converters.model.layers import GELU, GELU_TANH, SQUARED_RELU
-from tests.conversions import different
-from tests.helpers import hf_tensors, nothing_complete, refused, same_tensors, succeeded, verb
+from tests.conversions import different, hf_to_megatron
+from tests.helpers import edit_rank, hf_tensors, nothing_complete, refused, same_tensors, succeeded, verb
 from tests.live_process import live
 from tests.oracle import by_hand_dist
 from tests.oracle.hf import make_model
@@ -227,6 +227,16 @@ def test_nemo_s_scaling(bare: Path) -> None:
     write(bare / "context/model.yaml", {"config": {**PROVIDER, **scaling}})
     run = succeeded(verb("inspect", bare))
     assert "llama3, factor 32, low 1, high 4, from 8192 positions" in run.out and "warning" not in run.out
+
+
+def test_files_of_ranks_without_args(model: Path, tmp_path: Path) -> None:
+    root = hf_to_megatron(model, tmp_path / "megatron", tp=2)
+    for rank in ("mp_rank_00", "mp_rank_01"):
+        edit_rank(root, rank, args=None)
+    refused(verb("inspect", root), "the file of rank 0 has no args")
+    sizes = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 1}
+    write(root / CHECKPOINT / "run_config.yaml", {"model": {**PROVIDER, **sizes}})
+    converted_exactly(root, model, tmp_path / "hf", "run_config.yaml")
 
 
 def test_args_come_first(made: Path, model: Path, tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from .rows_layout import LAYOUT, LOADING
 from .rows_mindspeed import MINDSPEED
 from .rows_model import BLOCKS, SEQ_LENGTH, SIZES, TRAINING
 from .rows_positions import POSITIONS
+from .rows_swift import SWIFT
 
 #: Every argument that is written, read or refused, in the order in which flags are shown.
 ARGUMENTS: tuple[Argument, ...] = (
@@ -35,6 +36,7 @@ ARGUMENTS: tuple[Argument, ...] = (
     *GATED_DELTA,
     *MUP,
     *MINDSPEED,
+    *SWIFT,
     *PREDICTION,
     *TRAINING,
     *EXPERTS,

@@ -56,7 +56,7 @@ def spec_and_notes(
         _check_family_file(args, recorded)
         return _updated_spec(_recorded_spec(recorded), fields, args, options.mup), notes + vocab_notes
     spec = infer_family(fields, options.families)
-    notes += [*vocab_notes, *doubts(vars(args), options.trained_by)]
+    notes += [*vocab_notes, *_doubts(args, options, record)]
     return spec, [*notes, f"no Hugging Face configuration is recorded; the {spec.family} family fits the args"]
 
 
@@ -112,7 +112,7 @@ def _of_reference(
         }
         updated = _updated_spec(spec, fields, args, options.mup)
         changed = [f"taken from the args: {difference} of {path}" for difference in differences(updated, spec)]
-        return updated, [*notes, *changed, *doubts(vars(args), options.trained_by)]
+        return updated, [*notes, *changed, *_doubts(args, options, record)]
     if vocab is not None and vocab != spec.vocab_size:
         raise UsageError(f"--true-vocab-size {vocab} disagrees with vocab_size {spec.vocab_size} of {path}")
     return spec, list(_reference_notes(path, spec, args, options, record))
@@ -145,6 +145,11 @@ def _reference_notes(
         for difference in differences(stored, said, [name]):
             kind, remedy = ("", "") if name in _ASIDE else ("warning: ", "; --prefer-args takes what they say")
             yield f"{kind}taken from {path.parent}: {difference} of {whose}{remedy}"
+
+
+def _doubts(args: argparse.Namespace, options: MegatronReadOptions, record: Record | None) -> list[str]:
+    """Warnings of args that their program may have ignored; a configuration is what its program has built."""
+    return doubts(vars(args), options.trained_by) if record is None else []
 
 
 def _completed(

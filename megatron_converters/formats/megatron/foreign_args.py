@@ -14,17 +14,19 @@ from ...basics.errors import ConversionError, one_line
 from .argument import Args
 from .arguments import ATTRIBUTES
 from .conventions import FOLDED, HALVES
+from .rows_mindspeed import SCALING_TYPE, says_kind
+from .rows_swift import ROPE_SCALING, says_scaling
 
 #: Parts of names that are about the forward pass.
 _FORWARD = re.compile(
     r"rope|rotary|yarn|theta|alibi|window|softcap|logit_cap|offset|normaliz|norm(s|_|$|head)|scal(e|es|ed|ing|ar)(_|$)"
     r"|mult(iplier)?s?(_|$)|glu|gelu|relu|xielu|activation(_func|_type|$)|(^|_)sinks?(_|$)|bidirectional"
 )
-#: Names that no model depends on: other programs' servers, logs, losses, optimizers and loops.
+#: Names that no model depends on: other programs' servers, logs, losses, optimizers, loops and kernels.
 _ASIDE = re.compile(
     r"(sglang|vllm|rollout|eval|log|wandb|tensorboard|swanlab|mlflow|profile|rl|grpo|dpo|ppo|kd|critic|rewards?|ref|data|dataset|"
     r"dataloader|optimizer|muon|adam|lr|loss|ckpt|checkpoint|recompute|swap|inference|logits|ci|debug|retro|vision|dino|deepspeed|"
-    r"offload|cpu_offloading|fp8|fp4|custom|moe_adaptive_recompute|deprecated)_|(.*_)?grad_"
+    r"offload|cpu_offloading|fp8|fp4|moe_adaptive_recompute|deprecated|use_(fused|turbo|fla|triton|npu))_|(.*_)?grad_"
 )
 #: Arguments of Megatron-LM (core_v0.8.0 to core_v0.19.0: training/arguments.py, core/transformer/transformer_config.py,
 #: core/optimizer/optimizer_config.py, training/config) without a row: they choose kernels, precision, training, or parts of models
@@ -34,11 +36,11 @@ _UPSTREAM = frozenset(
     activation_func activation_func_fp8_input_store apply_rope_fusion apply_wd_to_qk_layernorm bias_swiglu_fusion
     dsa_indexer_k_norm_epsilon dsa_indexer_k_norm_fp32 dsa_indexer_rope_interleaved dsa_indexer_rotate_activation
     dsa_indexer_scoring_relu dsa_indexer_skip_topk_offset experimental_attention_variant_loss_scale_func export_qk_l2_norm
-    fused_residual_rmsnorm retriever_score_scaling
-    fused_single_qkv_rope head_lr_mult initial_loss_scale memory_efficient_layer_norm min_loss_scale moe_grad_scale_func
-    mrope_section mtp_grad_scale_func mtp_loss_scaling_factor mup_width_mult no_persist_layer_norm no_rope_fusion
-    offset_sampling_seed_by_dp_rank persist_layer_norm renormalize_blend_weights throughput_window_size use_flashinfer_fused_rope
-    use_fused_weighted_squared_relu use_te_activation_func yarn_beta_fast yarn_beta_slow yarn_correction_range_round_to_int
+    fused_residual_rmsnorm fused_single_qkv_rope head_lr_mult initial_loss_scale memory_efficient_layer_norm min_loss_scale
+    moe_grad_scale_func mrope_section mtp_grad_scale_func mtp_loss_scaling_factor mup_width_mult no_persist_layer_norm
+    no_rope_fusion offset_sampling_seed_by_dp_rank persist_layer_norm renormalize_blend_weights retriever_score_scaling
+    throughput_window_size use_flashinfer_fused_rope use_te_activation_func
+    yarn_beta_fast yarn_beta_slow yarn_correction_range_round_to_int
     yarn_mscale yarn_mscale_all_dim yarn_original_max_position_embeddings yarn_rotary_scaling_factor
     """.split()
 )
@@ -63,17 +65,17 @@ _USUAL: dict[str, Any] = {
     "sliding_window_size": 128,
     "hc_mult": _ANY,
     "apply_rope_no_in_complex": _ANY,
-    "use_fused_rmsnorm": _ANY,
-    "use_fused_rotary_pos_emb": _ANY,
-    "use_fused_swiglu": _ANY,
-    "use_triton_swiglu_limit": _ANY,
     "rmsnorm_weight_in_fp32": _ANY,
     "input_layernorm_in_fp32": _ANY,
     "init_norm_weight_in_fp32": _ANY,
     # Habana's Megatron-LM 1.20: megatron/training/arguments.py.
     "use_fast_softmax": _ANY,
-    # AMD's Megatron-LM: megatron/training/arguments.py.
+    # AMD's Megatron-LM, megatron/training/arguments.py, and Primus, primus/configs/modules.
     "disable_te_fused_rope": _ANY,
+    "sink_level": _ANY,
+    "file_sink_level": _ANY,
+    "stderr_sink_level": _ANY,
+    "master_sink_level": _ANY,
     # The Swiss AI Initiative's: megatron/training/arguments.py. Without a norm they are false.
     "attn_layernorm": True,
     "mlp_layernorm": True,
@@ -84,13 +86,14 @@ _USUAL: dict[str, Any] = {
     # Pai-Megatron-Patch: megatron_patch/arguments.py.
     "rotary_scale_factor": 1,
     "no_rotary_embed_copy": _ANY,
-    # slime: slime/utils/arguments.py.
+    # slime: slime/utils/arguments.py. ms-swift: swift/megatron/arguments/megatron_args.py.
     "normalize_advantages": _ANY,
-    # Transformers' positions of Megatron-DeepSpeed: megatron/arguments.py.
-    "tile_factor": _ANY,
+    "scale_rewards": _ANY,
 }
 _OWN = frozenset({FOLDED, HALVES})
 _KNOWN = ATTRIBUTES | _UPSTREAM | _OWN
+#: Arguments of which some values are read.
+_PARTLY = {ROPE_SCALING: says_scaling, SCALING_TYPE: says_kind}
 #: Factors that change nothing.
 _FACTOR = re.compile(r"scal|mult|factor")
 
@@ -98,9 +101,12 @@ _FACTOR = re.compile(r"scal|mult|factor")
 def foreign(args: Args) -> Iterator[str]:
     """Names of arguments that are set, that no release of Megatron-LM has, and that may change what a model computes."""
     for name, value in args.items():
-        if name in _KNOWN or not isinstance(name, str):
+        if name in _PARTLY:
+            if not _PARTLY[name](value):
+                yield name
+        elif name in _KNOWN or not isinstance(name, str):
             continue
-        if name in _USUAL:
+        elif name in _USUAL:
             usual = _USUAL[name]
             if usual is not _ANY and value is not None and value != usual:
                 yield name
@@ -129,7 +135,11 @@ def foreign_notes(args: Args, ignored: Collection[str], *, settled: str = "") ->
             "which may change what the model computes. Give the configuration of the model that it is with --hf-config DIR or, "
             f"if this changes nothing, pass --ignore-args {names}"
         )
-    return [
+    unused = [one_line(name) for name in ignored if name not in found]
+    notes = (
+        [f"warning: --ignore-args {','.join(unused)}: the args have nothing of this that is refused"] if unused else []
+    )
+    return notes + [
         f"warning: the args have {shown}, which no release of Megatron-LM knows: "
         + ("ignored, as --ignore-args says" if name in ignored else f"{settled} must say the same")
         for name, shown in found.items()

@@ -16,6 +16,7 @@ from ...model.spec import ModelSpec
 from .argument import Args, Argument, Build, Properties, flag
 from .rows_positions import whole
 
+SCALING_TYPE = "rope_scaling_type"
 _LONGROPE, _LLAMA3 = "longrope", "llama3"
 #: Arguments of llama3 RoPE scaling, read without defaults in core/models/common/embeddings/rotary_pos_embedding.py.
 _LLAMA3_ARGUMENTS = ("rope_scaling_factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
@@ -46,21 +47,23 @@ def _read_scales(args: Args) -> Properties:
 
 
 def _read_scaling(args: Args) -> Properties:
-    kind = args.get("rope_scaling_type")
-    if kind is None:
-        return {}
+    """Scaling of the kinds that are read; other kinds are refused as what may change the model (`foreign_args.py`)."""
+    kind = args.get(SCALING_TYPE)
     if kind == _LLAMA3:
         return {"rope_scaling": _llama3(args)}
     if kind != _LONGROPE:
-        raise ConversionError(
-            f"the checkpoint's args have rope_scaling_type={kind!r}; only {_LONGROPE!r} and {_LLAMA3!r} are supported"
-        )
+        return {}
     name = "rope_scaling_original_max_position_embeddings"
     original = check_size(args.get(name), name)
     factor = args["max_position_embeddings"] / original
     short, long = (_numbers(args, name) for name in ("short_factor", "long_factor"))
     scaling = RopeScaling(kind, factor, original_max_position_embeddings=original, short_factor=short, long_factor=long)
     return {"rope_scaling": scaling}
+
+
+def says_kind(value: Any) -> bool:
+    """Whether a kind of scaling is read, or none."""
+    return value in (None, _LONGROPE, _LLAMA3)
 
 
 def _llama3(args: Args) -> RopeScaling:
@@ -83,7 +86,7 @@ MINDSPEED = (
     _row("scale_emb", read=_read_scales),
     _row("scale_depth"),
     _row("dim_model_base"),
-    _row("rope_scaling_type", read=_read_scaling),
+    _row(SCALING_TYPE, read=_read_scaling),
     _row("short_factor"),
     _row("long_factor"),
     _row("rope_scaling_original_max_position_embeddings"),
