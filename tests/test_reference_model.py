@@ -45,8 +45,8 @@ def edited(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Edit:
     [
         ({"rotary_base": 500000}, "rotary_base: 10000.0, not 500000.0"),
         ({"norm_epsilon": 1e-6, "layernorm_epsilon": 1e-6}, "norm_epsilon: 1e-05, not 1e-06"),
-        ({"window_size": (6, 0)}, "sliding_window: none, not 7"),
-        ({"use_rope_scaling": True}, "rope_scaling: none, not RopeScaling(kind='llama3', factor=8.0"),
+        ({"window_size": (6, 0)}, "sliding_window: None, not 7"),
+        ({"use_rope_scaling": True}, "rope_scaling: None, not RopeScaling(kind='llama3', factor=8.0"),
         ({"rotary_percent": 0.5}, "rotary_percent: 1.0, not 0.5"),
     ],
     ids=lambda value: str(value)[:40],
@@ -72,7 +72,7 @@ def test_args_may_be_right(model: Path, edited: Edit, tmp_path: Path) -> None:
     checkpoint = edited(rotary_base=500000, norm_epsilon=1e-6, layernorm_epsilon=1e-6, vocab_size=200)
     options = ("--hf-config", model, "--prefer-args")
     run = succeeded(verb("convert", checkpoint, tmp_path / "hf", *options))
-    assert "warning" not in run.err + run.out
+    assert [line for line in (run.err + run.out).splitlines() if "warning" in line and "tokenizer" not in line] == []
     assert f"taken from the args: rotary_base: 500000.0, not 10000.0 of {model / 'config.json'}" in run.err + run.out
     ours, written = (json.loads((folder / "config.json").read_text()) for folder in (model, tmp_path / "hf"))
     theta = (written.get("rope_parameters") or written)["rope_theta"]

@@ -84,7 +84,7 @@ def _activation(values: Mapping[str, Any]) -> dict[str, Any]:
         # The fused kernel computes the tanh form, and only with biases, for which yaml_arguments.py, with bare names, has none.
         fused = bool(values.get("bias_activation_fusion")) and named != value
         return {"swiglu": False, "squared_relu": False, "bias_gelu_fusion": fused}
-    return {"mlp_activation": f"{named}, {'gated' if gated else 'not gated'}"}
+    return {"swiglu": False, "mlp_activation": f"{named}, {'gated' if gated else 'not gated'}"}
 
 
 def _name_of(value: Any) -> str:

@@ -28,6 +28,8 @@ from .writing import FAMILY_FILE
 #: Properties in which a reference may differ from the args without being another model: they matter to training, or are limits.
 _ASIDE = ("initializer_range", "attention_dropout", "moe_aux_loss_coeff", "max_position_embeddings")
 _EPSILONS = ("norm_epsilon", "layernorm_epsilon")
+#: Attributes that say the same, of which args may have one.
+_SYNONYMS = (_EPSILONS, ("apply_layernorm_1p", "layernorm_zero_centered_gamma"))
 
 
 def spec_and_notes(
@@ -158,7 +160,9 @@ def _completed(
     """Args in which those of a model stand where they say nothing, and for the attributes `without`."""
     stored = conventions_of(vars(args), spec, options.mup)
     given = {name: value for name, value in vars(args).items() if value is not None and name not in without}
-    return argparse.Namespace(**{**model_args(stored.spec), **stored.marks, **given})
+    said = {name for synonyms in _SYNONYMS if given.keys() & {*synonyms} for name in synonyms}
+    base = {name: value for name, value in model_args(stored.spec).items() if name not in said}
+    return argparse.Namespace(**{**base, **stored.marks, **given})
 
 
 def without_prediction(spec: ModelSpec, options: MegatronReadOptions) -> tuple[ModelSpec, list[str]]:
