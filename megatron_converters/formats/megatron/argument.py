@@ -187,7 +187,9 @@ class Argument:
     def shown(self, args: Args) -> str | None:
         """Flag with its value, quoted for a shell; None where `args` do not need it."""
         flag, value = self.flag, args.get(self.attribute)
-        if flag is None or (flag.needs and not args.get(flag.needs)) or (value is not None and value == flag.default):
+        if flag is None or (flag.needs and not args.get(flag.needs)) or value in self.neutral:
+            return None
+        if value is not None and value == flag.default:
             return None
         words = flag.words(value)
         return None if words is None else shlex.join((flag.name, *words))
