@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from megatron_converters.bridge import AutoBridge
 from tests.conversions import different, hf_to_megatron
 from tests.helpers import edit_rank, hf_tensors, rank_content, refused, succeeded, verb
 from tests.oracle.hf import make_model
@@ -58,6 +59,12 @@ def test_what_a_reference_overrides_is_a_warning(
     (warning,) = [line for line in out.splitlines() if "warning" in line]
     assert f"warning: taken from {model}: {difference}" in warning
     assert warning.endswith("of the args; --prefer-args takes what they say")
+
+
+def test_autobridge_logs_it(model: Path, edited: Edit, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    checkpoint = edited(rotary_base=500000)
+    AutoBridge.from_hf_pretrained(model).export_ckpt(checkpoint, tmp_path / "hf", show_progress=False)
+    assert f"taken from {model}: rotary_base: 10000.0, not 500000.0 of the args" in caplog.text
 
 
 def test_what_matters_to_training_alone_is_a_note(model: Path, edited: Edit) -> None:

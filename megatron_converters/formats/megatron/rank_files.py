@@ -83,12 +83,13 @@ def read_rank_files(folder: Path, options: MegatronReadOptions) -> RankFiles:
         f"{folder}: the folders do not match the args' tp={parallel.tp}, pp={parallel.pp}, ep={parallel.ep}:", problems
     )
     ranks, left_out = {}, set()
+    decisive = {*VOCABULARY, *foreign({} if stored is None else vars(stored))}
     for name, rank in wanted.items():
         content = read_file(folder / name / FILE)
         own = args_in(content, folder / name)
-        others = {*VOCABULARY, *(each for each_args in (stored, own) if each_args for each in foreign(vars(each_args)))}
-        expected = rank_invariants(first.get("iteration"), stored, others)
-        found = rank_invariants(content.get("iteration"), own, others)
+        also = decisive.union(foreign({} if own is None else vars(own)))
+        expected = rank_invariants(first.get("iteration"), stored, also)
+        found = rank_invariants(content.get("iteration"), own, also)
         differing = (key for key in expected.keys() & found.keys() if found[key] != expected[key])
         problems += [
             f"{name}: {key} is {one_line(repr(found[key]))}, not {one_line(repr(expected[key]))}"
