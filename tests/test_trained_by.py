@@ -115,3 +115,16 @@ def test_inspect_plan_and_conversion_say_it(hf_model: Callable[..., Path], tmp_p
         factors.append((config.get("rope_parameters") or config["rope_scaling"])["factor"])
     assert factors == [32.0, 8.0]
     refused(verb("inspect", hf_model("llama3.2-tied"), "--trained-by", "0.16"), "--trained-by is for reading", code=2)
+
+
+def test_a_comparison_of_logits_reads_by_the_same_options(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    seen: list[MegatronReadOptions] = []
+
+    def compare(*_: Any, options: MegatronReadOptions, **__: Any) -> Any:
+        seen.append(options)
+        raise UsageError("enough")
+
+    monkeypatch.setattr("megatron_converters.logits.compare_logits", compare)
+    given = ("--trained-by", "0.16", "--ignore-args", "a,b", "--mup", "fold", "--without-mtp", "--hf-config", tmp_path)
+    refused(verb("verify", tmp_path, tmp_path, "--logits", "--prefer-args", *given), "enough", code=2)
+    assert seen == [MegatronReadOptions(None, tmp_path, None, None, True, None, (), "fold", "0.16", True, ("a", "b"))]
