@@ -7,6 +7,7 @@ import ast
 import importlib
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 import torch
 import yaml
 
+from megatron_converters.bridge import AutoBridge
 from megatron_converters.formats.megatron.arguments import spec_fields
 from megatron_converters.formats.megatron.config_fields import args_of_fields
 from megatron_converters.live.buildable_args import activation, provider_fields
@@ -226,6 +228,15 @@ def test_nemo_s_scaling(bare: Path) -> None:
     write(bare / "context/model.yaml", {"config": {**PROVIDER, **scaling}})
     run = succeeded(verb("inspect", bare))
     assert "llama3, factor 32, low 1, high 4, from 8192 positions" in run.out and "warning" not in run.out
+
+
+@pytest.mark.parametrize("family", ["llama3.1", "glm", "gpt2", "deepseek-v3-yarn", "mistral-window"])
+def test_models_of_other_kinds(family: str, hf_model: Callable[..., Path], tmp_path: Path) -> None:
+    """Their AutoBridge writes the file, and its settings are checked against megatron-core in tests/test_bridge_files.py."""
+    folder = hf_model(family, **(dict(attn_pdrop=0.0) if family == "gpt2" else {}))
+    AutoBridge.import_ckpt(folder, tmp_path / "megatron", show_progress=False)
+    torch.save({"iteration": 1}, next((tmp_path / "megatron").glob("iter_*")) / "common.pt")
+    assert "EQUAL" in succeeded(verb("verify", folder, tmp_path / "megatron")).out
 
 
 def test_files_of_ranks_without_args(model: Path, tmp_path: Path) -> None:
