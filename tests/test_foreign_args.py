@@ -187,7 +187,7 @@ def test_a_reference_is_the_way_out_too(hf_model: Callable[..., Path], tmp_path:
     args = vars(rank_content(checkpoint)["args"])
     edit_rank(checkpoint, "mp_rank_00", args=argparse.Namespace(**{**args, "sliding_window": 32}))
     refused(verb("inspect", checkpoint), "sliding_window=32", "--hf-config DIR", "--ignore-args sliding_window")
-    refused(verb("verify", folder, checkpoint), "sliding_window=32")
+    refused(verb("verify", folder, checkpoint), "sliding_window=32", code=2)
     run = succeeded(verb("inspect", checkpoint, "--hf-config", folder))
     assert f"sliding_window=32, which no release of Megatron-LM knows: {folder / 'config.json'} must say" in run.out
     run = succeeded(verb("verify", folder, checkpoint, "--ignore-args", "sliding_window"))

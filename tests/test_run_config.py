@@ -151,7 +151,7 @@ def test_other_heads_of_a_reference_are_refused(bare: Path, tmp_path: Path) -> N
     write(bare / CHECKPOINT / "run_config.yaml", {"model": PROVIDER})
     words = ("is another model than the checkpoint", "num_attention_heads: 4, not 8", "run_config.yaml")
     refused(verb("convert", bare, tmp_path / "hf", "--hf-config", other), *words)
-    refused(verb("verify", other, bare, "--hf-config", other), *words)
+    refused(verb("verify", other, bare, "--hf-config", other), *words, code=2)
     nothing_complete(tmp_path / "hf")
 
 
