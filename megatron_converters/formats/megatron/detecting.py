@@ -21,10 +21,11 @@ from ...basics.folders import existing_folder
 from ...storage import dcp
 from ...storage.opening import is_name
 from ...storage.tensor import StoredTensor
+from .locating import RANK, checkpoint_directory, has_model_file, is_distributed, listing
 from .names import EMBEDDINGS
 from .rank_files import read_file
 from .rank_files_target import FILE
-from .reading import RANK, args_in, checkpoint_directory, has_model_file, is_distributed, listing
+from .reading import args_in
 from .writing import MODEL_FILE
 
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")

@@ -11,13 +11,13 @@ from ...basics.errors import ConversionError
 from ...sharding.ranks import Parallel
 from ...storage import torch_zip
 from .flat_metadata import METADATA_FILE, args_of, check_metadata, describe, read_metadata, refuse_undescribed
+from .locating import checkpoint_directory
 from .rank_files import RankFile, RankFiles, tensors_of
 from .rank_files_source import RankFilesSource
 from .reading import (
     AS_STORED,
     MegatronReadOptions,
     args_in,
-    checkpoint_directory,
     parallel_of,
     skipped_entries,
     supplemented,

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from .flat_source import FlatSource
+from .locating import checkpoint_directory, has_model_file, is_distributed
 from .rank_files_source import MegatronSource, RankFilesSource
-from .reading import AS_STORED, MegatronReadOptions, checkpoint_directory, has_model_file, is_distributed
+from .reading import AS_STORED, MegatronReadOptions
 from .torch_dist_source import TorchDistSource
 
 

@@ -19,9 +19,10 @@ from ...storage import torch_zip
 from ...storage.opening import is_name
 from ...storage.tensor import StoredTensor
 from .arguments import rank_invariants
+from .locating import RANK, listing
 from .names import EXPERTS, EXTRA_STATE_SUFFIX, STACKED
 from .rank_files_target import FILE
-from .reading import RANK, MegatronReadOptions, args_in, listing, parallel_of, skipped_entries, supplemented
+from .reading import MegatronReadOptions, args_in, parallel_of, skipped_entries, supplemented
 
 #: Key of an expert's first linear, in any expert layout.
 _EXPERT_FC1 = re.compile(r"\.experts\.(.*linear_fc1[._]weight\d*|weight1)$")

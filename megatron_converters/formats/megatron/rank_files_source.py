@@ -17,12 +17,12 @@ from ...sharding.placement import Placement, Share
 from ...sharding.ranks import Rank, parallel_for
 from ...storage.tensor import StoredTensor, contiguous_strides
 from .conventions import CUT_DOWN_PROJECTIONS, conventions_of
+from .locating import checkpoint_directory
 from .names import EMBEDDINGS, EXTRA_STATE_SUFFIX, keys
 from .rank_files import STACKED_SUFFIXES, RankFiles, read_rank_files
 from .reading import (
     AS_STORED,
     MegatronReadOptions,
-    checkpoint_directory,
     origin_of,
     padding_note,
     spec_and_notes,

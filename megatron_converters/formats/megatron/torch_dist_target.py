@@ -28,6 +28,8 @@ from ...storage import dcp, dcp_layout, torch_zip
 from ...storage.dcp_layout import NewChunk, NewObject, Placed
 from ...storage.output_file import FileLayout
 from ...storage.tensor import StoredTensor
+from .distributed_folder import COMMON_FILE
+from .locating import FORMAT_FILE
 from .names import (
     DISTRIBUTED,
     DISTRIBUTED_EXPERTS,
@@ -39,8 +41,6 @@ from .names import (
     split_parts,
     stacks_layers,
 )
-from .reading import FORMAT_FILE
-from .torch_dist_source import COMMON_FILE
 from .writing import CheckpointTarget, sizes
 
 #: Keys of slots by implementation.
