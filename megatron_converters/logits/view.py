@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from ..conversion.composing import Planner
-from ..formats.megatron.distributed_folder import COMMON_FILE, TORCH_DIST
+from ..formats.megatron.distributed_folder import COMMON_FILE
 from ..formats.megatron.locating import FORMAT_FILE
 from ..formats.megatron.names import GATE_AND_UP, LOCAL_ENDS
 from ..formats.megatron.torch_dist_source import TorchDistSource
@@ -36,11 +36,6 @@ def write(source: TorchDistSource, folder: Path) -> None:
     Raises `ConversionError` for a chunk that is not the tensor it should be, and for gaps and overlaps between chunks: in gaps,
     megatron-core would leave arbitrary memory.
     """
-    if source.origin.checkpoint_format != TORCH_DIST:
-        raise ConversionError(
-            f"{source.origin.described} is of the format {source.origin.checkpoint_format}, which megatron-core does not load by "
-            "itself; convert it with --ckpt-format torch_dist, and compare that"
-        )
     planner = Planner()
     for ref in refs(source.spec):
         planner.check_cover(ref, source.spec, source.read(ref))

@@ -1,7 +1,7 @@
 """Distributed checkpoint in a folder: its format, its index, the state that all ranks share, and the tensors of its model.
 
 Formats: Megatron-LM core_v0.9.0 to core_v0.19.0. `torch_dist` is that of core/dist_checkpointing. `torch_dcp` (with torch's FSDP2)
-and `fsdp_dtensor` (with Megatron-FSDP) are state dicts as torch.distributed.checkpoint saves them, whose keys begin with `model.` and
+and `fsdp_dtensor` (with Megatron-FSDP) are state dicts, saved by torch.distributed.checkpoint, whose keys begin with `model.` and
 which have args and iteration among their objects (training/checkpointing.py, `save_checkpoint`).
 """
 

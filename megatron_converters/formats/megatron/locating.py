@@ -37,16 +37,13 @@ def checkpoint_directory(load_dir: Path, name: str | None) -> Path:
 
     Raises `ConversionError` that says what the folder is instead and what lies in it.
     """
-    if name is not None:
-        if not (load_dir / name).is_dir():
-            raise ConversionError(f"{load_dir} has no folder {one_line(name)!r}; {_named(_names(load_dir))}")
-        return _weights_of(load_dir / name)
-    if (load_dir / TRACKER).is_file():
-        return _weights_of(_tracked(load_dir))
-    directory = _weights_of(load_dir)
-    if is_checkpoint(directory):
-        return directory
-    raise ConversionError(f"{load_dir} {_state(load_dir)}")
+    chosen = _tracked(load_dir) if name is None else load_dir / name
+    if not chosen.is_dir():
+        raise ConversionError(f"{load_dir} has no folder {one_line(name)!r}; {_named(_names(load_dir))}")
+    directory = _weights_of(chosen)
+    if not is_checkpoint(directory):
+        raise ConversionError(f"{chosen} {_state(chosen)}")
+    return directory
 
 
 def is_checkpoint(directory: Path) -> bool:
@@ -151,8 +148,10 @@ def reference_near(directory: Path) -> Path | None:
 
 
 def _tracked(load_dir: Path) -> Path:
-    """Folder that the tracker file names."""
+    """Folder that the tracker file names, `load_dir` itself if there is none."""
     tracker = load_dir / TRACKER
+    if not tracker.is_file():
+        return load_dir
     text = tracker.read_text(encoding="utf-8", errors="replace").strip()
     if text != "release" and not _TRACKED.fullmatch(text):
         raise ConversionError(

@@ -19,6 +19,7 @@ from ...storage.tensor import StoredTensor, contiguous_strides
 from .conventions import CUT_DOWN_PROJECTIONS, conventions_of
 from .locating import checkpoint_directory
 from .names import EMBEDDINGS, EXTRA_STATE_SUFFIX, keys
+from .prediction import as_stored, stored_layers, without_prediction
 from .rank_files import STACKED_SUFFIXES, RankFiles, read_rank_files
 from .reading import (
     AS_STORED,
@@ -26,8 +27,8 @@ from .reading import (
     origin_of,
     padding_note,
     spec_and_notes,
-    without_prediction,
 )
+from .wrapped_names import prefix_note
 
 #: Rank and name of a tensor.
 _Key = tuple[Rank, str]
@@ -43,15 +44,16 @@ class RankFilesSource:
         self._embeddings = self.parallel.prefix(0) + EMBEDDINGS
         padded = self._padded_vocab()
         spec, notes = spec_and_notes(args, padded, self._embedding_dtype(), options)
-        self.spec = spec
+        stored = stored_layers(key for file in self._ranks.values() for key in file.tensors)
+        self.spec = spec = as_stored(spec, stored, options.without_mtp, options.hf_config, self._dir)
         self.conventions = conventions_of(vars(args), spec, options.mup)
         notes += self._check(padded)
         sizes = self.parallel
         self.parallel = parallel_for(spec, sizes.tp, sizes.pp, sizes.split, sizes.ep, sizes.etp)
         self._padded = padded
         self._pieces, self._replicas = self._match()
-        self.spec, left_out_notes = without_prediction(spec, options)
-        notes += padding_note(padded, spec) + left_out_notes
+        self.spec, left_out_notes = without_prediction(spec, options.without_mtp)
+        notes += prefix_note(files.wrapper) + padding_note(padded, spec) + left_out_notes
         if files.left_out:
             notes.append(
                 f"left out of the conversion: {', '.join(sorted(files.left_out))} (optimizer and training state)"
@@ -66,6 +68,7 @@ class RankFilesSource:
             parallel=self.parallel,
             mup=self.conventions.mup,
             notes=notes,
+            float32_originals=files.float32_originals,
             capacity_bins=from_rank_files(
                 str(self._dir), self.parallel, {rank: file.tensors for rank, file in self._ranks.items()}
             ),

@@ -16,9 +16,8 @@ from ...assets.origin import Origin, file_identities
 from ...basics.dtypes import DType
 from ...basics.errors import ConversionError, Unclear, UsageError, one_line
 from ...basics.json_files import read_json
-from ...basics.quantities import count
 from ...families import FAMILIES
-from ...families.config_json import differences, infer_family, spec_from_config
+from ...families.config_json import differences, spec_from_config
 from ...families.quantisation import unquantised
 from ...model.layers import is_whole
 from ...model.spec import ModelSpec
@@ -29,6 +28,7 @@ from ...storage.pickle_reader import StandIn
 from .arguments import model_args, spec_fields, stated_heads
 from .conventions import conventions_of
 from .flags import ignored_notes
+from .prediction import inferred, without_layers
 from .writing import FAMILY_FILE
 
 #: Top-level entries of a checkpoint that do not count as skipped.
@@ -115,14 +115,14 @@ def spec_and_notes(
     """Spec of the model that args describe, or of the reference if one is given, and notes for the user."""
     if options.hf_config is not None:
         return _reference_spec(options.hf_config, args, dtype, options)
-    fields = spec_fields(args)
+    fields = without_layers(spec_fields(args), options.without_mtp)
     vocab, notes = _vocab_size(args, padded, options.true_vocab_size)
     fields = {**fields, "vocab_size": vocab, "dtype": dtype}
     recorded = getattr(args, "hf_config", None)
     if isinstance(recorded, dict):
         _check_family_file(args, recorded)
         return _updated_spec(_recorded_spec(recorded), fields, args, options.mup), notes + ignored_notes(vars(args))
-    spec = infer_family(fields, options.families)
+    spec = inferred(fields, options.families)
     notes += ignored_notes(vars(args))
     return spec, [*notes, f"no Hugging Face configuration is recorded; the {spec.family} family fits the args"]
 
@@ -186,14 +186,6 @@ def _reference_spec(
             "which queries, keys and values are packed; give the reference of this model"
         )
     return spec, [f"taken from {folder}: {difference} of the args" for difference in differences(stored, args_spec)]
-
-
-def without_prediction(spec: ModelSpec, options: MegatronReadOptions) -> tuple[ModelSpec, list[str]]:
-    """Spec without layers of multi-token prediction, if the options leave them out, and a note on it."""
-    if not (options.without_mtp and spec.mtp):
-        return spec, []
-    note = f"{count(len(spec.mtp), 'layer')} of multi-token prediction: left out, as --without-mtp says"
-    return dataclasses.replace(spec, mtp=()), [note]
 
 
 def parallel_of(args: argparse.Namespace, where: Path) -> Parallel:

@@ -31,8 +31,9 @@ from . import training_state
 from .conventions import conventions_of
 from .distributed_folder import read_folder
 from .distributed_keys import Slice, choices, module_choices
-from .locating import RANK, checkpoint_directory, listing
+from .locating import RANK, checkpoint_directory, listing, reference_near
 from .names import EMBEDDINGS
+from .prediction import as_stored, stored_layers, without_prediction
 from .reading import (
     AS_STORED,
     MegatronReadOptions,
@@ -42,7 +43,6 @@ from .reading import (
     parallel_of,
     spec_and_notes,
     supplemented,
-    without_prediction,
 )
 from .wrapped_names import prefix_note
 
@@ -81,10 +81,12 @@ class TorchDistSource:
         #: Megatron-LM's own description of how it named the keys (0.13 on); empty if there is none.
         self.content: dict[str, Any] = content if isinstance(content, dict) else {}
         self.spec, notes = spec_and_notes(args, self.padded, embeddings.dtype, options)
+        stored = stored_layers(self.weights)
+        self.spec = as_stored(self.spec, stored, options.without_mtp, options.hf_config, self._dir)
         self.conventions = conventions_of(vars(args), self.spec, options.mup)
         self._slices = self._match(args)
         self._chunks: dict[str, _Chunks] = {}
-        self.spec, left_out_notes = without_prediction(self.spec, options)
+        self.spec, left_out_notes = without_prediction(self.spec, options.without_mtp)
         parallel, size_notes = _recorded_sizes(args, self.spec, self._dir)
         index = self._folder.index
         notes += [
@@ -106,6 +108,7 @@ class TorchDistSource:
             mup=self.conventions.mup,
             notes=notes,
             ignored=training_state.grouped(index),
+            float32_originals=training_state.float32_originals(index),
         )
 
     @property
@@ -225,8 +228,10 @@ def _args_of(common: Mapping[str, Any], where: Path, options: MegatronReadOption
     if args is None and common.get("args") is None and options.hf_config is not None:
         return argparse.Namespace()
     if args is None:
+        near = reference_near(where.parent)
+        beside = "" if near is None else f", such as {near}"
         raise ConversionError(
-            f"{where} has no args, which describe the model; give a reference model with --hf-config DIR"
+            f"{where} has no args, which describe the model; give a reference model with --hf-config DIR{beside}"
         )
     return args
 

@@ -6,6 +6,7 @@ other sizes can load it too. Format: see torch_dist_source.py. Layers are an axi
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Iterator, Sequence
@@ -121,6 +122,14 @@ class TorchDistTarget(CheckpointTarget):
             name = chunk.name
             fill = Fill(self._files[name], name, chunk.dtype, box.shape, box.rows, box.col, padding=box.padding)
             yield self._conventions.fill(ref, fill)
+
+    def _loading_notes(self) -> Iterator[str]:
+        rows = self._padded
+        other = next(size for size in itertools.count(3) if rows % size)
+        yield (
+            f"loads at any tensor-parallel size that divides the {rows} rows of the padded vocabulary, a number that Megatron-LM "
+            f"takes from the args; for another, such as {other}, write with --pad-vocab-for-tp {other}"
+        )
 
     def _items(self) -> dict[int, list[NewChunk | NewObject]]:
         """Chunks and objects that each rank writes, by rank number."""

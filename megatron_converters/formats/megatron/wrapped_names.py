@@ -55,7 +55,7 @@ def without_prefix(tensors: Mapping[str, T], prefix: str, where: object) -> dict
     others = sorted(name for name in tensors if not name.startswith(prefix))
     if others:
         raise ConversionError(
-            f"{where}: the model's names begin with {one_line(prefix)}, but {count(len(others), 'tensor')} lie beside it, such as "
+            f"{where}: the model's names begin with {one_line(prefix)}, but not those of {count(len(others), 'tensor')}, such as "
             f"{', '.join(map(one_line, others[:_SHOWN]))}; save the model alone"
         )
     return {name.removeprefix(prefix): data for name, data in tensors.items()}
