@@ -99,13 +99,18 @@ def _sharded(models: list[torch.nn.Module], metadata: dict[str, Any]) -> dict[st
 
 
 def args_of(directory: Path, sizes: dict[str, int]) -> Namespace:
-    """Args of a checkpoint, as megatron-core loads them, for a run at other sizes (`tp`, `pp`, `ep`, `etp`)."""
+    """Args of a checkpoint, as megatron-core loads them, for a run at other sizes (`tp`, `pp`, `ep`, `etp`).
+
+    The padded vocabulary is that of the sizes, or with `padded` 1 among them that of the args, as with `--use-checkpoint-args`.
+    """
     # Megatron-LM does this when it starts. It is repeated here, since torch's context manager in another job undoes it at its end.
     torch.serialization.add_safe_globals(list(SAFE_GLOBALS))
     args: Namespace = dist_checkpointing.load_common_state_dict(str(directory))["args"]
     names = {"tp": "tensor_model", "pp": "pipeline_model", "ep": "expert_model", "etp": "expert_tensor"}
-    for name, size in sizes.items():
+    for name, size in sizes.items() - {("padded", 1)}:
         setattr(args, f"{names[name]}_parallel_size", size)
+    if sizes.get("padded"):
+        return args
     multiple = args.make_vocab_size_divisible_by * args.tensor_model_parallel_size
     args.padded_vocab_size = -(-args.vocab_size // multiple) * multiple
     return args

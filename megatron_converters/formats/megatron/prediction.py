@@ -45,12 +45,18 @@ def without_layers(fields: Mapping[str, Any], left_out: bool) -> dict[str, Any]:
 def as_stored(spec: ModelSpec, stored: int, left_out: bool, reference: Path | None, where: object) -> ModelSpec:
     """Spec with the layers of multi-token prediction that are stored, which are matched before they are left out.
 
-    Raises `ConversionError` if some are stored, are not to be left out, and the model, of the args or of a reference, has none.
+    Raises `ConversionError` if they are not to be left out and only one of both has any, the checkpoint or the model that the args,
+    or a reference, describe.
     """
     if left_out:
         return spec if len(spec.mtp) == stored else spec.replaced(mtp_num_layers=stored)
+    described = "the args describe" if reference is None else f"{reference} is"
+    if spec.mtp and not stored:
+        raise ConversionError(
+            f"{described} a model with {count(len(spec.mtp), 'layer')} of multi-token prediction, but {where} holds none (mtp.*); "
+            f"{_REMEDY}"
+        )
     if stored and not spec.mtp:
-        described = "the args describe" if reference is None else f"{reference} is"
         raise ConversionError(
             f"{where} holds {count(stored, 'layer')} of multi-token prediction (mtp.*), but {described} a model without; {_REMEDY}"
         )

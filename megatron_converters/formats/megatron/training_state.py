@@ -47,7 +47,8 @@ def note(index: dcp.Index, common: Mapping[str, Any]) -> list[str]:
 def float32_originals(index: dcp.Index) -> str:
     """Where the optimizer's float32 originals of the weights are, in words; no text if there are none."""
     found = [key for key in index.tensors if is_training_state(key) and _state(key) in _ORIGINALS]
-    return f"{_group_of(found[0])}, {count(len(found), 'tensor')}" if found else ""
+    groups = " and ".join(sorted({_group_of(key) for key in found}))
+    return f"{groups}, {count(len(found), 'tensor')}" if found else ""
 
 
 def _sizes(index: dcp.Index) -> Iterator[tuple[str, int]]:
