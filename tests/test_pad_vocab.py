@@ -27,8 +27,8 @@ def stored_args(root: Path) -> Any:
 def test_the_sizes_are_said_among_the_flags(hf_model: HFModel, tmp_path: Path) -> None:
     run = succeeded(verb("convert", hf_model("llama2"), tmp_path / "meg", *FORMAT))
     assert (
-        "loads at any tensor-parallel size that divides the 256 rows of the padded vocabulary, a number that Megatron-LM takes from "
-        "the args; for another, such as 3, write with --pad-vocab-for-tp 3\npretrain_gpt.py needs:"
+        "loads at any tensor-parallel size that divides the 256 rows of the padded vocabulary, a number that Megatron-LM takes "
+        "from the args; for another, such as 3, write with --pad-vocab-for-tp 3\npretrain_gpt.py needs:"
     ) in run.out
     assert "--pad-vocab-for-tp" not in succeeded(verb("convert", hf_model("llama2"), tmp_path / "torch")).out
 

@@ -17,8 +17,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from ..conversion.composing import Planner
-from ..formats.megatron.distributed_folder import COMMON_FILE
-from ..formats.megatron.locating import FORMAT_FILE
+from ..formats.megatron.locating import COMMON_FILE, FORMAT_FILE
 from ..formats.megatron.names import GATE_AND_UP, LOCAL_ENDS
 from ..formats.megatron.torch_dist_source import TorchDistSource
 from ..formats.megatron.torch_dist_target import FORMAT

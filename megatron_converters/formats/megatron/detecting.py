@@ -21,10 +21,17 @@ from ...basics.folders import existing_folder
 from ...storage import dcp
 from ...storage.opening import is_name
 from ...storage.tensor import StoredTensor
-from .locating import RANK, checkpoint_directory, has_model_file, is_distributed, listing, refuse_without_index
+from .locating import (
+    RANK,
+    RANK_FILE,
+    checkpoint_directory,
+    has_model_file,
+    is_distributed,
+    listing,
+    refuse_without_index,
+)
 from .names import EMBEDDINGS
 from .rank_files import read_file
-from .rank_files_target import FILE
 from .reading import args_in
 from .writing import MODEL_FILE
 
@@ -211,7 +218,7 @@ def _rank_files(directory: Path) -> Detected:
     for rank in numbers:
         columns.setdefault(rank[0], rank)
     needed = [rank for rank in numbers if rank[0] == 0 or rank in columns.values()]
-    contents = {rank: read_file(directory / _name(rank) / FILE) for rank in needed}
+    contents = {rank: read_file(directory / _name(rank) / RANK_FILE) for rank in needed}
     models = {rank: _models(content, directory / _name(rank)) for rank, content in contents.items()}
     args = args_in(contents[numbers[0]], directory)
     sizes, decided_by = _sizes(numbers, args, models)
@@ -224,7 +231,7 @@ def _rank_files(directory: Path) -> Detected:
 
 def models_of_rank(directory: Path, rank: tuple[int, ...]) -> list[dict[str, StoredTensor]]:
     """Tensors of the rank whose folder has these numbers: one model, or one for each virtual stage."""
-    return _models(read_file(directory / _name(rank) / FILE), directory / _name(rank))
+    return _models(read_file(directory / _name(rank) / RANK_FILE), directory / _name(rank))
 
 
 def _numbers(name: str) -> tuple[int, ...]:

@@ -16,15 +16,15 @@ from ...basics.errors import ConversionError
 from ...basics.json_files import read_json
 from ...storage import dcp, torch_zip
 from ...storage.dcp import ChunkedTensor
-from .locating import FORMAT_FILE, refuse_without_index
+from .locating import COMMON_FILE, FORMAT_FILE, refuse_without_index
 from .names import EXTRA_STATE_SUFFIX
 from .training_state import is_training_state
 from .wrapped_names import prefix_of, without_prefix
 
-COMMON_FILE = "common.pt"
 #: Object that replaces `COMMON_FILE` since Megatron-LM 0.19: a list whose only element is that file's content.
 _COMMON_OBJECT = "common_state/shard_0_1"
-TORCH_DIST, TORCH_DCP, FSDP_DTENSOR = "torch_dist", "torch_dcp", "fsdp_dtensor"
+#: The formats, which have whole tensors, whatever ranks wrote them.
+LOADED_AT_ANY_SIZES = TORCH_DIST, TORCH_DCP, FSDP_DTENSOR = "torch_dist", "torch_dcp", "fsdp_dtensor"
 #: Name and version of the only supported format of core/dist_checkpointing.
 _BACKEND = (TORCH_DIST, 1)
 #: Entry of a state dict under which Megatron-LM saves the model, and what Megatron-FSDP adds.

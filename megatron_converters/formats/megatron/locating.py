@@ -25,7 +25,8 @@ _ITERATION = re.compile(r"iter_\d{7,18}|release")
 _TRACKED = re.compile(r"[0-9]{1,18}")
 #: Folders in which NeMo 2 (nemo/lightning/ckpt_utils.py) and an unpacked archive of NeMo 1 have the checkpoint.
 _NEMO_WEIGHTS = ("weights", "model_weights")
-_CHUNKS = "*.distcp"
+#: Files of a checkpoint: parts of a distributed one, its common state, and a rank's (training/checkpointing.py).
+_CHUNKS, COMMON_FILE, RANK_FILE = "*.distcp", "common.pt", "model_optim_rng.pt"
 #: Name of a model's configuration, with which a folder can be a reference.
 _CONFIGURATION = "config.json"
 #: Limits of a look into further folders: levels, folders that are opened, and paths that are named.
@@ -72,6 +73,15 @@ def is_part(folder: Path) -> bool:
         or any(_ITERATION.fullmatch(name) and is_checkpoint(folder / name) for name in names)
         or _weights_of(folder) != folder
     )
+
+
+def whole_of(path: Path) -> Path | None:
+    """Folder of the checkpoint that a file, or the folder of one rank, is part of; None if it is none."""
+    if path.is_file():
+        parts = (dcp.METADATA, COMMON_FILE, _CHUNKS, RANK_FILE)
+        inside = any(fnmatch.fnmatch(path.name, pattern) for pattern in parts)
+        return (path.parent.parent if RANK.match(path.parent.name) else path.parent) if inside else None
+    return path.parent if RANK.match(path.name) and (path / RANK_FILE).exists() else None
 
 
 def refuse_without_index(directory: Path) -> None:

@@ -12,7 +12,7 @@ from .torch_dist_source import TorchDistSource
 
 
 def open_megatron(load_dir: Path, options: MegatronReadOptions = AS_STORED) -> RankFilesSource | TorchDistSource:
-    """Open the checkpoint in `load_dir`: as `torch_dist` if it has that format's index, else by the files that it has."""
+    """Open the checkpoint in `load_dir`: as a distributed one if it has an index, else by the files that it has."""
     directory = checkpoint_directory(load_dir, options.directory_name)
     if is_distributed(directory):
         return TorchDistSource(load_dir, options)

@@ -19,9 +19,8 @@ from ...storage import torch_zip
 from ...storage.opening import is_name
 from ...storage.tensor import StoredTensor
 from .arguments import rank_invariants
-from .locating import RANK, listing
+from .locating import RANK, RANK_FILE, listing
 from .names import EXPERTS, EXTRA_STATE_SUFFIX, STACKED
-from .rank_files_target import FILE
 from .reading import MegatronReadOptions, args_in, parallel_of, skipped_entries, supplemented
 from .wrapped_names import prefix_of, without_prefix
 
@@ -69,7 +68,7 @@ class RankFiles:
 def read_rank_files(folder: Path, options: MegatronReadOptions) -> RankFiles:
     """Read the files of all ranks in a folder; raises `ConversionError` if some are missing or of different saves."""
     first_name = _first_rank(folder)
-    first = read_file(folder / first_name / FILE)
+    first = read_file(folder / first_name / RANK_FILE)
     stored = args_in(first, folder)
     args = supplemented(stored, options)
     if args is None:
@@ -88,14 +87,14 @@ def read_rank_files(folder: Path, options: MegatronReadOptions) -> RankFiles:
     )
     ranks, left_out, expected = {}, set(), rank_invariants(first.get("iteration"), stored)
     for name, rank in wanted.items():
-        content = read_file(folder / name / FILE)
+        content = read_file(folder / name / RANK_FILE)
         found = rank_invariants(content.get("iteration"), args_in(content, folder / name))
         differing = (key for key in expected.keys() & found.keys() if found[key] != expected[key])
         problems += [
             f"{name}: {key} is {one_line(repr(found[key]))}, not {one_line(repr(expected[key]))}"
             for key in sorted(differing)
         ]
-        ranks[rank] = RankFile(folder / name / FILE, name, tensors_of(content, parallel, folder / name, wrapper))
+        ranks[rank] = RankFile(folder / name / RANK_FILE, name, tensors_of(content, parallel, folder / name, wrapper))
         left_out |= skipped_entries(content)
     remedy = "They are of different saves; copy all ranks of one save again."
     raise_all(f"{folder}: the ranks' files contradict {first_name}:", problems, remedy=remedy)

@@ -29,8 +29,7 @@ from ...storage import dcp, dcp_layout, torch_zip
 from ...storage.dcp_layout import NewChunk, NewObject, Placed
 from ...storage.output_file import FileLayout
 from ...storage.tensor import StoredTensor
-from .distributed_folder import COMMON_FILE
-from .locating import FORMAT_FILE
+from .locating import COMMON_FILE, FORMAT_FILE
 from .names import (
     DISTRIBUTED,
     DISTRIBUTED_EXPERTS,
