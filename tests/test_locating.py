@@ -59,6 +59,11 @@ def test_no_tracker(tmp_path: Path) -> None:
     )
 
 
+def test_iterations_that_cannot_be_read(tmp_path: Path) -> None:
+    root = folders(tmp_path, iter_0000012=("__0_0.distcp",), iter_0000014=())
+    looked_at(root, f"has no {TRACKER}", "iter_0000014 (empty); none of them can be read")
+
+
 @pytest.mark.parametrize(
     ("tracked", "words"),
     [

@@ -90,7 +90,7 @@ def test_tensors_beside_the_prefix(stored: dict[str, Any], tmp_path: Path) -> No
 
     assert refusal(written(stored, tmp_path / "made", change)) == (
         "X: the model's names begin with language_model., but not those of 2 tensors, such as vision_model.layers.a, "
-        "vision_model.layers.b; save the model alone"
+        "vision_model.layers.b; only a model alone can be converted"
     )
 
 

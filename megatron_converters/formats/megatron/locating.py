@@ -21,7 +21,9 @@ FORMAT_FILE = "metadata.json"
 #: Name of a rank's folder in the `torch` format.
 RANK = re.compile(r"mp_rank_\d{2,}(_\d{3,})*$")
 #: Name of a folder of one iteration.
-_ITERATION = re.compile(r"iter_\d{7,18}|release")
+_RELEASE = "release"
+_NUMBERED = re.compile(r"iter_\d{7,18}")
+_ITERATION = re.compile(rf"{_NUMBERED.pattern}|{_RELEASE}")
 _TRACKED = re.compile(r"[0-9]{1,18}")
 #: Folders in which NeMo 2 (nemo/lightning/ckpt_utils.py) and an unpacked archive of NeMo 1 have the checkpoint.
 _NEMO_WEIGHTS = ("weights", "model_weights")
@@ -70,7 +72,7 @@ def is_part(folder: Path) -> bool:
     names = [path.name for path in listing(folder)]
     return (
         bool(fnmatch.filter(names, _CHUNKS))
-        or any(_ITERATION.fullmatch(name) and is_checkpoint(folder / name) for name in names)
+        or any(_NUMBERED.fullmatch(name) or (name == _RELEASE and is_checkpoint(folder / name)) for name in names)
         or _weights_of(folder) != folder
     )
 
@@ -110,6 +112,18 @@ class Inside:
     def __bool__(self) -> bool:
         return bool(self.checkpoints or self.models)
 
+    def add(self, path: Path) -> list[Path]:
+        """Add a folder to what it is; returns the folders in it if it is nothing."""
+        names = _names_in(path)
+        if (path / TRACKER).is_file() or is_distributed(path) or _ranks(path):
+            self.checkpoints.append(path)
+        elif _CONFIGURATION in names:
+            weights = any(fnmatch.filter(names, pattern) for pattern in ("*.safetensors", "*.bin"))
+            (self.models if weights else self.references).append(path)
+        else:
+            return list(_folders(path))
+        return []
+
     def __str__(self) -> str:
         """Clause that names them, and how to give them."""
         found = {
@@ -139,14 +153,12 @@ def look_inside(folder: Path, levels: int = _LEVELS) -> Inside:
     while pending and opened < _MOST_OPENED:
         path, level = pending.pop(0)
         opened += 1
-        names = _names_in(path)
-        if (path / TRACKER).is_file() or is_distributed(path) or _ranks(path):
-            found.checkpoints.append(path)
-        elif _CONFIGURATION in names:
-            weights = any(fnmatch.filter(names, pattern) for pattern in ("*.safetensors", "*.bin"))
-            (found.models if weights else found.references).append(path)
-        elif level < levels:
-            pending += [(entry, level + 1) for entry in _folders(path)]
+        try:
+            further = found.add(path)
+        except ConversionError:  # not allowed to list it
+            continue
+        if level < levels:
+            pending += [(entry, level + 1) for entry in further]
     return found
 
 
@@ -163,11 +175,11 @@ def _tracked(load_dir: Path) -> Path:
     if not tracker.is_file():
         return load_dir
     text = tracker.read_text(encoding="utf-8", errors="replace").strip()
-    if text != "release" and not _TRACKED.fullmatch(text):
+    if text != _RELEASE and not _TRACKED.fullmatch(text):
         raise ConversionError(
-            f"{tracker} holds {text[:80]!r}; it must hold an iteration number or 'release'; {_choice(load_dir)}"
+            f"{tracker} holds {text[:80]!r}; it must hold an iteration number or '{_RELEASE}'; {_choice(load_dir)}"
         )
-    directory = load_dir / (text if text == "release" else f"iter_{int(text):07d}")
+    directory = load_dir / (text if text == _RELEASE else f"iter_{int(text):07d}")
     if not directory.is_dir():
         raise ConversionError(f"{tracker} names {directory.name}, which is not there; {_choice(load_dir)}")
     return directory
