@@ -151,17 +151,7 @@ def test_a_rank_file_that_is_missing_or_elsewhere(hf_model: HFModel, tmp_path: P
     looked_at(folder, "model_optim_rng.pt is missing", "the folder has model.pt")
 
 
-@pytest.mark.parametrize(
-    ("part", "whole"),
-    [
-        ("iter_0000001/mp_rank_00/model_optim_rng.pt", "iter_0000001"),
-        ("iter_0000001/mp_rank_00", "iter_0000001"),
-        ("iter_0000002/.metadata", "iter_0000002"),
-        ("iter_0000002/__0_0.distcp", "iter_0000002"),
-        ("iter_0000002/common.pt", "iter_0000002"),
-    ],
-)
-def test_a_part_of_a_checkpoint(part: str, whole: str, tmp_path: Path) -> None:
-    folders(tmp_path, iter_0000001=("mp_rank_00/model_optim_rng.pt",), iter_0000002=DIST)
-    message = refused(verb("inspect", tmp_path / part), code=2).err
-    assert f"{tmp_path / part} is part of a checkpoint; give all of it: {tmp_path / whole}\n" in message
+def test_the_folder_of_one_rank(tmp_path: Path) -> None:
+    folders(tmp_path, iter_0000001=("mp_rank_00/model_optim_rng.pt",))
+    rank = tmp_path / "iter_0000001" / "mp_rank_00"
+    looked_at(rank, f"is the folder of one rank; give that of the checkpoint, {rank.parent}\n", code=2)

@@ -8,7 +8,7 @@ from pathlib import Path
 from ..basics.errors import UsageError
 from ..conversion.staging import unfinished_in
 from ..storage import marks
-from .megatron.locating import is_part, listing, look_inside, whole_of
+from .megatron.locating import is_one_rank, is_part, listing, look_inside
 from .mindspore.files import is_mindspore
 
 HF, META, MEGATRON, MINDSPORE = "hf", "meta", "megatron", "mindspore"
@@ -29,9 +29,6 @@ def format_of(path: Path) -> str:
     """Detect the format of a folder or a file; raises `UsageError` if it fits none or several."""
     if is_mindspore(path):
         return MINDSPORE
-    whole = whole_of(path)
-    if whole is not None:
-        raise UsageError(f"{path} is part of a checkpoint; give all of it: {whole}")
     if path.is_file():
         return WEIGHTS
     names = [entry.name for entry in listing(path)]
@@ -45,6 +42,8 @@ def format_of(path: Path) -> str:
     unfinished = unfinished_in(path)
     if unfinished is not None:
         raise UsageError(f"{path} {unfinished}")
+    if is_one_rank(path):
+        raise UsageError(f"{path} is the folder of one rank; give that of the checkpoint, {path.absolute().parent}")
     if is_part(path):
         return MEGATRON
     foreign = marks.foreign(names)

@@ -77,13 +77,9 @@ def is_part(folder: Path) -> bool:
     )
 
 
-def whole_of(path: Path) -> Path | None:
-    """Folder of the checkpoint that a file, or the folder of one rank, is part of; None if it is none."""
-    if path.is_file():
-        parts = (dcp.METADATA, COMMON_FILE, _CHUNKS, RANK_FILE)
-        inside = any(fnmatch.fnmatch(path.name, pattern) for pattern in parts)
-        return (path.parent.parent if RANK.match(path.parent.name) else path.parent) if inside else None
-    return path.parent if RANK.match(path.name) and (path / RANK_FILE).exists() else None
+def is_one_rank(folder: Path) -> bool:
+    """Whether a folder is that of one rank, which is part of a checkpoint."""
+    return RANK.match(folder.name) is not None and (folder / RANK_FILE).exists()
 
 
 def refuse_without_index(directory: Path) -> None:
