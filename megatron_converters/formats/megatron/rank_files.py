@@ -177,7 +177,8 @@ def wrapper_of(content: Mapping[str, Any], parallel: Parallel, where: object) ->
     """Prefix that wrappers of the model put before all names in a checkpoint, by the file of the rank with the embeddings."""
     model = content.get(parallel.entries[0])
     tensors = model if isinstance(model, Mapping) else {}
-    return prefix_of([key for key, value in tensors.items() if isinstance(value, StoredTensor) and is_name(key)], where)
+    names = [key for key, value in tensors.items() if isinstance(value, StoredTensor) and is_name(key)]
+    return prefix_of(names, where) if names else ""
 
 
 def tensors_of(
