@@ -123,7 +123,7 @@ def test_without_args(hf_model: HFModel, tmp_path: Path) -> None:
     state = state_dict(hf_model("llama2"), tmp_path)
     del state["args"]
     whole = save(state, tmp_path / "whole")
-    assert ".metadata has no args, which describe the model; give a reference model" in refusal(whole)
+    assert ".metadata has no args, which describe the model" in refusal(whole)
     assert "and the args do not say by which tensor-parallel size" in refusal(whole, hf_config=hf_model("llama2"))
     halves = save_fsdp(state, tmp_path / "halves")
     back = megatron_to_hf(halves, tmp_path / "hf", hf_config=hf_model("llama2"))
