@@ -14,6 +14,8 @@ from tests.conversions import different
 from tests.helpers import hf_tensors, refused, succeeded, verb
 from tests.oracle import by_hand_dist
 
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+
 HFModel = Callable[..., Path]
 TRACKER = "latest_checkpointed_iteration.txt"
 DIST = (".metadata", "metadata.json", "common.pt", "__0_0.distcp")
