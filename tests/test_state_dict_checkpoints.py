@@ -119,6 +119,16 @@ def test_gate_and_up_that_alternate(hf_model: HFModel, tmp_path: Path) -> None:
     assert different(hf_tensors(hf_model("llama2")), hf_tensors(back)) == []
 
 
+def test_gate_and_up_of_experts_that_alternate(hf_model: HFModel, tmp_path: Path) -> None:
+    state = state_dict(hf_model("mixtral"), tmp_path)
+    state["args"].expert_tensor_parallel_size = 2
+    message = refusal(save(state, tmp_path / "whole"))
+    assert (
+        "local_experts.7.linear_fc1.weight (layer 0 expert 7 expert_fc1) holds several blocks, and the args say"
+        in message
+    )
+
+
 def test_without_args(hf_model: HFModel, tmp_path: Path) -> None:
     state = state_dict(hf_model("llama2"), tmp_path)
     del state["args"]

@@ -194,9 +194,13 @@ def _check_uncut(
 ) -> None:
     """Note tensors of several blocks that tensor parallelism has cut, or may have cut, so that the blocks alternate in them."""
     tp = getattr(args, "tensor_model_parallel_size", None)
+    of_experts = getattr(args, "expert_tensor_parallel_size", None) or tp
     for ref, parts in slices.items():
-        if parts[0].uncut and tp != 1:
-            said = "do not say by which tensor-parallel size" if tp is None else f"say a tensor-parallel size of {tp}"
+        size = tp if ref.expert is None else of_experts
+        if parts[0].uncut and size != 1:
+            said = (
+                "do not say by which tensor-parallel size" if size is None else f"say a tensor-parallel size of {size}"
+            )
             matcher.note(
                 f"{parts[0].key} ({ref}) holds several blocks, and the args {said}, by which they alternate in it"
             )
