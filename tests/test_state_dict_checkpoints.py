@@ -94,7 +94,10 @@ def test_verbs_take_them(hf_model: HFModel, tmp_path: Path) -> None:
     assert "rng_state: 1 tensor, " in run.out
     succeeded(verb("verify", hf_model("llama2"), made))
     refused(
-        verb("verify", hf_model("llama2"), made, "--logits"), "is of the format torch_dcp", "--ckpt-format torch_dist"
+        verb("verify", hf_model("llama2"), made, "--logits"),
+        "is of the format torch_dcp",
+        "--ckpt-format torch_dist",
+        code=2,
     )
 
 

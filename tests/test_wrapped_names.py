@@ -83,15 +83,30 @@ def test_a_prefix_in_a_whole_model(hf_model: HFModel, tmp_path: Path) -> None:
     assert different(hf_tensors(hf_model("llama2")), hf_tensors(back)) == []
 
 
-def test_tensors_beside_the_prefix(stored: dict[str, Any], tmp_path: Path) -> None:
+def test_tensors_beside_the_prefix(stored: dict[str, Any], hf_model: HFModel, tmp_path: Path) -> None:
     def change(tensors: dict[str, Any]) -> dict[str, Any]:
         vision = {f"vision_model.layers.{name}": torch.ones(2) for name in "ab"}
         return {**prefixed("language_model.")(tensors), **vision}
 
-    assert refusal(written(stored, tmp_path / "made", change)) == (
+    folder = written(stored, tmp_path / "made", change)
+    assert refusal(folder) == (
         "X: the model's names begin with language_model., but not those of 2 tensors, such as vision_model.layers.a, "
-        "vision_model.layers.b; only a model alone can be converted"
+        "vision_model.layers.b; --ignore-tensors PATTERN leaves such tensors out"
     )
+    back = megatron_to_hf(folder, tmp_path / "hf", ignore_tensors=("vision_model.*",))
+    assert different(hf_tensors(hf_model("llama2")), hf_tensors(back)) == []
+
+
+def test_tensors_beside_the_prefix_of_ranks_files(hf_model: HFModel, tmp_path: Path) -> None:
+    root = hf_to_megatron(hf_model("llama2"), tmp_path / "made", tp=2)
+
+    def change(content: dict[str, Any]) -> dict[str, Any]:
+        return {**content, "model": {**prefixed("language_model.")(content["model"]), "vision.a": torch.ones(2)}}
+
+    edit(root / "iter_0000001", change)
+    assert "but not those of 1 tensor, such as vision.a; --ignore-tensors PATTERN" in refusal(root)
+    back = megatron_to_hf(root, tmp_path / "hf", ignore_tensors=("vision.*",))
+    assert different(hf_tensors(hf_model("llama2")), hf_tensors(back)) == []
 
 
 def test_a_prefix_of_only_some(stored: dict[str, Any], tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 from ...basics.errors import ConversionError
 from ...basics.json_files import read_json
+from ...conversion.left_out import LeftOut
 from ...storage import dcp, torch_zip
 from ...storage.dcp import ChunkedTensor
 from .locating import COMMON_FILE, FORMAT_FILE, refuse_without_index
@@ -59,8 +60,11 @@ class DistributedFolder:
         return self.prefix.removeprefix({TORCH_DCP: _MODEL, FSDP_DTENSOR: _FSDP}.get(self.format, ""))
 
 
-def read_folder(directory: Path) -> DistributedFolder:
-    """Read index and common state; raises `ConversionError` if the folder is of another format, incomplete or no model's."""
+def read_folder(directory: Path, ignored: LeftOut) -> DistributedFolder:
+    """Read index and common state, without the tensors that a user ignores.
+
+    Raises `ConversionError` if the folder is of another format, incomplete or no model's.
+    """
     described = (directory / FORMAT_FILE).is_file()
     if described:
         _check_format(directory)
@@ -71,6 +75,7 @@ def read_folder(directory: Path) -> DistributedFolder:
         for key, tensor in index.tensors.items()
         if not is_training_state(key) and not key.endswith(EXTRA_STATE_SUFFIX)
     }
+    weights = ignored.kept(weights)
     prefix = prefix_of(weights, directory)
     tensors = without_prefix(weights, prefix, directory)
     if described:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ...basics.errors import ConversionError
+from ...conversion.left_out import LeftOut
 from ...sharding.ranks import Parallel
 from ...storage import torch_zip
 from .flat_metadata import METADATA_FILE, args_of, check_metadata, describe, read_metadata, refuse_undescribed
@@ -61,17 +62,22 @@ def _read(folder: Path, metadata: Mapping[str, Any] | None, options: MegatronRea
     if args is not None:
         _refuse_shares(args, path)
     held = content if is_rank_file else {_MODEL: content}
-    wrapper = wrapper_of(held, _UNCUT, path)
+    ignored = LeftOut(options.ignore_tensors)
+    wrapper = wrapper_of(held, _UNCUT, path, ignored)
     return RankFiles(
         format=FORMAT,
         folder=folder,
         args=args or argparse.Namespace(),
         iteration=getattr(args, "iteration", None),
         parallel=_UNCUT,
-        ranks={rank: RankFile(path, MODEL_FILE, tensors_of(held, _UNCUT, path, wrapper)) for rank in _UNCUT.ranks(0)},
+        ranks={
+            rank: RankFile(path, MODEL_FILE, tensors_of(held, _UNCUT, path, wrapper, ignored))
+            for rank in _UNCUT.ranks(0)
+        },
         left_out=skipped_entries(content) if is_rank_file else set(),
         beside=() if metadata is None else (folder / METADATA_FILE,),
         wrapper=wrapper,
+        ignored=ignored,
     )
 
 

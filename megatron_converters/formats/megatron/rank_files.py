@@ -9,11 +9,12 @@ import argparse
 import dataclasses
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ...basics.errors import ConversionError, one_line, raise_all
+from ...conversion.left_out import LeftOut
 from ...sharding.ranks import Parallel, Rank
 from ...storage import torch_zip
 from ...storage.opening import is_name
@@ -63,6 +64,8 @@ class RankFiles:
     beside: tuple[Path, ...] = ()
     float32_originals: str = ""
     wrapper: str = ""
+    #: Tensors that a user ignores, which `ranks` do not have.
+    ignored: LeftOut = field(default_factory=LeftOut)
 
 
 def read_rank_files(folder: Path, options: MegatronReadOptions) -> RankFiles:
@@ -77,7 +80,8 @@ def read_rank_files(folder: Path, options: MegatronReadOptions) -> RankFiles:
             "args"
         )
     parallel = _stored_sizes(args, first, folder)
-    wrapper = wrapper_of(first, parallel, folder / first_name)
+    ignored = LeftOut(options.ignore_tensors)
+    wrapper = wrapper_of(first, parallel, folder / first_name, ignored)
     wanted = {parallel.directory(rank): rank for stage in range(parallel.pp) for rank in parallel.ranks(stage)}
     present = {path.name for path in listing(folder) if RANK.match(path.name)}
     problems = [f"{name} is missing" for name in sorted(wanted.keys() - present)]
@@ -94,7 +98,9 @@ def read_rank_files(folder: Path, options: MegatronReadOptions) -> RankFiles:
             f"{name}: {key} is {one_line(repr(found[key]))}, not {one_line(repr(expected[key]))}"
             for key in sorted(differing)
         ]
-        ranks[rank] = RankFile(folder / name / RANK_FILE, name, tensors_of(content, parallel, folder / name, wrapper))
+        ranks[rank] = RankFile(
+            folder / name / RANK_FILE, name, tensors_of(content, parallel, folder / name, wrapper, ignored)
+        )
         left_out |= skipped_entries(content)
     remedy = "They are of different saves; copy all ranks of one save again."
     raise_all(f"{folder}: the ranks' files contradict {first_name}:", problems, remedy=remedy)
@@ -103,6 +109,7 @@ def read_rank_files(folder: Path, options: MegatronReadOptions) -> RankFiles:
         *("torch", folder, args, first.get("iteration"), parallel, ranks, left_out),
         float32_originals=originals,
         wrapper=wrapper,
+        ignored=ignored,
     )
 
 
@@ -173,18 +180,22 @@ def _expert_tensor_parallel(
     return 2 * size // stored_rows[0]
 
 
-def wrapper_of(content: Mapping[str, Any], parallel: Parallel, where: object) -> str:
+def wrapper_of(content: Mapping[str, Any], parallel: Parallel, where: object, ignored: LeftOut) -> str:
     """Prefix that wrappers of the model put before all names in a checkpoint, by the file of the rank with the embeddings."""
     model = content.get(parallel.entries[0])
-    tensors = model if isinstance(model, Mapping) else {}
-    names = [key for key, value in tensors.items() if isinstance(value, StoredTensor) and is_name(key)]
-    return prefix_of(names, where) if names else ""
+    stored = model if isinstance(model, Mapping) else {}
+    tensors = {key: value for key, value in stored.items() if isinstance(value, StoredTensor) and is_name(key)}
+    kept = ignored.kept(tensors, parallel.prefix(0).__add__)
+    return prefix_of(kept, where) if kept else ""
 
 
 def tensors_of(
-    content: Mapping[str, Any], parallel: Parallel, where: Path, wrapper: str = ""
+    content: Mapping[str, Any], parallel: Parallel, where: Path, wrapper: str = "", ignored: LeftOut | None = None
 ) -> Mapping[str, StoredTensor]:
-    """Tensors of all models of a rank, by key without `wrapper`; keys of virtual stages have the prefix of their model."""
+    """Tensors of all models of a rank, but those that are ignored, by key without `wrapper`.
+
+    Keys of virtual stages have the prefix of their model.
+    """
     tensors: dict[str, StoredTensor] = {}
     unnamed = []
     for number, entry in enumerate(parallel.entries):
@@ -202,7 +213,8 @@ def tensors_of(
                 found[key] = value
             elif not one_line(key).endswith(EXTRA_STATE_SUFFIX):
                 unnamed.append(f"{prefix}{one_line(key)}")
-        tensors |= {prefix + key: value for key, value in without_prefix(found, wrapper, where).items()}
+        kept = found if ignored is None else ignored.kept(found, prefix.__add__)
+        tensors |= {prefix + key: value for key, value in without_prefix(kept, wrapper, where).items()}
     if unnamed:
         raise ConversionError(f"{where}: model entries that are not named tensors: {', '.join(unnamed[:20])}")
     return tensors

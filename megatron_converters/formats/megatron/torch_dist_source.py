@@ -6,6 +6,7 @@ Gate lies above up in the whole tensor, not in each rank's part. Formats: see di
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import itertools
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,7 +20,10 @@ import numpy as np
 from ...basics.dtypes import DType
 from ...basics.errors import ConversionError
 from ...conversion.composing import Piece, Sources, StoredName
+from ...conversion.endpoint import dtype_notes, main_dtype
+from ...conversion.left_out import LeftOut
 from ...conversion.matching import Matcher
+from ...conversion.zero_bias import without_absent
 from ...model.layouts import RowMap, interned
 from ...model.slots import Ref, refs
 from ...model.spec import ModelSpec
@@ -32,7 +36,7 @@ from .conventions import conventions_of
 from .distributed_folder import read_folder
 from .distributed_keys import Slice, choices, module_choices
 from .locating import RANK, checkpoint_directory, listing, reference_near
-from .names import EMBEDDINGS
+from .names import EMBEDDINGS, OUTPUT_BIAS
 from .prediction import as_stored, stored_layers, without_prediction
 from .reading import (
     AS_STORED,
@@ -71,7 +75,8 @@ class TorchDistSource:
 
     def __init__(self, load_dir: Path, options: MegatronReadOptions = AS_STORED) -> None:
         self._dir = checkpoint_directory(load_dir, options.directory_name)
-        self._folder = read_folder(self._dir)
+        self._left_out = LeftOut(options.ignore_tensors)
+        self._folder = read_folder(self._dir, self._left_out)
         common = self._folder.common
         args = _args_of(common, self._folder.common_file, options)
         embeddings = self._embeddings()
@@ -83,9 +88,13 @@ class TorchDistSource:
         self.spec, notes = spec_and_notes(args, self.padded, embeddings.dtype, options)
         stored = stored_layers(self.weights)
         self.spec = as_stored(self.spec, stored, options.without_mtp, options.hf_config, self._dir)
+        biased = any(key.endswith(OUTPUT_BIAS) for key in self.weights)
+        self.spec, bias_notes = without_absent(self.spec, stored=biased)
         self.conventions = conventions_of(vars(args), self.spec, options.mup)
         self._slices = self._match(args)
         self._chunks: dict[str, _Chunks] = {}
+        self.spec = dataclasses.replace(self.spec, dtype=main_dtype(self.spec, self.dtype_of))
+        notes += [*bias_notes, *self._left_out.notes, *dtype_notes(self.spec, self.dtype_of)]
         self.spec, left_out_notes = without_prediction(self.spec, options.without_mtp)
         parallel, size_notes = _recorded_sizes(args, self.spec, self._dir)
         index = self._folder.index
@@ -107,7 +116,7 @@ class TorchDistSource:
             parallel=parallel,
             mup=self.conventions.mup,
             notes=notes,
-            ignored=training_state.grouped(index),
+            ignored=[*training_state.grouped(index), *self._left_out.ignored],
             float32_originals=training_state.float32_originals(index),
         )
 
@@ -143,7 +152,8 @@ class TorchDistSource:
     def _match(self, args: argparse.Namespace) -> dict[Ref, tuple[Slice, ...]]:
         """Match tensors with refs; returns the slices of every ref. Missing, extra and misshapen tensors are raised together."""
         heading = f"{self._dir}: the tensors do not match the model that the args describe:"
-        matcher = Matcher(self.weights, (), heading, "the args require", lambda key: self._folder.prefix + key)
+        shown, left_out = self._folder.prefix.__add__, self._left_out
+        matcher = Matcher(self.weights, (), heading, "the args require", shown, left_out=left_out)
         alternatives = module_choices if self._folder.has_module_names else choices
         slices: dict[Ref, tuple[Slice, ...]] = {}
         for ref in refs(self.spec):

@@ -56,7 +56,7 @@ def without_prefix(tensors: Mapping[str, T], prefix: str, where: object) -> dict
     if others:
         raise ConversionError(
             f"{where}: the model's names begin with {one_line(prefix)}, but not those of {count(len(others), 'tensor')}, such as "
-            f"{', '.join(map(one_line, others[:_SHOWN]))}; only a model alone can be converted"
+            f"{', '.join(map(one_line, others[:_SHOWN]))}; --ignore-tensors PATTERN leaves such tensors out"
         )
     return {name.removeprefix(prefix): data for name, data in tensors.items()}
 
