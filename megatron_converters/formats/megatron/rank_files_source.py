@@ -19,6 +19,7 @@ from ...sharding.placement import Placement, Share
 from ...sharding.ranks import Rank, parallel_for
 from ...storage.tensor import StoredTensor, contiguous_strides
 from .conventions import CUT_DOWN_PROJECTIONS, conventions_of
+from .describing import padding_note, spec_and_notes
 from .locating import checkpoint_directory
 from .names import EMBEDDINGS, EXTRA_STATE_SUFFIX, OUTPUT_BIAS, keys
 from .prediction import as_stored, stored_layers, without_prediction
@@ -27,8 +28,6 @@ from .reading import (
     AS_STORED,
     MegatronReadOptions,
     origin_of,
-    padding_note,
-    spec_and_notes,
 )
 from .wrapped_names import prefix_note
 
@@ -46,7 +45,7 @@ class RankFilesSource:
         self.parallel = files.parallel
         self._embeddings = self.parallel.prefix(0) + EMBEDDINGS
         padded = self._padded_vocab()
-        spec, notes = spec_and_notes(args, padded, self._embedding_dtype(), options)
+        spec, notes = spec_and_notes(args, padded, self._embedding_dtype(), options, files.record)
         stored = stored_layers(key for file in self._ranks.values() for key in file.tensors)
         spec = as_stored(spec, stored, options.without_mtp, options.hf_config, self._dir)
         biased = any(key.endswith(OUTPUT_BIAS) for file in self._ranks.values() for key in file.tensors)
@@ -69,7 +68,7 @@ class RankFilesSource:
             )
         self.origin = origin_of(
             self._dir,
-            args,
+            args if files.record is None else files.record.margs,
             options,
             files.iteration,
             [*(file.path for file in self._ranks.values()), *files.beside],

@@ -33,6 +33,7 @@ from ...storage.dcp import Chunk, ChunkedTensor
 from ...storage.tensor import StoredTensor
 from . import training_state
 from .conventions import conventions_of
+from .describing import padding_note, spec_and_notes
 from .distributed_folder import read_folder
 from .distributed_keys import Slice, choices, module_choices
 from .locating import RANK, checkpoint_directory, listing, reference_near
@@ -43,11 +44,10 @@ from .reading import (
     MegatronReadOptions,
     args_in,
     origin_of,
-    padding_note,
     parallel_of,
-    spec_and_notes,
     supplemented,
 )
+from .run_config import RUN_CONFIG, Record, recorded_beside
 from .wrapped_names import prefix_note
 
 
@@ -78,14 +78,14 @@ class TorchDistSource:
         self._left_out = LeftOut(options.ignore_tensors)
         self._folder = read_folder(self._dir, self._left_out)
         common = self._folder.common
-        args = _args_of(common, self._folder.common_file, options)
+        args, record = _args_of(self._dir, common, self._folder.common_file, options)
         embeddings = self._embeddings()
         #: Number of embedding rows, padding included.
         self.padded = embeddings.shape[0]
         content = common.get("content_metadata")
         #: Megatron-LM's own description of how it named the keys (0.13 on); empty if there is none.
         self.content: dict[str, Any] = content if isinstance(content, dict) else {}
-        self.spec, notes = spec_and_notes(args, self.padded, embeddings.dtype, options)
+        self.spec, notes = spec_and_notes(args, self.padded, embeddings.dtype, options, record)
         stored = stored_layers(self.weights)
         self.spec = as_stored(self.spec, stored, options.without_mtp, options.hf_config, self._dir)
         biased = any(key.endswith(OUTPUT_BIAS) for key in self.weights)
@@ -96,7 +96,7 @@ class TorchDistSource:
         self.spec = dataclasses.replace(self.spec, dtype=main_dtype(self.spec, self.dtype_of))
         notes += [*bias_notes, *self._left_out.notes, *dtype_notes(self.spec, self.dtype_of)]
         self.spec, left_out_notes = without_prediction(self.spec, options.without_mtp)
-        parallel, size_notes = _recorded_sizes(args, self.spec, self._dir)
+        parallel, size_notes = _recorded_sizes(args, self.spec, self._dir, record)
         index = self._folder.index
         notes += [
             *prefix_note(self._folder.wrapper),
@@ -108,10 +108,15 @@ class TorchDistSource:
         ]
         self.origin = origin_of(
             self._dir,
-            args,
+            args if record is None else record.margs,
             options,
             common.get("iteration"),
-            [self._folder.common_file, self._dir / dcp.METADATA, *index.files],
+            [
+                self._folder.common_file,
+                self._dir / dcp.METADATA,
+                *index.files,
+                *([] if record is None else [record.path]),
+            ],
             checkpoint_format=self._folder.format,
             parallel=parallel,
             mup=self.conventions.mup,
@@ -236,23 +241,30 @@ def _rank_folders_note(directory: Path) -> list[str]:
     return [f"warning: {directory} holds mp_rank_* folders, too; as in Megatron-LM, the torch_dist checkpoint is read"]
 
 
-def _args_of(common: Mapping[str, Any], where: Path, options: MegatronReadOptions) -> argparse.Namespace:
-    """Args of the common state; empty if it has none and a reference describes the model."""
+def _args_of(
+    directory: Path, common: Mapping[str, Any], where: Path, options: MegatronReadOptions
+) -> tuple[argparse.Namespace, Record | None]:
+    """Args of the common state, or else those that a file beside it says; empty if a reference alone describes the model."""
     args = supplemented(args_in(common, where), options)
-    if args is None and common.get("args") is None and options.hf_config is not None:
-        return argparse.Namespace()
-    if args is None:
-        near = reference_near(where.parent)
-        beside = "" if near is None else f", such as {near}"
-        raise ConversionError(
-            f"{where} has no args, which describe the model; give a reference model with --hf-config DIR{beside}"
-        )
-    return args
+    if args is not None:
+        return args, None
+    record = recorded_beside(directory)
+    if record is not None:
+        return record.args, record
+    if common.get("args") is None and options.hf_config is not None:
+        return argparse.Namespace(), None
+    near = reference_near(directory)
+    raise ConversionError(
+        f"{where} has no args, which describe the model, and no {RUN_CONFIG} lies beside it; give a reference model with "
+        f"--hf-config DIR{'' if near is None else f', such as {near}'}"
+    )
 
 
-def _recorded_sizes(args: argparse.Namespace, spec: ModelSpec, where: Path) -> tuple[Parallel | None, list[str]]:
+def _recorded_sizes(
+    args: argparse.Namespace, spec: ModelSpec, where: Path, record: Record | None
+) -> tuple[Parallel | None, list[str]]:
     """Parallel sizes at which the checkpoint was written, as defaults for a target; or None and a note why they cannot be."""
-    if not vars(args):
+    if not vars(args) or (record is not None and getattr(args, "tensor_model_parallel_size", None) is None):
         return None, []
     try:
         sizes = parallel_of(args, where)
