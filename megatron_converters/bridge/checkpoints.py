@@ -13,7 +13,7 @@ from ..conversion.progress import make_progress
 from ..conversion.run import convert
 from ..families.config_json import config_from_spec
 from ..formats.huggingface.target import HFOptions, HFTarget
-from ..formats.megatron.reading import checkpoint_directory
+from ..formats.megatron.locating import checkpoint_directory
 from ..formats.megatron.run_config import RUN_CONFIG
 from ..formats.megatron.writing import MegatronOptions
 from ..formats.reading import ReadOptions, open_source

@@ -11,15 +11,15 @@ from typing import Any
 from ...basics.dtypes import DType
 from ...basics.errors import ConversionError, Unclear, UsageError, one_line
 from ...basics.json_files import read_json
-from ...basics.quantities import count
 from ...families import FAMILIES
-from ...families.config_json import differences, infer_family, spec_from_config
+from ...families.config_json import differences, spec_from_config
 from ...model.layers import is_whole
 from ...model.spec import ModelSpec
 from ...sharding.ranks import padded_vocab
 from .arguments import missing_sizes, model_args, spec_fields, stated_heads
 from .conventions import conventions_of
 from .foreign_args import foreign_notes
+from .prediction import inferred, without_layers
 from .reading import MegatronReadOptions
 from .run_config import Record
 from .trained_by import as_built, doubts, recorded_vocab
@@ -50,14 +50,14 @@ def spec_and_notes(
         return spec, notes + more
     if record is not None:
         record.require()
-    fields = spec_fields(args)
+    fields = without_layers(spec_fields(args), options.without_mtp)
     vocab, vocab_notes = _vocab_size(args, padded, options)
     fields = {**fields, "vocab_size": vocab, "dtype": dtype}
     recorded = getattr(args, "hf_config", None)
     if isinstance(recorded, dict):
         _check_family_file(args, recorded)
         return _updated_spec(_recorded_spec(recorded), fields, args, options.mup), notes + vocab_notes
-    spec = infer_family(fields, options.families)
+    spec = inferred(fields, options.families)
     notes += [*vocab_notes, *_doubts(args, options, record)]
     return spec, [*notes, f"no Hugging Face configuration is recorded; the {spec.family} family fits the args"]
 
@@ -108,7 +108,7 @@ def _of_reference(
     if options.prefer_args:
         vocab, notes = _vocab_size(args, padded, options)
         fields = {
-            **spec_fields(_completed(args, spec, options, missing_sizes(args))),
+            **without_layers(spec_fields(_completed(args, spec, options, missing_sizes(args))), options.without_mtp),
             "vocab_size": vocab,
             "dtype": dtype,
         }
@@ -163,14 +163,6 @@ def _completed(
     said = {name for synonyms in _SYNONYMS if given.keys() & {*synonyms} for name in synonyms}
     base = {name: value for name, value in model_args(stored.spec).items() if name not in said}
     return argparse.Namespace(**{**base, **stored.marks, **given})
-
-
-def without_prediction(spec: ModelSpec, options: MegatronReadOptions) -> tuple[ModelSpec, list[str]]:
-    """Spec without layers of multi-token prediction, if the options leave them out, and a note on it."""
-    if not (options.without_mtp and spec.mtp):
-        return spec, []
-    note = f"{count(len(spec.mtp), 'layer')} of multi-token prediction: left out, as --without-mtp says"
-    return dataclasses.replace(spec, mtp=()), [note]
 
 
 def padding_note(padded: int, spec: ModelSpec) -> list[str]:

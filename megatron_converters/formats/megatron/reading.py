@@ -1,4 +1,4 @@
-"""Common parts of reading Megatron-LM checkpoints of any format: their folder, args and parallel sizes."""
+"""Common parts of reading Megatron-LM checkpoints of any format: args, parallel sizes, and what they come from."""
 
 from __future__ import annotations
 
@@ -12,23 +12,16 @@ from typing import Any
 
 from ...assets.code_files import CODE_FOLDER, code_files
 from ...assets.origin import Origin, file_identities
-from ...basics.errors import ConversionError, one_line, reason_of
+from ...basics.errors import ConversionError, one_line
 from ...basics.json_files import read_json
 from ...families.quantisation import unquantised
 from ...sharding.ranks import Parallel
 from ...sharding.stages import PipelineSplit, stages_per_rank
-from ...storage import dcp
 from ...storage.opening import is_name
 from ...storage.pickle_reader import StandIn
 from .arguments import ATTRIBUTES
 from .config_fields import args_of_fields
-from .writing import MODEL_FILE, TRACKER
 
-#: File that describes the format of a distributed checkpoint (core/dist_checkpointing/core.py).
-FORMAT_FILE = "metadata.json"
-#: Name of a rank's folder in the `torch` format.
-RANK = re.compile(r"mp_rank_\d{2,}(_\d{3,})*$")
-_ITERATION = re.compile(r"[0-9]{1,18}")
 #: Top-level entries of a checkpoint that do not count as skipped.
 _EXPECTED_ENTRIES = re.compile(
     r"args|model\d*|checkpoint_version|iteration|num_floating_point_operations_so_far|content_metadata"
@@ -67,50 +60,6 @@ AS_STORED = MegatronReadOptions()
 _MAX_DEPTH, _MAX_VALUES, _MAX_BITS = 32, 1_000_000, 1024
 #: More ranks of a stage, or stages, than any run has, so that a damaged size allocates no memory.
 _MAX_RANKS = 1 << 18
-
-
-def checkpoint_directory(load_dir: Path, name: str | None) -> Path:
-    """Folder of one iteration: `name` if given, else the one that the tracker file names, else `load_dir` itself."""
-    if name is not None:
-        if not (load_dir / name).is_dir():
-            found = sorted(path.name for path in load_dir.glob("*") if path.is_dir())
-            raise ConversionError(f"{load_dir} has no folder {name!r}; it has {', '.join(found) or 'none'}")
-        return load_dir / name
-    tracker = load_dir / TRACKER
-    if tracker.is_file():
-        text = tracker.read_text(encoding="utf-8", errors="replace").strip()
-        if text != "release" and not _ITERATION.fullmatch(text):
-            raise ConversionError(f"{tracker} holds {text[:80]!r}; it must hold an iteration number or 'release'")
-        directory = load_dir / (text if text == "release" else f"iter_{int(text):07d}")
-        if not directory.is_dir():
-            raise ConversionError(
-                f"{tracker} names {directory.name}, which does not exist; copy that folder or select another"
-            )
-        return directory
-    if has_model_file(load_dir) or is_distributed(load_dir) or any(RANK.match(path.name) for path in listing(load_dir)):
-        return load_dir
-    raise ConversionError(
-        f"{load_dir} is not a Megatron-LM checkpoint: it has neither {TRACKER} nor mp_rank_* folders nor a {dcp.METADATA} or "
-        f"{MODEL_FILE} file"
-    )
-
-
-def is_distributed(directory: Path) -> bool:
-    """Whether an iteration's folder is a distributed checkpoint: of the `torch_dist` format, or another with an index file."""
-    return any((directory / name).exists() for name in (dcp.METADATA, FORMAT_FILE)) and not has_model_file(directory)
-
-
-def has_model_file(directory: Path) -> bool:
-    """Whether a folder holds a whole model in one file."""
-    return (directory / MODEL_FILE).exists() and not (directory / dcp.METADATA).exists()
-
-
-def listing(folder: Path) -> list[Path]:
-    """Entries of a folder, sorted; raises `ConversionError` if it cannot be listed."""
-    try:
-        return sorted(folder.iterdir())
-    except OSError as error:
-        raise ConversionError(f"cannot list {folder}: {reason_of(error)}") from error
 
 
 def args_in(content: Mapping[str, Any], where: object) -> argparse.Namespace | None:
