@@ -81,7 +81,7 @@ def _parser(prog: str, description: str) -> argparse.ArgumentParser:
         "--dtype", choices=["bf16", "fp16", "fp32"], default=None, help="Type to write; the checkpoint's by default."
     )
     parser.add_argument("--verbose", action="store_true", help="Show each step, and each number with what says it.")
-    add_shared(parser, "--overwrite", "--restart", "--quiet")
+    add_shared(parser, "--overwrite", "--restart", "--quiet", "--download")
     parser.set_defaults(preset=None, preset_name="")
     return parser
 
@@ -104,6 +104,7 @@ def _run(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
             args.overwrite,
             args.true_vocab_size,
             restart=args.restart,
+            download=args.download,
         )
         result = to_hf(args.in_dir, args.save_path, wishes, make_progress(args.quiet))
         for line in result.notes:

@@ -105,12 +105,13 @@ def check_json(checked: Checked) -> dict[str, Any]:
         "files": checked.files,
         "tensors": checked.tensors,
         "bytes": checked.nbytes,
+        "source": {"path": checked.source, "hub": checked.hub},
         "faults": faults,
     }
 
 
-def _pair_json(pair: Pair) -> dict[str, dict[str, str]]:
+def _pair_json(pair: Pair) -> dict[str, dict[str, str | None]]:
     return {
-        name: {"path": source.origin.described, "format": found}
+        name: {"path": source.origin.described, "hub": source.origin.hub, "format": found}
         for name, found, source in zip("ab", pair.formats, pair.sources, strict=True)
     }

@@ -13,7 +13,7 @@ from ..basics.folders import existing_folder
 from ..basics.json_files import read_json
 from ..conversion.journal import MANIFEST
 from ..conversion.staging import unfinished_in
-from .hub_access import Model, address, in_one_sentence, library, reason
+from ..storage.hub_access import Model, address, in_one_sentence, library, reason
 from .huggingface.source import ADAPTER, SINGLE_FILES, read_tensors
 
 #: Starts of names, of files or of folders above them, that are not uploaded: hidden ones and Python's caches.

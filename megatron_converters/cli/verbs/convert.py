@@ -12,6 +12,7 @@ from ...conversion.progress import Progress, Silent, make_progress
 from ...conversion.run import convert
 from ...families.scope import family_of
 from ...formats.queue.channel import WatchedProgress
+from ...request import Request
 from ..console import report
 from ..options.shared import add_shared
 from ..options.values import positive
@@ -37,10 +38,9 @@ def run(args: argparse.Namespace) -> int:
     if args.workers > 1 and crew.size > 1:
         raise UsageError("--workers is for one machine; under torchrun or srun, let them start more processes")
     try:
+        job = args, request_of(args)
         lines = (
-            crew_local.run(args.workers, work, args, lambda led: work(led, args))
-            if args.workers > 1
-            else work(crew, args)
+            crew_local.run(args.workers, work, job, lambda led: work(led, job)) if args.workers > 1 else work(crew, job)
         )
     finally:
         crew.close()
@@ -49,14 +49,15 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def work(crew: Crew, args: argparse.Namespace) -> list[str]:
+def work(crew: Crew, asked: tuple[argparse.Namespace, Request]) -> list[str]:
     """Do one process's part; returns lines for the user."""
+    args, request = asked
     with family_of(args.family_file):  # which another process does not have yet
-        return _work(crew, args)
+        return _work(crew, args, request)
 
 
-def _work(crew: Crew, args: argparse.Namespace) -> list[str]:
-    job = request_of(args).open()
+def _work(crew: Crew, args: argparse.Namespace, request: Request) -> list[str]:
+    job = request.open()
     if crew.rank == 0:
         origin, spec = job.source.origin, job.source.spec
         among = f", {crew.size} processes" if crew is not ALONE else ""
