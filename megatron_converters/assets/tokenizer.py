@@ -11,7 +11,7 @@ from typing import Any
 
 from ..basics.errors import ConversionError, one_line, reason_of
 from ..basics.json_files import read_json, write_json
-from ..storage import hub_cache
+from ..storage import hub_cache, hub_lookup
 from ..storage.hub_access import is_hub_id
 from . import tokenizer_rebuild
 
@@ -142,7 +142,7 @@ def _locate(source: str, explicit: bool) -> Path:
         belongs_to_folder = path.name in _VOCABULARIES and (path.parent / "tokenizer_config.json").is_file()
         return path.parent if belongs_to_folder else path
     if os.path.isdir(path):
-        path = hub_cache.in_cache(path, _ON_HUB).folder
+        path = hub_lookup.in_cache(path, _ON_HUB).folder
         configured = any((path / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
         bare = path / "tokenizer.model"  # as in Meta's downloads
         return bare if bare.is_file() and not configured else path
@@ -164,7 +164,7 @@ def _may_be_on_hub(source: str) -> bool:
 def _cached_folder(name: str, explicit: bool) -> Path:
     """Folder in the cache of a model on the Hub; raises `ConversionError` with the command that downloads its tokenizer."""
     try:
-        return hub_cache.cached(name, _ON_HUB).folder
+        return hub_lookup.cached(name, _ON_HUB).folder
     except ConversionError as error:
         raise ConversionError(f"--tokenizer-model {error}" if explicit else f"the tokenizer {error}") from error
 
@@ -177,7 +177,7 @@ def fetch_tokenizer(source: str | None, *, explicit: bool) -> list[str]:
     if not source or not _may_be_on_hub(source):
         return []
     try:
-        return hub_cache.download(source, _ON_HUB).notes
+        return hub_lookup.download(source, _ON_HUB).notes
     except ConversionError as error:
         if explicit:
             raise

@@ -20,8 +20,10 @@ from typing import Any
 from ..basics.errors import ConversionError, UsageError
 from ..formats.queue.channel import check_exit
 from ..formats.queue.messages import DONE
-from .console import exit_on_error, prepare_process
+from .console import exit_on_error, prepare_process, program
 
+#: Name of the command where the package is installed.
+_COMMAND = "megatron-convert"
 #: Names that stock and Habana's tools use for the same plugins.
 _ALIASES = {
     "loader": {"mcore": "core", "megatron": "core"},
@@ -36,7 +38,7 @@ _GRACE = 5.0
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a conversion; exits with 0 only if the saver has completed its output."""
     prepare_process()
-    with exit_on_error("convert"):
+    with exit_on_error(program("convert", _COMMAND)):
         _main(sys.argv[1:] if argv is None else argv)
 
 
@@ -90,7 +92,7 @@ def _unread(queue: Any) -> bool:
 
 def _base_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="convert.py",
+        prog=program("convert.py", _COMMAND),
         description="Convert a model between Hugging Face and Megatron-LM: a loader reads it, a saver writes it.",
         epilog="Options of a loader and a saver are shown with --help and --loader NAME --saver NAME.",
         allow_abbrev=False,

@@ -1,6 +1,6 @@
 """Models as users name them: a local folder, or one on the Hugging Face Hub, of which only what is needed is downloaded.
 
-They go into the cache of huggingface_hub (`storage/hub_cache.py`).
+They go into the cache of huggingface_hub (`storage/hub_lookup.py`).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from ..assets.tokenizer import FILES as TOKENIZER_FILES
 from ..basics.errors import MissingPath, UsageError
 from ..basics.folders import existing_path
 from ..conversion.journal import MANIFEST
-from ..storage import hub_cache
+from ..storage import hub_cache, hub_lookup
 from ..storage.hub_access import is_hub_id
 from ..storage.hub_cache import Choice, IndexFile, Snapshot
 from .huggingface.source import ADAPTER, SINGLE_FILES, weight_map
@@ -46,12 +46,13 @@ def located(name: str | os.PathLike[str], *, config_only: bool = False, download
     """
     text, choice = os.fspath(name), _REFERENCE if config_only else _MODEL
     if on_hub(text):
-        found = hub_cache.download(text, choice) if download else hub_cache.cached(text, choice)
-        return Snapshot(found.folder, [f"{text} is {hub_cache.place_of(found.folder)} of the Hub", *found.notes])
+        found = hub_lookup.download(text, choice) if download else hub_lookup.cached(text, choice)
+        place = hub_cache.place_of(found.folder)
+        return Snapshot(found.folder, [*([] if place is None else [place.note(text)]), *found.notes])
     if address := _ADDRESS.fullmatch(text):
         revision = f"@{address['revision']}" if address["revision"] else ""
         raise UsageError(f"{text} is an address; name the model as {address['repo']}{revision}")
-    return hub_cache.in_cache(existing_path(name), choice, may_download=download)
+    return hub_lookup.in_cache(existing_path(name), choice, may_download=download)
 
 
 def resolve(
@@ -68,10 +69,10 @@ def resolve(
     """
     name, choice = os.fspath(path_or_id), _CONFIG_ALONE if config_only else _MODEL
     if os.path.isdir(name):
-        return hub_cache.in_cache(existing_path(name), choice, may_download=not local_files_only)
+        return hub_lookup.in_cache(existing_path(name), choice, may_download=not local_files_only)
     if not on_hub(name):
         raise MissingPath(f"{name} is no folder here, and no name of a model on the Hub (owner/name); correct it")
-    return hub_cache.download(name, choice, token=token, cache_dir=cache_dir, local_only=local_files_only)
+    return hub_lookup.download(name, choice, token=token, cache_dir=cache_dir, local_only=local_files_only)
 
 
 def download(name: str, *, token: str | None = None, cache_dir: str | None = None) -> Snapshot:
@@ -79,7 +80,7 @@ def download(name: str, *, token: str | None = None, cache_dir: str | None = Non
 
     Without the Hub, offline or out of reach, a complete copy in the cache is used. Raises `ConversionError` with the remedy.
     """
-    return hub_cache.download(name, _MODEL, token=token, cache_dir=cache_dir)
+    return hub_lookup.download(name, _MODEL, token=token, cache_dir=cache_dir)
 
 
 def _model_files(listed: Collection[str], index_file: IndexFile) -> set[str]:
