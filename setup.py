@@ -17,7 +17,6 @@ Development Status :: 4 - Beta
 Environment :: Console
 Intended Audience :: Developers
 Intended Audience :: Science/Research
-License :: OSI Approved :: Apache Software License
 Operating System :: POSIX :: Linux
 Programming Language :: Python :: 3
 Programming Language :: Python :: 3 :: Only
