@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from huggingface_hub import snapshot_download
 from safetensors import safe_open
 
 import megatron_converters as mc
@@ -193,7 +194,7 @@ def test_the_scripts_read_the_cache(cached: Path, model: Path, tmp_path: Path, h
     assert (tmp_path / "dir/tokenizer.json").exists()
 
 
-def test_from_python(cached: Path, hub: Hub, model: Path, tmp_path: Path) -> None:
+def test_from_python(cached: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "out"
     result = mc.convert("acme/there", out, tp=2)
     assert f"acme/there is commit {COMMIT} of acme/there on the Hub" in result.notes
@@ -207,7 +208,7 @@ def test_from_python(cached: Path, hub: Hub, model: Path, tmp_path: Path) -> Non
     with pytest.raises(FileNotFoundError, match="run: hf download acme/alone"):
         mc.convert("acme/alone", tmp_path / "none")
     with serving(acme__alone=model) as served:
-        use(served, tmp_path / "home", pytest.MonkeyPatch())
+        use(served, tmp_path / "home", monkeypatch)
         assert mc.inspect("acme/alone", download=True)["hub"] == f"acme/alone@{commit('acme/alone')}"
 
 
@@ -228,8 +229,9 @@ def test_download_fetches_what_is_needed(hub: Hub, model: Path, tmp_path: Path) 
     assert not any("safetensors" in name or "bin" in name for name in hub.downloaded)
     assert "acme/alone/config.json" in hub.downloaded and "acme/alone/tokenizer.json" in hub.downloaded
     hub.downloaded.clear()
-    ok(verb("convert", tmp_path / "out", tmp_path / "other", "--tokenizer-model", "acme/tokens", "--download"))
-    assert hub.downloaded == ["acme/tokens/tokenizer.json", "acme/tokens/tokenizer_config.json"]
+    back = ("--load-path", tmp_path / "out", "--save-path", tmp_path / "other")
+    ok(convert_back(*back, "--tokenizer-model", "acme/tokens", "--download"))
+    assert sorted(hub.downloaded) == ["acme/tokens/tokenizer.json", "acme/tokens/tokenizer_config.json"]
 
 
 def test_a_part_of_a_copy_is_completed_by_download(hub: Hub, model: Path, tmp_path: Path) -> None:
@@ -264,6 +266,36 @@ def test_what_the_cache_does_not_tell_is_not_guessed(cached: Path, tmp_path: Pat
     refused(verb("inspect", cached.parent.parent), "has several snapshots and no main branch; give one of")
     shutil.rmtree(cached.parent)
     refused(verb("inspect", cached.parent.parent), "has no snapshot of acme/there: its download was not", code=1)
+
+
+def test_snapshots_of_something_else(
+    cached: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # a checkpoint in a cache is read as in any other folder, and is on the Hub, too
+    other = tmp_path / "home/hub/models--acme--checkpoint/snapshots" / ("2" * 40)
+    ok(verb("convert", model, other, "--to", "megatron"))
+    found = json.loads(ok(verb("inspect", other, "--json")).out)
+    assert (found["format"], found["hub"]) == ("megatron", f"acme/checkpoint@{'2' * 40}")
+
+    # files of a kind that is not read: known from the list of the Hub's files, or not known
+    (tmp_path / "gguf").mkdir()
+    (tmp_path / "gguf/model.gguf").write_bytes(b"GGUF")
+    shutil.copyfile(model / "config.json", tmp_path / "gguf/config.json")
+    with serving(acme__gguf=tmp_path / "gguf") as served:
+        use(served, tmp_path / "home", monkeypatch)
+        snapshot_download("acme/gguf")
+    refused(verb("inspect", "acme/gguf"), f"acme/gguf@{commit('acme/gguf')} has neither config.json with", code=1)
+    shutil.rmtree(tmp_path / "home/hub/models--acme--gguf/trees")
+    refused(verb("inspect", "acme/gguf"), "only a part of acme/gguf", "without weights", code=1)
+
+
+def test_old_models_have_no_owner(model: Path, tmp_path: Path, hub: Hub) -> None:
+    top = tmp_path / "home/hub/models--llama"
+    shutil.copytree(model, top / "snapshots" / COMMIT)  # as on a file system without links
+    (top / "refs").mkdir()
+    (top / "refs/main").write_text(COMMIT)
+    assert json.loads(ok(verb("inspect", "llama", "--json")).out)["hub"] == f"llama@{COMMIT}"
+    assert refused(verb("inspect", "llama2"), "llama2 is neither a folder here").endswith("'original/*'")
 
 
 def test_an_adapter_in_the_cache_is_named_as_one(cached: Path) -> None:

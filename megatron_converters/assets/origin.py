@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..sharding.ranks import Parallel
-from ..storage.hub_cache import place_of
+from ..storage.hub_cache import place_around
 from .capacity_bins import CapacityBins
 
 
@@ -48,7 +48,7 @@ class Origin:
     @property
     def hub(self) -> str | None:
         """Name of the model on the Hub, with its commit, if its files lie in a cache of huggingface_hub."""
-        place = place_of(folder_of(self.described))
+        place = place_around(folder_of(self.described))
         return None if place is None else str(place)
 
 

@@ -84,7 +84,16 @@ class Place(NamedTuple):
 
 def place_of(folder: str | os.PathLike[str]) -> Place | None:
     """What a folder is a snapshot of, by the names of the folders in which it lies; None for any other folder."""
+    return _place(Path(os.path.realpath(folder)))
+
+
+def place_around(folder: str | os.PathLike[str]) -> Place | None:
+    """What a folder is a snapshot of, or lies in a snapshot of, as `original/` and a checkpoint's `iter_*` do."""
     path = Path(os.path.realpath(folder))
+    return next(filter(None, map(_place, (path, *path.parents))), None)
+
+
+def _place(path: Path) -> Place | None:
     repo = repo_of(path.parent.parent) if path.parent.name == _SNAPSHOTS else None
     return None if repo is None else Place(path.parent.parent.parent, repo, path.name)
 
