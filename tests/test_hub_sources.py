@@ -145,7 +145,7 @@ def test_every_verb_reads_the_cache(name: str, cached: Path, model: Path, tmp_pa
     manifest = json.loads((out / "iter_0000001/conversion.json").read_text())
     assert (manifest["source"]["path"], manifest["source"]["hub"]) == (str(cached), f"acme/there@{COMMIT}")
     assert f"; written from acme/there@{COMMIT} of the Hub" in ok(verb("verify", out)).out
-    assert json.loads(ok(verb("verify", out, "--json")).out)["source"]["hub"] == f"acme/there@{COMMIT}"
+    assert json.loads(ok(verb("verify", out, "--json")).out)["hub"] == f"acme/there@{COMMIT}"
     ok(verb("convert", out, tmp_path / "back"))
     assert json.loads((tmp_path / "back/tokenizer.json").read_text()) == TOKENIZER
     assert tensors(tmp_path / "back") == tensors(model)
@@ -198,7 +198,7 @@ def test_from_python(cached: Path, model: Path, tmp_path: Path, monkeypatch: pyt
     out = tmp_path / "out"
     result = mc.convert("acme/there", out, tp=2)
     assert f"acme/there is commit {COMMIT} of acme/there on the Hub" in result.notes
-    assert mc.verify("acme/there", out) and mc.verify(out).report["source"]["hub"] == f"acme/there@{COMMIT}"
+    assert mc.verify("acme/there", out) and mc.verify(out).report["hub"] == f"acme/there@{COMMIT}"
     assert not mc.diff("acme/there", model)
     assert mc.inspect("acme/there")["hub"] == f"acme/there@{COMMIT}"
     assert "--num-layers 2" in mc.training_flags("acme/there").flags

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from ..basics.dtypes import dtype_named
+from ..basics.exit_codes import EXIT_CODES
 from ..conversion.progress import make_progress
 from ..conversion.run import convert
 from ..families.scope import family_of
@@ -20,9 +21,10 @@ _COMMAND = "megatron-convert-mlm-to-hf"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run a conversion; exits with 0 only if the output is complete."""
+    """Run a conversion; exits with a code of its row in `EXIT_CODES`, 0 only if the output is complete."""
     prepare_process()
-    with exit_on_error(program("convert_mlm_to_hf_checkpoint", _COMMAND)):
+    name = program("convert_mlm_to_hf_checkpoint", _COMMAND)
+    with exit_on_error(name, EXIT_CODES["convert_mlm_to_hf_checkpoint.py"]):
         args = _parser().parse_args(sys.argv[1:] if argv is None else argv)
         dtype = dtype_named(args.target_params_dtype) if args.target_params_dtype else None
         with family_of(args.family_file):
@@ -38,6 +40,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=program("convert_mlm_to_hf_checkpoint.py", _COMMAND),
         description="Convert a Megatron-LM checkpoint, torch or torch_dist, of any parallel sizes to Hugging Face format.",
+        epilog=str(EXIT_CODES["convert_mlm_to_hf_checkpoint.py"]),
         allow_abbrev=False,
         conflict_handler="resolve",
     )
