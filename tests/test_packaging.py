@@ -103,7 +103,13 @@ def test_the_distributions_have_their_files(built: Path) -> None:
     tops = {name.partition("/")[0] for name in names}
     assert tops == {"megatron_converters", "model_converter_tool", f"megatron_converters-{VERSION}.dist-info"}
     modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "megatron_converters").rglob("*.py")}
-    beside = {"py.typed", "inspection/shard_map/page.html", "loaders/loader_core.py", "savers/saver_mcore.py"}
+    beside = {
+        "py.typed",
+        "cli/reports.schema.json",
+        "inspection/shard_map/page.html",
+        "loaders/loader_core.py",
+        "savers/saver_mcore.py",
+    }
     assert modules | {f"megatron_converters/{name}" for name in beside} <= names
     with tarfile.open(built / SDIST) as sdist:
         listed = {name.partition("/")[2] for name in sdist.getnames()}
