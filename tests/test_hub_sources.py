@@ -289,6 +289,22 @@ def test_snapshots_of_something_else(
     refused(verb("inspect", "acme/gguf"), "only a part of acme/gguf", "without weights", code=1)
 
 
+def test_an_index_that_names_more_than_the_hub_has(
+    hub: Hub, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index = json.loads((model / "model.safetensors.index.json").read_text())
+    index["weight_map"]["model.ghost.weight"] = "model-00003-of-00003.safetensors"
+    shutil.copytree(model, tmp_path / "stale")
+    (tmp_path / "stale/model.safetensors.index.json").write_text(json.dumps(index))
+    with serving(acme__stale=tmp_path / "stale") as served:
+        use(served, tmp_path / "home", monkeypatch)
+        refused(verb("inspect", "acme/stale", "--download"), "is not complete: it lacks model-00003", code=1)
+        snapshot_download("acme/stale")
+    for name in ("acme/stale", tmp_path / "stale"):  # no download would help
+        run = verb("inspect", name)
+        assert "hf download" not in run.err and "model-00003-of-00003.safetensors" in run.out + run.err
+
+
 def test_old_models_have_no_owner(model: Path, tmp_path: Path, hub: Hub) -> None:
     top = tmp_path / "home/hub/models--llama"
     shutil.copytree(model, top / "snapshots" / COMMIT)  # as on a file system without links

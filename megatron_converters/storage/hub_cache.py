@@ -164,9 +164,11 @@ def state_of(place: Place, folder: Path, choice: Choice) -> State:
     """State of a snapshot, as far as the cache tells."""
     found = {path.relative_to(folder).as_posix(): path for path in _files(folder)}
     there = {name for name, path in found.items() if path.is_file()}
-    listed = found.keys() | _tree(place)
+    tree = _tree(place)
+    listed = found.keys() | tree
     needed = choice.needed(listed, lambda index: folder / index if index in there else None)
-    missing = sorted(needed - there) if needed else [choice.named]
+    # What an index names and the Hub does not have is a fault of the model, and the source's to judge.
+    missing = sorted(name for name in needed - there if not tree or name in tree) if needed else [choice.named]
     return State(missing, sorted(among(listed, choice.beside) - there - needed), bool(needed))
 
 

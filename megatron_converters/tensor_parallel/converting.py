@@ -54,6 +54,7 @@ class Wishes:
     mup: str | None = None
     restart: bool = False
     download: bool = False
+    ignore_tensors: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.format not in (FILE, DIRECTORY):
@@ -109,7 +110,7 @@ def to_megatron(
         MEGATRON,
         wishes.dtype,
         wishes.overwrite,
-        ReadOptions(hf_config=wishes.hf_config, download=wishes.download),
+        ReadOptions(hf_config=wishes.hf_config, ignore_tensors=wishes.ignore_tensors, download=wishes.download),
         MegatronOptions(tp=tp, pp=pp, impl=wishes.transformer_impl, allow_inexpressible=True, mup=wishes.mup),
     ).open()
     spec = job.source.spec
@@ -165,6 +166,7 @@ def _reading(found: Detected, model: Recognised, wishes: Wishes) -> tuple[ReadOp
         hf_config=wishes.hf_config,
         true_vocab_size=wishes.true_vocab_size,
         download=wishes.download,
+        ignore_tensors=wishes.ignore_tensors,
     )
     if _has_metadata(found):
         return read, []
