@@ -19,9 +19,10 @@ from ...comparison.report import check_json, findings, verification_json
 from ...comparison.tensors import Comparison, Rules, compare
 from ...conversion.progress import make_progress
 from ...formats.hub import located
-from ...formats.megatron.reading import MegatronReadOptions
+from ...formats.reading import megatron_options
 from ..console import put_json, say
-from ..options.values import natural, patterns
+from ..options.reading import read_options
+from ..options.values import natural
 from .pair import add_pair_arguments, pair_of
 
 _DEFAULT_LIMIT = 50
@@ -109,7 +110,9 @@ def _verify_logits(args: argparse.Namespace) -> int:
     from ...logits import compare_logits
     from ...logits.compare import TOLERANCE
 
-    reference = _folder(args, args.hf_config, config_only=True) if args.hf_config is not None else None
+    read = read_options(args)
+    if args.hf_config is not None:
+        read = dataclasses.replace(read, hf_config=_folder(args, args.hf_config, config_only=True))
     report = compare_logits(
         _folder(args, args.a),
         _folder(args, args.b),
@@ -118,9 +121,7 @@ def _verify_logits(args: argparse.Namespace) -> int:
             for name, (default, _) in _LOGITS.items()
         },
         tolerance=TOLERANCE if args.tolerance is None else args.tolerance,
-        options=MegatronReadOptions(
-            args.ckpt_dir_name, reference, args.true_vocab_size, ignore_tensors=patterns(args.ignore_tensors)
-        ),
+        options=megatron_options(read),
     )
     if args.json:
         put_json({"equal": report.ok, **dataclasses.asdict(report)})
