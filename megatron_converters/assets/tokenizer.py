@@ -1,16 +1,18 @@
-"""Tokenizer and generation settings of a Hugging Face folder. Nothing is ever downloaded."""
+"""Tokenizer and generation settings of a Hugging Face folder. Nothing is downloaded unless `fetch_tokenizer` is called."""
 
 from __future__ import annotations
 
 import os
-import re
 import shutil
+from collections.abc import Collection
 from filecmp import cmp
 from pathlib import Path
 from typing import Any
 
 from ..basics.errors import ConversionError, one_line, reason_of
 from ..basics.json_files import read_json, write_json
+from ..storage import hub_cache, hub_lookup
+from ..storage.hub_access import is_hub_id
 from . import tokenizer_rebuild
 
 #: Files of which a tokenizer may consist.
@@ -35,7 +37,6 @@ _SETTINGS = ("special_tokens_map.json", "tokenizer_config.json")
 _VOCABULARIES = frozenset({"tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "tekken.json"})
 #: Package to install, by the name of its module, where they differ.
 _PACKAGES = {"google": "protobuf"}
-_HUB_NAME = re.compile(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)?")
 
 #: `--source-model-type`: begin token, end token, and the end tokens of an instruct model.
 _TOKEN_IDS: dict[str, tuple[int, int, int | list[int]]] = {
@@ -141,11 +142,12 @@ def _locate(source: str, explicit: bool) -> Path:
         belongs_to_folder = path.name in _VOCABULARIES and (path.parent / "tokenizer_config.json").is_file()
         return path.parent if belongs_to_folder else path
     if os.path.isdir(path):
+        path = hub_lookup.in_cache(path, _ON_HUB).folder
         configured = any((path / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
         bare = path / "tokenizer.model"  # as in Meta's downloads
         return bare if bare.is_file() and not configured else path
-    if _HUB_NAME.fullmatch(source) and path.suffix not in (".model", ".json"):
-        return _cached_folder(source)
+    if _may_be_on_hub(source):
+        return _cached_folder(source, explicit)
     if explicit:
         raise ConversionError(
             f"--tokenizer-model {source} does not exist; give a file, a folder or a Hugging Face name"
@@ -153,14 +155,43 @@ def _locate(source: str, explicit: bool) -> Path:
     raise _NoTokenizer(f"{one_line(source)}, which the checkpoint names, does not exist here")
 
 
-def _cached_folder(name: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+def _may_be_on_hub(source: str) -> bool:
+    """Whether a tokenizer's name is no path here, and may be the name of a model on the Hub."""
+    path = Path(os.path.expanduser(source))
+    return is_hub_id(source) and path.suffix not in (".model", ".json") and not os.path.lexists(path)
 
+
+def _cached_folder(name: str, explicit: bool) -> Path:
+    """Folder in the cache of a model on the Hub; raises `ConversionError` with the command that downloads its tokenizer."""
     try:
-        return Path(snapshot_download(name, local_files_only=True))
-    except (HFValidationError, LocalEntryNotFoundError):
-        raise _NoTokenizer(f"{name} is neither a path nor in the local Hugging Face cache") from None
+        return hub_lookup.cached(name, _ON_HUB).folder
+    except ConversionError as error:
+        raise ConversionError(f"--tokenizer-model {error}" if explicit else f"the tokenizer {error}") from error
+
+
+def fetch_tokenizer(source: str | None, *, explicit: bool) -> list[str]:
+    """Download a tokenizer that is named as on the Hub into the cache, where `write_tokenizer` finds it; returns notes.
+
+    One that cannot be had raises `ConversionError` if the user named it, and else is a warning.
+    """
+    if not source or not _may_be_on_hub(source):
+        return []
+    try:
+        return hub_lookup.download(source, _ON_HUB).notes
+    except ConversionError as error:
+        if explicit:
+            raise
+        return [f"warning: the tokenizer is not downloaded: {error}"]
+
+
+def _tokenizer_alone(listed: Collection[str], index_file: hub_cache.IndexFile) -> set[str]:
+    """Files of a tokenizer among those listed; none where there is no vocabulary."""
+    found = hub_cache.among(listed, FILES)
+    return set() if _VOCABULARIES.isdisjoint(found) else found
+
+
+#: Tokenizer of a model on the Hub.
+_ON_HUB = hub_cache.Choice(_tokenizer_alone, (), "no tokenizer", "tokenizer", hub_cache.WEIGHTS)
 
 
 def recorded_name(source: str | None) -> str | None:

@@ -11,16 +11,20 @@ from ..basics.exit_codes import EXIT_CODES
 from ..conversion.progress import make_progress
 from ..conversion.run import convert
 from ..families.scope import family_of
-from .console import exit_on_error, prepare_process, report
+from .console import exit_on_error, prepare_process, program, report
 from .options.reading import add_checkpoint_arguments, open_checkpoint
 from .options.writing import add_hf_target_arguments, open_hf_target
 from .plugins import add_common_arguments
+
+#: Name of the command where the package is installed.
+_COMMAND = "megatron-convert-mlm-to-hf"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a conversion; exits with a code of its row in `EXIT_CODES`, 0 only if the output is complete."""
     prepare_process()
-    with exit_on_error("convert_mlm_to_hf_checkpoint", EXIT_CODES["convert_mlm_to_hf_checkpoint.py"]):
+    name = program("convert_mlm_to_hf_checkpoint", _COMMAND)
+    with exit_on_error(name, EXIT_CODES["convert_mlm_to_hf_checkpoint.py"]):
         args = _parser().parse_args(sys.argv[1:] if argv is None else argv)
         dtype = dtype_named(args.target_params_dtype) if args.target_params_dtype else None
         with family_of(args.family_file):
@@ -34,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="convert_mlm_to_hf_checkpoint.py",
+        prog=program("convert_mlm_to_hf_checkpoint.py", _COMMAND),
         description="Convert a Megatron-LM checkpoint, torch or torch_dist, of any parallel sizes to Hugging Face format.",
         epilog=str(EXIT_CODES["convert_mlm_to_hf_checkpoint.py"]),
         allow_abbrev=False,

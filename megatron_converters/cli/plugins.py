@@ -29,7 +29,7 @@ from .options.shared import add_argument, add_shared
 
 def add_common_arguments(parser: Any) -> None:
     """Add the options of loaders and savers that stock convert.py lacks."""
-    add_shared(parser, "--quiet", "--overwrite", "--restart", "--family-file")
+    add_shared(parser, "--quiet", "--overwrite", "--restart", "--family-file", "--download")
     add_argument(
         parser,
         "--megatron-path",

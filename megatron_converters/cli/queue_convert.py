@@ -21,8 +21,10 @@ from ..basics.errors import ConversionError, UsageError
 from ..basics.exit_codes import EXIT_CODES
 from ..formats.queue.channel import check_exit
 from ..formats.queue.messages import DONE
-from .console import exit_on_error, prepare_process
+from .console import exit_on_error, prepare_process, program
 
+#: Name of the command where the package is installed.
+_COMMAND = "megatron-convert"
 #: Names that stock and Habana's tools use for the same plugins.
 _ALIASES = {
     "loader": {"mcore": "core", "megatron": "core"},
@@ -37,7 +39,7 @@ _GRACE = 5.0
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a conversion; exits with a code of its row in `EXIT_CODES`, 0 only if the saver has completed its output."""
     prepare_process()
-    with exit_on_error("convert", EXIT_CODES["convert.py"]):
+    with exit_on_error(program("convert", _COMMAND), EXIT_CODES["convert.py"]):
         _main(sys.argv[1:] if argv is None else argv)
 
 
@@ -91,7 +93,7 @@ def _unread(queue: Any) -> bool:
 
 def _base_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="convert.py",
+        prog=program("convert.py", _COMMAND),
         description="Convert a model between Hugging Face and Megatron-LM: a loader reads it, a saver writes it.",
         epilog="Options of a loader and a saver are shown with --help and --loader NAME --saver NAME. "
         f"{EXIT_CODES['convert.py']}",

@@ -91,7 +91,7 @@ def _parser(prog: str, description: str) -> argparse.ArgumentParser:
         help="Leave out tensors of these names (* and ? as in a shell), which the model must not need.",
     )
     parser.add_argument("--verbose", action="store_true", help="Show each step, and each number with what says it.")
-    add_shared(parser, "--overwrite", "--restart", "--quiet")
+    add_shared(parser, "--overwrite", "--restart", "--quiet", "--download")
     parser.set_defaults(preset=None, preset_name="")
     return parser
 
@@ -114,6 +114,7 @@ def _run(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
             args.overwrite,
             args.true_vocab_size,
             restart=args.restart,
+            download=args.download,
             ignore_tensors=patterns(args.ignore_tensors),
         )
         result = to_hf(args.in_dir, args.save_path, wishes, make_progress(args.quiet))

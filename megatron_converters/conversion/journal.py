@@ -64,7 +64,11 @@ def describe_run(outline: Outline, origin: Origin, family_file: str | None = Non
     files = {file: {"bytes": layout.nbytes, "structure": layout.structure} for file, layout in outline.files.items()}
     run = {
         "tool": f"megatron-converters {__version__}",
-        "source": {"path": os.path.abspath(origin.described), "files": origin.identity},
+        "source": {
+            "path": os.path.abspath(origin.described),
+            **({} if origin.hub is None else {"hub": origin.hub}),
+            "files": origin.identity,
+        },
         "options": {**outline.options, **({} if family_file is None else {"family file": family_file})},
         "content": outline.content,
         "files": files,

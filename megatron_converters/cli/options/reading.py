@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from ...assets.tokenizer import fetch_tokenizer
 from ...basics.errors import UsageError
 from ...basics.json_files import read_json
 from ...conversion.endpoint import Source
@@ -64,6 +65,7 @@ def read_options(args: argparse.Namespace, source_format: str | None = None) -> 
         source_margs_file=given("source_margs_file"),
         family_file=given("family_file"),
         capacity_bins=bool(given("load_capacity_bins")),
+        download=bool(given("download")),
     )
 
 
@@ -71,7 +73,7 @@ def add_reading_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the verbs, which read a folder of any format."""
     group = parser.add_argument_group("reading")
     group.add_argument("--from", dest="source_format", choices=FORMATS, default=None, help="Format of the source.")
-    add_shared(group, *_OF_CHECKPOINTS, *_OF_FOLDERS, "--source-margs-file", "--family-file")
+    add_shared(group, "--download", *_OF_CHECKPOINTS, *_OF_FOLDERS, "--source-margs-file", "--family-file")
     mindspore = parser.add_argument_group("reading MindSpore's weights, where neither they nor a configuration say it")
     add_mindspore_arguments(mindspore)
     add_typed(mindspore, [row for row in TYPED if row.in_verbs])
@@ -172,8 +174,11 @@ def add_core_loader_arguments(parser: Any) -> None:
 
 
 def open_checkpoint(args: argparse.Namespace) -> Source:
-    """The checkpoint of --load-dir, of whatever format."""
-    return open_source(args.load_dir, read_options(args, MEGATRON)).source
+    """The checkpoint of --load-dir, of whatever format; with --download, the tokenizer that it names is fetched, too."""
+    source = open_source(args.load_dir, read_options(args, MEGATRON)).source
+    if args.download and getattr(args, "tokenizer_model", None) is None:
+        source.origin.notes += fetch_tokenizer(source.origin.tokenizer, explicit=False)
+    return source
 
 
 def open_core_loader(args: argparse.Namespace) -> Source:

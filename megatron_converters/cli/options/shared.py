@@ -64,6 +64,11 @@ _DECLARED: dict[str, dict[str, Any]] = {
     "--mf-config": dict(
         metavar="FILE", default=None, help="MindSpore: YAML of the training run, which says sizes and orders of rows."
     ),
+    "--download": dict(
+        action="store_true",
+        help="Fetch what the cache lacks of models that are named as on the Hugging Face Hub (owner/name, or owner/name@revision): "
+        "the files that are needed, and no others. Without it, such names are looked up in the local cache alone.",
+    ),
     "--ignore-config-fields": dict(
         metavar="NAMES", default="", help="Hugging Face: comma-separated unknown config.json fields to ignore."
     ),

@@ -7,8 +7,8 @@ import dataclasses
 from typing import Any
 
 from ...basics.errors import UsageError
-from ...basics.folders import existing_path
 from ...formats.detect import HF, MEGATRON, MINDSPORE, format_of
+from ...formats.hub import located
 from ...formats.huggingface.target import FUSED, SEPARATE
 from ...formats.megatron.names import EXPERTS
 from ...formats.reading import ReadOptions
@@ -81,7 +81,8 @@ def request_of(args: argparse.Namespace) -> Request:
     defaults = _defaults()
     given = {name: [key for key in own if getattr(args, key) is not None] for name, own in defaults.items()}
     asks = bool(given[MEGATRON]) or args.expert_layout in EXPERTS
-    source_format = args.source_format or format_of(existing_path(args.load_dir))
+    place, notes = located(args.load_dir, download=args.download)
+    source_format = args.source_format or format_of(place)
     chosen = args.to or target_format(source_format, None, asks)
     heeded = (*defaults[chosen], *_OF_BOTH_SIDES.get(source_format, ()))
     for other, names in given.items():
@@ -95,7 +96,7 @@ def request_of(args: argparse.Namespace) -> Request:
     unset = {key: value for key, value in defaults[chosen].items() if getattr(args, key) is None}
     complete = argparse.Namespace(**{**vars(args), **unset})
     return Request(
-        args.load_dir,
+        place,
         args.save_dir,
         chosen,
         args.dtype,
@@ -104,6 +105,7 @@ def request_of(args: argparse.Namespace) -> Request:
         megatron_options(complete) if chosen == MEGATRON else None,
         hf_options(complete) if chosen == HF else None,
         mindspore_options(complete) if chosen == MINDSPORE else None,
+        tuple(notes),
     )
 
 
