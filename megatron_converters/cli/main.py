@@ -2,36 +2,77 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import sys
 import types
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from .. import __version__
 from .console import exit_on_error, prepare_process
+from .parser import Parser
 
-#: Verb: module in `verbs`, its operands, one line of help.
+PROG = "megatron-converters"
+
+
+class Verb(NamedTuple):
+    """What help says of a verb: its operands, one line, and two command lines (without the command's name)."""
+
+    operands: str
+    line: str
+    examples: tuple[str, str]
+
+
+#: By the name of the module in `verbs`.
 VERBS = {
-    "convert": ("SRC DST", "Convert a model from any format to any other, or cut a checkpoint differently."),
-    "plan": ("SRC DST", "Say what a conversion would write, and need; writes nothing."),
-    "verify": ("A [B]", "Tell whether two folders hold the same model, or whether an output is as it was written."),
-    "diff": ("A B", "Say what differs between two checkpoints: arguments, tensors, and by how much."),
-    "inspect": (
+    "convert": Verb(
+        "SRC DST",
+        "Convert a model from any format to any other, or cut a checkpoint differently.",
+        ("convert llama-hf llama-megatron --tp 2 --pp 2", "convert llama-megatron llama-back --to hf --dtype bf16"),
+    ),
+    "plan": Verb(
+        "SRC DST",
+        "Say what a conversion would write, and need; writes nothing.",
+        ("plan llama-hf llama-tp4 --tp 4", "plan llama-megatron llama-again --to hf --json"),
+    ),
+    "verify": Verb(
+        "A [B]",
+        "Tell whether two folders hold the same model, or whether an output is as it was written.",
+        ("verify llama-hf llama-megatron", "verify llama-megatron"),
+    ),
+    "diff": Verb(
+        "A B",
+        "Say what differs between two checkpoints: arguments, tensors, and by how much.",
+        ("diff llama-hf llama-megatron", "diff llama-hf llama-back --top 5 --ignore-config-fields my_field"),
+    ),
+    "inspect": Verb(
         "X",
         "Show what a folder holds: sizes, dtypes, parallel layout, files; as a page with a picture of the shards.",
+        ("inspect llama-megatron", "inspect llama-megatron --html shards.html"),
     ),
-    "args": ("X", "Print the pretrain_gpt.py flags of a model or checkpoint."),
+    "args": Verb(
+        "X",
+        "Print the pretrain_gpt.py flags of a model or checkpoint.",
+        ("args llama-hf", "args llama-megatron --json"),
+    ),
+    "completion": Verb(
+        "SHELL",
+        "Print what makes a shell complete verbs, options and their values.",
+        (
+            "completion bash > ~/.local/share/bash-completion/completions/megatron-converters",
+            "completion zsh > ~/.zfunc/_megatron-converters",
+        ),
+    ),
+    "help": Verb("[VERB]", "Show help, of the command or of a verb.", ("help", "help convert")),
 }
-_PROG = "megatron-converters"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a verb; exits with its code: 0 done and equal, 1 failed or different, 2 wrong usage."""
     prepare_process()
-    with exit_on_error(_PROG):
+    with exit_on_error(PROG):
         arguments = list(sys.argv[1:] if argv is None else argv)
-        args = _parser(arguments).parse_args(arguments)
+        args = parser_of(arguments[:1]).parse_args(arguments)
         from ..families.scope import family_of
 
         with family_of(getattr(args, "family_file", None)):
@@ -39,21 +80,29 @@ def main(argv: Sequence[str] | None = None) -> None:
     raise SystemExit(code)
 
 
-def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=_PROG,
+def parser_of(verbs: Sequence[str]) -> Parser:
+    """Parser of the command, with the options of these verbs alone, whose modules it imports."""
+    parser = Parser(
+        prog=PROG,
         description="Move language models between Hugging Face and Megatron-LM checkpoints, on a CPU, without building a model.",
-        epilog="Formats are recognised by what a folder holds. `megatron-converters VERB --help` shows a verb's options. "
+        epilog=f"Formats are recognised by what a folder holds. `{PROG} help VERB` shows a verb's options.\n"
         "Exit codes: 0 done or equal, 1 failed or different, 2 wrong usage, 130 interrupted.",
-        allow_abbrev=False,
     )
-    parser.add_argument("--version", action="version", version=f"{_PROG} {__version__}")
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-    for verb, (operands, line) in VERBS.items():
-        usage = f"{_PROG} {verb} {operands} [options]"  # not a screen full of options before each error
-        sub = verbs.add_parser(verb, help=line, description=line, usage=usage, allow_abbrev=False)
-        if verb in arguments:
-            _module(verb).add_arguments(sub)
+    parser.add_argument("--version", action="version", version=f"{PROG} {__version__}")
+    subparsers = parser.add_subparsers(dest="verb", required=True, metavar="VERB", parser_class=Parser)
+    for name, verb in VERBS.items():
+        examples = [f"{PROG} {line}" for line in verb.examples]
+        usage = f"{PROG} {name} {verb.operands} [options]"  # not a screen full of options before each error
+        sub = subparsers.add_parser(name, help=verb.line, description=verb.line, usage=usage, examples=examples)
+        if name in verbs:
+            _module(name).add_arguments(sub)
+    return parser
+
+
+def verb_parser(name: str) -> Parser:
+    """Parser of one verb, complete."""
+    (verbs,) = (action for action in parser_of([name]).actions if action.dest == "verb")
+    parser: Parser = verbs.choices[name]  # type: ignore[index]
     return parser
 
 

@@ -41,11 +41,12 @@ def add_common_arguments(parser: Any) -> None:
 
 def requested_dtype(args: argparse.Namespace) -> DType | None:
     """Dtype that --bf16, --fp16 or --dtype requests; None keeps that of the source."""
-    bf16, fp16 = getattr(args, "bf16", False), getattr(args, "fp16", False)
-    if bf16 and fp16:
-        raise UsageError("--bf16 and --fp16 exclude each other; give only one")
-    chosen = "bf16" if bf16 else "fp16" if fp16 else getattr(args, "dtype", None)
-    return None if chosen is None else dtype_named(chosen)
+    given = {f"--{name}": name for name in ("bf16", "fp16") if getattr(args, name, False)}
+    named = getattr(args, "dtype", None)
+    given |= {} if named is None else {f"--dtype {named}": named}
+    if len(set(given.values())) > 1:
+        raise UsageError(f"{' and '.join(given)} exclude each other; give only one")
+    return dtype_named(next(iter(given.values()))) if given else None
 
 
 def add_hf_loader_arguments(parser: argparse.ArgumentParser, title: str) -> None:

@@ -97,7 +97,7 @@ def open_any(path: str, args: argparse.Namespace) -> Opened:
 
 def add_hf_source_arguments(parser: Any) -> None:
     """Options of loaders that read a Hugging Face folder."""
-    add_shared(parser, "--bf16", "--fp16")
+    add_shared(parser, "--bf16", "--fp16", "--dtype")
     add_argument(
         parser,
         "--model-size",
@@ -150,7 +150,7 @@ def add_checkpoint_arguments(parser: Any) -> None:
 
 def add_core_loader_arguments(parser: Any) -> None:
     """Options of the loader plugin that reads a Megatron-LM checkpoint."""
-    add_shared(parser, "--bf16", "--fp16", "--source-margs-file", *_OF_CHECKPOINTS, "--vocab-file")
+    add_shared(parser, "--bf16", "--fp16", "--dtype", "--source-margs-file", *_OF_CHECKPOINTS, "--vocab-file")
     add_argument(
         parser,
         "--position-embedding-type",

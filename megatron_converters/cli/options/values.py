@@ -5,9 +5,13 @@ from __future__ import annotations
 import argparse
 import re
 
-from ...basics.errors import UsageError
+from ...basics.dtypes import dtype_named
+from ...basics.errors import ConversionError, UsageError
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+#: Types that can be written, by the short names of help, and the same by torch's names.
+DTYPES = ("bf16", "fp16", "fp32")
+_SHORT = {dtype_named(name): name for name in DTYPES}
 #: Whose parameter names a checkpoint has.
 IMPLS = ("local", "transformer_engine")
 
@@ -32,3 +36,11 @@ def natural(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 0 on")
     return int(text)
+
+
+def dtype_word(text: str) -> str:
+    """Short name of a type to write; any other text is returned as it is, and is then none of the choices."""
+    try:
+        return _SHORT.get(dtype_named(text.lower()), text)
+    except ConversionError:
+        return text
