@@ -38,6 +38,11 @@ class Origin:
     #: [bytes, modification time in nanoseconds] of the source's files by path. None for a source that came as messages.
     identity: dict[str, list[int]] | None = None
 
+    def tell_at_once(self, line: str) -> None:
+        """Add a note that a user should read before the conversion, too."""
+        self.notes.append(line)
+        self.urgent.append(line)
+
 
 def folder_of(source: str | Path) -> Path:
     """Folder of a source, which is a folder itself or a single file."""

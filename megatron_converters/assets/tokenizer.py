@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import re
 import shutil
+from collections.abc import Collection
 from filecmp import cmp
 from pathlib import Path
 from typing import Any
 
-from ..basics.errors import ConversionError, one_line, reason_of
+from ..basics.errors import ConversionError, UsageError, one_line, reason_of
 from ..basics.json_files import read_json, write_json
 from . import tokenizer_rebuild
 
@@ -35,6 +36,8 @@ _SETTINGS = ("special_tokens_map.json", "tokenizer_config.json")
 _VOCABULARIES = frozenset({"tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "tekken.json"})
 #: Package to install, by the name of its module, where they differ.
 _PACKAGES = {"google": "protobuf"}
+#: No name on the Hub ends like a file of a tokenizer.
+_FILE_SUFFIXES = (".model", ".json")
 _HUB_NAME = re.compile(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)?")
 
 #: `--source-model-type`: begin token, end token, and the end tokens of an instruct model.
@@ -113,7 +116,7 @@ def write_tokenizer(
     `source` is a Hugging Face folder (its files are copied byte for byte), a tokenizer.json, a sentencepiece BPE model,
     a tiktoken file of Llama 3 (for "llama3" or else "llama3.1", with a chat template if `instruct`), or a name in the
     local Hugging Face cache. Without a tokenizer the note is a warning. If the user named it (`explicit`), a tokenizer that
-    is broken, is missing or has more tokens than the model raises `ConversionError`.
+    is broken, is missing, cannot be read here or has more tokens than the model raises `ConversionError`.
     """
     try:
         if source is None or str(source) == "":
@@ -125,13 +128,14 @@ def write_tokenizer(
     except ModuleNotFoundError as error:
         module = str(error.name).partition(".")[0]
         reason = f"{source} needs a package that is missing; run pip install {_PACKAGES.get(module, module)}"
-    except _NoTokenizer as error:
+    except (_NoTokenizer, ConversionError) as error:
         reason = str(error)
-    except ConversionError as error:
-        if explicit:
-            raise
-        reason = str(error)
-    return [f"warning: wrote no tokenizer: {reason}. The model is complete; name a tokenizer with --tokenizer-model"]
+    if explicit:
+        raise ConversionError(reason)
+    return [
+        f"warning: wrote no tokenizer: {reason}. The model is complete; the same command with --tokenizer-model PATH writes one "
+        "beside the weights"
+    ]
 
 
 def _locate(source: str, explicit: bool) -> Path:
@@ -144,13 +148,15 @@ def _locate(source: str, explicit: bool) -> Path:
         configured = any((path / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
         bare = path / "tokenizer.model"  # as in Meta's downloads
         return bare if bare.is_file() and not configured else path
-    if _HUB_NAME.fullmatch(source) and path.suffix not in (".model", ".json"):
+    if _HUB_NAME.fullmatch(source) and path.suffix not in _FILE_SUFFIXES:
         return _cached_folder(source)
     if explicit:
-        raise ConversionError(
-            f"--tokenizer-model {source} does not exist; give a file, a folder or a Hugging Face name"
-        )
+        raise _missing(source)
     raise _NoTokenizer(f"{one_line(source)}, which the checkpoint names, does not exist here")
+
+
+def _missing(source: str) -> UsageError:
+    return UsageError(f"--tokenizer-model {source} does not exist; give a file, a folder or a Hugging Face name")
 
 
 def _cached_folder(name: str) -> Path:
@@ -160,7 +166,23 @@ def _cached_folder(name: str) -> Path:
     try:
         return Path(snapshot_download(name, local_files_only=True))
     except (HFValidationError, LocalEntryNotFoundError):
-        raise _NoTokenizer(f"{name} is neither a path nor in the local Hugging Face cache") from None
+        raise _NoTokenizer(
+            f"{name} is neither a path nor in the local Hugging Face cache (hf download {name} --include '*token*')"
+        ) from None
+
+
+def is_there(source: str | None) -> bool:
+    """Whether a tokenizer that a source names is a file or folder here."""
+    return bool(source) and os.path.exists(os.path.expanduser(str(source)))
+
+
+def check_named(source: str | None) -> list[str]:
+    """Check a tokenizer that a user names to be recorded, not read; returns notes. Raises `UsageError` if no such path can be."""
+    if not source or is_there(source):
+        return []
+    if not _HUB_NAME.fullmatch(source) or Path(source).suffix in _FILE_SUFFIXES:
+        raise _missing(source)
+    return [f"the tokenizer {source} is recorded as a name on the Hugging Face Hub, since there is no such path here"]
 
 
 def recorded_name(source: str | None) -> str | None:
@@ -173,11 +195,15 @@ def tokenizer_files(folder: Path) -> list[Path]:
     return [path for pattern in FILES for path in sorted(folder.glob(pattern)) if path.is_file()]
 
 
-def refuse_other_tokenizer(new_folder: Path, save_dir: Path) -> None:
-    """Raise if `save_dir` has tokenizer files that differ from those of `new_folder`: they may be the user's own."""
+def refuse_other_tokenizer(new_folder: Path, save_dir: Path, *, ours: Collection[str] = ()) -> None:
+    """Raise if `save_dir` has tokenizer files that differ from those of `new_folder` and may be the user's, being not `ours`."""
     new = {path.relative_to(new_folder): path for path in tokenizer_files(new_folder)}
     old = {path.relative_to(save_dir): path for path in tokenizer_files(save_dir)}
-    differing = [str(name) for name, path in old.items() if name not in new or not cmp(path, new[name], shallow=False)]
+    differing = [
+        str(name)
+        for name, path in old.items()
+        if name.as_posix() not in ours and (name not in new or not cmp(path, new[name], shallow=False))
+    ]
     if new and differing:
         raise ConversionError(
             f"{save_dir} already holds another tokenizer ({', '.join(differing)}); save elsewhere or pass --overwrite"

@@ -9,7 +9,7 @@ import argparse
 import multiprocessing
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 from ..basics.dtypes import DType, dtype_named
 from ..basics.errors import ConversionError, Interrupted, UsageError
@@ -83,14 +83,20 @@ def run_loader(queue: Any, args: argparse.Namespace, open_source: Callable[[], S
         for saver in savers:  # Megatron-LM's own convert.py exits with 0 even if its saver failed
             check_exit(saver)
     except ConversionError as error:
-        try_send(queue, EXIT)
-        fail("loader", error)
+        _fail(queue, error)
     except KeyboardInterrupt:
-        try_send(queue, EXIT)
-        fail("loader", Interrupted())
+        _fail(queue, Interrupted())
     except BaseException:
         try_send(queue, EXIT)
         raise
+
+
+def _fail(queue: Any, error: ConversionError) -> NoReturn:
+    """Print the cause, and exit; only then is the saver told, which prints what follows from it."""
+    try:
+        fail("loader", error)
+    finally:
+        try_send(queue, EXIT)
 
 
 def run_saver(queue: Any, args: argparse.Namespace, open_target: Callable[[], Target]) -> None:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from ..assets import capacity_bins
 from ..assets.origin import Origin
-from ..assets.training_args import margs_from_json
+from ..assets.training_args import named_margs
 from ..basics.errors import UsageError
 from ..basics.folders import existing_folder, existing_path
 from ..conversion.endpoint import Source
@@ -18,6 +18,7 @@ from ..families import FAMILIES
 from ..families.scope import family_of
 from .detect import FORMATS, HF, MEGATRON, META, MINDSPORE, WEIGHTS, format_of
 from .huggingface.source import HFSource
+from .megatron.arguments import foreign_args
 from .megatron.opening import open_megatron
 from .megatron.reading import MegatronReadOptions
 from .meta.source import MetaSource
@@ -80,6 +81,7 @@ def open_source(path: str | os.PathLike[str], options: ReadOptions = AS_FOUND) -
     describes. What uses a source of a family file must do so in the scope of that (`families/scope.py`).
     """
     found_path = existing_path(path)
+    margs = None if options.source_margs_file is None else named_margs(Path(options.source_margs_file))
     if options.format not in (None, *FORMATS):
         raise UsageError(f"format {options.format!r} is not one of {', '.join(FORMATS)}")
     found = options.format or format_of(found_path)
@@ -88,8 +90,12 @@ def open_source(path: str | os.PathLike[str], options: ReadOptions = AS_FOUND) -
     with family_of(options.family_file):
         source = _OPENERS[found](found_path, options)
         _note_unused_family(source, options)
-    if options.source_margs_file is not None:
-        source.origin.margs = margs_from_json(Path(options.source_margs_file))
+    if margs is not None:
+        source.origin.margs = margs
+        foreign = foreign_args(source.spec, margs, source.origin.hf_config)
+        if foreign:
+            line = f"warning: {options.source_margs_file} is of another model ({'; '.join(foreign)}), of which only training"
+            source.origin.tell_at_once(f"{line} arguments are taken over")
     return Opened(found, source)
 
 

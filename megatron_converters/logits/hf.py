@@ -12,9 +12,9 @@ import numpy.typing as npt
 
 from ..basics.errors import ConversionError, raise_all
 from ..basics.json_files import read_json
+from ..basics.packages import need
 from ..families import FAMILIES, quantisation
 from ..formats.huggingface.source import read_tensors
-from .needs import need
 from .pool import Pool
 
 
@@ -23,8 +23,8 @@ class HFModel:
 
     def __init__(self, path: Path) -> None:
         """Raises `ConversionError` if the folder is damaged or transformers is missing."""
-        need("torch", "torch")
-        need("transformers", "transformers")
+        need("torch", "torch", "computing logits")
+        need("transformers", "transformers", "computing logits")
         self.path = path
         config = read_json(path / "config.json")
         if config.get(quantisation.KEY):  # transformers 5.23 takes the last block of an axis for as long as the others

@@ -83,6 +83,6 @@ def _state(result: Forecast) -> Iterator[str]:
         yield "this conversion is complete already; the command has nothing to do"
     elif result.obstacle:
         yield f"obstacle: {result.obstacle}"
-    elif result.finished:
+    elif result.finished and result.left:
         some = f"{len(result.finished)} of {len(result.files)}"
         yield f"an interrupted run has finished {some} files, {size(result.nbytes - result.left)}; the command goes on from there"

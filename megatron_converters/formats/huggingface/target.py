@@ -27,7 +27,7 @@ from ...basics.dtypes import DType
 from ...basics.errors import ConversionError, UsageError
 from ...basics.json_files import write_json
 from ...basics.quantities import count, size
-from ...conversion.journal import MANIFEST
+from ...conversion.journal import MANIFEST, unchanged_beside
 from ...conversion.outline import Fill, Outline
 from ...conversion.staging import Staging
 from ...conversion.stored_model import StoredModel
@@ -146,6 +146,11 @@ class HFTarget:
         """Manifest in the folder of the model."""
         return self.save_dir / MANIFEST
 
+    @property
+    def marker(self) -> str | None:
+        """config.json, unless all is to be overwritten."""
+        return None if self._options.overwrite else "config.json"
+
     def shown(self) -> Path | None:
         """Return the folder if it has a config.json that is not to be overwritten; else None."""
         there = (self.save_dir / "config.json").exists() and not self._options.overwrite
@@ -246,7 +251,7 @@ class HFTarget:
             write_json(folder / name, value)
         self._notes = notes
         if not options.overwrite:
-            refuse_other_tokenizer(folder, self.save_dir)
+            refuse_other_tokenizer(folder, self.save_dir, ours=unchanged_beside(self.manifest))
 
     def _write_index(self, folder: Path) -> None:
         """Write the index of shards, if there are several."""

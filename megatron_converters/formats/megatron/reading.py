@@ -226,7 +226,7 @@ def _reference_spec(
     try:
         fields = {**spec_fields(args), "vocab_size": spec.vocab_size, "dtype": dtype}
     except Unclear as error:
-        return spec, [f"taken from {folder} alone, since {error}"]
+        return spec, [f"taken from {folder} alone, since {error.what}"]
     args_spec = ModelSpec.of(family=spec.family, **fields)
     stored = conventions_of(vars(args), spec, options.mup).spec
     heads = [name for name in stated_heads(args) if args_spec.values.get(name) != spec.values.get(name)]

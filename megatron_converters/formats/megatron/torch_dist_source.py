@@ -331,9 +331,10 @@ def _args_of(common: Mapping[str, Any], where: Path, options: MegatronReadOption
     if args is None and common.get("args") is None and options.hf_config is not None:
         return argparse.Namespace()
     if args is None:
-        raise ConversionError(
-            f"{where} has no args, which describe the model; give a reference model with --hf-config DIR"
-        )
+        kind = type(common.get("args")).__name__
+        what = "has no args, which describe the model" if common.get("args") is None else f"has args of the type {kind}"
+        remedy = "give a reference model with --hf-config DIR" if options.hf_config is None else "save it again"
+        raise ConversionError(f"{where} {what}; {remedy}")
     return args
 
 
