@@ -47,6 +47,10 @@ _TOKEN_IDS: dict[str, tuple[int, int, int | list[int]]] = {
     "llama3": (128000, 128001, [128001, 128009]),
     "llama3.1": (128000, 128001, [128001, 128008, 128009]),
 }
+_INSTRUCT_WARNING = (
+    "warning: --instruct leaves this tokenizer as it is: it gives an end-of-turn token and a chat template to one alone that is "
+    "made of Llama 3's tiktoken file"
+)
 
 
 class _NoTokenizer(Exception):
@@ -123,8 +127,11 @@ def write_tokenizer(
             raise _NoTokenizer("the checkpoint names none")
         path = _locate(str(source), explicit)
         if path.is_dir():
-            return _copy_folder(path, out_dir, vocab_size)
-        return _write_file(path, out_dir, vocab_size, source_model_type, instruct)
+            notes = _copy_folder(path, out_dir, vocab_size)
+        else:
+            notes = _write_file(path, out_dir, vocab_size, source_model_type, instruct)
+        made_for_chat = not path.is_dir() and is_tiktoken_file(path)
+        return notes if made_for_chat or not instruct else [*notes, _INSTRUCT_WARNING]
     except ModuleNotFoundError as error:
         module = str(error.name).partition(".")[0]
         reason = f"{source} needs a package that is missing; run pip install {_PACKAGES.get(module, module)}"

@@ -246,7 +246,7 @@ class HFTarget:
             explicit=options.tokenizer is not None,
         )
         tokens, token_notes = self._token_ids(folder)
-        notes += token_notes
+        notes += [*token_notes, *self._instruct_warnings()]
         for name, value in self._small_files(tokens).items():
             write_json(folder / name, value)
         self._notes = notes
@@ -262,10 +262,21 @@ class HFTarget:
     def _small_files(self, tokens: dict[str, Any]) -> dict[str, Any]:
         """Contents by file name: configuration with these token ids, generation settings and training arguments."""
         origin = self._origin
-        generation = generation_config(self._model_type) if self._options.instruct else origin.generation_config
+        is_known = self._options.instruct and self._model_type is not None
+        generation = generation_config(self._model_type) if is_known else origin.generation_config
         margs = None if origin.margs is None else margs_to_json(origin.margs)
         found = {"config.json": {**self._config, **tokens}, _GENERATION: generation, _MARGS: margs}
         return {name: value for name, value in found.items() if value is not None}
+
+    def _instruct_warnings(self) -> list[str]:
+        """Warning that --instruct has no settings for this model."""
+        if not self._options.instruct or self._model_type is not None:
+            return []
+        kept = "no generation settings are" if self._origin.generation_config is None else "those that came with it are"
+        return [
+            f"warning: --instruct knows no end tokens and sampling of this {self._spec.family} model; {kept} written "
+            "(--source-model-type names a Llama or Mixtral)"
+        ]
 
     def _token_ids(self, folder: Path) -> tuple[dict[str, Any], list[str]]:
         """Begin and end token ids for config.json, where no source configuration has them, and notes for the user.
