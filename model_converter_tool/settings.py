@@ -11,7 +11,7 @@ from megatron_converters.basics.json_files import read_json
 
 from . import kinds
 from .model_types import AUTO, check_name
-from .options import DTYPES, checked
+from .options import checked
 
 FILE = "config.json"
 #: Value of the setting `dtype` that stands for the source's.
@@ -36,7 +36,7 @@ def _model_type(value: Any) -> str:
 
 SETTINGS = {
     "output_dir": Setting("./outputs", kinds.text, "folder of outputs whose path is not given"),
-    "dtype": Setting(SOURCE, kinds.choice(SOURCE, *DTYPES), "type to write"),
+    "dtype": Setting(SOURCE, kinds.choice(SOURCE, *kinds.DTYPES), "type to write"),
     "model_type": Setting(AUTO, _model_type, "model type that is expected"),
     "max_workers": Setting(1, kinds.at_least(1), "conversions of a batch at once"),
     "max_retries": Setting(1, kinds.at_least(0), "further attempts of a batch at a conversion that failed"),

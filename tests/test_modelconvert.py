@@ -147,7 +147,7 @@ REFUSED: dict[str, tuple[tuple[Any, ...], int, tuple[str, ...]]] = {
     "sizes that do not fit": (("hf2megatron", "--tp", 3), 1, ("cannot be cut over tp=3",)),
     "no size": (("hf", "--max-shard-size", "big"), 2, ("--max-shard-size: 'big' is no size such as 5GB",)),
     "no number": (("hf2megatron", "--tp", 0), 2, ("--tp: '0' is no whole number from 1 on",)),
-    "no dtype": (("hf", "--dtype", "int8"), 2, ("--dtype: 'int8' is not one of fp16, bf16, fp32",)),
+    "no dtype": (("hf", "--dtype", "int8"), 2, ("--dtype: 'int8' is not one of bf16, fp16, fp32",)),
 }
 
 

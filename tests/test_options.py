@@ -16,6 +16,7 @@ from megatron_converters.cli import mlm_to_hf, queue_convert, tensor_parallel
 from megatron_converters.cli.main import VERBS, verb_parser
 from megatron_converters.cli.options.groups import GROUPS, REST
 from megatron_converters.cli.parser import Parser
+from model_converter_tool.cli import main as modelconvert
 from tests.helpers import Run, convert_back, refused, run_here, succeeded, tp_pp_converter, verb
 
 HFModel = Callable[..., Path]
@@ -237,3 +238,21 @@ def test_a_stock_parser_takes_our_plugins() -> None:
     for kind, name in (("loader", "llama_mistral"), ("saver", "mcore")):
         queue_convert.load_plugin(kind, name).add_arguments(parser)
     assert parser.parse_args(["--target-expert-paralell-size", "2", "--dtype", "bfloat16"]).dtype == "bf16"
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (("convrt",), "'convrt' is not one of convert, batch, inspect, check, history, config; did you mean convert?"),
+        (("convert", "a", "hf", "--ovewrite"), "there is no option --ovewrite; did you mean --overwrite?"),
+        (("convert", "a", "hf", "--dtype", "int3"), "'int3' is not one of bf16, fp16, fp32"),
+    ],
+)
+def test_modelconvert_suggests_too(words: tuple[str, ...], expected: str) -> None:
+    assert expected in refused(run_here(modelconvert.main, words), code=2).err
+
+
+def test_modelconvert_takes_torch_s_names_of_types() -> None:
+    from model_converter_tool.options import Task
+
+    assert Task.of({"model_path": "a", "output_format": "hf", "dtype": "bfloat16"}).options["dtype"] == "bf16"

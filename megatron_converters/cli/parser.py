@@ -17,10 +17,11 @@ _HELP = ("-h", "--help")
 class Parser(argparse.ArgumentParser):
     """Parser of a command, or of a verb. Options are never abbreviated, and unknown ones are errors of this command.
 
-    `examples` are command lines that end its help.
+    `examples` are command lines that end its help. `by_need` says whether help groups options as `options/groups.py` does.
     """
 
-    def __init__(self, *arguments: Any, examples: Sequence[str] = (), **options: Any) -> None:
+    def __init__(self, *arguments: Any, examples: Sequence[str] = (), by_need: bool = True, **options: Any) -> None:
+        self._by_need = by_need
         super().__init__(*arguments, **{"allow_abbrev": False, "formatter_class": _Formatter, **options})
         self._examples = examples
 
@@ -69,6 +70,8 @@ class Parser(argparse.ArgumentParser):
 
     def format_help(self) -> str:
         """Help: options by need, and examples at the end."""
+        if not self._by_need:
+            return super().format_help()
         formatter = self._get_formatter()
         formatter.add_usage(self.usage, self._actions, self._mutually_exclusive_groups)
         formatter.add_text(self.description)
