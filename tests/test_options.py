@@ -252,6 +252,11 @@ def test_modelconvert_suggests_too(words: tuple[str, ...], expected: str) -> Non
     assert expected in refused(run_here(modelconvert.main, words), code=2).err
 
 
+def test_a_short_option_takes_its_value_along(tmp_path: Path) -> None:
+    run = run_here(modelconvert.main, ("convert", "/no/such", "hf", f"-o{tmp_path}/x"))
+    assert run.code != 0 and "there is no option" not in run.err
+
+
 def test_modelconvert_takes_torch_s_names_of_types() -> None:
     from model_converter_tool.options import Task
 

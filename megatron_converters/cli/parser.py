@@ -55,7 +55,8 @@ class Parser(argparse.ArgumentParser):
                 self.error(f"there is no option {first} here; options stand behind the verb")
             return
         options = arguments[: arguments.index("--")] if "--" in arguments else arguments
-        unknown = [option for word in options if (option := _option(word)) is not None and option not in known]
+        found = [option for word in options if (option := _option(word)) is not None]
+        unknown = [option for option in found if option not in known and option[:2] not in known]  # -oPATH is -o PATH
         if unknown and not any(option in arguments for option in _HELP):
             self.error("; ".join(unknown_option(option, known) for option in dict.fromkeys(unknown)))
 

@@ -165,7 +165,10 @@ class HFTarget:
         if model or beside:
             what = "a model" if model else "files of a model"
             names = ", ".join(path.name for path in [*model, *beside])
-            raise ConversionError(f"{self.save_dir} already holds {what} ({names}); save elsewhere or pass --overwrite")
+            alone = "" if self._options.tokenizer is None else "; a tokenizer alone can be copied there by hand"
+            raise ConversionError(
+                f"{self.save_dir} already holds {what} ({names}); save elsewhere or pass --overwrite{alone}"
+            )
 
     def fills(self, ref: Ref) -> Iterator[Fill]:
         """Fills of one ref."""
