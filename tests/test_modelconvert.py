@@ -358,7 +358,7 @@ def test_settings(hf_model: HFModel, place: Path) -> None:
         ("set", "max_workers", "0"): "max_workers: '0' is no whole number from 1 on",
         ("set", "preset", "x"): "there is no preset 'x'",
         ("set", "dtype"): "config set takes 2 operands, not 1",
-        ("reset",): "invalid choice: 'reset'",
+        ("reset",): "'reset' is not one of show, get, set",
     }.items():
         failed(run("config", *wrong), words, code=2)
     (place / "workspace/config.json").write_text('{"colour": 1}')

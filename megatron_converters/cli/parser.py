@@ -6,8 +6,9 @@ import argparse
 import sys
 import textwrap
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
+from ..basics.errors import UsageError
 from .options.groups import grouped
 from .options.spellings import VALUES, VERBS, did_you_mean, other_names, respelled, unknown_option
 
@@ -32,7 +33,7 @@ class Parser(argparse.ArgumentParser):
 
     # argparse calls this for a verb, too, and would let the command report what is unknown, with the command's usage
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
-        """Parse all arguments; exits with a message if one is unknown."""
+        """Parse all arguments; raises `UsageError` if one is unknown."""
         known = self._option_string_actions
         try:
             arguments = respelled(sys.argv[1:] if args is None else list(args), known)
@@ -45,7 +46,7 @@ class Parser(argparse.ArgumentParser):
         return found, []
 
     def _refuse_unknown(self, arguments: Sequence[str]) -> None:
-        """Exit if an option is unknown, which is said before anything that is missing."""
+        """Raise if an option is unknown, which is said before anything that is missing."""
         known = self._option_string_actions
         if self._subparsers is not None:
             first = _option(arguments[0]) if arguments else None
@@ -68,6 +69,11 @@ class Parser(argparse.ArgumentParser):
         table = VERBS if isinstance(action, argparse._SubParsersAction) else VALUES
         words = f"{value!r} is not one of {', '.join(known)}{did_you_mean(str(value), known, table)}"
         raise argparse.ArgumentError(action, words)
+
+    def error(self, message: str) -> NoReturn:
+        """Print the usage and raise `UsageError`, so that a wrong command line is reported as any other error is."""
+        self.print_usage(sys.stderr)
+        raise UsageError(message)
 
     def format_help(self) -> str:
         """Help: options by need, and examples at the end."""

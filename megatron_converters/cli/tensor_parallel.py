@@ -101,10 +101,10 @@ def _parser(prog: str, description: str, example: str) -> Parser:
 
 def _run(parser: Parser, argv: Sequence[str]) -> None:
     prepare_process()
-    args = parser.parse_args(argv)
-    if args.verbose:
-        logging.basicConfig(level=logging.DEBUG, format="%(message)s")
     with exit_on_error(parser.prog):
+        args = parser.parse_args(argv)
+        if args.verbose:
+            logging.basicConfig(level=logging.DEBUG, format="%(message)s")
         wishes = Wishes(
             Numbers(*(getattr(args, name) for name in _NUMBERS)),
             args.model_type,

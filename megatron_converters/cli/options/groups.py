@@ -58,8 +58,8 @@ GROUPS = (
     _group(
         "reading what a folder does not say, or says otherwise",
         """
-        --from --ckpt-dir-name --hf-config --true-vocab-size --true_vocab_size --ignore-config-fields --ignore-tensors
-        --source-margs-file --family-file
+        --from --ckpt-dir-name --hf-config --prefer-args --trained-by --true-vocab-size --true_vocab_size --ignore-args
+        --ignore-config-fields --ignore_config_fields --ignore-tensors --ignore_tensors --source-margs-file --family-file
         """,
     ),
     _group(
