@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from megatron_converters.basics.errors import UsageError, one_line
 from megatron_converters.basics.json_files import read_json
+from megatron_converters.cli.options.values import DTYPES
 
 from . import kinds
 from .model_types import AUTO, check_name
@@ -36,7 +37,7 @@ def _model_type(value: Any) -> str:
 
 SETTINGS = {
     "output_dir": Setting("./outputs", kinds.text, "folder of outputs whose path is not given"),
-    "dtype": Setting(SOURCE, kinds.choice(SOURCE, *kinds.DTYPES), "type to write"),
+    "dtype": Setting(SOURCE, kinds.choice(SOURCE, *DTYPES), "type to write"),
     "model_type": Setting(AUTO, _model_type, "model type that is expected"),
     "max_workers": Setting(1, kinds.at_least(1), "conversions of a batch at once"),
     "max_retries": Setting(1, kinds.at_least(0), "further attempts of a batch at a conversion that failed"),

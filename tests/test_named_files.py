@@ -133,6 +133,11 @@ def test_a_loader_for_other_models(hf_model: HFModel, tmp_path: Path, loader: st
     assert [line.partition(", as --loader hf does")[0] for line in notes] == ([note] if note else [])
 
 
+def test_a_vocabulary_that_is_not_there(small: Path, tmp_path: Path) -> None:
+    run = convert("--loader", "core", "--load-dir", small, "--save-dir", tmp_path / "out", "--vocab-file", "/no/v.json")
+    refused(run, "loader: error: /no/v.json does not exist; give a folder or file that does", code=2)
+
+
 @pytest.mark.parametrize("name", ["/no/such", "gone/tokenizer.model", "gone/tokenizer.json", "~nobody/else/at all"])
 def test_a_tokenizer_that_is_nowhere_is_refused_at_once(small: Path, tmp_path: Path, name: str) -> None:
     run = convert_here("--load-dir", small, "--save-dir", tmp_path / "out", "--tokenizer-model", name)

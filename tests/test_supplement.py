@@ -200,4 +200,6 @@ def test_a_checkpoint_records_it_in_its_files(hf_model: HFModel, tmp_path: Path)
     assert not out.exists()
     run = succeeded(verb("convert", source, out, "--tokenizer-model", "some/model"))
     assert "some/model is recorded as a name on the Hugging Face Hub, since there is no such path here" in run.out
+    empty = verb("convert", source, tmp_path / "other", "--tokenizer-model", tmp_path)
+    assert f"warning: {tmp_path} holds no tokenizer, and is recorded all the same" in succeeded(empty).err
     refused(verb("convert", source, out, "--tokenizer-model", named), "already exists", "to change the tokenizer alone")

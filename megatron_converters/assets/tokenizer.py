@@ -135,10 +135,14 @@ def write_tokenizer(
     except ModuleNotFoundError as error:
         module = str(error.name).partition(".")[0]
         reason = f"{source} needs a package that is missing; run pip install {_PACKAGES.get(module, module)}"
-    except (_NoTokenizer, ConversionError) as error:
+    except _NoTokenizer as error:
+        reason = str(error)
+    except ConversionError as error:
+        if explicit:
+            raise
         reason = str(error)
     if explicit:
-        raise ConversionError(reason)
+        raise ConversionError(f"--tokenizer-model gives no tokenizer: {reason}")
     return [
         f"warning: wrote no tokenizer: {reason}. The model is complete; the same command with --tokenizer-model PATH writes one "
         "beside the weights"
@@ -185,8 +189,12 @@ def is_there(source: str | None) -> bool:
 
 def check_named(source: str | None) -> list[str]:
     """Check a tokenizer that a user names to be recorded, not read; returns notes. Raises `UsageError` if no such path can be."""
-    if not source or is_there(source):
+    if not source:
         return []
+    if is_there(source):
+        path = Path(os.path.expanduser(source))
+        is_empty = path.is_dir() and _VOCABULARIES.isdisjoint(map(str, _tokenizer_names(path)))
+        return [f"warning: {source} holds no tokenizer, and is recorded all the same"] if is_empty else []
     if not _HUB_NAME.fullmatch(source) or Path(source).suffix in _FILE_SUFFIXES:
         raise _missing(source)
     return [f"the tokenizer {source} is recorded as a name on the Hugging Face Hub, since there is no such path here"]
@@ -200,6 +208,10 @@ def recorded_name(source: str | None) -> str | None:
 def tokenizer_files(folder: Path) -> list[Path]:
     """Files of a folder that belong to its tokenizer."""
     return [path for pattern in FILES for path in sorted(folder.glob(pattern)) if path.is_file()]
+
+
+def _tokenizer_names(folder: Path) -> list[Path]:
+    return [path.relative_to(folder) for path in tokenizer_files(folder)]
 
 
 def refuse_other_tokenizer(new_folder: Path, save_dir: Path, *, ours: Collection[str] = ()) -> None:
@@ -218,7 +230,7 @@ def refuse_other_tokenizer(new_folder: Path, save_dir: Path, *, ours: Collection
 
 
 def _copy_folder(folder: Path, out_dir: Path, vocab_size: int) -> list[str]:
-    names = [path.relative_to(folder) for path in tokenizer_files(folder)]
+    names = _tokenizer_names(folder)
     if _VOCABULARIES.isdisjoint(map(str, names)):
         raise _NoTokenizer(f"{folder} holds none")
     if Path("tokenizer.json") in names:

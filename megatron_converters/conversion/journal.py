@@ -300,8 +300,9 @@ def unchanged_beside(path: Path) -> list[str]:
         beside = read_manifest(path).get("beside")
     except ConversionError:
         return []
-    paths = {name: path.parent / name for name in (beside if isinstance(beside, dict) else {})}
-    return [name for name, file in paths.items() if file.is_file() and digest([file.read_bytes()]) == beside[name]]
+    recorded: dict[str, Any] = beside if isinstance(beside, dict) else {}
+    files = {name: path.parent / name for name in recorded}
+    return [name for name, file in files.items() if file.is_file() and digest([file.read_bytes()]) == recorded[name]]
 
 
 def read_manifest(path: Path) -> dict[str, Any]:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 from ...assets.tokenizer import check_named
 from ...basics.errors import UsageError
+from ...basics.folders import existing_path
 from ...basics.json_files import read_json
 from ...conversion.endpoint import Source
 from ...formats.detect import FORMATS, HF, MEGATRON
@@ -203,7 +203,7 @@ def open_checkpoint(args: argparse.Namespace) -> Source:
 def open_core_loader(args: argparse.Namespace) -> Source:
     """The checkpoint of --load-dir, with what the loader's further options say."""
     if args.vocab_file is not None:
-        vocab = len(read_json(Path(args.vocab_file)))
+        vocab = len(read_json(existing_path(args.vocab_file)))
         if args.true_vocab_size not in (None, vocab):
             raise UsageError(
                 f"--true-vocab-size {args.true_vocab_size} disagrees with the {vocab} tokens of --vocab-file"
