@@ -64,6 +64,9 @@ TYPOS = [
     (("convert", "a"), "usage: megatron-converters convert SRC DST", "required: DST"),
     (("verify", "a", "b", "--tollerance", "1"), "usage: megatron-converters verify A [B]", "did you mean --tolerance?"),
     (("inspect", "a", "--tp", "2"), "there is no option --tp"),
+    (("inspect", "a", "--force"), "there is no option --force; "),
+    (("convert", "a", "b", "--force"), "--force: --overwrite replaces what is there"),
+    (("convert", "a", "b", "--bf16=1"), "there is no option --bf16"),
     (("help", "convrt"), "did you mean convert?"),
     (("completion", "zhs"), "did you mean zsh?"),
 ]
@@ -136,6 +139,7 @@ def test_other_names_mean_the_same(known: dict[str, Parser], command: str, ours:
         "--bf16 --fp16",
         "--bf16 --dtype float32",
         "--dtype bf16 --target-params-dtype fp32",
+        "--bf16 --fp16 --",
     ],
 )
 def test_two_names_with_two_values_are_refused(words: str) -> None:

@@ -37,7 +37,7 @@ SAME = (
         "Megatron-LM, as above",
     ),
     Names(
-        "--target-num-virtual-stages-per-pipeline-rank --num-virtual-stages-per-pipeline-rank", "Megatron-LM from 0.12"
+        "--target-num-virtual-stages-per-pipeline-rank --num-virtual-stages-per-pipeline-rank", "Megatron-LM from 0.11"
     ),
     Names("--saver-transformer-impl --transformer-impl", "Megatron-LM, as above"),
     Names(
@@ -54,12 +54,21 @@ SWITCHES = {
     "--bf16": ("--dtype", "bf16"),  # Megatron-LM, training/arguments.py
     "--fp16": ("--dtype", "fp16"),
 }
-#: Option of another program, or of another command, that has no counterpart: what to do instead.
+
+
+class Instead(NamedTuple):
+    """What to do instead of using an option, in a command that has the option `beside` (in any, where that is empty)."""
+
+    beside: str
+    words: str
+
+
+#: Options of other programs, or of other commands, that have no counterpart.
 INSTEAD = {
-    "--dry-run": "`megatron-converters plan SRC DST` says what a conversion would write",
-    "--trust-remote-code": "a model's own code is never run, so there is nothing to trust; leave it out",
-    "--force": "--overwrite replaces what is there",
-    "--resume": "the same command goes on from an interrupted run by itself; leave it out",
+    "--dry-run": Instead("--overwrite", "`megatron-converters plan SRC DST` says what a conversion would write"),
+    "--trust-remote-code": Instead("", "a model's own code is never run, so there is nothing to trust; leave it out"),
+    "--force": Instead("--overwrite", "--overwrite replaces what is there"),
+    "--resume": Instead("--restart", "the same command goes on from an interrupted run by itself; leave it out"),
 }
 #: Names of a folder, for a command that takes its folders without an option, and for one that names them.
 _FOLDERS = frozenset(
@@ -79,7 +88,6 @@ VALUES = {
     "mindformers": "mindspore",
     "te": "transformer_engine",
     "dist": "torch_dist",
-    "zarr": "torch_dist",
 }
 #: Words for a verb.
 VERBS = {
@@ -108,8 +116,9 @@ def did_you_mean(word: str, known: Iterable[str], table: dict[str, str] | None =
 def unknown_option(option: str, known: Collection[str]) -> str:
     """Message on an option that a command does not have."""
     shown = one_line(option)
-    if option in INSTEAD:
-        return f"there is no option {shown}: {INSTEAD[option]}"
+    instead = INSTEAD.get(option)
+    if instead is not None and instead.beside in ("", *known):
+        return f"there is no option {shown}: {instead.words}"
     if option in _FOLDERS and not any(name in known for name in _NAMED):
         return f"there is no option {shown}: folders are named without one, such as SRC DST"
     named = f"--{option.lstrip('-')}"
@@ -125,16 +134,17 @@ def respelled(arguments: Sequence[str], known: dict[str, argparse.Action]) -> li
     given: dict[argparse.Action, dict[str, str]] = {}
     for position, argument in enumerate(arguments):
         if argument == "--":
-            return [*result, *arguments[position:]]
+            result += arguments[position:]
+            break
         typed, equals, value = argument.partition("=")
         option = typed if typed in known else _known_name(typed, known)
-        if option is None or not typed.startswith("-"):
+        implied = SWITCHES[typed][1] if typed in SWITCHES and option != typed else None
+        if option is None or (implied and equals):
             result.append(argument)
             continue
-        implied = SWITCHES[typed][1] if typed in SWITCHES and option != typed else None
         result += [option, implied] if implied else [option + equals + value]
         action = known[option]
-        if action.nargs is None:
+        if isinstance(action, argparse._StoreAction):
             following = arguments[position + 1] if position + 1 < len(arguments) else ""
             said = implied or (value if equals else following)
             given.setdefault(action, {})[typed] = _meant(action, said)
