@@ -117,6 +117,11 @@ def test_one_that_is_found_now_is_written(source: Path, tmp_path: Path) -> None:
     metadata.write_text(json.dumps(described))
     succeeded(verb("convert", checkpoint, out))
     assert "is complete already" in succeeded(verb("convert", checkpoint, out)).out
+    tokenizer(tmp_path / "tokenizer", size=500)  # of another model
+    before = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
+    assert "is complete already" in succeeded(verb("convert", checkpoint, out)).out
+    assert {path.name: path.stat().st_mtime_ns for path in out.iterdir()} == before
+    shutil.rmtree(tmp_path / "tokenizer")
     named = tokenizer(tmp_path / "tokenizer")
     assert "beside the finished weights" in succeeded(verb("convert", checkpoint, out)).out
     same_files(out, named)

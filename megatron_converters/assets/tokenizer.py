@@ -182,19 +182,20 @@ def _cached_folder(name: str) -> Path:
         ) from None
 
 
-def is_there(source: str | None) -> bool:
-    """Whether a tokenizer that a source names is a file or folder here."""
-    return bool(source) and os.path.exists(os.path.expanduser(str(source)))
+def holds_tokenizer(source: str | None) -> bool:
+    """Whether what a source names as its tokenizer is a file here, or a folder with a vocabulary."""
+    path = Path(os.path.expanduser(source or ""))
+    if os.path.isdir(path):
+        return bool(source) and not _VOCABULARIES.isdisjoint(map(str, _tokenizer_names(path)))
+    return os.path.isfile(path)
 
 
 def check_named(source: str | None) -> list[str]:
     """Check a tokenizer that a user names to be recorded, not read; returns notes. Raises `UsageError` if no such path can be."""
-    if not source:
+    if not source or holds_tokenizer(source):
         return []
-    if is_there(source):
-        path = Path(os.path.expanduser(source))
-        is_empty = path.is_dir() and _VOCABULARIES.isdisjoint(map(str, _tokenizer_names(path)))
-        return [f"warning: {source} holds no tokenizer, and is recorded all the same"] if is_empty else []
+    if os.path.exists(os.path.expanduser(source)):
+        return [f"warning: {source} holds no tokenizer, and is recorded all the same"]
     if not _HUB_NAME.fullmatch(source) or Path(source).suffix in _FILE_SUFFIXES:
         raise _missing(source)
     return [f"the tokenizer {source} is recorded as a name on the Hugging Face Hub, since there is no such path here"]

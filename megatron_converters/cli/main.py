@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from .. import __version__
+from ..basics.exit_codes import ANY, EXIT_CODES
+from ..conversion.crew_cluster import is_first_process
 from .console import exit_on_error, prepare_process
 from .parser import Parser
 
@@ -68,10 +70,11 @@ VERBS = {
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run a verb; exits with its code: 0 done and equal, 1 failed or different, 2 wrong usage."""
+    """Run a verb; exits with a code of its row in `EXIT_CODES`."""
     prepare_process()
-    with exit_on_error(PROG):
-        arguments = list(sys.argv[1:] if argv is None else argv)
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    codes = EXIT_CODES.get(arguments[0], ANY) if arguments else ANY
+    with exit_on_error(PROG, codes, as_json="--json" in arguments and is_first_process()):
         args = parser_of(arguments[:1]).parse_args(arguments)
         from ..families.scope import family_of
 
@@ -85,15 +88,15 @@ def parser_of(verbs: Sequence[str]) -> Parser:
     parser = Parser(
         prog=PROG,
         description="Move language models between Hugging Face and Megatron-LM checkpoints, on a CPU, without building a model.",
-        epilog=f"Formats are recognised by what a folder holds. `{PROG} help VERB` shows a verb's options.\n"
-        "Exit codes: 0 done or equal, 1 failed or different, 2 wrong usage, 130 interrupted.",
+        epilog=f"Formats are recognised by what a folder holds. `{PROG} help VERB` shows a verb's options.\n{ANY}",
     )
     parser.add_argument("--version", action="version", version=f"{PROG} {__version__}")
     subparsers = parser.add_subparsers(dest="verb", required=True, metavar="VERB", parser_class=Parser)
     for name, verb in VERBS.items():
         examples = [f"{PROG} {line}" for line in verb.examples]
         usage = f"{PROG} {name} {verb.operands} [options]"  # not a screen full of options before each error
-        sub = subparsers.add_parser(name, help=verb.line, description=verb.line, usage=usage, examples=examples)
+        about = {"help": verb.line, "description": verb.line, "epilog": str(EXIT_CODES[name])}
+        sub = subparsers.add_parser(name, usage=usage, examples=examples, **about)
         if name in verbs:
             _module(name).add_arguments(sub)
     return parser

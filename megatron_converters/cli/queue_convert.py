@@ -18,6 +18,7 @@ from contextlib import suppress
 from typing import Any
 
 from ..basics.errors import ConversionError, UsageError
+from ..basics.exit_codes import EXIT_CODES
 from ..formats.queue.channel import check_exit
 from ..formats.queue.messages import DONE
 from .console import exit_on_error, prepare_process
@@ -40,9 +41,9 @@ _GRACE = 5.0
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run a conversion; exits with 0 only if the saver has completed its output."""
+    """Run a conversion; exits with a code of its row in `EXIT_CODES`, 0 only if the saver has completed its output."""
     prepare_process()
-    with exit_on_error("convert"):
+    with exit_on_error("convert", EXIT_CODES["convert.py"]):
         _main(sys.argv[1:] if argv is None else argv)
 
 
@@ -103,7 +104,8 @@ def _base_parser() -> Parser:
         prog=_PROG,
         usage=f"{_PROG} [--loader NAME] [--saver NAME] --load-dir DIR --save-dir DIR [options]",
         description="Convert a model between Hugging Face and Megatron-LM: a loader reads it, a saver writes it.",
-        epilog="Options of a loader and a saver are shown with --help and --loader NAME --saver NAME.",
+        epilog="Options of a loader and a saver are shown with --help and --loader NAME --saver NAME. "
+        f"{EXIT_CODES[_PROG]}",
         conflict_handler="resolve",
         examples=(
             f"python {_PROG} --loader llama_mistral --saver mcore --load-dir llama-hf --save-dir llama-megatron "

@@ -6,6 +6,7 @@ import logging
 import sys
 from collections.abc import Sequence
 
+from ..basics.exit_codes import EXIT_CODES
 from ..conversion.progress import make_progress
 from ..tensor_parallel.converting import DIRECTORY, FILE, Wishes, to_hf
 from ..tensor_parallel.numbers import Numbers
@@ -65,6 +66,7 @@ def _parser(prog: str, description: str, example: str) -> Parser:
         prog=prog,
         usage=f"{prog} --in_dir DIR --save_path PATH [options]",
         description=description,
+        epilog=str(EXIT_CODES[prog]),
         examples=(f"{prog} --in_dir checkpoint --save_path model.pt", f"{prog} --in_dir checkpoint {example}"),
     )
     parser.add_argument(
@@ -101,7 +103,7 @@ def _parser(prog: str, description: str, example: str) -> Parser:
 
 def _run(parser: Parser, argv: Sequence[str]) -> None:
     prepare_process()
-    with exit_on_error(parser.prog):
+    with exit_on_error(parser.prog, EXIT_CODES[parser.prog]):
         args = parser.parse_args(argv)
         if args.verbose:
             logging.basicConfig(level=logging.DEBUG, format="%(message)s")

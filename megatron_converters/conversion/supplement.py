@@ -13,7 +13,7 @@ from typing import Any
 
 from ..assets.origin import Origin
 from ..assets.tokenizer import FILES as TOKENIZER_FILES
-from ..assets.tokenizer import is_there, tokenizer_files
+from ..assets.tokenizer import holds_tokenizer, tokenizer_files
 from ..basics.errors import ConversionError
 from ..storage.checksum import digest
 from .endpoint import Target
@@ -47,12 +47,13 @@ def supplement(target: Target, staging: Staging, run: Mapping[str, Any], origin:
     staging.empty()
     try:
         target.assets(staging.files)
+        if run["options"][_TOKENIZER] is None and _is_whole(target) and not tokenizer_files(staging.files):
+            return []  # what the source names cannot be read, or does not fit
         _refuse_edited(target, staging, manifest)
         write_manifest(staging.files / target.manifest.name, run, manifest["files"], origin)
-        lines = _replace(target, staging, manifest)
+        return _replace(target, staging, manifest)
     finally:
         staging.discard()
-    return lines
 
 
 def _manifest(target: Target, run: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -71,7 +72,7 @@ def _is_wanted(target: Target, manifest: Mapping[str, Any], run: Mapping[str, An
         return True
     if wanted != written:
         return wanted is not None
-    return wanted is None and not tokenizer_files(target.output) and is_there(origin.tokenizer)
+    return wanted is None and not tokenizer_files(target.output) and holds_tokenizer(origin.tokenizer)
 
 
 def _refuse_edited(target: Target, staging: Staging, manifest: Mapping[str, Any]) -> None:
