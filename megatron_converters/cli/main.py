@@ -95,8 +95,8 @@ def parser_of(verbs: Sequence[str]) -> Parser:
     for name, verb in VERBS.items():
         examples = [f"{PROG} {line}" for line in verb.examples]
         usage = f"{PROG} {name} {verb.operands} [options]"  # not a screen full of options before each error
-        about = {"help": verb.line, "description": verb.line, "epilog": str(EXIT_CODES[name])}
-        sub = subparsers.add_parser(name, usage=usage, examples=examples, **about)
+        epilog, line = str(EXIT_CODES[name]), verb.line
+        sub = subparsers.add_parser(name, help=line, description=line, usage=usage, epilog=epilog, examples=examples)
         if name in verbs:
             _module(name).add_arguments(sub)
     return parser
