@@ -18,7 +18,7 @@ from ...formats.reading import Opened, ReadOptions, open_source, refuse_unused
 from ...inspection.inventory import count_parameters
 from ...model.spec import ModelSpec
 from .shared import add_argument, add_shared
-from .values import positive
+from .values import patterns, positive
 
 #: Families that a stock --model-size name may mean, by how it begins.
 _MODEL_SIZES = {
@@ -36,9 +36,9 @@ _SIZE = re.compile(r"(?:(?P<experts>\d+)x)?(?P<each>\d+(?:\.\d+)?)b", re.IGNOREC
 _SIZE_TOLERANCE = 1.5
 #: Whether the models that a loader is named for have experts.
 _HAS_EXPERTS = {"llama_mistral": False, "mixtral_hf": True}
-_OF_CHECKPOINTS = ("--ckpt-dir-name", "--hf-config", "--true-vocab-size", "--without-mtp", "--mup")
-_OF_MINDSPORE = ("--mf-mlp-layout", "--mf-qkv-layout", "--mf-version", "--mf-config")
-_OF_FOLDERS = ("--untie", "--ignore-config-fields", "--without-mtp")
+_OF_CHECKPOINTS = ("--ckpt-dir-name", "--hf-config", "--true-vocab-size", "--without-mtp", "--mup", "--ignore-tensors")
+_OF_MINDSPORE = ("--mf-mlp-layout", "--mf-qkv-layout", "--mf-version", "--mf-config", "--ignore-tensors")
+_OF_FOLDERS = ("--untie", "--ignore-config-fields", "--without-mtp", "--ignore-tensors")
 
 
 def read_options(args: argparse.Namespace, source_format: str | None = None) -> ReadOptions:
@@ -55,6 +55,7 @@ def read_options(args: argparse.Namespace, source_format: str | None = None) -> 
         untie=bool(given("untie")),
         ignore_config_fields=tuple(name for name in (given("ignore_config_fields") or "").split(",") if name),
         without_mtp=bool(given("without_mtp")),
+        ignore_tensors=patterns(given("ignore_tensors")),
         mup=given("mup"),
         mf_mlp_layout=given("mf_mlp_layout"),
         mf_qkv_layout=given("mf_qkv_layout"),

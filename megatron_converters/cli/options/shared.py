@@ -51,6 +51,13 @@ _DECLARED: dict[str, dict[str, Any]] = {
     "--ignore-config-fields": dict(
         metavar="NAMES", default="", help="Hugging Face: comma-separated unknown config.json fields to ignore."
     ),
+    "--ignore-tensors": dict(
+        metavar="PATTERN,…",
+        action="append",
+        default=None,
+        help="Leave out tensors of these names (* and ? as in a shell, such as 'v_head.*'), which the model must not need; can be "
+        "given several times.",
+    ),
     "--source-margs-file": dict(
         metavar="FILE",
         default=None,

@@ -19,7 +19,7 @@ from ...comparison.tensors import Comparison, Rules, compare
 from ...conversion.progress import make_progress
 from ...formats.megatron.reading import MegatronReadOptions
 from ..console import put_json, say
-from ..options.values import natural
+from ..options.values import natural, patterns
 from .pair import add_pair_arguments, pair_of
 
 _DEFAULT_LIMIT = 50
@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
     if args.b is None:
         _refuse(
             args,
-            ("logits", "tolerance", *_LOGITS, *_OF_TENSORS, "family_file"),
+            ("logits", "tolerance", *_LOGITS, *_OF_TENSORS, "family_file", "ignore_tensors"),
             "compares two folders; a manifest is compared byte by byte",
         )
         return _verify_output(args)
@@ -116,7 +116,9 @@ def _verify_logits(args: argparse.Namespace) -> int:
             for name, (default, _) in _LOGITS.items()
         },
         tolerance=TOLERANCE if args.tolerance is None else args.tolerance,
-        options=MegatronReadOptions(args.ckpt_dir_name, reference, args.true_vocab_size),
+        options=MegatronReadOptions(
+            args.ckpt_dir_name, reference, args.true_vocab_size, ignore_tensors=patterns(args.ignore_tensors)
+        ),
     )
     if args.json:
         put_json({"equal": report.ok, **dataclasses.asdict(report)})

@@ -59,6 +59,8 @@ class MegatronReadOptions:
     families: tuple[str, ...] = ()
     #: Where multipliers are, if args do not say it: a value of `--mup`.
     mup: str | None = None
+    #: Patterns of names of tensors that are left out.
+    ignore_tensors: tuple[str, ...] = ()
 
 
 #: Options that take everything from the checkpoint itself.
