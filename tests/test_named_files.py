@@ -163,8 +163,11 @@ def test_nobody_is_told_to_give_the_reference_that_is_there(small: Path, tmp_pat
     del content["args"].num_attention_heads, content["args"].hf_config
     torch.save(content, path)
     run = succeeded(verb("convert", meg, tmp_path / "out", "--hf-config", small))
-    assert f"taken from {small} alone, since the checkpoint's args have no valid num_attention_heads" in run.out
-    assert "--hf-config" not in run.out + run.err
+    assert (
+        f"taken from {small} where the args do not say it: the checkpoint's args have no valid num_attention_heads"
+        in run.out
+    )
+    assert "with --hf-config" not in run.out + run.err
     refused(
         verb("convert", meg, tmp_path / "none"),
         "no valid num_attention_heads; give a reference model with --hf-config DIR",

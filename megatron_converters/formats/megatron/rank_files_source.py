@@ -20,6 +20,7 @@ from ...sharding.placement import Placement, Share
 from ...sharding.ranks import Rank, parallel_for
 from ...storage.tensor import StoredTensor, contiguous_strides
 from .conventions import CUT_DOWN_PROJECTIONS, conventions_of
+from .describing import padding_note, spec_and_notes, without_prediction
 from .names import EMBEDDINGS, EXTRA_STATE_SUFFIX, OUTPUT_BIAS, keys
 from .rank_files import STACKED_SUFFIXES, RankFiles, read_rank_files
 from .reading import (
@@ -27,9 +28,6 @@ from .reading import (
     MegatronReadOptions,
     checkpoint_directory,
     origin_of,
-    padding_note,
-    spec_and_notes,
-    without_prediction,
 )
 
 #: Rank and name of a tensor.
@@ -50,7 +48,7 @@ class RankFilesSource:
         self.parallel = files.parallel
         self._embeddings = self.parallel.prefix(0) + EMBEDDINGS
         padded = self._padded_vocab()
-        spec, notes = spec_and_notes(args, padded, self._embedding_dtype(), options)
+        spec, notes = spec_and_notes(args, padded, self._embedding_dtype(), options, files.record)
         biased = any(key.endswith(OUTPUT_BIAS) for file in self._ranks.values() for key in file.tensors)
         spec, bias_notes = without_absent(spec, stored=biased)
         notes += bias_notes
@@ -70,7 +68,7 @@ class RankFilesSource:
             )
         self.origin = origin_of(
             self._dir,
-            args,
+            args if files.record is None else files.record.margs,
             options,
             files.iteration,
             [*(file.path for file in self._ranks.values()), *files.beside],
