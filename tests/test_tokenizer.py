@@ -324,8 +324,11 @@ def test_a_rebuilt_tokenizer_that_is_too_large(ranks, tmp_path):
 @pytest.mark.parametrize(("source", "reason"), [(None, "names none"), ("", "names none"), (".", "holds none")])
 def test_no_tokenizer_is_a_warning(tmp_path, monkeypatch, source, reason):
     monkeypatch.chdir(tmp_path)
-    (note,) = write_tokenizer(source, tmp_path, vocab_size=8, explicit=source is not None)
+    (note,) = write_tokenizer(source, tmp_path, vocab_size=8)
     assert note.startswith("warning: ") and reason in note and "--tokenizer-model" in note
+    if source:
+        with pytest.raises(ConversionError, match=reason):
+            write_tokenizer(source, tmp_path, vocab_size=8, explicit=True)
 
 
 @pytest.mark.parametrize(
@@ -341,8 +344,10 @@ def test_a_missing_package_is_named(ranks, tmp_path, monkeypatch, module, source
     (tmp_path / "piece").write_bytes(b"\n\x00")
     monkeypatch.setitem(sys.modules, module, None)
     monkeypatch.chdir(tmp_path)
-    (note,) = write_tokenizer(source, tmp_path, vocab_size=10**6, explicit=True)
+    (note,) = write_tokenizer(source, tmp_path, vocab_size=10**6)
     assert note.startswith("warning: ") and f"run pip install {package}." in note
+    with pytest.raises(ConversionError, match=f"run pip install {package}"):
+        write_tokenizer(source, tmp_path, vocab_size=10**6, explicit=True)
 
 
 def test_a_name_needs_the_package_of_the_hub(tmp_path, monkeypatch):

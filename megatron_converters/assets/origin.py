@@ -53,6 +53,11 @@ class Origin:
         place = place_around(folder_of(self.described))
         return None if place is None else str(place)
 
+    def tell_at_once(self, line: str) -> None:
+        """Add a note that a user should read before the conversion, too."""
+        self.notes.append(line)
+        self.urgent.append(line)
+
 
 def folder_of(source: str | Path) -> Path:
     """Folder of a source, which is a folder itself or a single file."""

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from ..assets import capacity_bins
 from ..assets.origin import Origin
-from ..assets.training_args import margs_from_json
+from ..assets.training_args import named_margs
 from ..basics.errors import UsageError
 from ..basics.folders import existing_folder
 from ..conversion.endpoint import Source
@@ -20,6 +20,7 @@ from ..families.scope import family_of
 from .detect import FORMATS, HF, MEGATRON, META, MINDSPORE, WEIGHTS, format_of
 from .hub import located
 from .huggingface.source import HFSource
+from .megatron.arguments import foreign_args
 from .megatron.opening import open_megatron
 from .megatron.reading import MegatronReadOptions
 from .megatron.trained_by import program
@@ -93,6 +94,7 @@ def open_source(path: str | os.PathLike[str], options: ReadOptions = AS_FOUND) -
     describes. What uses a source of a family file must do so in the scope of that (`families/scope.py`).
     """
     found_path, notes = located(path, download=options.download)
+    margs = None if options.source_margs_file is None else named_margs(Path(options.source_margs_file))
     if options.format not in (None, *FORMATS):
         raise UsageError(f"format {options.format!r} is not one of {', '.join(FORMATS)}")
     found = options.format or format_of(found_path)
@@ -106,8 +108,12 @@ def open_source(path: str | os.PathLike[str], options: ReadOptions = AS_FOUND) -
         source = _OPENERS[found](found_path, options)
         _note_unused_family(source, options)
     source.origin.say_first(notes)
-    if options.source_margs_file is not None:
-        source.origin.margs = margs_from_json(Path(options.source_margs_file))
+    if margs is not None:
+        source.origin.margs = margs
+        foreign = foreign_args(source.spec, margs, source.origin.hf_config)
+        if foreign:
+            line = f"warning: {options.source_margs_file} is of another model ({'; '.join(foreign)}), of which only training"
+            source.origin.tell_at_once(f"{line} arguments are taken over")
     return Opened(found, source)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from ...formats.megatron.conventions import FLAGS, FOLD, RAW
 from ...formats.mindspore.names import CONTIGUOUS, GROUPED, INTERLEAVED
-from .values import IMPLS, positive
+from .values import DTYPES, IMPLS, dtype_word, positive
 
 #: By flag, what `add_argument` takes beside it.
 _DECLARED: dict[str, dict[str, Any]] = {
@@ -109,6 +109,7 @@ _DECLARED: dict[str, dict[str, Any]] = {
     ),
     "--bf16": dict(action="store_true", help="Write bfloat16; without it the source's dtype is kept."),
     "--fp16": dict(action="store_true", help="Write float16; without it the source's dtype is kept."),
+    "--dtype": dict(type=dtype_word, choices=DTYPES, default=None, help="Type to write; the source's by default."),
     "--quiet": dict(action="store_true", help="Print errors and warnings only."),
     "--overwrite": dict(action="store_true", help="Replace a model or checkpoint in the folder that is written to."),
     "--restart": dict(

@@ -30,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=1,
         help="Processes on this machine. On several, start the same command under torchrun or srun instead.",
     )
+    parser.add_argument("--dry-run", action="store_true", help="Write nothing, and say what `plan` says.")
     add_shared(parser, "--restart", "--quiet", "--json")
 
 
@@ -37,6 +38,11 @@ def run(args: argparse.Namespace) -> int:
     """Convert; 0 if the output is complete."""
     begun = time.monotonic()
     crew = crew_of_environment()
+    if args.dry_run:
+        from . import plan
+
+        crew.close()
+        return plan.run(args) if crew.rank == 0 else 0
     if args.workers > 1 and crew.size > 1:
         raise UsageError("--workers is for one machine; under torchrun or srun, let them start more processes")
     try:

@@ -37,15 +37,11 @@ def add_job_arguments(parser: argparse.ArgumentParser) -> None:
         help="Format to write. By default a Megatron-LM checkpoint, but Hugging Face from a checkpoint when no option of "
         "checkpoints is given.",
     )
-    parser.add_argument(
-        "--dtype", choices=["bf16", "fp16", "fp32"], default=None, help="Type to write; the source's by default."
-    )
     add_reading_arguments(parser)
     add_expert_layout_argument(parser, (*EXPERTS, SEPARATE, FUSED))
-    add_shared(parser, "--tokenizer-model", "--overwrite")
-    _add_megatron_arguments(parser.add_argument_group("writing a Megatron-LM checkpoint"))
-    add_hf_target_arguments(parser.add_argument_group("writing a Hugging Face folder"))
-    add_mindspore_target_arguments(parser.add_argument_group("writing weights of MindSpore Transformers"))
+    add_shared(parser, "--dtype", "--tokenizer-model", "--overwrite")
+    for declare in _DECLARING.values():
+        declare(parser)
     parser.set_defaults(**{name: None for defaults in _defaults().values() for name in defaults})
 
 
