@@ -20,7 +20,7 @@ from megatron_converters.basics.errors import ConversionError, Interrupted
 from megatron_converters.cli import main
 from megatron_converters.conversion import run as conversion
 from megatron_converters.conversion.composing import Sources
-from megatron_converters.conversion.crew import Report
+from megatron_converters.conversion.crew import Alone, Report
 from megatron_converters.conversion.journal import Journal
 from megatron_converters.conversion.progress import Silent
 from megatron_converters.conversion.staging import Staging
@@ -454,7 +454,7 @@ if "--multiprocessing-fork" in sys.orig_argv:
 
 
 @pytest.mark.xdist_group("resume")
-def test_an_interrupt_while_workers_start_is_one_sentence(hf_model: HFModel, tmp_path: Path) -> None:
+def test_an_interrupt_while_workers_start_is_two_lines(hf_model: HFModel, tmp_path: Path) -> None:
     begun = tmp_path / "begun"
     begun.mkdir()
     env = site(tmp_path / "site", HELD, BEGUN=begun)
@@ -464,7 +464,9 @@ def test_an_interrupt_while_workers_start_is_one_sentence(hf_model: HFModel, tmp
     (begun / "go").touch()
     run = finished(process)
     assert run.code == 130
-    assert run.err.strip() == "megatron-converters: error: interrupted before the end"
+    first, last = run.err.splitlines()
+    assert first.startswith("megatron-converters: interrupted; stopping")
+    assert last == "megatron-converters: error: interrupted before the end"
 
 
 def _wait_for(condition: Callable[[], bool]) -> None:
@@ -600,7 +602,7 @@ def test_the_manifest_says_where_everything_came_from(job: Job) -> None:
     assert {Path(file).name for file in manifest["files"]} == files
 
 
-class OtherFolder:
+class OtherFolder(Alone):
     """A crew whose first process has opened a folder that this one, the second, does not see."""
 
     rank, size = 1, 2
@@ -610,9 +612,6 @@ class OtherFolder:
 
     def exchange(self, report: Report) -> list[Report]:
         return [report if report.value is not None else Report(self._leader.pop(0)), report]
-
-    def close(self) -> None:
-        pass
 
 
 def test_a_folder_that_is_not_shared_is_named(

@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 from ..basics.errors import ConversionError, Interrupted, reason_of
 from ..basics.json_values import finite
 from ..basics.streams import write
+from .interrupts import watched
 
 #: Open files that a process may need at most: one for each file that is read, and those being written.
 _OPEN_FILES = 65536
@@ -72,9 +73,10 @@ def _raise_file_limit() -> None:
 
 @contextmanager
 def exit_on_error(program: str) -> Iterator[None]:
-    """Context that ends the process on an error: one sentence, no traceback, and the error's exit code."""
+    """Context that ends the process on an error, or on Ctrl-C: one sentence, no traceback, and the error's exit code."""
     try:
-        yield
+        with watched(program):
+            yield
     except ConversionError as error:
         fail(program, error)
     except KeyboardInterrupt:

@@ -11,8 +11,8 @@ from ...conversion.crew_cluster import crew_of_environment
 from ...conversion.progress import Progress, Silent, make_progress
 from ...conversion.run import convert
 from ...families.scope import family_of
-from ...formats.queue.channel import WatchedProgress
 from ..console import report
+from ..interrupts import end_soon
 from ..options.shared import add_shared
 from ..options.values import positive
 from .job import add_job_arguments, request_of
@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError("--workers is for one machine; under torchrun or srun, let them start more processes")
     try:
         lines = (
-            crew_local.run(args.workers, work, args, lambda led: work(led, args))
+            crew_local.run(args.workers, work, args, lambda led: work(led, args), end_soon)
             if args.workers > 1
             else work(crew, args)
         )
@@ -67,7 +67,7 @@ def _work(crew: Crew, args: argparse.Namespace) -> list[str]:
         )
         for line in job.source.origin.urgent:
             report(args, line)
-    progress: Progress = WatchedProgress(Silent(), "first process")
+    progress: Progress = Silent()
     if crew.rank == 0:
         share = f" (the share of process 0 of {crew.size})" if crew.size > 1 else ""
         progress = make_progress(args.quiet, f"copying{share}", f"copied{share}")
