@@ -16,7 +16,7 @@ from ..basics.folders import existing_folder, existing_path
 from ..conversion.endpoint import Source
 from ..families import FAMILIES
 from ..families.scope import family_of
-from .detect import FORMATS, HF, MEGATRON, META, MINDSPORE, WEIGHTS, format_of
+from .detect import FORMATS, HF, MEGATRON, META, MINDSPORE, WEIGHTS, format_of, refuse_part
 from .huggingface.source import HFSource
 from .megatron.opening import open_megatron
 from .megatron.reading import MegatronReadOptions
@@ -83,6 +83,8 @@ def open_source(path: str | os.PathLike[str], options: ReadOptions = AS_FOUND) -
     if options.format not in (None, *FORMATS):
         raise UsageError(f"format {options.format!r} is not one of {', '.join(FORMATS)}")
     found = options.format or format_of(found_path)
+    if found_path.is_file() and found != MINDSPORE:
+        refuse_part(found_path)
     if found == HF and found_path.is_file():
         found = WEIGHTS
     with family_of(options.family_file):
