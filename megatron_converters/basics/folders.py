@@ -17,7 +17,7 @@ def existing_folder(path: str | os.PathLike[str]) -> Path:
         return folder
     if _asked(path, folder.exists):
         raise UsageError(f"{path} is a file, but a folder is needed here; the one that it lies in is {folder.parent}")
-    raise MissingPath(f"there is no folder {path}; give one that exists")
+    raise MissingPath(f"{path} is no folder; give one that exists")
 
 
 def existing_path(path: str | os.PathLike[str]) -> Path:
