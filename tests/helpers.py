@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from megatron_converters.cli import main, mlm_to_hf, tensor_parallel
+from megatron_converters.cli import main, mlm_to_hf, queue_convert, tensor_parallel
 
 if TYPE_CHECKING:
     import torch
@@ -61,9 +61,13 @@ def finished(process: Any, timeout: float = _TIMEOUT) -> Run:
     return Run(process.returncode, out, err)
 
 
-def convert(*options: Any, **more: Any) -> Run:
-    """Run `python convert.py …` from a folder other than the checkout."""
-    return finished(start(CONVERT, *options, **more))
+def convert(*options: Any, anew: bool = False, **more: Any) -> Run:
+    """Run `convert.py …` from a folder other than the checkout: in a forked process, or in a new one if `anew` or `more` say so."""
+    if anew or more:
+        return finished(start(CONVERT, *options, **more))
+    from tests.forked import forked
+
+    return forked(lambda: queue_convert.main([str(option) for option in options]))
 
 
 def convert_back(*options: Any, **more: Any) -> Run:

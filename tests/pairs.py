@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Sequence
 from typing import TypeVar
 
 A = TypeVar("A")
@@ -21,3 +22,12 @@ def latin(rows: Sequence[A], columns: Sequence[B], symbols: Sequence[C]) -> list
     assert len(symbols) <= min(len(rows), len(columns)), "some pair would not occur"
     cells = ((row, column) for row in range(len(rows)) for column in range(len(columns)))
     return [(rows[row], columns[column], symbols[(row + column) % len(symbols)]) for row, column in cells]
+
+
+def chessboard(rows: Iterable[A], columns: Iterable[B], shift: int = 0) -> list[tuple[A, B]]:
+    """Every row with every second column, as the fields of one colour lie on a chessboard; `shift` 1 gives those of the other.
+
+    For costly tests whose pairs have been seen whole, and whose rows and columns are what may break.
+    """
+    cells = itertools.product(enumerate(rows), enumerate(columns))
+    return [(row, column) for (i, row), (j, column) in cells if (i + j + shift) % 2 == 0]

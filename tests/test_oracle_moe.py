@@ -16,6 +16,7 @@ from tests.oracle.checkpoint import Grid, Rank
 from tests.oracle.errors import OracleError
 from tests.oracle.hf import MOE_FAMILIES, hf_logits, make_model, sample_tokens
 from tests.oracle.pool import MegatronPool, write_checkpoint
+from tests.pairs import chessboard
 
 TOKENS = sample_tokens()
 VOCABULARY = 199
@@ -53,6 +54,12 @@ def mixtral(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_model("mixtral", tmp_path_factory.mktemp("mixtral"))
 
 
+@pytest.fixture(scope="module")
+def expected(mixtral: Path) -> torch.Tensor:
+    """Logits of `mixtral` as transformers computes them."""
+    return hf_logits(mixtral, TOKENS)
+
+
 @pytest.mark.parametrize("family", MOE_FAMILIES)
 def test_every_form_of_a_model_is_the_same_model(family: str, tmp_path: Path) -> None:
     plain = make_model(family, tmp_path / "plain")
@@ -69,14 +76,17 @@ def test_every_form_of_a_model_is_the_same_model(family: str, tmp_path: Path) ->
         assert f"model.layers.1.{has}" in names and f"model.layers.1.{lacks}" not in names
 
 
-@pytest.mark.parametrize("layout", [*SEQUENTIAL, *GROUPED], ids=lambda layout: "-".join(map(str, layout.values())))
+@pytest.mark.parametrize(("layout", "grid"), chessboard([*SEQUENTIAL, *GROUPED], GRIDS), ids=str)
 def test_experts_converted_by_hand_agree_with_transformers(
-    megatron_pool: MegatronPool, tmp_path: Path, mixtral: Path, layout: dict[str, Any]
+    megatron_pool: MegatronPool,
+    tmp_path: Path,
+    mixtral: Path,
+    expected: torch.Tensor,
+    layout: dict[str, Any],
+    grid: dict[str, int],
 ) -> None:
-    expected = hf_logits(mixtral, TOKENS)
-    for number, grid in enumerate(GRIDS):
-        root = by_hand.convert(mixtral, tmp_path / str(number), **grid, **layout)
-        assert difference(megatron_pool.logits(root, TOKENS, **grid), expected) < 1e-5, grid
+    root = by_hand.convert(mixtral, tmp_path / "megatron", **grid, **layout)
+    assert difference(megatron_pool.logits(root, TOKENS, **grid), expected) < 1e-5
 
 
 @pytest.mark.parametrize("impl", ("local", "transformer_engine"))

@@ -130,9 +130,9 @@ def test_the_time_is_that_of_the_disk(megabytes: int, tmp_path: Path, monkeypatc
     source = sparse_hf(PUBLISHED["Llama-3.2-1B"], tmp_path / "hf")
     disk = SlowDisk(monkeypatch, megabytes * 1e6)
     planned = mc.plan(source, tmp_path / "out", tp=2, measured=True)
-    assert planned.rate is not None and planned.seconds is not None
-    assert planned.rate == pytest.approx((megabytes * 1e6,) * 2, rel=0.01)
-    assert planned.seconds[0] <= 0.4 + planned.left / (megabytes * 1e6) * 1.01 < planned.seconds[1]
+    assert planned.seconds_least is not None and planned.seconds_most is not None
+    assert (planned.rate_least, planned.rate_most) == pytest.approx((megabytes * 1e6,) * 2, rel=0.01)
+    assert planned.seconds_least <= 0.4 + planned.left / (megabytes * 1e6) * 1.01 < planned.seconds_most
     assert disk.now <= 0.45 and disk.flushed[0] >= 4 << 20
     assert len(disk.flushed) == {10: 1, 300: 4, 2000: 6}[megabytes]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf"]
@@ -143,7 +143,7 @@ def test_a_disk_that_is_nearly_full_is_not_measured(
 ) -> None:
     monkeypatch.setattr("megatron_converters.conversion.dry_run.free_space", lambda _: 100 << 20)
     planned = mc.plan(hf_model("llama2"), tmp_path / "out", tp=2, measured=True)
-    assert (planned.rate, planned.seconds) == (None, None)
+    assert (planned.rate_most, planned.seconds_most) == (None, None)
 
 
 def test_what_is_in_the_way_is_said(hf_model: HFModel, tmp_path: Path) -> None:

@@ -131,8 +131,7 @@ def nothing_shown(folder: Path) -> None:
     assert not left
 
 
-@pytest.mark.parametrize("queue_size", [1, 50, 200])
-@pytest.mark.parametrize("messages", [0, 20])
+@pytest.mark.parametrize(("messages", "queue_size"), [(0, 1), (20, 1), (0, 200), (20, 50)])
 def test_a_killed_saver_is_noticed(messages: int, queue_size: int, deep: Path, plugins: Path, tmp_path: Path) -> None:
     running = conversion(tmp_path, deep, "--max-queue-size", queue_size, messages=messages)
     os.kill(running.saver(), signal.SIGKILL)
@@ -151,8 +150,10 @@ def test_a_saver_killed_while_the_loader_only_waits_is_noticed(deep: Path, tmp_p
     nothing_shown(running.save_dir)
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
-@pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGTERM], ids=lambda sign: sign.name)
+@pytest.mark.parametrize(
+    ("sign", "method"),
+    [(signal.SIGKILL, "fork"), (signal.SIGTERM, "fork"), (signal.SIGKILL, "spawn"), (signal.SIGTERM, "forkserver")],
+)
 def test_a_killed_loader_is_noticed(
     sign: signal.Signals, method: str, deep: Path, plugins: Path, tmp_path: Path
 ) -> None:

@@ -16,7 +16,7 @@ from tests.helpers import hf_tensors
 from tests.oracle.args import megatron_args
 from tests.oracle.hf import FAMILIES, MOE_FAMILIES, hf_logits, make_model, sample_tokens
 from tests.oracle.pool import MegatronPool, write_checkpoint, write_distributed
-from tests.pairs import latin
+from tests.pairs import chessboard, latin
 
 TOKENS = sample_tokens()
 VOCABULARY = 199
@@ -98,8 +98,7 @@ def moe_args(grid: tuple[int, int, int, int], **more: Any) -> Any:
     return megatron_args(num_experts=8, moe_ffn_hidden_size=48, **sizes, **more)
 
 
-@pytest.mark.parametrize("grid", GRIDS, ids=str)
-@pytest.mark.parametrize("name", EXPERTS)
+@pytest.mark.parametrize(("name", "grid"), chessboard(EXPERTS, GRIDS), ids=str)
 def test_experts_of_real_megatron_to_hf(
     megatron_pool: MegatronPool, tmp_path: Path, name: str, grid: tuple[int, int, int, int]
 ) -> None:

@@ -96,10 +96,10 @@ def load_checkpoint(queue, args):
 """
 
 
-@pytest.fixture(params=["stand-in", "Megatron-LM"])
-def tools(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+@pytest.fixture(scope="module", params=["stand-in", "Megatron-LM"])
+def tools(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder like Megatron-LM's tools/checkpoint with our files copied into it, and nothing else of ours anywhere."""
-    folder = tmp_path / "checkpoint"
+    folder = tmp_path_factory.mktemp("tools") / "checkpoint"
     folder.mkdir()
     if request.param == "stand-in":
         (folder / "convert.py").write_text(CONVERT)

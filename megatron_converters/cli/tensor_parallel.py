@@ -7,6 +7,7 @@ import logging
 import sys
 from collections.abc import Sequence
 
+from ..basics.exit_codes import EXIT_CODES
 from ..conversion.progress import make_progress
 from ..tensor_parallel.converting import DIRECTORY, FILE, Wishes, to_hf
 from ..tensor_parallel.numbers import Numbers
@@ -17,6 +18,7 @@ from .options.values import positive
 
 #: What the direct converter takes where nothing else says a number.
 _DIRECT = Preset(80, 8, 4, 8, 64)
+_PROG = "python -m megatron_converters.tp_pp_converter"
 _DIRECT_PROG = "ckpt_to_hf_minicpm_with_tp_pp.py"
 _NUMBERS = {
     "num_layer": "Layers",
@@ -30,7 +32,7 @@ _NUMBERS = {
 def main(argv: Sequence[str] | None = None) -> None:
     """Run `python -m megatron_converters.tp_pp_converter`; exits with 0 only if the output is complete."""
     parser = _parser(
-        "python -m megatron_converters.tp_pp_converter",
+        _PROG,
         "Convert a checkpoint of MiniCPM or Llama, with or without args, of any tensor- and pipeline-parallel sizes.",
     )
     sizes = "; ".join(f"{name}: {', '.join(presets)}" for name, presets in PRESETS.items())
@@ -57,7 +59,8 @@ def main_direct(argv: Sequence[str] | None = None) -> None:
 
 
 def _parser(prog: str, description: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=prog, description=description, allow_abbrev=False)
+    epilog = str(EXIT_CODES[prog])
+    parser = argparse.ArgumentParser(prog=prog, description=description, epilog=epilog, allow_abbrev=False)
     parser.add_argument(
         "--in_dir", metavar="DIR", required=True, help="Checkpoint: a root, or the folder of mp_rank_*."
     )
@@ -88,10 +91,10 @@ def _parser(prog: str, description: str) -> argparse.ArgumentParser:
 
 def _run(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     prepare_process()
-    args = parser.parse_args(argv)
-    if args.verbose:
-        logging.basicConfig(level=logging.DEBUG, format="%(message)s")
-    with exit_on_error(parser.prog):
+    with exit_on_error(parser.prog, EXIT_CODES[parser.prog]):
+        args = parser.parse_args(argv)
+        if args.verbose:
+            logging.basicConfig(level=logging.DEBUG, format="%(message)s")
         wishes = Wishes(
             Numbers(*(getattr(args, name) for name in _NUMBERS)),
             args.model_type,

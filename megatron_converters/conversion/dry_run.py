@@ -45,8 +45,8 @@ class FilePlan:
 class Forecast:
     """Result of `plan`. Sizes are in bytes.
 
-    `seconds` are the least and the most that the conversion is estimated to take, `rate` the slowest and fastest bytes per second
-    that a sample was flushed to the disk with; both are None if not measured.
+    `seconds_least` and `seconds_most` are what the conversion is estimated to take, `rate_least` and `rate_most` the bytes per
+    second with which samples were flushed to the disk; all are None if not measured.
     """
 
     files: dict[str, FilePlan]
@@ -68,8 +68,10 @@ class Forecast:
     complete: bool = False
     #: Reason why the conversion would fail: something at the final place, or another run.
     obstacle: str | None = None
-    rate: tuple[float, float] | None = None
-    seconds: tuple[float, float] | None = None
+    rate_least: float | None = None
+    rate_most: float | None = None
+    seconds_least: float | None = None
+    seconds_most: float | None = None
     dtypes: dict[str, int] = field(default_factory=dict)
     #: Number of tensors, or parts of them, that are not only copied or cast, by what is computed.
     computed: dict[str, int] = field(default_factory=dict)

@@ -45,7 +45,7 @@ class _Step(NamedTuple):
 
 
 def measure(result: Forecast, source: Source, save_dir: Path, workers: int = 1) -> None:
-    """Set `rate` and `seconds` of a forecast, by a short copy of the source into an unnamed file, which leaves nothing behind."""
+    """Set rates and seconds of a forecast, by a short copy of the source into an unnamed file, which leaves nothing behind."""
     if result.free < _FREE_FACTOR * _MOST_BYTES:  # what little is free is left alone
         return
     try:
@@ -55,8 +55,8 @@ def measure(result: Forecast, source: Source, save_dir: Path, workers: int = 1) 
     counted = [step for step in steps if step.nbytes >= _LEAST_BYTES][-3:] or steps[-1:]
     if counted:
         rates = [step.nbytes / (step.copying + step.flushing) for step in counted]
-        result.rate = min(rates), max(rates)
-        result.seconds = _seconds(result, counted, workers)
+        result.rate_least, result.rate_most = min(rates), max(rates)
+        result.seconds_least, result.seconds_most = _seconds(result, counted, workers)
 
 
 def _seconds(result: Forecast, steps: list[_Step], workers: int) -> tuple[float, float]:

@@ -6,8 +6,6 @@ import atexit
 import os
 import socket
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -28,13 +26,13 @@ _SIZES = (
 )
 
 
-def ensure_group() -> bool:
-    """Make the process group that the launcher's environment describes, or a group of this process alone; whether it was made.
+def ensure_group() -> None:
+    """Make the process group that the launcher's environment describes, or a group of this process alone, if there is none.
 
     A group that is made here ends with the process.
     """
     if dist.is_initialized():
-        return False
+        return
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     if all(name in os.environ for name in _LAUNCHED):
         if backend == "nccl":
@@ -43,7 +41,6 @@ def ensure_group() -> bool:
     else:
         _init_alone(backend)
     atexit.register(_leave)
-    return True
 
 
 def _init_alone(backend: str) -> None:
@@ -64,17 +61,6 @@ def _leave() -> None:
     if dist.is_initialized():
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
-
-
-@contextmanager
-def own_group() -> Iterator[None]:
-    """Context with a process group, which is taken down at the end if it is made here."""
-    made = ensure_group()
-    try:
-        yield
-    finally:
-        if made:
-            _leave()
 
 
 def ensure_parallel(config: Any) -> None:

@@ -101,7 +101,9 @@ _DECLARED: dict[str, dict[str, Any]] = {
         "on unless use_contiguous_weight_layout_attention is true), or all queries come first, then all keys, then all values "
         "(contiguous). Written grouped by default.",
     ),
-    "--json": dict(action="store_true", help="Print one JSON object instead of text."),
+    "--json": dict(
+        action="store_true", help="Print one JSON object instead of text, also for an error (docs/json.md)."
+    ),
     "--allow-inexpressible": dict(
         action="store_true",
         help="Go on although Megatron-LM's arguments cannot express all of the model; warns what it will not compute.",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 
 from ...basics.quantities import count, duration, size
 from ...conversion.dry_run import FilePlan, Forecast, forecast
@@ -71,14 +71,15 @@ def _lines(job: Job, result: Forecast) -> Iterator[str]:
     room = "enough" if result.left <= result.free else "NOT ENOUGH"
     yield f"disk    {size(result.left)} needed, and a little for configuration and manifest; {size(result.free)} free: {room}"
     yield f"memory  about {size(result.memory)}, besides file pages that the system takes back when it needs them"
-    if result.seconds is not None and result.rate is not None:
-        times, rates = _range(map(duration, result.seconds)), _range(f"{size(rate)}/s" for rate in result.rate)
+    if result.seconds_most is not None:
+        times = _range(duration, result.seconds_least, result.seconds_most)
+        rates = _range(lambda rate: f"{size(rate)}/s", result.rate_least, result.rate_most)
         yield f"time    about {times}, an estimate: a short sample, flushed to this disk, took {rates}"
 
 
-def _range(texts: Iterable[str]) -> str:
-    """The lowest and the highest value, or the one that both are."""
-    return " to ".join(dict.fromkeys(texts))
+def _range(text: Callable[[float], str], *values: float | None) -> str:
+    """The lowest and the highest value, or the one that both are, in words."""
+    return " to ".join(dict.fromkeys(text(value) for value in values if value is not None))
 
 
 def _table(files: dict[str, FilePlan]) -> Iterator[str]:
