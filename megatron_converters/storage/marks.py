@@ -9,7 +9,14 @@ from pathlib import Path
 from ..basics.errors import ConversionError
 
 #: Patterns of names, by format.
-HF = ("config.json", "*.index.json", "model*.safetensors", "pytorch_model*.bin", "consolidated.*.pth")
+HF = (
+    "config.json",
+    "*.index.json",
+    "model*.safetensors",
+    "pytorch_model*.bin",
+    "consolidated*.safetensors",
+)
+META = ("consolidated.*.pth",)
 RANKS = ("latest_checkpointed_iteration.txt", "mp_rank_*", ".metadata")
 MODEL_PT = ("model.pt",)
 MINDSPORE = ("param_name_map.json",)

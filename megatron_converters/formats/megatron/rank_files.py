@@ -19,9 +19,12 @@ from ...storage import torch_zip
 from ...storage.opening import is_name
 from ...storage.tensor import StoredTensor
 from .arguments import rank_invariants
+from .foreign_args import foreign
 from .names import EXPERTS, EXTRA_STATE_SUFFIX, STACKED
 from .rank_files_target import FILE
 from .reading import RANK, MegatronReadOptions, args_in, listing, parallel_of, skipped_entries, supplemented
+from .run_config import Record, recorded_beside
+from .trained_by import VOCABULARY
 
 #: Key of an expert's first linear, in any expert layout.
 _EXPERT_FC1 = re.compile(r"\.experts\.(.*linear_fc1[._]weight\d*|weight1)$")
@@ -54,6 +57,8 @@ class RankFiles:
     ranks: Mapping[Rank, RankFile]
     left_out: set[str]
     beside: tuple[Path, ...] = ()
+    #: File that says the args of a checkpoint without any.
+    record: Record | None = None
 
 
 def read_rank_files(folder: Path, options: MegatronReadOptions) -> RankFiles:
@@ -62,6 +67,8 @@ def read_rank_files(folder: Path, options: MegatronReadOptions) -> RankFiles:
     first = read_file(folder / first_name / FILE)
     stored = args_in(first, folder)
     args = supplemented(stored, options)
+    record = recorded_beside(folder) if args is None else None
+    args = args if record is None else record.args
     if args is None:
         raise ConversionError(
             f"{folder}: the file of rank 0 has no args, which describe the model; copy it again or save the checkpoint with its "
@@ -75,10 +82,14 @@ def read_rank_files(folder: Path, options: MegatronReadOptions) -> RankFiles:
     raise_all(
         f"{folder}: the folders do not match the args' tp={parallel.tp}, pp={parallel.pp}, ep={parallel.ep}:", problems
     )
-    ranks, left_out, expected = {}, set(), rank_invariants(first.get("iteration"), stored)
+    ranks, left_out = {}, set()
+    decisive = {*VOCABULARY, *foreign({} if stored is None else vars(stored))}
     for name, rank in wanted.items():
         content = read_file(folder / name / FILE)
-        found = rank_invariants(content.get("iteration"), args_in(content, folder / name))
+        own = args_in(content, folder / name)
+        also = decisive.union(foreign({} if own is None else vars(own)))
+        expected = rank_invariants(first.get("iteration"), stored, also)
+        found = rank_invariants(content.get("iteration"), own, also)
         differing = (key for key in expected.keys() & found.keys() if found[key] != expected[key])
         problems += [
             f"{name}: {key} is {one_line(repr(found[key]))}, not {one_line(repr(expected[key]))}"
@@ -88,7 +99,8 @@ def read_rank_files(folder: Path, options: MegatronReadOptions) -> RankFiles:
         left_out |= skipped_entries(content)
     remedy = "They are of different saves; copy all ranks of one save again."
     raise_all(f"{folder}: the ranks' files contradict {first_name}:", problems, remedy=remedy)
-    return RankFiles("torch", folder, args, first.get("iteration"), parallel, ranks, left_out)
+    beside = () if record is None else (record.path,)
+    return RankFiles("torch", folder, args, first.get("iteration"), parallel, ranks, left_out, beside, record)
 
 
 def _first_rank(folder: Path) -> str:

@@ -8,6 +8,7 @@ their own too. Gate lies above up in the whole tensor, not in each rank's part.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import itertools
 import os
 import re
@@ -23,7 +24,10 @@ from ...basics.dtypes import DType
 from ...basics.errors import ConversionError
 from ...basics.json_files import read_json
 from ...conversion.composing import Piece, Sources, StoredName
+from ...conversion.endpoint import dtype_notes, main_dtype
+from ...conversion.left_out import LeftOut
 from ...conversion.matching import Matcher
+from ...conversion.zero_bias import without_absent
 from ...model.layers import Layer
 from ...model.layouts import RowMap, interned
 from ...model.slots import DECODER, Ref, Slot, refs
@@ -33,6 +37,7 @@ from ...storage import dcp, torch_zip
 from ...storage.dcp import Chunk, ChunkedTensor
 from ...storage.tensor import StoredTensor
 from .conventions import conventions_of
+from .describing import padding_note, spec_and_notes, without_prediction
 from .names import (
     DISTRIBUTED,
     DISTRIBUTED_EXPERTS,
@@ -40,6 +45,7 @@ from .names import (
     EMBEDDINGS,
     EXTRA_STATE_SUFFIX,
     GATE_AND_UP,
+    OUTPUT_BIAS,
     name_of,
     split_parts,
 )
@@ -52,13 +58,11 @@ from .reading import (
     checkpoint_directory,
     listing,
     origin_of,
-    padding_note,
     parallel_of,
     skipped_entries,
-    spec_and_notes,
     supplemented,
-    without_prediction,
 )
+from .run_config import RUN_CONFIG, Record, recorded_beside
 
 COMMON_FILE = "common.pt"
 #: Object that replaces `COMMON_FILE` since Megatron-LM 0.19: a list whose only element is that file's content.
@@ -110,21 +114,27 @@ class TorchDistSource:
     def __init__(self, load_dir: Path, options: MegatronReadOptions = AS_STORED) -> None:
         self._dir = checkpoint_directory(load_dir, options.directory_name)
         _check_format(self._dir)
-        self._index = dcp.read_index(self._dir)
+        self._left_out = LeftOut(options.ignore_tensors)
+        index = dcp.read_index(self._dir)
+        self._index = dataclasses.replace(index, tensors=self._left_out.kept(index.tensors))
         common, common_file = _read_common(self._dir, self._index)
-        args = _args_of(common, common_file, options)
+        args, record = _args_of(self._dir, common, common_file, options)
         embeddings = self._embeddings()
         #: Number of embedding rows, padding included.
         self.padded = embeddings.shape[0]
         content = common.get("content_metadata")
         #: Megatron-LM's own description of how it named the keys (0.13 on); empty if there is none.
         self.content: dict[str, Any] = content if isinstance(content, dict) else {}
-        self.spec, notes = spec_and_notes(args, self.padded, embeddings.dtype, options)
+        self.spec, notes = spec_and_notes(args, self.padded, embeddings.dtype, options, record)
+        biased = any(key.endswith(OUTPUT_BIAS) for key in self._index.tensors)
+        self.spec, bias_notes = without_absent(self.spec, stored=biased)
         self.conventions = conventions_of(vars(args), self.spec, options.mup)
         self._slices = self._match()
         self._chunks: dict[str, _Chunks] = {}
+        self.spec = dataclasses.replace(self.spec, dtype=main_dtype(self.spec, self.dtype_of))
+        notes += [*bias_notes, *self._left_out.notes, *dtype_notes(self.spec, self.dtype_of)]
         self.spec, left_out_notes = without_prediction(self.spec, options)
-        parallel, size_notes = _recorded_sizes(args, self.spec, self._dir)
+        parallel, size_notes = _recorded_sizes(args, self.spec, self._dir, record)
         notes += [
             *left_out_notes,
             *padding_note(self.padded, self.spec),
@@ -134,15 +144,18 @@ class TorchDistSource:
         ]
         self.origin = origin_of(
             self._dir,
-            args,
+            args if record is None else record.margs,
             options,
             common.get("iteration"),
-            [common_file, self._dir / dcp.METADATA, *self._index.files],
+            [common_file, self._dir / dcp.METADATA, *self._index.files, *([] if record is None else [record.path])],
             checkpoint_format="torch_dist",
             parallel=parallel,
             mup=self.conventions.mup,
             notes=notes,
-            ignored=[f"{key} (training state)" for key in self._index.tensors if _TRAINING_KEY.match(key)],
+            ignored=[
+                *(f"{key} (training state)" for key in self._index.tensors if _TRAINING_KEY.match(key)),
+                *self._left_out.ignored,
+            ],
         )
 
     @property
@@ -182,7 +195,7 @@ class TorchDistSource:
     def _match(self) -> dict[Ref, tuple[_Slice, ...]]:
         """Match tensors with refs; returns the slices of every ref. Missing, extra and misshapen tensors are raised together."""
         heading = f"{self._dir}: the tensors do not match the model that the args describe:"
-        matcher = Matcher(self.weights, (), heading, "the args require")
+        matcher = Matcher(self.weights, (), heading, "the args require", left_out=self._left_out)
         slices: dict[Ref, tuple[_Slice, ...]] = {}
         for ref in refs(self.spec):
             choices = [choice for choice in _choices(ref, self.spec) if any(self._has(part) for part in choice)]
@@ -325,21 +338,29 @@ def _read_common(directory: Path, index: dcp.Index) -> tuple[Mapping[str, Any], 
     return common, path
 
 
-def _args_of(common: Mapping[str, Any], where: Path, options: MegatronReadOptions) -> argparse.Namespace:
-    """Args of the common state; empty if it has none and a reference describes the model."""
+def _args_of(
+    directory: Path, common: Mapping[str, Any], where: Path, options: MegatronReadOptions
+) -> tuple[argparse.Namespace, Record | None]:
+    """Args of the common state, or else those that a file beside it says; empty if a reference alone describes the model."""
     args = supplemented(args_in(common, where), options)
-    if args is None and common.get("args") is None and options.hf_config is not None:
-        return argparse.Namespace()
-    if args is None:
-        raise ConversionError(
-            f"{where} has no args, which describe the model; give a reference model with --hf-config DIR"
-        )
-    return args
+    if args is not None:
+        return args, None
+    record = recorded_beside(directory)
+    if record is not None:
+        return record.args, record
+    if common.get("args") is None and options.hf_config is not None:
+        return argparse.Namespace(), None
+    raise ConversionError(
+        f"{where} has no args, which describe the model, and no {RUN_CONFIG} lies beside it; give a reference model with "
+        "--hf-config DIR"
+    )
 
 
-def _recorded_sizes(args: argparse.Namespace, spec: ModelSpec, where: Path) -> tuple[Parallel | None, list[str]]:
+def _recorded_sizes(
+    args: argparse.Namespace, spec: ModelSpec, where: Path, record: Record | None
+) -> tuple[Parallel | None, list[str]]:
     """Parallel sizes at which the checkpoint was written, as defaults for a target; or None and a note why they cannot be."""
-    if not vars(args):
+    if not vars(args) or (record is not None and getattr(args, "tensor_model_parallel_size", None) is None):
         return None, []
     try:
         sizes = parallel_of(args, where)
