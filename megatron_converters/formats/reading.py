@@ -17,7 +17,7 @@ from ..basics.folders import existing_folder
 from ..conversion.endpoint import Source
 from ..families import FAMILIES
 from ..families.scope import family_of
-from .detect import FORMATS, HF, MEGATRON, META, MINDSPORE, WEIGHTS, format_of
+from .detect import FORMATS, HF, MEGATRON, META, MINDSPORE, WEIGHTS, format_of, refuse_part
 from .hub import located
 from .huggingface.source import HFSource
 from .megatron.arguments import foreign_args
@@ -98,6 +98,8 @@ def open_source(path: str | os.PathLike[str], options: ReadOptions = AS_FOUND) -
     if options.format not in (None, *FORMATS):
         raise UsageError(f"format {options.format!r} is not one of {', '.join(FORMATS)}")
     found = options.format or format_of(found_path)
+    if found_path.is_file() and found != MINDSPORE:
+        refuse_part(found_path)
     if found == HF and found_path.is_file():
         found = WEIGHTS
     if options.hf_config is not None and found in _FORMAT_OF_OPTION["hf_config"]:

@@ -222,7 +222,7 @@ class CheckpointTarget(ABC):
 
     def refuse_existing(self) -> None:
         """Raise if a checkpoint of this name or a tracker exists, unless `overwrite` is set, or a model of another format."""
-        marks.refuse_others(self.save_dir, marks.MODEL_PT, marks.MINDSPORE)
+        marks.refuse_others(self.save_dir, marks.HF, marks.META, marks.MODEL_PT, marks.MINDSPORE)
         if self._options.overwrite:
             return
         if os.path.lexists(self.output):
