@@ -22,7 +22,7 @@ from ...conversion.composing import Piece, Sources, StoredName
 from ...conversion.endpoint import first_dtype
 from ...conversion.matching import Matcher
 from ...families import FAMILIES
-from ...families.config_json import spec_from_config
+from ...families.config_json import config_notes, spec_from_config
 from ...families.quantisation import unquantised
 from ...families.table import Family
 from ...model.slots import MTP, SLOTS, Ref, refs
@@ -70,9 +70,9 @@ class HFSource:
                 "file to convert the model without it"
             )
         config = read_json(folder / _CONFIG)
+        spec = spec_from_config(config, ignored_config)  # before tensors: it says what they are
         stored = _read_file(path) if single else read_tensors(folder)
         tensors = decoded(path, config, stored)
-        spec = spec_from_config(config, ignored_config)
         if untie:
             spec = dataclasses.replace(spec, tied=False)
         family = FAMILIES[spec.family]
@@ -94,7 +94,7 @@ class HFSource:
             generation_config=read_json(generation) if generation.exists() else None,
             tokenizer=str(folder) if _has_tokenizer(folder) else None,
             code_files=code,
-            notes=[*notes, *decoded_note(tensors), *(note for key, note in family.remarks.items() if config.get(key))],
+            notes=[*notes, *decoded_note(tensors), *config_notes(config)],
             ignored=[
                 *(f"{name} (no weight)" for name in sorted(ignored)),
                 *(f"{name} (multi-token prediction)" for name in sorted(left_out)),
