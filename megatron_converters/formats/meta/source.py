@@ -1,12 +1,12 @@
-"""Source for Llama checkpoints as Meta publishes them: params.json and consolidated.NN.pth, one file per model-parallel rank.
+"""Source for checkpoints as Meta and Mistral AI publish them: params.json and consolidated.NN.pth, one per model-parallel rank.
 
 Source: meta-llama/llama and meta-llama/llama3, llama/model.py (names, model-parallel layers, `apply_rotary_emb` on
-neighbouring pairs), and transformers' convert_llama_weights_to_hf.py for sizes that params.json leaves out.
+neighbouring pairs); mistralai/mistral-inference has the same names.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,13 +17,13 @@ from ...basics.json_files import read_json
 from ...conversion.composing import Piece, Sources, StoredName
 from ...conversion.endpoint import first_dtype
 from ...conversion.matching import Matcher
-from ...model.layers import RopeScaling
 from ...model.layouts import GATED, GROUPED_INTERLEAVED_QKV, SAME, interned, row_maps
 from ...model.slots import Ref, Shard, refs
 from ...model.spec import ModelSpec
 from ...model.tables import Entry
 from ...storage import torch_zip
 from ...storage.tensor import StoredTensor
+from .params import FILE, read_params
 
 
 class _Entry(NamedTuple):
@@ -52,10 +52,11 @@ _IGNORED = "rope.freqs"
 
 
 class MetaSource:
-    """Llama checkpoint of Meta, with every file and tensor checked against params.json by name and shape."""
+    """Llama or Mistral in Meta's layout, with every file and tensor checked against params.json by name and shape."""
 
-    def __init__(self, folder: Path) -> None:
-        params = read_json(folder / "params.json")
+    def __init__(self, folder: Path, ignored_params: Iterable[str] = ()) -> None:
+        """Raises `ConversionError` for fields of params.json that are neither known nor `ignored_params`."""
+        described = read_params(read_json(folder / FILE), ignored_params)
         files = sorted(folder.glob("consolidated.*.pth"))
         if [path.name for path in files] != [f"consolidated.{rank:02d}.pth" for rank in range(len(files))] or not files:
             found = ", ".join(path.name for path in files) or "none"
@@ -63,14 +64,16 @@ class MetaSource:
                 f"{folder} must hold consolidated.00.pth, consolidated.01.pth and so on; it has {found}"
             )
         ranks = [_read(path) for path in files]
-        self.spec = _spec(params, ranks)
+        self.spec = _spec(described.properties, ranks)
         self._pieces, self._replicas = _match(folder, self.spec, ranks, files)
         tokenizer = next(
             (str(path) for path in (folder / "tokenizer.model", folder.parent / "tokenizer.model") if path.exists()),
             None,
         )
-        identity = file_identities(folder, [folder / "params.json", *files])
-        self.origin = Origin(described=str(folder), tokenizer=tokenizer, identity=identity)
+        identity = file_identities(folder, [folder / FILE, *files])
+        notes = described.notes
+        urgent = [note for note in notes if note.startswith("warning: ")]
+        self.origin = Origin(str(folder), tokenizer=tokenizer, notes=notes, urgent=urgent, identity=identity)
 
     def dtype_of(self, ref: Ref) -> DType:
         """Dtype of a ref in the files."""
@@ -91,29 +94,13 @@ def _read(path: Path) -> Mapping[str, StoredTensor]:
     return content
 
 
-def _spec(params: Mapping[str, Any], ranks: list[Mapping[str, StoredTensor]]) -> ModelSpec:
-    missing = [name for name in ("dim", "n_layers", "n_heads", "norm_eps") if name not in params]
-    if missing:
-        raise ConversionError(f"params.json has no {', '.join(missing)}; copy it again")
-    size, heads = params["dim"], params["n_heads"]
-    vocab_rows = [_shape(rank, "output.weight")[0] for rank in ranks]
-    scaled = bool(params.get("use_scaled_rope"))
-    factor = float(params.get("rope_scaling_factor", 8.0))
-    theta = float(params.get("rope_theta", 10000.0))
+def _spec(properties: Mapping[str, Any], ranks: list[Mapping[str, StoredTensor]]) -> ModelSpec:
+    """Spec by params.json, and by the sizes that tensors alone say."""
     return ModelSpec.of(
-        family="llama",
-        num_layers=params["n_layers"],
-        hidden_size=size,
         ffn_hidden_size=sum(_shape(rank, "layers.0.feed_forward.w1.weight")[0] for rank in ranks),
-        num_attention_heads=heads,
-        num_query_groups=params.get("n_kv_heads") or heads,
-        kv_channels=params.get("head_dim") or size // heads,
-        vocab_size=sum(vocab_rows),
-        max_position_embeddings=131072 if scaled else 8192 if theta > 10000 else 4096,
-        norm_epsilon=params["norm_eps"],
-        rotary_base=theta,
-        rope_scaling=RopeScaling("llama3", factor) if scaled else None,
+        vocab_size=sum(_shape(rank, "output.weight")[0] for rank in ranks),
         dtype=ranks[0]["output.weight"].dtype,
+        **properties,
     )
 
 
