@@ -13,7 +13,7 @@ from ..tensor_parallel.numbers import Numbers
 from ..tensor_parallel.presets import LLAMA, MINICPM, PRESETS, Preset
 from .console import exit_on_error, prepare_process, report, warn
 from .options.shared import add_shared
-from .options.values import positive
+from .options.values import comma_separated, positive
 
 #: What the direct converter takes where nothing else says a number.
 _DIRECT = Preset(80, 8, 4, 8, 64)
@@ -75,6 +75,12 @@ def _parser(prog: str, description: str) -> argparse.ArgumentParser:
         "--hf_config", metavar="DIR", default=None, help="Reference model: its configuration and tokenizer are taken."
     )
     parser.add_argument(
+        "--ignore_config_fields",
+        metavar="NAMES",
+        default="",
+        help="Unknown fields of its config.json to ignore, by commas.",
+    )
+    parser.add_argument(
         "--true_vocab_size", metavar="N", type=positive, default=None, help="Vocabulary without padding, where unknown."
     )
     parser.add_argument(
@@ -104,6 +110,7 @@ def _run(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
             args.overwrite,
             args.true_vocab_size,
             restart=args.restart,
+            ignore_config_fields=comma_separated(args.ignore_config_fields),
         )
         result = to_hf(args.in_dir, args.save_path, wishes, make_progress(args.quiet))
         for line in result.notes:

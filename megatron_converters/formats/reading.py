@@ -32,8 +32,9 @@ class ReadOptions:
     `format` is "hf", "meta" or "megatron"; None detects it. For a Megatron-LM checkpoint, `ckpt_dir_name` is the folder to read
     (iter_0000008) instead of the latest, `hf_config` the folder of a reference model, `true_vocab_size` the vocabulary size without
     padding, if args lack it, `missing_args` attributes that fill what the args lack, and `families` those that may be inferred
-    where nothing names the model's. For a Hugging Face folder, `untie` keeps a stored lm_head although config.json ties it, and
-    `ignore_config_fields` names unknown fields of config.json that do not matter; a file of weights has `hf_config`, too.
+    where nothing names the model's. For a Hugging Face folder, `untie` keeps a stored lm_head although config.json ties it; a file
+    of weights has `hf_config`, too. `ignore_config_fields` names unknown fields that do not matter, of config.json (also that of a
+    reference) or of params.json.
     `without_mtp` leaves out layers of multi-token prediction. `mup` ("flags", "fold" or "raw") says where a checkpoint has its
     model's multipliers, if its args do not. `source_margs_file` is a source_megatron_args.json whose training
     arguments are inherited, `family_file` a YAML file with a family of the user's own, and `capacity_bins` requests
@@ -100,6 +101,16 @@ def refuse_unused(formats: Collection[str], options: ReadOptions) -> None:
             option = name.replace("_", "-")
             named = " or ".join(_NAMES[format_name] for format_name in _NAMES if format_name in only)
             raise UsageError(f"--{option} is for reading {named}, which this is not; leave it out")
+    refuse_unread_fields(formats, options)
+
+
+def refuse_unread_fields(formats: Collection[str], options: ReadOptions) -> None:
+    """Raise `UsageError` for fields to ignore where no configuration is read that could have them."""
+    if options.ignore_config_fields and options.hf_config is None and {*formats} == {MEGATRON}:
+        raise UsageError(
+            "--ignore-config-fields is for reading a config.json, and a Megatron-LM checkpoint has none without --hf-config; leave "
+            "it out"
+        )
 
 
 def _note_unused_family(source: Source, options: ReadOptions) -> None:
@@ -126,7 +137,7 @@ def _open_hf(path: Path, options: ReadOptions) -> Source:
 
 
 def _open_meta(folder: Path, options: ReadOptions) -> Source:
-    return _checked(MetaSource(existing_folder(folder)), folder, options)
+    return _checked(MetaSource(existing_folder(folder), options.ignore_config_fields), folder, options)
 
 
 def _open_megatron(folder: Path, options: ReadOptions) -> Source:
@@ -140,6 +151,7 @@ def _open_megatron(folder: Path, options: ReadOptions) -> Source:
             mup=options.mup,
             missing_args=options.missing_args,
             families=options.families,
+            ignored_config=options.ignore_config_fields,
         ),
     )
 
@@ -155,6 +167,7 @@ def _open_mindspore(path: Path, options: ReadOptions) -> Source:
             _reference(options),
             options.true_vocab_size,
             options.typed,
+            options.ignore_config_fields,
         ),
     )
 
@@ -197,7 +210,6 @@ _FORMAT_OF_OPTION = {
     "missing_args": {MEGATRON},
     "families": {MEGATRON},
     "untie": {HF, WEIGHTS},
-    "ignore_config_fields": {HF, WEIGHTS},
     **{name: {MINDSPORE} for name in ("mf_mlp_layout", "mf_qkv_layout", "mf_version", "mf_config", "typed")},
 }
 _NAMES = {

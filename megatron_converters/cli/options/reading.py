@@ -12,9 +12,9 @@ from ...basics.json_files import read_json
 from ...conversion.endpoint import Source
 from ...formats.detect import FORMATS, HF, MEGATRON
 from ...formats.mindspore.typed import TYPED, Typed
-from ...formats.reading import Opened, ReadOptions, open_source, refuse_unused
+from ...formats.reading import Opened, ReadOptions, open_source, refuse_unread_fields, refuse_unused
 from .shared import add_argument, add_shared
-from .values import positive
+from .values import comma_separated, positive
 
 #: Families that a stock --model-size name may mean, by how it begins.
 _MODEL_SIZES = {
@@ -26,7 +26,10 @@ _MODEL_SIZES = {
     "qwen2": "qwen2",
     "qwen3": "qwen3",
 }
-_OF_CHECKPOINTS = ("--ckpt-dir-name", "--hf-config", "--true-vocab-size", "--without-mtp", "--mup")
+_OF_CHECKPOINTS = (
+    *("--ckpt-dir-name", "--hf-config", "--ignore-config-fields"),
+    *("--true-vocab-size", "--without-mtp", "--mup"),
+)
 _OF_MINDSPORE = ("--mf-mlp-layout", "--mf-qkv-layout", "--mf-version", "--mf-config")
 _OF_FOLDERS = ("--untie", "--ignore-config-fields", "--without-mtp")
 
@@ -43,7 +46,7 @@ def read_options(args: argparse.Namespace, source_format: str | None = None) -> 
         hf_config=given("hf_config"),
         true_vocab_size=given("true_vocab_size"),
         untie=bool(given("untie")),
-        ignore_config_fields=tuple(name for name in (given("ignore_config_fields") or "").split(",") if name),
+        ignore_config_fields=comma_separated(given("ignore_config_fields")),
         without_mtp=bool(given("without_mtp")),
         mup=given("mup"),
         mf_mlp_layout=given("mf_mlp_layout"),
@@ -116,6 +119,7 @@ def add_hf_source_arguments(parser: Any) -> None:
         "--make-vocab-size-divisible-by",
         "--loader-transformer-impl",
         "--source-margs-file",
+        "--allow-inexpressible",
         *_OF_FOLDERS,
     )
 
@@ -158,12 +162,14 @@ def add_core_loader_arguments(parser: Any) -> None:
         choices=["learned_absolute", "rope"],
         help="Accepted for compatibility; args say it, and another value is an error.",
     )
-    add_shared(parser, "--loader-transformer-impl", "--make-vocab-size-divisible-by")
+    add_shared(parser, "--loader-transformer-impl", "--make-vocab-size-divisible-by", "--allow-inexpressible")
 
 
 def open_checkpoint(args: argparse.Namespace) -> Source:
     """The checkpoint of --load-dir, of whatever format."""
-    return open_source(args.load_dir, read_options(args, MEGATRON)).source
+    options = read_options(args, MEGATRON)
+    refuse_unread_fields([MEGATRON], options)
+    return open_source(args.load_dir, options).source
 
 
 def open_core_loader(args: argparse.Namespace) -> Source:

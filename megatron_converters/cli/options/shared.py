@@ -49,7 +49,10 @@ _DECLARED: dict[str, dict[str, Any]] = {
         metavar="FILE", default=None, help="MindSpore: YAML of the training run, which says sizes and orders of rows."
     ),
     "--ignore-config-fields": dict(
-        metavar="NAMES", default="", help="Hugging Face: comma-separated unknown config.json fields to ignore."
+        metavar="NAMES",
+        default="",
+        help="Comma-separated unknown fields to ignore, of config.json (also that of --hf-config) or Meta's params.json; KEY.FIELD "
+        "names one within another.",
     ),
     "--source-margs-file": dict(
         metavar="FILE",

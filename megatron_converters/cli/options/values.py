@@ -20,6 +20,11 @@ def byte_size(text: str) -> int:
     return int(match[1]) * _UNITS[match[2]]
 
 
+def comma_separated(text: str | None) -> tuple[str, ...]:
+    """Names in a text with commas between them; none of None."""
+    return tuple(name for name in (text or "").split(",") if name)
+
+
 def positive(text: str) -> int:
     """A whole number above 0, as an argument."""
     if not text.isdecimal() or int(text) == 0:

@@ -19,6 +19,7 @@ from ...comparison.tensors import Comparison, Rules, compare
 from ...conversion.progress import make_progress
 from ...formats.megatron.reading import MegatronReadOptions
 from ..console import put_json, say
+from ..options.reading import read_options
 from ..options.values import natural
 from .pair import add_pair_arguments, pair_of
 
@@ -30,7 +31,7 @@ _LOGITS = {
     "length": (128, "Tokens of each sequence"),
 }
 #: Options, as attributes, that only a comparison of tensors heeds.
-_OF_TENSORS = ("ignore_dtype", "source_format", "b_format", "untie", "ignore_config_fields", "source_margs_file")
+_OF_TENSORS = ("ignore_dtype", "source_format", "b_format", "untie", "source_margs_file")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -70,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
     if args.b is None:
         _refuse(
             args,
-            ("logits", "tolerance", *_LOGITS, *_OF_TENSORS, "family_file"),
+            ("logits", "tolerance", *_LOGITS, *_OF_TENSORS, "ignore_config_fields", "family_file"),
             "compares two folders; a manifest is compared byte by byte",
         )
         return _verify_output(args)
@@ -103,7 +104,12 @@ def _verify_logits(args: argparse.Namespace) -> int:
             for name, (default, _) in _LOGITS.items()
         },
         tolerance=TOLERANCE if args.tolerance is None else args.tolerance,
-        options=MegatronReadOptions(args.ckpt_dir_name, reference, args.true_vocab_size),
+        options=MegatronReadOptions(
+            args.ckpt_dir_name,
+            reference,
+            args.true_vocab_size,
+            ignored_config=read_options(args).ignore_config_fields,
+        ),
     )
     if args.json:
         put_json({"equal": report.ok, **dataclasses.asdict(report)})

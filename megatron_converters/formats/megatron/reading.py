@@ -18,7 +18,7 @@ from ...basics.errors import ConversionError, Unclear, UsageError, one_line, rea
 from ...basics.json_files import read_json
 from ...basics.quantities import count
 from ...families import FAMILIES
-from ...families.config_json import differences, infer_family, spec_from_config
+from ...families.config_json import config_notes, differences, infer_family, spec_from_config
 from ...families.quantisation import unquantised
 from ...model.layers import is_whole
 from ...model.spec import ModelSpec
@@ -59,6 +59,8 @@ class MegatronReadOptions:
     families: tuple[str, ...] = ()
     #: Where multipliers are, if args do not say it: a value of `--mup`.
     mup: str | None = None
+    #: Unknown fields of the reference's config.json that do not matter.
+    ignored_config: tuple[str, ...] = ()
 
 
 #: Options that take everything from the checkpoint itself.
@@ -218,7 +220,8 @@ def _reference_spec(
     folder: Path, args: argparse.Namespace, dtype: DType, options: MegatronReadOptions
 ) -> tuple[ModelSpec, list[str]]:
     config, vocab = read_json(folder / "config.json"), options.true_vocab_size
-    spec = dataclasses.replace(spec_from_config(config), dtype=dtype)
+    spec = dataclasses.replace(spec_from_config(config, options.ignored_config), dtype=dtype)
+    notes = config_notes(config)
     if vocab is not None and vocab != spec.vocab_size:
         raise UsageError(
             f"--true-vocab-size {vocab} disagrees with vocab_size {spec.vocab_size} of {folder / 'config.json'}"
@@ -226,7 +229,7 @@ def _reference_spec(
     try:
         fields = {**spec_fields(args), "vocab_size": spec.vocab_size, "dtype": dtype}
     except Unclear as error:
-        return spec, [f"taken from {folder} alone, since {error}"]
+        return spec, [*notes, f"taken from {folder} alone, since {error}"]
     args_spec = ModelSpec.of(family=spec.family, **fields)
     stored = conventions_of(vars(args), spec, options.mup).spec
     heads = [name for name in stated_heads(args) if args_spec.values.get(name) != spec.values.get(name)]
@@ -235,7 +238,8 @@ def _reference_spec(
             f"{folder} is another model than the checkpoint: {'; '.join(differences(spec, args_spec, heads))} of the args, by "
             "which queries, keys and values are packed; give the reference of this model"
         )
-    return spec, [f"taken from {folder}: {difference} of the args" for difference in differences(stored, args_spec)]
+    notes += [f"taken from {folder}: {difference} of the args" for difference in differences(stored, args_spec)]
+    return spec, notes
 
 
 def without_prediction(spec: ModelSpec, options: MegatronReadOptions) -> tuple[ModelSpec, list[str]]:

@@ -12,7 +12,7 @@ from ...basics.dtypes import DType
 from ...basics.errors import ConversionError, UsageError
 from ...basics.json_files import read_json
 from ...basics.yaml_files import read_yaml
-from ...families.config_json import infer_family, spec_from_config
+from ...families.config_json import config_notes, infer_family, spec_from_config
 from ...model.spec import ModelSpec
 from .names import CONTIGUOUS, GROUPED, INTERLEAVED
 from .shapes import Shapes
@@ -40,6 +40,8 @@ class MindSporeReadOptions:
     reference: Path | None = None
     true_vocab_size: int | None = None
     typed: Mapping[str, Any] = field(default_factory=dict)
+    #: Unknown fields of config.json that do not matter.
+    ignored_config: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,7 @@ def _yaml(root: Path, options: MindSporeReadOptions) -> dict[str, Any] | None:
 def _by_configuration(
     config: Mapping[str, Any], shapes: Shapes, options: MindSporeReadOptions
 ) -> tuple[ModelSpec, list[str]]:
-    spec = spec_from_config(config)
+    spec = spec_from_config(config, options.ignored_config)
     rows = shapes.embeddings[0]
     if not spec.vocab_size <= rows:
         raise ConversionError(
@@ -105,9 +107,10 @@ def _by_configuration(
         raise UsageError(
             f"--true-vocab-size {options.true_vocab_size} contradicts {spec.vocab_size} of the configuration; leave it out"
         )
+    notes = [*config_notes(config), *switch_notes(options.typed, spec.values)]
     if not spec.mtp or "mtp_num_layers" in shapes.sizes():
-        return spec, switch_notes(options.typed, spec.values)
-    return dataclasses.replace(spec, mtp=()), switch_notes(options.typed, spec.values)
+        return spec, notes
+    return dataclasses.replace(spec, mtp=()), notes
 
 
 def _by_shapes(
