@@ -40,6 +40,7 @@ setup(
     package_dir=PLUGINS,
     package_data={
         "megatron_converters": ["py.typed"],
+        "megatron_converters.cli": ["reports.schema.json"],
         "megatron_converters.inspection.shard_map": ["page.html", "tooltip.js"],
     },
     entry_points={

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shlex
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +24,7 @@ from .comparison.tensors import Rules, compare
 from .conversion import crew_local
 from .conversion.crew import ALONE, Crew
 from .conversion.dry_run import Forecast, forecast, measure
+from .conversion.journal import read_manifest
 from .conversion.progress import Progress, Silent
 from .conversion.run import convert as run_conversion
 from .families import FAMILIES, register_family
@@ -75,6 +78,7 @@ class Result:
 
     `path` is the folder with the files, of a checkpoint that of its iteration, or the one file. `flags` are what `pretrain_gpt.py`
     needs to load a checkpoint, quoted for a shell, empty for Hugging Face's side. `manifest` says where every tensor came from.
+    `source` is the path, format and family of what was converted, `format` that of the result, `seconds` how long it took.
     """
 
     path: Path
@@ -82,6 +86,28 @@ class Result:
     notes: tuple[str, ...]
     warnings: tuple[str, ...]
     manifest: Path
+    source: dict[str, str]
+    format: str
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        """The JSON of `convert --json`; reads the manifest."""
+        files = [
+            {"file": name, "bytes": entry["bytes"], "tensors": len(entry["tensors"])}
+            for name, entry in read_manifest(self.manifest)["files"].items()
+        ]
+        return {
+            "result": str(self.path),
+            "format": self.format,
+            "source": self.source,
+            "manifest": str(self.manifest),
+            "files": files,
+            "bytes": sum(file["bytes"] for file in files),
+            "seconds": self.seconds,
+            "flags": shlex.split(" ".join(self.flags)),
+            "warnings": list(self.warnings),
+            "notes": list(self.notes),
+        }
 
 
 @dataclass(frozen=True)
@@ -204,20 +230,23 @@ def verify(
     *,
     tolerance: float = 0.0,
     ignore_dtype: bool = False,
+    as_cast: bool = False,
     read: ReadOptions = AS_FOUND,
     read_b_format: str | None = None,
 ) -> Verification:
     """Whether two folders of any formats hold the same model, bit for bit or within `tolerance`.
 
-    Without `b`: whether the output `a` is as its manifest says.
+    With `as_cast`: whether `b` is `a` rounded to the dtypes of `b`, bit for bit. Without `b`: whether the output `a` is as its
+    manifest says.
     """
     if b is None:
         checked = check_output(find_output(existing_path(a), read.ckpt_dir_name), Silent())
         return Verification(not checked.faults, tuple(map(str, checked.faults)), check_json(checked))
+    rules = Rules(tolerance=tolerance, ignore_dtype=ignore_dtype, as_cast=as_cast)
     with family_of(read.family_file):
         pair = open_pair(a, b, read, read_b_format)
-        comparison = compare(*pair.sources, Rules(tolerance=tolerance, ignore_dtype=ignore_dtype), Silent())
-    return Verification(comparison.equal, tuple(findings(comparison)), verification_json(pair, comparison))
+        comparison = compare(*pair.sources, rules, Silent())
+    return Verification(comparison.equal, tuple(findings(comparison)), verification_json(pair, comparison, rules))
 
 
 def diff(a: Folder, b: Folder, *, read: ReadOptions = AS_FOUND, read_b_format: str | None = None) -> Difference:
@@ -293,11 +322,20 @@ def _convert(crew: Crew, request: Request, restart: bool, progress: Progress) ->
 
 def run_job(job: Job, progress: Progress, *, restart: bool = False, crew: Crew = ALONE) -> Result:
     """Run an opened conversion, all or nothing."""
+    begun = time.monotonic()
     lines = run_conversion(job.source, job.target, job.dtype, progress, restart=restart, crew=crew)
+    return result_of(job, lines, time.monotonic() - begun)
+
+
+def result_of(job: Job, lines: Sequence[str], seconds: float) -> Result:
+    """Result of a finished conversion, from the lines that it has for the user."""
     warnings = [line.removeprefix(_WARNING) for line in lines if line.startswith(_WARNING)]
     notes = [line for line in lines if not line.startswith((_WARNING, "pretrain_gpt.py needs"))]
     flags = job.target.flags if isinstance(job.target, CheckpointTarget) else []
-    return Result(job.target.output, tuple(flags), tuple(notes), tuple(warnings), job.target.manifest)
+    origin, target = job.source.origin, job.target
+    source = {"path": origin.described, "format": job.source_format, "family": job.source.spec.family}
+    texts = (tuple(flags), tuple(notes), tuple(warnings))
+    return Result(target.output, *texts, target.manifest, source, job.target_format, seconds)
 
 
 def _assist(crew: Crew, work: tuple[Request, bool]) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from megatron_converters.basics.errors import ConversionError
+from megatron_converters.basics.exit_codes import EXIT_CODES
 from megatron_converters.cli import console
 from megatron_converters.cli import main as cli
 from megatron_converters.conversion.progress import Bar, Lines
@@ -65,7 +66,7 @@ def test_a_conversion_goes_on_without_its_log(hf_model: HFModel, redirect: str, 
 def test_a_result_that_is_lost_is_an_error(hf_model: HFModel, name: str, redirect: str, tmp_path: Path) -> None:
     second = {"plan": [tmp_path / "out"], "diff": [hf_model("llama2")]}.get(name, [])
     run = of_verb(redirect, name, hf_model("llama2"), *second)
-    assert run.code == 1
+    assert run.code == EXIT_CODES[name].failure
     assert run.err.splitlines()[-1].startswith("megatron-converters: error: cannot print the result: ")
     assert "Traceback" not in run.err
 
@@ -143,7 +144,7 @@ def test_the_limit_of_open_files_is_raised_as_far_as_it_goes(hf_model: HFModel, 
     done = subprocess.run(
         ["bash", "-c", limited.replace("-Sn", "-n"), *map(str, command)], cwd=ROOT, capture_output=True, text=True
     )
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "raise the limit of open files (ulimit -n)" in done.stderr and "Traceback" not in done.stderr
 
 

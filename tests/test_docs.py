@@ -27,6 +27,7 @@ DOCUMENTS = (
     "docs/adding-a-family.md",
     "docs/messages.md",
     "docs/mindspore.md",
+    "docs/json.md",
     "docs/python-api.md",
     "scripts/bench/README.md",
 )

@@ -190,9 +190,10 @@ def test_a_shard_that_the_index_names_is_missing(sharded: Path) -> None:
     refused(forward(sharded), shards[0].name, shards[1].name, "model.safetensors.index.json")
 
 
-def test_the_index_is_missing(sharded: Path) -> None:
+def test_index_and_a_shard_are_missing(sharded: Path) -> None:
     (sharded / "model.safetensors.index.json").unlink()
-    refused(forward(sharded), "index", "model-00001-of-")
+    sorted(sharded.glob("model-*.safetensors"))[1].unlink()
+    refused(forward(sharded), "the index of these shards is missing", "model-00001-of-")
 
 
 def test_index_and_shards_disagree(sharded: Path) -> None:

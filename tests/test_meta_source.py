@@ -100,7 +100,7 @@ def opened(released: Path, ignored: tuple[str, ...] = (), **params: Any) -> Meta
     before = path.read_text()
     try:
         path.write_text(json.dumps(json.loads(before) | params))
-        return MetaSource(released, ignored)
+        return MetaSource(released, ignored_params=ignored)
     finally:
         path.write_text(before)
 

@@ -349,9 +349,10 @@ def test_inspect_and_args_say_where_multipliers_are(model: Any, tmp_path: Path) 
 def test_logits_that_megatron_would_not_compute_are_refused(model: Any, tmp_path: Path) -> None:
     folder = model("longrope").folder
     root = hf_to_megatron(folder, tmp_path / "longrope", impl="local", allow_inexpressible=True)
-    refused(verb("verify", root, root, "--logits"), "would compute another model than this", "LongRoPE")
+    refused(verb("verify", root, root, "--logits"), "would compute another model than this", "LongRoPE", code=2)
     raw = hf_to_megatron(model("tied").folder, tmp_path / "raw", impl="local", mup="raw")
-    refused(verb("verify", raw, raw, "--logits"), "leaves its multipliers to MindSpeed-LLM's arguments", "--mup fold")
+    run = verb("verify", raw, raw, "--logits")
+    refused(run, "leaves its multipliers to MindSpeed-LLM's arguments", "--mup fold", code=2)
 
 
 # -- as a Llama

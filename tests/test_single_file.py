@@ -83,7 +83,7 @@ def test_damage_is_named(checkpoint: Path, tmp_path: Path) -> None:
     assert not any("lm_head" in found for found in findings)
     assert verb("verify", path).code == 1
     (tmp_path / "w.pt.conversion.json").unlink()
-    refused(verb("verify", path), "has no w.pt.conversion.json")
+    refused(verb("verify", path), "has no w.pt.conversion.json", code=2)
 
 
 def test_a_file_is_read_with_a_configuration(hf_model: HFModel, checkpoint: Path, tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ from megatron_converters.formats.megatron.writing import MegatronOptions
 from megatron_converters.storage import safetensors, torch_zip
 from tests.conversions import hf_to_megatron, megatron_to_hf, reshard
 from tests.helpers import finished, start_verb
+from tests.json_reports import fields_of
 from tests.oracle.hf import FAMILIES, MOE_FAMILIES
 
 HFModel = Callable[..., Path]
@@ -521,6 +522,7 @@ def test_logits_that_differ_are_told(checkpoint: Any, tmp_path: Path, preloaded:
     code, out, _ = run(capsys, *_LOGITS, source, wrong, "--json")
     report = json.loads(out)
     assert (code, report["equal"], report["positions"]) == (1, False, 32)
+    assert fields_of(report, "verify_logits")
     assert report["difference"] > report["tolerance"] * report["scale"]
 
 
@@ -658,10 +660,10 @@ def _strided(ranks: Ranks) -> None:
 def test_an_output_without_a_manifest(hf_model: HFModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for path in (hf_model("llama3"), tmp_path):
         code, _, err = run(capsys, "verify", path)
-        assert code == 1
+        assert code == 2
         assert "is no output of a conversion that can be checked alone: it has no conversion.json" in err
     assert run(capsys, "verify", tmp_path / "nowhere")[2].endswith("does not exist; give a folder or file that does\n")
-    assert run(capsys, "verify", tmp_path, "--ckpt-dir-name", "iter_0000009")[0] == 1
+    assert run(capsys, "verify", tmp_path, "--ckpt-dir-name", "iter_0000009")[0] == 2
     for option in ("--ignore-dtype", "--logits", "--tolerance=0"):
         code, _, err = run(capsys, "verify", tmp_path, option)
         assert (code, "compares two folders" in err) == (2, True)
@@ -710,7 +712,7 @@ def test_a_damaged_manifest_is_said_to_be(
     change(manifest["files"])
     path.write_text(json.dumps(with_digest(manifest)))
     code, _, err = run(capsys, "verify", outputs[1])
-    assert code == 1
+    assert code == 2
     assert "is damaged, or of an older version" in err
 
 

@@ -5,14 +5,16 @@ from __future__ import annotations
 import errno
 from collections.abc import Iterable
 
+from .exit_codes import FAILED, INTERRUPTED, USAGE
+
 
 class ConversionError(Exception):
     """A conversion cannot continue; the message says what is wrong, where, and what to do.
 
-    Entry points print the message alone, without a traceback, and exit with `exit_code`.
+    Entry points print the message alone, without a traceback, and exit with `exit_code`, or what their row of `EXIT_CODES` says.
     """
 
-    exit_code = 1
+    exit_code = FAILED
     #: Printed after the message: how to continue, where that is known.
     hint = ""
 
@@ -20,7 +22,7 @@ class ConversionError(Exception):
 class UsageError(ConversionError):
     """The command line contradicts itself, the source or the tool (exit code 2, as argparse uses)."""
 
-    exit_code = 2
+    exit_code = USAGE
 
 
 class MissingPath(UsageError, FileNotFoundError):
@@ -54,7 +56,7 @@ class DiskError(Stopped):
 class Interrupted(Stopped):
     """The user stopped the run (exit code as shells give it for SIGINT)."""
 
-    exit_code = 130
+    exit_code = INTERRUPTED
 
     def __init__(self) -> None:
         super().__init__("interrupted before the end")

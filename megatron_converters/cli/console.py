@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
 from ..basics.errors import ConversionError, Interrupted, reason_of
+from ..basics.exit_codes import ANY, FAILED, INTERRUPTED, USAGE, ExitCodes
 from ..basics.json_values import finite
 from ..basics.streams import write
 
@@ -23,6 +24,9 @@ _OPEN_FILES = 65536
 #: Objects created before Python searches them for cycles. Plans are many small objects without cycles: at Python's default of
 #: 700, the search takes a third of the planning time.
 _COLLECTION_THRESHOLD = 200_000
+#: Kinds of errors in JSON, by exit code, and that of a fault of this program.
+_KINDS = {FAILED: "failed", USAGE: "usage", INTERRUPTED: "interrupted"}
+FAULT = "fault"
 
 
 def prepare_process() -> None:
@@ -71,16 +75,26 @@ def _raise_file_limit() -> None:
 
 
 @contextmanager
-def exit_on_error(program: str) -> Iterator[None]:
-    """Context that ends the process on an error: one sentence, no traceback, and the error's exit code."""
+def exit_on_error(program: str, codes: ExitCodes = ANY, *, as_json: bool = False) -> Iterator[None]:
+    """Context that ends the process on an error: one sentence, no traceback, and the exit code that `codes` has for it.
+
+    With `as_json` the error is an object on standard output, too.
+    """
     try:
         yield
     except ConversionError as error:
-        fail(program, error)
+        fail(program, error, codes, as_json=as_json)
     except KeyboardInterrupt:
-        fail(program, Interrupted())
+        fail(program, Interrupted(), codes, as_json=as_json)
     except OSError as error:
-        fail(program, ConversionError(_system_error_text(error)))
+        fail(program, ConversionError(_system_error_text(error)), codes, as_json=as_json)
+    except Exception as error:
+        if codes.failure == FAILED and not as_json:
+            raise  # Python prints it and ends with the same code
+        import traceback
+
+        warn(traceback.format_exc().rstrip())
+        _exit(f"{type(error).__name__}: {error}", codes.failure, FAULT, as_json=as_json)
 
 
 def _system_error_text(error: OSError) -> str:
@@ -89,10 +103,23 @@ def _system_error_text(error: OSError) -> str:
     return reason_of(error) if error.filename is None else f"{error.filename}: {reason_of(error)}"
 
 
-def fail(program: str, error: ConversionError) -> NoReturn:
+def fail(program: str, error: ConversionError, codes: ExitCodes = ANY, *, as_json: bool = False) -> NoReturn:
     """Print the error without a traceback, and exit with its code."""
-    warn(f"{program}: error: {error}{error.hint}")
-    raise SystemExit(error.exit_code)
+    message = f"{error}{error.hint}"
+    warn(f"{program}: error: {message}")
+    _exit(message, codes.of_error(error.exit_code), _KINDS[error.exit_code], as_json=as_json)
+
+
+def _exit(message: str, code: int, kind: str, *, as_json: bool) -> NoReturn:
+    if as_json:
+        put_error(message, code, kind)
+    raise SystemExit(code)
+
+
+def put_error(message: str, code: int, kind: str) -> None:
+    """Print an error as JSON; dropped if it cannot be written."""
+    with suppress(ConversionError):
+        put_json({"error": {"kind": kind, "message": message, "exit_code": code}})
 
 
 def put(text: str) -> None:
@@ -113,11 +140,11 @@ def warn(text: str) -> None:
 
 
 def say(args: argparse.Namespace, line: str) -> None:
-    """Print a line of a result unless --quiet; a warning is always printed, on standard error."""
+    """Print a line of a result unless --quiet. A warning is always printed, on standard error, where with --json all lines go."""
     if line.startswith("warning"):
         warn(line)
     elif not getattr(args, "quiet", False):
-        put(line)
+        (warn if getattr(args, "json", False) else put)(line)
 
 
 def report(args: argparse.Namespace, line: str) -> None:

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from ..basics.dtypes import dtype_named
+from ..basics.exit_codes import EXIT_CODES
 from ..conversion.progress import make_progress
 from ..conversion.run import convert
 from ..families.scope import family_of
@@ -17,9 +18,9 @@ from .plugins import add_common_arguments
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run a conversion; exits with 0 only if the output is complete."""
+    """Run a conversion; exits with a code of its row in `EXIT_CODES`, 0 only if the output is complete."""
     prepare_process()
-    with exit_on_error("convert_mlm_to_hf_checkpoint"):
+    with exit_on_error("convert_mlm_to_hf_checkpoint", EXIT_CODES["convert_mlm_to_hf_checkpoint.py"]):
         args = _parser().parse_args(sys.argv[1:] if argv is None else argv)
         dtype = dtype_named(args.target_params_dtype) if args.target_params_dtype else None
         with family_of(args.family_file):
@@ -35,6 +36,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="convert_mlm_to_hf_checkpoint.py",
         description="Convert a Megatron-LM checkpoint, torch or torch_dist, of any parallel sizes to Hugging Face format.",
+        epilog=str(EXIT_CODES["convert_mlm_to_hf_checkpoint.py"]),
         allow_abbrev=False,
         conflict_handler="resolve",
     )

@@ -18,6 +18,7 @@ from contextlib import suppress
 from typing import Any
 
 from ..basics.errors import ConversionError, UsageError
+from ..basics.exit_codes import EXIT_CODES
 from ..formats.queue.channel import check_exit
 from ..formats.queue.messages import DONE
 from .console import exit_on_error, prepare_process
@@ -34,9 +35,9 @@ _GRACE = 5.0
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run a conversion; exits with 0 only if the saver has completed its output."""
+    """Run a conversion; exits with a code of its row in `EXIT_CODES`, 0 only if the saver has completed its output."""
     prepare_process()
-    with exit_on_error("convert"):
+    with exit_on_error("convert", EXIT_CODES["convert.py"]):
         _main(sys.argv[1:] if argv is None else argv)
 
 
@@ -92,7 +93,8 @@ def _base_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="convert.py",
         description="Convert a model between Hugging Face and Megatron-LM: a loader reads it, a saver writes it.",
-        epilog="Options of a loader and a saver are shown with --help and --loader NAME --saver NAME.",
+        epilog="Options of a loader and a saver are shown with --help and --loader NAME --saver NAME. "
+        f"{EXIT_CODES['convert.py']}",
         allow_abbrev=False,
         conflict_handler="resolve",
     )

@@ -7,16 +7,18 @@ import logging
 import sys
 from collections.abc import Sequence
 
+from ..basics.exit_codes import EXIT_CODES
 from ..conversion.progress import make_progress
 from ..tensor_parallel.converting import DIRECTORY, FILE, Wishes, to_hf
 from ..tensor_parallel.numbers import Numbers
 from ..tensor_parallel.presets import LLAMA, MINICPM, PRESETS, Preset
 from .console import exit_on_error, prepare_process, report, warn
 from .options.shared import add_shared
-from .options.values import comma_separated, positive
+from .options.values import comma_separated, patterns, positive
 
 #: What the direct converter takes where nothing else says a number.
 _DIRECT = Preset(80, 8, 4, 8, 64)
+_PROG = "python -m megatron_converters.tp_pp_converter"
 _DIRECT_PROG = "ckpt_to_hf_minicpm_with_tp_pp.py"
 _NUMBERS = {
     "num_layer": "Layers",
@@ -30,7 +32,7 @@ _NUMBERS = {
 def main(argv: Sequence[str] | None = None) -> None:
     """Run `python -m megatron_converters.tp_pp_converter`; exits with 0 only if the output is complete."""
     parser = _parser(
-        "python -m megatron_converters.tp_pp_converter",
+        _PROG,
         "Convert a checkpoint of MiniCPM or Llama, with or without args, of any tensor- and pipeline-parallel sizes.",
     )
     sizes = "; ".join(f"{name}: {', '.join(presets)}" for name, presets in PRESETS.items())
@@ -57,7 +59,8 @@ def main_direct(argv: Sequence[str] | None = None) -> None:
 
 
 def _parser(prog: str, description: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=prog, description=description, allow_abbrev=False)
+    epilog = str(EXIT_CODES[prog])
+    parser = argparse.ArgumentParser(prog=prog, description=description, epilog=epilog, allow_abbrev=False)
     parser.add_argument(
         "--in_dir", metavar="DIR", required=True, help="Checkpoint: a root, or the folder of mp_rank_*."
     )
@@ -86,6 +89,13 @@ def _parser(prog: str, description: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--dtype", choices=["bf16", "fp16", "fp32"], default=None, help="Type to write; the checkpoint's by default."
     )
+    parser.add_argument(
+        "--ignore_tensors",
+        metavar="PATTERN,…",
+        action="append",
+        default=None,
+        help="Leave out tensors of these names (* and ? as in a shell), which the model must not need.",
+    )
     parser.add_argument("--verbose", action="store_true", help="Show each step, and each number with what says it.")
     add_shared(parser, "--overwrite", "--restart", "--quiet")
     parser.set_defaults(preset=None, preset_name="")
@@ -94,10 +104,10 @@ def _parser(prog: str, description: str) -> argparse.ArgumentParser:
 
 def _run(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     prepare_process()
-    args = parser.parse_args(argv)
-    if args.verbose:
-        logging.basicConfig(level=logging.DEBUG, format="%(message)s")
-    with exit_on_error(parser.prog):
+    with exit_on_error(parser.prog, EXIT_CODES[parser.prog]):
+        args = parser.parse_args(argv)
+        if args.verbose:
+            logging.basicConfig(level=logging.DEBUG, format="%(message)s")
         wishes = Wishes(
             Numbers(*(getattr(args, name) for name in _NUMBERS)),
             args.model_type,
@@ -111,6 +121,7 @@ def _run(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
             args.true_vocab_size,
             restart=args.restart,
             ignore_config_fields=comma_separated(args.ignore_config_fields),
+            ignore_tensors=patterns(args.ignore_tensors),
         )
         result = to_hf(args.in_dir, args.save_path, wishes, make_progress(args.quiet))
         for line in result.notes:

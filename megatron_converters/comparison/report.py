@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from ..conversion.endpoint import Source
 from ..formats.reading import ReadOptions, open_source, refuse_unused
 from .manifest_check import Checked
-from .tensors import Compared, Comparison
+from .tensors import Compared, Comparison, Rules
 
 #: Tensors that one line lists by name at most.
 _MAX_NAMES = 3
@@ -64,13 +64,17 @@ def _rank(tensor: Compared) -> tuple[float, int]:
     return (-tensor.measure.relative, -tensor.measure.differing) if tensor.measure is not None else (0.0, 0)
 
 
-def verification_json(pair: Pair, comparison: Comparison) -> dict[str, Any]:
+def verification_json(pair: Pair, comparison: Comparison, rules: Rules) -> dict[str, Any]:
     """Report of `verify A B`."""
     return {
         "equal": comparison.equal,
         **_pair_json(pair),
         "tensors": len(comparison.tensors),
         "bytes": comparison.nbytes,
+        "tolerance": rules.tolerance,
+        "ignore_dtype": rules.ignore_dtype,
+        "as_cast": rules.as_cast,
+        "casts": comparison.casts,
         "padding rows not compared": dict(zip("ab", comparison.padding, strict=True)),
         "spec": comparison.spec,
         "different": [tensor.to_json() for tensor in comparison.different],
@@ -109,8 +113,14 @@ def check_json(checked: Checked) -> dict[str, Any]:
     }
 
 
-def _pair_json(pair: Pair) -> dict[str, dict[str, str]]:
+def _pair_json(pair: Pair) -> dict[str, dict[str, Any]]:
     return {
-        name: {"path": source.origin.described, "format": found}
+        name: {
+            "path": source.origin.described,
+            "format": found,
+            "family": source.spec.family,
+            "notes": source.origin.notes,
+            "left_out": source.origin.ignored,
+        }
         for name, found, source in zip("ab", pair.formats, pair.sources, strict=True)
     }

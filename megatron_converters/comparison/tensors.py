@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -18,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..basics.dtypes import BY_NAME, DType, values
-from ..basics.errors import ConversionError
+from ..basics.errors import ConversionError, UsageError
 from ..basics.json_values import differences
 from ..conversion.composing import Mask, Piece, Planner, Sources
 from ..conversion.copying import default_lanes
@@ -42,12 +43,21 @@ class Rules:
     """Rules for what counts as different: other bits, or values more than `tolerance` apart if that is above 0.
 
     Tensors of two dtypes are compared as float32 (float64 if either is); two dtypes are themselves a difference unless
-    `ignore_dtype`. `norms` computes the norms of all tensors, which takes longer.
+    `ignore_dtype`. With `as_cast` they are compared as a cast from A to B makes them: A is rounded to B's dtype, as a conversion
+    does, and must then have B's bits. `norms` computes the norms of all tensors, which takes longer.
     """
 
     tolerance: float = 0.0
     ignore_dtype: bool = False
     norms: bool = False
+    as_cast: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse rules that exclude each other."""
+        if self.as_cast and (self.tolerance or self.ignore_dtype):
+            raise UsageError(
+                "--as-cast compares bits, once A is rounded to B's dtypes; leave out --tolerance and --ignore-dtype, or --as-cast"
+            )
 
 
 @dataclass(frozen=True)
@@ -67,11 +77,15 @@ class Finding:
 
 @dataclass(frozen=True)
 class Compared:
-    """Tensor of either model and its differences. `measure` is None where only one side has it or the shapes differ."""
+    """Tensor of either model and its differences. `measure` is None where only one side has it or the shapes differ.
+
+    `cast` names the dtypes of both sides where they differ, such as "float32 to bfloat16".
+    """
 
     ref: Ref
     findings: tuple[Finding, ...]
     measure: Measure | None = None
+    cast: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """JSON values."""
@@ -111,6 +125,18 @@ class Comparison:
     def equal(self) -> bool:
         """Whether nothing differs."""
         return not self.spec and not self.different
+
+    @property
+    def casts(self) -> dict[str, int]:
+        """Number of tensors of two dtypes, by these."""
+        return dict(Counter(tensor.cast for tensor in self.tensors if tensor.cast is not None))
+
+    @property
+    def only_casts(self) -> bool:
+        """Whether a cast may explain all differences: they are in elements of tensors that have one shape and two dtypes."""
+        kinds = {found.kind for tensor in self.different for found in tensor.findings}
+        cast = all(tensor.cast is not None and tensor.measure is not None for tensor in self.different)
+        return not self.spec and bool(kinds) and cast and kinds <= {"dtype", "values"}
 
 
 def compare(one: Source, other: Source, rules: Rules, progress: Progress) -> Comparison:
@@ -184,17 +210,19 @@ class _Comparer:
         read = {name: side.read(ref) for name, side, own in zip(NAMES, self.sides, known, strict=True) if ref in own}
         faults = {name: self._fault(ref, name, sources) for name, sources in read.items()}
         findings = [fault for fault in faults.values() if fault is not None]
-        measure = None
+        measure = cast = None
         if len(read) == 1:
             findings.append(Finding("only one", f"only {next(iter(read))} has it"))
         elif not findings:
-            findings, measure = self._compare_sides(ref, read[NAMES[0]], read[NAMES[1]])
+            findings, measure = self._compare_sides(ref, *(read[name] for name in NAMES))
+            one, other = (read[name].dtype for name in NAMES)
+            cast = None if one == other else f"{one} to {other}"
         for name, sources in read.items():
             for replica in sources.replicas if faults[name] is None else ():
                 labels = (name, f"{name}, copy")
                 found, _ = self._compare_pieces("copy", labels, replica.rows, replica.col, sources.pieces, (replica,))
                 findings += found
-        return Compared(ref, tuple(findings), measure)
+        return Compared(ref, tuple(findings), measure, cast)
 
     def _fault(self, ref: Ref, name: str, sources: Sources) -> Finding | None:
         """Reason why the pieces of one side do not make up a tensor; None if they do."""
@@ -229,19 +257,25 @@ class _Comparer:
         col: int,
         left: Sequence[Piece],
         right: Sequence[Piece],
-    ) -> tuple[list[Finding], Measure]:
+    ) -> tuple[list[Finding], Measure | None]:
         """Compare two sets of pieces over `rows` of the slot, from column `col` to the end of the last piece.
 
         Elements that are stored after a computation are compared as the right side stores them, since that is what a conversion
-        to there writes; or as the left side does, where fewer differ.
+        to there writes; or as the left side does, where fewer differ. The measure is None where the left side cannot be cast.
         """
         cols = max(piece.col + piece.cols for piece in right) - col
         dtypes = left[0].data.dtype, right[0].data.dtype
         # For a copy, count only its own bytes: the pieces it is compared with are counted in the comparison of both sides.
         itemsize = sum(dtype.itemsize for dtype in (dtypes if kind == "values" else dtypes[1:]))
-        pair = _Pair((left, right), rows, col, cols, _common_dtype(*dtypes), kind)
+        as_cast = self.rules.as_cast and kind == "values" and dtypes[0] != dtypes[1]
+        pair = _Pair((left, right), rows, col, cols, dtypes[1] if as_cast else _common_dtype(*dtypes), kind)
         as_right, as_left = _stored_as(right, rows), _stored_as(left, rows)
-        tally = self._tally(pair, as_right, lambda count: self.progress(count * itemsize))
+        try:
+            tally = self._tally(pair, as_right, lambda count: self.progress(count * itemsize))
+        except ConversionError as error:
+            if not as_cast:
+                raise
+            return [Finding("range", f"{labels[0]} cannot be cast to {dtypes[1]}: {error}")], None
         if tally.differing and as_left.value != as_right.value:
             with suppress(ConversionError):  # values that a conversion to the left would refuse
                 other = self._tally(pair, as_left, lambda _: None)
@@ -250,11 +284,23 @@ class _Comparer:
         sides = zip(labels, (left, right), strict=True)
         measure = tally.measure(() if first is None else (_place(label, pieces, *first) for label, pieces in sides))
         findings = []
-        if dtypes[0] != dtypes[1] and not self.rules.ignore_dtype:
+        if dtypes[0] != dtypes[1] and not (as_cast or self.rules.ignore_dtype):
             findings.append(Finding("dtype", f"{labels[0]} is {dtypes[0]}, {labels[1]} is {dtypes[1]}"))
-        if measure.differing:
+        if measure.differing and as_cast and self._is_cast_of_right(pair._replace(dtype=dtypes[0]), as_left):
+            findings.append(
+                Finding("reversed", f"A is B rounded to {dtypes[0]}, and B is not A as {dtypes[1]}; give B first")
+            )
+        elif measure.differing:
             findings.append(Finding(kind, _finding_text(kind, labels[0], right[0], measure), measure))
         return findings, measure
+
+    def _is_cast_of_right(self, pair: _Pair, as_left: _StoredAs) -> bool:
+        """Whether the right side, rounded to the left one's dtype, which `pair` has, is the left side."""
+        if pair.dtype.itemsize > pair.sides[1][0].data.dtype.itemsize:
+            return False  # a wider left side that the right one makes up would have been equal the other way round, too
+        with suppress(ConversionError):  # values beyond the range of the left side
+            return not self._tally(pair, as_left, lambda _: None).differing
+        return False
 
     def _tally(self, pair: _Pair, stored: _StoredAs, progress: Callable[[int], None]) -> Tally:
         """Count the differences between both sides in values as `stored`; `progress` is told the elements compared of each."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import timedelta
 from typing import NamedTuple
 
@@ -39,6 +40,14 @@ def _process(environment: Mapping[str, str]) -> _Process | None:
                 raise UsageError(f"{rank}={process.rank} must be below {size}={process.size}; unset both to run alone")
             return process
     return None
+
+
+def is_first_process() -> bool:
+    """Whether this process is the first of those that torchrun or srun started, or the only one."""
+    with suppress(UsageError):
+        process = _process(os.environ)
+        return process is None or process.rank == 0
+    return True
 
 
 def crew_of_environment() -> Crew:

@@ -40,7 +40,8 @@ class ReadOptions:
     arguments are inherited, `family_file` a YAML file with a family of the user's own, and `capacity_bins` requests
     capacity_bins.pt. Of MindSpore's weights, `mf_mlp_layout` and `mf_qkv_layout` are the orders of rows, `mf_version` is the
     release of MindSpore Transformers that wrote them, `mf_config` its YAML, and `typed` has properties of the model that nothing
-    else says.
+    else says. Of every format, `ignore_tensors` are patterns (`*`, `?`) of names of tensors that are left out, such as
+    "v_head.*"; one that the model needs is then missing.
     """
 
     format: str | None = None
@@ -61,6 +62,7 @@ class ReadOptions:
     mf_version: str | None = None
     mf_config: str | os.PathLike[str] | None = None
     typed: Mapping[str, Any] = field(default_factory=dict)
+    ignore_tensors: tuple[str, ...] = ()
 
 
 #: Options that take everything from the folder itself.
@@ -130,6 +132,7 @@ def _open_hf(path: Path, options: ReadOptions) -> Source:
             ignored_config=options.ignore_config_fields,
             untie=options.untie,
             without_mtp=options.without_mtp,
+            ignored_tensors=options.ignore_tensors,
         ),
         path.parent if path.is_file() else path,
         options,
@@ -137,7 +140,12 @@ def _open_hf(path: Path, options: ReadOptions) -> Source:
 
 
 def _open_meta(folder: Path, options: ReadOptions) -> Source:
-    return _checked(MetaSource(existing_folder(folder), options.ignore_config_fields), folder, options)
+    source = MetaSource(
+        existing_folder(folder),
+        ignored_params=options.ignore_config_fields,
+        ignored_tensors=options.ignore_tensors,
+    )
+    return _checked(source, folder, options)
 
 
 def _open_megatron(folder: Path, options: ReadOptions) -> Source:
@@ -152,6 +160,7 @@ def _open_megatron(folder: Path, options: ReadOptions) -> Source:
             missing_args=options.missing_args,
             families=options.families,
             ignored_config=options.ignore_config_fields,
+            ignore_tensors=options.ignore_tensors,
         ),
     )
 
@@ -167,7 +176,8 @@ def _open_mindspore(path: Path, options: ReadOptions) -> Source:
             _reference(options),
             options.true_vocab_size,
             options.typed,
-            options.ignore_config_fields,
+            ignored_config=options.ignore_config_fields,
+            ignore_tensors=options.ignore_tensors,
         ),
     )
 

@@ -64,7 +64,8 @@ class MegatronModel:
         recorded = (options.hf_config, options.true_vocab_size, getattr(source.origin.margs, "vocab_size", None))
         self.padding_known = any(value is not None for value in recorded)
         self._source = source
-        self._checkpoint = _checkpoint(source, path, checkpoint_directory(path, options.directory_name))
+        found = _checkpoint(source, path, checkpoint_directory(path, options.directory_name))
+        self._checkpoint = dataclasses.replace(found, ignored=options.ignore_tensors)
         parallel = self._checkpoint.parallel
         self.processes = parallel.pp * _stage_ranks(parallel)
         if self.processes > _MAX_PROCESSES:

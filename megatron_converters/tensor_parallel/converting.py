@@ -55,6 +55,7 @@ class Wishes:
     restart: bool = False
     #: Unknown fields of the reference's config.json that do not matter.
     ignore_config_fields: tuple[str, ...] = ()
+    ignore_tensors: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.format not in (FILE, DIRECTORY):
@@ -110,7 +111,11 @@ def to_megatron(
         MEGATRON,
         wishes.dtype,
         wishes.overwrite,
-        ReadOptions(hf_config=wishes.hf_config, ignore_config_fields=wishes.ignore_config_fields),
+        ReadOptions(
+            hf_config=wishes.hf_config,
+            ignore_config_fields=wishes.ignore_config_fields,
+            ignore_tensors=wishes.ignore_tensors,
+        ),
         MegatronOptions(tp=tp, pp=pp, impl=wishes.transformer_impl, allow_inexpressible=True, mup=wishes.mup),
     ).open()
     spec = job.source.spec
@@ -166,6 +171,7 @@ def _reading(found: Detected, model: Recognised, wishes: Wishes) -> tuple[ReadOp
         hf_config=wishes.hf_config,
         true_vocab_size=wishes.true_vocab_size,
         ignore_config_fields=wishes.ignore_config_fields,
+        ignore_tensors=wishes.ignore_tensors,
     )
     if _has_metadata(found):
         return read, []

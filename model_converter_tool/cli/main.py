@@ -9,6 +9,7 @@ import types
 from collections.abc import Sequence
 
 from megatron_converters import __version__
+from megatron_converters.basics.exit_codes import EXIT_CODES
 from megatron_converters.cli.console import exit_on_error, prepare_process
 
 from ..debug import show_steps
@@ -26,7 +27,7 @@ _PROG = "modelconvert"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run a command; exits with its code: 0 done, 1 failed, 2 wrong usage."""
+    """Run a command; exits with a code of its row in `EXIT_CODES`."""
     prepare_process()
     with exit_on_error(_PROG):
         arguments = list(sys.argv[1:] if argv is None else argv)
@@ -41,14 +42,15 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
         prog=_PROG,
         description="Convert language models between Hugging Face and Megatron-LM, on a CPU.",
         epilog=f"`{_PROG} COMMAND --help` shows a command's options. MODELCONVERT_DEBUG=1 shows each step. "
-        "Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted.",
+        f"{EXIT_CODES[_PROG]}",
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"{_PROG} {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (operands, line) in COMMANDS.items():
         usage = " ".join(filter(None, (_PROG, name, operands, "[options]")))
-        sub = commands.add_parser(name, help=line, description=line, usage=usage, allow_abbrev=False)
+        epilog = str(EXIT_CODES[f"{_PROG} {name}"])
+        sub = commands.add_parser(name, help=line, description=line, usage=usage, epilog=epilog, allow_abbrev=False)
         if name in arguments:
             _module(name).add_arguments(sub)
             sub.add_argument(

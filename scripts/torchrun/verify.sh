@@ -4,7 +4,7 @@
 #   scripts/torchrun/verify.sh SRC DST     do both hold the same model, bit for bit?
 #   scripts/torchrun/verify.sh DST         are the output's files unchanged since they were written? (checksums, no source needed)
 #
-# Exits with 0 if everything is equal, else lists the differences and exits with 1.
+# Exits with 0 if everything is equal, with 1 if something differs, which it lists, and with 2 if it could not compare.
 set -euo pipefail
 
 PYTHON="${PYTHON:-python}"                                    # in an environment with numpy, safetensors and torch

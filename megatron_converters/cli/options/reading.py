@@ -14,7 +14,7 @@ from ...formats.detect import FORMATS, HF, MEGATRON
 from ...formats.mindspore.typed import TYPED, Typed
 from ...formats.reading import Opened, ReadOptions, open_source, refuse_unread_fields, refuse_unused
 from .shared import add_argument, add_shared
-from .values import comma_separated, positive
+from .values import comma_separated, patterns, positive
 
 #: Families that a stock --model-size name may mean, by how it begins.
 _MODEL_SIZES = {
@@ -28,10 +28,10 @@ _MODEL_SIZES = {
 }
 _OF_CHECKPOINTS = (
     *("--ckpt-dir-name", "--hf-config", "--ignore-config-fields"),
-    *("--true-vocab-size", "--without-mtp", "--mup"),
+    *("--true-vocab-size", "--without-mtp", "--mup", "--ignore-tensors"),
 )
-_OF_MINDSPORE = ("--mf-mlp-layout", "--mf-qkv-layout", "--mf-version", "--mf-config")
-_OF_FOLDERS = ("--untie", "--ignore-config-fields", "--without-mtp")
+_OF_MINDSPORE = ("--mf-mlp-layout", "--mf-qkv-layout", "--mf-version", "--mf-config", "--ignore-tensors")
+_OF_FOLDERS = ("--untie", "--ignore-config-fields", "--without-mtp", "--ignore-tensors")
 
 
 def read_options(args: argparse.Namespace, source_format: str | None = None) -> ReadOptions:
@@ -48,6 +48,7 @@ def read_options(args: argparse.Namespace, source_format: str | None = None) -> 
         untie=bool(given("untie")),
         ignore_config_fields=comma_separated(given("ignore_config_fields")),
         without_mtp=bool(given("without_mtp")),
+        ignore_tensors=patterns(given("ignore_tensors")),
         mup=given("mup"),
         mf_mlp_layout=given("mf_mlp_layout"),
         mf_qkv_layout=given("mf_qkv_layout"),

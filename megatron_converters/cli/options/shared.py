@@ -54,6 +54,13 @@ _DECLARED: dict[str, dict[str, Any]] = {
         help="Comma-separated unknown fields to ignore, of config.json (also that of --hf-config) or Meta's params.json; KEY.FIELD "
         "names one within another.",
     ),
+    "--ignore-tensors": dict(
+        metavar="PATTERN,…",
+        action="append",
+        default=None,
+        help="Leave out tensors of these names (* and ? as in a shell, such as 'v_head.*'), which the model must not need; can be "
+        "given several times.",
+    ),
     "--source-margs-file": dict(
         metavar="FILE",
         default=None,
@@ -104,7 +111,9 @@ _DECLARED: dict[str, dict[str, Any]] = {
         "on unless use_contiguous_weight_layout_attention is true), or all queries come first, then all keys, then all values "
         "(contiguous). Written grouped by default.",
     ),
-    "--json": dict(action="store_true", help="Print one JSON object instead of text."),
+    "--json": dict(
+        action="store_true", help="Print one JSON object instead of text, also for an error (docs/json.md)."
+    ),
     "--allow-inexpressible": dict(
         action="store_true",
         help="Go on although Megatron-LM's arguments cannot express all of the model; warns what it will not compute.",

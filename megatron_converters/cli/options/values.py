@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections.abc import Iterable
 
 from ...basics.errors import UsageError
 
@@ -23,6 +24,11 @@ def byte_size(text: str) -> int:
 def comma_separated(text: str | None) -> tuple[str, ...]:
     """Names in a text with commas between them; none of None."""
     return tuple(name for name in (text or "").split(",") if name)
+
+
+def patterns(given: Iterable[str] | None) -> tuple[str, ...]:
+    """Patterns of names of tensors, from options that each have one or several, with commas between them."""
+    return tuple(pattern for text in given or () for pattern in comma_separated(text))
 
 
 def positive(text: str) -> int:

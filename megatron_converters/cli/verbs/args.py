@@ -16,8 +16,7 @@ from ..options.shared import add_shared
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's options."""
     parser.add_argument("folder", metavar="X", help="Folder to look at; its format is recognised.")
-    parser.add_argument("--json", action="store_true", help="Print one JSON object: flags as words, arguments, notes.")
-    add_shared(parser, "--allow-inexpressible")
+    add_shared(parser, "--json", "--allow-inexpressible")
     add_reading_arguments(parser)
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import time
 
-from ...basics.errors import UsageError
+from ...basics.errors import ConversionError, UsageError
 from ...conversion import crew_local
 from ...conversion.crew import ALONE, Crew
 from ...conversion.crew_cluster import crew_of_environment
@@ -12,7 +13,8 @@ from ...conversion.progress import Progress, Silent, make_progress
 from ...conversion.run import convert
 from ...families.scope import family_of
 from ...formats.queue.channel import WatchedProgress
-from ..console import report
+from ...request import Job
+from ..console import put_json, report
 from ..options.shared import add_shared
 from ..options.values import positive
 from .job import add_job_arguments, request_of
@@ -28,34 +30,48 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=1,
         help="Processes on this machine. On several, start the same command under torchrun or srun instead.",
     )
-    add_shared(parser, "--restart", "--quiet")
+    add_shared(parser, "--restart", "--quiet", "--json")
 
 
 def run(args: argparse.Namespace) -> int:
     """Convert; 0 if the output is complete."""
+    begun = time.monotonic()
     crew = crew_of_environment()
     if args.workers > 1 and crew.size > 1:
         raise UsageError("--workers is for one machine; under torchrun or srun, let them start more processes")
     try:
-        lines = (
+        job, lines = (
             crew_local.run(args.workers, work, args, lambda led: work(led, args))
             if args.workers > 1
             else work(crew, args)
         )
     finally:
         crew.close()
-    for line in lines if crew.rank == 0 else []:
-        report(args, line)
+    if crew.rank == 0:
+        for line in lines:
+            report(args, line)
+        if args.json:
+            _put_result(job, lines, time.monotonic() - begun)
     return 0
 
 
-def work(crew: Crew, args: argparse.Namespace) -> list[str]:
-    """Do one process's part; returns lines for the user."""
+def _put_result(job: Job, lines: list[str], seconds: float) -> None:
+    from ...api import result_of  # which imports all that looks and compares, too
+
+    try:
+        put_json(result_of(job, lines, seconds).to_json())
+    except ConversionError as error:
+        error.hint = "; the output is complete all the same"
+        raise
+
+
+def work(crew: Crew, args: argparse.Namespace) -> tuple[Job, list[str]]:
+    """Do one process's part; returns the conversion, and lines for the user."""
     with family_of(args.family_file):  # which another process does not have yet
         return _work(crew, args)
 
 
-def _work(crew: Crew, args: argparse.Namespace) -> list[str]:
+def _work(crew: Crew, args: argparse.Namespace) -> tuple[Job, list[str]]:
     job = request_of(args).open()
     if crew.rank == 0:
         origin, spec = job.source.origin, job.source.spec
@@ -71,4 +87,4 @@ def _work(crew: Crew, args: argparse.Namespace) -> list[str]:
     if crew.rank == 0:
         share = f" (the share of process 0 of {crew.size})" if crew.size > 1 else ""
         progress = make_progress(args.quiet, f"copying{share}", f"copied{share}")
-    return convert(job.source, job.target, job.dtype, progress, restart=args.restart, crew=crew)
+    return job, convert(job.source, job.target, job.dtype, progress, restart=args.restart, crew=crew)

@@ -31,7 +31,9 @@ _LOGITS = {
     "length": (128, "Tokens of each sequence"),
 }
 #: Options, as attributes, that only a comparison of tensors heeds.
-_OF_TENSORS = ("ignore_dtype", "source_format", "b_format", "untie", "source_margs_file")
+_OF_TENSORS = ("ignore_dtype", "as_cast", "source_format", "b_format", "untie", "source_margs_file")
+#: Options of reading that a manifest does not heed.
+_OF_SOURCES = ("family_file", "ignore_tensors", "ignore_config_fields")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,6 +50,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--ignore-dtype", action="store_true", help="Take tensors of different dtypes for equal if their values are."
+    )
+    parser.add_argument(
+        "--as-cast",
+        action="store_true",
+        help="Where dtypes differ, round A to B's dtype, as a conversion with --dtype does; bits must then be equal.",
     )
     parser.add_argument(
         "--limit",
@@ -71,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
     if args.b is None:
         _refuse(
             args,
-            ("logits", "tolerance", *_LOGITS, *_OF_TENSORS, "ignore_config_fields", "family_file"),
+            ("logits", "tolerance", *_LOGITS, *_OF_TENSORS, *_OF_SOURCES),
             "compares two folders; a manifest is compared byte by byte",
         )
         return _verify_output(args)
@@ -95,7 +102,7 @@ def _verify_logits(args: argparse.Namespace) -> int:
     from ...logits import compare_logits
     from ...logits.compare import TOLERANCE
 
-    reference = existing_folder(args.hf_config) if args.hf_config is not None else None
+    read, reference = read_options(args), existing_folder(args.hf_config) if args.hf_config is not None else None
     report = compare_logits(
         existing_folder(args.a),
         existing_folder(args.b),
@@ -108,7 +115,8 @@ def _verify_logits(args: argparse.Namespace) -> int:
             args.ckpt_dir_name,
             reference,
             args.true_vocab_size,
-            ignored_config=read_options(args).ignore_config_fields,
+            ignored_config=read.ignore_config_fields,
+            ignore_tensors=read.ignore_tensors,
         ),
     )
     if args.json:
@@ -119,15 +127,17 @@ def _verify_logits(args: argparse.Namespace) -> int:
 
 
 def _verify_pair(args: argparse.Namespace) -> int:
+    rules = Rules(tolerance=args.tolerance or 0.0, ignore_dtype=args.ignore_dtype, as_cast=args.as_cast)
     pair = pair_of(args)
-    rules = Rules(tolerance=args.tolerance or 0.0, ignore_dtype=args.ignore_dtype)
     begun = time.monotonic()
     comparison = compare(*pair.sources, rules, make_progress(args.quiet, "comparing", "compared"))
     if args.json:
-        put_json(verification_json(pair, comparison))
+        put_json(verification_json(pair, comparison, rules))
     else:
         _say_all(args, list(findings(comparison)), "different: ")
-        say(args, _pair_summary(comparison, time.monotonic() - begun))
+        say(args, _pair_summary(comparison, rules, time.monotonic() - begun))
+        if comparison.only_casts and not rules.as_cast:
+            say(args, "only dtypes differ, as after a cast; --as-cast tells whether B is A rounded to B's dtypes")
     return 0 if comparison.equal else 1
 
 
@@ -143,8 +153,10 @@ def _verify_output(args: argparse.Namespace) -> int:
     return 1 if checked.faults else 0
 
 
-def _pair_summary(comparison: Comparison, seconds: float) -> str:
-    what = f"{count(len(comparison.tensors), 'tensor')}, {_rate(comparison.nbytes, seconds)}"
+def _pair_summary(comparison: Comparison, rules: Rules, seconds: float) -> str:
+    casts = ", ".join(f"{number} cast from {cast}" for cast, number in comparison.casts.items() if rules.as_cast)
+    tensors = f"{count(len(comparison.tensors), 'tensor')}{f' ({casts})' if casts else ''}"
+    what = f"{tensors}, {_rate(comparison.nbytes, seconds)}"
     padded = ", ".join(f"{rows} of {name}" for name, rows in zip("AB", comparison.padding, strict=True) if rows)
     beside = f"; rows of vocabulary padding not compared: {padded}" if padded else ""
     if comparison.equal:

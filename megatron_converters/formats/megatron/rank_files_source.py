@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,14 +11,16 @@ from ...assets.capacity_bins import CAPACITY_BINS, from_rank_files
 from ...basics.dtypes import DType
 from ...basics.errors import ConversionError
 from ...conversion.composing import Piece, Sources, StoredName
-from ...conversion.endpoint import first_dtype
+from ...conversion.endpoint import dtype_notes, first_dtype, main_dtype
+from ...conversion.left_out import LeftOut
 from ...conversion.matching import Matcher
+from ...conversion.zero_bias import without_absent
 from ...model.slots import Ref, Shard, refs
 from ...sharding.placement import Placement, Share
 from ...sharding.ranks import Rank, parallel_for
 from ...storage.tensor import StoredTensor, contiguous_strides
 from .conventions import CUT_DOWN_PROJECTIONS, conventions_of
-from .names import EMBEDDINGS, EXTRA_STATE_SUFFIX, keys
+from .names import EMBEDDINGS, EXTRA_STATE_SUFFIX, OUTPUT_BIAS, keys
 from .rank_files import STACKED_SUFFIXES, RankFiles, read_rank_files
 from .reading import (
     AS_STORED,
@@ -38,11 +41,19 @@ class RankFilesSource:
     """Checkpoint in files of ranks, with every rank and tensor checked against its args by name and shape."""
 
     def __init__(self, files: RankFiles, options: MegatronReadOptions) -> None:
-        self._dir, self._ranks, args = files.folder, files.ranks, files.args
+        self._dir, args = files.folder, files.args
+        self._left_out = LeftOut(options.ignore_tensors)
+        self._ranks = {
+            rank: dataclasses.replace(file, tensors=self._left_out.kept(file.tensors))
+            for rank, file in files.ranks.items()
+        }
         self.parallel = files.parallel
         self._embeddings = self.parallel.prefix(0) + EMBEDDINGS
         padded = self._padded_vocab()
         spec, notes = spec_and_notes(args, padded, self._embedding_dtype(), options)
+        biased = any(key.endswith(OUTPUT_BIAS) for file in self._ranks.values() for key in file.tensors)
+        spec, bias_notes = without_absent(spec, stored=biased)
+        notes += bias_notes
         self.spec = spec
         self.conventions = conventions_of(vars(args), spec, options.mup)
         notes += self._check(padded)
@@ -50,8 +61,9 @@ class RankFilesSource:
         self.parallel = parallel_for(spec, sizes.tp, sizes.pp, sizes.split, sizes.ep, sizes.etp)
         self._padded = padded
         self._pieces, self._replicas = self._match()
+        spec = self.spec = dataclasses.replace(spec, dtype=main_dtype(spec, self.dtype_of))
         self.spec, left_out_notes = without_prediction(spec, options)
-        notes += padding_note(padded, spec) + left_out_notes
+        notes += padding_note(padded, spec) + left_out_notes + self._left_out.notes + dtype_notes(spec, self.dtype_of)
         if files.left_out:
             notes.append(
                 f"left out of the conversion: {', '.join(sorted(files.left_out))} (optimizer and training state)"
@@ -66,6 +78,7 @@ class RankFilesSource:
             parallel=self.parallel,
             mup=self.conventions.mup,
             notes=notes,
+            ignored=self._left_out.ignored,
             capacity_bins=from_rank_files(
                 str(self._dir), self.parallel, {rank: file.tensors for rank, file in self._ranks.items()}
             ),
@@ -111,7 +124,7 @@ class RankFilesSource:
             (rank, key) for rank, key in stored if key.endswith(EXTRA_STATE_SUFFIX) or CAPACITY_BINS.fullmatch(key)
         }
         heading = f"{self._dir}: the tensors do not match the model that the args describe:"
-        matcher = Matcher(stored, ignored, heading, "the args require", self._shown)
+        matcher = Matcher(stored, ignored, heading, "the args require", self._shown, left_out=self._left_out)
         pieces: dict[Ref, tuple[Piece, ...]] = {}
         replicas: dict[Ref, tuple[Piece, ...]] = {}
         placement = Placement(self.spec, self.parallel, self._padded, self._cuts(stored))

@@ -61,6 +61,8 @@ class MegatronReadOptions:
     mup: str | None = None
     #: Unknown fields of the reference's config.json that do not matter.
     ignored_config: tuple[str, ...] = ()
+    #: Patterns of names of tensors that are left out.
+    ignore_tensors: tuple[str, ...] = ()
 
 
 #: Options that take everything from the checkpoint itself.

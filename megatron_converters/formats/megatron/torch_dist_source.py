@@ -8,6 +8,7 @@ their own too. Gate lies above up in the whole tensor, not in each rank's part.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import itertools
 import os
 import re
@@ -23,7 +24,10 @@ from ...basics.dtypes import DType
 from ...basics.errors import ConversionError
 from ...basics.json_files import read_json
 from ...conversion.composing import Piece, Sources, StoredName
+from ...conversion.endpoint import dtype_notes, main_dtype
+from ...conversion.left_out import LeftOut
 from ...conversion.matching import Matcher
+from ...conversion.zero_bias import without_absent
 from ...model.layers import Layer
 from ...model.layouts import RowMap, interned
 from ...model.slots import DECODER, Ref, Slot, refs
@@ -40,6 +44,7 @@ from .names import (
     EMBEDDINGS,
     EXTRA_STATE_SUFFIX,
     GATE_AND_UP,
+    OUTPUT_BIAS,
     name_of,
     split_parts,
 )
@@ -110,7 +115,9 @@ class TorchDistSource:
     def __init__(self, load_dir: Path, options: MegatronReadOptions = AS_STORED) -> None:
         self._dir = checkpoint_directory(load_dir, options.directory_name)
         _check_format(self._dir)
-        self._index = dcp.read_index(self._dir)
+        self._left_out = LeftOut(options.ignore_tensors)
+        index = dcp.read_index(self._dir)
+        self._index = dataclasses.replace(index, tensors=self._left_out.kept(index.tensors))
         common, common_file = _read_common(self._dir, self._index)
         args = _args_of(common, common_file, options)
         embeddings = self._embeddings()
@@ -120,9 +127,13 @@ class TorchDistSource:
         #: Megatron-LM's own description of how it named the keys (0.13 on); empty if there is none.
         self.content: dict[str, Any] = content if isinstance(content, dict) else {}
         self.spec, notes = spec_and_notes(args, self.padded, embeddings.dtype, options)
+        biased = any(key.endswith(OUTPUT_BIAS) for key in self._index.tensors)
+        self.spec, bias_notes = without_absent(self.spec, stored=biased)
         self.conventions = conventions_of(vars(args), self.spec, options.mup)
         self._slices = self._match()
         self._chunks: dict[str, _Chunks] = {}
+        self.spec = dataclasses.replace(self.spec, dtype=main_dtype(self.spec, self.dtype_of))
+        notes += [*bias_notes, *self._left_out.notes, *dtype_notes(self.spec, self.dtype_of)]
         self.spec, left_out_notes = without_prediction(self.spec, options)
         parallel, size_notes = _recorded_sizes(args, self.spec, self._dir)
         notes += [
@@ -142,7 +153,10 @@ class TorchDistSource:
             parallel=parallel,
             mup=self.conventions.mup,
             notes=notes,
-            ignored=[f"{key} (training state)" for key in self._index.tensors if _TRAINING_KEY.match(key)],
+            ignored=[
+                *(f"{key} (training state)" for key in self._index.tensors if _TRAINING_KEY.match(key)),
+                *self._left_out.ignored,
+            ],
         )
 
     @property
@@ -182,7 +196,7 @@ class TorchDistSource:
     def _match(self) -> dict[Ref, tuple[_Slice, ...]]:
         """Match tensors with refs; returns the slices of every ref. Missing, extra and misshapen tensors are raised together."""
         heading = f"{self._dir}: the tensors do not match the model that the args describe:"
-        matcher = Matcher(self.weights, (), heading, "the args require")
+        matcher = Matcher(self.weights, (), heading, "the args require", left_out=self._left_out)
         slices: dict[Ref, tuple[_Slice, ...]] = {}
         for ref in refs(self.spec):
             choices = [choice for choice in _choices(ref, self.spec) if any(self._has(part) for part in choice)]

@@ -24,12 +24,13 @@ from ...assets.training_args import inheritable, margs_to_json
 from ...basics.dtypes import DType, dtype_named
 from ...basics.errors import ConversionError, UsageError, raise_all
 from ...basics.quantities import count
+from ...conversion.endpoint import main_dtype
 from ...conversion.journal import MANIFEST
 from ...conversion.outline import Fill, Outline
 from ...conversion.staging import Staging
 from ...families import FAMILIES
 from ...model.layers import is_whole
-from ...model.slots import SLOTS, Precision, Ref
+from ...model.slots import Precision, Ref
 from ...model.spec import ModelSpec
 from ...sharding.ranks import Parallel, kept_etp, padded_vocab, parallel_for
 from ...sharding.stages import EVEN, PipelineSplit
@@ -61,7 +62,6 @@ FAMILY_FILE = "hf_family_file"
 FLAGS_FILE = "pretrain_gpt_flags.txt"
 DEFAULT_DIVISOR = 128
 _CHECKPOINT_VERSION = 3.0
-_EMBEDDINGS = "word_embeddings"
 #: What a user should know of where multipliers are, by the value of `--mup`.
 _MUP_REMARKS: Mapping[str | None, tuple[str, ...]] = {
     None: (),
@@ -126,7 +126,7 @@ class CheckpointTarget(ABC):
         reasons = inexpressible(self._conventions.spec)
         lacking = check_expressible(reasons, allowed=self._options.allow_inexpressible)
         self._warnings = [*_MUP_REMARKS[self._conventions.mup], *lacking]
-        self._spec = dataclasses.replace(spec, dtype=dtype_of(Ref(SLOTS[_EMBEDDINGS])))
+        self._spec = dataclasses.replace(spec, dtype=main_dtype(spec, dtype_of))
         self._origin = origin
         self._source_dtype = dtype_of
         self._warnings += rounding_warnings(self._spec, dtype_of)
