@@ -100,7 +100,7 @@ def test_a_model_of_args_alone_is_not_the_bidirectional_reference(tmp_path: Path
     succeeded(verb("convert", hf, tmp_path / "meg"))
     other = configure(shutil.copytree(hf, tmp_path / "other"), is_causal=False)
     run = succeeded(verb("convert", tmp_path / "meg", tmp_path / "back", "--hf-config", other))
-    assert f"taken from {other}: causal: False, not True of the args" in run.out
+    assert f"taken from {other}: causal: False, not True of the args" in run.out + run.err
     run = verb("verify", hf, other)
     assert (run.code, "different: causal: A has True, B has False" in run.out) == (1, True)
 

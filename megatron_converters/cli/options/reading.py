@@ -27,8 +27,15 @@ _MODEL_SIZES = {
     "qwen3": "qwen3",
 }
 _OF_CHECKPOINTS = (
-    *("--ckpt-dir-name", "--hf-config", "--ignore-config-fields"),
-    *("--true-vocab-size", "--without-mtp", "--mup", "--ignore-tensors"),
+    *(
+        "--ckpt-dir-name",
+        "--hf-config",
+        "--ignore-config-fields",
+        "--prefer-args",
+        "--true-vocab-size",
+        "--without-mtp",
+    ),
+    *("--mup", "--trained-by", "--ignore-args", "--ignore-tensors"),
 )
 _OF_MINDSPORE = ("--mf-mlp-layout", "--mf-qkv-layout", "--mf-version", "--mf-config", "--ignore-tensors")
 _OF_FOLDERS = ("--untie", "--ignore-config-fields", "--without-mtp", "--ignore-tensors")
@@ -47,6 +54,9 @@ def read_options(args: argparse.Namespace, source_format: str | None = None) -> 
         true_vocab_size=given("true_vocab_size"),
         untie=bool(given("untie")),
         ignore_config_fields=comma_separated(given("ignore_config_fields")),
+        trained_by=given("trained_by"),
+        prefer_args=bool(given("prefer_args")),
+        ignore_args=comma_separated(given("ignore_args")),
         without_mtp=bool(given("without_mtp")),
         ignore_tensors=patterns(given("ignore_tensors")),
         mup=given("mup"),

@@ -17,7 +17,7 @@ from ...comparison.manifest_check import Checked, check_output, find_output
 from ...comparison.report import check_json, findings, verification_json
 from ...comparison.tensors import Comparison, Rules, compare
 from ...conversion.progress import make_progress
-from ...formats.megatron.reading import MegatronReadOptions
+from ...formats.reading import megatron_options
 from ..console import put_json, say
 from ..options.reading import read_options
 from ..options.values import natural
@@ -102,7 +102,6 @@ def _verify_logits(args: argparse.Namespace) -> int:
     from ...logits import compare_logits
     from ...logits.compare import TOLERANCE
 
-    read, reference = read_options(args), existing_folder(args.hf_config) if args.hf_config is not None else None
     report = compare_logits(
         existing_folder(args.a),
         existing_folder(args.b),
@@ -111,13 +110,7 @@ def _verify_logits(args: argparse.Namespace) -> int:
             for name, (default, _) in _LOGITS.items()
         },
         tolerance=TOLERANCE if args.tolerance is None else args.tolerance,
-        options=MegatronReadOptions(
-            args.ckpt_dir_name,
-            reference,
-            args.true_vocab_size,
-            ignored_config=read.ignore_config_fields,
-            ignore_tensors=read.ignore_tensors,
-        ),
+        options=megatron_options(read_options(args)),
     )
     if args.json:
         put_json({"equal": report.ok, **dataclasses.asdict(report)})
