@@ -14,7 +14,7 @@ import pytest
 from megatron_converters.assets.tokenizer import write_tokenizer
 from megatron_converters.cli import queue_convert
 from megatron_converters.cli.options.reading import open_hf_source
-from tests.helpers import args_of, convert, convert_back, refused, run_here, succeeded, tp_pp_converter, verb
+from tests.helpers import args_of, convert, convert_back, refused, succeeded, tp_pp_converter, verb
 
 HFModel = Callable[..., Path]
 MARGS = "source_megatron_args.json"
@@ -112,7 +112,7 @@ def test_arguments_of_the_model_itself_are_silent(small: Path, tmp_path: Path) -
     ("size", "warned"), [("llama3-70B", True), ("llama2-7Bf", True), ("llama3", False), ("llama-0.00006B", False)]
 )
 def test_a_model_of_another_size(small: Path, tmp_path: Path, size: str, warned: bool) -> None:
-    run = succeeded(convert_here("--load-dir", small, "--save-dir", tmp_path / "out", "--model-size", size))
+    run = succeeded(convert("--load-dir", small, "--save-dir", tmp_path / "out", "--model-size", size))
     assert (f"warning: --model-size {size} is not this model, which has" in run.err) == warned
 
 
@@ -140,14 +140,9 @@ def test_a_vocabulary_that_is_not_there(small: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["/no/such", "gone/tokenizer.model", "gone/tokenizer.json", "~nobody/else/at all"])
 def test_a_tokenizer_that_is_nowhere_is_refused_at_once(small: Path, tmp_path: Path, name: str) -> None:
-    run = convert_here("--load-dir", small, "--save-dir", tmp_path / "out", "--tokenizer-model", name)
+    run = convert("--load-dir", small, "--save-dir", tmp_path / "out", "--tokenizer-model", name)
     refused(run, f"--tokenizer-model {name} does not exist", code=2)
     assert "loading" not in run.out and not (tmp_path / "out").exists()
-
-
-def convert_here(*options: object):
-    """`convert.py` with its main process here; the saver is forked."""
-    return run_here(queue_convert.main, (*options, "--start-method", "fork"))
 
 
 # --- --hf-config that was given already

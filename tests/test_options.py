@@ -8,7 +8,6 @@ import re
 import shlex
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -17,13 +16,9 @@ from megatron_converters.cli.main import VERBS, verb_parser
 from megatron_converters.cli.options.groups import GROUPS, REST
 from megatron_converters.cli.parser import Parser
 from model_converter_tool.cli import main as modelconvert
-from tests.helpers import Run, convert_back, refused, run_here, succeeded, tp_pp_converter, verb
+from tests.helpers import Run, convert, convert_back, refused, run_here, succeeded, tp_pp_converter, verb
 
 HFModel = Callable[..., Path]
-
-
-def convert_script(*options: Any) -> Run:
-    return run_here(queue_convert.main, options)
 
 
 def parsers() -> dict[str, Parser]:
@@ -81,11 +76,11 @@ def test_a_typo_is_named_with_what_is_meant(words: tuple[str, ...], expected: li
 @pytest.mark.parametrize(
     ("command", "words", "expected"),
     [
-        (convert_script, ("--lod-dir", "a", "--save-dir", "b"), "no option --lod-dir; did you mean --load-dir"),
-        (convert_script, ("--loader", "llama_mistrl"), "no loader 'llama_mistrl'; ours are llama_mistral"),
-        (convert_script, ("--saver", "mcoer"), "did you mean mcore"),
-        (convert_script, ("--load-dir", "a", "--save-dir", "b", "--dry-run"), "`megatron-converters plan SRC DST` says"),
-        (convert_script, ("--load-dir", "a", "--save-dir", "b", "--target-tensor-size", "2"), "--target-tensor-parallel-size"),
+        (convert, ("--lod-dir", "a", "--save-dir", "b"), "no option --lod-dir; did you mean --load-dir"),
+        (convert, ("--loader", "llama_mistrl"), "no loader 'llama_mistrl'; ours are llama_mistral"),
+        (convert, ("--saver", "mcoer"), "did you mean mcore"),
+        (convert, ("--load-dir", "a", "--save-dir", "b", "--dry-run"), "`megatron-converters plan SRC DST` says"),
+        (convert, ("--load-dir", "a", "--save-dir", "b", "--target-tensor-size", "2"), "--target-tensor-parallel-size"),
         (convert_back, ("--load-pth", "a", "--save-path", "b"), "no option --load-pth; did you mean --load-path"),
         (convert_back, ("--load-path", "a", "--save-path", "b", "--target-params-dtype", "fp61"), "did you mean fp16"),
         (tp_pp_converter, ("--in_dir", "a", "--save_pth", "b"), "no option --save_pth; did you mean --save_path"),
@@ -148,7 +143,7 @@ def test_two_names_with_two_values_are_refused(words: str) -> None:
 
 @pytest.mark.parametrize("words", ["--bf16 --dtype fp32", "--bf16 --fp16", "--fp16 --target-params-dtype bf16"])
 def test_a_loader_refuses_two_types(words: str, hf_model: HFModel, tmp_path: Path) -> None:
-    run = convert_script("--load-dir", hf_model("llama2"), "--save-dir", tmp_path / "out", *words.split())
+    run = convert("--load-dir", hf_model("llama2"), "--save-dir", tmp_path / "out", *words.split())
     refused(run, "exclude each other", code=2)
     assert not list(tmp_path.rglob("*.pt"))
 
