@@ -357,7 +357,10 @@ def page_of(capsys: pytest.CaptureFixture[str], folder: Path, to: Path) -> str:
 
 
 def svgs(page: str) -> list[ElementTree.Element]:
-    return [ElementTree.fromstring(svg) for svg in re.findall(r'<svg class="map".*?</svg>', page, re.DOTALL)]
+    return [
+        ElementTree.fromstring(svg)
+        for svg in re.findall(r'<svg class="map" viewBox="0 0 1080 .*?</svg>', page, re.DOTALL)
+    ]
 
 
 def bars(picture: ElementTree.Element) -> list[ElementTree.Element]:

@@ -140,6 +140,15 @@ def test_what_is_not_equal_is_not_folded(tmp_path: Path) -> None:
     assert '<svg class="map"' in text
 
 
+def test_the_width_of_a_bar_is_the_number_of_equal_ranks(tmp_path: Path) -> None:
+    text = page(surveyed(sparse_megatron(tiny_spec(num_layers=8), tmp_path / "meg", tp=2, pp=4)))
+    chart = ElementTree.fromstring(re.findall(r'<svg class="map".*?</svg>', text, re.DOTALL)[0])
+    bars = [group for group in chart.iter("g") if group.get("class") == "cell"]
+    widths = [float(bar.find("rect").get("width")) for bar in bars]
+    assert len(widths) == 3
+    assert widths[1] == pytest.approx(2 * widths[0], rel=0.02) == pytest.approx(2 * widths[2], rel=0.02)
+
+
 def test_files_of_a_published_size_fold_to_a_pattern(tmp_path: Path) -> None:
     found = surveyed(sparse_hf(PUBLISHED["Llama-3.1-405B"], tmp_path / "hf", max_shard_size=4_800_000_000))
     (panel,) = fold_of(found).panels
@@ -234,6 +243,11 @@ def test_every_bar_can_have_the_focus_and_has_a_name(tmp_path: Path) -> None:
     pictures = [ElementTree.fromstring(svg) for svg in re.findall(r'<svg class="map".*?</svg>', text, re.DOTALL)]
     names = []
     for picture in pictures:
+        left, top, width, height = map(float, picture.get("viewBox").split())
+        assert (left, top, width) == (0, 0, 1080) and height < 400
+        for bar in picture.iter("rect"):
+            assert 0 <= float(bar.get("x")) <= float(bar.get("x")) + float(bar.get("width")) <= width + 0.1
+            assert 0 <= float(bar.get("y")) <= float(bar.get("y")) + float(bar.get("height")) <= height
         assert picture.get("role") == "group"  # an image's parts would be hidden from screen readers
         named = {group.find("title").text for group in picture.iter("g") if group.get("tabindex") == "0"}
         drawn = [group for group in picture.iter("g") if group.get("aria-hidden") is None]

@@ -32,9 +32,12 @@ class _Run(NamedTuple):
 
 
 def folded(found: Survey, full: Grid) -> Grid | None:
-    """Map with equal files drawn once; None where that would have more than half the cells of the full one."""
+    """Map with equal files drawn once; None where that would have more than half the cells of the full one.
+
+    None also where most files differ and belong to no ranks: which layers each has then tells more.
+    """
     groups = _groups(found)
-    if len(groups) > _MAX_COLUMNS:
+    if len(groups) > _MAX_COLUMNS or (found.cut is None and 1 < len(found.by_file) < 2 * len(groups)):
         return None
     folded_rows = _runs(groups, _layers_at(found))
     drawn = sum(run.rows[0] in group.rows for run in folded_rows for group in groups)

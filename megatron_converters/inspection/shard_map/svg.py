@@ -59,6 +59,7 @@ def totals_svg(grid: Grid, name: str, width: float = FULL_WIDTH) -> str:
     files = sum(column.times for columns in stages.values() for column in columns)
     gap = min(10.0, 240.0 / len(stages))
     pitch = (width - _GUTTER - gap * (len(stages) - 1)) / files
+    is_folded = any(column.times > 1 for columns in stages.values() for column in columns)
     most = max(column.nbytes for columns in stages.values() for column in columns)
     labels = [
         _text(_GUTTER - 8, _CHART_BASE - _CHART_HEIGHT + 8, size(most), "axis end"),
@@ -74,7 +75,8 @@ def totals_svg(grid: Grid, name: str, width: float = FULL_WIDTH) -> str:
             labels.append(_text(left + stage_width / 2, _CHART_BASE + 18, label, "axis middle"))
         for column in columns:
             room = pitch * column.times
-            bars.append(_stacked_bar(column, left, pitch, _CHART_HEIGHT / most if most else 0.0))
+            bar = max(room - 2, 0.8 * room) if is_folded else min(room * (0.8 if room > 4 else 1.0), 90.0)
+            bars.append(_stacked_bar(column, left + room / 2, bar, _CHART_HEIGHT / most if most else 0.0))
             if len(stages) == 1 and room >= _LABEL_WIDTH:
                 label = _fitting(room, column.name, column.label)
                 labels.append(_text(left + room / 2, _CHART_BASE + 18, label, "axis middle"))
@@ -90,13 +92,11 @@ def _fitting(room: float, long: str, short: str) -> str:
     return long if len(long) <= most else short if len(short) <= most else f"{short[: most - 1]}…"
 
 
-def _stacked_bar(column: Column, left: float, pitch: float, scale: float) -> str:
-    room = pitch * column.times
-    width = min(pitch * 0.8, 90.0) if column.times == 1 and pitch > 4 else max(room - 2, 0.8 * room)
+def _stacked_bar(column: Column, middle: float, width: float, scale: float) -> str:
     bars, bottom = [], _CHART_BASE
     for segment in column.kinds:
         bottom -= segment.nbytes * scale
-        bars.append(_rect(segment.kind, left + (room - width) / 2, bottom, width, segment.nbytes * scale))
+        bars.append(_rect(segment.kind, middle - width / 2, bottom, width, segment.nbytes * scale))
     each = " each" if column.times > 1 else ""
     sizes = (f"{kind}: {size(nbytes)}" for kind, nbytes in column.kinds)
     lines = [f"{column.name}, {size(column.nbytes)}{each}", *sizes]
