@@ -42,6 +42,14 @@ def text(value: Any) -> str:
     return str(os.fspath(value))
 
 
+def texts(value: Any) -> list[str]:
+    """List of texts, or a text with commas between them."""
+    found = value.split(",") if isinstance(value, str) else value
+    if not isinstance(found, (list, tuple)) or not found or not all(isinstance(each, str) and each for each in found):
+        raise ValueError("is neither a text nor a list of texts")
+    return list(found)
+
+
 def switch(value: Any) -> bool:
     """True or false."""
     if not isinstance(value, bool):

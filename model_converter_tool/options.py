@@ -42,6 +42,11 @@ OPTIONS = {
         "flags|fold|raw",
         "How a checkpoint holds a model's multipliers: as flags, folded into weights, or with weights unscaled.",
     ),
+    "ignore_tensors": Option(
+        kinds.texts,
+        "PATTERN,…",
+        "Leave out tensors of these names (* and ? as in a shell), which the model must not need.",
+    ),
     "tp": Option(kinds.at_least(1), "N", "Tensor-parallel size; with a size, the ranks are written.", MEGATRON),
     "pp": Option(kinds.at_least(1), "N", "Pipeline-parallel size.", MEGATRON),
     "ep": Option(kinds.at_least(1), "N", "Expert-parallel size.", MEGATRON),

@@ -147,6 +147,30 @@ def test_half_precision_is_exported_bit_for_bit(half: Path) -> None:
     assert different(exported(bridge, model), hf_tensors(half)) == []
 
 
+@pytest.fixture
+def zero_bias(hf_model: HFModel, tmp_path: Path) -> Path:
+    """Llama whose output biases are 0."""
+    folder = shutil.copytree(hf_model("llama2", attention_bias=True, num_hidden_layers=2), tmp_path / "hf")
+    tensors = {name: tensor * (not name.endswith("o_proj.bias")) for name, tensor in hf_tensors(folder).items()}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+@live
+def test_output_biases_that_are_0_are_none_in_megatron_and_come_back(zero_bias: Path, tmp_path: Path) -> None:
+    odd = shutil.copytree(zero_bias, tmp_path / "odd")
+    wrapped = {f"_orig_mod.{name}": tensor for name, tensor in hf_tensors(zero_bias).items()}
+    save_file(wrapped, odd / "model.safetensors", {"format": "pt"})
+    bridge, model = built(odd)
+    agree(model, zero_bias)
+    with pytest.raises(ConversionError, match=r"cannot be exported from it:\n.*o_proj\.bias"):
+        exported(bridge, model)
+    bridge.save_hf_pretrained(model, tmp_path / "back")
+    found = hf_tensors(tmp_path / "back")
+    assert found.keys() == hf_tensors(zero_bias).keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in hf_tensors(zero_bias).items())
+
+
 @live
 def test_models_that_megatron_s_local_layers_cannot_be(impossible: tuple[Path, str]) -> None:
     folder, text = impossible

@@ -299,7 +299,7 @@ def test_each_tensor_keeps_its_dtype(hf_model: HFModel, tmp_path: Path) -> None:
     args = args_of(tmp_path / "round-meg")
     assert (args.params_dtype, args.bf16) == (torch.bfloat16, True)
     run = succeeded(convert("--load-dir", source, "--save-dir", tmp_path / "again"))
-    assert "final_norm (float32) differ from the embeddings' dtype, bfloat16" in run.err
+    assert "final_norm (float32) differ from the model's dtype, bfloat16" in run.err
 
 
 @pytest.mark.parametrize(

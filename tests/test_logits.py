@@ -17,6 +17,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from megatron_converters.basics.errors import ConversionError, UsageError
 from megatron_converters.basics.json_files import read_json
@@ -33,7 +34,7 @@ from megatron_converters.logits.pool import Pool
 from megatron_converters.sharding.ranks import parallel_for
 from tests import pool_jobs
 from tests.conversions import hf_to_megatron
-from tests.helpers import ROOT, finished, start
+from tests.helpers import ROOT, edit_rank, finished, rank_content, start
 from tests.logits_processes import PRELOADED
 from tests.oracle import by_hand
 from tests.oracle.args import megatron_args
@@ -194,6 +195,19 @@ def test_a_folder_that_transformers_does_not_load_is_refused(llama: Path, tmp_pa
     (broken / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
     with pytest.raises(ConversionError, match=r"transformers does not load(.|\n)*missing keys: model\.layers\.2\."):
         logits_of(broken, TOKENS.numpy())
+
+
+def test_tensors_that_are_left_out_are_not_asked_of_either_side(llama: Path, tmp_path: Path) -> None:
+    """A value head, which neither transformers' class nor megatron-core's has."""
+    source = shutil.copytree(llama, tmp_path / "hf")
+    head = {"v_head.weight": torch.zeros(1, 32)}
+    meg = hf_to_megatron(source, tmp_path / "meg")
+    save_file({**load_file(source / "model.safetensors"), **head}, source / "model.safetensors", {"format": "pt"})
+    edit_rank(meg, "mp_rank_00", model={**rank_content(meg)["model"], **head})
+    with pytest.raises(ConversionError, match=r"v_head\.weight"):
+        compare_logits(source, meg, length=8, batch=1)
+    ignored = MegatronReadOptions(ignore_tensors=("v_head.*",))
+    assert compare_logits(source, meg, length=8, batch=1, options=ignored).ok
 
 
 def test_packages_that_are_missing_are_named(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

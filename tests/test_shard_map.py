@@ -321,6 +321,7 @@ def test_plan_writes_a_page_with_both_maps_and_nothing_else(
     with pytest.raises(SystemExit) as exit_:
         cli.main(argv)
     assert exit_.value.code == 0
+    assert f"wrote the page {tmp_path / 'page.html'}" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["page.html"]
     text = (tmp_path / "page.html").read_text()
     assert "(planned; nothing is written)" in text

@@ -32,15 +32,18 @@ class AutoBridge(Checkpoints, Publishing, Unsupported):
         self.hf_pretrained = hf_pretrained
 
     @classmethod
-    def from_hf_pretrained(cls, path: str | os.PathLike[str], **options: Any) -> AutoBridge:
+    def from_hf_pretrained(
+        cls, path: str | os.PathLike[str], *, ignore_tensors: Sequence[str] = (), **options: Any
+    ) -> AutoBridge:
         """Bridge of a local folder, or of a model on the Hub, whose weights are downloaded when they are needed.
 
         `options` are those of transformers' `from_pretrained`: `torch_dtype` (or `dtype`) casts; `revision`, `token`, `cache_dir`
         concern the Hub; those on how transformers would hold or run a model are named in one warning; code of the model is never
-        run, whatever `trust_remote_code` says. Raises `UnsupportedModel`, a `ValueError`, with the models that are supported.
+        run, whatever `trust_remote_code` says. `ignore_tensors` are patterns of names, such as "v_head.*", of tensors that the
+        model does not need. Raises `UnsupportedModel`, a `ValueError`, with the models that are supported.
         """
         known, dtype = loading_options(options)
-        return cls(Pretrained.at(Location(os.fspath(path), **known), dtype))
+        return cls(Pretrained.at(Location(os.fspath(path), **known), dtype, ignored_tensors=ignore_tensors))
 
     @classmethod
     def from_hf_config(cls, config: Any) -> AutoBridge:

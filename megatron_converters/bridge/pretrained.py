@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,21 +80,32 @@ class Pretrained:
         location: Location | None,
         dtype: DType | None = None,
         beside: Location | None = None,
+        ignored_tensors: Sequence[str] = (),
     ) -> None:
+        self._ignored_tensors = tuple(ignored_tensors)
         self.config, self.location, self._beside = dict(config), location, beside
         self.dtype = dtype
         self._spec = spec_from_config(self.config)
         self._source: HFSource | None = None
 
     @classmethod
-    def at(cls, location: Location, dtype: DType | None = None, *, config_only: bool = False) -> Pretrained:
+    def at(
+        cls,
+        location: Location,
+        dtype: DType | None = None,
+        *,
+        config_only: bool = False,
+        ignored_tensors: Sequence[str] = (),
+    ) -> Pretrained:
         """Model at a location. A local folder is opened, unless `config_only`; of one on the Hub only config.json is downloaded.
+
+        `ignored_tensors` are patterns of names of tensors that are left out.
 
         Raises `UnsupportedModel`, with the supported models, for one that is none of these or cannot be reached.
         """
         try:
             folder = location.folder(config_only=True)
-            found = cls(read_json(folder / _CONFIG), location, dtype)
+            found = cls(read_json(folder / _CONFIG), location, dtype, ignored_tensors=ignored_tensors)
             if not config_only and Path(location.name).is_dir():
                 found.source()
         except ConversionError as error:
@@ -136,7 +147,7 @@ class Pretrained:
                     "this bridge was made of a configuration, which has no weights; make it with from_hf_pretrained, or give "
                     "hf_path"
                 )
-            self._source = HFSource(self.location.folder(config_only=False))
+            self._source = HFSource(self.location.folder(config_only=False), ignored_tensors=self._ignored_tensors)
             for note in self._source.origin.notes:
                 LOG.info(note)
         return self._source

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ..basics.errors import UsageError
 from ..conversion.staging import write_text
+from .console import warn
 
 
 def page_path(given: str | None) -> Path | None:
@@ -20,8 +21,9 @@ def page_path(given: str | None) -> Path | None:
 
 
 def write_page(path: Path, page: str) -> None:
-    """Write the page. A link and a device, such as /dev/stdout, stay what they are."""
+    """Write the page, and say so. A link and a device, such as /dev/stdout, stay what they are."""
     if not path.is_symlink() and (path.is_file() or not path.exists()):
         write_text(path, page)
     else:
         path.write_text(page, encoding="utf-8")
+    warn(f"wrote the page {path}")  # standard output has the result, which may be JSON

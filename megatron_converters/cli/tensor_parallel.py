@@ -14,7 +14,7 @@ from ..tensor_parallel.numbers import Numbers
 from ..tensor_parallel.presets import LLAMA, MINICPM, PRESETS, Preset
 from .console import exit_on_error, prepare_process, report, warn
 from .options.shared import add_shared
-from .options.values import positive
+from .options.values import patterns, positive
 
 #: What the direct converter takes where nothing else says a number.
 _DIRECT = Preset(80, 8, 4, 8, 64)
@@ -83,6 +83,13 @@ def _parser(prog: str, description: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--dtype", choices=["bf16", "fp16", "fp32"], default=None, help="Type to write; the checkpoint's by default."
     )
+    parser.add_argument(
+        "--ignore_tensors",
+        metavar="PATTERN,…",
+        action="append",
+        default=None,
+        help="Leave out tensors of these names (* and ? as in a shell), which the model must not need.",
+    )
     parser.add_argument("--verbose", action="store_true", help="Show each step, and each number with what says it.")
     add_shared(parser, "--overwrite", "--restart", "--quiet")
     parser.set_defaults(preset=None, preset_name="")
@@ -107,6 +114,7 @@ def _run(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
             args.overwrite,
             args.true_vocab_size,
             restart=args.restart,
+            ignore_tensors=patterns(args.ignore_tensors),
         )
         result = to_hf(args.in_dir, args.save_path, wishes, make_progress(args.quiet))
         for line in result.notes:

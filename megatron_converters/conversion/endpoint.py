@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Protocol
@@ -9,7 +11,7 @@ from typing import Protocol
 from ..assets.origin import Origin
 from ..basics.dtypes import DType
 from ..basics.errors import ConversionError
-from ..model.slots import Precision, Ref
+from ..model.slots import Precision, Ref, refs
 from ..model.spec import ModelSpec
 from .composing import Piece, Sources
 from .outline import Fill, Outline
@@ -98,6 +100,34 @@ def wanted_dtype(source: Source, override: DType | None) -> Callable[[Ref], DTyp
         return stored if override is None or kept else override
 
     return dtype_of
+
+
+def main_dtype(spec: ModelSpec, dtype_of: Callable[[Ref], DType]) -> DType:
+    """Dtype of a model whose tensors are of several: that of most bytes, `spec.dtype` where that is one of two as large.
+
+    Slots with a precision of their own, such as routers, do not count.
+    """
+    nbytes: Counter[DType] = Counter()
+    for ref in refs(spec):
+        if ref.slot.precision is Precision.MODEL:
+            dtype = dtype_of(ref)
+            nbytes[dtype] += math.prod(ref.shape(spec)) * dtype.itemsize
+    return max(nbytes, key=lambda dtype: (nbytes[dtype], dtype == spec.dtype))
+
+
+def dtype_notes(spec: ModelSpec, dtype_of: Callable[[Ref], DType]) -> list[str]:
+    """Note on slots whose dtype is not `spec.dtype`, that of most bytes."""
+    others = {
+        ref.slot.name: dtype
+        for ref in refs(spec)
+        if ref.slot.precision is Precision.MODEL and (dtype := dtype_of(ref)) != spec.dtype
+    }
+    if not others:
+        return []
+    named = ", ".join(f"{name} {dtype}" for name, dtype in others.items())
+    return [
+        f"tensors are of several dtypes: the model is taken for {spec.dtype}, which most bytes are; stored otherwise: {named}"
+    ]
 
 
 def first_dtype(pieces: tuple[Piece, ...]) -> DType:

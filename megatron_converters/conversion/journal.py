@@ -28,7 +28,7 @@ from ..basics.quantities import count
 from ..model.layouts import RowMap
 from ..model.slots import Ref
 from ..storage.checksum import digest
-from ..storage.tensor import StoredTensor
+from ..storage.tensor import MemoryTensor, StoredTensor
 from .composing import Gather
 from .computing import Computation
 from .outline import Fill, Outline
@@ -117,9 +117,10 @@ class Provenance:
             with self._lock:
                 self._lost.setdefault(fill.file, Counter())[fill.name] += count
 
-    def add_given(self, file: str, name: str, data: StoredTensor) -> None:
-        """Add a small tensor that belongs to no slot and is copied as it is."""
-        entry = {"holds": [], "from": {data.path: "all"}, "dtype": str(data.dtype)}
+    def add_given(self, file: str, name: str, data: StoredTensor | MemoryTensor) -> None:
+        """Add a small tensor that belongs to no slot: one that is copied as it is, or one in memory, which the target made up."""
+        origin = {data.path: "all"} if isinstance(data, StoredTensor) else {}
+        entry = {"holds": [], "from": origin, "dtype": str(data.dtype)}
         self._files.setdefault(file, {})[name] = entry
 
     def take(self, file: str) -> Entries:

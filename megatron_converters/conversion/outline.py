@@ -14,7 +14,7 @@ from ..model.layouts import RowMap
 from ..model.values import Affine
 from ..storage.checksum import digest
 from ..storage.output_file import FileLayout
-from ..storage.tensor import StoredTensor
+from ..storage.tensor import MemoryTensor, StoredTensor
 
 
 class Fill(NamedTuple):
@@ -42,14 +42,14 @@ class Fill(NamedTuple):
 class Outline:
     """Files of a target, by path within the output folder `name`, and the options that decided them.
 
-    `extra_tensors` has, by file and name, small tensors that belong to no slot and are copied unchanged. `content` has what the
+    `extra_tensors` has, by file and name, small tensors that belong to no slot and are written as they are. `content` has what the
     files hold besides tensors, as JSON values. `notes` say what the user should know of how the model is written.
     """
 
     name: str
     files: Mapping[str, FileLayout]
     options: Mapping[str, Any]
-    extra_tensors: Mapping[str, Mapping[str, StoredTensor]] = field(default_factory=dict)
+    extra_tensors: Mapping[str, Mapping[str, StoredTensor | MemoryTensor]] = field(default_factory=dict)
     content: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 

@@ -19,8 +19,8 @@ class Family:
 
     `mtp_layer` is the beginning of names in layers of multi-token prediction, in place of `layer`; `{beyond}` stands for the
     number of such a layer counted after the model's, `{layer}` for one from 0. `replicas` are further names of slots that such
-    layers repeat. Where no name of a file has `optional_prefix`, all names are without it. `aliases` are further values of
-    `model_type` in config.json.
+    layers repeat. `optional_prefix` is the base model's prefix where files are published without it. `aliases` are further
+    values of `model_type` in config.json.
     """
 
     name: str
@@ -37,6 +37,14 @@ class Family:
     remarks: Mapping[str, str] = field(default_factory=dict)
     #: Suffixes of names of tensors that files may hold although they are not weights.
     ignored_suffixes: tuple[str, ...] = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached")
+
+    @property
+    def base_prefix(self) -> str:
+        """What names of the base model begin with, which transformers finds without it, too; empty if nothing."""
+        first = f"{self.layer.partition('.')[0]}."
+        embeddings = self.tensors.get("word_embeddings")
+        begins = embeddings is not None and embeddings.names[0].startswith(first)
+        return self.optional_prefix or (first if begins else "")
 
     def __post_init__(self) -> None:
         """Refuse a table that names an unknown slot or a name without its placeholder."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from ..basics.errors import UsageError
 from ..conversion.staging import unfinished_in
 from ..storage import marks
-from .megatron.reading import listing
+from .megatron.locating import is_one_rank, is_part, listing, look_inside
 from .mindspore.files import is_mindspore
 
 HF, META, MEGATRON, MINDSPORE = "hf", "meta", "megatron", "mindspore"
@@ -23,6 +23,8 @@ _PATTERNS = {
 #: The same of the format that a look into files tells, for messages.
 _MARKS = {MINDSPORE: (*marks.MINDSPORE, "rank_*", "*.ckpt")}
 FORMATS = (*_PATTERNS, MINDSPORE)
+#: Weights of a whole model as Mistral's own programs have them. Its repositories hold them beside those of transformers.
+_CONSOLIDATED = "consolidated*.safetensors"
 
 
 def format_of(path: Path) -> str:
@@ -30,11 +32,17 @@ def format_of(path: Path) -> str:
     if is_mindspore(path):
         return MINDSPORE
     if path.is_file():
+        if fnmatch.fnmatch(path.name, _CONSOLIDATED):
+            raise UsageError(
+                f"{path} is of Mistral's own format, which needs params.json, too; give its folder {path.parent}"
+            )
         return WEIGHTS
     names = [entry.name for entry in listing(path)]
     found = [
         name for name, patterns in _PATTERNS.items() if any(fnmatch.filter(names, pattern) for pattern in patterns)
     ]
+    if found == [HF] and _is_consolidated(names):
+        return META
     if len(found) == 1:
         return found[0]
     if found:
@@ -42,5 +50,22 @@ def format_of(path: Path) -> str:
     unfinished = unfinished_in(path)
     if unfinished is not None:
         raise UsageError(f"{path} {unfinished}")
+    if is_one_rank(path):
+        raise UsageError(f"{path} is the folder of one rank; give that of the checkpoint, {path.absolute().parent}")
+    if is_part(path):
+        return MEGATRON
+    foreign = marks.foreign(names)
+    if foreign:
+        raise UsageError(f"{path} is {foreign}")
+    inside = look_inside(path)
+    if inside:
+        raise UsageError(f"{path} is no model itself; {inside}")
     expected = "; ".join(f"{name}: {', '.join(patterns)}" for name, patterns in {**_PATTERNS, **_MARKS}.items())
     raise UsageError(f"{path} is of no known format; a folder needs one of {expected}")
+
+
+def _is_consolidated(names: list[str]) -> bool:
+    """Whether a folder has Mistral's own weights alone, which params.json describes."""
+    weights = [name for pattern in ("*.safetensors", "pytorch_model*.bin") for name in fnmatch.filter(names, pattern)]
+    own = bool(weights) and all(fnmatch.fnmatch(name, _CONSOLIDATED) for name in weights)
+    return own and ("params.json" in names or "config.json" not in names)

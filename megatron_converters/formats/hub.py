@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 from ..assets.tokenizer import FILES as TOKENIZER_FILES
 from ..basics.errors import ConversionError, MissingPath
 from .hub_access import Model, address, in_one_sentence, is_hub_id, library, reason
-from .huggingface.source import ADAPTER, SINGLE_FILES, weight_map
+from .huggingface.source import ADAPTER
+from .huggingface.weight_files import SINGLE_FILES, weight_map
 
 #: Files beside the weights and the tokenizer. The code of a model is carried along, and never run.
 _BESIDE = ("generation_config.json", ADAPTER, "*.py")

@@ -8,13 +8,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..basics.errors import ConversionError
+from ..basics.errors import ConversionError, raise_all
 from ..basics.folders import existing_folder
 from ..basics.json_files import read_json
 from ..conversion.journal import MANIFEST
 from ..conversion.staging import unfinished_in
 from .hub_access import Model, address, in_one_sentence, library, reason
-from .huggingface.source import ADAPTER, SINGLE_FILES, read_tensors
+from .huggingface.source import ADAPTER
+from .huggingface.weight_files import SINGLE_FILES, ghost_line, read_weights
 
 #: Starts of names, of files or of folders above them, that are not uploaded: hidden ones and Python's caches.
 _LEFT_OUT = (".", "__pycache__")
@@ -91,7 +92,12 @@ def _complete_model(folder: Path) -> dict[str, Path]:
             f"{folder} has no {_CONFIG}, so it is no complete Hugging Face model; give the folder of one"
         )
     read_json(folder / _CONFIG)
-    read_tensors(folder)
+    weights = read_weights(folder)
+    raise_all(
+        f"{folder} is no model that transformers reads as it is:",
+        [*weights.notes, *(ghost_line(name, file) for name, file in weights.ghosts.items())],
+        remedy="convert it (convert SRC DST --to hf) and upload the result",
+    )
     found = {path.relative_to(folder): path for path in sorted(folder.rglob("*")) if path.is_file()}
     files = {
         name.as_posix(): path

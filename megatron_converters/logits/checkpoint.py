@@ -20,6 +20,7 @@ class Checkpoint:
 
     `files` has the files of ranks by the name of their folder. `view` is the folder to load a distributed checkpoint from instead
     of its own (see `view.py`), and `content` describes the layout of its keys.
+    `ignored` are patterns of names of tensors that the model does not have.
     """
 
     folder: Path
@@ -29,6 +30,7 @@ class Checkpoint:
     files: Mapping[str, Path] = field(default_factory=dict)
     view: Path | None = None
     content: dict[str, Any] = field(default_factory=dict)
+    ignored: tuple[str, ...] = ()
 
 
 class Part(NamedTuple):

@@ -112,7 +112,7 @@ _Model = HFModel | MegatronModel
 def _open(path: Path, options: MegatronReadOptions) -> _Model:
     found = format_of(path)
     if found == HF:
-        return HFModel(path)
+        return HFModel(path, options.ignore_tensors)
     if found == MEGATRON:
         return MegatronModel(path, options)
     raise ConversionError(f"{path} has a format ({found}) that cannot be run here; convert it and compare the result")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,38 +13,45 @@ import numpy.typing as npt
 
 from ..basics.errors import ConversionError, raise_all
 from ..basics.json_files import read_json
+from ..conversion.left_out import LeftOut
 from ..families import FAMILIES, quantisation
-from ..formats.huggingface.source import read_tensors
+from ..formats.huggingface.weight_files import read_weights
 from .needs import need
 from .pool import Pool
+
+_REMEDY = "convert it first (convert SRC DST --to hf) and compare the result"
 
 
 class HFModel:
     """Hugging Face folder that was checked to be readable; the model is not built yet."""
 
-    def __init__(self, path: Path) -> None:
-        """Raises `ConversionError` if the folder is damaged or transformers is missing."""
+    def __init__(self, path: Path, ignored: Sequence[str] = ()) -> None:
+        """`ignored` are patterns of names of tensors that the model does not have.
+
+        Raises `ConversionError` if the folder is damaged or transformers is missing.
+        """
         need("torch", "torch")
         need("transformers", "transformers")
-        self.path = path
+        self.path, self._ignored = path, tuple(ignored)
         config = read_json(path / "config.json")
         if config.get(quantisation.KEY):  # transformers 5.23 takes the last block of an axis for as long as the others
             raise ConversionError(
-                f"{path} is quantised, and transformers decodes short blocks otherwise than they are meant; convert it first "
-                "(convert SRC DST --to hf) and compare the result"
+                f"{path} is quantised, and transformers decodes short blocks otherwise than they are meant; {_REMEDY}"
             )
         vocab_size, window = config.get("vocab_size"), config.get("sliding_window")
         if not isinstance(vocab_size, int) or vocab_size < 1:
             raise ConversionError(f"{path / 'config.json'} has vocab_size={vocab_size!r}; it must be a number above 0")
         self.vocab_size = vocab_size
         self.window = window if isinstance(window, int) and config.get("use_sliding_window", True) else None
-        self.parameters = sum(math.prod(tensor.shape) for tensor in read_tensors(path).values())
+        weights = read_weights(path)
+        raise_all(f"{path} is no model that transformers reads as it is:", weights.notes, remedy=_REMEDY)
+        self.parameters = sum(math.prod(tensor.shape) for tensor in weights.tensors.values())
         self.processes = 1
 
     def logits(self, tokens: npt.NDArray[np.int64], time_limit: float) -> npt.NDArray[np.float32]:
         """Logits, float32 [B, S, vocabulary], for tokens [B, S]. Raises `ConversionError` if transformers cannot load it."""
         with Pool(1, _setup, time_limit) as pool:
-            result: npt.NDArray[np.float32] = pool.run(_logits, self.path, tokens)[0]
+            result: npt.NDArray[np.float32] = pool.run(_logits, self.path, self._ignored, tokens)[0]
         return result
 
 
@@ -51,7 +59,7 @@ def _setup(rank: int, size: int, folder: Path) -> None:
     os.environ.update(HF_HUB_OFFLINE="1", CUDA_VISIBLE_DEVICES="")
 
 
-def _logits(folder: Path, tokens: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+def _logits(folder: Path, ignored: Sequence[str], tokens: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
     import torch
     import transformers
 
@@ -67,7 +75,7 @@ def _logits(folder: Path, tokens: npt.NDArray[np.int64]) -> npt.NDArray[np.float
         )
     except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
         raise ConversionError(f"transformers does not load {folder}: {error}") from error
-    raise_all(f"transformers does not load {folder}:", _problems(report))
+    raise_all(f"transformers does not load {folder}:", _problems(report, ignored), remedy=_REMEDY)
     with torch.inference_mode():
         out: npt.NDArray[np.float32] = model.eval()(torch.from_numpy(tokens), use_cache=False).logits.float().numpy()
     return out
@@ -77,13 +85,13 @@ def _version(module: Any) -> tuple[int, ...]:
     return tuple(int(part) for part in module.__version__.split(".")[:2])
 
 
-def _problems(report: dict[str, Any]) -> list[str]:
+def _problems(report: dict[str, Any], ignored: Sequence[str]) -> list[str]:
     """Lines for what transformers reports: by kind of fault, names of tensors or tuples that start with one."""
-    ignored = tuple({suffix for family in FAMILIES.values() for suffix in family.ignored_suffixes})
+    suffixes = tuple({suffix for family in FAMILIES.values() for suffix in family.ignored_suffixes})
     named = {kind: [str(key[0] if isinstance(key, tuple) else key) for key in keys] for kind, keys in report.items()}
     return [
         f"{kind.replace('_', ' ')}: {name}"
         for kind, names in named.items()
-        for name in sorted(names)
-        if not name.endswith(ignored)
+        for name in LeftOut(ignored).kept(dict.fromkeys(sorted(names)))
+        if not name.endswith(suffixes)
     ]

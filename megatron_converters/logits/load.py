@@ -14,6 +14,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTenso
 from megatron.core.models.gpt import GPTModel
 from torch.distributed.checkpoint.api import CheckpointException
 
+from ..conversion.left_out import LeftOut
 from ..formats.megatron.names import EXTRA_STATE_SUFFIX, LOCAL, name_of
 from ..model.slots import DECODER
 from ..sharding.ranks import Rank
@@ -38,9 +39,10 @@ def _from_file(checkpoint: Checkpoint, rank: Rank) -> Loaded:
     file = checkpoint.files[parallel.directory(rank)]
     content = torch_zip.read(file)
     stored = content if isinstance(content.get(parallel.entries[0]), Mapping) else {parallel.entries[0]: content}
+    tensors = [_tensors(stored[entry], checkpoint.ignored) for entry in parallel.entries]
     states = [
-        with_local_names(_tensors(stored[entry]), checkpoint.spec, parallel, rank, rank.pp + number * parallel.pp)
-        for number, entry in enumerate(parallel.entries)
+        with_local_names(held, checkpoint.spec, parallel, rank, rank.pp + number * parallel.pp)
+        for number, held in enumerate(tensors)
     ]
     args = Namespace(**checkpoint.args, padded_vocab_size=_vocabulary_rows(states) * parallel.tp)
     models = gpt.build(args, cut_down_projections=_cuts_down_projections(states, checkpoint))
@@ -52,9 +54,10 @@ def _from_file(checkpoint: Checkpoint, rank: Rank) -> Loaded:
     return models, faults
 
 
-def _tensors(stored: Mapping[str, Any]) -> State:
-    """Tensors of a model's entry, memory-mapped; no code from the file is run."""
-    return {key: _as_torch(value) for key, value in stored.items() if isinstance(value, StoredTensor)}
+def _tensors(stored: Mapping[str, Any], ignored: Sequence[str]) -> State:
+    """Tensors of a model's entry, without ignored ones, memory-mapped; no code from the file is run."""
+    kept = LeftOut(ignored).kept(stored)
+    return {key: _as_torch(value) for key, value in kept.items() if isinstance(value, StoredTensor)}
 
 
 def _as_torch(data: StoredTensor) -> torch.Tensor:

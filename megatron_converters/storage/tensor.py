@@ -57,9 +57,19 @@ class MemoryTensor:
     shape: tuple[int, ...]
     values: npt.NDArray[Any]
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the elements."""
+        return self.values.nbytes
+
     def array(self) -> npt.NDArray[Any]:
         """Elements, in the carrier type."""
         return self.values
+
+
+def zeros(dtype: DType, shape: tuple[int, ...]) -> MemoryTensor:
+    """Tensor of zeros in memory."""
+    return MemoryTensor(dtype, shape, np.zeros(shape, dtype.carrier))
 
 
 def writable_view(data: StoredTensor) -> npt.NDArray[Any]:

@@ -53,6 +53,7 @@ class Wishes:
     transformer_impl: str = "transformer_engine"
     mup: str | None = None
     restart: bool = False
+    ignore_tensors: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.format not in (FILE, DIRECTORY):
@@ -108,7 +109,7 @@ def to_megatron(
         MEGATRON,
         wishes.dtype,
         wishes.overwrite,
-        ReadOptions(hf_config=wishes.hf_config),
+        ReadOptions(hf_config=wishes.hf_config, ignore_tensors=wishes.ignore_tensors),
         MegatronOptions(tp=tp, pp=pp, impl=wishes.transformer_impl, allow_inexpressible=True, mup=wishes.mup),
     ).open()
     spec = job.source.spec
@@ -160,7 +161,10 @@ def _has_metadata(found: Detected) -> bool:
 def _reading(found: Detected, model: Recognised, wishes: Wishes) -> tuple[ReadOptions, list[str]]:
     """Options for reading the checkpoint, with what its args lack, and notes on what was assumed."""
     read = ReadOptions(
-        ckpt_dir_name=wishes.ckpt_dir_name, hf_config=wishes.hf_config, true_vocab_size=wishes.true_vocab_size
+        ckpt_dir_name=wishes.ckpt_dir_name,
+        hf_config=wishes.hf_config,
+        true_vocab_size=wishes.true_vocab_size,
+        ignore_tensors=wishes.ignore_tensors,
     )
     if _has_metadata(found):
         return read, []

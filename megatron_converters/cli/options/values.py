@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections.abc import Iterable
 
 from ...basics.errors import UsageError
 
@@ -18,6 +19,11 @@ def byte_size(text: str) -> int:
     if match is None or match[2] not in _UNITS or int(match[1]) == 0:
         raise UsageError(f"{text!r} is no size; write for example 5GB, 500MB or 2GiB")
     return int(match[1]) * _UNITS[match[2]]
+
+
+def patterns(given: Iterable[str] | None) -> tuple[str, ...]:
+    """Patterns of names of tensors, from options that each have one or several, with commas between them."""
+    return tuple(pattern for text in given or () for pattern in text.split(",") if pattern)
 
 
 def positive(text: str) -> int:

@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the plan; 0 if the conversion is possible, 1 if something is in its way."""
-    page = page_path(args.html)
+    page = page_path(getattr(args, "html", None))
     job = request_of(args).open()
     result = forecast(job.source, job.target, job.dtype, args.workers)
     if not args.no_measure:

@@ -17,8 +17,9 @@ from ...comparison.manifest_check import Checked, check_output, find_output
 from ...comparison.report import check_json, findings, verification_json
 from ...comparison.tensors import Comparison, Rules, compare
 from ...conversion.progress import make_progress
-from ...formats.megatron.reading import MegatronReadOptions
+from ...formats.reading import megatron_options
 from ..console import put_json, say
+from ..options.reading import read_options
 from ..options.values import natural
 from .pair import add_pair_arguments, pair_of
 
@@ -83,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
     if args.b is None:
         _refuse(
             args,
-            ("logits", "tolerance", *_LOGITS, *_OF_TENSORS, "family_file"),
+            ("logits", "tolerance", *_LOGITS, *_OF_TENSORS, "family_file", "ignore_tensors"),
             "compares two folders; a manifest is compared byte by byte",
         )
         return _verify_output(args)
@@ -107,7 +108,6 @@ def _verify_logits(args: argparse.Namespace) -> int:
     from ...logits import compare_logits
     from ...logits.compare import TOLERANCE
 
-    reference = existing_folder(args.hf_config) if args.hf_config is not None else None
     report = compare_logits(
         existing_folder(args.a),
         existing_folder(args.b),
@@ -116,7 +116,7 @@ def _verify_logits(args: argparse.Namespace) -> int:
             for name, (default, _) in _LOGITS.items()
         },
         tolerance=TOLERANCE if args.tolerance is None else args.tolerance,
-        options=MegatronReadOptions(args.ckpt_dir_name, reference, args.true_vocab_size),
+        options=megatron_options(read_options(args)),
     )
     if args.json:
         put_json({"equal": report.ok, **dataclasses.asdict(report)})

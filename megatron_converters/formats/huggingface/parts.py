@@ -58,11 +58,10 @@ _Template = Part
 
 
 class HFNames:
-    """Names and parts of a model's refs in a Hugging Face folder. `prefixed` is whether names have the optional prefix."""
+    """Names and parts of a model's refs in a Hugging Face folder."""
 
-    def __init__(self, family: Family, spec: ModelSpec, *, prefixed: bool = True) -> None:
+    def __init__(self, family: Family, spec: ModelSpec) -> None:
         self._family, self._spec = family, spec
-        self._without = "" if prefixed else family.optional_prefix
         self._templates: dict[tuple[Slot, int, str, bool], tuple[_Template, ...]] = {}
 
     def parts(self, ref: Ref, *, fused: bool) -> list[Part]:
@@ -113,7 +112,7 @@ class HFNames:
         """Name template of a part in the ref's stack of layers."""
         if ref.stack != DECODER and ref.slot.scope is Scope.LAYER:
             name = name.replace(self._family.layer, self._family.mtp_layer)
-        return name.removeprefix(self._without)
+        return name
 
     def _name(self, template: str, ref: Ref) -> str:
         return self._numbered(template, ref.layer, ref.expert)

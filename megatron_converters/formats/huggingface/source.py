@@ -8,18 +8,21 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ...assets.code_files import code_files
 from ...assets.origin import Origin, file_identities
-from ...basics.dtypes import DType
-from ...basics.errors import ConversionError, UsageError, one_line, raise_all
+from ...basics.dtypes import DType, dtype_named
+from ...basics.errors import ConversionError, UsageError
 from ...basics.json_files import read_json
 from ...basics.quantities import count
+from ...conversion import zero_bias
 from ...conversion.composing import Piece, Sources, StoredName
-from ...conversion.endpoint import first_dtype
+from ...conversion.endpoint import dtype_notes, first_dtype, main_dtype
+from ...conversion.left_out import LeftOut
 from ...conversion.matching import Matcher
 from ...families import FAMILIES
 from ...families.config_json import spec_from_config
@@ -27,18 +30,19 @@ from ...families.quantisation import unquantised
 from ...families.table import Family
 from ...model.slots import MTP, SLOTS, Ref, refs
 from ...model.spec import ModelSpec
-from ...storage import safetensors, torch_zip
-from ...storage.opening import is_name
-from ...storage.tensor import StoredTensor
 from .parts import HFNames, Part
 from .quantised import Weight, decoded, decoded_note
+from .weight_files import WeightFiles, ghost_line, read_file, read_weights
+from .wrapping import Wrapping, refuse_adapters, wrapping_of
 
-#: Weight files of unsharded models, in the order of preference of `from_pretrained`; '.index.json' is appended for an index.
-SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
-#: Maximum number of names listed in a message.
-_SHOWN_NAMES = 40
 ADAPTER = "adapter_config.json"
 _CONFIG = "config.json"
+#: Maximum number of names in a note.
+_SHOWN_NAMES = 5
+_ZERO_BIAS_NOTE = (
+    "the output biases of attention are 0 everywhere: left out, since the model is the same without; a Hugging Face folder that is "
+    "written has them again"
+)
 
 
 class HFSource:
@@ -46,6 +50,7 @@ class HFSource:
 
     A file's configuration and tokenizer are those of the folder `reference`, by default of the folder where it lies. `untie` keeps
     a stored lm_head although config.json ties it, `without_mtp` leaves out layers of multi-token prediction.
+    `ignored_tensors` are patterns of names of tensors that are left out.
     """
 
     def __init__(
@@ -56,6 +61,7 @@ class HFSource:
         ignored_config: Sequence[str] = (),
         untie: bool = False,
         without_mtp: bool = False,
+        ignored_tensors: Sequence[str] = (),
     ) -> None:
         single = path.is_file()
         folder = (reference or path.parent) if single else path
@@ -70,23 +76,31 @@ class HFSource:
                 "file to convert the model without it"
             )
         config = read_json(folder / _CONFIG)
-        stored = _read_file(path) if single else read_tensors(folder)
-        tensors = decoded(path, config, stored)
         spec = spec_from_config(config, ignored_config)
         if untie:
             spec = dataclasses.replace(spec, tied=False)
+        files = WeightFiles(read_file(path)) if single else read_weights(folder)
+        dropped = LeftOut(ignored_tensors)
+        stored, ghosts = dropped.kept(files.tensors), dropped.kept(files.ghosts)
+        refuse_adapters(path, stored)
         family = FAMILIES[spec.family]
-        spec, left_out, notes = _prediction_layers(spec, family, tensors, without_mtp)
-        prefixed = any(name.startswith(family.optional_prefix) for name in tensors)
-        names = HFNames(family, spec, prefixed=prefixed)
+        wrapping = wrapping_of(stored, ghosts, family, spec)
+        tensors = wrapping.as_table(decoded(path, config, stored))
+        missing = wrapping.as_table(ghosts)
+        spec, left_out, notes = _prediction_layers(spec, family, {*tensors, *missing}, without_mtp)
+        names = HFNames(family, spec)
         ignored = {name for name in tensors if name.endswith(family.ignored_suffixes)}
         experts = (ref for ref in refs(spec) if ref.expert is not None)
         #: Whether experts are in fused tensors, as transformers 5 has them in memory.
         self.fused = any(names.fused_name(ref) in tensors for ref in itertools.islice(experts, 1))
-        self._pieces, self._replicas = _match(path, spec, names, tensors, ignored | left_out)
+        why = partial(_why_missing, config, spec, names, missing)
+        heading = f"{path}: the tensors do not match the model that config.json describes:"
+        matcher = Matcher(tensors, ignored | left_out, heading, "config.json requires", wrapping.in_file, why, dropped)
+        self._pieces, self._replicas = _match(spec, names, tensors, matcher, wrapping)
+        zero = self._take_out_zero_bias(spec)
+        spec = zero_bias.without(spec) if zero else spec
+        self.spec = dataclasses.replace(spec, dtype=main_dtype(spec, self.dtype_of))
         code = code_files(folder)
-        files = {data.path for data in stored.values()} | {folder / _CONFIG, *code.values()}
-        self.spec = dataclasses.replace(spec, dtype=first_dtype(self._pieces[Ref(SLOTS["word_embeddings"])]))
         generation = folder / "generation_config.json"
         self.origin = Origin(
             described=str(path),
@@ -94,12 +108,25 @@ class HFSource:
             generation_config=read_json(generation) if generation.exists() else None,
             tokenizer=str(folder) if _has_tokenizer(folder) else None,
             code_files=code,
-            notes=[*notes, *decoded_note(tensors), *(note for key, note in family.remarks.items() if config.get(key))],
-            ignored=[
-                *(f"{name} (no weight)" for name in sorted(ignored)),
-                *(f"{name} (multi-token prediction)" for name in sorted(left_out)),
+            notes=[
+                *files.notes,
+                *wrapping.notes,
+                *notes,
+                *_ghost_note(ghosts),
+                *([_ZERO_BIAS_NOTE] if zero else []),
+                *dropped.notes,
+                *decoded_note(tensors),
+                *_dtype_note(config, self.spec),
+                *dtype_notes(self.spec, self.dtype_of),
+                *(note for key, note in family.remarks.items() if config.get(key)),
             ],
-            identity=file_identities(path, files),
+            ignored=[
+                *(f"{wrapping.in_file(name)} (no weight)" for name in sorted(ignored)),
+                *(f"{wrapping.in_file(name)} (multi-token prediction)" for name in sorted(left_out & tensors.keys())),
+                *(f"{name} (0 everywhere)" for name in zero),
+                *dropped.ignored,
+            ],
+            identity=file_identities(path, files.paths | {str(folder / _CONFIG), *map(str, code.values())}),
         )
 
     def dtype_of(self, ref: Ref) -> DType:
@@ -113,6 +140,13 @@ class HFSource:
     def close(self) -> None:
         """Do nothing: every tensor was matched when the folder was opened."""
 
+    def _take_out_zero_bias(self, spec: ModelSpec) -> list[str]:
+        """Take output biases that are 0 everywhere out of the pieces, if Megatron-LM would lack a place for them; their names."""
+        biases = [ref for ref in self._pieces if ref.slot.name == zero_bias.SLOT]
+        if not zero_bias.is_alone(spec) or not all(zero_bias.all_zero(self._pieces[ref]) for ref in biases):
+            return []
+        return [piece.name.tensor for ref in biases for piece in self._pieces.pop(ref)]
+
 
 def _has_tokenizer(folder: Path) -> bool:
     return any(
@@ -121,62 +155,8 @@ def _has_tokenizer(folder: Path) -> bool:
     )
 
 
-def read_tensors(folder: Path) -> dict[str, StoredTensor]:
-    """Read every tensor of the folder, by name, from an index or a single file; safetensors are preferred."""
-    for single in SINGLE_FILES:
-        index = folder / f"{single}.index.json"
-        if (folder / single).exists():
-            return _read_file(folder / single)
-        if index.exists():
-            return _read_sharded(folder, index)
-    shards = sorted(path.name for path in folder.glob("*.safetensors"))
-    hint = f"; it has {', '.join(shards)}, but the index of these shards is missing" if shards else ""
-    raise ConversionError(f"{folder} has neither {' nor '.join(SINGLE_FILES)} nor an index of shards{hint}")
-
-
-def weight_map(index: Path) -> dict[str, str]:
-    """File of each tensor, by an index of shards."""
-    found = read_json(index).get("weight_map")
-    if not isinstance(found, dict) or not all(map(is_name, itertools.chain(*found.items()))):
-        raise ConversionError(f"{index} has no weight_map from tensor names to file names; copy it again")
-    return found
-
-
-def _read_sharded(folder: Path, index: Path) -> dict[str, StoredTensor]:
-    tensors: dict[str, StoredTensor] = {}
-    problems = []
-    listed_in: dict[str, set[str]] = {}
-    for tensor, name in weight_map(index).items():
-        listed_in.setdefault(name, set()).add(tensor)
-    for name, listed in sorted(listed_in.items()):
-        path = folder / name
-        if Path(name).name != name or not os.path.isfile(path):  # `isfile` is also False for a name that is too long
-            problems.append(f"{path} is named by {index.name}, but is not there; copy it again")
-            continue
-        found = _read_file(path)
-        problems += [
-            f"{tensor} should be in {name} by {index.name}, but is not" for tensor in sorted(listed - found.keys())
-        ]
-        problems += [f"{tensor} is in {name}, but not in {index.name}" for tensor in sorted(found.keys() - listed)]
-        tensors.update(found)
-    raise_all(f"{folder}: the shards and their index disagree:", problems)
-    return tensors
-
-
-def _read_file(path: Path) -> dict[str, StoredTensor]:
-    if path.suffix == ".safetensors":
-        return safetensors.read(path).tensors
-    state: Any = torch_zip.read(path)
-    if not isinstance(state, Mapping):
-        raise ConversionError(f"{path} holds a {type(state).__name__}, not a dictionary of tensors")
-    others = [one_line(key) for key, value in state.items() if not (is_name(key) and isinstance(value, StoredTensor))]
-    if others:
-        raise ConversionError(f"{path} holds entries that are not named tensors: {', '.join(others[:_SHOWN_NAMES])}")
-    return dict(state)
-
-
 def _prediction_layers(
-    spec: ModelSpec, family: Family, tensors: Mapping[str, Weight], without: bool
+    spec: ModelSpec, family: Family, tensors: Collection[str], without: bool
 ) -> tuple[ModelSpec, set[str], list[str]]:
     """Spec with the layers of multi-token prediction that are converted, names of tensors that are left out, and notes.
 
@@ -198,31 +178,71 @@ def _prediction_layers(
     return dataclasses.replace(spec, mtp=()), stored, [note]
 
 
+def _why_missing(
+    config: Mapping[str, Any], spec: ModelSpec, names: HFNames, ghosts: Mapping[str, str], name: str
+) -> str:
+    """What else is known of a tensor that is not there: the index names a file for it, or a model without a head is not tied."""
+    if name in ghosts:
+        return f": {ghost_line(name, ghosts[name])}"
+    key = next(
+        (key for rule in FAMILIES[spec.family].rules if getattr(rule, "field", "") == "tied" for key in rule.keys), ""
+    )
+    if spec.tied or not key or name not in names.names(Ref(SLOTS["output_layer"])):
+        return ""
+    if config.get(key):
+        return f": {key} is true in config.json; leave --untie out"
+    stated = f"{key} is {str(config[key]).lower()} in config.json" if key in config else f"config.json has no {key}"
+    return f": {stated}, so that it is not tied to the embeddings; if the model has no head of its own, set it to true"
+
+
 def _match(
-    folder: Path, spec: ModelSpec, names: HFNames, tensors: Mapping[str, Weight], ignored: set[str]
+    spec: ModelSpec,
+    names: HFNames,
+    tensors: Mapping[str, Weight],
+    matcher: Matcher[str, Weight],
+    wrapping: Wrapping,
 ) -> tuple[dict[Ref, tuple[Piece, ...]], dict[Ref, tuple[Piece, ...]]]:
     """Match tensors with refs; returns pieces and replicas of every ref. Missing, extra and misshapen ones are raised together."""
-    heading = f"{folder}: the tensors do not match the model that config.json describes:"
-    matcher = Matcher(tensors, ignored, heading, "config.json requires")
     pieces: dict[Ref, tuple[Piece, ...]] = {}
     for ref in refs(spec):
         parts = names.parts(ref, fused=names.fused_name(ref) in tensors)
         found = [(part, matcher.take(part.name, ref, part.stored_shape)) for part in parts]
-        pieces[ref] = tuple(_piece(part, data) for part, data in found if data is not None)
-    replicas = _replicas(spec, names, tensors)
-    matcher.strike(name for copies in replicas.values() for _, name, _ in (piece.name for piece in copies))
+        pieces[ref] = tuple(_piece(part, data, wrapping) for part, data in found if data is not None)
+    copies = list(_replicas(spec, names, tensors))
+    matcher.strike(part.name for _, part, _ in copies)
     matcher.close(f"is not a tensor of the {spec.family} family with this config.json")
+    replicas: dict[Ref, tuple[Piece, ...]] = {}
+    for ref, part, note in copies:
+        replicas[ref] = (*replicas.get(ref, ()), _piece(part, tensors[part.name], wrapping, note))
     return pieces, replicas
 
 
-def _piece(part: Part, data: Weight, note: str = "") -> Piece:
-    name = StoredName(os.path.basename(data.path), part.name, note)
+def _piece(part: Part, data: Weight, wrapping: Wrapping, note: str = "") -> Piece:
+    name = StoredName(os.path.basename(data.path), wrapping.in_file(part.name), note)
     return Piece(part.view(data), part.rows, 0, name, part.value)
 
 
-def _replicas(spec: ModelSpec, names: HFNames, tensors: Mapping[str, Weight]) -> dict[Ref, tuple[Piece, ...]]:
+def _ghost_note(ghosts: Mapping[str, str]) -> list[str]:
+    """Note on tensors that only the index has; matching has refused those that the model needs."""
+    if not ghosts:
+        return []
+    more = f" and {len(ghosts) - _SHOWN_NAMES} more" if len(ghosts) > _SHOWN_NAMES else ""
+    named = f"{', '.join(sorted(ghosts)[:_SHOWN_NAMES])}{more}"
+    return [
+        f"the index names {count(len(ghosts), 'tensor')} that no file has, and the model needs none of them: {named}"
+    ]
+
+
+def _dtype_note(config: Mapping[str, Any], spec: ModelSpec) -> list[str]:
+    """Note on another dtype in config.json than the model's weights have."""
+    stated = next((config[key] for key in ("torch_dtype", "dtype") if config.get(key) is not None), None)
+    if stated is None or dtype_named(str(stated)) == spec.dtype:
+        return []
+    return [f"config.json says {stated}, but the weights are {spec.dtype}, which is taken for the model's dtype"]
+
+
+def _replicas(spec: ModelSpec, names: HFNames, tensors: Mapping[str, Weight]) -> Iterator[tuple[Ref, Part, str]]:
     """Stored copies of embeddings and head: a tied model's lm_head, and those in layers of multi-token prediction."""
-    found: dict[Ref, tuple[Piece, ...]] = {}
     embeddings, head = Ref(SLOTS["word_embeddings"]), Ref(SLOTS["output_layer"])
     copies = [(embeddings, name, "") for name in names.replica_names(embeddings)]
     copies += [(embeddings if spec.tied else head, name, "") for name in names.replica_names(head)]
@@ -236,5 +256,4 @@ def _replicas(spec: ModelSpec, names: HFNames, tensors: Mapping[str, Weight]) ->
         if data.shape != part.stored_shape:
             tied = "config.json ties it to the embeddings" if note else f"it repeats {part.name},"
             raise ConversionError(f"{name} has shape {list(data.shape)}, but {tied} of shape {list(part.stored_shape)}")
-        found[ref] = (*found.get(ref, ()), _piece(part._replace(name=name), data, note))
-    return found
+        yield ref, part._replace(name=name), note

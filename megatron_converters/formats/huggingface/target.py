@@ -27,6 +27,7 @@ from ...basics.dtypes import DType
 from ...basics.errors import ConversionError, UsageError
 from ...basics.json_files import write_json
 from ...basics.quantities import count, size
+from ...conversion.endpoint import main_dtype
 from ...conversion.journal import MANIFEST
 from ...conversion.outline import Fill, Outline
 from ...conversion.staging import Staging
@@ -39,8 +40,10 @@ from ...model.values import composed, inverse
 from ...storage import marks
 from ...storage.output_file import FileLayout
 from ...storage.shards import Stored, layout, split
+from ...storage.tensor import MemoryTensor, zeros
 from .other_family import origin_elsewhere, stored_as
 from .parts import HFNames, Part
+from .zero_bias import with_zero_bias
 
 #: Expert layouts: separate tensors for each expert, as in published models, or fused ones, as transformers 5 has in memory.
 SEPARATE, FUSED = "separate", "fused"
@@ -100,17 +103,23 @@ class HFTarget:
         """Lay out all files; raises `ConversionError` if the options do not fit the model."""
         _check_model_type(self._options.source_model_type, spec)
         asked = self._options.as_family
-        self._stored = StoredModel(spec) if asked in (None, spec.family) else stored_as(spec, asked)
-        self._spec = dataclasses.replace(self._stored.spec, dtype=dtype_of(Ref(SLOTS["word_embeddings"])))
+        own = asked in (None, spec.family)
+        self._stored = StoredModel(with_zero_bias(spec)) if own else stored_as(spec, str(asked))
+        self._spec = dataclasses.replace(self._stored.spec, dtype=main_dtype(spec, dtype_of))
         self._names = HFNames(FAMILIES[self._spec.family], self._spec)
         self._origin = origin
         self._dtype_of = dtype_of
         self._config, self._changed = self._configuration(spec.family)
         self._model_type = self._options.source_model_type or _token_family(self._spec)
         stored: dict[str, Stored] = {}
-        for ref in refs(spec):
+        held = set(refs(spec))
+        zero: dict[str, MemoryTensor] = {}
+        for ref in refs(self._spec):
+            dtype = dtype_of(ref) if ref in held else self._spec.dtype
             for part in self._parts(ref):
-                tensor = Stored(part.name, dtype_of(ref), part.stored_shape, part.stored_parts)
+                tensor = Stored(part.name, dtype, part.stored_shape, part.stored_parts)
+                if ref not in held:
+                    zero[part.name] = zeros(dtype, part.stored_shape)
                 if stored.setdefault(part.name, tensor) != tensor:
                     raise ConversionError(
                         f"{ref} is {tensor.dtype}, but others in {part.name} are {stored[part.name].dtype}; "
@@ -127,7 +136,11 @@ class HFTarget:
             "dtype": self._spec.dtype.name,
         }
         layouts = {file: self._layout(shard) for file, shard in shards.items()}
-        return Outline(self._name, layouts, options, content=self._small_files({}))
+        extra = {
+            file: {tensor.name: zero[tensor.name] for tensor in shard if tensor.name in zero}
+            for file, shard in shards.items()
+        }
+        return Outline(self._name, layouts, options, extra, content=self._small_files({}))
 
     def _configuration(self, family: str) -> tuple[dict[str, Any], list[str]]:
         """config.json to write, and what differs from the source's; another `family` has nothing of that but token ids."""

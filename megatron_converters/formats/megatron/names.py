@@ -24,6 +24,8 @@ _MTP = "mtp.layers.{layer}."
 Name = str | Mapping[type, str]
 
 EMBEDDINGS = "embedding.word_embeddings.weight"
+#: End of the names of attention's output biases, in any dialect.
+OUTPUT_BIAS = "self_attention.linear_proj.bias"
 LOCAL: dict[str, Name] = {
     "word_embeddings": EMBEDDINGS,
     "position_embeddings": "embedding.position_embeddings.weight",

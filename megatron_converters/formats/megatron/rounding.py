@@ -20,6 +20,4 @@ def rounding_warnings(spec: ModelSpec, dtype_of: Callable[[Ref], DType]) -> list
     if not lossy:
         return []
     named = ", ".join(f"{name} ({dtype})" for name, dtype in lossy.items())
-    return [
-        f"warning: {named} differ from the embeddings' dtype, {spec.dtype}: Megatron-LM rounds them to it when loading"
-    ]
+    return [f"warning: {named} differ from the model's dtype, {spec.dtype}: Megatron-LM rounds them to it when loading"]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import os
 import shlex
 from abc import ABC, abstractmethod
@@ -24,12 +25,13 @@ from ...assets.training_args import inheritable, margs_to_json
 from ...basics.dtypes import DType, dtype_named
 from ...basics.errors import ConversionError, UsageError, raise_all
 from ...basics.quantities import count
+from ...conversion.endpoint import main_dtype
 from ...conversion.journal import MANIFEST
 from ...conversion.outline import Fill, Outline
 from ...conversion.staging import Staging
 from ...families import FAMILIES
 from ...model.layers import is_whole
-from ...model.slots import SLOTS, Precision, Ref
+from ...model.slots import Precision, Ref
 from ...model.spec import ModelSpec
 from ...sharding.ranks import Parallel, kept_etp, padded_vocab, parallel_for
 from ...sharding.stages import EVEN, PipelineSplit
@@ -60,7 +62,6 @@ FAMILY_FILE = "hf_family_file"
 FLAGS_FILE = "pretrain_gpt_flags.txt"
 DEFAULT_DIVISOR = 128
 _CHECKPOINT_VERSION = 3.0
-_EMBEDDINGS = "word_embeddings"
 #: What a user should know of where multipliers are, by the value of `--mup`.
 _MUP_REMARKS: Mapping[str | None, tuple[str, ...]] = {
     None: (),
@@ -88,6 +89,8 @@ class MegatronOptions:
     #: Key of `names.DIALECTS`; None selects the format's default.
     impl: str | None = None
     divisor: int | None = None
+    #: A further tensor-parallel size that the padded vocabulary is to allow.
+    pad_vocab_for_tp: int | None = None
     release: bool = False
     overwrite: bool = False
     allow_inexpressible: bool = False
@@ -123,7 +126,7 @@ class CheckpointTarget(ABC):
         self._release = NEWEST if asked is None else parse(asked)
         self._conventions = conventions(spec, self._release, self._options.mup)
         self._warnings = [*_MUP_REMARKS[self._conventions.mup], *self._check_expressible(self._conventions.spec)]
-        self._spec = dataclasses.replace(spec, dtype=dtype_of(Ref(SLOTS[_EMBEDDINGS])))
+        self._spec = dataclasses.replace(spec, dtype=main_dtype(spec, dtype_of))
         self._origin = origin
         self._source_dtype = dtype_of
         self._warnings += rounding_warnings(self._spec, dtype_of)
@@ -252,6 +255,7 @@ class CheckpointTarget(ABC):
             *self._origin.notes,
             *self._bins_note(),
             *warnings,
+            *self._loading_notes(),
             f"pretrain_gpt.py needs:\n{self._flags_text()}".rstrip(),
         ]
 
@@ -274,6 +278,10 @@ class CheckpointTarget(ABC):
     def _newest_release(self) -> str:
         """Last release that reads the files as they are meant; no text for the newest one."""
         return ""
+
+    def _loading_notes(self) -> Iterable[str]:
+        """Notes on how a run can load the files."""
+        return ()
 
     def _padding_note(self) -> str:
         rows = self._padded - self._spec.vocab_size
@@ -317,7 +325,9 @@ class CheckpointTarget(ABC):
 
     def _choose_divisor(self) -> int:
         inherited = getattr(self._origin.margs, "make_vocab_size_divisible_by", None)
-        return self._options.divisor or (inherited if is_whole(inherited) and inherited > 0 else DEFAULT_DIVISOR)
+        divisor = self._options.divisor or (inherited if is_whole(inherited) and inherited > 0 else DEFAULT_DIVISOR)
+        tp = self._parallel.tp
+        return divisor * math.lcm(tp, self._options.pad_vocab_for_tp or tp) // tp
 
     def _choose_bins(self) -> CapacityBins | None:
         bins = self._origin.capacity_bins

@@ -1,4 +1,4 @@
-"""Source for Llama checkpoints as Meta publishes them: params.json and consolidated.NN.pth, one file per model-parallel rank.
+"""Source for Llama checkpoints as Meta publishes them, and Mistral's own: params.json and consolidated files.
 
 Source: meta-llama/llama and meta-llama/llama3, llama/model.py (names, model-parallel layers, `apply_rotary_emb` on
 neighbouring pairs), and transformers' convert_llama_weights_to_hf.py for sizes that params.json leaves out.
@@ -6,7 +6,9 @@ neighbouring pairs), and transformers' convert_llama_weights_to_hf.py for sizes 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,15 +17,16 @@ from ...basics.dtypes import DType
 from ...basics.errors import ConversionError
 from ...basics.json_files import read_json
 from ...conversion.composing import Piece, Sources, StoredName
-from ...conversion.endpoint import first_dtype
+from ...conversion.endpoint import dtype_notes, first_dtype, main_dtype
+from ...conversion.left_out import LeftOut
 from ...conversion.matching import Matcher
 from ...model.layers import RopeScaling
 from ...model.layouts import GATED, GROUPED_INTERLEAVED_QKV, SAME, interned, row_maps
 from ...model.slots import Ref, Shard, refs
 from ...model.spec import ModelSpec
 from ...model.tables import Entry
-from ...storage import torch_zip
 from ...storage.tensor import StoredTensor
+from .files import read_ranks
 
 
 class _Entry(NamedTuple):
@@ -54,23 +57,27 @@ _IGNORED = "rope.freqs"
 class MetaSource:
     """Llama checkpoint of Meta, with every file and tensor checked against params.json by name and shape."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, ignored_tensors: Sequence[str] = ()) -> None:
+        """`ignored_tensors` are patterns of names of tensors that are left out."""
         params = read_json(folder / "params.json")
-        files = sorted(folder.glob("consolidated.*.pth"))
-        if [path.name for path in files] != [f"consolidated.{rank:02d}.pth" for rank in range(len(files))] or not files:
-            found = ", ".join(path.name for path in files) or "none"
-            raise ConversionError(
-                f"{folder} must hold consolidated.00.pth, consolidated.01.pth and so on; it has {found}"
-            )
-        ranks = [_read(path) for path in files]
-        self.spec = _spec(params, ranks)
-        self._pieces, self._replicas = _match(folder, self.spec, ranks, files)
+        stored = read_ranks(folder)
+        left_out = LeftOut(ignored_tensors)
+        ranks: list[Mapping[str, StoredTensor]] = [left_out.kept(rank) for rank in stored]
+        spec = _spec(params, ranks)
+        self._pieces, self._replicas = _match(folder, spec, ranks, left_out)
+        self.spec = dataclasses.replace(spec, dtype=main_dtype(spec, self.dtype_of))
         tokenizer = next(
             (str(path) for path in (folder / "tokenizer.model", folder.parent / "tokenizer.model") if path.exists()),
             None,
         )
-        identity = file_identities(folder, [folder / "params.json", *files])
-        self.origin = Origin(described=str(folder), tokenizer=tokenizer, identity=identity)
+        files = {data.path for rank in stored for data in rank.values()}
+        self.origin = Origin(
+            described=str(folder),
+            tokenizer=tokenizer,
+            notes=[*_config_note(folder), *left_out.notes, *dtype_notes(self.spec, self.dtype_of)],
+            ignored=left_out.ignored,
+            identity=file_identities(folder, [folder / "params.json", *files]),
+        )
 
     def dtype_of(self, ref: Ref) -> DType:
         """Dtype of a ref in the files."""
@@ -84,11 +91,9 @@ class MetaSource:
         """Do nothing: every tensor was matched when the folder was opened."""
 
 
-def _read(path: Path) -> Mapping[str, StoredTensor]:
-    content: Any = torch_zip.read(path)
-    if not isinstance(content, Mapping) or not all(isinstance(value, StoredTensor) for value in content.values()):
-        raise ConversionError(f"{path} does not hold a flat dictionary of tensors, so it is not a checkpoint of Meta's")
-    return content
+def _config_note(folder: Path) -> list[str]:
+    there = (folder / "config.json").exists()
+    return [f"{folder} has no weights for its config.json; params.json describes those that it has"] if there else []
 
 
 def _spec(params: Mapping[str, Any], ranks: list[Mapping[str, StoredTensor]]) -> ModelSpec:
@@ -127,13 +132,21 @@ _Pieces = dict[Ref, tuple[Piece, ...]]
 
 
 def _match(
-    folder: Path, spec: ModelSpec, ranks: list[Mapping[str, StoredTensor]], files: list[Path]
+    folder: Path, spec: ModelSpec, ranks: list[Mapping[str, StoredTensor]], left_out: LeftOut
 ) -> tuple[_Pieces, _Pieces]:
     """Match tensors with refs; returns pieces and replicas of every ref. All problems are raised together."""
     stored = {(number, name): data for number, rank in enumerate(ranks) for name, data in rank.items()}
     ignored = {(number, _IGNORED) for number in range(len(ranks))}
     heading = f"{folder}: the tensors do not match the model that params.json describes:"
-    matcher = Matcher(stored, ignored, heading, "params.json requires", lambda key: f"{files[key[0]].name}: {key[1]}")
+    names = [os.path.basename(next(iter(rank.values())).path) if rank else "" for rank in ranks]
+    matcher = Matcher(
+        stored,
+        ignored,
+        heading,
+        "params.json requires",
+        lambda key: f"{names[key[0]]}: {key[1]}",
+        left_out=left_out,
+    )
     pieces: _Pieces = {}
     replicas: _Pieces = {}
     for ref in refs(spec):
@@ -148,7 +161,7 @@ def _match(
                 data = matcher.take((number, name), ref, wanted)
                 if data is not None:
                     part_rows = interned(rows[number * wanted[0] :][: wanted[0]]) if dim == 0 else rows
-                    where = StoredName(files[number].name, name)
+                    where = StoredName(os.path.basename(data.path), name)
                     found.append(Piece(data, part_rows, number * wanted[1] if dim == 1 else 0, where))
         count = len(found) if shard.cuts else 1
         pieces[ref], replicas[ref] = tuple(found[:count]), tuple(found[count:])

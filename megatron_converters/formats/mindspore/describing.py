@@ -12,6 +12,8 @@ from ...basics.dtypes import DType
 from ...basics.errors import ConversionError, UsageError
 from ...basics.json_files import read_json
 from ...basics.yaml_files import read_yaml
+from ...conversion.zero_bias import SLOT as OUTPUT_BIAS
+from ...conversion.zero_bias import without_absent
 from ...families.config_json import infer_family, spec_from_config
 from ...model.spec import ModelSpec
 from .names import CONTIGUOUS, GROUPED, INTERLEAVED
@@ -31,6 +33,7 @@ class MindSporeReadOptions:
     """Options for reading: orders of rows, MindFormers' release or YAML, a reference folder, and what the user has typed.
 
     `typed` has properties of the model by name. `true_vocab_size` is the vocabulary without padding.
+    `ignore_tensors` are patterns of names of tensors that are left out.
     """
 
     mlp_layout: str | None = None
@@ -40,6 +43,7 @@ class MindSporeReadOptions:
     reference: Path | None = None
     true_vocab_size: int | None = None
     typed: Mapping[str, Any] = field(default_factory=dict)
+    ignore_tensors: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -93,7 +97,7 @@ def _yaml(root: Path, options: MindSporeReadOptions) -> dict[str, Any] | None:
 def _by_configuration(
     config: Mapping[str, Any], shapes: Shapes, options: MindSporeReadOptions
 ) -> tuple[ModelSpec, list[str]]:
-    spec = spec_from_config(config)
+    spec, notes = without_absent(spec_from_config(config), stored=bool(shapes.switches().get(OUTPUT_BIAS)))
     rows = shapes.embeddings[0]
     if not spec.vocab_size <= rows:
         raise ConversionError(
@@ -105,9 +109,10 @@ def _by_configuration(
         raise UsageError(
             f"--true-vocab-size {options.true_vocab_size} contradicts {spec.vocab_size} of the configuration; leave it out"
         )
+    notes += switch_notes(options.typed, spec.values)
     if not spec.mtp or "mtp_num_layers" in shapes.sizes():
-        return spec, switch_notes(options.typed, spec.values)
-    return dataclasses.replace(spec, mtp=()), switch_notes(options.typed, spec.values)
+        return spec, notes
+    return dataclasses.replace(spec, mtp=()), notes
 
 
 def _by_shapes(

@@ -15,7 +15,8 @@ from ...basics.dtypes import DType
 from ...basics.errors import ConversionError
 from ...basics.json_files import read_json
 from ...conversion.composing import Piece, Sources, StoredName
-from ...conversion.endpoint import first_dtype
+from ...conversion.endpoint import dtype_notes, first_dtype, main_dtype
+from ...conversion.left_out import LeftOut
 from ...conversion.matching import Matcher
 from ...model.layouts import ALTERNATING, GATED, GROUPED_QKV, SAME, Layout, RowMap, joined, row_maps
 from ...model.slots import SLOTS, Ref, refs
@@ -47,7 +48,8 @@ class MindSporeSource:
 
     def __init__(self, path: Path, options: MindSporeReadOptions) -> None:
         files = read_weight_files(path)
-        tensors = separated(_without_prefix(files.tensors))
+        self._left_out = LeftOut(options.ignore_tensors)
+        tensors = separated(_without_prefix(self._left_out.kept(files.tensors)))
         shapes = Shapes({name: tensor.shape for name, tensor in tensors.items()})
         self._rows = shapes.embeddings[0]
         dtype = next(iter(_embeddings(tensors))).dtype
@@ -56,8 +58,10 @@ class MindSporeSource:
         self._dialect = Dialect(found.spec, found.mlp_layout, found.qkv_layout)
         self._legacy = shapes.is_legacy
         self._pieces, self._replicas = self._match(path, tensors)
-        self.spec = dataclasses.replace(found.spec, dtype=first_dtype(next(iter(self._pieces.values()))))
+        self.spec = dataclasses.replace(found.spec, dtype=main_dtype(found.spec, self.dtype_of))
         self.origin = _origin(path, files, found, self._rows, options)
+        self.origin.notes += [*self._left_out.notes, *dtype_notes(self.spec, self.dtype_of)]
+        self.origin.ignored += self._left_out.ignored
 
     def dtype_of(self, ref: Ref) -> DType:
         """Dtype of a ref in the files."""
@@ -74,7 +78,7 @@ class MindSporeSource:
         self, path: Path, tensors: Mapping[str, Tensor]
     ) -> tuple[dict[Ref, tuple[Piece, ...]], dict[Ref, tuple[Piece, ...]]]:
         heading = f"{path}: the weights do not match the model that shapes, options and configuration describe:"
-        matcher = Matcher(tensors, (), heading, "the model requires")
+        matcher = Matcher(tensors, (), heading, "the model requires", left_out=self._left_out)
         pieces: dict[Ref, tuple[Piece, ...]] = {}
         replicas: dict[Ref, tuple[Piece, ...]] = {}
         for ref in refs(self.spec):

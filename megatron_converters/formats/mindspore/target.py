@@ -22,13 +22,14 @@ from ...basics.folders import remove
 from ...basics.json_files import write_json
 from ...basics.quantities import count, size
 from ...basics.yaml_files import write_yaml
+from ...conversion.endpoint import main_dtype
 from ...conversion.journal import MANIFEST
 from ...conversion.outline import Fill, Outline
 from ...conversion.staging import Staging
 from ...conversion.stored_model import StoredModel, folded, has_multipliers
 from ...families import FAMILIES
 from ...model.layouts import row_maps
-from ...model.slots import SLOTS, Precision, Ref, refs
+from ...model.slots import Precision, Ref, refs
 from ...model.spec import ModelSpec
 from ...storage import marks
 from ...storage.shards import Stored, layout, split
@@ -79,7 +80,7 @@ class MindSporeTarget:
         raise_all("MindSpore Transformers has no place for these:", without_place(spec))
         self._stored = self._stored_model(spec)
         self._source_dtype = dtype_of
-        self._spec = dataclasses.replace(self._stored.spec, dtype=dtype_of(Ref(SLOTS["word_embeddings"])))
+        self._spec = dataclasses.replace(self._stored.spec, dtype=main_dtype(spec, dtype_of))
         self._dialect = Dialect(self._spec, self._options.mlp_layout, self._options.qkv_layout)
         self._origin = origin
         self._folded = self._stored.spec != spec

@@ -14,12 +14,12 @@ from ...basics.errors import raise_all
 from ...conversion.accounting import Coverage
 from ...conversion.composing import Sources
 from ...conversion.copying import Executor, Sink
-from ...conversion.endpoint import Source, wanted_dtype
+from ...conversion.endpoint import Source, main_dtype, wanted_dtype
 from ...conversion.outline import Fill
 from ...families import FAMILIES
 from ...model.layers import LAYER_NORM
 from ...model.layouts import row_maps
-from ...model.slots import SLOTS, Ref, refs
+from ...model.slots import Ref, refs
 from ...model.spec import ModelSpec
 from .channel import send
 from .handles import StackedHandle, TensorHandle, part_of
@@ -88,7 +88,7 @@ class QueueTarget:
 
     def _metadata(self, origin: Origin) -> types.SimpleNamespace:
         spec = self._spec
-        dtype = self._dtype_of(Ref(SLOTS["word_embeddings"]))
+        dtype = main_dtype(spec, self._dtype_of)
         args = self._args_of(spec, origin.margs)
         divisor = self._divisor or args.get("make_vocab_size_divisible_by")
         checkpoint_args = argparse.Namespace(**{**args, "sequence_parallel": False, "params_dtype": dtype})
