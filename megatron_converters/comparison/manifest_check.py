@@ -19,6 +19,7 @@ from ..basics.errors import ConversionError, one_line, reason_of
 from ..conversion.copying import default_lanes
 from ..conversion.journal import MANIFEST, manifest_of, read_manifest
 from ..conversion.progress import Progress
+from ..formats.detect import refuse_part
 from ..formats.megatron.locating import checkpoint_directory
 from ..formats.megatron.writing import TRACKER
 from ..storage import dcp, safetensors, torch_zip
@@ -48,13 +49,18 @@ class Fault:
 
 @dataclass(frozen=True)
 class Checked:
-    """Result of a check: what was read, and every fault in the order of files and tensors."""
+    """Result of a check: what was read, and every fault in the order of files and tensors.
+
+    `source` is the path of what the output was written from, `hub` its name and commit on the Hugging Face Hub, if it has one.
+    """
 
     folder: Path
     files: int
     tensors: int
     nbytes: int
     faults: list[Fault]
+    source: str | None = None
+    hub: str | None = None
 
 
 class _TensorEntry(NamedTuple):
@@ -105,6 +111,8 @@ def find_output(path: Path, name: str | None) -> Path:
     """Output with a manifest: `name` in `path`, `path` itself, or the folder that its tracker file names."""
     if name is not None:
         return path / name
+    if path.is_file() and not manifest_of(path).exists():
+        refuse_part(path)
     if (path / MANIFEST).exists() or not (path / TRACKER).exists():
         return path
     return checkpoint_directory(path, None)
@@ -132,7 +140,8 @@ def check_output(output: Path, progress: Progress) -> Checked:
     faults += _check_tensors(tasks, progress)
     order = {(file.name, tensor): number for file in files for number, tensor in enumerate(("", *file.tensors))}
     faults.sort(key=lambda fault: (fault.file, order.get((fault.file, fault.tensor), len(order))))
-    return Checked(folder, len(files), len(tasks), sum(task.nbytes for task in tasks), faults)
+    nbytes, source = sum(task.nbytes for task in tasks), manifest.get("source") or {}
+    return Checked(folder, len(files), len(tasks), nbytes, faults, source.get("path"), source.get("hub"))
 
 
 def _file_entry(folder: Path, name: str, entry: Any) -> _FileEntry:

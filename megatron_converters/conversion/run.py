@@ -26,10 +26,13 @@ from .journal import Journal, Provenance, describe_run, is_output_of, lost_lines
 from .outline import Outline
 from .progress import Progress
 from .staging import Staging, check_place, check_space
+from .supplement import supplement
 
 T = TypeVar("T")
 #: Seconds that a network file system may take to show what another machine has written.
 _PATIENCE = 60.0
+#: Seconds that lanes have to end what they are writing after a failure. A disk may keep them longer; nothing waits for it.
+_LANE_SECONDS = 1.0
 
 
 def convert(
@@ -72,7 +75,8 @@ class _Run:
         self._staging = Staging(target.save_dir, outline.name)
         self._journal = Journal(self._staging.state)
         self._description = describe_run(outline, source.origin, FAMILIES.file_digest(source.spec.family))
-        self._begun = self._shown = False
+        self._begun = self._shown = self._failed = False
+        self._idle = True
         self._session = ""
         self._open: dict[str, OutputFile] = {}
         self._provenance = Provenance()
@@ -81,13 +85,17 @@ class _Run:
         """Take all steps, each together with the other processes; returns lines for the user."""
         try:
             agree(self._crew, self._together(lambda: self._description), "conversion")
-            if self._first_alone(self._complete_already):
-                words = "is complete already; nothing to do (--overwrite writes it again)"
-                return self._first_alone(lambda: [f"{self._target.shown()} {words}"])
+            lines = self._first_alone(self._complete_already)
+            if lines:
+                return lines
             finished, self._session = self._first_alone(partial(self._begin, restart))
             self._begun = True
             self._together(self._check_folder)
             done = self._together(partial(self._copy, self._take_share(finished)))
+            released = self._crew.release()
+            if released is None:
+                return []
+            self._crew = released
             lines = self._first_alone(partial(self._end, set(finished).union(*done)))
             if finished:
                 lines.insert(
@@ -96,11 +104,11 @@ class _Run:
                 )
         except BaseException as error:
             for file in self._open.values():
-                if not file.closed:
+                if self._idle and not file.closed:  # a lane that hangs must not find another file under its number
                     file.discard()
             reason = Interrupted() if isinstance(error, KeyboardInterrupt) else error
             if self._crew.rank == 0:
-                self._give_up(reason)
+                self._give_up(reason, alone=self._crew.end_others())
             raise reason from error
         finally:
             self._progress.stop()
@@ -120,14 +128,17 @@ class _Run:
         """Run `action` in the first process alone; returns its result in all of them."""
         return cast("T", self._together(lambda: action() if self._crew.rank == 0 else None)[0])
 
-    def _complete_already(self) -> bool:
-        """Whether this very run was completed before: repeating a command is no error."""
+    def _complete_already(self) -> list[str]:
+        """Lines if this very run was completed before: repeating a command is no error. A tokenizer that is new is added."""
+        added = supplement(self._target, self._staging, self._description, self._source.origin)
+        if added:
+            return added
         if self._target.shown() is None or not is_output_of(self._target.manifest, self._description):
-            return False
+            return []
         if self._staging.path.exists():  # killed while it cleaned up
             self._staging.open()
             self._staging.discard()
-        return True
+        return [f"{self._target.shown()} is complete already; nothing to do (--overwrite writes it again)"]
 
     def _begin(self, restart: bool) -> tuple[list[str], str]:
         """Open the hidden folder, anew or where the same run stopped; returns the finished files and the session's mark."""
@@ -173,13 +184,16 @@ class _Run:
 
     def _copy(self, mine: set[str]) -> list[str]:
         """Fill these files; returns them."""
-        executor = Executor(self._progress, self._finish, lost=self._provenance.add_lost, files=len(mine))
+        executor = Executor(
+            self._progress, self._finish, lost=self._provenance.add_lost, check=self._crew.check, files=len(mine)
+        )
         try:
             for number, ref in enumerate(refs(self._source.spec)):
                 self._copy_ref(executor, ref, mine, replicas=number % self._crew.size == self._crew.rank)
             executor.finish()
         except BaseException:
-            executor.cancel()
+            self._failed = True
+            self._idle = executor.cancel(_LANE_SECONDS)
             raise
         self._source.close()
         raise_all(
@@ -220,7 +234,7 @@ class _Run:
 
     def _finish(self, file: OutputFile) -> None:
         """Complete a file and record it; the lane that wrote its last tensor calls this."""
-        file.close()
+        file.close(self._go_on)
         path = str(Path(file.path).relative_to(self._staging.files))
         tensors = self._provenance.take(path)
         checksums = file.checksums()
@@ -233,6 +247,11 @@ class _Run:
             cause = "someone has removed" if session is None else "another run has taken over"
             raise Stopped(f"{cause} {self._staging.path}")
         self._journal.finish(path, file.nbytes, self._outline.outside(path, checksums), tensors)
+
+    def _go_on(self) -> None:
+        """Raise if the run has failed meanwhile: a large file takes long to reach the disk."""
+        if self._failed:
+            raise Stopped("the conversion has failed")
 
     def _end(self, done: set[str]) -> list[str]:
         """Show the result, once every file is finished."""
@@ -264,11 +283,12 @@ class _Run:
         """Look until the result is good or patience ends: files of other machines may take a while to be visible here."""
         deadline = time.monotonic() + (_PATIENCE if self._crew.size > 1 else 0.0)
         while not good(found := look()) and time.monotonic() < deadline:
+            self._crew.check()
             time.sleep(1.0)
         return found
 
-    def _give_up(self, error: BaseException) -> None:
-        """Leave nothing but what the same run can use when it is started again."""
+    def _give_up(self, error: BaseException, *, alone: bool) -> None:
+        """Leave nothing but what the same run can use when it is started again; `alone` if no other process writes there."""
         if not self._staging.held:
             return
         if self._shown:  # the next run takes the hidden folder away
@@ -282,6 +302,8 @@ class _Run:
         if not self._journal.complete and not (finished and worth_keeping):
             self._staging.discard()
             return
+        if alone and self._begun and not self._journal.complete:
+            self._staging.keep_only(list(finished))
         self._staging.leave()
         if resumable and isinstance(error, ConversionError):
             count = f"{len(finished)} of {len(self._outline.files)}"
