@@ -17,7 +17,13 @@ from ..conversion.endpoint import Source, Target
 from ..conversion.progress import make_progress
 from ..conversion.run import convert
 from ..families.scope import family_of
-from ..formats.megatron.arguments import spec_fields, uncut_args
+from ..formats.megatron.arguments import (
+    check_expressible,
+    inexpressible,
+    sent_conventions,
+    spec_fields,
+    uncut_args,
+)
 from ..formats.queue.channel import WatchedProgress, check_exit, try_send
 from ..formats.queue.messages import EXIT
 from ..formats.queue.source import QueueSource
@@ -97,7 +103,7 @@ def _load(queue: Any, args: argparse.Namespace, open_source: Callable[[], Source
     with family_of(getattr(args, "family_file", None)):
         source = open_source()
         report(args, f"loading {source.origin.described} ({source.spec.family}, {source.spec.num_layers} layers)")
-        for line in source.origin.urgent:
+        for line in [*source.origin.urgent, *_inexpressible(args, source)]:
             report(args, line)
         target = QueueTarget(
             queue,
@@ -106,6 +112,18 @@ def _load(queue: Any, args: argparse.Namespace, open_source: Callable[[], Source
             divisor=getattr(args, "make_vocab_size_divisible_by", None),
         )
         stream(source, target, requested_dtype(args))
+
+
+#: Options of this project's savers, each of which judges itself what it can express.
+_OWN_SAVERS = ("megatron_version", "max_shard_size")
+
+
+def _inexpressible(args: argparse.Namespace, source: Source) -> list[str]:
+    """Warnings of what a saver of another project, which would not say so, loses; raises `ConversionError` unless allowed."""
+    if any(hasattr(args, name) for name in _OWN_SAVERS):
+        return []
+    reasons = inexpressible(sent_conventions(source.spec).spec)
+    return check_expressible(reasons, allowed=getattr(args, "allow_inexpressible", False))
 
 
 def run_saver(queue: Any, args: argparse.Namespace, open_target: Callable[[], Target]) -> None:
