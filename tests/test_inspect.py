@@ -24,8 +24,8 @@ from megatron_converters.cli import main as cli
 from megatron_converters.cli.options.reading import open_any
 from megatron_converters.inspection import shard_map
 from megatron_converters.inspection.inventory import Survey, count_parameters, survey
+from megatron_converters.inspection.shard_map.card import map_card
 from megatron_converters.inspection.shard_map.grid import KINDS, grid
-from megatron_converters.inspection.shard_map.page import page
 from megatron_converters.model.slots import SLOTS
 from tests.conversions import hf_to_megatron
 from tests.helpers import ROOT, args_of, edit_rank
@@ -205,7 +205,7 @@ def test_distributed_files(hf_model: HFModel, capsys: pytest.CaptureFixture[str]
     assert found["parameters"] == theirs["parameters"]
     padding = (found["vocabulary"]["rows"] - 199) * 64 * 4 * (2 - (family == "llama3.2-tied"))
     assert found["weights"]["bytes"] == theirs["weights"]["bytes"] + padding
-    assert re.search(r"tensor parallel +2, when it was written", inspect(capsys, folder))
+    assert re.search(r"tensor parallel +2, when written", inspect(capsys, folder))
     assert len(grid(surveyed(folder)).panels) == 1
 
 
@@ -320,7 +320,7 @@ def test_a_folder_of_no_known_format_is_refused(capsys: pytest.CaptureFixture[st
 
 
 class _Page(HTMLParser):
-    """Balanced tags, and every attribute that could ask for something."""
+    """Balanced tags, and every attribute that could ask for something; a link within the page asks for nothing."""
 
     _VOID = ("meta", "br", "hr", "img", "link", "input")
 
@@ -334,7 +334,9 @@ class _Page(HTMLParser):
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
         self.asked += [
-            (name, value) for name, value in attrs if name in ("src", "href", "xlink:href", "srcset", "action")
+            (name, value)
+            for name, value in attrs
+            if name in ("src", "href", "xlink:href", "srcset", "action") and not (value or "").startswith("#")
         ]
         self.handlers += [name for name, _ in attrs if name.startswith("on")]
         if tag not in self._VOID:
@@ -355,7 +357,14 @@ def page_of(capsys: pytest.CaptureFixture[str], folder: Path, to: Path) -> str:
 
 
 def svgs(page: str) -> list[ElementTree.Element]:
-    return [ElementTree.fromstring(svg) for svg in re.findall(r'<svg viewBox="0 0 1080.*?</svg>', page, re.DOTALL)]
+    return [
+        ElementTree.fromstring(svg)
+        for svg in re.findall(r'<svg class="map" viewBox="0 0 1080 .*?</svg>', page, re.DOTALL)
+    ]
+
+
+def bars(picture: ElementTree.Element) -> list[ElementTree.Element]:
+    return [group for group in picture.iter("g") if group.get("class") == "cell"]
 
 
 def test_the_page_stands_alone(hf_model: HFModel, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -369,7 +378,7 @@ def test_the_page_stands_alone(hf_model: HFModel, capsys: pytest.CaptureFixture[
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     assert f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'" in text
     for svg in svgs(text):
-        assert svg.get("role") == "img" and svg.find("title") is not None and svg.find("desc") is not None
+        assert svg.get("role") == "group" and svg.find("title") is not None and svg.find("desc") is not None
     identifiers = re.findall(r' id="([^"]+)"', text)
     assert len(identifiers) == len(set(identifiers))
     assert "$" not in text
@@ -393,9 +402,8 @@ def test_names_of_a_checkpoint_are_text_and_nothing_else(
 def test_cells_show_what_the_ranks_hold(hf_model: HFModel, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     folder = hf_to_megatron(hf_model("llama3.2-tied"), tmp_path / "meg", tp=2, pp=2)
     text = page_of(capsys, folder, tmp_path / "page.html")
-    totals, *panels = svgs(text)
-    assert len(panels) == 2
-    cells = [[cell for cell in panel.iter("g") if cell.get("class") == "cell"] for panel in panels]
+    *_, totals, one, other = svgs(text)  # after those that are folded
+    cells = [bars(panel) for panel in (one, other)]
     assert [len(of_panel) for of_panel in cells] == [
         2 * (1 + 2),
         2 * (2 + 1),
@@ -407,7 +415,7 @@ def test_cells_show_what_the_ranks_hold(hf_model: HFModel, capsys: pytest.Captur
     )
     (tied,) = [title for title in titles if title.startswith("output, mp_rank_01_001\n")]
     assert "output_layer.weight [128, 64] float32, 32.8 KB" in tied
-    assert len(list(totals.iter("g"))) == 4
+    assert len(bars(totals)) == 4
 
 
 def test_bars_are_as_long_as_their_cells_have_bytes(
@@ -415,11 +423,11 @@ def test_bars_are_as_long_as_their_cells_have_bytes(
 ) -> None:
     folder = hf_to_megatron(hf_model("mixtral"), tmp_path / "meg", ep=4)
     drawn = grid(surveyed(folder))
-    _, panel = svgs(page_of(capsys, folder, tmp_path / "page.html"))
-    bars = [[float(rect.get("width", "0")) for rect in cell.iter("rect")] for cell in panel.iter("g")]
+    *_, panel = svgs(page_of(capsys, folder, tmp_path / "page.html"))
+    lengths = [[float(rect.get("width", "0")) for rect in cell.iter("rect")] for cell in bars(panel)]
     (cells,) = (panel.cells for panel in drawn.panels)
-    longest = max(map(sum, bars))
-    for widths, cell in zip(bars, cells, strict=True):
+    longest = max(map(sum, lengths))
+    for widths, cell in zip(lengths, cells, strict=True):
         assert sum(widths) == pytest.approx(longest * cell.nbytes / drawn.largest, abs=1.1)
         total = sum(segment.nbytes for segment in cell.segments)
         for width, segment in zip(widths, cell.segments, strict=True):
@@ -504,7 +512,7 @@ def test_many_ranks_share_columns_and_many_tensors_a_colour(
     assert weights == sum(column.nbytes for panel in drawn.panels for column in panel.columns)
     if detail == "CELLS":
         assert {len(cell.segments) for panel in drawn.panels for cell in panel.cells} == {1}
-        assert "in the colour of what it holds most of" in page(found)
+        assert "The colour of a bar is that of its largest part." in map_card(found, "Shard map", "map")
 
 
 def test_nothing_of_torch_is_imported(hf_model: HFModel) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Any
 
 from ..assets import capacity_bins
 from ..basics.quantities import count, size
+from ..conversion.dry_run import Forecast
 from ..families import FAMILIES
 from ..formats.detect import HF, MEGATRON, META, MINDSPORE, WEIGHTS
 from ..formats.megatron.conventions import FLAGS, FOLD, RAW
@@ -73,6 +74,29 @@ def sections(found: Survey) -> list[Section]:
     ]
 
 
+def conversion_section(result: Forecast) -> Section:
+    """Section on what a planned conversion reads, writes and needs."""
+    return Section("conversion", list(_conversion(result)))
+
+
+def _conversion(result: Forecast) -> Iterator[tuple[str, str]]:
+    yield "tensors read", f"{result.source_tensors:,}"
+    yield "tensors written", f"{result.target_tensors:,} in {count(len(result.files), 'file')}"
+    yield from (("cast", f"{number:,} from {cast}") for cast, number in result.casts.items())
+    yield from (("computed", f"{number:,} are {computed}") for computed, number in result.computed.items())
+    if result.padding_rows:
+        yield "vocabulary padding", f"{count(result.padding_rows, 'row')}, in all tensors together"
+    if result.copies:
+        yield "copies", f"{result.copies:,} B ({size(result.copies)}), which several ranks hold"
+    yield "disk", f"{size(result.left)} needed, {size(result.free)} free"
+    if result.left > result.free:
+        yield "obstacle", "there is not enough room on the disk"
+    if result.obstacle:
+        yield "obstacle", result.obstacle
+    yield from (("left out", what) for what in result.ignored)
+    yield from (("note", note) for note in result.notes)
+
+
 def lines(found: Survey) -> Iterator[str]:
     """Lines of the whole survey, aligned."""
     yield headline(found)
@@ -128,9 +152,14 @@ def count_tensors(holdings: Iterable[Holding]) -> int:
 def stage_layers(found: Survey, stage: int) -> str:
     """Layers of a pipeline stage in words, numbered over the whole model."""
     layers = found.layers[stage]
-    runs = [[layer for _, layer in run] for _, run in groupby(enumerate(layers), lambda item: item[1] - item[0])]
-    words = [str(run[0]) if len(run) == 1 else f"{run[0]} to {run[-1]}" for run in runs]
-    return f"layer{'' if len(layers) == 1 else 's'} {', '.join(words)}" if layers else "no layers"
+    return runs("layer", layers) if layers else "no layers"
+
+
+def runs(noun: str, numbers: Sequence[int]) -> str:
+    """Ascending numbers in words, such as "layers 0 to 3, 8"."""
+    parts = [[number for _, number in run] for _, run in groupby(enumerate(numbers), lambda item: item[1] - item[0])]
+    words = [str(run[0]) if len(run) == 1 else f"{run[0]} to {run[-1]}" for run in parts]
+    return f"{noun}{'' if len(numbers) == 1 else 's'} {', '.join(words)}"
 
 
 def sum_nbytes(holdings: Iterable[Holding]) -> int:
@@ -281,7 +310,7 @@ def by_dtype(found: Survey) -> dict[str, list[Holding]]:
 def _layout(found: Survey) -> Iterator[tuple[str, str]]:
     parallel, names, experts = found.origin.parallel, found.names, found.expert_layout
     checkpoint_format = found.origin.checkpoint_format
-    written = ", when it was written" if checkpoint_format in LOADED_AT_ANY_SIZES else ""
+    written = ", when written" if checkpoint_format in LOADED_AT_ANY_SIZES else ""
     yield "format", ", ".join(filter(None, (_FORMATS[found.kind], checkpoint_format)))
     if parallel is not None:
         yield "tensor parallel", f"{parallel.tp}{written}"

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-from ...basics.errors import UsageError
-from ...conversion.staging import write_text
 from ...inspection.in_json import as_json
 from ...inspection.in_words import lines
 from ...inspection.inventory import survey
 from ...inspection.shard_map.page import page
-from ..console import put, put_json, warn
+from ..console import put, put_json
+from ..html_page import page_path, write_page
 from ..options.reading import add_reading_arguments, open_any
 from ..options.shared import add_shared
 
@@ -31,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Look at the folder; 0 if it can be read."""
-    target = None if args.html is None else _writable(Path(args.html))
+    target = page_path(args.html)
     kind, source = open_any(args.folder, args)
     found = survey(kind, source)
     if args.json:
@@ -39,18 +37,5 @@ def run(args: argparse.Namespace) -> int:
     else:
         put("\n".join(lines(found)))
     if target is not None:
-        write_text(target, page(found)) if _replaceable(target) else target.write_text(page(found), encoding="utf-8")
-        warn(f"wrote the page {target}")  # standard output has the result, which may be JSON
+        write_page(target, page(found))
     return 0
-
-
-def _replaceable(path: Path) -> bool:
-    """Whether it is a file or will be one; a link and a device, such as /dev/stdout, must stay what they are."""
-    return not path.is_symlink() and (path.is_file() or not path.exists())
-
-
-def _writable(path: Path) -> Path:
-    if path.is_dir() or not path.parent.is_dir():
-        fault = "is a folder" if path.is_dir() else f"cannot be made: there is no folder {path.parent}"
-        raise UsageError(f"--html {path} {fault}; name a file in a folder that exists")
-    return path

@@ -8,8 +8,12 @@ from collections.abc import Callable, Iterator
 from ...basics.quantities import count, duration, size
 from ...conversion.dry_run import FilePlan, Forecast, forecast
 from ...conversion.estimate import measure
+from ...inspection.inventory import survey
+from ...inspection.planned import planned
+from ...inspection.shard_map.page import conversion_page
 from ...request import Job
 from ..console import put, put_json
+from ..html_page import page_path, write_page
 from ..options.shared import add_shared
 from ..options.values import positive
 from .job import add_job_arguments, request_of
@@ -28,11 +32,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--no-measure", action="store_true", help="Do not measure a rate; the time is then not estimated."
     )
+    parser.add_argument(
+        "--html", metavar="FILE", default=None, help="Write a page that stands alone, with the maps before and after."
+    )
     add_shared(parser, "--json")
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the plan, also for `convert --dry-run`; 0 if the conversion is possible, 1 if something is in its way."""
+    page = page_path(getattr(args, "html", None))
     job = request_of(args).open()
     result = forecast(job.source, job.target, job.dtype, args.workers)
     if not getattr(args, "no_measure", False):
@@ -41,6 +49,10 @@ def run(args: argparse.Namespace) -> int:
         put_json(result.to_json())
     else:
         put("\n".join(_lines(job, result)))
+    if page is not None:
+        source = survey(job.source_format, job.source)
+        target = planned(job.target_format, job.source.spec, job.target, result)
+        write_page(page, conversion_page(source, target, result))
     return 0 if result.left <= result.free and not result.obstacle else 1
 
 

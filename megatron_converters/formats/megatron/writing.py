@@ -196,6 +196,11 @@ class CheckpointTarget(ABC):
         }
 
     @property
+    def parallel(self) -> Parallel:
+        """Sizes that the checkpoint is cut for, known once the target is prepared."""
+        return self._parallel
+
+    @property
     def output(self) -> Path:
         """Directory of the iteration."""
         return self.save_dir / self._name

@@ -10,7 +10,7 @@ from enum import Enum
 from typing import NamedTuple, TypeVar
 
 from ...basics.quantities import count, size
-from ...model.slots import SLOTS, Scope
+from ...model.slots import DECODER, SLOTS, Scope
 from ..in_words import count_tensors, short_name, stage_layers
 from ..inventory import Holding, Survey
 
@@ -31,8 +31,10 @@ KINDS = {
     "output layer": ("output_layer", "output_layer_bias"),
 }
 _KIND_BY_SLOT = {slot: kind for kind, slots in KINDS.items() for slot in slots}
-#: Names of the rows that are not layers.
-FIRST, LAST = "embeddings", "output"
+#: Groups of rows, from top to bottom: what comes before the layers, the decoder's layers, those of multi-token prediction, the end.
+_FIRST, LAYERS, MTP_LAYERS, _LAST = range(4)
+_NAMES = {_FIRST: "embeddings", _LAST: "output"}
+_NOUNS = {LAYERS: "layer", MTP_LAYERS: "MTP layer"}
 #: What a column stands for, the most columns of a panel, and the most columns in all: of more files, neighbours share one.
 #: The ranks of a stage have the same rows, files mostly different ones; narrow panels then leave less space empty.
 _RANKS, _FILES = ("rank", 32, 128), ("file", 16, 512)
@@ -56,32 +58,51 @@ class Segment(NamedTuple):
     nbytes: int
 
 
+class Row(NamedTuple):
+    """Row of the map: a group of rows, and the number of a layer in it."""
+
+    group: int
+    number: int = 0
+
+    @property
+    def noun(self) -> str | None:
+        """What the row's number counts; None for a row that is no layer."""
+        return _NOUNS.get(self.group)
+
+    @property
+    def label(self) -> str:
+        """Name of the row."""
+        return f"{self.noun} {self.number}" if self.noun else _NAMES[self.group]
+
+
 @dataclass(frozen=True)
 class Cell:
-    """Weights of one row in one column; `text` describes them in several lines."""
+    """Weights of one row in one column; `text` describes them in several lines. `times` counts the equal ones drawn as one."""
 
     row: int
     column: int
     segments: tuple[Segment, ...]
     text: str
+    times: int = 1
 
     @property
     def nbytes(self) -> int:
-        """Bytes of weights."""
+        """Bytes of weights, of one of the equal ones."""
         return sum(segment.nbytes for segment in self.segments)
 
 
 @dataclass(frozen=True)
 class Column:
-    """One file, or neighbouring files that share a column to save space."""
+    """One file, neighbouring files that share a column to save space, or `times` files that hold the same."""
 
     name: str
     label: str
     kinds: tuple[Segment, ...]
+    times: int = 1
 
     @property
     def nbytes(self) -> int:
-        """Bytes of weights."""
+        """Bytes of weights, of one of the equal files."""
         return sum(segment.nbytes for segment in self.kinds)
 
 
@@ -105,7 +126,7 @@ class Grid:
 
     @property
     def largest(self) -> int:
-        """Bytes of the largest cell, to which all bars are scaled."""
+        """Bytes of the largest cell, which the longest bar stands for."""
         return max(cell.nbytes for panel in self.panels for cell in panel.cells)
 
     @property
@@ -130,7 +151,8 @@ def grid(found: Survey) -> Grid:
         for stage, files in sorted(stages.items())
         for groups, which in _panel_columns(files, *(_RANKS if found.cut else _FILES))
     ]
-    detail = _detail(found, [group for _, groups, _ in parts for group in groups])
+    columns = [[found.by_file[file] for file in group] for _, groups, _ in parts for group in groups]
+    detail = detail_of([holding for group in column for holding in group] for column in columns)
     return Grid(tuple(_panel(found, *part, detail) for part in parts), detail)
 
 
@@ -152,48 +174,47 @@ def _chunks(items: Sequence[T], length: int) -> list[Sequence[T]]:
     return [items[start : start + length] for start in range(0, len(items), length)]
 
 
-def _detail(found: Survey, groups: Iterable[Sequence[str]]) -> Detail:
-    if len(found.holdings) <= _MAX_TENSOR_SEGMENTS:
+def detail_of(columns: Iterable[Sequence[Holding]]) -> Detail:
+    """Finest detail at which these columns make no more segments than a picture may have."""
+    tensors = kinds = 0
+    for holdings in columns:
+        tensors += len(holdings)
+        kinds += len({(row_of(holding), kind_of(holding.slot)) for holding in holdings})
+    if tensors <= _MAX_TENSOR_SEGMENTS:
         return Detail.TENSORS
-    kind_segments = sum(
-        len({(_row(holding), kind_of(holding.slot)) for file in group for holding in found.by_file[file]})
-        for group in groups
-    )
-    return Detail.KINDS if kind_segments <= _MAX_KIND_SEGMENTS else Detail.CELLS
+    return Detail.KINDS if kinds <= _MAX_KIND_SEGMENTS else Detail.CELLS
 
 
-def _row(holding: Holding) -> str | int:
+def row_of(holding: Holding) -> Row:
+    """Row of a holding."""
     if holding.ref.layer is not None:
-        return holding.ref.layer
-    return LAST if holding.ref.slot.scope is Scope.LAST or holding.slot == "output_layer" else FIRST
+        return Row(LAYERS if holding.ref.stack == DECODER else MTP_LAYERS, holding.ref.layer)
+    return Row(_LAST if holding.ref.slot.scope is Scope.LAST or holding.slot == "output_layer" else _FIRST)
 
 
-def _order(row: str | int) -> tuple[int, int]:
-    return (0, 0) if row == FIRST else (2, 0) if row == LAST else (1, int(row))
+def by_row(holdings: Iterable[Holding]) -> dict[Row, list[Holding]]:
+    """Holdings of each row, from top to bottom."""
+    found: dict[Row, list[Holding]] = {}
+    for holding in holdings:
+        found.setdefault(row_of(holding), []).append(holding)
+    return dict(sorted(found.items()))
 
 
 def _panel(found: Survey, stage: int, groups: Sequence[Sequence[str]], which: str, detail: Detail) -> Panel:
     """Panel of these columns, each of one file or several; `which` is the panel's files in words."""
     files = [file for group in groups for file in group]
-    rows = sorted({_row(holding) for file in files for holding in found.by_file[file]}, key=_order)
+    rows = sorted({row_of(holding) for file in files for holding in found.by_file[file]})
     number = {row: index for index, row in enumerate(rows)}
     columns, cells = [], []
-    for index, (group, label) in enumerate(zip(groups, _labels(found, [group[0] for group in groups]), strict=True)):
+    for index, (group, label) in enumerate(zip(groups, labels_of(found, [group[0] for group in groups]), strict=True)):
         name = short_name(group[0]) if len(group) == 1 else f"{short_name(group[0])} to {short_name(group[-1])}"
         held = [holding for file in group for holding in found.by_file[file]]
-        columns.append(Column(name, label, _by_kind(held)))
-        by_row: dict[str | int, list[Holding]] = {}
-        for holding in held:
-            by_row.setdefault(_row(holding), []).append(holding)
-        for row, holdings in by_row.items():
-            text = "\n".join([f"{_row_label(row)}, {name}", *_contents(holdings, detail)])
-            cells.append(Cell(number[row], index, _segments(holdings, detail), text))
+        columns.append(Column(name, label, kinds_of(held)))
+        for row, holdings in by_row(held).items():
+            text = "\n".join([f"{row.label}, {name}", *contents(holdings, detail)])
+            cells.append(Cell(number[row], index, segments_of(holdings, detail), text))
     title = f"{_stage_prefix(found, stage)}{which}, {size(sum(column.nbytes for column in columns))}"
-    return Panel(stage if found.cut else None, title, tuple(columns), tuple(map(_row_label, rows)), tuple(cells))
-
-
-def _row_label(row: str | int) -> str:
-    return row if isinstance(row, str) else f"layer {row}"
+    return Panel(stage if found.cut else None, title, tuple(columns), tuple(row.label for row in rows), tuple(cells))
 
 
 def _stage_prefix(found: Survey, stage: int) -> str:
@@ -202,7 +223,7 @@ def _stage_prefix(found: Survey, stage: int) -> str:
     return f"stage {stage}, {stage_layers(found, stage)}, "
 
 
-def _labels(found: Survey, files: Sequence[str]) -> list[str]:
+def labels_of(found: Survey, files: Sequence[str]) -> list[str]:
     """Short column labels: the rank's numbers, or the file name without the beginning and end that all names share."""
     if found.cut is not None:
         ranks = [found.ranks[file] for file in files]
@@ -220,25 +241,28 @@ def _common_prefix_length(names: Iterable[str]) -> int:
     return sum(1 for _ in itertools.takewhile(lambda letters: len(set(letters)) == 1, zip(*names, strict=False)))
 
 
-def _by_kind(holdings: Iterable[Holding]) -> tuple[Segment, ...]:
+def kinds_of(holdings: Iterable[Holding]) -> tuple[Segment, ...]:
+    """One segment for each kind that occurs, in the order of `KINDS`."""
     nbytes = Counter[str]()
     for holding in holdings:
         nbytes[kind_of(holding.slot)] += holding.nbytes
     return tuple(Segment(kind, nbytes[kind]) for kind in KINDS if nbytes[kind])
 
 
-def _segments(holdings: Sequence[Holding], detail: Detail) -> tuple[Segment, ...]:
+def segments_of(holdings: Sequence[Holding], detail: Detail) -> tuple[Segment, ...]:
+    """Segments of a cell that has these holdings."""
     if detail is Detail.TENSORS:
         segments = [Segment(kind_of(holding.slot), holding.nbytes) for holding in holdings]
         return tuple(sorted(segments, key=lambda segment: list(KINDS).index(segment.kind)))
-    kinds = _by_kind(holdings)
+    kinds = kinds_of(holdings)
     if detail is Detail.KINDS or not kinds:
         return kinds
     largest = max(kinds, key=lambda segment: segment.nbytes)
     return (Segment(largest.kind, sum(segment.nbytes for segment in kinds)),)
 
 
-def _contents(holdings: Sequence[Holding], detail: Detail) -> list[str]:
+def contents(holdings: Sequence[Holding], detail: Detail) -> list[str]:
+    """What a cell holds, in lines."""
     total = f"{size(sum(holding.nbytes for holding in holdings))} in {count(count_tensors(holdings), 'tensor')}"
     if detail is not Detail.TENSORS:
         held = {kind: [holding for holding in holdings if kind_of(holding.slot) == kind] for kind in KINDS}

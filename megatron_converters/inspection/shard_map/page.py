@@ -1,9 +1,10 @@
-"""HTML page around the pictures: one file that loads nothing, with all text from the checkpoint escaped."""
+"""HTML pages with shard maps: one file that loads nothing, with all text from the checkpoint escaped."""
 
 from __future__ import annotations
 
 import base64
 import hashlib
+from collections.abc import Iterable
 from html import escape
 from importlib import resources
 from pathlib import Path
@@ -11,33 +12,69 @@ from string import Template
 
 from ... import __version__
 from ...basics.quantities import count, size
-from ..in_words import file_rows, sections
+from ...conversion.dry_run import Forecast
+from ..in_words import Section, conversion_section, file_rows, sections, sum_nbytes
 from ..inventory import Survey, count_parameters
-from .grid import Detail, Grid, grid
-from .svg import kind_class, panel_svg, totals_svg
+from .card import map_card
+from .svg import HALF_WIDTH
+
+_Tiles = list[tuple[str, str]]
+_ON_DISK = "on the disk"
 
 
 def page(found: Survey) -> str:
-    """The whole HTML page."""
-    shard_grid = grid(found)
+    """Page of one folder."""
+    return _page(
+        title=_title(found),
+        path=found.origin.described,
+        tiles=[*_model_tiles(found), *_folder_tiles(found)],
+        facts=sections(found),
+        maps=map_card(found, "Shard map", "map"),
+        files=_files("Files", found, _ON_DISK),
+        source="the headers of the files",
+    )
+
+
+def conversion_page(source: Survey, target: Survey, result: Forecast) -> str:
+    """Page of a planned conversion: the map of the source beside the one that the target would have."""
+    model, *_ = sections(source)
+    layouts = [
+        Section(f"layout {words}", section.rows)
+        for words, found in (("before", source), ("after", target))
+        for section in sections(found)
+        if section.title == "layout"
+    ]
+    before, after = map_card(source, "Before", "before", HALF_WIDTH), map_card(target, "After", "after", HALF_WIDTH)
+    files = _files("Files before", source, _ON_DISK) + _files("Files after", target, "size of the file")
+    sides = (("before", source), ("after", target))
+    return _page(
+        title=f"{_title(source)} → {_title(target)}",
+        path=f"{source.origin.described} → {target.origin.described} (planned; nothing is written)",
+        tiles=[
+            *_model_tiles(source),
+            *((f"{label}, {words}", value) for words, found in sides for label, value in _folder_tiles(found)),
+        ],
+        facts=[model, conversion_section(result), *layouts],
+        maps=f'<div class="beside">{before}{after}</div>',
+        files=f'<div class="beside">{files}</div>',
+        source="the plan of the conversion",
+    )
+
+
+def _page(*, title: str, path: str, tiles: _Tiles, facts: Iterable[Section], maps: str, files: str, source: str) -> str:
+    """The whole page; `maps` and `files` are HTML, the others are text."""
     script = _resource("tooltip.js")
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return Template(_resource("page.html")).substitute(
-        digest=digest,
+        digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         script=script,
-        title=escape(_title(found)),
-        path=escape(found.origin.described),
-        tiles="".join(_tile(label, value) for label, value in _tiles(found)),
-        legend="".join(_legend(kind) for kind in shard_grid.kinds),
-        totals=totals_svg(shard_grid),
-        measure=escape(_scale_text(shard_grid)),
-        panels="".join(
-            f'<section class="panel"><h3>{escape(panel.title)}</h3>{panel_svg(panel, shard_grid.largest, f"p{index}")}</section>'
-            for index, panel in enumerate(shard_grid.panels)
-        ),
-        sections="".join(_section(section.title, section.rows) for section in sections(found)),
-        files="".join(_row(row) for row in file_rows(found)),
+        title=escape(title),
+        path=escape(path),
+        tiles="".join(_tile(label, value) for label, value in tiles),
+        facts="".join(_section(section) for section in facts),
+        maps=maps,
+        files=files,
         version=escape(__version__),
+        source=escape(source),
     )
 
 
@@ -51,19 +88,22 @@ def _title(found: Survey) -> str:
     return "/".join(path.parts[-2:] if found.ranks and len(path.parts) > 2 else path.parts[-1:])
 
 
-def _tiles(found: Survey) -> list[tuple[str, str]]:
+def _model_tiles(found: Survey) -> _Tiles:
     total, active = count_parameters(found.spec)
-    nbytes = sum(holding.nbytes for holding in found.holdings)
-    parallel = found.origin.parallel
     tiles = [("parameters", _abbreviated(total))]
     tiles += [("active", _abbreviated(active))] if active != total else []
-    tiles += [("weights", size(nbytes)), ("layers", str(found.spec.num_layers))]
-    if parallel is None:
-        return [*tiles, ("files", f"{len(found.by_file):,}")]
-    sizes = f"TP {parallel.tp} · PP {parallel.pp}"
-    if found.spec.num_experts:
-        sizes += f" · EP {parallel.ep} · ETP {parallel.etp}"
-    return [*tiles, ("parallel", sizes), (count(len(found.by_file), "file").split()[1], f"{len(found.by_file):,}")]
+    return [*tiles, ("layers", str(found.spec.num_layers))]
+
+
+def _folder_tiles(found: Survey) -> _Tiles:
+    parallel, files = found.origin.parallel, len(found.by_file)
+    tiles = [("weights", size(sum_nbytes(found.holdings)))]
+    if parallel is not None:
+        sizes = f"TP {parallel.tp} · PP {parallel.pp}"
+        if found.spec.num_experts:
+            sizes += f" · EP {parallel.ep} · ETP {parallel.etp}"
+        tiles.append(("parallel", sizes))
+    return [*tiles, (count(files, "file").split()[1], f"{files:,}")]
 
 
 def _abbreviated(number: int) -> str:
@@ -75,27 +115,24 @@ def _abbreviated(number: int) -> str:
     return f"{value:.3g}{unit}"
 
 
-def _scale_text(shard_grid: Grid) -> str:
-    words = f"A bar is as long as its cell has bytes; the longest stands for {size(shard_grid.largest)}."
-    if shard_grid.detail is Detail.CELLS:
-        return f"{words} It is in the colour of what it holds most of. Point at one to see what it holds."
-    return f"{words} Each part of a bar is {shard_grid.detail.value}. Point at one to see what it holds."
-
-
 def _tile(label: str, value: str) -> str:
     return f"<div><dt>{escape(label)}</dt><dd>{escape(value)}</dd></div>"
 
 
-def _legend(kind: str) -> str:
-    swatch = (
-        f'<svg viewBox="0 0 12 12" aria-hidden="true"><rect class="{kind_class(kind)}" width="12" height="12"/></svg>'
-    )
-    return f"<li>{swatch}{escape(kind)}</li>"
-
-
-def _section(title: str, rows: list[tuple[str, str]]) -> str:
+def _section(section: Section) -> str:
+    rows = section.rows
     body = "".join(f'<tr><th scope="row">{escape(label)}</th><td>{escape(value)}</td></tr>' for label, value in rows)
-    return f"<section><h2>{escape(title)}</h2><table>{body}</table></section>"
+    return f"<section><h2>{escape(section.title)}</h2><table>{body}</table></section>"
+
+
+def _files(heading: str, found: Survey, size_label: str) -> str:
+    """Closed table of the files."""
+    head = "".join(f'<th scope="col">{escape(label)}</th>' for label in ("name", "tensors", "weights", size_label))
+    body = "".join(_row(row) for row in file_rows(found))
+    return (
+        f'<details class="card"><summary>{escape(heading)}</summary><div class="scroll"><table class="numbers files">'
+        f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div></details>"
+    )
 
 
 def _row(cells: tuple[str, ...]) -> str:

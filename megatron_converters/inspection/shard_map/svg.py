@@ -9,16 +9,18 @@ from html import escape
 from ...basics.quantities import size
 from .grid import KINDS, Cell, Column, Grid, Panel, Segment
 
-_WIDTH, _GUTTER = 1080.0, 84.0
+#: Width of a map that has the page for itself, and of one of two beside each other.
+FULL_WIDTH, HALF_WIDTH = 1080.0, 528.0
+_GUTTER = 106.0
 _ROW, _BAR = 17.0, 13.0
 #: Height of the header with horizontal and with vertical labels, and the column width from which they are horizontal.
 _HEADER, _TALL_HEADER = 34.0, 62.0
 _LABEL_WIDTH = 52.0
 #: Width of a letter.
-_LETTER = 7.0
+_LETTER = 6.4
 #: Length of the shortest bar, so that the smallest tensor is visible.
 _SHORTEST_BAR = 1.0
-_CHART, _CHART_BASE, _CHART_HEIGHT = 132.0, 106.0, 96.0
+_CHART, _CHART_BASE, _CHART_HEIGHT = 112.0, 88.0, 80.0
 _CLASS = {kind: f"k{index}" for index, kind in enumerate(KINDS)}
 
 
@@ -27,81 +29,92 @@ def kind_class(kind: str) -> str:
     return _CLASS[kind]
 
 
-def panel_svg(panel: Panel, largest: int, name: str) -> str:
+def panel_svg(panel: Panel, largest: int, name: str, width: float = FULL_WIDTH) -> str:
     """Picture of one panel; `largest` bytes fill a column. `name` makes its ids unique in the page."""
-    pitch = (_WIDTH - _GUTTER) / len(panel.columns)
+    pitch = (width - _GUTTER) / len(panel.columns)
     top = _TALL_HEADER if pitch < _LABEL_WIDTH else _HEADER
     height = top + _ROW * len(panel.rows) + 4
-    described = f"{len(panel.rows)} rows by {len(panel.columns)} columns; bars are as long as their cells have bytes"
+    described = f"{len(panel.rows)} rows by {len(panel.columns)} columns; bar length = bytes"
     return "".join(
         [
-            _open(_WIDTH, height, name, f"Shard map, {panel.title}", described),
-            *_row_labels(panel.rows, top),
+            _open(width, height, name, f"Shard map, {panel.title}", described),
+            '<g aria-hidden="true">',  # each bar is named by its row and column
+            *_row_labels(panel.rows, top, width),
             *_column_labels(panel.columns, pitch, top, height),
+            "</g>",
             *(_cell(cell, pitch, top, largest) for cell in panel.cells),
             "</svg>",
         ]
     )
 
 
-def totals_svg(grid: Grid) -> str:
-    """Bar chart of the bytes of every column of all panels, with gaps between pipeline stages."""
+def totals_svg(grid: Grid, name: str, width: float = FULL_WIDTH) -> str:
+    """Bar chart of the bytes of every column of all panels, with gaps between pipeline stages.
+
+    A column that stands for several equal files is as many times as wide.
+    """
     stages: dict[int | None, list[Column]] = {}
     for panel in grid.panels:
         stages.setdefault(panel.stage, []).extend(panel.columns)
-    count = sum(map(len, stages.values()))
+    files = sum(column.times for columns in stages.values() for column in columns)
     gap = min(10.0, 240.0 / len(stages))
-    pitch = (_WIDTH - _GUTTER - gap * (len(stages) - 1)) / count
+    pitch = (width - _GUTTER - gap * (len(stages) - 1)) / files
+    is_folded = any(column.times > 1 for columns in stages.values() for column in columns)
     most = max(column.nbytes for columns in stages.values() for column in columns)
-    parts = [
-        _open(_WIDTH, _CHART, "totals", "Bytes of weights in each column of the map", "stacked by kind of tensor"),
+    labels = [
         _text(_GUTTER - 8, _CHART_BASE - _CHART_HEIGHT + 8, size(most), "axis end"),
         _text(_GUTTER - 8, _CHART_BASE, "0", "axis end"),
-        f'<path class="line" d="M{_number(_GUTTER)} {_number(_CHART_BASE + 0.5)}H{_number(_WIDTH)}"/>',
+        f'<path class="line" d="M{_number(_GUTTER)} {_number(_CHART_BASE + 0.5)}H{_number(width)}"/>',
     ]
+    bars = []
     left = _GUTTER
     for stage, columns in stages.items():
-        width = pitch * len(columns)
-        if len(stages) > 1 and width + gap > 16:
-            parts.append(
-                _text(left + width / 2, _CHART_BASE + 18, f"stage {stage}" if width > 56 else str(stage), "axis middle")
-            )
+        stage_width = pitch * sum(column.times for column in columns)
+        if len(stages) > 1 and stage_width + gap > 16:
+            label = f"stage {stage}" if stage_width > 56 else str(stage)
+            labels.append(_text(left + stage_width / 2, _CHART_BASE + 18, label, "axis middle"))
         for column in columns:
-            parts.append(_stacked_bar(column, left, pitch, _CHART_HEIGHT / most if most else 0.0))
-            if len(stages) == 1 and pitch >= _LABEL_WIDTH:
-                parts.append(_text(left + pitch / 2, _CHART_BASE + 18, _fitting_label(column, pitch), "axis middle"))
-            left += pitch
+            room = pitch * column.times
+            bar = max(room - 2, 0.8 * room) if is_folded else min(room * (0.8 if room > 4 else 1.0), 90.0)
+            bars.append(_stacked_bar(column, left + room / 2, bar, _CHART_HEIGHT / most if most else 0.0))
+            if len(stages) == 1 and room >= _LABEL_WIDTH:
+                label = _fitting(room, column.name, column.label)
+                labels.append(_text(left + room / 2, _CHART_BASE + 18, label, "axis middle"))
+            left += room
         left += gap
-    return "".join([*parts, "</svg>"])
+    opening = _open(width, _CHART, name, "Weights of each file", "bar height = bytes, stacked by kind of tensor")
+    return "".join([opening, '<g aria-hidden="true">', *labels, "</g>", *bars, "</svg>"])
 
 
-def _fitting_label(column: Column, room: float) -> str:
-    """Name of a column if there is room for it, else its label."""
-    return column.name if len(column.name) * _LETTER <= room - 8 else column.label
+def _fitting(room: float, long: str, short: str) -> str:
+    """Long text if there is room for it, else the short one or its beginning."""
+    most = int((room - 8) / _LETTER)
+    return long if len(long) <= most else short if len(short) <= most else f"{short[: most - 1]}…"
 
 
-def _stacked_bar(column: Column, left: float, pitch: float, scale: float) -> str:
-    width = min(pitch * (0.8 if pitch > 4 else 1.0), 90.0)
+def _stacked_bar(column: Column, middle: float, width: float, scale: float) -> str:
     bars, bottom = [], _CHART_BASE
     for segment in column.kinds:
         bottom -= segment.nbytes * scale
-        bars.append(_rect(segment.kind, left + (pitch - width) / 2, bottom, width, segment.nbytes * scale))
-    lines = [f"{column.name}, {size(column.nbytes)}", *(f"{kind}: {size(nbytes)}" for kind, nbytes in column.kinds)]
+        bars.append(_rect(segment.kind, middle - width / 2, bottom, width, segment.nbytes * scale))
+    each = " each" if column.times > 1 else ""
+    sizes = (f"{kind}: {size(nbytes)}" for kind, nbytes in column.kinds)
+    lines = [f"{column.name}, {size(column.nbytes)}{each}", *sizes]
     return _group("\n".join(lines), "".join(bars))
 
 
 def _open(width: float, height: float, name: str, title: str, described: str) -> str:
     return (
-        f'<svg viewBox="0 0 {_number(width)} {_number(height)}" role="img" aria-labelledby="{name}-t {name}-d">'
+        f'<svg class="map" viewBox="0 0 {_number(width)} {_number(height)}" role="group" aria-labelledby="{name}-t {name}-d">'
         f'<title id="{name}-t">{escape(title)}</title><desc id="{name}-d">{escape(described)}</desc>'
     )
 
 
-def _row_labels(rows: Iterable[str], top: float) -> Iterator[str]:
+def _row_labels(rows: Iterable[str], top: float, width: float) -> Iterator[str]:
     for index, row in enumerate(rows):
         y = top + index * _ROW
         if index % 2 == 0:
-            yield f'<rect class="stripe" x="0" y="{_number(y)}" width="{_number(_WIDTH)}" height="{_number(_ROW)}"/>'
+            yield f'<rect class="stripe" x="0" y="{_number(y)}" width="{_number(width)}" height="{_number(_ROW)}"/>'
         yield _text(_GUTTER - 8, y + _ROW - 5, row, "row end")
 
 
@@ -110,8 +123,9 @@ def _column_labels(columns: tuple[Column, ...], pitch: float, top: float, height
         x = _GUTTER + index * pitch
         yield f'<path class="line" d="M{_number(x)} {_number(top - 4)}V{_number(height)}"/>'
         if pitch >= _LABEL_WIDTH:
-            yield _text(x + 4, top - 20, _fitting_label(column, pitch), "column")
-            yield _text(x + 4, top - 7, size(column.nbytes), "axis")
+            yield _text(x + 4, top - 20, _fitting(pitch, column.name, column.label), "column")
+            each = " each" if column.times > 1 else ""
+            yield _text(x + 4, top - 7, _fitting(pitch, size(column.nbytes) + each, size(column.nbytes)), "axis")
         else:
             middle = x + min(pitch / 2, 8) + 3
             yield (
@@ -143,7 +157,8 @@ def _segment_ends(segments: tuple[Segment, ...], length: float) -> list[tuple[fl
 
 
 def _group(text: str, inner: str) -> str:
-    return f'<g class="cell"><title>{escape(text)}</title>{inner}</g>'
+    """Bar that the keyboard reaches, with the text as its accessible name."""
+    return f'<g class="cell" role="img" tabindex="0"><title>{escape(text)}</title>{inner}</g>'
 
 
 def _rect(kind: str, x: float, y: float, width: float, height: float) -> str:
