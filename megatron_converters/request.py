@@ -80,7 +80,9 @@ class Request:
                 f"{self.src} lies in {self.dst}, where --overwrite could replace it; choose another folder to write to"
             )
         target = open_target(self.dst, dataclasses.replace(options, overwrite=overwrite))
-        return Job(source_format, source, chosen, target, None if self.dtype is None else dtype_named(self.dtype))
+        dtype = None if self.dtype is None else dtype_named(self.dtype)
+        _warn_of_widening(source, dtype)
+        return Job(source_format, source, chosen, target, dtype)
 
     def _options(self, chosen: str) -> TargetOptions:
         if chosen not in TARGETS:
@@ -93,6 +95,18 @@ class Request:
                 f"to={other!r}"
             )
         return given[chosen] or _OPTIONS[chosen]()
+
+
+def _warn_of_widening(source: Source, dtype: DType | None) -> None:
+    """Warn that rounded weights are written in a wider type although their originals lie beside them."""
+    origin, stored = source.origin, source.spec.dtype
+    if origin.float32_originals and dtype is not None and dtype.itemsize > stored.itemsize:
+        warning = (
+            f"warning: the stored {stored} weights are widened to {dtype}, which does not restore what rounding has lost; the "
+            f"optimizer's float32 originals ({origin.float32_originals}) are not read"
+        )
+        origin.notes.append(warning)
+        origin.urgent.append(warning)
 
 
 def target_format(source_format: str, to: str | None, asks_for_checkpoint: bool) -> str:

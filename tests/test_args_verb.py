@@ -403,7 +403,7 @@ def test_what_to_know_goes_to_standard_error(
 ) -> None:
     out, err = run(capsys, hf_model("llama3.2-tied"))
     assert "--use-rope-scaling exists from Megatron-LM 0.10 on\n" in err
-    assert "warning: RoPE scaling factor 32" in err and "warning" not in out
+    assert "warning: --rope-scaling-factor 32.0:" in err and "warning" not in out
     habana = hf_to_megatron(hf_model("mixtral"), tmp_path / "habana", expert_layout="dynamic", impl="local")
     assert "--moe-dynamic-hpu" in run(capsys, habana)[1]
 

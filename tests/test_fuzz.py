@@ -30,7 +30,8 @@ from megatron_converters.families import FAMILIES
 from megatron_converters.families.config_json import config_from_spec, spec_from_config
 from megatron_converters.formats.megatron.arguments import inexpressible, model_args, spec_fields
 from megatron_converters.formats.megatron.conventions import conventions
-from megatron_converters.formats.megatron.torch_dist_source import COMMON_FILE, TorchDistSource
+from megatron_converters.formats.megatron.locating import COMMON_FILE
+from megatron_converters.formats.megatron.torch_dist_source import TorchDistSource
 from megatron_converters.storage import dcp, safetensors, torch_zip
 from tests.conversions import hf_to_torch_dist
 from tests.damage import Damage, any_bytes, any_json, any_opcodes, in_archive, in_header

@@ -634,13 +634,18 @@ def test_what_a_release_does_not_restore_is_a_flag(group: Group) -> None:
 
 
 def test_a_rope_factor_that_megatron_s_scripts_ignore_is_warned_of() -> None:
-    (warning,) = flag_warnings(tiny_spec(rope_scaling=RopeScaling("llama3", 32.0)), [])
-    assert warning.startswith("warning: RoPE scaling factor 32:")
+    llama3 = tiny_spec(rope_scaling=RopeScaling("llama3", 32.0))
+    *_, warning = flag_warnings(llama3, flags(all_args(llama3)))
+    assert warning.startswith(
+        "warning: --rope-scaling-factor 32.0: the pretrain_gpt.py of Megatron-LM up to 0.19 accepts it but"
+    )
+    assert "with 8; pass rope_scaling_factor to GPTModel" in warning
     linear = tiny_spec(rope_scaling=RopeScaling("linear", 4.0))
     (warning,) = flag_warnings(linear, flags(all_args(linear)))
     assert warning.startswith("warning: --rotary-seq-len-interpolation-factor:")
-    for quiet in (None, RopeScaling("llama3", 8.0), RopeScaling("linear", 32.0)):
-        assert flag_warnings(tiny_spec(rope_scaling=quiet), []) == []
+    for quiet in (None, RopeScaling("llama3", 8.0), RopeScaling("linear", 1.0)):
+        spec = tiny_spec(rope_scaling=quiet)
+        assert not [said for said in flag_warnings(spec, flags(all_args(spec))) if said.startswith("warning")]
 
 
 def test_parallel_sizes_are_flags_for_megatron_takes_none_from_a_checkpoint() -> None:

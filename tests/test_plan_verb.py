@@ -84,7 +84,7 @@ def test_what_is_in_the_way_is_said(hf_model: HFModel, tmp_path: Path) -> None:
     assert run.code == 1
     assert "already exists" in run.out
     refused(verb("plan", source, out, "--tp", "3"), "cannot be cut over tp=3")
-    refused(verb("plan", tmp_path, out), "is of no known format", code=2)
+    refused(verb("plan", tmp_path, out), "is no model itself; it holds a checkpoint in out; give ", code=2)
     for name in ("plan", "convert"):
         refused(verb(name, source, source.parent / "." / source.name, "--tp", "2"), "is the source itself", code=2)
         inside = (out / "iter_0000001", out, "--tp", "1", "--overwrite")

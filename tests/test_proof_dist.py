@@ -3,6 +3,7 @@ write it loads at any sizes and computes what transformers computes."""
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
@@ -10,10 +11,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 
+from megatron_converters.basics.errors import ConversionError
 from tests.conversions import different, hf_to_torch_dist, megatron_to_hf
 from tests.helpers import hf_tensors
+from tests.oracle import checkpoint
 from tests.oracle.args import megatron_args
+from tests.oracle.checkpoint import Grid, Rank
 from tests.oracle.hf import FAMILIES, MOE_FAMILIES, hf_logits, make_model, sample_tokens
 from tests.oracle.pool import MegatronPool, write_checkpoint, write_distributed
 from tests.pairs import chessboard, latin
@@ -68,6 +73,42 @@ def test_dense_model_of_real_megatron_to_hf(megatron_pool: MegatronPool, tmp_pat
 def test_layers_with_keys_of_their_own(megatron_pool: MegatronPool, tmp_path: Path, how: dict[str, bool]) -> None:
     args = megatron_args(tensor_model_parallel_size=2, pipeline_model_parallel_size=2, add_bias_linear=True)
     check(megatron_pool, tmp_path, args, **how)
+
+
+def test_keys_of_a_wrapped_model(megatron_pool: MegatronPool, tmp_path: Path) -> None:
+    """As NeMo 2 saves it, in `weights` and with all keys behind `module.`."""
+    args = megatron_args(tensor_model_parallel_size=2, pipeline_model_parallel_size=2)
+    wanted = write_distributed(megatron_pool, tmp_path / "made", args, seed=3, tokens=TOKENS, wrapper="module.")
+    (tmp_path / "nemo" / "context").mkdir(parents=True)
+    shutil.move(tmp_path / "made" / "iter_0000001", tmp_path / "nemo" / "weights")
+    back = megatron_to_hf(tmp_path / "nemo", tmp_path / "hf")
+    assert float((hf_logits(back, TOKENS) - wanted[..., :VOCABULARY]).abs().max()) < TOLERANCE
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize("impl", ["local", "transformer_engine"])
+def test_a_state_dict_of_real_megatron(megatron_pool: MegatronPool, tmp_path: Path, impl: str) -> None:
+    """As `torch_dcp` has it: what megatron-core's `state_dict` gives, saved by torch.distributed.checkpoint."""
+    args = megatron_args(transformer_impl=impl, add_bias_linear=True)
+    wanted = write_checkpoint(megatron_pool, tmp_path / "torch", args, seed=3, tokens=TOKENS)
+    content = checkpoint.load_trusted(checkpoint.rank_file(tmp_path / "torch" / "iter_0000001", Grid(), Rank()))
+    dcp.save(content, checkpoint_id=tmp_path / "dcp", no_dist=True)
+    back = megatron_to_hf(tmp_path / "dcp", tmp_path / "hf")
+    assert float((hf_logits(back, TOKENS) - wanted[..., :VOCABULARY]).abs().max()) < TOLERANCE
+
+
+@pytest.mark.parametrize("write", [write_checkpoint, write_distributed])
+def test_layers_of_prediction_that_are_left_out(
+    write: Callable[..., torch.Tensor], megatron_pool: MegatronPool, tmp_path: Path
+) -> None:
+    """A dense model with multi-token prediction, which its family does not have."""
+    sizes = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}
+    args = megatron_args(**sizes, qk_layernorm=True, mtp_num_layers=1, transformer_impl="transformer_engine")
+    wanted = write(megatron_pool, tmp_path / "made", args, seed=3, tokens=TOKENS)
+    with pytest.raises(ConversionError, match=r"mtp_num_layers=1: no family .* pass --without-mtp"):
+        megatron_to_hf(tmp_path / "made", tmp_path / "hf")
+    back = megatron_to_hf(tmp_path / "made", tmp_path / "hf", without_mtp=True)
+    assert float((hf_logits(back, TOKENS) - wanted[..., :VOCABULARY]).abs().max()) < TOLERANCE
 
 
 #: Tensor-, pipeline-, expert- and expert-tensor-parallel sizes. Ranks' files of the `torch` format exist for all of them.

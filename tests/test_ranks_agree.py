@@ -15,7 +15,7 @@ from megatron_converters.formats.megatron.arguments import rank_invariants
 from megatron_converters.formats.megatron.rank_files_source import MegatronSource
 from megatron_converters.storage.pickle_reader import StandIn
 from tests.conversions import hf_to_megatron
-from tests.helpers import edit_rank, rank_content
+from tests.helpers import edit_rank, rank_content, refused, succeeded, verb
 
 HFModel = Callable[..., Path]
 #: By family: arguments that change no tensor's shape, or that no rank of another save shares, and another value of each.
@@ -43,6 +43,11 @@ CHANGES: dict[str, dict[str, Any]] = {
         "account_for_loss_in_pipeline_split": True,
         "transformer_impl": "local",
         "make_vocab_size_divisible_by": 64,
+        # What no row describes, but decides the model: the vocabulary, this project's marks, arguments of other programs.
+        "null_tokenizer_eod_id": 3,
+        "multipliers_folded": True,
+        "sliding_window": 32,
+        "rope_scaling": {"rope_type": "yarn"},
     },
     "qwen2-moe": {
         "num_experts": None,
@@ -89,6 +94,16 @@ def test_what_one_rank_says_otherwise_is_named(family: str, rank: str, saved: Ca
         MegatronSource(checkpoint)
     said = {line.strip(" -") for line in str(caught.value).splitlines()[1:-1]}
     assert said == {f"{rank}: {name} is {value!r}, not {kept.get(name)!r}" for name, value in CHANGES[family].items()}
+
+
+def test_two_saves_are_no_equal_of_a_model(saved: Callable[[str], Path], hf_model: HFModel, tmp_path: Path) -> None:
+    """They differ in what no tensor shows."""
+    checkpoint = saved("llama3.1")
+    succeeded(verb("verify", hf_model("llama3.1"), checkpoint))
+    _change(checkpoint, "mp_rank_01", norm_epsilon=1e-6, layernorm_epsilon=1e-6)
+    words = ("mp_rank_01: layernorm_epsilon is 1e-06, not 1e-05", "of different saves")
+    refused(verb("verify", hf_model("llama3.1"), checkpoint), *words, code=2)
+    refused(verb("convert", checkpoint, tmp_path / "hf"), *words)
 
 
 def test_a_recorded_configuration_counts_too(saved: Callable[[str], Path]) -> None:

@@ -35,6 +35,8 @@ class Origin:
     urgent: list[str] = field(default_factory=list)
     #: Tensors of the source that are left out, and why.
     ignored: list[str] = field(default_factory=list)
+    #: Where the optimizer's float32 originals of the weights are, which are not read, in words; no text if there are none.
+    float32_originals: str = ""
     #: [bytes, modification time in nanoseconds] of the source's files by path. None for a source that came as messages.
     identity: dict[str, list[int]] | None = None
 

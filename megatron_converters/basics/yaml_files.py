@@ -13,6 +13,8 @@ from .errors import ConversionError, one_line, reason_of
 
 #: Larger than any file that a person writes.
 _MAX_BYTES = 1 << 20
+#: More values than any file of that size has unless aliases repeat them.
+_MAX_VALUES = 1 << 20
 _BRACES = "; a name with { } in a list with [ ] needs quotes"
 
 
@@ -77,6 +79,8 @@ def read_yaml(path: Path, *, aliases: bool = False) -> dict[str, Any]:
         raise ConversionError(
             f"{path} holds {'nothing' if value is None else 'no mapping'}; write lines such as 'name: example'"
         )
+    if aliases and not _is_small(value):
+        raise ConversionError(f"{path} has aliases that stand for more than {_MAX_VALUES:,} values; write them out")
     try:
         json.dumps(value, allow_nan=False)
     except (TypeError, ValueError, RecursionError):
@@ -84,6 +88,16 @@ def read_yaml(path: Path, *, aliases: bool = False) -> dict[str, Any]:
             f"{path} holds values other than text, finite numbers, true, false, null, lists and mappings; write these alone"
         ) from None
     return value
+
+
+def _is_small(value: Any) -> bool:
+    """Whether a value with all that it contains is of plausible size; a hostile one repeats an alias within another."""
+    pending, seen = [value], 0
+    while pending and seen <= _MAX_VALUES:
+        value = pending.pop()
+        seen += 1
+        pending += value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return not pending
 
 
 def write_yaml(path: Path, value: Any) -> None:

@@ -8,16 +8,21 @@ from typing import Any
 
 from ..basics.errors import ConversionError
 from ..basics.folders import new_folder
+from ..conversion.endpoint import Source
 from ..conversion.progress import make_progress
 from ..conversion.run import convert
 from ..families.config_json import config_from_spec
 from ..formats.huggingface.target import HFOptions, HFTarget
-from ..formats.megatron.reading import checkpoint_directory
+from ..formats.megatron.locating import checkpoint_directory
+from ..formats.megatron.run_config import RUN_CONFIG
 from ..formats.megatron.writing import MegatronOptions
 from ..formats.reading import ReadOptions, open_source
+from ..live.log import LOG
 from .pretrained import Location, Pretrained
-from .run_config import RUN_CONFIG, BridgeCheckpoint, recorded_model
+from .run_config import BridgeCheckpoint, recorded_model
 from .weights import write
+
+_WARNING = "warning: "
 
 
 class Checkpoints:
@@ -65,6 +70,7 @@ class Checkpoints:
         if reference is None and self.hf_pretrained.location is not None:
             reference = self.hf_pretrained.location.folder(config_only=True)
         source = open_source(megatron_path, ReadOptions(hf_config=reference)).source
+        _warn_of(source)
         convert(
             source,
             HFTarget(new_folder(hf_path), HFOptions(overwrite=overwrite)),
@@ -102,6 +108,7 @@ class Checkpoints:
         from ..live.providing import load, provider_for
 
         source = open_source(path).source
+        _warn_of(source)
         provider = provider_for(source.spec)
         overrides = mp_overrides if isinstance(mp_overrides, dict) else vars(mp_overrides or object)
         for name, value in overrides.items():
@@ -126,6 +133,13 @@ class Checkpoints:
     def get_hf_model_id_from_checkpoint(cls, path: str | os.PathLike[str]) -> str | None:
         """Name of the model of Hugging Face that a checkpoint was made from, as its `run_config.yaml` records it; else None."""
         return recorded_model(checkpoint_directory(Path(path), None) / RUN_CONFIG)
+
+
+def _warn_of(source: Source) -> None:
+    """Log the warnings on a checkpoint: that a reference overrides its args, or that its program may have ignored some."""
+    for note in source.origin.notes:
+        if note.startswith(_WARNING):
+            LOG.warning(note.removeprefix(_WARNING))
 
 
 def _checkpoint(

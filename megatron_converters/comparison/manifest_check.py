@@ -19,7 +19,7 @@ from ..basics.errors import ConversionError, one_line, reason_of
 from ..conversion.copying import default_lanes
 from ..conversion.journal import MANIFEST, manifest_of, read_manifest
 from ..conversion.progress import Progress
-from ..formats.megatron.reading import checkpoint_directory
+from ..formats.megatron.locating import checkpoint_directory
 from ..formats.megatron.writing import TRACKER
 from ..storage import dcp, safetensors, torch_zip
 from ..storage.checksum import blocks, digest, file_crc32

@@ -8,7 +8,7 @@ from pathlib import Path
 from ..basics.errors import UsageError
 from ..conversion.staging import unfinished_in
 from ..storage import marks
-from .megatron.reading import listing
+from .megatron.locating import is_one_rank, is_part, listing, look_inside
 from .mindspore.files import is_mindspore
 
 HF, META, MEGATRON, MINDSPORE = "hf", "meta", "megatron", "mindspore"
@@ -50,6 +50,16 @@ def format_of(path: Path) -> str:
     unfinished = unfinished_in(path)
     if unfinished is not None:
         raise UsageError(f"{path} {unfinished}")
+    if is_one_rank(path):
+        raise UsageError(f"{path} is the folder of one rank; give that of the checkpoint, {path.absolute().parent}")
+    if is_part(path):
+        return MEGATRON
+    foreign = marks.foreign(names)
+    if foreign:
+        raise UsageError(f"{path} is {foreign}")
+    inside = look_inside(path)
+    if inside:
+        raise UsageError(f"{path} is no model itself; {inside}")
     expected = "; ".join(f"{name}: {', '.join(patterns)}" for name, patterns in {**_PATTERNS, **_MARKS}.items())
     raise UsageError(f"{path} is of no known format; a folder needs one of {expected}")
 

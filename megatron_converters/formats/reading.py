@@ -20,6 +20,7 @@ from .detect import FORMATS, HF, MEGATRON, META, MINDSPORE, WEIGHTS, format_of
 from .huggingface.source import HFSource
 from .megatron.opening import open_megatron
 from .megatron.reading import MegatronReadOptions
+from .megatron.trained_by import program
 from .meta.source import MetaSource
 from .mindspore.describing import MindSporeReadOptions
 from .mindspore.source import MindSporeSource
@@ -30,17 +31,19 @@ class ReadOptions:
     """Options for reading a source; each field is the command-line option of the same name.
 
     `format` is "hf", "meta" or "megatron"; None detects it. For a Megatron-LM checkpoint, `ckpt_dir_name` is the folder to read
-    (iter_0000008) instead of the latest, `hf_config` the folder of a reference model, `true_vocab_size` the vocabulary size without
-    padding, if args lack it, `missing_args` attributes that fill what the args lack, and `families` those that may be inferred
-    where nothing names the model's. For a Hugging Face folder, `untie` keeps a stored lm_head although config.json ties it, and
-    `ignore_config_fields` names unknown fields of config.json that do not matter; a file of weights has `hf_config`, too.
+    (iter_0000008) instead of the latest, `hf_config` the folder of a reference model, `true_vocab_size` the vocabulary size
+    without padding, if args lack it, `missing_args` attributes that fill what the args lack, and `families` those that may be
+    inferred where nothing names the model's. For a Hugging Face folder, `untie` keeps a stored lm_head although config.json ties
+    it, and `ignore_config_fields` names unknown fields of config.json that do not matter; a file of weights has `hf_config`, too.
     `without_mtp` leaves out layers of multi-token prediction. `mup` ("flags", "fold" or "raw") says where a checkpoint has its
-    model's multipliers, if its args do not. `source_margs_file` is a source_megatron_args.json whose training
-    arguments are inherited, `family_file` a YAML file with a family of the user's own, and `capacity_bins` requests
-    capacity_bins.pt. Of MindSpore's weights, `mf_mlp_layout` and `mf_qkv_layout` are the orders of rows, `mf_version` is the
-    release of MindSpore Transformers that wrote them, `mf_config` its YAML, and `typed` has properties of the model that nothing
-    else says. Of every format, `ignore_tensors` are patterns (`*`, `?`) of names of tensors that are left out, such as
-    "v_head.*"; one that the model needs is then missing.
+    model's multipliers, if its args do not. `trained_by` is the release of Megatron-LM ("0.16") that trained it, which may have
+    ignored some of its args, or "args" for a program that heeds all. `prefer_args` takes only the family, names and tokenizer
+    from `hf_config`, and `ignore_args` names arguments of other programs that change nothing. `source_margs_file` is a
+    source_megatron_args.json whose training arguments are inherited, `family_file` a YAML file with a family of the user's own,
+    and `capacity_bins` requests capacity_bins.pt. Of MindSpore's weights, `mf_mlp_layout` and `mf_qkv_layout` are the orders of
+    rows, `mf_version` is the release of MindSpore Transformers that wrote them, `mf_config` its YAML, and `typed` has properties
+    of the model that nothing else says. Of every format, `ignore_tensors` are patterns (`*`, `?`) of names of tensors that are left
+    out, such as "v_head.*"; one that the model needs is then missing.
     """
 
     format: str | None = None
@@ -50,6 +53,9 @@ class ReadOptions:
     untie: bool = False
     without_mtp: bool = False
     mup: str | None = None
+    trained_by: str | None = None
+    prefer_args: bool = False
+    ignore_args: tuple[str, ...] = ()
     ignore_config_fields: tuple[str, ...] = ()
     source_margs_file: str | os.PathLike[str] | None = None
     family_file: str | os.PathLike[str] | None = None
@@ -133,18 +139,27 @@ def _open_meta(folder: Path, options: ReadOptions) -> Source:
 
 
 def _open_megatron(folder: Path, options: ReadOptions) -> Source:
-    return open_megatron(
-        existing_folder(folder),
-        MegatronReadOptions(
-            options.ckpt_dir_name,
-            _reference(options),
-            options.true_vocab_size,
-            without_mtp=options.without_mtp,
-            mup=options.mup,
-            missing_args=options.missing_args,
-            families=options.families,
-            ignore_tensors=options.ignore_tensors,
-        ),
+    return open_megatron(existing_folder(folder), megatron_options(options))
+
+
+def megatron_options(options: ReadOptions) -> MegatronReadOptions:
+    """Options of a Megatron-LM checkpoint."""
+    if options.prefer_args and options.hf_config is None:
+        raise UsageError(
+            "--prefer-args is for reading beside a reference model; give one with --hf-config DIR, or leave it out"
+        )
+    return MegatronReadOptions(
+        options.ckpt_dir_name,
+        _reference(options),
+        options.true_vocab_size,
+        without_mtp=options.without_mtp,
+        mup=options.mup,
+        missing_args=options.missing_args,
+        families=options.families,
+        trained_by=program(options.trained_by),
+        prefer_args=options.prefer_args,
+        ignore_args=options.ignore_args,
+        ignore_tensors=options.ignore_tensors,
     )
 
 
@@ -199,6 +214,7 @@ _FORMAT_OF_OPTION = {
     "ckpt_dir_name": {MEGATRON},
     "hf_config": {MEGATRON, WEIGHTS, MINDSPORE},
     "mup": {MEGATRON},
+    **{name: {MEGATRON} for name in ("trained_by", "prefer_args", "ignore_args")},
     "missing_args": {MEGATRON},
     "families": {MEGATRON},
     "untie": {HF, WEIGHTS},

@@ -14,6 +14,7 @@ from ..basics.quantities import count, size
 from ..families import FAMILIES
 from ..formats.detect import HF, MEGATRON, META, MINDSPORE, WEIGHTS
 from ..formats.megatron.conventions import FLAGS, FOLD, RAW
+from ..formats.megatron.distributed_folder import LOADED_AT_ANY_SIZES
 from ..model.layers import (
     ALL_HEADS,
     EACH_HEAD,
@@ -280,7 +281,7 @@ def by_dtype(found: Survey) -> dict[str, list[Holding]]:
 def _layout(found: Survey) -> Iterator[tuple[str, str]]:
     parallel, names, experts = found.origin.parallel, found.names, found.expert_layout
     checkpoint_format = found.origin.checkpoint_format
-    written = ", when it was written" if checkpoint_format == "torch_dist" else ""
+    written = ", when it was written" if checkpoint_format in LOADED_AT_ANY_SIZES else ""
     yield "format", ", ".join(filter(None, (_FORMATS[found.kind], checkpoint_format)))
     if parallel is not None:
         yield "tensor parallel", f"{parallel.tp}{written}"

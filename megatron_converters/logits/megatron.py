@@ -19,9 +19,11 @@ from ..basics.errors import ConversionError, raise_all
 from ..formats.megatron.argument import Context, Group
 from ..formats.megatron.arguments import inexpressible, model_args, plain_args, written_args
 from ..formats.megatron.conventions import RAW
+from ..formats.megatron.distributed_folder import TORCH_DIST
+from ..formats.megatron.locating import checkpoint_directory
 from ..formats.megatron.opening import open_megatron
 from ..formats.megatron.rank_files_source import RankFilesSource
-from ..formats.megatron.reading import MegatronReadOptions, checkpoint_directory
+from ..formats.megatron.reading import MegatronReadOptions
 from ..formats.megatron.torch_dist_source import TorchDistSource
 from ..live import buildable_args
 from ..model.slots import refs
@@ -106,6 +108,11 @@ def _checkpoint(source: RankFilesSource | TorchDistSource, path: Path, folder: P
     if isinstance(source, RankFilesSource):
         args = _arguments(source.conventions.spec, source.parallel, path)
         return Checkpoint(folder, args, source.spec, source.parallel, source.files)
+    if source.origin.checkpoint_format != TORCH_DIST:
+        raise ConversionError(
+            f"{folder} is of the format {source.origin.checkpoint_format}, which megatron-core does not load by itself; convert it "
+            f"with --ckpt-format {TORCH_DIST}, and compare that"
+        )
     whole = parallel_for(source.spec, 1, 1)
     args = {**_arguments(source.conventions.spec, whole, path), "padded_vocab_size": source.padded}
     return Checkpoint(folder, args, source.spec, whole, content=plain_args(source.content))

@@ -17,9 +17,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from ..conversion.composing import Planner
+from ..formats.megatron.locating import COMMON_FILE, FORMAT_FILE
 from ..formats.megatron.names import GATE_AND_UP, LOCAL_ENDS
-from ..formats.megatron.reading import FORMAT_FILE
-from ..formats.megatron.torch_dist_source import COMMON_FILE, TorchDistSource
+from ..formats.megatron.torch_dist_source import TorchDistSource
 from ..formats.megatron.torch_dist_target import FORMAT
 from ..model.slots import refs
 from ..storage import dcp, dcp_layout, torch_zip

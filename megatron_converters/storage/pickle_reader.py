@@ -29,7 +29,11 @@ _OLD_MODULES = {"__builtin__": "builtins", "copy_reg": "copyreg"}
 #: checkpoints; none of their behaviour is needed.
 _INERT_MODULES = ("megatron", "transformer_engine", "signal", "pathlib")
 _INERT_PREFIXES = ("megatron_", "torch.distributed.")
-_INERT_NAMES = {("_io", "BytesIO"), ("numpy", "ndarray"), ("torch", "Tensor"), ("torch.nn.parameter", "Parameter")}
+#: Random states have a Generator, and scalars of numpy 2 a class for each dtype (both in Megatron-LM's core/safe_globals.py).
+_INERT_NAMES = {
+    *(("_io", "BytesIO"), ("numpy", "ndarray"), ("torch", "Tensor"), ("torch.nn.parameter", "Parameter")),
+    *(("torch._C", "Generator"), ("torch", "Generator"), ("numpy.dtypes", "UInt32DType")),
+}
 #: Exceptions that the unpickler and the builders below raise for damaged pickles.
 _FAULTS = (
     pickle.UnpicklingError,
@@ -126,7 +130,7 @@ class Builder:
 
 
 class _NamespaceFactory(metaclass=_SealedType):
-    """Replacement for the class `argparse.Namespace`, which a pickle could alter; creates real namespaces."""
+    """Replacement for the classes of namespaces, which a pickle could alter; creates an `argparse.Namespace`."""
 
     def __new__(cls) -> Any:
         return argparse.Namespace()
@@ -230,6 +234,7 @@ def _empty_array(*_: Any) -> npt.NDArray[Any]:
 
 _NAMES: dict[tuple[str, str], Any] = {
     ("argparse", "Namespace"): _NamespaceFactory,
+    ("types", "SimpleNamespace"): _NamespaceFactory,
     ("collections", "OrderedDict"): OrderedDict,
     ("builtins", "set"): set,
     ("builtins", "frozenset"): frozenset,

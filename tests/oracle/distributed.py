@@ -44,7 +44,8 @@ filesystem_async._get_write_results_queue = queue.Queue
 def save(models: list[torch.nn.Module], directory: Path, args: Namespace, metadata: dict[str, Any]) -> None:
     """Save as Megatron-LM's `save_checkpoint` does with `--ckpt-format torch_dist`; `metadata` describes the layout of keys.
 
-    Parameters are stored in `args.params_dtype`, optimizer entries in float32 under the optimizer's names.
+    Its `wrapper` is a prefix of all keys, as NeMo's `module.`, and is not stored. Parameters are stored in `args.params_dtype`,
+    optimizer entries in float32 under the optimizer's names.
     """
     if dist.get_rank() == 0:
         directory.mkdir(parents=True)
@@ -67,7 +68,8 @@ def save(models: list[torch.nn.Module], directory: Path, args: Namespace, metada
         **sharded,
         "optimizer": {key: _optimizer_entry(value) for key, value in entries if isinstance(value, ShardedTensor)},
     }
-    dist_checkpointing.save(state, str(directory), content_metadata=metadata)
+    content = {name: value for name, value in metadata.items() if name != "wrapper"}
+    dist_checkpointing.save(state, str(directory), content_metadata=content)
 
 
 def load(models: list[torch.nn.Module], directory: Path) -> str | None:
@@ -95,17 +97,26 @@ def load(models: list[torch.nn.Module], directory: Path) -> str | None:
 
 def _sharded(models: list[torch.nn.Module], metadata: dict[str, Any]) -> dict[str, Any]:
     options = {**metadata, "dp_cp_group": _data_parallel()}
-    return {name: model.sharded_state_dict(metadata=options) for name, model in checkpoint.named_models(models).items()}
+    prefix = options.pop("wrapper", "")
+    return {
+        name: model.sharded_state_dict(prefix=prefix, metadata=options)
+        for name, model in checkpoint.named_models(models).items()
+    }
 
 
 def args_of(directory: Path, sizes: dict[str, int]) -> Namespace:
-    """Args of a checkpoint, as megatron-core loads them, for a run at other sizes (`tp`, `pp`, `ep`, `etp`)."""
+    """Args of a checkpoint, as megatron-core loads them, for a run at other sizes (`tp`, `pp`, `ep`, `etp`).
+
+    The padded vocabulary is that of the sizes, or with `padded` 1 among them that of the args, as with `--use-checkpoint-args`.
+    """
     # Megatron-LM does this when it starts. It is repeated here, since torch's context manager in another job undoes it at its end.
     torch.serialization.add_safe_globals(list(SAFE_GLOBALS))
     args: Namespace = dist_checkpointing.load_common_state_dict(str(directory))["args"]
     names = {"tp": "tensor_model", "pp": "pipeline_model", "ep": "expert_model", "etp": "expert_tensor"}
-    for name, size in sizes.items():
+    for name, size in sizes.items() - {("padded", 1)}:
         setattr(args, f"{names[name]}_parallel_size", size)
+    if sizes.get("padded"):
+        return args
     multiple = args.make_vocab_size_divisible_by * args.tensor_model_parallel_size
     args.padded_vocab_size = -(-args.vocab_size // multiple) * multiple
     return args

@@ -26,7 +26,10 @@ _MODEL_SIZES = {
     "qwen2": "qwen2",
     "qwen3": "qwen3",
 }
-_OF_CHECKPOINTS = ("--ckpt-dir-name", "--hf-config", "--true-vocab-size", "--without-mtp", "--mup", "--ignore-tensors")
+_OF_CHECKPOINTS = (
+    *("--ckpt-dir-name", "--hf-config", "--prefer-args", "--true-vocab-size", "--without-mtp", "--mup"),
+    *("--trained-by", "--ignore-args", "--ignore-tensors"),
+)
 _OF_MINDSPORE = ("--mf-mlp-layout", "--mf-qkv-layout", "--mf-version", "--mf-config", "--ignore-tensors")
 _OF_FOLDERS = ("--untie", "--ignore-config-fields", "--without-mtp", "--ignore-tensors")
 
@@ -37,13 +40,19 @@ def read_options(args: argparse.Namespace, source_format: str | None = None) -> 
     def given(name: str) -> Any:
         return getattr(args, name, None)
 
+    def names(option: str) -> tuple[str, ...]:
+        return tuple(name for name in (given(option) or "").split(",") if name)
+
     return ReadOptions(
         format=source_format or given("source_format"),
         ckpt_dir_name=given("ckpt_dir_name"),
         hf_config=given("hf_config"),
         true_vocab_size=given("true_vocab_size"),
         untie=bool(given("untie")),
-        ignore_config_fields=tuple(name for name in (given("ignore_config_fields") or "").split(",") if name),
+        ignore_config_fields=names("ignore_config_fields"),
+        trained_by=given("trained_by"),
+        prefer_args=bool(given("prefer_args")),
+        ignore_args=names("ignore_args"),
         without_mtp=bool(given("without_mtp")),
         ignore_tensors=patterns(given("ignore_tensors")),
         mup=given("mup"),

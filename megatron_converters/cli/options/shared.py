@@ -26,6 +26,22 @@ _DECLARED: dict[str, dict[str, Any]] = {
         help="Megatron: vocabulary without padding, where args lack it. Elsewhere config.json says it, and another value is an "
         "error.",
     ),
+    "--trained-by": dict(
+        metavar="RELEASE",
+        default=None,
+        help="Megatron: release of Megatron-LM whose pretrain_gpt.py trained the checkpoint, such as 0.16: what it made of args "
+        "that it accepts and ignores is converted. `args` means a program that heeds them all, such as Megatron-Bridge.",
+    ),
+    "--prefer-args": dict(
+        action="store_true",
+        help="Megatron: where --hf-config and the args differ, take what the args say; the reference then gives the family, names "
+        "and tokenizer.",
+    ),
+    "--ignore-args": dict(
+        metavar="NAMES",
+        default="",
+        help="Megatron: comma-separated arguments of programs built on Megatron-LM that do not change what the model computes.",
+    ),
     "--untie": dict(
         action="store_true", help="Hugging Face: keep a stored lm_head apart although config.json ties it."
     ),

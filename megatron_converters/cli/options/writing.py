@@ -59,6 +59,15 @@ def add_megatron_target_arguments(parser: Any) -> None:
         help="Tensor-parallel size of experts; by default the source's if it has one of its own that goes with the target's "
         "sizes, else that of the rest.",
     )
+    add_argument(
+        parser,
+        "--pad-vocab-for-tp",
+        metavar="N",
+        type=positive,
+        default=None,
+        help="Pad the vocabulary so that runs of tensor-parallel size N can load it, too: Megatron-LM takes its padded size from "
+        "the checkpoint, and every tensor-parallel size must divide it.",
+    )
     add_expert_layout_argument(parser, tuple(EXPERTS))
     add_argument(
         parser,
@@ -184,6 +193,7 @@ def megatron_options(args: argparse.Namespace) -> MegatronOptions:
         split=split,
         impl=args.saver_transformer_impl,
         divisor=getattr(args, "make_vocab_size_divisible_by", None),
+        pad_vocab_for_tp=args.pad_vocab_for_tp,
         release=args.release,
         overwrite=args.overwrite,
         allow_inexpressible=args.allow_inexpressible,

@@ -17,9 +17,10 @@ from ...comparison.manifest_check import Checked, check_output, find_output
 from ...comparison.report import check_json, findings, verification_json
 from ...comparison.tensors import Comparison, Rules, compare
 from ...conversion.progress import make_progress
-from ...formats.megatron.reading import MegatronReadOptions
+from ...formats.reading import megatron_options
 from ..console import put_json, say
-from ..options.values import natural, patterns
+from ..options.reading import read_options
+from ..options.values import natural
 from .pair import add_pair_arguments, pair_of
 
 _DEFAULT_LIMIT = 50
@@ -107,7 +108,6 @@ def _verify_logits(args: argparse.Namespace) -> int:
     from ...logits import compare_logits
     from ...logits.compare import TOLERANCE
 
-    reference = existing_folder(args.hf_config) if args.hf_config is not None else None
     report = compare_logits(
         existing_folder(args.a),
         existing_folder(args.b),
@@ -116,9 +116,7 @@ def _verify_logits(args: argparse.Namespace) -> int:
             for name, (default, _) in _LOGITS.items()
         },
         tolerance=TOLERANCE if args.tolerance is None else args.tolerance,
-        options=MegatronReadOptions(
-            args.ckpt_dir_name, reference, args.true_vocab_size, ignore_tensors=patterns(args.ignore_tensors)
-        ),
+        options=megatron_options(read_options(args)),
     )
     if args.json:
         put_json({"equal": report.ok, **dataclasses.asdict(report)})

@@ -83,7 +83,8 @@ class Flag:
     does not need it; parallel sizes are never restored. `since` and `until` are the first and last release that know the flag.
     Releases before `effective_since` parse the flag but ignore it when they build the model; `instead` says what to do there.
     Those before `since` do what the value `implied` says without the flag. `runs_since` is the first release that was seen to run
-    such a model (tests/test_releases.py), where the flag is older.
+    such a model (tests/test_releases.py), where the flag is older. `built_as` is the value with which the `pretrain_gpt.py` of
+    every known release builds the model, whatever the flag says.
     """
 
     name: str
@@ -97,6 +98,7 @@ class Flag:
     instead: str = ""
     implied: Any = None
     runs_since: str = ""
+    built_as: Any = None
 
 
 def one(value: Any) -> tuple[str, ...] | None:
@@ -153,8 +155,9 @@ def _no_limit(_: ModelSpec) -> str:
 class Argument:
     """Attribute of `args`: how it is written for a model, and read into properties of one.
 
-    `absent` is the value that args without it have. Where `meaning` is given, other values than `absent` mean that, and no model
-    with them is supported. `limit` gives a reason why no value can say what a model is, or no text. `flag` sets it.
+    `absent` is the value that args without it have, and `neutral` are other values that do the same. Where `meaning` is given, any
+    other value means that, and no model with it is supported. `limit` gives a reason why no value can say what a model is, or no
+    text. `flag` sets it.
     """
 
     attribute: str
@@ -165,6 +168,7 @@ class Argument:
     written: Callable[[ModelSpec], bool] = always
     optional: bool = False
     absent: Any = None
+    neutral: tuple[Any, ...] = ()
     meaning: str = ""
     limit: Callable[[ModelSpec], str] = _no_limit
     flag: Flag | None = None
@@ -178,12 +182,14 @@ class Argument:
         """Whether a value is Megatron-LM's default, or means the same."""
         if not self.absent and isinstance(value, list):
             return not any(value)
-        return value == self.absent or (not self.absent and not value)
+        return value == self.absent or value in self.neutral or (not self.absent and not value)
 
     def shown(self, args: Args) -> str | None:
         """Flag with its value, quoted for a shell; None where `args` do not need it."""
         flag, value = self.flag, args.get(self.attribute)
-        if flag is None or (flag.needs and not args.get(flag.needs)) or (value is not None and value == flag.default):
+        if flag is None or (flag.needs and not args.get(flag.needs)) or value in self.neutral:
+            return None
+        if value is not None and value == flag.default:
             return None
         words = flag.words(value)
         return None if words is None else shlex.join((flag.name, *words))

@@ -17,13 +17,14 @@ from ...model.slots import Precision, Ref, refs
 from ...model.spec import ModelSpec, PerLayer
 from ...sharding.ranks import Parallel
 from .argument import Args, Argument, Build, Context, Group
-from .conventions import FOLD, RAW, conventions
+from .conventions import FOLD, FOLDED, HALVES, RAW, conventions
 from .rows_attention import GATED_DELTA, LATENT, MUP, PREDICTION
 from .rows_experts import EXPERTS, check_balancing, is_sinkhorn, wide_router
 from .rows_layout import LAYOUT, LOADING
 from .rows_mindspeed import MINDSPEED
 from .rows_model import BLOCKS, SEQ_LENGTH, SIZES, TRAINING
 from .rows_positions import POSITIONS
+from .rows_swift import SWIFT
 
 #: Every argument that is written, read or refused, in the order in which flags are shown.
 ARGUMENTS: tuple[Argument, ...] = (
@@ -35,12 +36,15 @@ ARGUMENTS: tuple[Argument, ...] = (
     *GATED_DELTA,
     *MUP,
     *MINDSPEED,
+    *SWIFT,
     *PREDICTION,
     *TRAINING,
     *EXPERTS,
     *LAYOUT,
     *LOADING,
 )
+#: Names of all these.
+ATTRIBUTES = frozenset(row.attribute for row in ARGUMENTS)
 _DEFAULT_SEQ_LENGTH = 4096
 #: Sizes without which no model can be described.
 _REQUIRED = ("num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size", "max_position_embeddings")
@@ -66,6 +70,11 @@ def spec_fields(args: argparse.Namespace) -> dict[str, Any]:
 def _missing(values: Args, names: Iterable[str]) -> list[str]:
     """Sizes that args do not have, or that are not valid."""
     return [name for name in names if type(values.get(name)) is not int or values[name] < 1]
+
+
+def missing_sizes(args: argparse.Namespace) -> list[str]:
+    """Sizes of every model that args do not have, or that are not valid."""
+    return _missing(vars(args), _REQUIRED)
 
 
 def lacks_sizes(args: argparse.Namespace | None) -> bool:
@@ -163,20 +172,23 @@ def stated_heads(args: argparse.Namespace) -> tuple[str, ...]:
     return tuple(name for name, value in stated.items() if value)
 
 
-def rank_invariants(iteration: Any, args: argparse.Namespace | None) -> dict[str, Any]:
+def rank_invariants(iteration: Any, args: argparse.Namespace | None, also: Iterable[str] = ()) -> dict[str, Any]:
     """Values that all ranks' files of one save have in common: iteration, model and parallel sizes.
 
-    A file without an iteration or args gives none of these; a missing attribute of args counts as None.
+    A file without an iteration or args gives none of these; a missing attribute of args counts as None. `also` names further
+    attributes that may change what the model computes.
     """
     found = {} if iteration is None else {"iteration": iteration}
-    recorded = {} if args is None else {name: getattr(args, name, None) for name in _INVARIANT}
+    recorded = {} if args is None else {name: getattr(args, name, None) for name in (*_INVARIANT, *also)}
     # Objects, such as Megatron-LM's pipeline layout, never compare equal, but their representations do.
     return {**found, **{name: value if _is_plain(value) else repr(value) for name, value in recorded.items()}}
 
 
 #: Attributes of which all ranks of one save record the same value: all that describe the model and how it is cut. A conversion also
-#: records the Hugging Face configuration, which has what they cannot express.
-_INVARIANT = sorted({"hf_config", *(row.attribute for row in ARGUMENTS if row.group in _WRITTEN and not row.per_rank)})
+#: records the Hugging Face configuration, which has what they cannot express, and what is stored otherwise.
+_INVARIANT = sorted(
+    {"hf_config", FOLDED, HALVES, *(row.attribute for row in ARGUMENTS if row.group in _WRITTEN and not row.per_rank)}
+)
 
 
 def seq_length_of(spec: ModelSpec, inherited: Mapping[str, Any]) -> int:

@@ -14,27 +14,38 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from ...basics.errors import ConversionError, raise_all
 from ...basics.folders import existing_folder
 from ...storage import dcp
 from ...storage.opening import is_name
 from ...storage.tensor import StoredTensor
+from .locating import (
+    RANK,
+    RANK_FILE,
+    checkpoint_directory,
+    has_model_file,
+    is_distributed,
+    listing,
+    refuse_without_index,
+)
 from .names import EMBEDDINGS
 from .rank_files import read_file
-from .rank_files_target import FILE
-from .reading import RANK, args_in, checkpoint_directory, has_model_file, is_distributed, listing
+from .reading import args_in
 from .writing import MODEL_FILE
 
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 _MODEL = re.compile(r"model\d*")
+#: Name of a model's tensor behind a wrapper's prefix; an optimizer's have it, too, but come with a prefix of their own.
+_WRAPPED = re.compile(r"((?!optimizer|chained)(?:\w+\.)*?)(?:decoder\.layers|embedding\.word_embeddings)\.")
 #: More ranks than any run has, so that damaged args take no memory.
 _MOST_RANKS = 1 << 18
 _FINAL_NORM = "decoder.final_layernorm.weight"
 _SIZES = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size")
 
 Shape = tuple[int, ...]
+T = TypeVar("T")
 
 
 class Sizes(NamedTuple):
@@ -192,7 +203,8 @@ def _distributed(directory: Path) -> Detected:
     """Detection of the `torch_dist` format, which has whole tensors: sizes of the run that wrote it are in its args alone."""
     common = directory / "common.pt"
     args = args_in(read_file(common), common) if common.is_file() else None
-    whole = dcp.read_index(directory).tensors.get(EMBEDDINGS)
+    refuse_without_index(directory)
+    whole = _unwrapped(dcp.read_index(directory).tensors).get(EMBEDDINGS)
     rows = 0 if whole is None else whole.shape[0]
     decided_by = "the format, which has whole tensors" if args is None else "args"
     return Detected(directory, _recorded(args) or Sizes(1, 1), decided_by, args, vocab_rows=rows)
@@ -206,7 +218,7 @@ def _rank_files(directory: Path) -> Detected:
     for rank in numbers:
         columns.setdefault(rank[0], rank)
     needed = [rank for rank in numbers if rank[0] == 0 or rank in columns.values()]
-    contents = {rank: read_file(directory / _name(rank) / FILE) for rank in needed}
+    contents = {rank: read_file(directory / _name(rank) / RANK_FILE) for rank in needed}
     models = {rank: _models(content, directory / _name(rank)) for rank, content in contents.items()}
     args = args_in(contents[numbers[0]], directory)
     sizes, decided_by = _sizes(numbers, args, models)
@@ -219,7 +231,7 @@ def _rank_files(directory: Path) -> Detected:
 
 def models_of_rank(directory: Path, rank: tuple[int, ...]) -> list[dict[str, StoredTensor]]:
     """Tensors of the rank whose folder has these numbers: one model, or one for each virtual stage."""
-    return _models(read_file(directory / _name(rank) / FILE), directory / _name(rank))
+    return _models(read_file(directory / _name(rank) / RANK_FILE), directory / _name(rank))
 
 
 def _numbers(name: str) -> tuple[int, ...]:
@@ -235,10 +247,18 @@ def _models(content: Mapping[str, Any], where: Path) -> list[dict[str, StoredTen
     """Tensors of a file's models: one, or one for each virtual stage; a flat state dict is itself the model."""
     found = [content[name] for name in content if is_name(name) and _MODEL.fullmatch(name)]
     models = [model for model in found if isinstance(model, Mapping)] or [content]
-    tensors = [{key: value for key, value in model.items() if isinstance(value, StoredTensor)} for model in models]
+    tensors = [
+        _unwrapped({key: value for key, value in model.items() if isinstance(value, StoredTensor)}) for model in models
+    ]
     if not any(tensors):
         raise ConversionError(f"{where}: there is no 'model' entry with tensors; copy the checkpoint again")
     return tensors
+
+
+def _unwrapped(tensors: Mapping[str, T]) -> dict[str, T]:
+    """Tensors without the prefix that wrappers put before their names, and without those that lack it."""
+    prefix = next((match[1] for name in tensors if (match := _WRAPPED.match(name))), "")
+    return {name.removeprefix(prefix): data for name, data in tensors.items() if name.startswith(prefix)}
 
 
 def _stage(tensors: Mapping[str, StoredTensor]) -> Stage:

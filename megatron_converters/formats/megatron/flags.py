@@ -14,7 +14,7 @@ from ...model.spec import ModelSpec
 from .argument import Argument, Flag, Group
 from .arguments import ARGUMENTS
 from .releases import NEWEST, OLDEST, before, latest
-from .rows_positions import MEGATRON_LLAMA3, scaling_of
+from .rows_positions import scaling_of
 
 _BY_FLAG = {row.flag.name: row.flag for row in ARGUMENTS if row.flag is not None}
 #: Attributes that say what a checkpoint lacks besides its model.
@@ -75,6 +75,12 @@ def flag_warnings(spec: ModelSpec, shown: Iterable[str], tp: int = 1) -> list[st
         for flag in known
         if flag.effective_since
     ]
+    warnings += [
+        f"warning: {words}: the pretrain_gpt.py of Megatron-LM up to {NEWEST} accepts it but builds the model with "
+        f"{_BY_FLAG[name].built_as:g}; {_BY_FLAG[name].instead}"
+        for words in shown
+        if (name := words.split()[0]) in _BY_FLAG and _BY_FLAG[name].built_as is not None
+    ]
     if _gathers_groups(spec, tp):
         (groups,) = {kind.mixer.num_query_groups for kind in spec.used if isinstance(kind.mixer, Attention)}
         warnings.append(f"tensor-parallel {tp} over {groups} query groups needs Megatron-LM {_GATHERS} or later")
@@ -93,12 +99,6 @@ def flag_warnings(spec: ModelSpec, shown: Iterable[str], tp: int = 1) -> list[st
         warnings.append(
             "warning: dynamic RoPE scaling: Megatron-LM has none; it computes the same up to the model's "
             f"{spec.max_position_embeddings} positions, and another model beyond"
-        )
-    scaling = scaling_of(spec, "llama3")
-    if scaling is not None and scaling.factor != MEGATRON_LLAMA3.factor:
-        warnings.append(
-            f"warning: RoPE scaling factor {scaling.factor:g}: Megatron-LM up to 0.19 accepts --rope-scaling-factor, but its "
-            "pretrain_gpt.py builds the model with a factor of 8; pass rope_scaling_factor to GPTModel in your model provider"
         )
     return warnings
 
@@ -158,13 +158,3 @@ def unknown_flags(args: Mapping[str, Any], release: str) -> list[str]:
         if flag.until and before(flag.until, release):
             reasons.append(f"{shown}, which exists up to {flag.until} only")
     return reasons
-
-
-def ignored_notes(args: Mapping[str, Any]) -> list[str]:
-    """Notes on arguments of a checkpoint that is read which earlier releases accepted but trained without."""
-    return [
-        f"the args have {row.attribute}={args[row.attribute]!r}: Megatron-LM before {row.flag.effective_since} trains without it; "
-        "if one did, the model is another than these args say"
-        for row in ARGUMENTS
-        if row.flag is not None and row.flag.effective_since and not row.is_usual(args.get(row.attribute, row.absent))
-    ]

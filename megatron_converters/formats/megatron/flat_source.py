@@ -8,16 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from ...basics.errors import ConversionError
+from ...conversion.left_out import LeftOut
 from ...sharding.ranks import Parallel
 from ...storage import torch_zip
 from .flat_metadata import METADATA_FILE, args_of, check_metadata, describe, read_metadata, refuse_undescribed
-from .rank_files import RankFile, RankFiles, tensors_of
+from .locating import checkpoint_directory
+from .rank_files import RankFile, RankFiles, tensors_of, wrapper_of
 from .rank_files_source import RankFilesSource
 from .reading import (
     AS_STORED,
     MegatronReadOptions,
     args_in,
-    checkpoint_directory,
     parallel_of,
     skipped_entries,
     supplemented,
@@ -60,16 +61,23 @@ def _read(folder: Path, metadata: Mapping[str, Any] | None, options: MegatronRea
         refuse_undescribed(folder, metadata)
     if args is not None:
         _refuse_shares(args, path)
-    tensors = tensors_of(content if is_rank_file else {_MODEL: content}, _UNCUT, path)
+    held = content if is_rank_file else {_MODEL: content}
+    ignored = LeftOut(options.ignore_tensors)
+    wrapper = wrapper_of(held, _UNCUT, path, ignored)
     return RankFiles(
         format=FORMAT,
         folder=folder,
         args=args or argparse.Namespace(),
         iteration=getattr(args, "iteration", None),
         parallel=_UNCUT,
-        ranks={rank: RankFile(path, MODEL_FILE, tensors) for rank in _UNCUT.ranks(0)},
+        ranks={
+            rank: RankFile(path, MODEL_FILE, tensors_of(held, _UNCUT, path, wrapper, ignored))
+            for rank in _UNCUT.ranks(0)
+        },
         left_out=skipped_entries(content) if is_rank_file else set(),
         beside=() if metadata is None else (folder / METADATA_FILE,),
+        wrapper=wrapper,
+        ignored=ignored,
     )
 
 

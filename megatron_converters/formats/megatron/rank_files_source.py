@@ -12,7 +12,6 @@ from ...basics.dtypes import DType
 from ...basics.errors import ConversionError
 from ...conversion.composing import Piece, Sources, StoredName
 from ...conversion.endpoint import dtype_notes, first_dtype, main_dtype
-from ...conversion.left_out import LeftOut
 from ...conversion.matching import Matcher
 from ...conversion.zero_bias import without_absent
 from ...model.slots import Ref, Shard, refs
@@ -20,17 +19,17 @@ from ...sharding.placement import Placement, Share
 from ...sharding.ranks import Rank, parallel_for
 from ...storage.tensor import StoredTensor, contiguous_strides
 from .conventions import CUT_DOWN_PROJECTIONS, conventions_of
+from .describing import padding_note, spec_and_notes
+from .locating import checkpoint_directory
 from .names import EMBEDDINGS, EXTRA_STATE_SUFFIX, OUTPUT_BIAS, keys
+from .prediction import as_stored, stored_layers, without_prediction
 from .rank_files import STACKED_SUFFIXES, RankFiles, read_rank_files
 from .reading import (
     AS_STORED,
     MegatronReadOptions,
-    checkpoint_directory,
     origin_of,
-    padding_note,
-    spec_and_notes,
-    without_prediction,
 )
+from .wrapped_names import prefix_note
 
 #: Rank and name of a tensor.
 _Key = tuple[Rank, str]
@@ -41,16 +40,14 @@ class RankFilesSource:
     """Checkpoint in files of ranks, with every rank and tensor checked against its args by name and shape."""
 
     def __init__(self, files: RankFiles, options: MegatronReadOptions) -> None:
-        self._dir, args = files.folder, files.args
-        self._left_out = LeftOut(options.ignore_tensors)
-        self._ranks = {
-            rank: dataclasses.replace(file, tensors=self._left_out.kept(file.tensors))
-            for rank, file in files.ranks.items()
-        }
+        self._dir, self._ranks, args = files.folder, files.ranks, files.args
+        self._left_out = files.ignored
         self.parallel = files.parallel
         self._embeddings = self.parallel.prefix(0) + EMBEDDINGS
         padded = self._padded_vocab()
-        spec, notes = spec_and_notes(args, padded, self._embedding_dtype(), options)
+        spec, notes = spec_and_notes(args, padded, self._embedding_dtype(), options, files.record)
+        stored = stored_layers(key for file in self._ranks.values() for key in file.tensors)
+        spec = as_stored(spec, stored, options.without_mtp, options.hf_config, self._dir)
         biased = any(key.endswith(OUTPUT_BIAS) for file in self._ranks.values() for key in file.tensors)
         spec, bias_notes = without_absent(spec, stored=biased)
         notes += bias_notes
@@ -62,15 +59,16 @@ class RankFilesSource:
         self._padded = padded
         self._pieces, self._replicas = self._match()
         spec = self.spec = dataclasses.replace(spec, dtype=main_dtype(spec, self.dtype_of))
-        self.spec, left_out_notes = without_prediction(spec, options)
-        notes += padding_note(padded, spec) + left_out_notes + self._left_out.notes + dtype_notes(spec, self.dtype_of)
+        self.spec, left_out_notes = without_prediction(spec, options.without_mtp)
+        notes += prefix_note(files.wrapper) + padding_note(padded, spec) + left_out_notes + self._left_out.notes
+        notes += dtype_notes(spec, self.dtype_of)
         if files.left_out:
             notes.append(
                 f"left out of the conversion: {', '.join(sorted(files.left_out))} (optimizer and training state)"
             )
         self.origin = origin_of(
             self._dir,
-            args,
+            args if files.record is None else files.record.margs,
             options,
             files.iteration,
             [*(file.path for file in self._ranks.values()), *files.beside],
@@ -78,6 +76,7 @@ class RankFilesSource:
             parallel=self.parallel,
             mup=self.conventions.mup,
             notes=notes,
+            float32_originals=files.float32_originals,
             ignored=self._left_out.ignored,
             capacity_bins=from_rank_files(
                 str(self._dir), self.parallel, {rank: file.tensors for rank, file in self._ranks.items()}

@@ -24,12 +24,11 @@ from ...storage import torch_zip
 from ...storage.output_file import FileLayout
 from ...storage.tensor import StoredTensor
 from .conventions import CUT_DOWN_PROJECTIONS, MTP_MODEL_LAYER, WHOLE_DOWN_PROJECTIONS
+from .locating import RANK_FILE
 from .names import EXTRA_STATE_SUFFIX, LAST_EXTRA_STATE, MTP_MODULES, extra_state
 from .rank_tensors import RankTensors
 from .releases import previous
 from .writing import CheckpointTarget, sizes
-
-FILE = "model_optim_rng.pt"
 
 
 class _Stored(NamedTuple):
@@ -111,7 +110,7 @@ class MegatronTarget(CheckpointTarget):
 
     def _file_of(self, rank: Rank) -> str:
         """Path of a rank's file in the output folder."""
-        return f"{self._parallel.directory(rank)}/{FILE}"
+        return f"{self._parallel.directory(rank)}/{RANK_FILE}"
 
     def _content(self, models: Mapping[str, OrderedDict[str, Any]]) -> Any:
         """Content of the file of a rank that holds these models."""

@@ -1,9 +1,8 @@
-"""Common parts of reading Megatron-LM checkpoints of any format: their folder, and the model that their args describe."""
+"""Common parts of reading Megatron-LM checkpoints of any format: args, parallel sizes, and what they come from."""
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -13,30 +12,16 @@ from typing import Any
 
 from ...assets.code_files import CODE_FOLDER, code_files
 from ...assets.origin import Origin, file_identities
-from ...basics.dtypes import DType
-from ...basics.errors import ConversionError, Unclear, UsageError, one_line, reason_of
+from ...basics.errors import ConversionError, one_line
 from ...basics.json_files import read_json
-from ...basics.quantities import count
-from ...families import FAMILIES
-from ...families.config_json import differences, infer_family, spec_from_config
 from ...families.quantisation import unquantised
-from ...model.layers import is_whole
-from ...model.spec import ModelSpec
-from ...sharding.ranks import Parallel, padded_vocab
+from ...sharding.ranks import Parallel
 from ...sharding.stages import PipelineSplit, stages_per_rank
-from ...storage import dcp
 from ...storage.opening import is_name
 from ...storage.pickle_reader import StandIn
-from .arguments import model_args, spec_fields, stated_heads
-from .conventions import conventions_of
-from .flags import ignored_notes
-from .writing import FAMILY_FILE, MODEL_FILE, TRACKER
+from .arguments import ATTRIBUTES
+from .config_fields import args_of_fields
 
-#: File that describes the format of a distributed checkpoint (core/dist_checkpointing/core.py).
-FORMAT_FILE = "metadata.json"
-#: Name of a rank's folder in the `torch` format.
-RANK = re.compile(r"mp_rank_\d{2,}(_\d{3,})*$")
-_ITERATION = re.compile(r"[0-9]{1,18}")
 #: Top-level entries of a checkpoint that do not count as skipped.
 _EXPECTED_ENTRIES = re.compile(
     r"args|model\d*|checkpoint_version|iteration|num_floating_point_operations_so_far|content_metadata"
@@ -59,6 +44,12 @@ class MegatronReadOptions:
     families: tuple[str, ...] = ()
     #: Where multipliers are, if args do not say it: a value of `--mup`.
     mup: str | None = None
+    #: Program that trained the checkpoint: a value of `--trained-by`.
+    trained_by: str | None = None
+    #: Whether args take precedence over a reference model.
+    prefer_args: bool = False
+    #: Arguments of other programs that change nothing.
+    ignore_args: tuple[str, ...] = ()
     #: Patterns of names of tensors that are left out.
     ignore_tensors: tuple[str, ...] = ()
 
@@ -71,53 +62,14 @@ _MAX_DEPTH, _MAX_VALUES, _MAX_BITS = 32, 1_000_000, 1024
 _MAX_RANKS = 1 << 18
 
 
-def checkpoint_directory(load_dir: Path, name: str | None) -> Path:
-    """Folder of one iteration: `name` if given, else the one that the tracker file names, else `load_dir` itself."""
-    if name is not None:
-        if not (load_dir / name).is_dir():
-            found = sorted(path.name for path in load_dir.glob("*") if path.is_dir())
-            raise ConversionError(f"{load_dir} has no folder {name!r}; it has {', '.join(found) or 'none'}")
-        return load_dir / name
-    tracker = load_dir / TRACKER
-    if tracker.is_file():
-        text = tracker.read_text(encoding="utf-8", errors="replace").strip()
-        if text != "release" and not _ITERATION.fullmatch(text):
-            raise ConversionError(f"{tracker} holds {text[:80]!r}; it must hold an iteration number or 'release'")
-        directory = load_dir / (text if text == "release" else f"iter_{int(text):07d}")
-        if not directory.is_dir():
-            raise ConversionError(
-                f"{tracker} names {directory.name}, which does not exist; copy that folder or select another"
-            )
-        return directory
-    if has_model_file(load_dir) or is_distributed(load_dir) or any(RANK.match(path.name) for path in listing(load_dir)):
-        return load_dir
-    raise ConversionError(
-        f"{load_dir} is not a Megatron-LM checkpoint: it has neither {TRACKER} nor mp_rank_* folders nor a {dcp.METADATA} or "
-        f"{MODEL_FILE} file"
-    )
-
-
-def is_distributed(directory: Path) -> bool:
-    """Whether an iteration's folder is a distributed checkpoint: of the `torch_dist` format, or another with an index file."""
-    return any((directory / name).exists() for name in (dcp.METADATA, FORMAT_FILE)) and not has_model_file(directory)
-
-
-def has_model_file(directory: Path) -> bool:
-    """Whether a folder holds a whole model in one file."""
-    return (directory / MODEL_FILE).exists() and not (directory / dcp.METADATA).exists()
-
-
-def listing(folder: Path) -> list[Path]:
-    """Entries of a folder, sorted; raises `ConversionError` if it cannot be listed."""
-    try:
-        return sorted(folder.iterdir())
-    except OSError as error:
-        raise ConversionError(f"cannot list {folder}: {reason_of(error)}") from error
-
-
 def args_in(content: Mapping[str, Any], where: object) -> argparse.Namespace | None:
-    """Args of a rank's or common file, None if it has none; raises `ConversionError` if a value is too large to show or write."""
+    """Args of a rank's or common file, None if it has none; raises `ConversionError` if a value is too large to show or write.
+
+    A mapping stands for args, too. Namespaces within args, as `--yaml-cfg` makes them, are merged into these.
+    """
     args = content.get("args")
+    if isinstance(args, Mapping) and all(isinstance(name, str) for name in args):
+        args = argparse.Namespace(**args)
     if not isinstance(args, argparse.Namespace):
         return None
     for name, value in vars(args).items():
@@ -125,7 +77,28 @@ def args_in(content: Mapping[str, Any], where: object) -> argparse.Namespace | N
             raise ConversionError(
                 f"{where}: the args are damaged: the value of {one_line(name)} is not plausible; copy the checkpoint again"
             )
-    return args
+    return _flattened(args, where)
+
+
+def _flattened(args: argparse.Namespace, where: object) -> argparse.Namespace:
+    """Args with those of the namespaces within them, which have the names of a configuration's fields.
+
+    Source: training/yaml_arguments.py, `validate_yaml`, which merges `language_model` and `model_parallel` in the same way.
+    """
+    groups = {name: value for name, value in vars(args).items() if isinstance(value, argparse.Namespace)}
+    if not groups:
+        return args
+    flat = {name: value for name, value in vars(args).items() if name not in groups}
+    for group, values in groups.items():
+        for name, value in vars(_flattened(values, where)).items():
+            if flat.get(name) is None:
+                flat[name] = value
+            elif name in ATTRIBUTES and flat[name] != value:
+                raise ConversionError(
+                    f"{where}: the args have {name}={one_line(repr(flat[name]))} and, in {one_line(group)}, "
+                    f"{one_line(repr(value))}; save the checkpoint with the one that its model has"
+                )
+    return argparse.Namespace(**args_of_fields(flat))
 
 
 def supplemented(args: argparse.Namespace | None, options: MegatronReadOptions) -> argparse.Namespace | None:
@@ -159,93 +132,6 @@ def _contents(value: Any) -> Iterable[Any]:
     if isinstance(value, argparse.Namespace):
         return vars(value).values()
     return value if isinstance(value, (list, tuple, set, frozenset)) else ()
-
-
-def spec_and_notes(
-    args: argparse.Namespace, padded: int, dtype: DType, options: MegatronReadOptions
-) -> tuple[ModelSpec, list[str]]:
-    """Spec of the model that args describe, or of the reference if one is given, and notes for the user."""
-    if options.hf_config is not None:
-        return _reference_spec(options.hf_config, args, dtype, options)
-    fields = spec_fields(args)
-    vocab, notes = _vocab_size(args, padded, options.true_vocab_size)
-    fields = {**fields, "vocab_size": vocab, "dtype": dtype}
-    recorded = getattr(args, "hf_config", None)
-    if isinstance(recorded, dict):
-        _check_family_file(args, recorded)
-        return _updated_spec(_recorded_spec(recorded), fields, args, options.mup), notes + ignored_notes(vars(args))
-    spec = infer_family(fields, options.families)
-    notes += ignored_notes(vars(args))
-    return spec, [*notes, f"no Hugging Face configuration is recorded; the {spec.family} family fits the args"]
-
-
-def _check_family_file(args: argparse.Namespace, config: Mapping[str, Any]) -> None:
-    """Raise unless the family file is in use with which the recorded configuration was written, if it was one."""
-    mark, file = getattr(args, FAMILY_FILE, None), FAMILIES.file
-    if mark is None or (file is not None and mark == file.digest):
-        return
-    other = "" if file is None else f", and {file.path} says something else"
-    raise ConversionError(
-        f"the configuration that a conversion recorded in the args needs the family file of that conversion, which describes "
-        f"{one_line(config.get('architectures') or config.get('model_type'))}{other}; give it with --family-file FILE, or a "
-        "reference model with --hf-config DIR"
-    )
-
-
-def _recorded_spec(config: Mapping[str, Any]) -> ModelSpec:
-    """Spec of a recorded configuration; unknown fields are ignored, since its user has accepted them."""
-    try:
-        return spec_from_config(config, ignored=config)
-    except ConversionError as error:
-        raise ConversionError(
-            f"the configuration that a conversion recorded in the args is not valid: {error}; give a reference model with "
-            "--hf-config DIR"
-        ) from error
-
-
-def _updated_spec(
-    recorded: ModelSpec, fields: Mapping[str, Any], args: argparse.Namespace, mup: str | None
-) -> ModelSpec:
-    """Spec of the recorded configuration, updated by the fields of args that have changed since.
-
-    Args cannot express every model (`inexpressible`), so only fields that differ from the args of the recorded model count.
-    """
-    stored = conventions_of(vars(args), recorded, mup)
-    original = spec_fields(argparse.Namespace(**{**model_args(stored.spec), **stored.marks}))
-    changed = {name: value for name, value in fields.items() if name not in original or original[name] != value}
-    return recorded.replaced(**changed)
-
-
-def _reference_spec(
-    folder: Path, args: argparse.Namespace, dtype: DType, options: MegatronReadOptions
-) -> tuple[ModelSpec, list[str]]:
-    config, vocab = read_json(folder / "config.json"), options.true_vocab_size
-    spec = dataclasses.replace(spec_from_config(config), dtype=dtype)
-    if vocab is not None and vocab != spec.vocab_size:
-        raise UsageError(
-            f"--true-vocab-size {vocab} disagrees with vocab_size {spec.vocab_size} of {folder / 'config.json'}"
-        )
-    try:
-        fields = {**spec_fields(args), "vocab_size": spec.vocab_size, "dtype": dtype}
-    except Unclear as error:
-        return spec, [f"taken from {folder} alone, since {error}"]
-    args_spec = ModelSpec.of(family=spec.family, **fields)
-    stored = conventions_of(vars(args), spec, options.mup).spec
-    heads = [name for name in stated_heads(args) if args_spec.values.get(name) != spec.values.get(name)]
-    if heads:
-        raise ConversionError(
-            f"{folder} is another model than the checkpoint: {'; '.join(differences(spec, args_spec, heads))} of the args, by "
-            "which queries, keys and values are packed; give the reference of this model"
-        )
-    return spec, [f"taken from {folder}: {difference} of the args" for difference in differences(stored, args_spec)]
-
-
-def without_prediction(spec: ModelSpec, options: MegatronReadOptions) -> tuple[ModelSpec, list[str]]:
-    """Spec without layers of multi-token prediction, if the options leave them out, and a note on it."""
-    if not (options.without_mtp and spec.mtp):
-        return spec, []
-    note = f"{count(len(spec.mtp), 'layer')} of multi-token prediction: left out, as --without-mtp says"
-    return dataclasses.replace(spec, mtp=()), [note]
 
 
 def parallel_of(args: argparse.Namespace, where: Path) -> Parallel:
@@ -345,49 +231,9 @@ def _path(value: Any) -> str | None:
     return value if isinstance(value, str) and "\0" not in value else None
 
 
-def padding_note(padded: int, spec: ModelSpec) -> list[str]:
-    """Note on vocabulary padding, whose rows are not converted."""
-    surplus = padded - spec.vocab_size
-    return [f"{surplus} rows of vocabulary padding are left out (vocabulary {spec.vocab_size})"] if surplus > 0 else []
-
-
 def _configuration(args: argparse.Namespace, name: str, reference: Path | None, file: str) -> dict[str, Any] | None:
     """Configuration from the reference if one is given, else as a conversion recorded it in args; None if there is none."""
     if reference is not None:
         return unquantised(read_json(reference / file)) if (reference / file).exists() else None
     recorded = getattr(args, name, None)
     return recorded if isinstance(recorded, dict) else None
-
-
-def _vocab_size(args: argparse.Namespace, padded: int, given: int | None) -> tuple[int, list[str]]:
-    """Vocabulary size without padding, from `given` or args, and notes on it; `padded` is the number of embedding rows."""
-    recorded = getattr(args, "vocab_size", None)
-    if isinstance(recorded, int) and getattr(args, "tokenizer_type", None) == "NullTokenizer":
-        recorded += 1  # plus the end-of-document token (core_v0.17.1, core/tokenizers/text/libraries/null_tokenizer.py)
-    if given is not None:
-        if given > padded:
-            raise UsageError(f"--true-vocab-size {given} exceeds the {padded} rows of the embeddings")
-        other = isinstance(recorded, int) and recorded != given
-        return given, [
-            f"warning: --true-vocab-size {given} is taken, although the args say {recorded}"
-        ] if other else []
-    if isinstance(recorded, int) and 0 < recorded <= padded:
-        return recorded, _surplus_warning(args, recorded, padded)
-    return padded, [
-        f"the args do not say the true vocabulary size; all {padded} rows are kept, padding included "
-        "(give --true-vocab-size or --hf-config to trim it)"
-    ]
-
-
-def _surplus_warning(args: argparse.Namespace, vocab: int, padded: int) -> list[str]:
-    """Warning that the embeddings have more rows than the args' vocabulary size and its padding explain."""
-    divisor, tp = getattr(args, "make_vocab_size_divisible_by", None), getattr(args, "tensor_model_parallel_size", None)
-    if (
-        not (is_whole(divisor) and is_whole(tp) and divisor > 0 and tp > 0)
-        or padded_vocab(vocab, divisor, tp) >= padded
-    ):
-        return []
-    return [
-        f"warning: the args' vocab_size of {vocab} needs {padded_vocab(vocab, divisor, tp)} rows, but there are {padded}; rows "
-        f"from {vocab} on are left out as padding (if the tokenizer has more, say so with --true-vocab-size)"
-    ]

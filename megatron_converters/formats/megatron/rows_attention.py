@@ -56,7 +56,10 @@ def _of_yarn(field: str, plain: float) -> Callable[[Context], Any]:
 
 
 def _read_yarn(args: Args) -> Properties:
-    """Rotary embeddings of multi-latent attention: YaRN unless `rope_type` says otherwise; a factor of 1 changes nothing."""
+    """Rotary embeddings of multi-latent attention: YaRN unless `rope_type` says otherwise; a factor of 1 changes nothing.
+
+    Args of Megatron-LM have no attribute for the betas and the original positions; a recorded configuration of a model has.
+    """
     if not args.get("multi_latent_attention"):
         return {}
     factor = number(args.get("rotary_scaling_factor") or 1.0, "rotary_scaling_factor")
@@ -67,13 +70,18 @@ def _read_yarn(args: Args) -> Properties:
         "rope_scaling": RopeScaling(
             "yarn",
             factor,
-            original_max_position_embeddings=_ORIGINAL,
-            beta_fast=_BETA_FAST,
-            beta_slow=_BETA_SLOW,
+            original_max_position_embeddings=int(_constant(args, "original_max_position_embeddings", _ORIGINAL)),
+            beta_fast=_constant(args, "beta_fast", _BETA_FAST),
+            beta_slow=_constant(args, "beta_slow", _BETA_SLOW),
             mscale=number(1.0 if args.get("mscale") is None else args["mscale"], "mscale"),
             mscale_all_dim=number(0.0 if every is None else every, "mscale_all_dim"),
         )
     }
+
+
+def _constant(args: Args, name: str, built_in: float) -> float:
+    value = args.get(name)
+    return number(built_in if value is None else value, name)
 
 
 def _yarn_limit(spec: ModelSpec) -> str:

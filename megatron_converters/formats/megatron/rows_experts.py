@@ -255,6 +255,14 @@ EXPERTS = (
     _groups("moe_router_group_topk"),
     only("moe_apply_probs_on_input", False, "experts whose inputs are scaled instead of their outputs"),
     only("moe_mlp_glu_interleave_size", None, "gate and up of experts in alternating blocks of rows"),
+    only(
+        "moe_shared_expert_glu_interleave_size",
+        None,
+        "gate and up of shared experts in alternating blocks of rows",
+        optional=True,
+    ),
+    # core/transformer/transformer_config.py makes as many groups of it as there are expert-parallel ranks.
+    only("moe_router_topk_limited_devices", None, "experts that are chosen from some ranks' alone", optional=True),
     only("moe_latent_size", None, "experts on projected inputs"),
     only("moe_router_force_load_balancing", False, "experts that are chosen at random", optional=True),
     Argument(

@@ -10,6 +10,8 @@ from typing import Any
 from .argument import Argument, Build, Context, Flag, Group, flag, switch
 
 _DISTRIBUTED = "torch_dist"
+#: Formats of Megatron-LM that are read and not written.
+_STATE_DICTS = ("torch_dcp", "fsdp_dtensor")
 
 
 def _layout(attribute: str, write: Any, flagged: Flag | None = None, **more: Any) -> Argument:
@@ -22,7 +24,7 @@ def _lost(name: str, words: Any = None, **more: Any) -> Flag:
 
 def _saved_format(context: Context) -> str:
     """Megatron-LM's name of the format; one that it does not know holds what a rank's file does."""
-    return _DISTRIBUTED if context.ckpt_format == _DISTRIBUTED else "torch"
+    return context.ckpt_format if context.ckpt_format in (_DISTRIBUTED, *_STATE_DICTS) else "torch"
 
 
 def _stage_layers(context: Context) -> int | None:

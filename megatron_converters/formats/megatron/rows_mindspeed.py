@@ -1,6 +1,8 @@
-"""Arguments of MindSpeed-LLM, which scales activations by constants of its own and has LongRoPE. Megatron-LM has none of them.
+"""Arguments of MindSpeed-LLM, which scales activations by constants of its own and has LongRoPE and llama3 RoPE scaling of any
+constants. Megatron-LM has none of them.
 
-They are written where a checkpoint's weights are left unscaled (`--mup raw`). Names: MindSpeed-LLM 2.0, its arguments for MiniCPM.
+They are written where a checkpoint's weights are left unscaled (`--mup raw`). Names: MindSpeed-LLM 2.0, its arguments for MiniCPM,
+and features_manager/common/rotary.py of 2.3.
 """
 
 from __future__ import annotations
@@ -12,8 +14,12 @@ from ...basics.errors import ConversionError
 from ...model.layers import RopeScaling, check_size, number
 from ...model.spec import ModelSpec
 from .argument import Args, Argument, Build, Properties, flag
+from .rows_positions import whole
 
-_LONGROPE = "longrope"
+SCALING_TYPE = "rope_scaling_type"
+_LONGROPE, _LLAMA3 = "longrope", "llama3"
+#: Arguments of llama3 RoPE scaling, read without defaults in core/models/common/embeddings/rotary_pos_embedding.py.
+_LLAMA3_ARGUMENTS = ("rope_scaling_factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
 def _never(_: ModelSpec) -> bool:
@@ -40,12 +46,13 @@ def _read_scales(args: Args) -> Properties:
     return found
 
 
-def _read_long_rope(args: Args) -> Properties:
-    kind = args.get("rope_scaling_type")
-    if kind is None:
-        return {}
+def _read_scaling(args: Args) -> Properties:
+    """Scaling of the kinds that are read; other kinds are refused as what may change the model (`foreign_args.py`)."""
+    kind = args.get(SCALING_TYPE)
+    if kind == _LLAMA3:
+        return {"rope_scaling": _llama3(args)}
     if kind != _LONGROPE:
-        raise ConversionError(f"the checkpoint's args have rope_scaling_type={kind!r}; only {_LONGROPE!r} is supported")
+        return {}
     name = "rope_scaling_original_max_position_embeddings"
     original = check_size(args.get(name), name)
     factor = args["max_position_embeddings"] / original
@@ -54,12 +61,22 @@ def _read_long_rope(args: Args) -> Properties:
     return {"rope_scaling": scaling}
 
 
+def says_kind(value: Any) -> bool:
+    """Whether a kind of scaling is read, or none."""
+    return value in (None, _LONGROPE, _LLAMA3)
+
+
+def _llama3(args: Args) -> RopeScaling:
+    factor, low, high, original = (number(args.get(name), name) for name in _LLAMA3_ARGUMENTS)
+    return RopeScaling(_LLAMA3, factor, low, high, check_size(whole(original), _LLAMA3_ARGUMENTS[-1]))
+
+
 def _numbers(args: Args, name: str) -> tuple[float, ...]:
-    """Numbers that are joined by commas."""
+    """Numbers that are joined by commas, or, once MindSpeed-LLM has split them, a list."""
     value = args.get(name)
     try:
-        return tuple(float(part) for part in str(value).split(","))
-    except ValueError:
+        return tuple(float(part) for part in (value if isinstance(value, list) else str(value).split(",")))
+    except (ValueError, TypeError):
         raise ConversionError(
             f"the checkpoint's args have {name}={value!r:.80}; it must be numbers that are joined by commas"
         ) from None
@@ -69,8 +86,11 @@ MINDSPEED = (
     _row("scale_emb", read=_read_scales),
     _row("scale_depth"),
     _row("dim_model_base"),
-    _row("rope_scaling_type", read=_read_long_rope),
+    _row(SCALING_TYPE, read=_read_scaling),
     _row("short_factor"),
     _row("long_factor"),
     _row("rope_scaling_original_max_position_embeddings"),
+    _row("low_freq_factor"),
+    _row("high_freq_factor"),
+    _row("original_max_position_embeddings"),
 )

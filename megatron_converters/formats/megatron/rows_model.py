@@ -231,6 +231,8 @@ BLOCKS = (
         flag=flag("--no-bias-gelu-fusion", off_switch, lost=True),
         build=Build.USED,
     ),
+    # This project's own, for a function in the configuration of a model that no switch says (`config_fields.py`).
+    only("mlp_activation", None, "an activation that no supported model has", optional=True),
     only("quick_geglu", False, "a quick GELU"),
     only("glu_linear_offset", 0.0, "an offset in the MLP's activation"),
     only("activation_func_clamp_value", None, "a clamped activation"),
@@ -309,6 +311,7 @@ BLOCKS = (
     only("heterogeneous_layers_config_path", None, "layers that differ in shape"),
     only("heterogeneous_layers_config_encoded_json", None, "layers that differ in shape"),
     only("softmax_scale", None, "another scale of attention scores", build=Build.OPTIONAL),
+    only("enable_mhc_connections", False, "hyper-connections instead of residuals", optional=True),
 )
 TRAINING = (
     said("attention_dropout", "attention_dropout", flag=flag("--attention-dropout", lost=True)),

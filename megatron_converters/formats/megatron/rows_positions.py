@@ -99,6 +99,7 @@ def _scaled_by(kind: str, absent: Any) -> Any:
 
 def _read_scaling(args: Args) -> Properties:
     linear = args.get("rotary_seq_len_interpolation_factor")
+    linear = None if linear == 1 else linear  # positions divided by 1
     if args.get("use_rope_scaling"):
         if linear:
             raise ConversionError(
@@ -216,6 +217,7 @@ def _window_limit(spec: ModelSpec) -> str:
 
 
 _INTERPOLATION = "pass seq_len_interpolation_factor to GPTModel in your model provider"
+_LLAMA3_FACTOR = "pass rope_scaling_factor to GPTModel in your model provider"
 
 POSITIONS = (
     Argument(
@@ -264,12 +266,22 @@ POSITIONS = (
         "rope_scaling_factor",
         _scaled_by("llama3", MEGATRON_LLAMA3.factor),
         absent=MEGATRON_LLAMA3.factor,
-        flag=flag("--rope-scaling-factor", lost=True, default=MEGATRON_LLAMA3.factor, since="0.11"),
+        # gpt_builders.py, before 0.16 pretrain_gpt.py, and training/argument_utils.py of 0.19 pass --use-rope-scaling alone.
+        flag=flag(
+            "--rope-scaling-factor",
+            lost=True,
+            default=MEGATRON_LLAMA3.factor,
+            since="0.11",
+            needs="use_rope_scaling",
+            built_as=MEGATRON_LLAMA3.factor,
+            instead=_LLAMA3_FACTOR,
+        ),
         build=Build.MODEL,
     ),
     Argument(
         "rotary_seq_len_interpolation_factor",
         lambda context: whole(_scaled_by("linear", None)(context)),
+        neutral=(1,),
         limit=_linear_limit,
         flag=flag("--rotary-seq-len-interpolation-factor", lost=True, effective_since="0.19", instead=_INTERPOLATION),
         build=Build.MODEL,

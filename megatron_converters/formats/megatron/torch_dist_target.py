@@ -6,6 +6,7 @@ other sizes can load it too. Format: see torch_dist_source.py. Layers are an axi
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Iterator, Sequence
@@ -28,6 +29,7 @@ from ...storage import dcp, dcp_layout, torch_zip
 from ...storage.dcp_layout import NewChunk, NewObject, Placed
 from ...storage.output_file import FileLayout
 from ...storage.tensor import StoredTensor
+from .locating import COMMON_FILE, FORMAT_FILE
 from .names import (
     DISTRIBUTED,
     DISTRIBUTED_EXPERTS,
@@ -39,8 +41,6 @@ from .names import (
     split_parts,
     stacks_layers,
 )
-from .reading import FORMAT_FILE
-from .torch_dist_source import COMMON_FILE
 from .writing import CheckpointTarget, sizes
 
 #: Keys of slots by implementation.
@@ -121,6 +121,14 @@ class TorchDistTarget(CheckpointTarget):
             name = chunk.name
             fill = Fill(self._files[name], name, chunk.dtype, box.shape, box.rows, box.col, padding=box.padding)
             yield self._conventions.fill(ref, fill)
+
+    def _loading_notes(self) -> Iterator[str]:
+        rows = self._padded
+        other = next(size for size in itertools.count(3) if rows % size)
+        yield (
+            f"loads at any tensor-parallel size that divides the {rows} rows of the padded vocabulary, a number that Megatron-LM "
+            f"takes from the args; for another, such as {other}, write with --pad-vocab-for-tp {other}"
+        )
 
     def _items(self) -> dict[int, list[NewChunk | NewObject]]:
         """Chunks and objects that each rank writes, by rank number."""

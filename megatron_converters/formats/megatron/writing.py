@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import os
 import shlex
 from abc import ABC, abstractmethod
@@ -88,6 +89,8 @@ class MegatronOptions:
     #: Key of `names.DIALECTS`; None selects the format's default.
     impl: str | None = None
     divisor: int | None = None
+    #: A further tensor-parallel size that the padded vocabulary is to allow.
+    pad_vocab_for_tp: int | None = None
     release: bool = False
     overwrite: bool = False
     allow_inexpressible: bool = False
@@ -247,6 +250,7 @@ class CheckpointTarget(ABC):
             *self._origin.notes,
             *self._bins_note(),
             *warnings,
+            *self._loading_notes(),
             f"pretrain_gpt.py needs:\n{self._flags_text()}".rstrip(),
         ]
 
@@ -269,6 +273,10 @@ class CheckpointTarget(ABC):
     def _newest_release(self) -> str:
         """Last release that reads the files as they are meant; no text for the newest one."""
         return ""
+
+    def _loading_notes(self) -> Iterable[str]:
+        """Notes on how a run can load the files."""
+        return ()
 
     def _padding_note(self) -> str:
         rows = self._padded - self._spec.vocab_size
@@ -312,7 +320,9 @@ class CheckpointTarget(ABC):
 
     def _choose_divisor(self) -> int:
         inherited = getattr(self._origin.margs, "make_vocab_size_divisible_by", None)
-        return self._options.divisor or (inherited if is_whole(inherited) and inherited > 0 else DEFAULT_DIVISOR)
+        divisor = self._options.divisor or (inherited if is_whole(inherited) and inherited > 0 else DEFAULT_DIVISOR)
+        tp = self._parallel.tp
+        return divisor * math.lcm(tp, self._options.pad_vocab_for_tp or tp) // tp
 
     def _choose_bins(self) -> CapacityBins | None:
         bins = self._origin.capacity_bins
