@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 import shutil
@@ -115,6 +116,14 @@ def test_what_cannot_run_here_names_what_there_is(model: dict[str, str]) -> None
                 read = command(inner[0], variables)
                 assert read is not None and read.program is main.main, line
                 main._parser(read.arguments).parse_args(read.arguments)
+
+
+def test_the_page_of_options_is_made_of_the_parsers() -> None:
+    spec = importlib.util.spec_from_file_location("make_cli_docs", ROOT / "scripts/make_cli_docs.py")
+    assert spec is not None and spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    assert (ROOT / "docs/cli.md").read_text(encoding="utf-8") == script.page(), "run scripts/make_cli_docs.py"
 
 
 def test_no_page_is_left_out() -> None:

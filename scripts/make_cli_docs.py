@@ -1,0 +1,131 @@
+#!/usr/bin/env python3
+"""Write docs/cli.md, a list of all commands and options, from the parsers of the commands themselves.
+
+python scripts/make_cli_docs.py            write the page
+python scripts/make_cli_docs.py --check    exit with 1 if that would change it
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+from unittest.mock import patch
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs/cli.md"
+_HEAD = """\
+<!-- Made by scripts/make_cli_docs.py; run it after a change of options. -->
+
+# All commands and options
+
+`megatron-converters` is also `python -m megatron_converters`. `convert.py` and `convert_mlm_to_hf_checkpoint.py` are scripts of a
+clone; installed, they are `megatron-convert` and `megatron-convert-mlm-to-hf`. `--help` of each command says what stands here.
+[Exit codes](json.md#exit-codes) of all commands are in one table.
+"""
+
+
+class Command(NamedTuple):
+    """Heading of a section, an entry point, and the words that stand before `--help`."""
+
+    heading: str
+    main: Callable[[Sequence[str]], None]
+    words: tuple[str, ...] = ()
+
+
+def commands() -> Iterator[Command]:
+    """What the page describes, in its order."""
+    from megatron_converters.cli import main, mlm_to_hf, queue_convert, tensor_parallel
+    from model_converter_tool.cli import main as modelconvert
+
+    for verb in main.VERBS:
+        yield Command(f"megatron-converters {verb}", main.main, (verb,))
+    yield Command("convert_mlm_to_hf_checkpoint.py", mlm_to_hf.main)
+    for loader, saver in (("llama_mistral", "mcore"), ("core", "hf"), ("core_mf", "mf")):
+        yield Command(
+            f"convert.py from {loader} to {saver}", queue_convert.main, ("--loader", loader, "--saver", saver)
+        )
+    yield Command("megatron_converters.tp_pp_converter", tensor_parallel.main)
+    yield Command("ckpt_to_hf_minicpm_with_tp_pp.py", tensor_parallel.main_direct)
+    for name in modelconvert.COMMANDS:
+        yield Command(f"modelconvert {name}", modelconvert.main, (name,))
+
+
+def parser_of(command: Command) -> argparse.ArgumentParser:
+    """Parser that answers `--help` of a command."""
+    asked: list[argparse.ArgumentParser] = []
+    answer = patch.object(argparse.ArgumentParser, "print_help", lambda parser, file=None: asked.append(parser))
+    with answer, suppress(SystemExit):
+        command.main([*command.words, "--help"])
+    return asked[-1]
+
+
+def page() -> str:
+    """The whole page. A table that a section above has already is named, not repeated."""
+    lines, seen = [_HEAD], dict[tuple[str, ...], str]()
+    for command in commands():
+        parser = parser_of(command)
+        lines += [f"## {command.heading}", "", _sentences(parser.description), ""]
+        if parser.usage:
+            lines += ["```text", parser.usage, "```", ""]
+        for group in parser._action_groups:
+            rows = tuple(_rows(parser, group._group_actions))
+            if not rows:
+                continue
+            title = (group.title or "options")[0].upper() + (group.title or "options")[1:]
+            if rows in seen:
+                lines += [f"**{title}:** as for [{seen[rows]}](#{_anchor(seen[rows])}).", ""]
+                continue
+            seen[rows] = command.heading
+            lines += [f"**{title}**", "", "| option | meaning |", "|---|---|", *rows, ""]
+        lines += [_sentences(parser.epilog), ""] if parser.epilog else []
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _rows(parser: argparse.ArgumentParser, actions: Sequence[argparse.Action]) -> Iterator[str]:
+    for action in actions:
+        if action.help is argparse.SUPPRESS or isinstance(action, argparse._HelpAction):
+            continue
+        names = sorted(action.option_strings, key=len) or [str(action.metavar or action.dest)]
+        value = _value(action) if action.option_strings and action.nargs != 0 else ""
+        first = ", ".join(f"`{name}`" for name in names) + (f" {value}" if value else "")
+        yield f"| {first} | {_cell(parser._get_formatter()._expand_help(action) if action.help else '')} |"
+
+
+def _value(action: argparse.Action) -> str:
+    if action.choices:
+        return ", ".join(f"`{choice}`" for choice in action.choices)
+    return f"`{action.metavar or action.dest.upper()}`".replace("|", "\\|")
+
+
+def _cell(text: str) -> str:
+    return _sentences(text).replace("|", "\\|")
+
+
+def _sentences(text: str | None) -> str:
+    """Text in one line, in which Markdown changes nothing but code."""
+    words = " ".join((text or "").split()).split("`")
+    return "`".join(word if number % 2 else word.replace("*", "\\*") for number, word in enumerate(words))
+
+
+def _anchor(heading: str) -> str:
+    kept = "".join(letter for letter in heading.lower() if letter.isalnum() or letter in " -_")
+    return kept.replace(" ", "-")
+
+
+def main() -> None:
+    """Write the page, or compare it."""
+    made = page()
+    if PAGE.exists() and PAGE.read_text(encoding="utf-8") == made:
+        return
+    if "--check" in sys.argv[1:]:
+        sys.exit(f"{PAGE} is not what {Path(__file__).name} makes of the parsers; run it")
+    PAGE.write_text(made, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+    main()
