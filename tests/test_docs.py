@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -118,12 +119,40 @@ def test_what_cannot_run_here_names_what_there_is(model: dict[str, str]) -> None
                 main._parser(read.arguments).parse_args(read.arguments)
 
 
-def test_the_page_of_options_is_made_of_the_parsers() -> None:
-    spec = importlib.util.spec_from_file_location("make_cli_docs", ROOT / "scripts/make_cli_docs.py")
+def script(name: str) -> ModuleType:
+    """Module of a file in scripts/."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"scripts/{name}.py")
     assert spec is not None and spec.loader is not None
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    assert (ROOT / "docs/cli.md").read_text(encoding="utf-8") == script.page(), "run scripts/make_cli_docs.py"
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_page_of_options_is_made_of_the_parsers() -> None:
+    made = script("make_cli_docs").page()
+    assert (ROOT / "docs/cli.md").read_text(encoding="utf-8") == made, "run scripts/make_cli_docs.py"
+
+
+@pytest.mark.parametrize(
+    ("url", "expected"),
+    [
+        ("", "see this, that and [here](b.md#c)"),
+        (
+            "https://host/p/",
+            "see [this](https://host/p/blob/main/LICENSE#x), [that](https://host/p/tree/main/scripts) and [here](b.md#c)",
+        ),
+    ],
+)
+def test_what_the_site_reads_otherwise(url: str, expected: str) -> None:
+    page = "see [this](../LICENSE#x), [that](../scripts) and [here](b.md#c)\n| `a\\|b` | c\\|d |"
+    made = script("docs_hook").on_page_markdown(page, config=SimpleNamespace(repo_url=url), page=None)
+    assert made == f"{expected}\n| `a|b` | c\\|d |"
+
+
+def test_the_site_has_every_page() -> None:
+    """What the strict build of scripts/build_docs.sh would say, which takes mkdocs."""
+    nav = (ROOT / "mkdocs.yml").read_text().partition("\nnav:\n")[2]
+    assert sorted(re.findall(r"[\w-]+\.md", nav)) == sorted(path.name for path in (ROOT / "docs").glob("*.md"))
 
 
 def test_no_page_is_left_out() -> None:
