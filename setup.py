@@ -1,6 +1,7 @@
-"""Package layout and dependencies; tool settings are in pyproject.toml."""
+"""Package layout, dependencies and metadata; tool settings are in pyproject.toml."""
 
 import ast
+import os
 from pathlib import Path
 
 from setuptools import find_packages, setup
@@ -9,6 +10,24 @@ ROOT = Path(__file__).parent
 #: `loaders/` and `savers/` stand at the top of a checkout, as Megatron-LM's plugins do, but such generic names
 #: must not land in site-packages: installed, they are part of the library.
 PLUGINS = {"megatron_converters.loaders": "loaders", "megatron_converters.savers": "savers"}
+#: Page of the repository, for whoever publishes a build of it.
+HOME = os.environ.get("MEGATRON_CONVERTERS_URL", "").rstrip("/")
+CLASSIFIERS = """
+Development Status :: 4 - Beta
+Environment :: Console
+Intended Audience :: Developers
+Intended Audience :: Science/Research
+Operating System :: POSIX :: Linux
+Programming Language :: Python :: 3
+Programming Language :: Python :: 3 :: Only
+Programming Language :: Python :: 3.10
+Programming Language :: Python :: 3.11
+Programming Language :: Python :: 3.12
+Programming Language :: Python :: 3.13
+Topic :: Scientific/Engineering :: Artificial Intelligence
+Topic :: Utilities
+Typing :: Typed
+"""
 
 
 def version() -> str:
@@ -25,11 +44,24 @@ def requirements(name: str) -> list[str]:
     return [line for line in lines if line and not line.startswith(("#", "-"))]
 
 
+def urls() -> dict[str, str]:
+    """Pages of the project, as an index of packages shows them; none where the repository has no public page."""
+    pages = {"Documentation": "tree/main/docs", "Changelog": "blob/main/CHANGELOG.md", "Issues": "issues"}
+    return {"Homepage": HOME, **{name: f"{HOME}/{page}" for name, page in pages.items()}} if HOME else {}
+
+
 setup(
     name="megatron-converters",
     version=version(),
     description="Move LLM checkpoints between Hugging Face and Megatron-LM, on a CPU, without building a model",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    author="The megatron-converters authors",
     license="Apache-2.0",
+    license_files=["LICENSE"],
+    keywords="megatron-lm megatron-core huggingface checkpoint conversion llm torch_dist safetensors mindspore",
+    classifiers=CLASSIFIERS.strip().splitlines(),
+    project_urls=urls(),
     python_requires=">=3.10",
     packages=[
         *find_packages(

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
         smart_convert_megatron_to_hf,
     )
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "ConversionError",
     "Difference",

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .basics.errors import ConversionError, UsageError, raise_all
-from .basics.folders import existing_path
 from .comparison.manifest_check import check_output, find_output
 from .comparison.report import check_json, difference_json, findings, open_pair, verification_json
 from .comparison.settings import settings_differences
@@ -29,6 +28,7 @@ from .conversion.progress import Progress, Silent
 from .conversion.run import convert as run_conversion
 from .families import FAMILIES, register_family
 from .families.scope import family_of
+from .formats.hub import located
 from .formats.huggingface.target import HFOptions
 from .formats.megatron.arguments import inexpressible
 from .formats.megatron.flags import all_flags, flag_warnings
@@ -65,7 +65,7 @@ __all__ = [
     "verify",
 ]
 
-#: A folder as callers name it.
+#: A folder as callers name it; a source may also be named as a model on the Hugging Face Hub, "owner/name[@revision]".
 Folder = str | os.PathLike[str]
 #: Called with bytes done and bytes in all, from several threads in turn. An exception that it raises ends the conversion.
 OnProgress = Callable[[int, int], None]
@@ -169,22 +169,26 @@ def convert(
     hf: HFOptions | None = None,
     mindspore: MindSporeOptions | None = None,
     progress: OnProgress | None = None,
+    download: bool = False,
 ) -> Result:
     """Convert the folder `src`, of any format, into the folder `dst`; all or nothing, and the same call goes on after a kill.
 
     `to` is "hf", "megatron" or "mindspore"; by default a checkpoint becomes a Hugging Face folder unless sizes or `megatron`
     options are given, everything else a checkpoint. `tp`, `pp`, `ep` and `etp` are parallel sizes, the source's or 1 where
     None. `dtype` ("bf16", "fp16", "fp32") is the source's where None. `workers` is the number of processes, which are spawned: a
-    script that asks for several needs the usual `if __name__ == "__main__":`. Raises `ConversionError` and leaves nothing that
-    looks complete.
+    script that asks for several needs the usual `if __name__ == "__main__":`. A model named as on the Hub is read from the local
+    cache; with `download`, what that lacks is fetched. Raises `ConversionError` and leaves nothing that looks complete.
     """
-    request = _request(src, dst, to, (tp, pp, ep, etp), dtype, overwrite, read, megatron, hf, mindspore)
+    request = _request(
+        src, dst, to, (tp, pp, ep, etp), dtype, overwrite, _with(read, download), megatron, hf, mindspore
+    )
 
     def lead(crew: Crew) -> Result:
         return _convert(crew, request, restart, Silent() if progress is None else _Reported(progress))
 
     if workers == 1:
         return lead(ALONE)
+    request = request.located()
     return crew_local.run(workers, _assist, (request, restart), lead)
 
 
@@ -205,11 +209,13 @@ def plan(
     hf: HFOptions | None = None,
     mindspore: MindSporeOptions | None = None,
     measured: bool = False,
+    download: bool = False,
 ) -> Forecast:
     """What `convert` would write and need; nothing is written.
 
     With `measured`, up to two seconds are spent on measuring a rate, from which `seconds` follows.
     """
+    read = _with(read, download)
     with family_of(read.family_file):
         job = _request(src, dst, to, (tp, pp, ep, etp), dtype, overwrite, read, megatron, hf, mindspore).open()
         result = forecast(job.source, job.target, job.dtype, workers)
@@ -218,8 +224,9 @@ def plan(
     return result
 
 
-def inspect(src: Folder, *, read: ReadOptions = AS_FOUND) -> dict[str, Any]:
+def inspect(src: Folder, *, read: ReadOptions = AS_FOUND, download: bool = False) -> dict[str, Any]:
     """What a folder of any format holds, from headers alone: the JSON of `inspect --json`, sizes in bytes."""
+    read = _with(read, download)
     with family_of(read.family_file):
         return as_json(survey(*_open(src, read)))
 
@@ -233,14 +240,17 @@ def verify(
     as_cast: bool = False,
     read: ReadOptions = AS_FOUND,
     read_b_format: str | None = None,
+    download: bool = False,
 ) -> Verification:
     """Whether two folders of any formats hold the same model, bit for bit or within `tolerance`.
 
     With `as_cast`: whether `b` is `a` rounded to the dtypes of `b`, bit for bit. Without `b`: whether the output `a` is as its
     manifest says.
     """
+    read = _with(read, download)
     if b is None:
-        checked = check_output(find_output(existing_path(a), read.ckpt_dir_name), Silent())
+        place = located(a, download=read.download).folder
+        checked = check_output(find_output(place, read.ckpt_dir_name), Silent())
         return Verification(not checked.faults, tuple(map(str, checked.faults)), check_json(checked))
     rules = Rules(tolerance=tolerance, ignore_dtype=ignore_dtype, as_cast=as_cast)
     with family_of(read.family_file):
@@ -249,8 +259,16 @@ def verify(
     return Verification(comparison.equal, tuple(findings(comparison)), verification_json(pair, comparison, rules))
 
 
-def diff(a: Folder, b: Folder, *, read: ReadOptions = AS_FOUND, read_b_format: str | None = None) -> Difference:
+def diff(
+    a: Folder,
+    b: Folder,
+    *,
+    read: ReadOptions = AS_FOUND,
+    read_b_format: str | None = None,
+    download: bool = False,
+) -> Difference:
     """What differs between two folders of any formats: settings, training arguments, and each tensor by how much."""
+    read = _with(read, download)
     with family_of(read.family_file):
         pair = open_pair(a, b, read, read_b_format)
         settings = settings_differences(*pair.sources)
@@ -259,11 +277,14 @@ def diff(a: Folder, b: Folder, *, read: ReadOptions = AS_FOUND, read_b_format: s
     return Difference(equal, settings, difference_json(pair, settings, comparison, equal))
 
 
-def training_flags(src: Folder, *, allow_inexpressible: bool = False, read: ReadOptions = AS_FOUND) -> TrainingFlags:
+def training_flags(
+    src: Folder, *, allow_inexpressible: bool = False, read: ReadOptions = AS_FOUND, download: bool = False
+) -> TrainingFlags:
     """All `pretrain_gpt.py` flags of a model or a checkpoint.
 
     Raises `ConversionError` where Megatron-LM's arguments cannot express the model, unless `allow_inexpressible`.
     """
+    read = _with(read, download)
     with family_of(read.family_file):
         return _training_flags(src, allow_inexpressible, read)
 
@@ -287,6 +308,11 @@ def _training_flags(src: Folder, allow_inexpressible: bool, read: ReadOptions) -
 def supported_families() -> tuple[Family, ...]:
     """Every family that can be converted."""
     return tuple(Family(family.name, family.model_type, family.architecture) for family in FAMILIES.values())
+
+
+def _with(read: ReadOptions, download: bool) -> ReadOptions:
+    """Options that download models, too, if that is asked for."""
+    return dataclasses.replace(read, download=True) if download else read
 
 
 def _open(src: Folder, read: ReadOptions) -> tuple[str, Any]:

@@ -7,11 +7,13 @@ import os
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from .assets.tokenizer import fetch_tokenizer
 from .basics.dtypes import DType, dtype_named
 from .basics.errors import UsageError
 from .basics.folders import new_folder
 from .conversion.endpoint import Source, Target
 from .formats.detect import HF, MEGATRON, MINDSPORE
+from .formats.hub import located
 from .formats.huggingface.target import HFOptions
 from .formats.megatron.writing import MegatronOptions
 from .formats.mindspore.target import MindSporeOptions
@@ -44,7 +46,7 @@ class Request:
 
     `to` is "hf", "megatron" or "mindspore"; where it is None, a checkpoint becomes a Hugging Face folder unless `megatron` options
     are given, and everything else a checkpoint. `dtype` is a name such as "bf16". Options of a format that is not written are
-    refused.
+    refused. `notes` are the user's, on how the source was found.
     """
 
     src: str | os.PathLike[str]
@@ -56,17 +58,26 @@ class Request:
     megatron: MegatronOptions | None = None
     hf: HFOptions | None = None
     mindspore: MindSporeOptions | None = None
+    notes: tuple[str, ...] = ()
+
+    def located(self) -> Request:
+        """The same request of the folder that `src` means, so that several processes read one commit of a model on the Hub."""
+        found = located(self.src, download=self.read.download)
+        return dataclasses.replace(self, src=found.folder, notes=(*self.notes, *found.notes))
 
     def open(self) -> Job:
         """Open both sides; nothing is written. Raises `ConversionError` where the request or the source is not sound."""
-        same = os.path.realpath(new_folder(self.src)) == os.path.realpath(new_folder(self.dst))
-        if same:
+        dst = os.path.realpath(new_folder(self.dst))
+        if os.path.realpath(new_folder(self.src)) == dst:
             raise UsageError(f"{self.dst} is the source itself; choose another folder to write to")
         bins = self.megatron is not None and self.megatron.load_capacity_bins
         read = dataclasses.replace(self.read, capacity_bins=bins or self.read.capacity_bins)
         source_format, source = open_source(self.src, read)
         refuse_unused([source_format], self.read)
         described = os.path.realpath(source.origin.described)
+        if described == dst:
+            raise UsageError(f"{self.dst} is the source itself; choose another folder to write to")
+        source.origin.say_first(self.notes)
         chosen = target_format(source_format, self.to, self.megatron is not None)
         options = self._options(chosen)
         held = source.origin.mup
@@ -75,10 +86,13 @@ class Request:
                 f"--mup {self.read.mup}: the args of {self.src} say that it has its multipliers by {held!r}; leave it out"
             )
         overwrite = self.overwrite or options.overwrite
-        if overwrite and os.path.dirname(described) == os.path.realpath(self.dst):
+        if overwrite and os.path.dirname(described) == dst:
             raise UsageError(
                 f"{self.src} lies in {self.dst}, where --overwrite could replace it; choose another folder to write to"
             )
+        if self.read.download and chosen != MEGATRON:
+            named = options.tokenizer or source.origin.tokenizer
+            source.origin.notes += fetch_tokenizer(named, explicit=options.tokenizer is not None)
         target = open_target(self.dst, dataclasses.replace(options, overwrite=overwrite))
         dtype = None if self.dtype is None else dtype_named(self.dtype)
         _warn_of_widening(source, dtype)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from megatron_converters.basics.errors import UsageError
-from megatron_converters.cli.options.values import byte_size
+from megatron_converters.cli.options.values import DTYPES, byte_size, dtype_word
 
 Kind = Callable[[Any], Any]
 
@@ -21,6 +21,11 @@ def choice(*names: str) -> Kind:
         return str(value)
 
     return check
+
+
+def dtype(value: Any) -> str:
+    """Short name of a type to write, of any name of it."""
+    return str(choice(*DTYPES)(dtype_word(value) if isinstance(value, str) else value))
 
 
 def at_least(least: int) -> Kind:

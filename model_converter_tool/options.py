@@ -24,10 +24,9 @@ class Option(NamedTuple):
     only: str = _BOTH
 
 
-DTYPES = ("fp16", "bf16", "fp32")
 #: By their names in Python and in batch files; on a command line they have dashes.
 OPTIONS = {
-    "dtype": Option(kinds.choice(*DTYPES), "fp16|bf16|fp32", "Type to write; the source's by default."),
+    "dtype": Option(kinds.dtype, "fp16|bf16|fp32", "Type to write; the source's by default."),
     "tokenizer_model": Option(kinds.text, "PATH", "Tokenizer to record or to write; by default the source's."),
     "overwrite": Option(kinds.switch, "", "Replace a model or checkpoint in the output folder."),
     "workers": Option(kinds.at_least(1), "N", "Processes that share one conversion; 1 by default."),

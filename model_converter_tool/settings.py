@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 
 from megatron_converters.basics.errors import UsageError, one_line
 from megatron_converters.basics.json_files import read_json
+from megatron_converters.cli.options.values import DTYPES
 
 from . import kinds
 from .model_types import AUTO, check_name
-from .options import DTYPES, checked
+from .options import checked
 
 FILE = "config.json"
 #: Value of the setting `dtype` that stands for the source's.

@@ -31,11 +31,13 @@ _FILE = re.compile(r"/(?P<id>[^/]+(?:/[^/]+)?)/resolve/(?P<revision>[^/]+)/(?P<f
 class Hub:
     """Models that are served; gated ones give no file. `downloaded` are the files that were asked for.
 
+    `answers` has the status of HTTP that every question for a model gets, by its name, where that is not what is asked for.
     Files whose names are in `held` are given once `released` is set.
     """
 
     repositories: Repositories
     gated: set[str] = field(default_factory=set)
+    answers: dict[str, int] = field(default_factory=dict)
     downloaded: list[str] = field(default_factory=list)
     held: set[str] = field(default_factory=set)
     reached: threading.Event = field(default_factory=threading.Event)
@@ -107,6 +109,8 @@ class _Handler(BaseHTTPRequestHandler):
         repository = self.hub.repositories.by_name.get(name)
         if asked is None or repository is None:
             return Answer(404, headers={"X-Error-Code": "RepoNotFound"})
+        if name in self.hub.answers:
+            return refusal(self.hub.answers[name], "Invalid credentials in Authorization header")
         if repository.private and self._token not in (WRITER, READER):
             return Answer(401, headers={"X-Error-Code": "RepoNotFound"})
         sha = repository.at(asked["revision"])

@@ -48,6 +48,8 @@ CASES: dict[str, list[tuple[str, int]]] = {
     "diff": [("{hf} {meg}", 0), ("{hf} {other}", 1), ("{hf} {broken}", 2), ("{gone} {hf}", 2), ("{hf}", 2)],
     "inspect": [("{hf}", 0), ("{meg} --json", 0), ("{broken}", 1), ("{gone}", 2)],
     "args": [("{hf}", 0), ("{meg} --json", 0), ("{broken}", 1), ("{gone}", 2)],
+    "completion": [("bash", 0), ("zsh", 0), ("none", 2)],
+    "help": [("", 0), ("convert", 0), ("none", 2)],
     "convert.py": [
         ("--load-dir {hf} --save-dir {out}", 0),
         ("--load-dir {broken} --save-dir {out}", 1),
@@ -150,7 +152,7 @@ def test_the_table_is_complete_and_so_are_these_tests() -> None:
 #: Codes that are not reached here: of a batch in tests/test_modelconvert_batch.py, of others only where a disk fails.
 _OTHERS = {
     "modelconvert batch": {DONE, FAILED},
-    **{row: {FAILED} for row in ("modelconvert", "modelconvert history", "modelconvert config")},
+    **{row: {FAILED} for row in ("completion", "help", "modelconvert", "modelconvert history", "modelconvert config")},
 }
 
 

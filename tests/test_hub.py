@@ -288,7 +288,7 @@ def test_config_json_alone(hub: Hub, single: Path, tmp_path: Path, monkeypatch: 
     assert not hub.downloaded
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert resolve("acme/there", config_only=True).folder == folder
-    refused(lambda: download("acme/there"), "the cache has only a part of acme/there, without weights")
+    refused(lambda: download("acme/there"), "the cache has only a part of acme/there, without model.safetensors")
     refused(
         lambda: resolve("acme/new", config_only=True).folder,
         "nor in the cache",

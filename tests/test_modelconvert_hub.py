@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_converters.formats.hub_access import is_hub_id
+from megatron_converters.storage.hub_access import is_hub_id
 from tests import modelconvert
 from tests.helpers import Run, hf_tensors, nothing_complete, same_tensors, succeeded
 from tests.hub_server import Hub, commit, offline, serving, unreachable

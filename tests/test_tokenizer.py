@@ -274,8 +274,10 @@ def test_a_name_is_looked_up_in_the_local_cache(tmp_path, monkeypatch):
     out.mkdir()
     (note,) = write_tokenizer("some/model", out, vocab_size=7, explicit=True)
     assert note.startswith("copied the tokenizer of") and (out / "tokenizer.json").exists()
-    (note,) = write_tokenizer("other/model", tmp_path, vocab_size=7, explicit=True)
-    assert "other/model is neither a path nor in the local Hugging Face cache" in note
+    with pytest.raises(
+        ConversionError, match=r"--tokenizer-model other/model is neither .* nor in the cache .* hf download"
+    ):
+        write_tokenizer("other/model", tmp_path, vocab_size=7, explicit=True)
 
 
 # --- none to be had ---
@@ -322,8 +324,11 @@ def test_a_rebuilt_tokenizer_that_is_too_large(ranks, tmp_path):
 @pytest.mark.parametrize(("source", "reason"), [(None, "names none"), ("", "names none"), (".", "holds none")])
 def test_no_tokenizer_is_a_warning(tmp_path, monkeypatch, source, reason):
     monkeypatch.chdir(tmp_path)
-    (note,) = write_tokenizer(source, tmp_path, vocab_size=8, explicit=source is not None)
+    (note,) = write_tokenizer(source, tmp_path, vocab_size=8)
     assert note.startswith("warning: ") and reason in note and "--tokenizer-model" in note
+    if source:
+        with pytest.raises(ConversionError, match=reason):
+            write_tokenizer(source, tmp_path, vocab_size=8, explicit=True)
 
 
 @pytest.mark.parametrize(
@@ -332,7 +337,6 @@ def test_no_tokenizer_is_a_warning(tmp_path, monkeypatch, source, reason):
         ("tokenizers", "ranks", "tokenizers"),
         ("google.protobuf.message", "piece", "protobuf"),
         ("sentencepiece", "piece", "sentencepiece"),
-        ("huggingface_hub", "some/model", "huggingface_hub"),
     ],
 )
 def test_a_missing_package_is_named(ranks, tmp_path, monkeypatch, module, source, package):
@@ -340,8 +344,19 @@ def test_a_missing_package_is_named(ranks, tmp_path, monkeypatch, module, source
     (tmp_path / "piece").write_bytes(b"\n\x00")
     monkeypatch.setitem(sys.modules, module, None)
     monkeypatch.chdir(tmp_path)
-    (note,) = write_tokenizer(source, tmp_path, vocab_size=10**6, explicit=True)
+    (note,) = write_tokenizer(source, tmp_path, vocab_size=10**6)
     assert note.startswith("warning: ") and f"run pip install {package}." in note
+    with pytest.raises(ConversionError, match=f"run pip install {package}"):
+        write_tokenizer(source, tmp_path, vocab_size=10**6, explicit=True)
+
+
+def test_a_name_needs_the_package_of_the_hub(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConversionError, match=r"some/model is no folder here, and .* run pip install huggingface_hub"):
+        write_tokenizer("some/model", tmp_path, vocab_size=8, explicit=True)
+    (note,) = write_tokenizer("some/model", tmp_path, vocab_size=8)
+    assert note.startswith("warning: wrote no tokenizer: ") and "run pip install huggingface_hub" in note
 
 
 # --- settings ---

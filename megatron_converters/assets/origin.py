@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..sharding.ranks import Parallel
+from ..storage.hub_cache import place_around
 from .capacity_bins import CapacityBins
 
 
@@ -39,6 +40,23 @@ class Origin:
     float32_originals: str = ""
     #: [bytes, modification time in nanoseconds] of the source's files by path. None for a source that came as messages.
     identity: dict[str, list[int]] | None = None
+
+    def say_first(self, notes: Iterable[str]) -> None:
+        """Put notes before the others, warnings among the urgent ones, too; what is noted already is not repeated."""
+        new = [note for note in notes if note not in self.notes]
+        self.notes[:0] = new
+        self.urgent[:0] = [note for note in new if note.startswith("warning: ")]
+
+    @property
+    def hub(self) -> str | None:
+        """Name of the model on the Hub, with its commit, if its files lie in a cache of huggingface_hub."""
+        place = place_around(folder_of(self.described))
+        return None if place is None else str(place)
+
+    def tell_at_once(self, line: str) -> None:
+        """Add a note that a user should read before the conversion, too."""
+        self.notes.append(line)
+        self.urgent.append(line)
 
 
 def folder_of(source: str | Path) -> Path:

@@ -1,16 +1,18 @@
-"""Tokenizer and generation settings of a Hugging Face folder. Nothing is ever downloaded."""
+"""Tokenizer and generation settings of a Hugging Face folder. Nothing is downloaded unless `fetch_tokenizer` is called."""
 
 from __future__ import annotations
 
 import os
-import re
 import shutil
+from collections.abc import Collection
 from filecmp import cmp
 from pathlib import Path
 from typing import Any
 
-from ..basics.errors import ConversionError, one_line, reason_of
+from ..basics.errors import ConversionError, UsageError, one_line, reason_of
 from ..basics.json_files import read_json, write_json
+from ..storage import hub_cache, hub_lookup
+from ..storage.hub_access import is_hub_id
 from . import tokenizer_rebuild
 
 #: Files of which a tokenizer may consist.
@@ -35,7 +37,6 @@ _SETTINGS = ("special_tokens_map.json", "tokenizer_config.json")
 _VOCABULARIES = frozenset({"tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "tekken.json"})
 #: Package to install, by the name of its module, where they differ.
 _PACKAGES = {"google": "protobuf"}
-_HUB_NAME = re.compile(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)?")
 
 #: `--source-model-type`: begin token, end token, and the end tokens of an instruct model.
 _TOKEN_IDS: dict[str, tuple[int, int, int | list[int]]] = {
@@ -44,6 +45,10 @@ _TOKEN_IDS: dict[str, tuple[int, int, int | list[int]]] = {
     "llama3": (128000, 128001, [128001, 128009]),
     "llama3.1": (128000, 128001, [128001, 128008, 128009]),
 }
+_INSTRUCT_WARNING = (
+    "warning: --instruct leaves this tokenizer as it is: it gives an end-of-turn token and a chat template to one alone that is "
+    "made of Llama 3's tiktoken file"
+)
 
 
 class _NoTokenizer(Exception):
@@ -113,15 +118,18 @@ def write_tokenizer(
     `source` is a Hugging Face folder (its files are copied byte for byte), a tokenizer.json, a sentencepiece BPE model,
     a tiktoken file of Llama 3 (for "llama3" or else "llama3.1", with a chat template if `instruct`), or a name in the
     local Hugging Face cache. Without a tokenizer the note is a warning. If the user named it (`explicit`), a tokenizer that
-    is broken, is missing or has more tokens than the model raises `ConversionError`.
+    is broken, is missing, cannot be read here or has more tokens than the model raises `ConversionError`.
     """
     try:
         if source is None or str(source) == "":
             raise _NoTokenizer("the checkpoint names none")
         path = _locate(str(source), explicit)
         if path.is_dir():
-            return _copy_folder(path, out_dir, vocab_size)
-        return _write_file(path, out_dir, vocab_size, source_model_type, instruct)
+            notes = _copy_folder(path, out_dir, vocab_size)
+        else:
+            notes = _write_file(path, out_dir, vocab_size, source_model_type, instruct)
+        made_for_chat = not path.is_dir() and is_tiktoken_file(path)
+        return notes if made_for_chat or not instruct else [*notes, _INSTRUCT_WARNING]
     except ModuleNotFoundError as error:
         module = str(error.name).partition(".")[0]
         reason = f"{source} needs a package that is missing; run pip install {_PACKAGES.get(module, module)}"
@@ -131,7 +139,12 @@ def write_tokenizer(
         if explicit:
             raise
         reason = str(error)
-    return [f"warning: wrote no tokenizer: {reason}. The model is complete; name a tokenizer with --tokenizer-model"]
+    if explicit:
+        raise ConversionError(f"--tokenizer-model gives no tokenizer: {reason}")
+    return [
+        f"warning: wrote no tokenizer: {reason}. The model is complete; the same command with --tokenizer-model PATH writes one "
+        "beside the weights"
+    ]
 
 
 def _locate(source: str, explicit: bool) -> Path:
@@ -141,26 +154,77 @@ def _locate(source: str, explicit: bool) -> Path:
         belongs_to_folder = path.name in _VOCABULARIES and (path.parent / "tokenizer_config.json").is_file()
         return path.parent if belongs_to_folder else path
     if os.path.isdir(path):
+        path = hub_lookup.in_cache(path, _ON_HUB).folder
         configured = any((path / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
         bare = path / "tokenizer.model"  # as in Meta's downloads
         return bare if bare.is_file() and not configured else path
-    if _HUB_NAME.fullmatch(source) and path.suffix not in (".model", ".json"):
-        return _cached_folder(source)
+    if _may_be_on_hub(source):
+        return _cached_folder(source, explicit)
     if explicit:
-        raise ConversionError(
-            f"--tokenizer-model {source} does not exist; give a file, a folder or a Hugging Face name"
-        )
+        raise _missing(source)
     raise _NoTokenizer(f"{one_line(source)}, which the checkpoint names, does not exist here")
 
 
-def _cached_folder(name: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+def _may_be_on_hub(source: str) -> bool:
+    """Whether a tokenizer's name is no path here, and may be the name of a model on the Hub."""
+    path = Path(os.path.expanduser(source))
+    return is_hub_id(source) and path.suffix not in (".model", ".json") and not os.path.lexists(path)
 
+
+def _missing(source: str) -> UsageError:
+    return UsageError(f"--tokenizer-model {source} does not exist; give a file, a folder or a Hugging Face name")
+
+
+def _cached_folder(name: str, explicit: bool) -> Path:
+    """Folder in the cache of a model on the Hub; raises `ConversionError` with the command that downloads its tokenizer."""
     try:
-        return Path(snapshot_download(name, local_files_only=True))
-    except (HFValidationError, LocalEntryNotFoundError):
-        raise _NoTokenizer(f"{name} is neither a path nor in the local Hugging Face cache") from None
+        return hub_lookup.cached(name, _ON_HUB).folder
+    except ConversionError as error:
+        raise ConversionError(f"--tokenizer-model {error}" if explicit else f"the tokenizer {error}") from error
+
+
+def fetch_tokenizer(source: str | None, *, explicit: bool) -> list[str]:
+    """Download a tokenizer that is named as on the Hub into the cache, where `write_tokenizer` finds it; returns notes.
+
+    One that cannot be had raises `ConversionError` if the user named it, and else is a warning.
+    """
+    if not source or not _may_be_on_hub(source):
+        return []
+    try:
+        return hub_lookup.download(source, _ON_HUB).notes
+    except ConversionError as error:
+        if explicit:
+            raise
+        return [f"warning: the tokenizer is not downloaded: {error}"]
+
+
+def _tokenizer_alone(listed: Collection[str], index_file: hub_cache.IndexFile) -> set[str]:
+    """Files of a tokenizer among those listed; none where there is no vocabulary."""
+    found = hub_cache.among(listed, FILES)
+    return set() if _VOCABULARIES.isdisjoint(found) else found
+
+
+#: Tokenizer of a model on the Hub.
+_ON_HUB = hub_cache.Choice(_tokenizer_alone, (), "no tokenizer", "tokenizer", hub_cache.WEIGHTS)
+
+
+def holds_tokenizer(source: str | None) -> bool:
+    """Whether what a source names as its tokenizer is a file here, or a folder with a vocabulary."""
+    path = Path(os.path.expanduser(source or ""))
+    if os.path.isdir(path):
+        return bool(source) and not _VOCABULARIES.isdisjoint(map(str, _tokenizer_names(path)))
+    return os.path.isfile(path)
+
+
+def check_named(source: str | None) -> list[str]:
+    """Check a tokenizer that a user names to be recorded, not read; returns notes. Raises `UsageError` if no such path can be."""
+    if not source or holds_tokenizer(source):
+        return []
+    if os.path.exists(os.path.expanduser(source)):
+        return [f"warning: {source} holds no tokenizer, and is recorded all the same"]
+    if not _may_be_on_hub(source):
+        raise _missing(source)
+    return [f"the tokenizer {source} is recorded as a name on the Hugging Face Hub, since there is no such path here"]
 
 
 def recorded_name(source: str | None) -> str | None:
@@ -173,11 +237,19 @@ def tokenizer_files(folder: Path) -> list[Path]:
     return [path for pattern in FILES for path in sorted(folder.glob(pattern)) if path.is_file()]
 
 
-def refuse_other_tokenizer(new_folder: Path, save_dir: Path) -> None:
-    """Raise if `save_dir` has tokenizer files that differ from those of `new_folder`: they may be the user's own."""
+def _tokenizer_names(folder: Path) -> list[Path]:
+    return [path.relative_to(folder) for path in tokenizer_files(folder)]
+
+
+def refuse_other_tokenizer(new_folder: Path, save_dir: Path, *, ours: Collection[str] = ()) -> None:
+    """Raise if `save_dir` has tokenizer files that differ from those of `new_folder` and may be the user's, being not `ours`."""
     new = {path.relative_to(new_folder): path for path in tokenizer_files(new_folder)}
     old = {path.relative_to(save_dir): path for path in tokenizer_files(save_dir)}
-    differing = [str(name) for name, path in old.items() if name not in new or not cmp(path, new[name], shallow=False)]
+    differing = [
+        str(name)
+        for name, path in old.items()
+        if name.as_posix() not in ours and (name not in new or not cmp(path, new[name], shallow=False))
+    ]
     if new and differing:
         raise ConversionError(
             f"{save_dir} already holds another tokenizer ({', '.join(differing)}); save elsewhere or pass --overwrite"
@@ -185,7 +257,7 @@ def refuse_other_tokenizer(new_folder: Path, save_dir: Path) -> None:
 
 
 def _copy_folder(folder: Path, out_dir: Path, vocab_size: int) -> list[str]:
-    names = [path.relative_to(folder) for path in tokenizer_files(folder)]
+    names = _tokenizer_names(folder)
     if _VOCABULARIES.isdisjoint(map(str, names)):
         raise _NoTokenizer(f"{folder} holds none")
     if Path("tokenizer.json") in names:

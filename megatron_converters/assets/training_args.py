@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..basics.dtypes import BY_NAME, DType, dtype_named
+from ..basics.errors import MissingPath, UsageError
 from ..basics.json_files import read_json
 
 #: Attributes that belong to one run on one machine, not to the model: a new checkpoint must not inherit them.
@@ -23,6 +24,8 @@ _RUN_ARGUMENTS = frozenset(
     no_load_optim no_load_rng finetune ckpt_step hf_family_file
     """.split()
 )
+#: Name of the file beside a Hugging Face model.
+FILE = "source_megatron_args.json"
 _DTYPE_PREFIX = "torch."
 
 
@@ -41,6 +44,23 @@ def _json_value(value: Any) -> Any:
 def margs_from_json(path: Path) -> argparse.Namespace:
     """Arguments of a `source_megatron_args.json`; `torch.bfloat16` comes back as a dtype."""
     return margs_from_values(read_json(path))
+
+
+def named_margs(path: Path) -> argparse.Namespace:
+    """Arguments of a file that a user names; raises `UsageError` if it is none of these files."""
+    if path.is_dir():
+        raise UsageError(f"--source-margs-file {path} is a folder; name the file in it, such as {path / FILE}")
+    if not path.exists():
+        raise MissingPath(
+            f"--source-margs-file {path} does not exist; only the way back from a checkpoint writes one, so leave the option out "
+            "for a model from elsewhere, such as the Hugging Face Hub"
+        )
+    values = read_json(path)
+    if "architectures" in values:
+        raise UsageError(
+            f"--source-margs-file {path} is a configuration of Hugging Face, not training arguments; name a {FILE}, or leave it out"
+        )
+    return margs_from_values(values)
 
 
 def margs_from_values(values: Mapping[str, Any]) -> argparse.Namespace:

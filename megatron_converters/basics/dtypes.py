@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from .errors import ConversionError
 from .handover import receives_own_types
+from .packages import need
 from .pickle_proof import Sealed
 
 
@@ -172,8 +173,9 @@ def not_finite(array: npt.NDArray[Any], dtype: DType) -> npt.NDArray[np.bool_]:
 def cast(source: npt.NDArray[Any], source_dtype: DType, target: npt.NDArray[Any], target_dtype: DType) -> bool:
     """Write the values of `source` (carrier array, any strides) into `target`, rounding to nearest even as torch does.
 
-    Returns whether every finite value stayed finite.
+    Returns whether every finite value stayed finite. Raises `ConversionError` where torch is not installed.
     """
+    need("torch", "torch", f"casting {source_dtype} to {target_dtype}")
     import torch
 
     def view(array: npt.NDArray[Any], dtype: DType) -> Any:

@@ -34,7 +34,11 @@ class InvalidConfiguration(UsageError, AssertionError):
 
 
 class Unclear(ConversionError):
-    """The source leaves open something that a reference model can settle."""
+    """The source leaves open something that a reference model can settle: `what` it is, without the remedy."""
+
+    def __init__(self, what: str, remedy: str | None = None) -> None:
+        super().__init__(f"{what}; {remedy}" if remedy else what)
+        self.what = what
 
 
 class UnclearMultipliers(Unclear):

@@ -38,6 +38,8 @@ EXIT_CODES = {
     "diff": _COMPARISON,
     "inspect": _READING,
     "args": _READING._replace(failed="could not be read, or Megatron-LM's arguments cannot express it"),
+    "completion": _ACTION,
+    "help": _ACTION,
     "convert.py": _CONVERSION,
     "convert_mlm_to_hf_checkpoint.py": _CONVERSION,
     "python -m megatron_converters.tp_pp_converter": _CONVERSION,

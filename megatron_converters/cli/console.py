@@ -74,6 +74,11 @@ def _raise_file_limit() -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
+def program(script: str, command: str) -> str:
+    """Name by which the user started an entry point: that of the installed command, or else of the script in a checkout."""
+    return command if os.path.splitext(os.path.basename(sys.argv[0]))[0] == command else script
+
+
 @contextmanager
 def exit_on_error(program: str, codes: ExitCodes = ANY, *, as_json: bool = False) -> Iterator[None]:
     """Context that ends the process on an error: one sentence, no traceback, and the exit code that `codes` has for it.

@@ -2,32 +2,71 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import sys
 import types
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import NamedTuple
 
 from .. import __version__
-from ..basics.errors import UsageError
 from ..basics.exit_codes import ANY, EXIT_CODES
 from ..conversion.crew_cluster import is_first_process
 from .console import exit_on_error, prepare_process
+from .parser import Parser
 
-#: Verb: module in `verbs`, its operands, one line of help.
+PROG = "megatron-converters"
+
+
+class Verb(NamedTuple):
+    """What help says of a verb: its operands, one line, and two command lines (without the command's name)."""
+
+    operands: str
+    line: str
+    examples: tuple[str, str]
+
+
+#: By the name of the module in `verbs`.
 VERBS = {
-    "convert": ("SRC DST", "Convert a model from any format to any other, or cut a checkpoint differently."),
-    "plan": ("SRC DST", "Say what a conversion would write, and need; writes nothing."),
-    "verify": ("A [B]", "Tell whether two folders hold the same model, or whether an output is as it was written."),
-    "diff": ("A B", "Say what differs between two checkpoints: arguments, tensors, and by how much."),
-    "inspect": (
+    "convert": Verb(
+        "SRC DST",
+        "Convert a model from any format to any other, or cut a checkpoint differently.",
+        ("convert llama-hf llama-megatron --tp 2 --pp 2", "convert llama-megatron llama-back --to hf --dtype bf16"),
+    ),
+    "plan": Verb(
+        "SRC DST",
+        "Say what a conversion would write, and need; writes nothing.",
+        ("plan llama-hf llama-tp4 --tp 4", "plan llama-megatron llama-again --to hf --json"),
+    ),
+    "verify": Verb(
+        "A [B]",
+        "Tell whether two folders hold the same model, or whether an output is as it was written.",
+        ("verify llama-hf llama-megatron", "verify llama-megatron"),
+    ),
+    "diff": Verb(
+        "A B",
+        "Say what differs between two checkpoints: arguments, tensors, and by how much.",
+        ("diff llama-hf llama-megatron", "diff llama-hf llama-back --top 5 --ignore-config-fields my_field"),
+    ),
+    "inspect": Verb(
         "X",
         "Show what a folder holds: sizes, dtypes, parallel layout, files; as a page with a picture of the shards.",
+        ("inspect llama-megatron", "inspect llama-megatron --html shards.html"),
     ),
-    "args": ("X", "Print the pretrain_gpt.py flags of a model or checkpoint."),
+    "args": Verb(
+        "X",
+        "Print the pretrain_gpt.py flags of a model or checkpoint.",
+        ("args llama-hf", "args llama-megatron --json"),
+    ),
+    "completion": Verb(
+        "SHELL",
+        "Print what makes a shell complete verbs, options and their values.",
+        (
+            "completion bash > ~/.local/share/bash-completion/completions/megatron-converters",
+            "completion zsh > ~/.zfunc/_megatron-converters",
+        ),
+    ),
+    "help": Verb("[VERB]", "Show help, of the command or of a verb.", ("help", "help convert")),
 }
-_PROG = "megatron-converters"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -35,8 +74,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     prepare_process()
     arguments = list(sys.argv[1:] if argv is None else argv)
     codes = EXIT_CODES.get(arguments[0], ANY) if arguments else ANY
-    with exit_on_error(_PROG, codes, as_json="--json" in arguments and is_first_process()):
-        args = _parser(arguments).parse_args(arguments)
+    with exit_on_error(PROG, codes, as_json="--json" in arguments and is_first_process()):
+        args = parser_of(arguments[:1]).parse_args(arguments)
         from ..families.scope import family_of
 
         with family_of(getattr(args, "family_file", None)):
@@ -44,31 +83,29 @@ def main(argv: Sequence[str] | None = None) -> None:
     raise SystemExit(code)
 
 
-class _Parser(argparse.ArgumentParser):
-    """Parser whose errors are `UsageError`, so that they are reported as all others are."""
-
-    def error(self, message: str) -> NoReturn:
-        """Print the usage and raise."""
-        self.print_usage(sys.stderr)
-        raise UsageError(message)
-
-
-def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog=_PROG,
+def parser_of(verbs: Sequence[str]) -> Parser:
+    """Parser of the command, with the options of these verbs alone, whose modules it imports."""
+    parser = Parser(
+        prog=PROG,
         description="Move language models between Hugging Face and Megatron-LM checkpoints, on a CPU, without building a model.",
-        epilog="Formats are recognised by what a folder holds. `megatron-converters VERB --help` shows a verb's options. "
-        f"{ANY}",
-        allow_abbrev=False,
+        epilog=f"Formats are recognised by what a folder holds. `{PROG} help VERB` shows a verb's options.\n{ANY}",
     )
-    parser.add_argument("--version", action="version", version=f"{_PROG} {__version__}")
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-    for verb, (operands, line) in VERBS.items():
-        usage = f"{_PROG} {verb} {operands} [options]"  # not a screen full of options before each error
-        epilog = str(EXIT_CODES[verb])
-        sub = verbs.add_parser(verb, help=line, description=line, usage=usage, epilog=epilog, allow_abbrev=False)
-        if verb in arguments:
-            _module(verb).add_arguments(sub)
+    parser.add_argument("--version", action="version", version=f"{PROG} {__version__}")
+    subparsers = parser.add_subparsers(dest="verb", required=True, metavar="VERB", parser_class=Parser)
+    for name, verb in VERBS.items():
+        examples = [f"{PROG} {line}" for line in verb.examples]
+        usage = f"{PROG} {name} {verb.operands} [options]"  # not a screen full of options before each error
+        epilog, line = str(EXIT_CODES[name]), verb.line
+        sub = subparsers.add_parser(name, help=line, description=line, usage=usage, epilog=epilog, examples=examples)
+        if name in verbs:
+            _module(name).add_arguments(sub)
+    return parser
+
+
+def verb_parser(name: str) -> Parser:
+    """Parser of one verb, complete."""
+    (verbs,) = (action for action in parser_of([name]).actions if action.dest == "verb")
+    parser: Parser = verbs.choices[name]  # type: ignore[index]
     return parser
 
 

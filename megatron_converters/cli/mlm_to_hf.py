@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 
@@ -11,17 +10,23 @@ from ..basics.exit_codes import EXIT_CODES
 from ..conversion.progress import make_progress
 from ..conversion.run import convert
 from ..families.scope import family_of
-from .console import exit_on_error, prepare_process, report
+from .console import exit_on_error, prepare_process, program, report
 from .options.reading import add_checkpoint_arguments, open_checkpoint
+from .options.values import DTYPES, dtype_word
 from .options.writing import add_hf_target_arguments, open_hf_target
+from .parser import Parser
 from .plugins import add_common_arguments
+
+#: Name of the command where the package is installed.
+_COMMAND = "megatron-convert-mlm-to-hf"
+_PROG = "convert_mlm_to_hf_checkpoint.py"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a conversion; exits with a code of its row in `EXIT_CODES`, 0 only if the output is complete."""
     prepare_process()
-    with exit_on_error("convert_mlm_to_hf_checkpoint", EXIT_CODES["convert_mlm_to_hf_checkpoint.py"]):
-        args = _parser().parse_args(sys.argv[1:] if argv is None else argv)
+    with exit_on_error(program("convert_mlm_to_hf_checkpoint", _COMMAND), EXIT_CODES[_PROG]):
+        args = parser().parse_args(sys.argv[1:] if argv is None else argv)
         dtype = dtype_named(args.target_params_dtype) if args.target_params_dtype else None
         with family_of(args.family_file):
             source = open_checkpoint(args)
@@ -32,32 +37,39 @@ def main(argv: Sequence[str] | None = None) -> None:
                 report(args, line)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="convert_mlm_to_hf_checkpoint.py",
+def parser() -> Parser:
+    """Parser of the command line."""
+    name = program(_PROG, _COMMAND)
+    script = Parser(
+        prog=name,
+        usage=f"{name} --load-path DIR --save-path DIR [options]",
         description="Convert a Megatron-LM checkpoint, torch or torch_dist, of any parallel sizes to Hugging Face format.",
-        epilog=str(EXIT_CODES["convert_mlm_to_hf_checkpoint.py"]),
-        allow_abbrev=False,
+        epilog=str(EXIT_CODES[_PROG]),
         conflict_handler="resolve",
+        examples=(
+            f"python {_PROG} --load-path llama-megatron --save-path llama-hf",
+            f"python {_PROG} --load-path llama-megatron --save-path llama-bf16 --target-params-dtype bf16",
+        ),
     )
-    parser.add_argument(
+    script.add_argument(
         "--load-path",
         metavar="DIR",
         dest="load_dir",
         required=True,
         help="Folder that holds iter_*, or one of these.",
     )
-    parser.add_argument("--save-path", metavar="DIR", dest="save_dir", required=True, help="Folder to write to.")
-    parser.add_argument(
+    script.add_argument("--save-path", metavar="DIR", dest="save_dir", required=True, help="Folder to write to.")
+    script.add_argument(
         "--target-params-dtype",
-        choices=["fp16", "bf16", "fp32"],
+        type=dtype_word,
+        choices=DTYPES,
         default=None,
         help="Type to write; the checkpoint's by default.",
     )
-    add_checkpoint_arguments(parser)
-    add_hf_target_arguments(parser)
-    add_common_arguments(parser)
-    return parser
+    add_checkpoint_arguments(script)
+    add_hf_target_arguments(script)
+    add_common_arguments(script)
+    return script
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import argparse
 import multiprocessing
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 from ..basics.dtypes import DType, dtype_named
 from ..basics.errors import ConversionError, Interrupted, UsageError
@@ -29,7 +29,7 @@ from .options.shared import add_argument, add_shared
 
 def add_common_arguments(parser: Any) -> None:
     """Add the options of loaders and savers that stock convert.py lacks."""
-    add_shared(parser, "--quiet", "--overwrite", "--restart", "--family-file")
+    add_shared(parser, "--quiet", "--overwrite", "--restart", "--family-file", "--download")
     add_argument(
         parser,
         "--megatron-path",
@@ -41,11 +41,12 @@ def add_common_arguments(parser: Any) -> None:
 
 def requested_dtype(args: argparse.Namespace) -> DType | None:
     """Dtype that --bf16, --fp16 or --dtype requests; None keeps that of the source."""
-    bf16, fp16 = getattr(args, "bf16", False), getattr(args, "fp16", False)
-    if bf16 and fp16:
-        raise UsageError("--bf16 and --fp16 exclude each other; give only one")
-    chosen = "bf16" if bf16 else "fp16" if fp16 else getattr(args, "dtype", None)
-    return None if chosen is None else dtype_named(chosen)
+    given = {f"--{name}": name for name in ("bf16", "fp16") if getattr(args, name, False)}
+    named = getattr(args, "dtype", None)
+    given |= {} if named is None else {f"--dtype {named}": named}
+    if len(set(given.values())) > 1:
+        raise UsageError(f"{' and '.join(given)} exclude each other; give only one")
+    return dtype_named(next(iter(given.values()))) if given else None
 
 
 def add_hf_loader_arguments(parser: argparse.ArgumentParser, title: str) -> None:
@@ -82,14 +83,20 @@ def run_loader(queue: Any, args: argparse.Namespace, open_source: Callable[[], S
         for saver in savers:  # Megatron-LM's own convert.py exits with 0 even if its saver failed
             check_exit(saver)
     except ConversionError as error:
-        try_send(queue, EXIT)
-        fail("loader", error)
+        _fail(queue, error)
     except KeyboardInterrupt:
-        try_send(queue, EXIT)
-        fail("loader", Interrupted())
+        _fail(queue, Interrupted())
     except BaseException:
         try_send(queue, EXIT)
         raise
+
+
+def _fail(queue: Any, error: ConversionError) -> NoReturn:
+    """Print the cause, and exit; only then is the saver told, which prints what follows from it."""
+    try:
+        fail("loader", error)
+    finally:
+        try_send(queue, EXIT)
 
 
 def run_saver(queue: Any, args: argparse.Namespace, open_target: Callable[[], Target]) -> None:

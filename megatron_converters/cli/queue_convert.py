@@ -21,13 +21,21 @@ from ..basics.errors import ConversionError, UsageError
 from ..basics.exit_codes import EXIT_CODES
 from ..formats.queue.channel import check_exit
 from ..formats.queue.messages import DONE
-from .console import exit_on_error, prepare_process
+from .console import exit_on_error, prepare_process, program
+from .options.spellings import did_you_mean
+from .parser import Parser
 
+#: Name of the command where the package is installed.
+_COMMAND = "megatron-convert"
 #: Names that stock and Habana's tools use for the same plugins.
 _ALIASES = {
     "loader": {"mcore": "core", "megatron": "core"},
     "saver": {"core": "mcore", "megatron": "mcore", "mindspore": "mf"},
 }
+_OURS = {"loader": ("llama_mistral", "mixtral_hf", "hf", "core", "core_mf"), "saver": ("mcore", "hf", "mf")}
+_PROG = "convert.py"
+#: Plugins that are taken where none is named.
+_LOADER, _SAVER = "llama_mistral", "mcore"
 #: Seconds to wait for messages that the saver left unread.
 _UNREAD_TIMEOUT = 0.05
 #: Seconds that the saver has to clean up after the loader failed, before it is terminated, and then killed.
@@ -37,7 +45,7 @@ _GRACE = 5.0
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a conversion; exits with a code of its row in `EXIT_CODES`, 0 only if the saver has completed its output."""
     prepare_process()
-    with exit_on_error("convert", EXIT_CODES["convert.py"]):
+    with exit_on_error(program("convert", _COMMAND), EXIT_CODES["convert.py"]):
         _main(sys.argv[1:] if argv is None else argv)
 
 
@@ -46,12 +54,8 @@ def _main(argv: Sequence[str]) -> None:
     names = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     _add_plugin_names(names)
     known, _ = names.parse_known_args(argv)
-    parser = _base_parser()
-    loader = load_plugin("loader", known.loader)
-    saver = load_plugin("saver", known.saver)
-    loader.add_arguments(parser)
-    saver.add_arguments(parser)
-    args = parser.parse_args(argv)
+    loader, saver = load_plugin("loader", known.loader), load_plugin("saver", known.saver)
+    args = parser(loader, saver).parse_args(argv)
     context = multiprocessing.get_context(args.start_method)
     queue = make_queue(context, args.max_queue_size)
     process = context.Process(target=saver.save_checkpoint, args=(queue, args), name="saver")
@@ -89,14 +93,28 @@ def _unread(queue: Any) -> bool:
     return False
 
 
-def _base_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="convert.py",
+def parser(loader: types.ModuleType | None = None, saver: types.ModuleType | None = None) -> Parser:
+    """Parser with the options of a loader and a saver, by default those that are taken where none is named."""
+    script = _base_parser()
+    for plugin in (loader or load_plugin("loader", _LOADER), saver or load_plugin("saver", _SAVER)):
+        plugin.add_arguments(script)
+    return script
+
+
+def _base_parser() -> Parser:
+    name = program(_PROG, _COMMAND)
+    parser = Parser(
+        prog=name,
+        usage=f"{name} [--loader NAME] [--saver NAME] --load-dir DIR --save-dir DIR [options]",
         description="Convert a model between Hugging Face and Megatron-LM: a loader reads it, a saver writes it.",
         epilog="Options of a loader and a saver are shown with --help and --loader NAME --saver NAME. "
-        f"{EXIT_CODES['convert.py']}",
-        allow_abbrev=False,
+        f"{EXIT_CODES[_PROG]}",
         conflict_handler="resolve",
+        examples=(
+            f"python {_PROG} --loader llama_mistral --saver mcore --load-dir llama-hf --save-dir llama-megatron "
+            "--target-tensor-parallel-size 2",
+            f"python {_PROG} --loader core --saver hf --load-dir llama-megatron --save-dir llama-back",
+        ),
     )
     parser.add_argument(
         "--model-type", choices=["GPT", "BERT"], default="GPT", help="GPT; BERT is accepted by stock plugins only."
@@ -128,12 +146,12 @@ def _base_parser() -> argparse.ArgumentParser:
 
 def _add_plugin_names(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--loader", metavar="NAME", default="llama_mistral", help="llama_mistral, core, or the name of another plugin."
+        "--loader", metavar="NAME", default=_LOADER, help="llama_mistral, core, or the name of another plugin."
     )
     parser.add_argument(
         "--saver",
         metavar="NAME",
-        default="mcore",
+        default=_SAVER,
         help="mcore, hf, mf (MindSpore Transformers), or the name of another plugin.",
     )
 
@@ -148,12 +166,11 @@ def load_plugin(kind: str, name: str) -> types.ModuleType:
             if not hasattr(plugin, "add_arguments"):
                 raise UsageError(f"module {candidate} is not a {kind} plugin: it has no add_arguments")
             return plugin
+    hint = did_you_mean(name, (*_OURS[kind], *_ALIASES[kind]))
     raise UsageError(
-        f"there is no {kind} {name!r}; ours are {_OUR_PLUGINS[kind]}, others must be on PYTHONPATH as {kind}_{name}.py"
+        f"there is no {kind} {name!r}; ours are {', '.join(_OURS[kind])}, others must be on PYTHONPATH as "
+        f"{kind}_{name}.py{hint}"
     )
-
-
-_OUR_PLUGINS = {"loader": "llama_mistral, mixtral_hf, hf, core and core_mf", "saver": "mcore, hf and mf"}
 
 
 def _exists(module: str) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
 import sys
 from collections.abc import Sequence
@@ -14,7 +13,8 @@ from ..tensor_parallel.numbers import Numbers
 from ..tensor_parallel.presets import LLAMA, MINICPM, PRESETS, Preset
 from .console import exit_on_error, prepare_process, report, warn
 from .options.shared import add_shared
-from .options.values import patterns, positive
+from .options.values import DTYPES, dtype_word, patterns, positive
+from .parser import Parser
 
 #: What the direct converter takes where nothing else says a number.
 _DIRECT = Preset(80, 8, 4, 8, 64)
@@ -34,6 +34,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = _parser(
         _PROG,
         "Convert a checkpoint of MiniCPM or Llama, with or without args, of any tensor- and pipeline-parallel sizes.",
+        "--save_path llama-hf --format directory --dtype bf16",
     )
     sizes = "; ".join(f"{name}: {', '.join(presets)}" for name, presets in PRESETS.items())
     parser.add_argument(
@@ -52,15 +53,22 @@ def main_direct(argv: Sequence[str] | None = None) -> None:
     """Run `ckpt_to_hf_minicpm_with_tp_pp.py`; exits with 0 only if the output is complete."""
     defaults = ", ".join(f"--{name} {value}" for name, value in zip(_NUMBERS, _DIRECT, strict=True))
     parser = _parser(
-        _DIRECT_PROG, f"Convert a MiniCPM checkpoint. Where nothing says a number, it is one of {defaults}."
+        _DIRECT_PROG,
+        f"Convert a MiniCPM checkpoint. Where nothing says a number, it is one of {defaults}.",
+        "--save_path model.pt --num_layer 40 --num_kv_heads 8 --num_query_heads 40",
     )
     parser.set_defaults(model_type=MINICPM, model_size=None, preset=_DIRECT, preset_name="this script's defaults")
     _run(parser, sys.argv[1:] if argv is None else argv)
 
 
-def _parser(prog: str, description: str) -> argparse.ArgumentParser:
-    epilog = str(EXIT_CODES[prog])
-    parser = argparse.ArgumentParser(prog=prog, description=description, epilog=epilog, allow_abbrev=False)
+def _parser(prog: str, description: str, example: str) -> Parser:
+    parser = Parser(
+        prog=prog,
+        usage=f"{prog} --in_dir DIR --save_path PATH [options]",
+        description=description,
+        epilog=str(EXIT_CODES[prog]),
+        examples=(f"{prog} --in_dir checkpoint --save_path model.pt", f"{prog} --in_dir checkpoint {example}"),
+    )
     parser.add_argument(
         "--in_dir", metavar="DIR", required=True, help="Checkpoint: a root, or the folder of mp_rank_*."
     )
@@ -81,7 +89,11 @@ def _parser(prog: str, description: str) -> argparse.ArgumentParser:
         "--true_vocab_size", metavar="N", type=positive, default=None, help="Vocabulary without padding, where unknown."
     )
     parser.add_argument(
-        "--dtype", choices=["bf16", "fp16", "fp32"], default=None, help="Type to write; the checkpoint's by default."
+        "--dtype",
+        type=dtype_word,
+        choices=DTYPES,
+        default=None,
+        help="Type to write; the checkpoint's by default.",
     )
     parser.add_argument(
         "--ignore_tensors",
@@ -91,12 +103,12 @@ def _parser(prog: str, description: str) -> argparse.ArgumentParser:
         help="Leave out tensors of these names (* and ? as in a shell), which the model must not need.",
     )
     parser.add_argument("--verbose", action="store_true", help="Show each step, and each number with what says it.")
-    add_shared(parser, "--overwrite", "--restart", "--quiet")
+    add_shared(parser, "--overwrite", "--restart", "--quiet", "--download")
     parser.set_defaults(preset=None, preset_name="")
     return parser
 
 
-def _run(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
+def _run(parser: Parser, argv: Sequence[str]) -> None:
     prepare_process()
     with exit_on_error(parser.prog, EXIT_CODES[parser.prog]):
         args = parser.parse_args(argv)
@@ -114,6 +126,7 @@ def _run(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
             args.overwrite,
             args.true_vocab_size,
             restart=args.restart,
+            download=args.download,
             ignore_tensors=patterns(args.ignore_tensors),
         )
         result = to_hf(args.in_dir, args.save_path, wishes, make_progress(args.quiet))

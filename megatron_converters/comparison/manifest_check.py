@@ -48,13 +48,18 @@ class Fault:
 
 @dataclass(frozen=True)
 class Checked:
-    """Result of a check: what was read, and every fault in the order of files and tensors."""
+    """Result of a check: what was read, and every fault in the order of files and tensors.
+
+    `source` is the path of what the output was written from, `hub` its name and commit on the Hugging Face Hub, if it has one.
+    """
 
     folder: Path
     files: int
     tensors: int
     nbytes: int
     faults: list[Fault]
+    source: str | None = None
+    hub: str | None = None
 
 
 class _TensorEntry(NamedTuple):
@@ -132,7 +137,8 @@ def check_output(output: Path, progress: Progress) -> Checked:
     faults += _check_tensors(tasks, progress)
     order = {(file.name, tensor): number for file in files for number, tensor in enumerate(("", *file.tensors))}
     faults.sort(key=lambda fault: (fault.file, order.get((fault.file, fault.tensor), len(order))))
-    return Checked(folder, len(files), len(tasks), sum(task.nbytes for task in tasks), faults)
+    nbytes, source = sum(task.nbytes for task in tasks), manifest.get("source") or {}
+    return Checked(folder, len(files), len(tasks), nbytes, faults, source.get("path"), source.get("hub"))
 
 
 def _file_entry(folder: Path, name: str, entry: Any) -> _FileEntry:

@@ -109,6 +109,8 @@ def check_json(checked: Checked) -> dict[str, Any]:
         "files": checked.files,
         "tensors": checked.tensors,
         "bytes": checked.nbytes,
+        "source": checked.source,
+        "hub": checked.hub,
         "faults": faults,
     }
 
@@ -117,6 +119,7 @@ def _pair_json(pair: Pair) -> dict[str, dict[str, Any]]:
     return {
         name: {
             "path": source.origin.described,
+            "hub": source.origin.hub,
             "format": found,
             "family": source.spec.family,
             "notes": source.origin.notes,

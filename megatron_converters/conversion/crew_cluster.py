@@ -9,6 +9,7 @@ from datetime import timedelta
 from typing import NamedTuple
 
 from ..basics.errors import ConversionError, Stopped, UsageError
+from ..basics.packages import need
 from .crew import ALONE, Crew, Report
 
 #: Longest wait for the other processes to start.
@@ -69,6 +70,7 @@ class _Cluster:
 
     def __init__(self, process: _Process) -> None:
         self.rank, self.size = process
+        need("torch", "torch", "a conversion on several machines")
         import torch.distributed as dist
 
         self._dist = dist

@@ -25,6 +25,7 @@ from .gathering import CHUNK_BYTES
 from .journal import Journal, describe_run, is_output_of, refuse_other
 from .outline import Fill, Outline
 from .staging import Staging, check_place, free_space, nearest
+from .supplement import awaits_tokenizer
 
 #: Bytes written to measure a rate, and maximum seconds for it.
 _SAMPLE_BYTES = 256 << 20
@@ -36,6 +37,7 @@ _LANE_BYTES = 3 * CHUNK_BYTES
 _COMPUTED_BYTES = 12 * CHUNK_BYTES
 #: Bytes of memory for torch, which is imported only to cast.
 _TORCH_BYTES = 200 << 20
+_AWAITS_TOKENIZER = "all weights are finished; the command writes the tokenizer beside them, and nothing else"
 
 
 @dataclass
@@ -127,7 +129,7 @@ def forecast(source: Source, target: Target, dtype: DType | None, workers: int =
         padding_rows=sum(plan.padding_rows for plan in files.values()),
         copies=copies,
         ignored=source.origin.ignored,
-        notes=[*source.origin.notes, *outline.notes],
+        notes=[*source.origin.notes, *outline.notes, *state.notes],
         finished=state.finished,
         left=0 if state.complete else sum(plan.nbytes for file, plan in files.items() if file not in state.finished),
         complete=state.complete,
@@ -156,10 +158,13 @@ class _OutputState:
     finished: list[str] = field(default_factory=list)
     complete: bool = False
     obstacle: str | None = None
+    notes: tuple[str, ...] = ()
 
 
 def _output_state(source: Source, target: Target, outline: Outline) -> _OutputState:
     run = describe_run(outline, source.origin)
+    if awaits_tokenizer(target, run, source.origin):
+        return _OutputState(list(outline.files), notes=(_AWAITS_TOKENIZER,))
     if target.shown() is not None and is_output_of(target.manifest, run):
         return _OutputState(complete=True)
     staging = Staging(target.save_dir, outline.name)

@@ -11,6 +11,7 @@ from typing import Protocol
 from ..assets.origin import Origin
 from ..basics.dtypes import DType
 from ..basics.errors import ConversionError
+from ..basics.packages import need
 from ..model.slots import Precision, Ref, refs
 from ..model.spec import ModelSpec
 from .composing import Piece, Sources
@@ -56,6 +57,11 @@ class Target(Protocol):
         """Manifest at its final place, beside the files, known once the target is prepared."""
         ...
 
+    @property
+    def marker(self) -> str | None:
+        """Name of the small file that makes the others a model; None if small files cannot be replaced alone, or all are to be."""
+        ...
+
     def shown(self) -> Path | None:
         """Complete output at the final place; None where there is none, or where it is to be replaced."""
         ...
@@ -89,6 +95,7 @@ def wanted_dtype(source: Source, override: DType | None) -> Callable[[Ref], DTyp
 
     A router wider than the model stays so: rounding it would change which experts are chosen.
     """
+    cast: set[DType] = set()
 
     def dtype_of(ref: Ref) -> DType:
         stored = source.dtype_of(ref)
@@ -97,7 +104,12 @@ def wanted_dtype(source: Source, override: DType | None) -> Callable[[Ref], DTyp
                 f"{ref} is stored as {stored}, which is no plain floating-point type; convert it first"
             )
         kept = ref.slot.precision is not Precision.MODEL and stored.itemsize > source.spec.dtype.itemsize
-        return stored if override is None or kept else override
+        if override is None or kept or override is stored:
+            return stored
+        if stored not in cast:
+            need("torch", "torch", f"casting {stored} to {override}")
+            cast.add(stored)
+        return override
 
     return dtype_of
 

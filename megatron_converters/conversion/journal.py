@@ -64,7 +64,11 @@ def describe_run(outline: Outline, origin: Origin, family_file: str | None = Non
     files = {file: {"bytes": layout.nbytes, "structure": layout.structure} for file, layout in outline.files.items()}
     run = {
         "tool": f"megatron-converters {__version__}",
-        "source": {"path": os.path.abspath(origin.described), "files": origin.identity},
+        "source": {
+            "path": os.path.abspath(origin.described),
+            **({} if origin.hub is None else {"hub": origin.hub}),
+            "files": origin.identity,
+        },
         "options": {**outline.options, **({} if family_file is None else {"family file": family_file})},
         "content": outline.content,
         "files": files,
@@ -262,22 +266,48 @@ def is_output_of(path: Path, run: Mapping[str, Any]) -> bool:
 
     Always false for a run whose source came as messages.
     """
+    manifest = finished_weights(path, run)
+    beside = None if manifest is None else manifest.get("beside")
+    return isinstance(beside, dict) and all(size_of(path.parent / file) >= 0 for file in beside)
+
+
+def finished_weights(path: Path, run: Mapping[str, Any], *, but: str | None = None) -> dict[str, Any] | None:
+    """Manifest at `path` if it is that of this run, `but` for one option, and lies beside all files of weights; else None.
+
+    Always None for a run whose source came as messages.
+    """
     if run["source"]["files"] is None:
-        return False
+        return None
     try:
         manifest = read_manifest(path)
     except ConversionError:
-        return False
-    folder = path.parent
+        return None
     files = {
         file: {key: value for key, value in entry.items() if key not in _RESULT_KEYS}
         for file, entry in manifest["files"].items()
     }
     expected = run["files"]
-    same = files == expected and all(manifest.get(key) == run[key] for key in run.keys() - {"files"})
-    beside = manifest.get("beside")
-    present = isinstance(beside, dict) and all(size_of(folder / file) >= 0 for file in beside)
-    return same and present and all(size_of(folder / file) == entry["bytes"] for file, entry in expected.items())
+    same = files == expected and all(_equal_but(manifest.get(key), run[key], but) for key in run.keys() - {"files"})
+    whole = all(size_of(path.parent / file) == entry["bytes"] for file, entry in expected.items())
+    return manifest if same and whole else None
+
+
+def _equal_but(one: Any, other: Any, name: str | None) -> bool:
+    """Whether two entries of a manifest are equal, apart from an option of this name."""
+    if name is None or not (isinstance(one, dict) and isinstance(other, dict) and name in one and name in other):
+        return bool(one == other)
+    return {**one, name: None} == {**other, name: None}
+
+
+def unchanged_beside(path: Path) -> list[str]:
+    """Small files beside the manifest at `path` that are as it says; none if there is no manifest."""
+    try:
+        beside = read_manifest(path).get("beside")
+    except ConversionError:
+        return []
+    recorded: dict[str, Any] = beside if isinstance(beside, dict) else {}
+    files = {name: path.parent / name for name in recorded}
+    return [name for name, file in files.items() if file.is_file() and digest([file.read_bytes()]) == recorded[name]]
 
 
 def read_manifest(path: Path) -> dict[str, Any]:

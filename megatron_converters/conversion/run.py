@@ -26,6 +26,7 @@ from .journal import Journal, Provenance, describe_run, is_output_of, lost_lines
 from .outline import Outline
 from .progress import Progress
 from .staging import Staging, check_place, check_space
+from .supplement import supplement
 
 T = TypeVar("T")
 #: Seconds that a network file system may take to show what another machine has written.
@@ -81,9 +82,9 @@ class _Run:
         """Take all steps, each together with the other processes; returns lines for the user."""
         try:
             agree(self._crew, self._together(lambda: self._description), "conversion")
-            if self._first_alone(self._complete_already):
-                words = "is complete already; nothing to do (--overwrite writes it again)"
-                return self._first_alone(lambda: [f"{self._target.shown()} {words}"])
+            lines = self._first_alone(self._complete_already)
+            if lines:
+                return lines
             finished, self._session = self._first_alone(partial(self._begin, restart))
             self._begun = True
             self._together(self._check_folder)
@@ -120,14 +121,17 @@ class _Run:
         """Run `action` in the first process alone; returns its result in all of them."""
         return cast("T", self._together(lambda: action() if self._crew.rank == 0 else None)[0])
 
-    def _complete_already(self) -> bool:
-        """Whether this very run was completed before: repeating a command is no error."""
+    def _complete_already(self) -> list[str]:
+        """Lines if this very run was completed before: repeating a command is no error. A tokenizer that is new is added."""
+        added = supplement(self._target, self._staging, self._description, self._source.origin)
+        if added:
+            return added
         if self._target.shown() is None or not is_output_of(self._target.manifest, self._description):
-            return False
+            return []
         if self._staging.path.exists():  # killed while it cleaned up
             self._staging.open()
             self._staging.discard()
-        return True
+        return [f"{self._target.shown()} is complete already; nothing to do (--overwrite writes it again)"]
 
     def _begin(self, restart: bool) -> tuple[list[str], str]:
         """Open the hidden folder, anew or where the same run stopped; returns the finished files and the session's mark."""

@@ -13,7 +13,7 @@ from ..basics.folders import existing_folder
 from ..basics.json_files import read_json
 from ..conversion.journal import MANIFEST
 from ..conversion.staging import unfinished_in
-from .hub_access import Model, address, in_one_sentence, library, reason
+from ..storage.hub_access import Model, address, in_one_sentence, library, reason
 from .huggingface.source import ADAPTER
 from .huggingface.weight_files import SINGLE_FILES, ghost_line, read_weights
 

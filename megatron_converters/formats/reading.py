@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
@@ -10,14 +11,16 @@ from typing import Any, NamedTuple
 
 from ..assets import capacity_bins
 from ..assets.origin import Origin
-from ..assets.training_args import margs_from_json
+from ..assets.training_args import named_margs
 from ..basics.errors import UsageError
-from ..basics.folders import existing_folder, existing_path
+from ..basics.folders import existing_folder
 from ..conversion.endpoint import Source
 from ..families import FAMILIES
 from ..families.scope import family_of
 from .detect import FORMATS, HF, MEGATRON, META, MINDSPORE, WEIGHTS, format_of
+from .hub import located
 from .huggingface.source import HFSource
+from .megatron.arguments import foreign_args
 from .megatron.opening import open_megatron
 from .megatron.reading import MegatronReadOptions
 from .megatron.trained_by import program
@@ -30,7 +33,8 @@ from .mindspore.source import MindSporeSource
 class ReadOptions:
     """Options for reading a source; each field is the command-line option of the same name.
 
-    `format` is "hf", "meta" or "megatron"; None detects it. For a Megatron-LM checkpoint, `ckpt_dir_name` is the folder to read
+    `format` is "hf", "meta" or "megatron"; None detects it. With `download`, what the cache lacks of a model that is named as on
+    the Hugging Face Hub is downloaded. For a Megatron-LM checkpoint, `ckpt_dir_name` is the folder to read
     (iter_0000008) instead of the latest, `hf_config` the folder of a reference model, `true_vocab_size` the vocabulary size
     without padding, if args lack it, `missing_args` attributes that fill what the args lack, and `families` those that may be
     inferred where nothing names the model's. For a Hugging Face folder, `untie` keeps a stored lm_head although config.json ties
@@ -67,6 +71,7 @@ class ReadOptions:
     mf_version: str | None = None
     mf_config: str | os.PathLike[str] | None = None
     typed: Mapping[str, Any] = field(default_factory=dict)
+    download: bool = False
     ignore_tensors: tuple[str, ...] = ()
 
 
@@ -84,20 +89,31 @@ class Opened(NamedTuple):
 def open_source(path: str | os.PathLike[str], options: ReadOptions = AS_FOUND) -> Opened:
     """Open a folder of any format, or a file of Hugging Face's weights, without reading weights.
 
+    `path` may be the name of a model on the Hugging Face Hub (`formats/hub.py`), as may `hf_config`.
     Raises `ConversionError` if its format is unknown, if it is damaged, or if it does not hold the model that its configuration
     describes. What uses a source of a family file must do so in the scope of that (`families/scope.py`).
     """
-    found_path = existing_path(path)
+    found_path, notes = located(path, download=options.download)
+    margs = None if options.source_margs_file is None else named_margs(Path(options.source_margs_file))
     if options.format not in (None, *FORMATS):
         raise UsageError(f"format {options.format!r} is not one of {', '.join(FORMATS)}")
     found = options.format or format_of(found_path)
     if found == HF and found_path.is_file():
         found = WEIGHTS
+    if options.hf_config is not None and found in _FORMAT_OF_OPTION["hf_config"]:
+        reference = located(options.hf_config, config_only=True, download=options.download)
+        options = dataclasses.replace(options, hf_config=reference.folder)
+        notes = [*notes, *reference.notes]
     with family_of(options.family_file):
         source = _OPENERS[found](found_path, options)
         _note_unused_family(source, options)
-    if options.source_margs_file is not None:
-        source.origin.margs = margs_from_json(Path(options.source_margs_file))
+    source.origin.say_first(notes)
+    if margs is not None:
+        source.origin.margs = margs
+        foreign = foreign_args(source.spec, margs, source.origin.hf_config)
+        if foreign:
+            line = f"warning: {options.source_margs_file} is of another model ({'; '.join(foreign)}), of which only training"
+            source.origin.tell_at_once(f"{line} arguments are taken over")
     return Opened(found, source)
 
 

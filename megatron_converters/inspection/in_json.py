@@ -16,6 +16,7 @@ def as_json(found: Survey) -> dict[str, Any]:
     parallel, origin = found.origin.parallel, found.origin
     return {
         "path": origin.described,
+        "hub": origin.hub,
         "format": found.kind,
         "checkpoint_format": origin.checkpoint_format,
         "model": found.spec.to_dict(),

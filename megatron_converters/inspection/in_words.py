@@ -317,6 +317,8 @@ def _stages(parallel: Parallel) -> str:
 
 def _other_contents(found: Survey) -> Iterator[tuple[str, str]]:
     origin = found.origin
+    if origin.hub is not None:
+        yield "model on the Hub", origin.hub
     yield "iteration", "none" if origin.iteration is None else str(origin.iteration)
     yield "tokenizer", origin.tokenizer or "none"
     if origin.code_files:

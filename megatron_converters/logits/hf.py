@@ -13,10 +13,10 @@ import numpy.typing as npt
 
 from ..basics.errors import ConversionError, raise_all
 from ..basics.json_files import read_json
+from ..basics.packages import need
 from ..conversion.left_out import LeftOut
 from ..families import FAMILIES, quantisation
 from ..formats.huggingface.weight_files import read_weights
-from .needs import need
 from .pool import Pool
 
 _REMEDY = "convert it first (convert SRC DST --to hf) and compare the result"
@@ -30,8 +30,8 @@ class HFModel:
 
         Raises `ConversionError` if the folder is damaged or transformers is missing.
         """
-        need("torch", "torch")
-        need("transformers", "transformers")
+        need("torch", "torch", "computing logits")
+        need("transformers", "transformers", "computing logits")
         self.path, self._ignored = path, tuple(ignored)
         config = read_json(path / "config.json")
         if config.get(quantisation.KEY):  # transformers 5.23 takes the last block of an axis for as long as the others

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..basics.errors import ConversionError, raise_all
+from ..basics.packages import need
 from ..formats.megatron.argument import Context, Group
 from ..formats.megatron.arguments import inexpressible, model_args, plain_args, written_args
 from ..formats.megatron.conventions import RAW
@@ -31,7 +32,6 @@ from ..model.spec import ModelSpec
 from ..sharding.ranks import Parallel, locations, parallel_for
 from . import view
 from .checkpoint import Checkpoint, Part
-from .needs import need
 from .pool import Pool
 
 #: With more processes, most time would be spent waiting for each other.
@@ -58,8 +58,8 @@ class MegatronModel:
             f"{path}: megatron-core would compute another model than this:",
             inexpressible(source.conventions.spec, with_own=True),
         )
-        need("torch", "torch")
-        need("megatron.core", "megatron-core")
+        need("torch", "torch", "computing logits")
+        need("megatron.core", "megatron-core", "computing logits")
         self.path = path
         self.vocab_size = source.spec.vocab_size
         self.window = max(filter(None, source.spec.in_layers("sliding_window")), default=None)

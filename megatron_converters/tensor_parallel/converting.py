@@ -11,7 +11,7 @@ from typing import Any
 
 from ..api import Result, run_job
 from ..basics.errors import InvalidConfiguration, Unclear, UsageError
-from ..basics.folders import existing_folder, existing_path
+from ..basics.folders import existing_folder
 from ..conversion.progress import Progress, Silent
 from ..formats.detect import HF, MEGATRON
 from ..formats.huggingface.target import HFOptions
@@ -53,6 +53,7 @@ class Wishes:
     transformer_impl: str = "transformer_engine"
     mup: str | None = None
     restart: bool = False
+    download: bool = False
     ignore_tensors: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -104,12 +105,12 @@ def to_megatron(
     tp, pp = numbers.tp_size or (preset.tp if preset else 1), numbers.pp_size or (preset.pp if preset else 1)
     LOG.debug("%s: writing at tp=%d, pp=%d", source, tp, pp)
     job = Request(
-        existing_path(source),
+        source,
         output,
         MEGATRON,
         wishes.dtype,
         wishes.overwrite,
-        ReadOptions(hf_config=wishes.hf_config, ignore_tensors=wishes.ignore_tensors),
+        ReadOptions(hf_config=wishes.hf_config, ignore_tensors=wishes.ignore_tensors, download=wishes.download),
         MegatronOptions(tp=tp, pp=pp, impl=wishes.transformer_impl, allow_inexpressible=True, mup=wishes.mup),
     ).open()
     spec = job.source.spec
@@ -164,6 +165,7 @@ def _reading(found: Detected, model: Recognised, wishes: Wishes) -> tuple[ReadOp
         ckpt_dir_name=wishes.ckpt_dir_name,
         hf_config=wishes.hf_config,
         true_vocab_size=wishes.true_vocab_size,
+        download=wishes.download,
         ignore_tensors=wishes.ignore_tensors,
     )
     if _has_metadata(found):

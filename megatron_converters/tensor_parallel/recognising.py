@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..basics.errors import ConversionError
-from ..basics.folders import existing_path
 from ..basics.json_files import read_json
 from ..families.config_json import family_from_config, spec_from_config
 from ..formats.detect import MEGATRON, format_of
+from ..formats.hub import located
 from ..formats.megatron.detecting import Detected, detect
 from .presets import LLAMA, MINICPM, PRESETS, RELEASES, VOCABULARIES, Release
 
@@ -36,7 +36,7 @@ class Recognised(NamedTuple):
 
 def recognise(path: str | os.PathLike[str]) -> Recognised:
     """Recognise the model in a checkpoint, a Hugging Face folder, or beside a file of weights."""
-    place = existing_path(path)
+    place = located(path, config_only=True).folder
     if _is_checkpoint(place):
         return recognise_detected(detect(place))
     config = _config_beside(place)
@@ -119,7 +119,7 @@ def _size(model_type: str, layers: int | None, release: Release | None) -> str:
 
 def variant(path: str | os.PathLike[str]) -> str:
     """Variant of MiniCPM: "minicpm4" for its fourth generation and for mixtures of experts, else "minicpm"."""
-    place = existing_path(path)
+    place = located(path, config_only=True).folder
     if not _is_checkpoint(place):
         config = _config_beside(place)
         spec = spec_from_config(config, ignored=config)

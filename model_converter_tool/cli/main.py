@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import sys
 import types
@@ -11,6 +10,7 @@ from collections.abc import Sequence
 from megatron_converters import __version__
 from megatron_converters.basics.exit_codes import EXIT_CODES
 from megatron_converters.cli.console import exit_on_error, prepare_process
+from megatron_converters.cli.parser import Parser
 
 from ..debug import show_steps
 
@@ -37,20 +37,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     raise SystemExit(code)
 
 
-def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser(arguments: Sequence[str]) -> Parser:
+    parser = Parser(
         prog=_PROG,
         description="Convert language models between Hugging Face and Megatron-LM, on a CPU.",
         epilog=f"`{_PROG} COMMAND --help` shows a command's options. MODELCONVERT_DEBUG=1 shows each step. "
         f"{EXIT_CODES[_PROG]}",
-        allow_abbrev=False,
+        by_need=False,
     )
     parser.add_argument("--version", action="version", version=f"{_PROG} {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
     for name, (operands, line) in COMMANDS.items():
         usage = " ".join(filter(None, (_PROG, name, operands, "[options]")))
         epilog = str(EXIT_CODES[f"{_PROG} {name}"])
-        sub = commands.add_parser(name, help=line, description=line, usage=usage, epilog=epilog, allow_abbrev=False)
+        sub = commands.add_parser(name, help=line, description=line, usage=usage, epilog=epilog, by_need=False)
         if name in arguments:
             _module(name).add_arguments(sub)
             sub.add_argument(

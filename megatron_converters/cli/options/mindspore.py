@@ -18,7 +18,7 @@ from ...formats.writing import open_target
 from ...model.slots import SLOTS, Ref
 from .reading import add_mindspore_arguments, add_typed, read_options
 from .shared import add_argument, add_shared
-from .values import positive
+from .values import DTYPES, dtype_word, positive
 
 _SOURCE = "source"
 _LEARNED, _ROPE = "learned_absolute", "rope"
@@ -32,7 +32,8 @@ def add_mindspore_loader_arguments(parser: Any) -> None:
     add_argument(
         parser,
         "--dtype",
-        choices=["bf16", "fp16", "fp32", _SOURCE],
+        type=dtype_word,
+        choices=[*DTYPES, _SOURCE],
         default=None,
         help="Type to send: bf16 by default, as the original does; source keeps that of the weights.",
     )

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
+from ...assets.tokenizer import check_named, fetch_tokenizer
 from ...basics.errors import UsageError
+from ...basics.folders import existing_path
 from ...basics.json_files import read_json
 from ...conversion.endpoint import Source
 from ...formats.detect import FORMATS, HF, MEGATRON
 from ...formats.mindspore.typed import TYPED, Typed
 from ...formats.reading import Opened, ReadOptions, open_source, refuse_unused
+from ...inspection.inventory import count_parameters
+from ...model.spec import ModelSpec
 from .shared import add_argument, add_shared
 from .values import patterns, positive
 
@@ -26,6 +30,12 @@ _MODEL_SIZES = {
     "qwen2": "qwen2",
     "qwen3": "qwen3",
 }
+#: Number of parameters in such a name, of each expert where it says how many, and the factor by which it may be rounded: Mixtral
+#: 8x7B has 47 billion.
+_SIZE = re.compile(r"(?:(?P<experts>\d+)x)?(?P<each>\d+(?:\.\d+)?)b", re.IGNORECASE)
+_SIZE_TOLERANCE = 1.5
+#: Whether the models that a loader is named for have experts.
+_HAS_EXPERTS = {"llama_mistral": False, "mixtral_hf": True}
 _OF_CHECKPOINTS = (
     *("--ckpt-dir-name", "--hf-config", "--prefer-args", "--true-vocab-size", "--without-mtp", "--mup"),
     *("--trained-by", "--ignore-args", "--ignore-tensors"),
@@ -64,6 +74,7 @@ def read_options(args: argparse.Namespace, source_format: str | None = None) -> 
         source_margs_file=given("source_margs_file"),
         family_file=given("family_file"),
         capacity_bins=bool(given("load_capacity_bins")),
+        download=bool(given("download")),
     )
 
 
@@ -71,7 +82,7 @@ def add_reading_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the verbs, which read a folder of any format."""
     group = parser.add_argument_group("reading")
     group.add_argument("--from", dest="source_format", choices=FORMATS, default=None, help="Format of the source.")
-    add_shared(group, *_OF_CHECKPOINTS, *_OF_FOLDERS, "--source-margs-file", "--family-file")
+    add_shared(group, "--download", *_OF_CHECKPOINTS, *_OF_FOLDERS, "--source-margs-file", "--family-file")
     mindspore = parser.add_argument_group("reading MindSpore's weights, where neither they nor a configuration say it")
     add_mindspore_arguments(mindspore)
     add_typed(mindspore, [row for row in TYPED if row.in_verbs])
@@ -107,7 +118,7 @@ def open_any(path: str, args: argparse.Namespace) -> Opened:
 
 def add_hf_source_arguments(parser: Any) -> None:
     """Options of loaders that read a Hugging Face folder."""
-    add_shared(parser, "--bf16", "--fp16")
+    add_shared(parser, "--bf16", "--fp16", "--dtype")
     add_argument(
         parser,
         "--model-size",
@@ -132,6 +143,7 @@ def add_hf_source_arguments(parser: Any) -> None:
 
 def open_hf_source(args: argparse.Namespace) -> Source:
     """The Hugging Face or Meta folder of --load-dir, checked against the options that repeat what it says."""
+    check_named(args.tokenizer_model)
     source = open_source(args.load_dir, read_options(args, args.checkpoint_type)).source
     family = source.spec.family
     meant = _model_size_family(args.model_size)
@@ -141,6 +153,9 @@ def open_hf_source(args: argparse.Namespace) -> Source:
         )
     if args.tokenizer_model is not None:
         source.origin.tokenizer = args.tokenizer_model
+    for line in _size_warning(args.model_size, source.spec):
+        source.origin.tell_at_once(line)
+    source.origin.notes += _loader_note(args, source.spec)
     return source
 
 
@@ -153,6 +168,26 @@ def _model_size_family(name: str | None) -> str | None:
     raise UsageError(f"--model-size {name} is no known name; leave it out, config.json says what the model is")
 
 
+def _size_warning(name: str | None, spec: ModelSpec) -> list[str]:
+    """Warning that a name such as llama3-70B is of a model of another size."""
+    found = _SIZE.search(name or "")
+    if found is None:
+        return []
+    said, total = float(found["each"]) * int(found["experts"] or 1) * 1e9, count_parameters(spec).total
+    if total / _SIZE_TOLERANCE < said < total * _SIZE_TOLERANCE:
+        return []
+    return [f"warning: --model-size {name} is not this model, which has {total:,} parameters; config.json is taken"]
+
+
+def _loader_note(args: argparse.Namespace, spec: ModelSpec) -> list[str]:
+    """Note that a loader is named for another kind of model, which it reads all the same."""
+    loader = getattr(args, "loader", "").rpartition("loader_")[2]
+    if loader not in _HAS_EXPERTS or _HAS_EXPERTS[loader] == bool(spec.num_experts):
+        return []
+    kinds = ("a model without experts", "a mixture of experts")
+    return [f"the loader {loader} reads {kinds[bool(spec.num_experts)]}, {spec.family}, as --loader hf does"]
+
+
 def add_checkpoint_arguments(parser: Any) -> None:
     """Options of what reads a Megatron-LM checkpoint alone."""
     add_shared(parser, *_OF_CHECKPOINTS)
@@ -160,7 +195,7 @@ def add_checkpoint_arguments(parser: Any) -> None:
 
 def add_core_loader_arguments(parser: Any) -> None:
     """Options of the loader plugin that reads a Megatron-LM checkpoint."""
-    add_shared(parser, "--bf16", "--fp16", "--source-margs-file", *_OF_CHECKPOINTS, "--vocab-file")
+    add_shared(parser, "--bf16", "--fp16", "--dtype", "--source-margs-file", *_OF_CHECKPOINTS, "--vocab-file")
     add_argument(
         parser,
         "--position-embedding-type",
@@ -172,14 +207,17 @@ def add_core_loader_arguments(parser: Any) -> None:
 
 
 def open_checkpoint(args: argparse.Namespace) -> Source:
-    """The checkpoint of --load-dir, of whatever format."""
-    return open_source(args.load_dir, read_options(args, MEGATRON)).source
+    """The checkpoint of --load-dir, of whatever format; with --download, the tokenizer that it names is fetched, too."""
+    source = open_source(args.load_dir, read_options(args, MEGATRON)).source
+    if args.download and getattr(args, "tokenizer_model", None) is None:
+        source.origin.notes += fetch_tokenizer(source.origin.tokenizer, explicit=False)
+    return source
 
 
 def open_core_loader(args: argparse.Namespace) -> Source:
     """The checkpoint of --load-dir, with what the loader's further options say."""
     if args.vocab_file is not None:
-        vocab = len(read_json(Path(args.vocab_file)))
+        vocab = len(read_json(existing_path(args.vocab_file)))
         if args.true_vocab_size not in (None, vocab):
             raise UsageError(
                 f"--true-vocab-size {args.true_vocab_size} disagrees with the {vocab} tokens of --vocab-file"

@@ -7,7 +7,7 @@ from typing import Any
 
 from ...formats.megatron.conventions import FLAGS, FOLD, RAW
 from ...formats.mindspore.names import CONTIGUOUS, GROUPED, INTERLEAVED
-from .values import IMPLS, positive
+from .values import DTYPES, IMPLS, dtype_word, positive
 
 #: By flag, what `add_argument` takes beside it.
 _DECLARED: dict[str, dict[str, Any]] = {
@@ -64,6 +64,11 @@ _DECLARED: dict[str, dict[str, Any]] = {
     "--mf-config": dict(
         metavar="FILE", default=None, help="MindSpore: YAML of the training run, which says sizes and orders of rows."
     ),
+    "--download": dict(
+        action="store_true",
+        help="Fetch what the cache lacks of models that are named as on the Hugging Face Hub (owner/name, or owner/name@revision): "
+        "the files that are needed, and no others. Without it, such names are looked up in the local cache alone.",
+    ),
     "--ignore-config-fields": dict(
         metavar="NAMES", default="", help="Hugging Face: comma-separated unknown config.json fields to ignore."
     ),
@@ -104,6 +109,7 @@ _DECLARED: dict[str, dict[str, Any]] = {
     ),
     "--bf16": dict(action="store_true", help="Write bfloat16; without it the source's dtype is kept."),
     "--fp16": dict(action="store_true", help="Write float16; without it the source's dtype is kept."),
+    "--dtype": dict(type=dtype_word, choices=DTYPES, default=None, help="Type to write; the source's by default."),
     "--quiet": dict(action="store_true", help="Print errors and warnings only."),
     "--overwrite": dict(action="store_true", help="Replace a model or checkpoint in the folder that is written to."),
     "--restart": dict(

@@ -6,9 +6,12 @@ import argparse
 import re
 from collections.abc import Iterable
 
-from ...basics.errors import UsageError
+from ...basics.errors import ConversionError, UsageError
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+#: Types that can be written, by the short names of help, and the same by torch's names.
+DTYPES = ("bf16", "fp16", "fp32")
+_SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 #: Whose parameter names a checkpoint has.
 IMPLS = ("local", "transformer_engine")
 
@@ -38,3 +41,13 @@ def natural(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 0 on")
     return int(text)
+
+
+def dtype_word(text: str) -> str:
+    """Short name of a type to write; any other text is returned as it is, and is then none of the choices."""
+    from ...basics.dtypes import dtype_named  # which imports numpy, and help does not
+
+    try:
+        return _SHORT.get(dtype_named(text.lower()).name, text)
+    except ConversionError:
+        return text

@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Collection, Sequence
 from typing import Any
 
+from ...assets.tokenizer import fetch_tokenizer
 from ...basics.errors import UsageError
 from ...conversion.endpoint import Target
 from ...formats.huggingface.target import FUSED, SEPARATE, HFOptions
@@ -275,7 +276,9 @@ def hf_options(args: argparse.Namespace) -> HFOptions:
 
 
 def open_hf_target(args: argparse.Namespace) -> Target:
-    """The folder to write in --save-dir."""
+    """The folder to write in --save-dir; with --download, the tokenizer that is named is fetched."""
+    if args.download:
+        fetch_tokenizer(args.tokenizer_model, explicit=True)
     return open_target(args.save_dir, hf_options(args))
 
 
@@ -310,5 +313,7 @@ def mindspore_options(args: argparse.Namespace) -> MindSporeOptions:
 
 
 def open_mindspore_target(args: argparse.Namespace) -> Target:
-    """The folder to write in --save-dir."""
+    """The folder to write in --save-dir; with --download, the tokenizer that is named is fetched."""
+    if args.download:
+        fetch_tokenizer(args.tokenizer_model, explicit=True)
     return open_target(args.save_dir, mindspore_options(args))

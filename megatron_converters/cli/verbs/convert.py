@@ -13,7 +13,7 @@ from ...conversion.progress import Progress, Silent, make_progress
 from ...conversion.run import convert
 from ...families.scope import family_of
 from ...formats.queue.channel import WatchedProgress
-from ...request import Job
+from ...request import Job, Request
 from ..console import put_json, report
 from ..options.shared import add_shared
 from ..options.values import positive
@@ -30,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=1,
         help="Processes on this machine. On several, start the same command under torchrun or srun instead.",
     )
+    parser.add_argument("--dry-run", action="store_true", help="Write nothing, and say what `plan` says.")
     add_shared(parser, "--restart", "--quiet", "--json")
 
 
@@ -37,13 +38,19 @@ def run(args: argparse.Namespace) -> int:
     """Convert; 0 if the output is complete."""
     begun = time.monotonic()
     crew = crew_of_environment()
+    if args.dry_run:
+        from . import plan
+
+        crew.close()
+        return plan.run(args) if crew.rank == 0 else 0
     if args.workers > 1 and crew.size > 1:
         raise UsageError("--workers is for one machine; under torchrun or srun, let them start more processes")
     try:
+        asked = args, request_of(args)
         job, lines = (
-            crew_local.run(args.workers, work, args, lambda led: work(led, args))
+            crew_local.run(args.workers, work, asked, lambda led: work(led, asked))
             if args.workers > 1
-            else work(crew, args)
+            else work(crew, asked)
         )
     finally:
         crew.close()
@@ -65,14 +72,15 @@ def _put_result(job: Job, lines: list[str], seconds: float) -> None:
         raise
 
 
-def work(crew: Crew, args: argparse.Namespace) -> tuple[Job, list[str]]:
+def work(crew: Crew, asked: tuple[argparse.Namespace, Request]) -> tuple[Job, list[str]]:
     """Do one process's part; returns the conversion, and lines for the user."""
+    args, request = asked
     with family_of(args.family_file):  # which another process does not have yet
-        return _work(crew, args)
+        return _work(crew, args, request)
 
 
-def _work(crew: Crew, args: argparse.Namespace) -> tuple[Job, list[str]]:
-    job = request_of(args).open()
+def _work(crew: Crew, args: argparse.Namespace, request: Request) -> tuple[Job, list[str]]:
+    job = request.open()
     if crew.rank == 0:
         origin, spec = job.source.origin, job.source.spec
         among = f", {crew.size} processes" if crew is not ALONE else ""

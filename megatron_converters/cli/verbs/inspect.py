@@ -11,7 +11,7 @@ from ...inspection.in_json import as_json
 from ...inspection.in_words import lines
 from ...inspection.inventory import survey
 from ...inspection.shard_map.page import page
-from ..console import put, put_json
+from ..console import put, put_json, warn
 from ..options.reading import add_reading_arguments, open_any
 from ..options.shared import add_shared
 
@@ -40,6 +40,7 @@ def run(args: argparse.Namespace) -> int:
         put("\n".join(lines(found)))
     if target is not None:
         write_text(target, page(found)) if _replaceable(target) else target.write_text(page(found), encoding="utf-8")
+        warn(f"wrote the page {target}")  # standard output has the result, which may be JSON
     return 0
 
 

@@ -7,8 +7,8 @@ import dataclasses
 from typing import Any
 
 from ...basics.errors import UsageError
-from ...basics.folders import existing_path
 from ...formats.detect import HF, MEGATRON, MINDSPORE, format_of
+from ...formats.hub import located
 from ...formats.huggingface.target import FUSED, SEPARATE
 from ...formats.megatron.names import EXPERTS
 from ...formats.reading import ReadOptions
@@ -37,15 +37,11 @@ def add_job_arguments(parser: argparse.ArgumentParser) -> None:
         help="Format to write. By default a Megatron-LM checkpoint, but Hugging Face from a checkpoint when no option of "
         "checkpoints is given.",
     )
-    parser.add_argument(
-        "--dtype", choices=["bf16", "fp16", "fp32"], default=None, help="Type to write; the source's by default."
-    )
     add_reading_arguments(parser)
     add_expert_layout_argument(parser, (*EXPERTS, SEPARATE, FUSED))
-    add_shared(parser, "--tokenizer-model", "--overwrite")
-    _add_megatron_arguments(parser.add_argument_group("writing a Megatron-LM checkpoint"))
-    add_hf_target_arguments(parser.add_argument_group("writing a Hugging Face folder"))
-    add_mindspore_target_arguments(parser.add_argument_group("writing weights of MindSpore Transformers"))
+    add_shared(parser, "--dtype", "--tokenizer-model", "--overwrite")
+    for declare in _DECLARING.values():
+        declare(parser)
     parser.set_defaults(**{name: None for defaults in _defaults().values() for name in defaults})
 
 
@@ -81,7 +77,8 @@ def request_of(args: argparse.Namespace) -> Request:
     defaults = _defaults()
     given = {name: [key for key in own if getattr(args, key) is not None] for name, own in defaults.items()}
     asks = bool(given[MEGATRON]) or args.expert_layout in EXPERTS
-    source_format = args.source_format or format_of(existing_path(args.load_dir))
+    place, notes = located(args.load_dir, download=args.download)
+    source_format = args.source_format or format_of(place)
     chosen = args.to or target_format(source_format, None, asks)
     heeded = (*defaults[chosen], *_OF_BOTH_SIDES.get(source_format, ()))
     for other, names in given.items():
@@ -95,7 +92,7 @@ def request_of(args: argparse.Namespace) -> Request:
     unset = {key: value for key, value in defaults[chosen].items() if getattr(args, key) is None}
     complete = argparse.Namespace(**{**vars(args), **unset})
     return Request(
-        args.load_dir,
+        place,
         args.save_dir,
         chosen,
         args.dtype,
@@ -104,6 +101,7 @@ def request_of(args: argparse.Namespace) -> Request:
         megatron_options(complete) if chosen == MEGATRON else None,
         hf_options(complete) if chosen == HF else None,
         mindspore_options(complete) if chosen == MINDSPORE else None,
+        tuple(notes),
     )
 
 

@@ -30,12 +30,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the plan; 0 if the conversion is possible, 1 if something is in its way."""
+    """Print the plan, also for `convert --dry-run`; 0 if the conversion is possible, 1 if something is in its way."""
     job = request_of(args).open()
     result = forecast(job.source, job.target, job.dtype, args.workers)
-    if not args.no_measure:
+    if not getattr(args, "no_measure", False):
         measure(result, job.source, job.target.save_dir)
-    if args.json:
+    if getattr(args, "json", False):
         put_json(result.to_json())
     else:
         put("\n".join(_lines(job, result)))
@@ -83,6 +83,6 @@ def _state(result: Forecast) -> Iterator[str]:
         yield "this conversion is complete already; the command has nothing to do"
     elif result.obstacle:
         yield f"obstacle: {result.obstacle}"
-    elif result.finished:
+    elif result.finished and result.left:
         some = f"{len(result.finished)} of {len(result.files)}"
         yield f"an interrupted run has finished {some} files, {size(result.nbytes - result.left)}; the command goes on from there"

@@ -9,14 +9,16 @@ import dataclasses
 import math
 import time
 from collections.abc import Iterable
+from pathlib import Path
 
 from ...basics.errors import UsageError
-from ...basics.folders import existing_folder, existing_path
+from ...basics.folders import existing_folder
 from ...basics.quantities import count, duration, size
 from ...comparison.manifest_check import Checked, check_output, find_output
 from ...comparison.report import check_json, findings, verification_json
 from ...comparison.tensors import Comparison, Rules, compare
 from ...conversion.progress import make_progress
+from ...formats.hub import located
 from ...formats.reading import megatron_options
 from ..console import put_json, say
 from ..options.reading import read_options
@@ -108,21 +110,32 @@ def _verify_logits(args: argparse.Namespace) -> int:
     from ...logits import compare_logits
     from ...logits.compare import TOLERANCE
 
+    read = read_options(args)
+    if args.hf_config is not None:
+        read = dataclasses.replace(read, hf_config=_folder(args, args.hf_config, config_only=True))
     report = compare_logits(
-        existing_folder(args.a),
-        existing_folder(args.b),
+        _folder(args, args.a),
+        _folder(args, args.b),
         **{
             name: default if getattr(args, name) is None else getattr(args, name)
             for name, (default, _) in _LOGITS.items()
         },
         tolerance=TOLERANCE if args.tolerance is None else args.tolerance,
-        options=megatron_options(read_options(args)),
+        options=megatron_options(read),
     )
     if args.json:
         put_json({"equal": report.ok, **dataclasses.asdict(report)})
     else:
         say(args, str(report))
     return 0 if report.ok else 1
+
+
+def _folder(args: argparse.Namespace, name: str, *, config_only: bool = False) -> Path:
+    """The folder that a name means; prints notes on it unless JSON is wanted."""
+    folder, notes = located(name, config_only=config_only, download=args.download)
+    for note in [] if args.json else notes:
+        say(args, note)
+    return existing_folder(folder)
 
 
 def _verify_pair(args: argparse.Namespace) -> int:
@@ -142,7 +155,7 @@ def _verify_pair(args: argparse.Namespace) -> int:
 
 def _verify_output(args: argparse.Namespace) -> int:
     begun = time.monotonic()
-    where = find_output(existing_path(args.a), args.ckpt_dir_name)
+    where = find_output(located(args.a, download=args.download).folder, args.ckpt_dir_name)
     checked = check_output(where, make_progress(args.quiet, "checking", "checked"))
     if args.json:
         put_json(check_json(checked))
@@ -167,7 +180,9 @@ def _pair_summary(comparison: Comparison, rules: Rules, seconds: float) -> str:
 def _output_summary(checked: Checked, seconds: float) -> str:
     where = f"{count(checked.files, 'file')} of {checked.folder}"
     what = f"{count(checked.tensors, 'tensor')} in {where}, {_rate(checked.nbytes, seconds)}"
-    return f"DAMAGED: {count(len(checked.faults), 'fault')}; checked {what}" if checked.faults else f"INTACT: {what}"
+    of_hub = f"; written from {checked.hub} of the Hub" if checked.hub is not None else ""
+    outcome = f"DAMAGED: {count(len(checked.faults), 'fault')}; checked" if checked.faults else "INTACT:"
+    return f"{outcome} {what}{of_hub}"
 
 
 def _rate(nbytes: int, seconds: float) -> str:

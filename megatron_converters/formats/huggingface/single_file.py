@@ -35,6 +35,11 @@ class SingleFileTarget(HFTarget):
         """Manifest beside the file."""
         return self._path.with_name(f"{self._path.name}.{MANIFEST}")
 
+    @property
+    def marker(self) -> str | None:
+        """None: there are no small files."""
+        return None
+
     def shown(self) -> Path | None:
         """Return the file if it is there and not to be overwritten; else None."""
         return self._path if self._path.exists() and not self._options.overwrite else None

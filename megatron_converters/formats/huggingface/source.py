@@ -66,9 +66,9 @@ class HFSource:
         single = path.is_file()
         folder = (reference or path.parent) if single else path
         if single and not (folder / _CONFIG).exists():
+            remedy = "with --hf-config DIR" if reference is None else "that has one"
             raise UsageError(
-                f"{path} holds weights alone, and {folder} has no {_CONFIG}; give the folder of a reference model with "
-                "--hf-config DIR"
+                f"{path} holds weights alone, and {folder} has no {_CONFIG}; give the folder of a reference model {remedy}"
             )
         if (folder / ADAPTER).exists():  # transformers would load the adapter with the base model that it names
             raise ConversionError(

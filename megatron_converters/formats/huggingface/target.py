@@ -28,7 +28,7 @@ from ...basics.errors import ConversionError, UsageError
 from ...basics.json_files import write_json
 from ...basics.quantities import count, size
 from ...conversion.endpoint import main_dtype
-from ...conversion.journal import MANIFEST
+from ...conversion.journal import MANIFEST, unchanged_beside
 from ...conversion.outline import Fill, Outline
 from ...conversion.staging import Staging
 from ...conversion.stored_model import StoredModel
@@ -159,6 +159,11 @@ class HFTarget:
         """Manifest in the folder of the model."""
         return self.save_dir / MANIFEST
 
+    @property
+    def marker(self) -> str | None:
+        """config.json, unless all is to be overwritten."""
+        return None if self._options.overwrite else "config.json"
+
     def shown(self) -> Path | None:
         """Return the folder if it has a config.json that is not to be overwritten; else None."""
         there = (self.save_dir / "config.json").exists() and not self._options.overwrite
@@ -173,7 +178,10 @@ class HFTarget:
         if model or beside:
             what = "a model" if model else "files of a model"
             names = ", ".join(path.name for path in [*model, *beside])
-            raise ConversionError(f"{self.save_dir} already holds {what} ({names}); save elsewhere or pass --overwrite")
+            alone = "" if self._options.tokenizer is None else "; a tokenizer alone can be copied there by hand"
+            raise ConversionError(
+                f"{self.save_dir} already holds {what} ({names}); save elsewhere or pass --overwrite{alone}"
+            )
 
     def fills(self, ref: Ref) -> Iterator[Fill]:
         """Fills of one ref."""
@@ -254,12 +262,12 @@ class HFTarget:
             explicit=options.tokenizer is not None,
         )
         tokens, token_notes = self._token_ids(folder)
-        notes += token_notes
+        notes += [*token_notes, *self._instruct_warnings()]
         for name, value in self._small_files(tokens).items():
             write_json(folder / name, value)
         self._notes = notes
         if not options.overwrite:
-            refuse_other_tokenizer(folder, self.save_dir)
+            refuse_other_tokenizer(folder, self.save_dir, ours=unchanged_beside(self.manifest))
 
     def _write_index(self, folder: Path) -> None:
         """Write the index of shards, if there are several."""
@@ -270,10 +278,21 @@ class HFTarget:
     def _small_files(self, tokens: dict[str, Any]) -> dict[str, Any]:
         """Contents by file name: configuration with these token ids, generation settings and training arguments."""
         origin = self._origin
-        generation = generation_config(self._model_type) if self._options.instruct else origin.generation_config
+        is_known = self._options.instruct and self._model_type is not None
+        generation = generation_config(self._model_type) if is_known else origin.generation_config
         margs = None if origin.margs is None else margs_to_json(origin.margs)
         found = {"config.json": {**self._config, **tokens}, _GENERATION: generation, _MARGS: margs}
         return {name: value for name, value in found.items() if value is not None}
+
+    def _instruct_warnings(self) -> list[str]:
+        """Warning that --instruct has no settings for this model."""
+        if not self._options.instruct or self._model_type is not None:
+            return []
+        kept = "no generation settings are" if self._origin.generation_config is None else "those that came with it are"
+        return [
+            f"warning: --instruct knows no end tokens and sampling of this {self._spec.family} model; {kept} written "
+            "(--source-model-type names a Llama or Mixtral)"
+        ]
 
     def _token_ids(self, folder: Path) -> tuple[dict[str, Any], list[str]]:
         """Begin and end token ids for config.json, where no source configuration has them, and notes for the user.

@@ -11,6 +11,11 @@ from .target import HFTarget
 class WeightsTarget(HFTarget):
     """Folder of weights, which transformers takes for a model once a config.json is beside them."""
 
+    @property
+    def marker(self) -> str | None:
+        """None: there are no small files."""
+        return None
+
     def shown(self) -> Path | None:
         """Return the folder if it has weights that are not to be overwritten; else None."""
         return self.save_dir if self._model_files() and not self._options.overwrite else None

@@ -59,7 +59,7 @@ def spec_fields(args: argparse.Namespace) -> dict[str, Any]:
     missing = _missing(values, _REQUIRED)
     if missing:
         raise Unclear(
-            f"the checkpoint's args have no valid {', '.join(missing)}; give a reference model with --hf-config DIR"
+            f"the checkpoint's args have no valid {', '.join(missing)}", "give a reference model with --hf-config DIR"
         )
     fields: dict[str, Any] = {}
     for row in ARGUMENTS:
@@ -128,6 +128,30 @@ def _written(context: Context, groups: Collection[Group]) -> Iterator[tuple[str,
 def model_args(spec: ModelSpec) -> dict[str, Any]:
     """Attributes that describe the model, complete for `--use-checkpoint-args` of Megatron-LM 0.8 to 0.19."""
     return written_args(Context(spec, Parallel(1, (spec.num_layers,))), (Group.MODEL, Group.EXPERTS))
+
+
+#: Attributes by which args of another model are known: sizes that no conversion and no training changes, and kinds of blocks.
+_TELLING = (
+    *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_experts"),
+    *("normalization", "swiglu", "qk_layernorm", "multi_latent_attention"),
+)
+
+
+def foreign_args(spec: ModelSpec, args: argparse.Namespace, config: Mapping[str, Any] | None) -> list[str]:
+    """Differences that show args to be of another model than this, which has this configuration of Hugging Face."""
+    own, given = model_args(spec), vars(args)
+    absent = {row.attribute: row.absent for row in ARGUMENTS}
+    found = []
+    for name in _TELLING:
+        theirs, ours = (values.get(name) for values in (given, own))
+        theirs, ours = (absent[name] if value is None else value for value in (theirs, ours))
+        if name in given and theirs != ours:
+            found.append(f"{name} {theirs}, here {ours}")
+    recorded, here = given.get("hf_config"), (config or {}).get("model_type")
+    kind = recorded.get("model_type") if isinstance(recorded, dict) else None
+    return found + (
+        [f"model_type {kind}, here {here}"] if kind is not None and here is not None and kind != here else []
+    )
 
 
 def training_args(spec: ModelSpec, source_args: Mapping[str, Any]) -> dict[str, Any]:

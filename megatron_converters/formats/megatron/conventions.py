@@ -90,8 +90,8 @@ def conventions_of(args: Mapping[str, Any], spec: ModelSpec, mup: str | None = N
     if not has_multipliers(spec):
         if mup is not None:
             raise UsageError(
-                f"--mup {mup}: the checkpoint's args describe a model without multipliers, of the {spec.family} family; leave it "
-                "out, or give the configuration of the model that it is with --hf-config DIR"
+                f"--mup {mup}: the checkpoint is described as a model without multipliers, of the {spec.family} family; leave it "
+                "out, or give another configuration, of the model that it is, with --hf-config DIR"
             )
         return found
     told = _told(args, found) or mup

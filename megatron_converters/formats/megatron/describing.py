@@ -131,7 +131,7 @@ def _reference_notes(
     try:
         values = spec_fields(args if record is None else _completed(args, spec, options))
     except Unclear as error:
-        yield f"taken from {path.parent} where the args do not say it: {error}"
+        yield f"taken from {path.parent} where the args do not say it: {error.what}"
         unclear = (*missing_sizes(args), *(_EPSILONS if "epsilon" in str(error) else ()))
         values = spec_fields(_completed(args, spec, options, unclear))
     stored = conventions_of(vars(args), spec, options.mup).spec

@@ -129,7 +129,8 @@ def _read_epsilon(args: Args) -> Properties:
     if len(found) > 1:
         raise Unclear(
             f"the checkpoint's args have norm_epsilon={args['norm_epsilon']} and "
-            f"layernorm_epsilon={args['layernorm_epsilon']}; say which is right with --hf-config DIR"
+            f"layernorm_epsilon={args['layernorm_epsilon']}",
+            "say which is right with --hf-config DIR",
         )
     return {"norm_epsilon": found.pop() if found else 1e-5}
 

@@ -253,11 +253,12 @@ def _args_of(
         return record.args, record
     if common.get("args") is None and options.hf_config is not None:
         return argparse.Namespace(), None
+    kind = type(common.get("args")).__name__
+    what = "has no args, which describe the model," if common.get("args") is None else f"has args of the type {kind},"
     near = reference_near(directory)
-    raise ConversionError(
-        f"{where} has no args, which describe the model, and no {RUN_CONFIG} lies beside it; give a reference model with "
-        f"--hf-config DIR{'' if near is None else f', such as {near}'}"
-    )
+    reference = f"give a reference model with --hf-config DIR{'' if near is None else f', such as {near}'}"
+    remedy = reference if options.hf_config is None else "save it again"
+    raise ConversionError(f"{where} {what} and no {RUN_CONFIG} lies beside it; {remedy}")
 
 
 def _recorded_sizes(

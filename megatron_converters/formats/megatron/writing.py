@@ -20,7 +20,7 @@ from ...assets import capacity_bins
 from ...assets.capacity_bins import CapacityBins
 from ...assets.code_files import CODE_FOLDER, write_code_files
 from ...assets.origin import Origin
-from ...assets.tokenizer import recorded_name
+from ...assets.tokenizer import check_named, recorded_name
 from ...assets.training_args import inheritable, margs_to_json
 from ...basics.dtypes import DType, dtype_named
 from ...basics.errors import ConversionError, UsageError, raise_all
@@ -129,7 +129,7 @@ class CheckpointTarget(ABC):
         self._spec = dataclasses.replace(spec, dtype=main_dtype(spec, dtype_of))
         self._origin = origin
         self._source_dtype = dtype_of
-        self._warnings += rounding_warnings(self._spec, dtype_of)
+        self._warnings += [*check_named(self._options.tokenizer), *rounding_warnings(self._spec, dtype_of)]
         self._iteration = 1 if origin.iteration is None else origin.iteration
         self._name = self._choose_name()
         self._parallel = self._choose_parallel()
@@ -202,6 +202,11 @@ class CheckpointTarget(ABC):
         """Manifest in the directory of the iteration."""
         return self.output / MANIFEST
 
+    @property
+    def marker(self) -> str | None:
+        """None: args, which name the tokenizer, lie in the files of weights."""
+        return None
+
     def shown(self) -> Path | None:
         """Directory of this checkpoint if the tracker points at it and it is not to be overwritten; else None."""
         current = self._tracked() == self._tracker_text() and not self._options.overwrite
@@ -221,13 +226,21 @@ class CheckpointTarget(ABC):
         if self._options.overwrite:
             return
         if os.path.lexists(self.output):
-            raise ConversionError(f"{self.output} already exists; save elsewhere or pass --overwrite")
+            raise ConversionError(
+                f"{self.output} already exists; save elsewhere or pass --overwrite{self._tokenizer_hint()}"
+            )
         current = self._tracked()
         if current is not None:
             raise ConversionError(
                 f"{self.save_dir / TRACKER} points at {current!r}, and saving {self._name} there would redirect it; "
                 "save elsewhere or pass --overwrite"
             )
+
+    def _tokenizer_hint(self) -> str:
+        """For one who converts again to change the tokenizer, which does not need that."""
+        if self._options.tokenizer is None:
+            return ""
+        return " (to change the tokenizer alone, name it to pretrain_gpt.py and on the way back; args only record it)"
 
     def assets(self, folder: Path) -> None:
         """Write the flags that training needs, and the model's own code."""

@@ -23,7 +23,7 @@ from ...basics.json_files import write_json
 from ...basics.quantities import count, size
 from ...basics.yaml_files import write_yaml
 from ...conversion.endpoint import main_dtype
-from ...conversion.journal import MANIFEST
+from ...conversion.journal import MANIFEST, unchanged_beside
 from ...conversion.outline import Fill, Outline
 from ...conversion.staging import Staging
 from ...conversion.stored_model import StoredModel, folded, has_multipliers
@@ -155,6 +155,11 @@ class MindSporeTarget:
         """Manifest in the folder of the model."""
         return self.save_dir / MANIFEST
 
+    @property
+    def marker(self) -> str | None:
+        """Map of names, unless all is to be overwritten."""
+        return None if self._options.overwrite else MAP
+
     def shown(self) -> Path | None:
         """Return the folder if it has a map of names that is not to be overwritten; else None."""
         there = (self.save_dir / MAP).exists() and not self._options.overwrite
@@ -210,7 +215,7 @@ class MindSporeTarget:
         )
         self._notes = [*origin.notes, *notes, *self._left_out()]
         if not options.overwrite:
-            refuse_other_tokenizer(folder, self.save_dir)
+            refuse_other_tokenizer(folder, self.save_dir, ours=unchanged_beside(self.manifest))
 
     def _left_out(self) -> Iterator[str]:
         """Notes on what of the source is not written."""

@@ -15,6 +15,9 @@ from ..basics.errors import ConversionError, one_line
 _NAME = r"[A-Za-z0-9][\w.-]*"
 _HUB_ID = re.compile(rf"({_NAME}/)?{_NAME}(@[\w./-]+)?", re.ASCII)
 
+#: Characters that the Hub allows in `owner/name`.
+_LONGEST = 96
+
 
 class Model(NamedTuple):
     """Model on the Hub; `revision` is a branch, tag or commit, None for the main branch."""
@@ -28,7 +31,7 @@ class Model(NamedTuple):
 
 def is_hub_id(text: str) -> bool:
     """Whether a text can name a model on the Hub: `owner/name`, also `owner/name@revision`, or the `name` of an old model."""
-    return _HUB_ID.fullmatch(text) is not None
+    return _HUB_ID.fullmatch(text) is not None and len(text.partition("@")[0]) <= _LONGEST
 
 
 def library() -> Any:
