@@ -1,9 +1,7 @@
 """Hook of mkdocs, which reads some things otherwise than GitHub does.
 
-Links from docs/ to other files of the repository lead to its page, or are plain text where it has none. A bar in code within a table
-needs no backslash.
-
-The pages keep relative links, which work in a clone and wherever the repository is shown.
+Links from docs/ to other files of the repository, which are relative in the pages, lead to the repository's page, or are plain text
+where it has none. A bar in code within a table needs no backslash.
 """
 
 from __future__ import annotations

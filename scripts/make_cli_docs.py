@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 from unittest.mock import patch
+
+if TYPE_CHECKING:
+    from megatron_converters.cli.parser import Parser
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs/cli.md"
@@ -54,9 +57,9 @@ def commands() -> Iterator[Command]:
         yield Command(f"modelconvert {name}", modelconvert.main, (name,))
 
 
-def parser_of(command: Command) -> argparse.ArgumentParser:
+def parser_of(command: Command) -> Parser:
     """Parser that answers `--help` of a command."""
-    asked: list[argparse.ArgumentParser] = []
+    asked: list[Parser] = []
     answer = patch.object(argparse.ArgumentParser, "print_help", lambda parser, file=None: asked.append(parser))
     with answer, suppress(SystemExit):
         command.main([*command.words, "--help"])
@@ -65,24 +68,30 @@ def parser_of(command: Command) -> argparse.ArgumentParser:
 
 def page() -> str:
     """The whole page. A table that a section above has already is named, not repeated."""
+    from megatron_converters.cli.options.groups import grouped
+    from megatron_converters.cli.options.spellings import other_names
+
     lines, seen = [_HEAD], dict[tuple[str, ...], str]()
     for command in commands():
         parser = parser_of(command)
+        usage = " ".join((parser.usage or "").replace("%(prog)s", parser.prog).split())
         lines += [f"## {command.heading}", "", _sentences(parser.description), ""]
-        if parser.usage:
-            lines += ["```text", parser.usage, "```", ""]
-        for group in parser._action_groups:
-            rows = tuple(_rows(parser, group._group_actions))
-            if not rows:
-                continue
-            title = (group.title or "options")[0].upper() + (group.title or "options")[1:]
+        lines += ["```text", *filter(None, (usage, *parser.examples)), "```", ""]
+        for title, actions in grouped(parser.actions):
+            rows = tuple(_rows(parser, actions))
             if rows in seen:
-                lines += [f"**{title}:** as for [{seen[rows]}](#{_anchor(seen[rows])}).", ""]
-                continue
-            seen[rows] = command.heading
-            lines += [f"**{title}**", "", "| option | meaning |", "|---|---|", *rows, ""]
+                lines += [f"**{_capital(title)}:** as for [{seen[rows]}](#{_anchor(seen[rows])}).", ""]
+            elif rows:
+                seen[rows] = command.heading
+                lines += [f"**{_capital(title)}**", "", "| option | meaning |", "|---|---|", *rows, ""]
+        others = [f"`{own}`: {_code(names)}" for own, names in other_names(_names(parser)) if names]
+        lines += [f"Other programs' names, which are understood, too: {'; '.join(others)}.", ""] if others else []
         lines += [_sentences(parser.epilog), ""] if parser.epilog else []
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _names(parser: Parser) -> list[str]:
+    return [name for action in parser.actions for name in action.option_strings]
 
 
 def _rows(parser: argparse.ArgumentParser, actions: Sequence[argparse.Action]) -> Iterator[str]:
@@ -91,13 +100,13 @@ def _rows(parser: argparse.ArgumentParser, actions: Sequence[argparse.Action]) -
             continue
         names = sorted(action.option_strings, key=len) or [str(action.metavar or action.dest)]
         value = _value(action) if action.option_strings and action.nargs != 0 else ""
-        first = ", ".join(f"`{name}`" for name in names) + (f" {value}" if value else "")
+        first = _code(names) + (f" {value}" if value else "")
         yield f"| {first} | {_cell(parser._get_formatter()._expand_help(action) if action.help else '')} |"
 
 
 def _value(action: argparse.Action) -> str:
     if action.choices:
-        return ", ".join(f"`{choice}`" for choice in action.choices)
+        return _code(map(str, action.choices))
     return f"`{action.metavar or action.dest.upper()}`".replace("|", "\\|")
 
 
@@ -109,6 +118,14 @@ def _sentences(text: str | None) -> str:
     """Text in one line, in which Markdown changes nothing but code."""
     words = " ".join((text or "").split()).split("`")
     return "`".join(word if number % 2 else word.replace("*", "\\*") for number, word in enumerate(words))
+
+
+def _code(words: Iterable[str]) -> str:
+    return ", ".join(f"`{word}`" for word in words)
+
+
+def _capital(title: str) -> str:
+    return title[0].upper() + title[1:]
 
 
 def _anchor(heading: str) -> str:

@@ -112,11 +112,11 @@ def test_what_cannot_run_here_names_what_there_is(model: dict[str, str]) -> None
         for line in (line for block in blocks((ROOT / name).read_text(), "text") for line in lines_of(block)):
             for script in re.findall(r"(?:^|\s)((?:scripts|examples)/\S+)", line):
                 assert (ROOT / script).is_file(), line
-            inner = re.search(r"python -m megatron_converters[^)]*", line.partition(" #")[0])
+            inner = re.search(r"python -m megatron_converters [^)]*", line.partition(" #")[0])
             if inner is not None:
                 read = command(inner[0], variables)
                 assert read is not None and read.program is main.main, line
-                main._parser(read.arguments).parse_args(read.arguments)
+                main.parser_of(read.arguments[:1]).parse_args(read.arguments)
 
 
 def script(name: str) -> ModuleType:
