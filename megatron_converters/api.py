@@ -22,7 +22,8 @@ from .comparison.settings import settings_differences
 from .comparison.tensors import Rules, compare
 from .conversion import crew_local
 from .conversion.crew import ALONE, Crew
-from .conversion.dry_run import Forecast, forecast, measure
+from .conversion.dry_run import Forecast, forecast
+from .conversion.estimate import measure
 from .conversion.journal import read_manifest
 from .conversion.progress import Progress, Silent
 from .conversion.run import convert as run_conversion
@@ -213,14 +214,15 @@ def plan(
 ) -> Forecast:
     """What `convert` would write and need; nothing is written.
 
-    With `measured`, up to two seconds are spent on measuring a rate, from which `seconds` follows.
+    With `measured`, about half a second is spent on samples that are flushed to the disk, from which follow `seconds_least` and
+    `seconds_most`, an estimate.
     """
     read = _with(read, download)
     with family_of(read.family_file):
         job = _request(src, dst, to, (tp, pp, ep, etp), dtype, overwrite, read, megatron, hf, mindspore).open()
         result = forecast(job.source, job.target, job.dtype, workers)
         if measured:
-            measure(result, job.source, job.target.save_dir)
+            measure(result, job.source, job.target.save_dir, workers)
     return result
 
 

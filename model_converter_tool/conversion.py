@@ -138,7 +138,9 @@ def _read_options(task: Task, found: str) -> mc.ReadOptions:
     """Options for reading. Where the input and the output are checkpoints, `mup` is that of both, unless the input says its own."""
     names = ("hf_config", "mup") if found == MEGATRON else ("hf_config",)
     given = {name: task.options[name] for name in names if name in task.options}
-    return mc.ReadOptions(format=found, ignore_tensors=tuple(task.options.get("ignore_tensors", ())), **given)
+    fields = tuple(name for name in task.options.get("ignore_config_fields", "").split(",") if name)
+    tensors = tuple(task.options.get("ignore_tensors", ()))
+    return mc.ReadOptions(format=found, ignore_config_fields=fields, ignore_tensors=tensors, **given)
 
 
 def _family(folder: Path, read: mc.ReadOptions) -> str:

@@ -36,6 +36,9 @@ OPTIONS = {
     "hf_config": Option(
         kinds.text, "DIR", "Reference model folder beside a checkpoint that does not say all of its configuration."
     ),
+    "ignore_config_fields": Option(
+        kinds.text, "NAMES", "Comma-separated unknown fields to ignore, of config.json or of the reference's."
+    ),
     "mup": Option(
         kinds.choice("flags", "fold", "raw"),
         "flags|fold|raw",

@@ -280,7 +280,7 @@ def test_an_unknown_architecture_names_the_supported_ones(hf: Path) -> None:
         ({"hidden_act": "gelu"}, ("hidden_act", "gelu", "silu")),
         ({"logit_scale": 0.5}, ("logit_scale", "--ignore-config-fields logit_scale")),
         ({"quantization_config": {"quant_method": "gptq"}}, ("quantization_config",)),
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}, ("yarn", "llama3")),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}, ("YaRN by 4 outside",)),
         ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, ("llama3", "factor")),
         ({"num_attention_heads": 6}, ("6", "4")),
         ({"num_hidden_layers": 0}, ("num_layers",)),
@@ -870,3 +870,46 @@ def test_the_tracker_cannot_be_written(hf: Path, tmp_path: Path) -> None:
     succeeded(convert("--load-dir", hf, "--save-dir", target))
     assert sorted(path.name for path in target.iterdir()) == ["iter_0000001", TRACKER]
     assert (target / "iter_0000001" / "mp_rank_00" / RANK_FILE).stat() == before
+
+
+# --- a file where a folder is meant
+
+
+@pytest.mark.parametrize(
+    ("name", "folder"),
+    [
+        ("config.json", "."),
+        ("model.safetensors.index.json", "."),
+        ("model-00002-of-00004.safetensors", "."),
+        ("latest_checkpointed_iteration.txt", "."),
+        ("iter_0000001/common.pt", "iter_0000001"),
+        ("iter_0000001/__0_0.distcp", "iter_0000001"),
+        ("iter_0000001/mp_rank_00/model_optim_rng.pt", "iter_0000001"),
+    ],
+)
+def test_a_file_that_is_part_of_a_model(name: str, folder: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("{}")
+    words = (
+        f"{path} is one of the files of a model; give the folder that has them all, {(tmp_path / folder).resolve()}\n"
+    )
+    for command in (("inspect", path), ("verify", path), ("convert", path, tmp_path / "out", "--from", "hf")):
+        refused(verb(*command), words, code=2)
+    run = convert_back("--load-path", path, "--save-path", tmp_path / "out")
+    refused(run, words, code=2)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_that_is_no_model(hf_model: HFModel, tmp_path: Path) -> None:
+    path = tmp_path / "notes.md"
+    path.write_text("# notes")
+    refused(verb("inspect", path), f"{path} is no file of weights that can be read (.safetensors, ", code=2)
+    refused(verb("inspect", tmp_path / "absent"), "absent does not exist", code=2)
+    for option in (path, tmp_path / "absent"):
+        run = verb("convert", hf_model("llama2") / "model.safetensors", tmp_path / "out", "--hf-config", option)
+        words = {
+            path: f"{path} is a file, but a folder is needed here",
+            tmp_path / "absent": "absent is no folder; give one",
+        }
+        refused(run, words[option], code=2)

@@ -531,13 +531,13 @@ def test_codes_and_scales_that_do_not_belong_together(fault: str, copy: Path, tm
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"quant_method": "gptq"}, "quantization_config with quant_method=gptq; only FP8"),
+        ({"quant_method": "gptq"}, "quantised by GPTQ, which cannot be read"),
         ({"fmt": "e5m2"}, "fmt=e5m2"),
         ({"activation_scheme": "static"}, "activation_scheme=static"),
         ({"weight_block_size": None}, "weight_block_size=None"),
         ({"weight_block_size": [128, 0]}, "weight_block_size=[128, 0]"),
         ({"group_size": 32}, "group_size=32"),
-        ({"quant_method": None}, "quant_method=None"),
+        ({"quant_method": None}, "quantised by an unnamed method"),
     ],
 )
 def test_other_quantisations_are_refused(changes: dict[str, Any], words: str, copy: Path, tmp_path: Path) -> None:

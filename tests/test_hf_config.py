@@ -17,6 +17,7 @@ from megatron_converters.families import FAMILIES
 from megatron_converters.families.config_json import (
     config_for,
     config_from_spec,
+    config_notes,
     differences,
     family_from_config,
     infer_family,
@@ -42,6 +43,7 @@ LLAMA3_TABLE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
+YARN_ORIGINAL = {"original_max_position_embeddings": 1024}
 LONGROPE_TABLE = {"short_factor": [1.0], "long_factor": [1.5], "original_max_position_embeddings": 1024}
 
 
@@ -96,6 +98,7 @@ def facts(found: Any) -> dict[str, Any]:
         "zero_centred": found.model_type == "qwen3_next",  # Qwen3NextRMSNorm adds 1 to its weight
         "learned_positions": found.model_type == "gpt2",
         "tied": found.tie_word_embeddings,
+        "causal": getattr(found, "is_causal", True),  # masking_utils.py, create_causal_mask
         "mlp_bias": getattr(found, "mlp_bias", getattr(found, "use_bias", found.model_type in WITH_BIASES)),
         "parallel_block": found.model_type == "phi",  # PhiDecoderLayer
         "head_bias": found.model_type == "phi",
@@ -273,6 +276,15 @@ CASES: dict[str, dict[str, Any]] = {
         "rope_scaling": {"type": "longrope", **LONGROPE_TABLE, "factor": 3.0, "attention_factor": 1.25},
     },
     "dynamic": {"rope_scaling": {"type": "dynamic", "factor": 4.0}},
+    "yarn": {"max_position_embeddings": 4096, "rope_scaling": {"rope_type": "yarn", "factor": 4.0, **YARN_ORIGINAL}},
+    "yarn of all positions": {"max_position_embeddings": 512, "rope_scaling": {"type": "yarn", "factor": 2}},
+    "yarn, all said": {
+        "rope_parameters": {
+            **{"rope_type": "yarn", "factor": 4.0, **YARN_ORIGINAL, "rope_theta": 1e6, "truncate": False},
+            **{"beta_fast": 16, "beta_slow": 2, "mscale": 0.7, "mscale_all_dim": 0.5, "attention_factor": 1.5},
+        }
+    },
+    "is_causal": {"is_causal": True},
 }
 QWEN_CASES: dict[str, dict[str, Any]] = {
     "window off": {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 1},
@@ -324,6 +336,22 @@ ALL_CASES = [
     ("starcoder2", "no bias", {"use_bias": False, "sliding_window": 16, "rope_theta": 1e5}),
     ("phi", "part rotated", {"partial_rotary_factor": 0.4, "num_key_value_heads": 8, "attention_dropout": 0.1}),
     ("phi", "null groups", {"num_key_value_heads": None, "rope_scaling": {"type": "linear", "factor": 2.0}}),
+    ("phi", "yarn", {"rope_scaling": {"type": "yarn", "factor": 2.0, **YARN_ORIGINAL}}),
+    (
+        *("phi3", "longrope of 4k"),
+        {
+            "max_position_embeddings": 131072,
+            "rope_scaling": {"type": "longrope", "short_factor": [1.0], "long_factor": [4.0]},
+        },
+    ),
+    (
+        *("phi3", "longrope, its positions said twice"),
+        {
+            "max_position_embeddings": 4096,
+            "original_max_position_embeddings": 1024,
+            "rope_scaling": {**LONGROPE_TABLE, "type": "longrope", "original_max_position_embeddings": 7},
+        },
+    ),
     ("phi3", "part rotated", {"partial_rotary_factor": 0.75, "tie_word_embeddings": True}),
     ("glm", "no bias", {"attention_bias": False, "head_dim": 24}),
     ("gpt2", "untied", {"tie_word_embeddings": False, "n_inner": None, "layer_norm_epsilon": 1e-6}),
@@ -375,10 +403,23 @@ def test_both_spellings_of_rope_are_one_spec(kind: str) -> None:
     ("model_type", "fields", "message"),
     [
         (
-            "llama",
+            "minicpm3",
             {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
             r"type 'yarn'; supported are default, linear",
         ),
+        (
+            "llama",
+            {"rope_scaling": {"rope_type": "xdrope", "factor": 4.0}},
+            "type 'xdrope'; supported are default, lin",
+        ),
+        ("llama", {"rope_scaling": {"rope_type": "yarn"}}, "type 'yarn' without factor"),
+        ("llama", {"rope_scaling": {"rope_type": "yarn", "factor": 2, "truncate": 0, **YARN_ORIGINAL}}, "truncate=0"),
+        ("qwen2", {"is_causal": None}, "is_causal=None, which some programs take for true and others for false"),
+        ("qwen2", {"is_causal": "no"}, "is_causal='no'"),
+        ("qwen3_moe", {"use_qk_norm": False}, "use_qk_norm=False; the architecture has True"),
+        ("qwen2", {"qkv_bias": False}, "qkv_bias=False; the architecture has True"),
+        ("mixtral", {"norm_topk_prob": False}, "norm_topk_prob=False; the architecture has True"),
+        ("starcoder2", {"norm_type": "rms_norm"}, "norm_type='rms_norm'; the architecture has 'layer_norm'"),
         ("llama", {"rope_scaling": {"type": "dynamic"}}, "type 'dynamic' without factor"),
         (
             "llama",
@@ -466,6 +507,43 @@ def test_what_cannot_be_converted_is_refused(model_type: str, fields: dict[str, 
         spec_of(model_type, **fields)
 
 
+@pytest.mark.parametrize(
+    ("model_type", "table", "names"),
+    [
+        ("qwen2", {"rope_type": "default", "mrope_section": [1, 2, 2]}, "rope_scaling.mrope_section"),
+        ("llama", {"rope_type": "linear", "factor": 2.0, "low_freq_factor": 1.0}, "rope_scaling.low_freq_factor"),
+        ("qwen3", {"type": "yarn", "factor": 2.0, **YARN_ORIGINAL, "b": 0, "a": 1}, "rope_scaling.b,rope_scaling.a"),
+    ],
+)
+def test_unknown_fields_of_a_scaling_are_refused_like_others(
+    model_type: str, table: dict[str, Any], names: str
+) -> None:
+    with pytest.raises(ConversionError, match=f"--ignore-config-fields {names}$"):
+        spec_of(model_type, rope_scaling=table)
+    known = {name: value for name, value in table.items() if f"rope_scaling.{name}" not in names.split(",")}
+    for accepted in (names.split(","), ["rope_scaling"]):
+        found = spec_from_config(config(model_type, rope_scaling=table), accepted)
+        assert found == spec_of(model_type, rope_scaling=known)
+
+
+@pytest.mark.parametrize("beside", [{"finetuned": True}, {"original_max_position_embeddings": 9}, {"b": None}])
+def test_fields_of_a_scaling_that_no_program_reads_are_passed_over(beside: dict[str, Any]) -> None:
+    table = {"rope_type": "linear", "factor": 2.0}
+    assert spec_of(rope_scaling={**table, **beside}) == spec_of(rope_scaling=table)
+
+
+def test_the_factor_that_vllm_alone_reads_makes_another_model() -> None:
+    """DeepSeek-R1-0528-Qwen3-8B, whose factor makes vLLM scale rotated queries and keys by 1."""
+    table = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+    factor = 0.8782488562869419
+    spec = spec_of("qwen3", rope_scaling={**table, "attn_factor": factor})
+    scaling = spec.values["rope_scaling"]
+    assert scaling.attention_factor == pytest.approx(1.0)
+    assert spec != spec_of("qwen3", rope_scaling=table)
+    base = config("qwen3", rope_scaling={**table, "attn_factor": factor}, dtype="float32")
+    assert config_for(spec_from_config(base), base) == (base, [])
+
+
 def test_a_field_that_the_user_vouches_for_is_ignored() -> None:
     values = config(query_multiplier=2.0, attn_clip=8)
     assert spec_from_config(values, ["query_multiplier", "attn_clip"]) == spec_of()
@@ -474,7 +552,104 @@ def test_a_field_that_the_user_vouches_for_is_ignored() -> None:
 
 
 def test_fields_that_say_nothing_are_no_obstacle() -> None:
-    assert spec_of(query_multiplier=None, use_qk_clip=False, layer_types=["full_attention"] * 3) == spec_of()
+    assert spec_of(query_multiplier=None, use_qk_clip=None, layer_types=["full_attention"] * 3) == spec_of()
+
+
+@pytest.mark.parametrize("value", [False, 0, 0.0, "", [], {}])
+def test_a_falsy_value_of_an_unknown_field_may_change_the_model(value: Any) -> None:
+    with pytest.raises(ConversionError, match="does not know: normalize_queries;"):
+        spec_of(normalize_queries=value)
+
+
+#: Fields beyond those of the class, in published models.
+PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
+    "SmolLM2-135M": ("llama", {"is_llama_config": True, "pretraining_tp": 1, "rope_interleaved": False}),
+    "Qwen2.5-1.5B": ("qwen2", {"use_mrope": False, "use_sliding_window": False, "max_window_layers": 28}),
+    "Qwen2.5-7B-Instruct-1M": (
+        "qwen2",
+        {"dual_chunk_attention_config": {"chunk_size": 262144, "original_max_position_embeddings": 262144}},
+    ),
+    "Qwen3-Coder-30B-A3B": (
+        "qwen3_moe",
+        {
+            **{"use_qk_norm": True, "qkv_bias": False, "shared_expert_intermediate_size": 0, "mlp_only_layers": []},
+            **{"max_window_layers": 28, "sliding_window": None, "use_sliding_window": False, "rope_scaling": None},
+        },
+    ),
+    "Qwen3-Next": ("qwen3_next", {"use_sliding_window": False, "num_hidden_layers": 4}),
+    "Phi-4-mini": (
+        "phi3",
+        {
+            **{"attention_bias": False, "mlp_bias": False, "lm_head_bias": False, "full_attn_mod": 1},
+            **{"interpolate_factor": 1, "auto_map": {"AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM"}},
+        },
+    ),
+    "starcoder2-15b": (
+        "starcoder2",
+        {"mlp_type": "default", "norm_type": "layer_norm", "rms_norm_eps": 1e-5, "embedding_dropout": 0.0},
+    ),
+    "DeepSeek-V3": (
+        "deepseek_v3",
+        {"moe_layer_freq": 1, "ep_size": 1, "seq_aux": True, "aux_loss_alpha": 0.001, "pretraining_tp": 1},
+    ),
+    "of trainers": (
+        "llama",
+        {
+            **{"_flash_attn_2_enabled": True, "attn_implementation": "sdpa", "_attn_implementation_internal": None},
+            **{"loss_type": "ForCausalLM", "gradient_checkpointing": True, "seq_length": 2048, "_num_labels": 1},
+            **{"model_max_length": 4096, "tokenizer_model_max_length": 4096, "quantization_config": {}},
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_configs_are_read_as_without_what_decides_nothing(name: str) -> None:
+    model_type, fields = PUBLISHED[name]
+    own = {key: value for key, value in fields.items() if key in OWN_SIZES.get(model_type, SIZES)}
+    assert spec_of(model_type, **fields) == spec_of(model_type, **own)
+
+
+def test_dual_chunk_attention_is_warned_of() -> None:
+    (warning,) = config_notes(config("qwen2", dual_chunk_attention_config={"chunk_size": 7}))
+    assert warning.startswith("warning: config.json has dual_chunk_attention_config={'chunk_size': 7}: vLLM then")
+    assert config_notes(config("qwen2", dual_chunk_attention_config=None)) == []
+
+
+def test_code_of_the_model_s_own_is_said_not_to_be_looked_at() -> None:
+    code = {"AutoModelForCausalLM": "modeling_x.X", "AutoModel": "modeling_x.X", "AutoConfig": "configuration_x.C"}
+    (note,) = config_notes(config(auto_map=code))
+    assert "(modeling_x.X), which was not looked at: it is taken for a llama model" in note
+    for harmless in ({"AutoTokenizer": ["tokenization_x.T", None]}, {"AutoConfig": "configuration_x.C"}, None, []):
+        assert config_notes(config(auto_map=harmless)) == []
+
+
+def test_transformers_attends_to_later_tokens_where_config_json_is_not_causal() -> None:
+    """And where it is null, that depends on the kernel: so null is no absence here."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    def hides_later(kernel: str, **change: Any) -> bool:
+        torch.manual_seed(0)
+        built = AutoConfig.for_model("qwen2", **sizes, **change)
+        model = AutoModelForCausalLM.from_config(built, attn_implementation=kernel).eval()
+        with torch.no_grad():
+            one, other = (model(torch.tensor([[1, 2, last]])).logits[0, 0] for last in (3, 4))
+        return torch.equal(one, other)
+
+    sizes = {**SIZES, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 1}
+    assert [hides_later(kernel) for kernel in ("eager", "sdpa")] == [True, True]
+    assert [hides_later(kernel, is_causal=False) for kernel in ("eager", "sdpa")] == [False, False]
+    assert [hides_later(kernel, is_causal=None) for kernel in ("eager", "sdpa")] == [False, True]
+
+
+def test_a_bidirectional_model_is_another_one_and_stays_it() -> None:
+    spec = spec_of("qwen2", is_causal=False)
+    assert not spec.causal
+    assert spec_of("qwen2", is_causal=True) == spec_of("qwen2") == dataclasses.replace(spec, causal=True)
+    assert spec_from_config(config_from_spec(spec)) == spec
+    base = config("qwen2", is_causal=False, dtype="float32")
+    assert config_for(spec, base) == (base, [])
 
 
 def test_dtypes_are_read_in_both_spellings() -> None:
@@ -500,6 +675,35 @@ def test_families_are_found_by_architecture_then_by_model_type() -> None:
     for torn in ({"architectures": ["Qwen3ForCausalLM"], "model_type": "llama"}, {"architectures": both}):
         with pytest.raises(ConversionError, match="which name different models"):
             family_from_config(torn)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["FSDPQwen2ForCausalLM"],
+        ["OptimizedModule"],
+        ["PeftModelForCausalLM"],
+        ["DistributedDataParallel", "Qwen2ForCausalLM"],
+        ["FSDPPeftModelForCausalLM"],
+    ],
+)
+def test_a_wrapper_s_name_does_not_beat_the_model_s(names: list[str]) -> None:
+    values = {**config("qwen2"), "architectures": names, "dtype": "float32"}
+    assert spec_from_config(values) == spec_of("qwen2")
+    written, _ = config_for(spec_of("qwen2"), values)
+    assert written["architectures"] == ["Qwen2ForCausalLM"]
+
+
+def test_a_head_s_name_is_no_wrapper_s() -> None:
+    for name in (
+        "Qwen2ForSequenceClassification",
+        "PeftModelForSequenceClassification",
+        "FSDPQwen2ForTokenClassification",
+    ):
+        with pytest.raises(ConversionError, match="not supported"):
+            family_from_config({"architectures": [name], "model_type": "qwen2"})
+    with pytest.raises(ConversionError, match="not supported"):
+        family_from_config({"architectures": ["OptimizedModule"]})
 
 
 MARKS = ("_attn_implementation_autoset", "is_llama_config", "max_sequence_length", "transformers.js_config")

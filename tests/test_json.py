@@ -120,7 +120,7 @@ def test_every_property_of_a_model_is_documented() -> None:
 )
 def test_the_check_sees_what_is_wrong(change: Callable[[dict[str, Any]], Any], fault: str) -> None:
     report: dict[str, Any] = dict.fromkeys(OBJECTS["plan"]["properties"])
-    report |= {"obstacle": None, "rate": 0.5}
+    report |= {"obstacle": None, "rate_least": 0.5}
     change(report)
     check = Check()
     check.value(report, {"$ref": "#/$defs/plan"}, "plan")

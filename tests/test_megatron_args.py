@@ -156,7 +156,7 @@ def test_the_cases_change_every_property() -> None:
     }
     decided_elsewhere = {"family", "dtype", "vocab_size"}
     folded_into_weights = {"residual_multiplier"}
-    inexpressible_ones = {"block_experts", "block_expert_size", "router_norm", "parallel_block", "head_bias"}
+    inexpressible_ones = {"causal", "block_experts", "block_expert_size", "router_norm", "parallel_block", "head_bias"}
     every = {name for spec in KINDS.values() for name in spec.values}
     assert changed == every - decided_elsewhere - folded_into_weights - inexpressible_ones
 
@@ -263,7 +263,16 @@ def test_plain_args_leaves_out_what_weights_only_loading_refuses() -> None:
         ({"activation": GELU}, "a gated MLP with gelu"),
         ({"gated": False}, "an MLP of silu without a gate"),
         ({"activation": GELU_TANH, "gated": False}, "the tanh form of GELU in an MLP without biases"),
-        ({"rope_scaling": RopeScaling("yarn", 4.0)}, "YaRN outside multi-latent attention"),
+        ({"causal": False}, "attention to later tokens"),
+        ({**LATENT, "causal": False}, "attention to later tokens"),
+        ({"rope_scaling": RopeScaling("yarn", 4.0)}, "YaRN by 4 outside multi-latent attention"),
+        ({**LATENT, "rope_scaling": RopeScaling("linear", 2.0)}, "linear RoPE scaling by 2 in multi-latent attention"),
+        ({**LATENT, "rope_scaling": RopeScaling("llama3", 8.0)}, "llama3 RoPE scaling by 8 in multi-latent attention"),
+        (
+            {**LATENT, "rope_scaling": RopeScaling("yarn", 4.0, attention_factor=1.5)},
+            "attention factor of its own, 1.5",
+        ),
+        ({**LATENT, "rope_scaling": RopeScaling("yarn", 4.0, truncate=False)}, "YaRN without truncation"),
         ({**LATENT, "rope_scaling": RopeScaling("yarn", 4.0)}, "YaRN with beta_fast, .* of 32, 1 and 8192"),
         (
             {**MOE, "moe_router_topk": 4, "moe_router_num_groups": 4, "moe_router_group_topk": 4},

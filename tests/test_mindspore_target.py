@@ -465,5 +465,5 @@ def test_no_other_format_is_written_beside_them(to: str, hf_model: HFModel, tmp_
     write(hf_model("llama2"), tmp_path / "ms")
     before = left_in(tmp_path / "ms")
     run = verb("convert", hf_model("qwen2"), tmp_path / "ms", "--to", to, "--overwrite")
-    refused(run, f"holds a model of another format ({MAP}); save elsewhere")
+    refused(run, f"holds a model of another format ({MAP})", "save elsewhere")
     assert left_in(tmp_path / "ms") == before

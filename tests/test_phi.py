@@ -119,7 +119,7 @@ def test_published_config_is_read_and_written() -> None:
     [
         ("qk_layernorm", True, "qk_layernorm=True; only False can be converted"),
         ("hidden_act", "silu", "hidden_act='silu'; only 'gelu_new'"),
-        ("rope_scaling", {"type": "longrope"}, "RoPE scaling of type 'longrope'; supported are"),
+        ("rope_scaling", {"type": "xdrope"}, "RoPE scaling of type 'xdrope'; supported are"),
     ],
 )
 def test_what_it_does_not_have_is_refused(key: str, value: object, words: str) -> None:

@@ -19,7 +19,7 @@ from megatron_converters.formats.huggingface.target import HFOptions, HFTarget
 from megatron_converters.formats.megatron.opening import open_megatron
 from megatron_converters.formats.megatron.rank_files_target import MegatronTarget
 from megatron_converters.formats.megatron.writing import MegatronOptions
-from tests.helpers import TRACKER
+from tests.helpers import TRACKER, refused, verb
 
 HFModel = Callable[..., Path]
 TOKENIZER = json.dumps({"model": {"type": "BPE", "vocab": {"a": 0, "b": 1}, "merges": []}})
@@ -75,6 +75,33 @@ def test_a_link_in_the_place_of_a_checkpoint(hf_model: HFModel, tmp_path: Path) 
     options = MegatronOptions(overwrite=True)
     convert(HFSource(hf_model("llama2")), MegatronTarget(tmp_path, options), None, Silent())
     assert (tmp_path / "iter_0000001" / "conversion.json").exists() and not (tmp_path / "iter_0000001").is_symlink()
+
+
+#: A file that makes readers take a folder for one of a format, and another format, which may then not be written there.
+BESIDE = [
+    ("config.json", "megatron"),
+    ("model-00001-of-00002.safetensors", "megatron"),
+    ("consolidated.safetensors", "megatron"),
+    ("consolidated.00.pth", "megatron"),
+    ("consolidated.00.pth", "hf"),
+    (TRACKER, "hf"),
+    ("mp_rank_00/model_optim_rng.pt", "hf"),
+    (".metadata", "hf"),
+]
+
+
+@pytest.mark.parametrize(("name", "to"), BESIDE)
+def test_a_folder_never_holds_two_formats(hf_model: HFModel, name: str, to: str, tmp_path: Path) -> None:
+    """It could not be read again without --from; --overwrite would replace none of the other model's files."""
+    (tmp_path / "out" / name).parent.mkdir(parents=True)
+    (tmp_path / "out" / name).write_text("{}")
+    words = f"{tmp_path / 'out'} holds a model of another format ({name.partition('/')[0]})"
+    command = (hf_model("llama2"), tmp_path / "out", "--to", to)
+    for more in ((), ("--overwrite",)):
+        refused(verb("convert", *command, *more), words, "save elsewhere")
+    planned = verb("plan", *command, "--no-measure")
+    assert planned.code == 1 and f"obstacle: {words}" in planned.out
+    assert [path for path in (tmp_path / "out").rglob("*") if path.is_file()] == [tmp_path / "out" / name]
 
 
 def test_what_another_has_saved_meanwhile_stays(hf_model: HFModel, tmp_path: Path) -> None:

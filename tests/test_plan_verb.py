@@ -13,7 +13,11 @@ from typing import Any
 
 import pytest
 
+import megatron_converters as mc
 from megatron_converters.basics.errors import ConversionError
+from megatron_converters.cli.verbs import plan as plan_verb
+from megatron_converters.conversion import estimate
+from megatron_converters.conversion.dry_run import FilePlan
 from megatron_converters.conversion.staging import Staging, check_place
 from tests.helpers import ROOT, refused, succeeded, verb
 from tests.sparse import PUBLISHED, sparse_hf
@@ -71,10 +75,75 @@ def test_the_words_of_a_plan(hf_model: HFModel, tmp_path: Path) -> None:
         "rows of vocabulary padding",
         "GB free: enough",
         "memory  about",
-        "time    about",
+        "an estimate: a short sample, flushed to this disk, took ",
     ):
         assert words in run.out
     assert not (tmp_path / "out").exists()
+
+
+def test_files_that_differ_in_nothing_but_their_names_have_one_row(hf_model: HFModel, tmp_path: Path) -> None:
+    command = ("plan", hf_model("llama2"), tmp_path / "out", "--tp", "4", "--pp", "2", "--no-measure")
+    rows = succeeded(verb(*command)).out.split("\n\n")[1].splitlines()
+    assert rows[0].split() == ["file", "tensors", "bytes", "each", "padding", "rows"]
+    names = [row.partition("  ")[0] for row in rows[1:]]
+    assert names[0] == "mp_rank_00_000/model_optim_rng.pt"  # without padding
+    assert [name.partition("/")[0] for name in names if name.endswith(" and 1 alike")] == [
+        "mp_rank_02_000",
+        "mp_rank_02_001",
+    ]
+    assert len(names) == 6
+    listed = json.loads(verb(*command, "--json").out)["files"]
+    assert len(listed) == 8
+
+
+def test_many_kinds_of_files_are_counted() -> None:
+    rows = list(plan_verb._table({str(number): FilePlan(1, number, number) for number in range(64)}))
+    assert len(rows) == 34 and rows[-1] == "… and 32 more files (--json lists all)"
+    assert [row.split()[0] for row in rows[1:4]] == ["0", "1", "2"]
+
+
+class SlowDisk:
+    """A disk that takes its time, and seconds that pass when it says so."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, bytes_per_second: float) -> None:
+        self.now, self._waiting, self._rate = 0.0, 0, bytes_per_second
+        self.flushed: list[int] = []
+        real = os.pwrite
+
+        def pwrite(fd: int, data: bytes, at: int) -> int:
+            self._waiting += len(data)
+            return real(fd, data, at)
+
+        monkeypatch.setattr(os, "pwrite", pwrite)
+        monkeypatch.setattr(os, "fsync", self._fsync)
+        monkeypatch.setattr(estimate.time, "monotonic", lambda: self.now)
+
+    def _fsync(self, fd: int) -> None:
+        self.now += self._waiting / self._rate
+        self.flushed.append(self._waiting)
+        self._waiting = 0
+
+
+@pytest.mark.parametrize("megabytes", [10, 300, 2000])
+def test_the_time_is_that_of_the_disk(megabytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not that of the system's memory; a slow disk is asked for little."""
+    source = sparse_hf(PUBLISHED["Llama-3.2-1B"], tmp_path / "hf")
+    disk = SlowDisk(monkeypatch, megabytes * 1e6)
+    planned = mc.plan(source, tmp_path / "out", tp=2, measured=True)
+    assert planned.seconds_least is not None and planned.seconds_most is not None
+    assert (planned.rate_least, planned.rate_most) == pytest.approx((megabytes * 1e6,) * 2, rel=0.01)
+    assert planned.seconds_least <= 0.4 + planned.left / (megabytes * 1e6) * 1.01 < planned.seconds_most
+    assert disk.now <= 0.45 and disk.flushed[0] >= 4 << 20
+    assert len(disk.flushed) == {10: 1, 300: 4, 2000: 6}[megabytes]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf"]
+
+
+def test_a_disk_that_is_nearly_full_is_not_measured(
+    hf_model: HFModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("megatron_converters.conversion.dry_run.free_space", lambda _: 100 << 20)
+    planned = mc.plan(hf_model("llama2"), tmp_path / "out", tp=2, measured=True)
+    assert (planned.rate_most, planned.seconds_most) == (None, None)
 
 
 def test_what_is_in_the_way_is_said(hf_model: HFModel, tmp_path: Path) -> None:
@@ -166,7 +235,7 @@ limit = int(sys.argv[3])
 resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
 from megatron_converters.conversion import staging
 from megatron_converters.conversion.run import convert
-from megatron_converters.conversion.crew import Report
+from megatron_converters.conversion.crew import Alone
 from megatron_converters.formats.huggingface.source import HFSource
 from megatron_converters.formats.megatron.writing import MegatronOptions
 from megatron_converters.formats.megatron.rank_files_target import MegatronTarget
@@ -174,12 +243,10 @@ from megatron_converters.conversion.progress import Silent
 
 staging.check_space.__globals__["free_space"] = lambda folder: 10**15
 
-class Crew:
+class Crew(Alone):
     rank, size = 0, 8 * 126
     def exchange(self, report):
         return [report] * self.size
-    def close(self):
-        pass
 
 convert(HFSource(Path(sys.argv[1])), MegatronTarget(Path(sys.argv[2]), MegatronOptions(tp=8, pp=126)), None, Silent(), crew=Crew())
 """

@@ -253,6 +253,20 @@ def test_our_loader_of_mindspore_s_weights(family: str, hf_model: HFModel, tools
     assert (args.num_query_groups, args.ffn_hidden_size, args.bf16) == (4, 112, True)
 
 
+def test_a_saver_that_is_not_ours_gets_no_model_that_megatron_lacks(
+    hf_model: HFModel, tools: Path, tmp_path: Path
+) -> None:
+    """It would write another model without saying so; ours say it themselves."""
+    source = shutil.copytree(hf_model("qwen2"), tmp_path / "hf")
+    (source / "config.json").write_text(json.dumps({**config_of(source), "is_causal": False}))
+    keep = ("--keep", tmp_path / "messages.pt")
+    run = stock(tools, "llama_mistral", "keeping", source, tmp_path / "out", *keep)
+    refused(run, "attention to later tokens", "--allow-inexpressible", code=run.code)
+    run = stock(tools, "llama_mistral", "keeping", source, tmp_path / "out", *keep, "--allow-inexpressible")
+    assert "will not compute attention to later tokens" in run.out + run.err
+    assert torch.load(tmp_path / "messages.pt", weights_only=False)[-1] == "done"
+
+
 def test_a_stock_saver_needs_a_divisor(hf_model: HFModel, tools: Path, tmp_path: Path) -> None:
     """saver_base hands `make_vocab_size_divisible_by` to Megatron's parser, unless it is None."""
     keep = tmp_path / "messages.pt"

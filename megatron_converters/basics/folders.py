@@ -11,11 +11,13 @@ from .errors import ConversionError, MissingPath, UsageError
 
 
 def existing_folder(path: str | os.PathLike[str]) -> Path:
-    """Path of a folder that is there; raises `MissingPath` for any other."""
+    """Path of a folder that is there; raises `UsageError` for a file, `MissingPath` where nothing is."""
     folder = new_folder(path)
-    if not _asked(path, folder.is_dir):
-        raise MissingPath(f"{path} is no folder; give one that exists")
-    return folder
+    if _asked(path, folder.is_dir):
+        return folder
+    if _asked(path, folder.exists):
+        raise UsageError(f"{path} is a file, but a folder is needed here; the one that it lies in is {folder.parent}")
+    raise MissingPath(f"{path} is no folder; give one that exists")
 
 
 def existing_path(path: str | os.PathLike[str]) -> Path:

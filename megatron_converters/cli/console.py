@@ -18,6 +18,7 @@ from ..basics.errors import ConversionError, Interrupted, reason_of
 from ..basics.exit_codes import ANY, FAILED, INTERRUPTED, USAGE, ExitCodes
 from ..basics.json_values import finite
 from ..basics.streams import write
+from .interrupts import watched
 
 #: Open files that a process may need at most: one for each file that is read, and those being written.
 _OPEN_FILES = 65536
@@ -81,12 +82,13 @@ def program(script: str, command: str) -> str:
 
 @contextmanager
 def exit_on_error(program: str, codes: ExitCodes = ANY, *, as_json: bool = False) -> Iterator[None]:
-    """Context that ends the process on an error: one sentence, no traceback, and the exit code that `codes` has for it.
+    """Context that ends the process on an error, or on Ctrl-C: one sentence, no traceback, the exit code that `codes` has for it.
 
-    With `as_json` the error is an object on standard output, too.
+    With `as_json` the error is an object on standard output, too, unless Ctrl-C has to end the process at once.
     """
     try:
-        yield
+        with watched(program):
+            yield
     except ConversionError as error:
         fail(program, error, codes, as_json=as_json)
     except KeyboardInterrupt:

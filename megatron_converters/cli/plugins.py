@@ -17,14 +17,24 @@ from ..conversion.endpoint import Source, Target
 from ..conversion.progress import make_progress
 from ..conversion.run import convert
 from ..families.scope import family_of
-from ..formats.megatron.arguments import spec_fields, uncut_args
+from ..formats.megatron.arguments import (
+    check_expressible,
+    inexpressible,
+    sent_conventions,
+    spec_fields,
+    uncut_args,
+)
 from ..formats.queue.channel import WatchedProgress, check_exit, try_send
 from ..formats.queue.messages import EXIT
 from ..formats.queue.source import QueueSource
 from ..formats.queue.target import QueueTarget, stream
 from .console import exit_on_error, fail, prepare_process, report
+from .interrupts import watched
 from .options.reading import add_hf_source_arguments, open_hf_source
 from .options.shared import add_argument, add_shared
+
+#: Seconds that an interrupted loader waits for room in the queue, to tell the saver, which is usually interrupted, too.
+_INTERRUPTED_SECONDS = 0.5
 
 
 def add_common_arguments(parser: Any) -> None:
@@ -66,37 +76,54 @@ def run_loader(queue: Any, args: argparse.Namespace, open_source: Callable[[], S
     prepare_process()
     savers = multiprocessing.active_children()
     try:
-        if args.model_type != "GPT":
-            raise UsageError(f"--model-type {args.model_type} cannot be converted; only GPT can")
-        with family_of(getattr(args, "family_file", None)):
-            source = open_source()
-            report(args, f"loading {source.origin.described} ({source.spec.family}, {source.spec.num_layers} layers)")
-            for line in source.origin.urgent:
-                report(args, line)
-            target = QueueTarget(
-                queue,
-                uncut_args,
-                model_type=args.model_type,
-                divisor=getattr(args, "make_vocab_size_divisible_by", None),
-            )
-            stream(source, target, requested_dtype(args))
-        for saver in savers:  # Megatron-LM's own convert.py exits with 0 even if its saver failed
-            check_exit(saver)
+        with watched("loader"):  # under Megatron-LM's convert.py; ours does so itself
+            _load(queue, args, open_source)
+            for saver in savers:  # Megatron-LM's own convert.py exits with 0 even if its saver failed
+                check_exit(saver)
     except ConversionError as error:
         _fail(queue, error)
     except KeyboardInterrupt:
-        _fail(queue, Interrupted())
+        _fail(queue, Interrupted(), _INTERRUPTED_SECONDS)
     except BaseException:
         try_send(queue, EXIT)
         raise
 
 
-def _fail(queue: Any, error: ConversionError) -> NoReturn:
-    """Print the cause, and exit; only then is the saver told, which prints what follows from it."""
+def _fail(queue: Any, error: ConversionError, *seconds: float) -> NoReturn:
+    """Print the cause, and exit; only then is the saver told, within `seconds` if given, which prints what follows from it."""
     try:
         fail("loader", error)
     finally:
-        try_send(queue, EXIT)
+        try_send(queue, EXIT, *seconds)
+
+
+def _load(queue: Any, args: argparse.Namespace, open_source: Callable[[], Source]) -> None:
+    if args.model_type != "GPT":
+        raise UsageError(f"--model-type {args.model_type} cannot be converted; only GPT can")
+    with family_of(getattr(args, "family_file", None)):
+        source = open_source()
+        report(args, f"loading {source.origin.described} ({source.spec.family}, {source.spec.num_layers} layers)")
+        for line in [*source.origin.urgent, *_inexpressible(args, source)]:
+            report(args, line)
+        target = QueueTarget(
+            queue,
+            uncut_args,
+            model_type=args.model_type,
+            divisor=getattr(args, "make_vocab_size_divisible_by", None),
+        )
+        stream(source, target, requested_dtype(args))
+
+
+#: Options of this project's savers, each of which judges itself what it can express.
+_OWN_SAVERS = ("megatron_version", "max_shard_size")
+
+
+def _inexpressible(args: argparse.Namespace, source: Source) -> list[str]:
+    """Warnings of what a saver of another project, which would not say so, loses; raises `ConversionError` unless allowed."""
+    if any(hasattr(args, name) for name in _OWN_SAVERS):
+        return []
+    reasons = inexpressible(sent_conventions(source.spec).spec)
+    return check_expressible(reasons, allowed=getattr(args, "allow_inexpressible", False))
 
 
 def run_saver(queue: Any, args: argparse.Namespace, open_target: Callable[[], Target]) -> None:

@@ -13,7 +13,7 @@ from ..tensor_parallel.numbers import Numbers
 from ..tensor_parallel.presets import LLAMA, MINICPM, PRESETS, Preset
 from .console import exit_on_error, prepare_process, report, warn
 from .options.shared import add_shared
-from .options.values import DTYPES, dtype_word, patterns, positive
+from .options.values import DTYPES, comma_separated, dtype_word, patterns, positive
 from .parser import Parser
 
 #: What the direct converter takes where nothing else says a number.
@@ -86,6 +86,12 @@ def _parser(prog: str, description: str, example: str) -> Parser:
         "--hf_config", metavar="DIR", default=None, help="Reference model: its configuration and tokenizer are taken."
     )
     parser.add_argument(
+        "--ignore_config_fields",
+        metavar="NAMES",
+        default="",
+        help="Unknown fields of its config.json to ignore, by commas.",
+    )
+    parser.add_argument(
         "--true_vocab_size", metavar="N", type=positive, default=None, help="Vocabulary without padding, where unknown."
     )
     parser.add_argument(
@@ -127,6 +133,7 @@ def _run(parser: Parser, argv: Sequence[str]) -> None:
             args.true_vocab_size,
             restart=args.restart,
             download=args.download,
+            ignore_config_fields=comma_separated(args.ignore_config_fields),
             ignore_tensors=patterns(args.ignore_tensors),
         )
         result = to_hf(args.in_dir, args.save_path, wishes, make_progress(args.quiet))

@@ -19,6 +19,7 @@ from ..basics.errors import ConversionError, one_line, reason_of
 from ..conversion.copying import default_lanes
 from ..conversion.journal import MANIFEST, manifest_of, read_manifest
 from ..conversion.progress import Progress
+from ..formats.detect import refuse_part
 from ..formats.megatron.locating import checkpoint_directory
 from ..formats.megatron.writing import TRACKER
 from ..storage import dcp, safetensors, torch_zip
@@ -110,6 +111,8 @@ def find_output(path: Path, name: str | None) -> Path:
     """Output with a manifest: `name` in `path`, `path` itself, or the folder that its tracker file names."""
     if name is not None:
         return path / name
+    if path.is_file() and not manifest_of(path).exists():
+        refuse_part(path)
     if (path / MANIFEST).exists() or not (path / TRACKER).exists():
         return path
     return checkpoint_directory(path, None)

@@ -7,6 +7,7 @@ two threads that write into one file wait for each other. Copying, checksums and
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import queue
 import threading
@@ -66,8 +67,8 @@ class Executor(Generic[S]):
     """Runner of fills and comparisons in a few lanes (threads); `files` is the number of files (or other sinks) to be written.
 
     The lanes call `progress(bytes)` as bytes are written, `filled(file)` when all tensors of a file are, and `lost(fill, count)`
-    for computed elements from which their stored bits cannot be computed again.
-    The first failure stops the rest; the next `fill` or `compare`, or `finish`, raises it.
+    for computed elements from which their stored bits cannot be computed again. While it waits for the lanes, the executor calls
+    `check()`, which may raise. The first failure stops the rest; the next `fill` or `compare`, or `finish`, raises it.
     """
 
     def __init__(
@@ -76,11 +77,12 @@ class Executor(Generic[S]):
         filled: Callable[[S], None] = lambda _: None,
         *,
         lost: Callable[[Fill, int], None] | None = None,
+        check: Callable[[], None] = lambda: None,
         files: int = 1,
         lanes: int | None = None,
     ) -> None:
         self.planner = Planner()
-        self._progress, self._filled, self._lost = progress, filled, lost
+        self._progress, self._filled, self._lost, self._check = progress, filled, lost, check
         self._stopped = False
         self._failure: BaseException | None = None
         self._lock = threading.Lock()
@@ -122,22 +124,33 @@ class Executor(Generic[S]):
 
     def finish(self) -> None:
         """Wait for all queued tasks; raise the first failure."""
-        self._join()
+        self._end_lanes()
+        while not self._ended:
+            self._check()
+            time.sleep(_POLL)
         self._raise_failure()
 
-    def cancel(self) -> None:
-        """Stop as soon as the chunks in flight are done; raises nothing."""
+    def cancel(self, seconds: float = math.inf) -> bool:
+        """Stop as soon as the chunks in flight are done; waits at most `seconds` and returns whether they are. Raises nothing."""
         self._stopped = True
-        self._join()
+        self._end_lanes()
+        deadline = time.monotonic() + seconds
+        while not self._ended and time.monotonic() < deadline:
+            time.sleep(_POLL)
+        return self._ended
 
-    def _join(self) -> None:
+    def _end_lanes(self) -> None:
         for lane in self._lanes:
             lane.put(None)
-        while any(thread.is_alive() for thread in self._threads):
-            time.sleep(_POLL)
+
+    @property
+    def _ended(self) -> bool:
+        return not any(thread.is_alive() for thread in self._threads)
 
     def _submit(self, lane: int, task: Callable[[], None]) -> None:
+        self._check()
         while self._lanes[lane].qsize() >= _MAX_QUEUED and not self._stopped:
+            self._check()
             time.sleep(_POLL)
         self._raise_failure()
         self._lanes[lane].put(task)

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, NoReturn, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from ..basics.errors import ConversionError, Stopped
 
 
 class Report(NamedTuple):
-    """Report of one process to the others: its result or its failure; `resumable` if the run can go on later."""
+    """Report of one process to the others: its result or its failure.
+
+    `resumable` if the run can go on later, `interrupted` if the user stops it.
+    """
 
     value: Any = None
     failure: str | None = None
     resumable: bool = False
+    interrupted: bool = False
 
 
 class Crew(Protocol):
@@ -28,12 +32,39 @@ class Crew(Protocol):
         """Wait for the others; returns all reports, by rank. Raises `Stopped` if a process is gone."""
         ...
 
+    def check(self) -> None:
+        """Raise if another process has failed or is gone, as far as this process knows."""
+        ...
+
+    def release(self) -> Crew | None:
+        """Crew that shows the result, once all files are filled; None in a process that need not wait for it."""
+        ...
+
+    def end_others(self) -> bool:
+        """End the other processes, wherever they are; returns whether none is left that writes."""
+        ...
+
     def close(self) -> None:
         """Leave the crew."""
         ...
 
 
-class Alone:
+class Peers:
+    """Part of crews whose processes stay together to the end, and cannot end each other."""
+
+    def check(self) -> None:
+        """Do nothing: a failure of another shows when reports are exchanged."""
+
+    def release(self: Crew) -> Crew | None:
+        """Return the same crew."""
+        return self
+
+    def end_others(self) -> bool:
+        """Do nothing."""
+        return False
+
+
+class Alone(Peers):
     """Crew of a single process."""
 
     rank = 0
@@ -42,6 +73,10 @@ class Alone:
     def exchange(self, report: Report) -> list[Report]:
         """Return the process's own report."""
         return [report]
+
+    def end_others(self) -> bool:
+        """Do nothing: there are none."""
+        return True
 
     def close(self) -> None:
         """Do nothing."""
@@ -52,20 +87,22 @@ ALONE = Alone()
 
 def meet(crew: Crew, value: Any, failure: BaseException | None) -> list[Any]:
     """Values of all processes, by rank; raises in every process if one of them has failed."""
-    resumable = isinstance(failure, (Stopped, OSError, KeyboardInterrupt))
+    interrupted = isinstance(failure, KeyboardInterrupt)
+    resumable = interrupted or isinstance(failure, (Stopped, OSError))
     text = None if failure is None else str(failure) or type(failure).__name__
-    reports = crew.exchange(Report(value, text, resumable))
+    reports = crew.exchange(Report(value, text, resumable, interrupted))
     if failure is not None:
         raise failure
     for rank, report in enumerate(reports):
         if report.failure is not None:
-            _raise_failure(rank, report)
+            raise failure_of(rank, report)
     return [report.value for report in reports]
 
 
-def _raise_failure(rank: int, report: Report) -> NoReturn:
+def failure_of(rank: int, report: Report) -> ConversionError:
+    """Error that a failed process means for the others."""
     kind = Stopped if report.resumable else ConversionError
-    raise kind(f"process {rank} of the conversion failed: {report.failure}")
+    return kind(f"process {rank} of the conversion failed: {report.failure}")
 
 
 def agree(crew: Crew, values: Sequence[Any], what: str) -> None:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from ..basics.errors import ConversionError, Stopped, UsageError
 from ..basics.packages import need
-from .crew import ALONE, Crew, Report
+from .crew import ALONE, Crew, Peers, Report
 
 #: Longest wait for the other processes to start.
 _RENDEZVOUS_TIMEOUT = timedelta(minutes=10)
@@ -65,8 +65,8 @@ def crew_of_environment() -> Crew:
     return _Cluster(process)
 
 
-class _Cluster:
-    """Crew connected by torch.distributed."""
+class _Cluster(Peers):
+    """Crew connected by torch.distributed. torchrun and srun end the processes of a job that has lost one."""
 
     def __init__(self, process: _Process) -> None:
         self.rank, self.size = process
@@ -90,6 +90,8 @@ class _Cluster:
             ) from error
 
     def exchange(self, report: Report) -> list[Report]:
+        if report.interrupted:  # the others may be busy for long; they find that this one is gone
+            return [report]
         reports: list[Report | None] = [None] * self.size
         try:
             self._dist.all_gather_object(reports, report, group=self._group)

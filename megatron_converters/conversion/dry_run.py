@@ -4,32 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
-import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from ..basics.dtypes import DType
 from ..basics.errors import ConversionError
 from ..model.slots import refs
-from ..storage.tensor import release_mappings
 from .accounting import Accounts
-from .composing import Piece, Planner, StoredName, as_matrix
+from .composing import Piece, Planner, StoredName
 from .computing import Computation
 from .copying import default_lanes
 from .endpoint import Source, Target, wanted_dtype
 from .gathering import CHUNK_BYTES
 from .journal import Journal, describe_run, is_output_of, refuse_other
 from .outline import Fill, Outline
-from .staging import Staging, check_place, free_space, nearest
+from .staging import Staging, check_place, free_space
 from .supplement import awaits_tokenizer
 
-#: Bytes written to measure a rate, and maximum seconds for it.
-_SAMPLE_BYTES = 256 << 20
-_SAMPLE_SECONDS = 2.0
 #: Bytes of memory for Python, numpy and the plan itself (measured by scripts/bench), and for a lane's buffers.
 _BASE_BYTES = 48 << 20
 _LANE_BYTES = 3 * CHUNK_BYTES
@@ -52,7 +45,11 @@ class FilePlan:
 
 @dataclass
 class Forecast:
-    """Result of `plan`. Sizes are in bytes, `rate` in bytes per second; `rate` and `seconds` are None if not measured."""
+    """Result of `plan`. Sizes are in bytes.
+
+    `seconds_least` and `seconds_most` are what the conversion is estimated to take, `rate_least` and `rate_most` the bytes per
+    second with which samples were flushed to the disk; all are None if not measured.
+    """
 
     files: dict[str, FilePlan]
     nbytes: int
@@ -73,8 +70,10 @@ class Forecast:
     complete: bool = False
     #: Reason why the conversion would fail: something at the final place, or another run.
     obstacle: str | None = None
-    rate: float | None = None
-    seconds: float | None = None
+    rate_least: float | None = None
+    rate_most: float | None = None
+    seconds_least: float | None = None
+    seconds_most: float | None = None
     dtypes: dict[str, int] = field(default_factory=dict)
     #: Number of tensors, or parts of them, that are not only copied or cast, by what is computed.
     computed: dict[str, int] = field(default_factory=dict)
@@ -179,38 +178,3 @@ def _output_state(source: Source, target: Target, outline: Outline) -> _OutputSt
     except ConversionError as error:
         return _OutputState(obstacle=str(error))
     return _OutputState(list(finished), obstacle=staging.in_use())
-
-
-def measure(result: Forecast, source: Source, save_dir: Path) -> None:
-    """Set `rate` and `seconds` of a forecast, by a short copy of the source into an unnamed file, which leaves nothing behind."""
-    # Only where the sample takes a small part of the free space.
-    try:
-        rate = _measured_rate(source, nearest(save_dir)) if result.free > 4 * _SAMPLE_BYTES else None
-    finally:
-        release_mappings()
-    if rate:
-        result.rate, result.seconds = rate, result.left / rate
-
-
-def _measured_rate(source: Source, folder: Path) -> float | None:
-    """Rate in bytes per second of copying the source's first tensors to `folder`; None where that is not possible."""
-    try:
-        fd = os.open(folder, os.O_TMPFILE | os.O_WRONLY)
-    except (AttributeError, OSError):  # not every system and file system has unnamed files
-        return None
-    try:
-        start_time, done = time.monotonic(), 0
-        for ref in refs(source.spec):
-            for piece in source.read(ref).pieces:
-                count, cols = as_matrix(piece.data.shape)
-                rows = max(1, CHUNK_BYTES // max(cols * piece.data.dtype.itemsize, 1))
-                for start in range(0, count, rows):
-                    chunk = piece.elements(slice(start, min(start + rows, count)), slice(0, cols))
-                    done += os.pwrite(fd, chunk.tobytes(), done)
-                    if done >= _SAMPLE_BYTES or time.monotonic() - start_time > _SAMPLE_SECONDS:
-                        return done / max(time.monotonic() - start_time, 1e-6)
-        return done / max(time.monotonic() - start_time, 1e-6)
-    except OSError:  # a full disk, which the forecast shows in bytes
-        return None
-    finally:
-        os.close(fd)

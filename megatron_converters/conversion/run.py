@@ -31,6 +31,8 @@ from .supplement import supplement
 T = TypeVar("T")
 #: Seconds that a network file system may take to show what another machine has written.
 _PATIENCE = 60.0
+#: Seconds that lanes have to end what they are writing after a failure. A disk may keep them longer; nothing waits for it.
+_LANE_SECONDS = 1.0
 
 
 def convert(
@@ -73,7 +75,8 @@ class _Run:
         self._staging = Staging(target.save_dir, outline.name)
         self._journal = Journal(self._staging.state)
         self._description = describe_run(outline, source.origin, FAMILIES.file_digest(source.spec.family))
-        self._begun = self._shown = False
+        self._begun = self._shown = self._failed = False
+        self._idle = True
         self._session = ""
         self._open: dict[str, OutputFile] = {}
         self._provenance = Provenance()
@@ -89,6 +92,10 @@ class _Run:
             self._begun = True
             self._together(self._check_folder)
             done = self._together(partial(self._copy, self._take_share(finished)))
+            released = self._crew.release()
+            if released is None:
+                return []
+            self._crew = released
             lines = self._first_alone(partial(self._end, set(finished).union(*done)))
             if finished:
                 lines.insert(
@@ -97,11 +104,11 @@ class _Run:
                 )
         except BaseException as error:
             for file in self._open.values():
-                if not file.closed:
+                if self._idle and not file.closed:  # a lane that hangs must not find another file under its number
                     file.discard()
             reason = Interrupted() if isinstance(error, KeyboardInterrupt) else error
             if self._crew.rank == 0:
-                self._give_up(reason)
+                self._give_up(reason, alone=self._crew.end_others())
             raise reason from error
         finally:
             self._progress.stop()
@@ -177,13 +184,16 @@ class _Run:
 
     def _copy(self, mine: set[str]) -> list[str]:
         """Fill these files; returns them."""
-        executor = Executor(self._progress, self._finish, lost=self._provenance.add_lost, files=len(mine))
+        executor = Executor(
+            self._progress, self._finish, lost=self._provenance.add_lost, check=self._crew.check, files=len(mine)
+        )
         try:
             for number, ref in enumerate(refs(self._source.spec)):
                 self._copy_ref(executor, ref, mine, replicas=number % self._crew.size == self._crew.rank)
             executor.finish()
         except BaseException:
-            executor.cancel()
+            self._failed = True
+            self._idle = executor.cancel(_LANE_SECONDS)
             raise
         self._source.close()
         raise_all(
@@ -224,7 +234,7 @@ class _Run:
 
     def _finish(self, file: OutputFile) -> None:
         """Complete a file and record it; the lane that wrote its last tensor calls this."""
-        file.close()
+        file.close(self._go_on)
         path = str(Path(file.path).relative_to(self._staging.files))
         tensors = self._provenance.take(path)
         checksums = file.checksums()
@@ -237,6 +247,11 @@ class _Run:
             cause = "someone has removed" if session is None else "another run has taken over"
             raise Stopped(f"{cause} {self._staging.path}")
         self._journal.finish(path, file.nbytes, self._outline.outside(path, checksums), tensors)
+
+    def _go_on(self) -> None:
+        """Raise if the run has failed meanwhile: a large file takes long to reach the disk."""
+        if self._failed:
+            raise Stopped("the conversion has failed")
 
     def _end(self, done: set[str]) -> list[str]:
         """Show the result, once every file is finished."""
@@ -268,11 +283,12 @@ class _Run:
         """Look until the result is good or patience ends: files of other machines may take a while to be visible here."""
         deadline = time.monotonic() + (_PATIENCE if self._crew.size > 1 else 0.0)
         while not good(found := look()) and time.monotonic() < deadline:
+            self._crew.check()
             time.sleep(1.0)
         return found
 
-    def _give_up(self, error: BaseException) -> None:
-        """Leave nothing but what the same run can use when it is started again."""
+    def _give_up(self, error: BaseException, *, alone: bool) -> None:
+        """Leave nothing but what the same run can use when it is started again; `alone` if no other process writes there."""
         if not self._staging.held:
             return
         if self._shown:  # the next run takes the hidden folder away
@@ -286,6 +302,8 @@ class _Run:
         if not self._journal.complete and not (finished and worth_keeping):
             self._staging.discard()
             return
+        if alone and self._begun and not self._journal.complete:
+            self._staging.keep_only(list(finished))
         self._staging.leave()
         if resumable and isinstance(error, ConversionError):
             count = f"{len(finished)} of {len(self._outline.files)}"

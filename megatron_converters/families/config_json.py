@@ -10,27 +10,19 @@ from ..basics.dtypes import DType, dtype_named
 from ..basics.errors import ConversionError, UnknownArchitecture, one_line
 from ..model.spec import ModelSpec, PerLayer
 from . import FAMILIES, quantisation
-from .rules_attention import FULL, layer_types
+from .harmless import CONFIG, harmless_warnings, refuse_unknown, unknown_fields
+from .rules import Nested, Rule
+from .rules_attention import FULL, Causal, layer_types
 from .table import Family
 
-#: Keys of config.json that change neither weights nor the arithmetic of a forward pass (transformers PretrainedConfig;
-#: marks left by transformers, nanotron, transformers.js, Unsloth and the converter of the first Llamas).
-HARMLESS = frozenset(
-    """
-    _attn_implementation _attn_implementation_autoset _name_or_path add_cross_attention architectures auto_map
-    bad_words_ids begin_suppress_tokens bos_token_id chunk_size_feed_forward classifier_dropout
-    cross_attention_hidden_size decoder_start_token_id diversity_penalty do_sample dtype early_stopping
-    encoder_no_repeat_ngram_size eos_token_id exponential_decay_length_penalty finetuning_task forced_bos_token_id
-    forced_eos_token_id id2label is_decoder is_encoder_decoder is_llama_config is_qwen2_config label2id length_penalty
-    max_length max_sequence_length min_length model_type no_repeat_ngram_size num_beam_groups num_beams num_return_sequences
-    output_attentions output_hidden_states output_router_logits output_scores pad_token_id prefix pretraining_tp
-    problem_type pruned_heads remove_invalid_values repetition_penalty return_dict return_dict_in_generate
-    router_jitter_noise sep_token_id suppress_tokens task_specific_params temperature tf_legacy_loss
-    tie_encoder_decoder tokenizer_class top_k top_p torch_dtype torchscript transformers.js_config
-    transformers_version typical_p unsloth_fixed unsloth_version use_bfloat16 use_cache
-    """.split()
+#: Rules of every family, which its own may override.
+_COMMON: tuple[Rule, ...] = (Causal(),)
+#: Names that wrappers of a model leave in `architectures`, and the prefix of FSDP2, which renames the model's class.
+_WRAPPERS = (
+    *("OptimizedModule", "PeftModel", "PeftModelForCausalLM"),
+    *("DistributedDataParallel", "FullyShardedDataParallel", "DeepSpeedEngine"),
 )
-
+_WRAPPER_PREFIX = "FSDP"
 
 _SPARSE_HYBRID = "whose layers of lightning attention no GPTModel of Megatron-LM has, so that it cannot be converted"
 #: Architectures and model types that Megatron-LM cannot hold at all, and why.
@@ -38,11 +30,11 @@ _REFUSED = dict.fromkeys(("MiniCPMSALAForCausalLM", "minicpm_sala"), _SPARSE_HYB
 
 
 def family_from_config(config: Mapping[str, Any]) -> Family:
-    """Family that config.json names by `architectures` or, without it, `model_type`; if both are there, they must agree."""
-    architectures = config.get("architectures") or []
-    if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
-        raise ConversionError(f"config.json has architectures={architectures!r}; it must be a list of names")
-    model_type = config.get("model_type")
+    """Family that config.json names by `architectures` or, without it, `model_type`; if both are there, they must agree.
+
+    A wrapper's name counts as none.
+    """
+    model_type, architectures = config.get("model_type"), _architectures(config)
     candidates = [family for family in FAMILIES.values() if family.architecture in architectures or not architectures]
     agreed = [
         family
@@ -67,41 +59,65 @@ def family_from_config(config: Mapping[str, Any]) -> Family:
     )
 
 
+def _architectures(config: Mapping[str, Any]) -> list[str]:
+    """Architectures that config.json names, without those of wrappers around a model."""
+    found = config.get("architectures") or []
+    if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
+        raise ConversionError(f"config.json has architectures={found!r}; it must be a list of names")
+    return [name for name in (each.removeprefix(_WRAPPER_PREFIX) for each in found) if name not in _WRAPPERS]
+
+
 def spec_from_config(config: Mapping[str, Any], ignored: Iterable[str] = ()) -> ModelSpec:
-    """Spec of a model by its config.json. `ignored` names keys that the user says are harmless.
+    """Spec of a model by its config.json. `ignored` names keys that the user says are harmless, `key.inner` one within another.
 
     The dtype is config.json's, or float32 without one; readers of weight files replace it with the files' dtype.
     """
+    quantisation.block_size(config)  # refuses what cannot be read
     family = family_from_config(config)
     _refuse_unclaimed(config, family, ignored)
     fields: dict[str, Any] = {}
-    for rule in family.rules:
+    for rule in _rules(family):
         fields.update(rule.read(config))
     dtype = dtype_named(config.get("torch_dtype") or config.get("dtype") or "float32")
     return ModelSpec.of(family=family.name, dtype=dtype, **fields)
 
 
+def _rules(family: Family) -> tuple[Rule, ...]:
+    return (*_COMMON, *family.rules)
+
+
 def _refuse_unclaimed(config: Mapping[str, Any], family: Family, ignored: Iterable[str]) -> None:
-    quantisation.block_size(config)  # refuses what cannot be read
-    claimed = HARMLESS.union([quantisation.KEY], ignored, *(rule.keys for rule in family.rules))
-    unknown = sorted(key for key, value in config.items() if key not in claimed and value not in (None, False))
+    accepted = {*ignored}
+    claimed = {*quantisation.KEYS, *accepted, *(key for rule in _rules(family) for key in rule.keys)}
     # transformers 5 writes layer_types for every architecture; full attention in all layers is what others leave out.
     if all(kind == FULL for kind in layer_types(config)):
-        unknown = [key for key in unknown if key != "layer_types"]
-    if unknown:
-        names = [one_line(key) for key in unknown]
-        raise ConversionError(
-            f"config.json has fields that the {family.name} family does not know: {', '.join(names)}; "
-            "they may change what the model computes. If they do not, pass "
-            f"--ignore-config-fields {','.join(names)}"
+        claimed.add("layer_types")
+    nested = [name for rule in _rules(family) if isinstance(rule, Nested) for name in rule.unread(config)]
+    unknown = [name for name in nested if accepted.isdisjoint((name, name.partition(".")[0]))]
+    refuse_unknown("config.json", family.name, [*unknown_fields(config, claimed, CONFIG), *unknown])
+
+
+def config_notes(config: Mapping[str, Any]) -> list[str]:
+    """What a user should know of a config.json that is read: fields that other programs heed, and code that is not looked at."""
+    family = family_from_config(config)
+    notes = [*harmless_warnings("config.json", config, CONFIG)]
+    notes += [note for key, note in family.remarks.items() if config.get(key)]
+    auto_map = config.get("auto_map")
+    listed = auto_map.items() if isinstance(auto_map, Mapping) else ()
+    code = dict.fromkeys(one_line(value) for key, value in listed if key.startswith("AutoModel"))
+    if code:
+        notes.append(
+            f"config.json names code of its own for the model ({', '.join(code)}), which was not looked at: it is taken for a "
+            f"{family.name} model"
         )
+    return notes
 
 
 def config_from_spec(spec: ModelSpec) -> dict[str, Any]:
     """Complete config.json object for the spec. Raises `ConversionError` naming the fields that the family cannot express."""
     family = FAMILIES[spec.family]
     config: dict[str, Any] = {"architectures": [family.architecture], "model_type": family.model_type}
-    for rule in family.rules:
+    for rule in _rules(family):
         for key, value in rule.write(spec).items():
             config.setdefault(key, _of_all(value))
     config = {**config, "torch_dtype": spec.dtype.name, "use_cache": True}
@@ -182,7 +198,7 @@ def config_for(
         return written, []
     family = FAMILIES[spec.family]
     config = dict(base)
-    for rule in family.rules:
+    for rule in _rules(family):
         if rule.read(base) != {name: spec.values.get(name) for name in rule.read(base)}:
             config = {key: value for key, value in config.items() if key not in rule.keys}
             config.update({key: written[key] for key in rule.write(spec)})

@@ -13,7 +13,7 @@ from .entries import implied, tensor
 from .llama import ATTENTION, DENSE, MLP, SIZES
 from .mixtures import EXPERTS, PREDICTION, PREDICTION_LAYER, PREDICTION_REPLICAS, shared_experts
 from .rules import Fixed, Passed, Row
-from .rules_attention import LINEAR, YARN, Rope
+from .rules_attention import Rope
 from .rules_experts import ExpertGroups, FirstDense, SharedExperts
 from .table import Family
 
@@ -31,7 +31,7 @@ LATENT = {
 _TENSORS = {**LATENT, **EXPERTS, **shared_experts(MLP + "shared_experts.")}
 _RULES = (
     *SIZES,
-    Rope(partial=None, scalings=(LINEAR, YARN)),
+    Rope(),
     Row("kv_lora_rank", "kv_lora_rank", 512),
     Row("qk_head_dim", "qk_nope_head_dim", 128),
     Row("qk_pos_emb_head_dim", "qk_rope_head_dim", 64),

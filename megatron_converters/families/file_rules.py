@@ -12,7 +12,7 @@ from . import rules_experts as experts
 from .defaults import Product, Quotient, SameAs
 from .llama import query_groups
 from .place import Check, Place, chosen, listed, mapping, number, only, or_null, scalar, switch, text, texts, whole
-from .rules import Fixed, Implied, Named, Passed, Reciprocal, Row, Rule, overridden
+from .rules import Fixed, Implied, Named, Passed, Reciprocal, Restated, Row, Rule, overridden
 from .rules_scales import DepthScale, WidthScale
 
 #: Properties that a rule may decide; the others are decided elsewhere.
@@ -101,6 +101,7 @@ RULES: Mapping[str, Form] = {
     "named": Form(Named, {**_FIELD_AND_KEY, "names": _names}, {"default": scalar}),
     "reciprocal": Form(Reciprocal, _FIELD_AND_KEY, {"default": number}),
     "fixed": Form(Fixed, {"key": text, "value": scalar}),
+    "restated": Form(Restated, {"key": text, "value": scalar}),
     "implied": Form(Implied, {"field": _decided, "value": _computed}),
     "passed": Form(Passed, {"keys": texts}, whole=True),
     "query_groups": Form(query_groups, optional={"absent": or_null(whole)}),

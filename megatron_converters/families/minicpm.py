@@ -13,7 +13,7 @@ from .defaults import IfAbsent, Quotient
 from .entries import tensor
 from .llama import ATTENTION, DENSE, DERIVED_HEAD_DIM, MLP, QKV_BIAS, SIZES, query_groups
 from .rules import Fixed, Passed, Row, overridden
-from .rules_attention import DYNAMIC, LONGROPE, Rope
+from .rules_attention import DYNAMIC, LINEAR, LLAMA3, LONGROPE, Rope
 from .rules_experts import OptionalExperts
 from .rules_scales import DepthScale, WidthScale
 from .table import Family
@@ -78,7 +78,8 @@ MINICPM3 = Family(
                 Row("tied", "tie_word_embeddings", True),
             ],
         ),
-        Rope(partial=None, scalings=(LONGROPE, DYNAMIC)),
+        # YaRN is left out: what Megatron-LM's multi-latent attention makes of it is DeepSeek's, and not this class's.
+        Rope(scalings=(LINEAR, LLAMA3, LONGROPE, DYNAMIC)),
         Row("q_lora_rank", "q_lora_rank", IfAbsent("q_lora_rank", 768)),
         Row("kv_lora_rank", "kv_lora_rank", 256),
         Row("qk_head_dim", "qk_nope_head_dim", 64),

@@ -7,7 +7,7 @@ from ..model.layouts import GATED, SAME
 from ..model.tables import Entry
 from .entries import tensor
 from .llama import DENSE, DERIVED_HEAD_DIM, LAYER, MLP, PROJ_BIAS, QK_NORM, QKV_BIAS, SIZES, query_groups
-from .rules import Fixed, Implied, Row
+from .rules import Fixed, Implied, Restated, Row
 from .rules_attention import NoWindow, Rope, Window
 from .rules_experts import DenseLayers, Experts, NormTopkProb
 from .table import Family
@@ -74,6 +74,7 @@ MIXTRAL = Family(
         Row("moe_ffn_hidden_size", "intermediate_size"),
         Row("moe_aux_loss_coeff", "router_aux_loss_coef", 0.001),
         Implied("moe_router_pre_softmax", False),
+        Restated("norm_topk_prob", True),
     ),
 )
 
@@ -127,6 +128,7 @@ QWEN3_MOE = Family(
         Row("moe_router_topk", "num_experts_per_tok", 8),
         Row("moe_ffn_hidden_size", "moe_intermediate_size", 768),
         Implied("qk_norm", EACH_HEAD),
+        Restated("use_qk_norm", True),  # Qwen3-Coder-30B-A3B-Instruct
     ),
 )
 
@@ -151,5 +153,6 @@ OLMOE = Family(
         Row("moe_ffn_hidden_size", "intermediate_size"),
         Row("moe_aux_loss_coeff", "router_aux_loss_coef", 0.01),
         Implied("qk_norm", ALL_HEADS),
+        Restated("use_qk_norm", True),
     ),
 )

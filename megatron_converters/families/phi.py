@@ -2,7 +2,7 @@
 
 Phi computes attention and MLP in parallel on one norm, and has a bias in its head; Megatron-LM has neither. Phi-3 is a Llama with
 fused qkv and gate_up. The heads of both rotate in part. Names and defaults: transformers 5.23, models/phi and models/phi3.
-LongRoPE, which long-context variants of Phi-3 have, is refused: Megatron-LM has none.
+LongRoPE, which long-context variants of Phi-3 have, cannot be expressed: Megatron-LM has none.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from ..model.layouts import GATED, GROUPED_QKV, joined
 from .entries import implied, linear, tensor
 from .llama import ATTENTION, DENSE, DERIVED_HEAD_DIM, LAYER, MLP, SIZES, query_groups
 from .rules import Fixed, Named, Passed, Row, overridden
-from .rules_attention import DYNAMIC, LINEAR, LLAMA3, Rope, Window
+from .rules_attention import LINEAR, LLAMA3, LONGROPE, Rope, Window
 from .table import Family
 
 _GELUS = {"gelu_new": GELU_TANH, "gelu_pytorch_tanh": GELU_TANH, "gelu": GELU}
@@ -41,7 +41,7 @@ PHI = Family(
         ),
         query_groups(),
         DERIVED_HEAD_DIM,
-        Rope(partial=0.5, scalings=(LINEAR, DYNAMIC)),
+        Rope(partial=0.5),
         Row("max_position_embeddings", "max_position_embeddings", 2048),
         *implied(parallel_block=True, head_bias=True, normalization=LAYER_NORM, gated=False),
         *implied(qkv_bias=True, proj_bias=True, mlp_bias=True),
@@ -63,12 +63,10 @@ PHI3 = Family(
         *SIZES,
         query_groups(),
         DERIVED_HEAD_DIM,
-        # Its LongRoPE has other keys, and two sets of factors that differ; it is not supported yet.
-        Rope(partial=1.0, scalings=(LINEAR, LLAMA3)),
+        Rope(partial=1.0, scalings=(LINEAR, LLAMA3, LONGROPE), original=4096),
         Window(default=None),
         Row("norm_epsilon", "rms_norm_eps", 1e-5),
         Row("max_position_embeddings", "max_position_embeddings", 4096),
-        # Dropout outside attention, and a length that only LongRoPE uses.
-        Passed(("resid_pdrop", "embd_pdrop", "original_max_position_embeddings")),
+        Passed(("resid_pdrop", "embd_pdrop")),  # dropout outside attention
     ),
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..model.layers import EACH_HEAD
 from .llama import DENSE, DERIVED_HEAD_DIM, PROJ_BIAS, QK_NORM, QKV_BIAS, SIZES, query_groups
-from .rules import Implied, Row
+from .rules import Implied, Restated, Row
 from .rules_attention import Rope, SwitchedWindow
 from .table import Family
 
@@ -21,6 +21,7 @@ QWEN2 = Family(
         SwitchedWindow(),
         Row("max_position_embeddings", "max_position_embeddings", 32768),
         Implied("qkv_bias", True),
+        Restated("qkv_bias", True),
     ),
 )
 
@@ -39,5 +40,6 @@ QWEN3 = Family(
         Row("qkv_bias", "attention_bias", False),
         Row("proj_bias", "attention_bias", False),
         Implied("qk_norm", EACH_HEAD),
+        Restated("use_qk_norm", True),
     ),
 )

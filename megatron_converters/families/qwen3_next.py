@@ -12,7 +12,7 @@ from ..model.values import Affine
 from .entries import implied, tensor
 from .llama import ATTENTION, DENSE, LAYER, MLP, QK_NORM, SIZES, query_groups
 from .mixtures import EXPERTS, shared_experts
-from .rules import Fixed, Row
+from .rules import Fixed, Restated, Row
 from .rules_attention import LinearAttention, Rope
 from .rules_experts import DenseLayers, Experts, NormTopkProb
 from .table import Family
@@ -63,6 +63,7 @@ QWEN3_NEXT = Family(
         Row("moe_aux_loss_coeff", "router_aux_loss_coef", 0.001),
         Fixed("attention_bias", False),
         *implied(zero_centred=True, qk_norm=EACH_HEAD, attention_output_gate=True, shared_gate=True),
+        Restated("use_qk_norm", True),
         Row("mtp_num_layers", "num_nextn_predict_layers", 0),
     ),
     mtp_layer="mtp.layers.{layer}.",

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from ..basics.errors import ConversionError
 from ..model.layers import TOO_MANY_LAYERS, is_whole
@@ -34,6 +34,15 @@ class Rule(Protocol):
     def keys(self) -> tuple[str, ...]: ...
     def read(self, config: Config) -> dict[str, Any]: ...
     def write(self, spec: ModelSpec) -> dict[str, Any]: ...
+
+
+@runtime_checkable
+class Nested(Protocol):
+    """Rule whose key has an object as its value."""
+
+    def unread(self, config: Config) -> list[str]:
+        """Fields of that object, as `key.field`, that the rule does not know."""
+        ...
 
 
 def overridden(inherited: Sequence[Rule], own: Sequence[Rule]) -> tuple[Rule, ...]:
@@ -95,6 +104,29 @@ class Fixed:
 
     def write(self, _: ModelSpec) -> dict[str, Any]:
         return {self.key: self.value}
+
+
+@dataclass(frozen=True)
+class Restated:
+    """A config key that says what the architecture does anyway, in files of some programs: it may be absent; it is not written."""
+
+    key: str
+    value: Any
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        return (self.key,)
+
+    def read(self, config: Config) -> dict[str, Any]:
+        value = config.get(self.key)
+        if value not in (None, self.value):
+            raise ConversionError(
+                f"config.json has {self.key}={value!r}; the architecture has {self.value!r}, and only that can be converted"
+            )
+        return {}
+
+    def write(self, _: ModelSpec) -> dict[str, Any]:
+        return {}
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from types import NoneType
 from typing import Any
 
 from ..basics.errors import ConversionError
@@ -11,8 +13,20 @@ from ..model.spec import ModelSpec
 from .rules import Config, layer_count, list_of_names, per_layer
 
 LINEAR, LLAMA3, YARN, LONGROPE, DYNAMIC = "linear", "llama3", "yarn", "longrope", "dynamic"
+_ORIGINAL, ATTN_FACTOR = "original_max_position_embeddings", "attn_factor"
 #: Older names of kinds of scaling.
 _RENAMED = {"su": LONGROPE}
+
+
+def _table(config: Config) -> tuple[str, Any]:
+    """Key and value of what config.json says of scaling; the order is that of transformers."""
+    name = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
+    return name, config.get(name) or {}
+
+
+def _kind(table: dict[str, Any]) -> str:
+    kind = str(table.get("rope_type") or table.get("type") or "default")
+    return _RENAMED.get(kind, kind)
 
 
 @dataclass(frozen=True)
@@ -20,25 +34,42 @@ class Rope:
     """Rotary base and scaling, in transformers 4's spelling (rope_theta, rope_scaling) or 5's (rope_parameters).
 
     Written in the older spelling, which both read. `partial` is the default of `partial_rotary_factor`, None where the
-    architecture rotates whole heads. `scalings` are the kinds of scaling that can be converted, besides none.
+    architecture rotates whole heads. `scalings` are the kinds of scaling that the architecture's class computes, besides none;
+    which of them Megatron-LM can express is another question. `original` is the default of `original_max_position_embeddings`,
+    where the class has this key outside of the scaling, and then heeds no other.
     """
 
     default_theta: float = 10000.0
     partial: float | None = None
-    scalings: tuple[str, ...] = (LINEAR, LLAMA3, LONGROPE, DYNAMIC)
-    keys: tuple[str, ...] = ("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor")
+    scalings: tuple[str, ...] = (LINEAR, LLAMA3, YARN, LONGROPE, DYNAMIC)
+    original: int | None = None
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        own = () if self.original is None else (_ORIGINAL,)
+        return ("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor", *own)
 
     def read(self, config: Config) -> dict[str, Any]:
-        table = config.get("rope_scaling") or config.get("rope_parameters") or {}  # the same order as in transformers
+        _, table = _table(config)
         if not isinstance(table, dict):
             raise ConversionError(f"config.json has {table!r} for its rotary embeddings; it must be an object or null")
         if any(isinstance(value, dict) for value in table.values()):
             raise ConversionError("config.json has rotary embeddings that differ by layer type; that is not supported")
-        kind = str(table.get("rope_type") or table.get("type") or "default")
         theta = table.get("rope_theta", config.get("rope_theta")) or self.default_theta
-        scaling = self._scaling(_RENAMED.get(kind, kind), table, config)
+        scaling = self._scaling(_kind(table), table, config)
         found = {"rotary_base": number(theta, "rope_theta"), "rope_scaling": scaling}
         return {**found, **self._percent(table, config)}
+
+    def unread(self, config: Config) -> list[str]:
+        """Fields of the scaling that its kind does not know; none where `read` refuses the whole."""
+        name, table = _table(config)
+        if not isinstance(table, dict) or any(isinstance(value, dict) for value in table.values()):
+            return []
+        kind = _kind(table)
+        if kind not in ("default", *self.scalings):
+            return []
+        known = {*_BESIDE, *_OTHER_KEYS.get(kind, ()), *(key for keys in _SCALING_KEYS.get(kind, ()) for key in keys)}
+        return [f"{name}.{key}" for key, value in table.items() if key not in known and value is not None]
 
     def _percent(self, table: dict[str, Any], config: Config) -> dict[str, Any]:
         given = [where.get("partial_rotary_factor") for where in (table, config)]
@@ -61,34 +92,71 @@ class Rope:
             raise ConversionError(
                 "config.json has dynamic RoPE scaling with alpha, another rotary base; that is not supported"
             )
-        required, optional = _SCALING_KEYS[kind]
-        values: dict[str, Any] = {key: _required(table, key, kind) for key in required}
-        values |= {key: number(table[key], key) for key in optional if table.get(key) is not None}
-        if "original_max_position_embeddings" in values:
-            values["original_max_position_embeddings"] = int(values["original_max_position_embeddings"])
-        if kind == LONGROPE and "factor" not in values:
-            values["factor"] = _extension(values["original_max_position_embeddings"], config)
-        return RopeScaling(kind, **values)
+        if self.original is not None:
+            table = {**table, _ORIGINAL: config.get(_ORIGINAL, self.original)}
+        return _scaling_of(kind, table, config)
 
     def write(self, spec: ModelSpec) -> dict[str, Any]:
         theta = number(spec.values.get("rotary_base"), "rotary_base")
         base = int(theta) if float(theta).is_integer() else theta
-        written = {"rope_theta": base, "rope_scaling": written_scaling(spec.values["rope_scaling"])}
+        scaling = written_scaling(spec.values["rope_scaling"])
+        written: dict[str, Any] = {"rope_theta": base, "rope_scaling": scaling}
+        if self.original is not None and scaling is not None and _ORIGINAL in scaling:
+            written[_ORIGINAL] = scaling[_ORIGINAL]
         return written if self.partial is None else {**written, "partial_rotary_factor": spec.values["rotary_percent"]}
 
 
 #: Keys of each kind of scaling in config.json: required ones, and those that have a default.
 _SCALING_KEYS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     LINEAR: (("factor",), ()),
-    LLAMA3: (("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"), ()),
+    LLAMA3: (("factor", "low_freq_factor", "high_freq_factor", _ORIGINAL), ()),
     YARN: (
-        ("factor", "original_max_position_embeddings"),
-        ("beta_fast", "beta_slow", "mscale", "mscale_all_dim"),
+        ("factor", _ORIGINAL),
+        ("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "attention_factor"),
     ),
-    LONGROPE: (("short_factor", "long_factor", "original_max_position_embeddings"), ("factor", "attention_factor")),
+    LONGROPE: (("short_factor", "long_factor", _ORIGINAL), ("factor", "attention_factor")),
     DYNAMIC: (("factor",), ()),
 }
+#: Further keys of a kind, whose values are no plain numbers, or are refused.
+_OTHER_KEYS = {YARN: ("truncate", ATTN_FACTOR), DYNAMIC: ("alpha",)}
 _LISTS = ("short_factor", "long_factor")
+#: Keys that any kind may have: which one it is, what is read elsewhere, a mark of YaRN's authors (Yarn-Llama-2-7b-128k), and
+#: positions that transformers adds where it does not read them.
+_BESIDE = ("rope_type", "type", "rope_theta", "partial_rotary_factor", "finetuned", _ORIGINAL)
+
+
+def _scaling_of(kind: str, table: dict[str, Any], config: Config) -> RopeScaling:
+    """Scaling of a known kind."""
+    if kind == YARN:  # as transformers has it; llama3 and LongRoPE mean nothing without theirs
+        table = {_ORIGINAL: config.get("max_position_embeddings"), **table}
+    required, optional = _SCALING_KEYS[kind]
+    values: dict[str, Any] = {key: _required(table, key, kind) for key in required}
+    values |= {key: number(table[key], key) for key in optional if table.get(key) is not None}
+    if _ORIGINAL in values:
+        values[_ORIGINAL] = int(values[_ORIGINAL])
+    if kind == LONGROPE and "factor" not in values:
+        values["factor"] = _extension(values[_ORIGINAL], config)
+    if kind == YARN:
+        values |= _yarn(table, values["factor"])
+    return RopeScaling(kind, **values)
+
+
+def _yarn(table: dict[str, Any], factor: float) -> dict[str, Any]:
+    """Fields of YaRN that are no plain numbers.
+
+    `attn_factor` (DeepSeek-R1-0528-Qwen3-8B) multiplies the usual attention factor in vLLM, and transformers does not read it: that
+    the model is another than without must not be lost.
+    """
+    truncate, multiplied = table.get("truncate"), table.get(ATTN_FACTOR)
+    if not isinstance(truncate, (bool, NoneType)):
+        raise ConversionError(
+            f"config.json has RoPE scaling of type 'yarn' with truncate={truncate!r}; it must be true or false"
+        )
+    found: dict[str, Any] = {} if truncate is None else {"truncate": truncate}
+    if multiplied is not None and table.get("attention_factor") is None:
+        usual = 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0
+        found["attention_factor"] = number(multiplied, ATTN_FACTOR) * usual
+    return found
 
 
 def _required(table: dict[str, Any], key: str, kind: str) -> Any:
@@ -114,8 +182,31 @@ def written_scaling(scaling: RopeScaling | None) -> dict[str, Any] | None:
     required, optional = _SCALING_KEYS[scaling.kind]
     values = {key: getattr(scaling, key) for key in (*required, *optional)}
     values = {key: list(value) if key in _LISTS else value for key, value in values.items() if value is not None}
+    if not scaling.truncate:  # the default is left out, since older programs do not know the key
+        values["truncate"] = False
     # transformers 4 knows these two under their older key, too
     return {"rope_type": scaling.kind, **({} if scaling.kind == LLAMA3 else {"type": scaling.kind}), **values}
+
+
+@dataclass(frozen=True)
+class Causal:
+    """Whether attention sees earlier tokens alone, which transformers 5 lets config.json switch off for every class.
+
+    Null is neither: transformers 5.23 then hides later tokens with one kernel (sdpa) and not with another (eager).
+    """
+
+    keys: tuple[str, ...] = ("is_causal",)
+
+    def read(self, config: Config) -> dict[str, Any]:
+        value = config.get("is_causal", True)
+        if not isinstance(value, bool):
+            raise ConversionError(
+                f"config.json has is_causal={value!r}, which some programs take for true and others for false; write which it is"
+            )
+        return {"causal": value}
+
+    def write(self, spec: ModelSpec) -> dict[str, Any]:
+        return {} if spec.causal else {"is_causal": False}
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from ..model.layers import GELU, GELU_TANH, LAYER_NORM
 from ..model.layouts import GROUPED_QKV
 from .entries import implied, linear, tensor
 from .llama import ATTENTION, DERIVED_HEAD_DIM, LAYER, MLP, query_groups
-from .rules import Named, Passed, Row
+from .rules import Named, Passed, Restated, Row
 from .rules_attention import Rope, Window
 from .table import Family
 
@@ -47,5 +47,9 @@ STARCODER2 = Family(
         *(Row(name, "use_bias", True) for name in ("qkv_bias", "proj_bias", "mlp_bias")),
         *implied(gated=False, normalization=LAYER_NORM),
         Passed(("residual_dropout", "embedding_dropout")),
+        # starcoder2-15b's config.json, where `rms_norm_eps` repeats `norm_epsilon`, the only one that the class reads.
+        Restated("mlp_type", "default"),
+        Restated("norm_type", "layer_norm"),
+        Passed(("rms_norm_eps",)),
     ),
 )

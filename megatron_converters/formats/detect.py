@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import zipfile
 from pathlib import Path
 
 from ..basics.errors import UsageError
@@ -25,6 +26,24 @@ _MARKS = {MINDSPORE: (*marks.MINDSPORE, "rank_*", "*.ckpt")}
 FORMATS = (*_PATTERNS, MINDSPORE)
 #: Weights of a whole model as Mistral's own programs have them. Its repositories hold them beside those of transformers.
 _CONSOLIDATED = "consolidated*.safetensors"
+
+
+#: Files that say nothing without the others of their folder, and how many levels above them that is.
+_PARTS = {
+    "*.json": 0,
+    "*[0-9]-of-*[0-9].*": 0,
+    "consolidated.*.pth": 0,
+    "tokenizer.*": 0,
+    "latest_checkpointed_iteration.txt": 0,
+    ".metadata": 0,
+    "common.pt": 0,
+    "*.distcp": 0,
+    "model_optim_rng.pt": 1,
+    "distrib_optim.pt": 1,
+}
+_ONLY_SHARD = "*-00001-of-00001.*"
+#: How files of weights end; one that ends otherwise must be an archive, as `torch.save` writes it.
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 
 
 def format_of(path: Path) -> str:
@@ -69,3 +88,14 @@ def _is_consolidated(names: list[str]) -> bool:
     weights = [name for pattern in ("*.safetensors", "pytorch_model*.bin") for name in fnmatch.filter(names, pattern)]
     own = bool(weights) and all(fnmatch.fnmatch(name, _CONSOLIDATED) for name in weights)
     return own and ("params.json" in names or "config.json" not in names)
+
+
+def refuse_part(path: Path) -> None:
+    """Raise `UsageError` for a file that is no model by itself: one of those that a folder consists of, or none of weights."""
+    levels = next((levels for pattern, levels in _PARTS.items() if fnmatch.fnmatch(path.name, pattern)), None)
+    if levels is not None and not fnmatch.fnmatch(path.name, _ONLY_SHARD):
+        folder = path.absolute().parents[levels]
+        raise UsageError(f"{path} is one of the files of a model; give the folder that has them all, {folder}")
+    if path.suffix not in _WEIGHT_SUFFIXES and not zipfile.is_zipfile(path):
+        known = ", ".join(_WEIGHT_SUFFIXES)
+        raise UsageError(f"{path} is no file of weights that can be read ({known}); give one, or the folder of a model")

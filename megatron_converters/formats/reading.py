@@ -17,7 +17,7 @@ from ..basics.folders import existing_folder
 from ..conversion.endpoint import Source
 from ..families import FAMILIES
 from ..families.scope import family_of
-from .detect import FORMATS, HF, MEGATRON, META, MINDSPORE, WEIGHTS, format_of
+from .detect import FORMATS, HF, MEGATRON, META, MINDSPORE, WEIGHTS, format_of, refuse_part
 from .hub import located
 from .huggingface.source import HFSource
 from .megatron.arguments import foreign_args
@@ -38,7 +38,8 @@ class ReadOptions:
     (iter_0000008) instead of the latest, `hf_config` the folder of a reference model, `true_vocab_size` the vocabulary size
     without padding, if args lack it, `missing_args` attributes that fill what the args lack, and `families` those that may be
     inferred where nothing names the model's. For a Hugging Face folder, `untie` keeps a stored lm_head although config.json ties
-    it, and `ignore_config_fields` names unknown fields of config.json that do not matter; a file of weights has `hf_config`, too.
+    it; a file of weights has `hf_config`, too. `ignore_config_fields` names unknown fields that do not matter, of config.json (also
+    that of a reference) or of params.json.
     `without_mtp` leaves out layers of multi-token prediction. `mup` ("flags", "fold" or "raw") says where a checkpoint has its
     model's multipliers, if its args do not. `trained_by` is the release of Megatron-LM ("0.16") that trained it, which may have
     ignored some of its args, or "args" for a program that heeds all. `prefer_args` takes only the family, names and tokenizer
@@ -98,6 +99,8 @@ def open_source(path: str | os.PathLike[str], options: ReadOptions = AS_FOUND) -
     if options.format not in (None, *FORMATS):
         raise UsageError(f"format {options.format!r} is not one of {', '.join(FORMATS)}")
     found = options.format or format_of(found_path)
+    if found_path.is_file() and found != MINDSPORE:
+        refuse_part(found_path)
     if found == HF and found_path.is_file():
         found = WEIGHTS
     if options.hf_config is not None and found in _FORMAT_OF_OPTION["hf_config"]:
@@ -124,6 +127,16 @@ def refuse_unused(formats: Collection[str], options: ReadOptions) -> None:
             option = name.replace("_", "-")
             named = " or ".join(_NAMES[format_name] for format_name in _NAMES if format_name in only)
             raise UsageError(f"--{option} is for reading {named}, which this is not; leave it out")
+    refuse_unread_fields(formats, options)
+
+
+def refuse_unread_fields(formats: Collection[str], options: ReadOptions) -> None:
+    """Raise `UsageError` for fields to ignore where no configuration is read that could have them."""
+    if options.ignore_config_fields and options.hf_config is None and {*formats} == {MEGATRON}:
+        raise UsageError(
+            "--ignore-config-fields is for reading a config.json, and a Megatron-LM checkpoint has none without --hf-config; leave "
+            "it out"
+        )
 
 
 def _note_unused_family(source: Source, options: ReadOptions) -> None:
@@ -151,7 +164,12 @@ def _open_hf(path: Path, options: ReadOptions) -> Source:
 
 
 def _open_meta(folder: Path, options: ReadOptions) -> Source:
-    return _checked(MetaSource(existing_folder(folder), ignored_tensors=options.ignore_tensors), folder, options)
+    source = MetaSource(
+        existing_folder(folder),
+        ignored_params=options.ignore_config_fields,
+        ignored_tensors=options.ignore_tensors,
+    )
+    return _checked(source, folder, options)
 
 
 def _open_megatron(folder: Path, options: ReadOptions) -> Source:
@@ -175,6 +193,7 @@ def megatron_options(options: ReadOptions) -> MegatronReadOptions:
         trained_by=program(options.trained_by),
         prefer_args=options.prefer_args,
         ignore_args=options.ignore_args,
+        ignored_config=options.ignore_config_fields,
         ignore_tensors=options.ignore_tensors,
     )
 
@@ -190,7 +209,8 @@ def _open_mindspore(path: Path, options: ReadOptions) -> Source:
             _reference(options),
             options.true_vocab_size,
             options.typed,
-            options.ignore_tensors,
+            ignored_config=options.ignore_config_fields,
+            ignore_tensors=options.ignore_tensors,
         ),
     )
 
@@ -234,7 +254,6 @@ _FORMAT_OF_OPTION = {
     "missing_args": {MEGATRON},
     "families": {MEGATRON},
     "untie": {HF, WEIGHTS},
-    "ignore_config_fields": {HF, WEIGHTS},
     **{name: {MINDSPORE} for name in ("mf_mlp_layout", "mf_qkv_layout", "mf_version", "mf_config", "typed")},
 }
 _NAMES = {

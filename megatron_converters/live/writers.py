@@ -5,11 +5,11 @@ from __future__ import annotations
 import pickle
 from collections.abc import Sequence
 
-from ..conversion.crew import Report
+from ..conversion.crew import Peers, Report
 from .heartbeat import Heartbeat, LostProcess
 
 
-class Writers:
+class Writers(Peers):
     """Process `process` among those in `writers`, in the order of these."""
 
     def __init__(self, heartbeat: Heartbeat, writers: Sequence[int], process: int) -> None:

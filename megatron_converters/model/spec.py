@@ -85,6 +85,8 @@ class ModelSpec:
     multipliers: Multipliers = Multipliers()
     #: Embeddings of absolute positions, added to those of tokens.
     learned_positions: bool = False
+    #: Whether attention sees earlier tokens alone, and not later ones.
+    causal: bool = True
     tied: bool = False
     #: Bias of the output layer, also where its weight is that of the embeddings.
     head_bias: bool = False
@@ -100,7 +102,7 @@ class ModelSpec:
             )
         for name in ("initializer_range", "attention_dropout"):
             number(getattr(self, name), name)
-        check_switches(self, ("tied", "learned_positions", "head_bias"))
+        check_switches(self, ("tied", "learned_positions", "causal", "head_bias"))
         counts = {kind.feed.num_experts for kind in self.kinds if isinstance(kind.feed, Mixture)}
         if len(counts) > 1:
             raise ConversionError(f"num_experts differs between layers ({sorted(counts)}); that is not supported")
@@ -173,7 +175,7 @@ class ModelSpec:
 
 
 _SHARED = ("family", "dtype", "hidden_size", "vocab_size", "max_position_embeddings")
-_OPTIONAL = ("learned_positions", "tied", "head_bias", "initializer_range", "attention_dropout")
+_OPTIONAL = ("learned_positions", "causal", "tied", "head_bias", "initializer_range", "attention_dropout")
 
 
 def names(record: type[Any]) -> list[str]:

@@ -9,8 +9,15 @@ from pathlib import Path
 
 from ..basics.errors import ConversionError
 
-#: Patterns of names. A Hugging Face folder and a checkpoint of ranks may share a folder: `--from` tells them apart.
-HF = ("config.json", "*.index.json", "model*.safetensors", "pytorch_model*.bin", "consolidated.*.pth")
+#: Patterns of names, by format.
+HF = (
+    "config.json",
+    "*.index.json",
+    "model*.safetensors",
+    "pytorch_model*.bin",
+    "consolidated*.safetensors",
+)
+META = ("consolidated.*.pth",)
 RANKS = ("latest_checkpointed_iteration.txt", "mp_rank_*", ".metadata")
 MODEL_PT = ("model.pt",)
 MINDSPORE = ("param_name_map.json",)
@@ -34,7 +41,9 @@ def refuse_others(folder: Path, *others: tuple[str, ...]) -> None:
     """Raise if the folder holds a model of another format, which these patterns find, `overwrite` or not."""
     found = [path.name for patterns in others for pattern in patterns for path in sorted(folder.glob(pattern))]
     if found:
-        raise ConversionError(f"{folder} holds a model of another format ({found[0]}); save elsewhere")
+        raise ConversionError(
+            f"{folder} holds a model of another format ({found[0]}), which readers could take for this one; save elsewhere"
+        )
 
 
 def refuse_files(folder: Path, paths: Sequence[Path]) -> None:

@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from ..basics.errors import ConversionError, DiskError, raise_all, reason_of
 from .checksum import combined, crc32, digest
+from .flushing import flush
 
 #: (offset in the file, content) of each write.
 Writes = Iterable[tuple[int, bytes]]
@@ -129,9 +130,10 @@ class OutputFile:
         """CRC-32 of each tensor's bytes written so far."""
         return {name: combined([(part.crc, part.filled) for part in parts]) for name, parts in self._tensors.items()}
 
-    def close(self) -> None:
+    def close(self, go_on: Callable[[], None] = lambda: None) -> None:
         """Complete the file, flush it to the disk and close it; closing it again does nothing.
 
+        A flush takes long, so `go_on()` is called from time to time, and may raise.
         Raises `ConversionError` naming each tensor that was not written completely; the file is then still open.
         """
         if self._fd < 0:
@@ -147,7 +149,7 @@ class OutputFile:
         with self._disk_errors("its directory"):
             for offset, data in self._layout.finish(self.checksums()):
                 self._pwrite(memoryview(data), offset)
-            os.fsync(self._fd)
+            flush(self._fd, self.nbytes, go_on)
             fd, self._fd = self._fd, -1
             os.close(fd)
 

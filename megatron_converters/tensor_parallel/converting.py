@@ -54,6 +54,8 @@ class Wishes:
     mup: str | None = None
     restart: bool = False
     download: bool = False
+    #: Unknown fields of the reference's config.json that do not matter.
+    ignore_config_fields: tuple[str, ...] = ()
     ignore_tensors: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -110,7 +112,12 @@ def to_megatron(
         MEGATRON,
         wishes.dtype,
         wishes.overwrite,
-        ReadOptions(hf_config=wishes.hf_config, ignore_tensors=wishes.ignore_tensors, download=wishes.download),
+        ReadOptions(
+            hf_config=wishes.hf_config,
+            ignore_config_fields=wishes.ignore_config_fields,
+            ignore_tensors=wishes.ignore_tensors,
+            download=wishes.download,
+        ),
         MegatronOptions(tp=tp, pp=pp, impl=wishes.transformer_impl, allow_inexpressible=True, mup=wishes.mup),
     ).open()
     spec = job.source.spec
@@ -166,6 +173,7 @@ def _reading(found: Detected, model: Recognised, wishes: Wishes) -> tuple[ReadOp
         hf_config=wishes.hf_config,
         true_vocab_size=wishes.true_vocab_size,
         download=wishes.download,
+        ignore_config_fields=wishes.ignore_config_fields,
         ignore_tensors=wishes.ignore_tensors,
     )
     if _has_metadata(found):

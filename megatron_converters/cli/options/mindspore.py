@@ -28,7 +28,16 @@ def add_mindspore_loader_arguments(parser: Any) -> None:
     """Declare the loader's options."""
     add_typed(parser, TYPED, defaults=True)
     add_mindspore_arguments(parser)
-    add_shared(parser, "--true-vocab-size", "--hf-config", "--loader-transformer-impl", "--fp16", "--bf16")
+    add_shared(
+        parser,
+        "--true-vocab-size",
+        "--hf-config",
+        "--ignore-config-fields",
+        "--loader-transformer-impl",
+        "--fp16",
+        "--bf16",
+        "--allow-inexpressible",
+    )
     add_argument(
         parser,
         "--dtype",

@@ -14,11 +14,11 @@ from ...basics.json_files import read_json
 from ...conversion.endpoint import Source
 from ...formats.detect import FORMATS, HF, MEGATRON
 from ...formats.mindspore.typed import TYPED, Typed
-from ...formats.reading import Opened, ReadOptions, open_source, refuse_unused
+from ...formats.reading import Opened, ReadOptions, open_source, refuse_unread_fields, refuse_unused
 from ...inspection.inventory import count_parameters
 from ...model.spec import ModelSpec
 from .shared import add_argument, add_shared
-from .values import patterns, positive
+from .values import comma_separated, patterns, positive
 
 #: Families that a stock --model-size name may mean, by how it begins.
 _MODEL_SIZES = {
@@ -37,8 +37,15 @@ _SIZE_TOLERANCE = 1.5
 #: Whether the models that a loader is named for have experts.
 _HAS_EXPERTS = {"llama_mistral": False, "mixtral_hf": True}
 _OF_CHECKPOINTS = (
-    *("--ckpt-dir-name", "--hf-config", "--prefer-args", "--true-vocab-size", "--without-mtp", "--mup"),
-    *("--trained-by", "--ignore-args", "--ignore-tensors"),
+    *(
+        "--ckpt-dir-name",
+        "--hf-config",
+        "--ignore-config-fields",
+        "--prefer-args",
+        "--true-vocab-size",
+        "--without-mtp",
+    ),
+    *("--mup", "--trained-by", "--ignore-args", "--ignore-tensors"),
 )
 _OF_MINDSPORE = ("--mf-mlp-layout", "--mf-qkv-layout", "--mf-version", "--mf-config", "--ignore-tensors")
 _OF_FOLDERS = ("--untie", "--ignore-config-fields", "--without-mtp", "--ignore-tensors")
@@ -50,19 +57,16 @@ def read_options(args: argparse.Namespace, source_format: str | None = None) -> 
     def given(name: str) -> Any:
         return getattr(args, name, None)
 
-    def names(option: str) -> tuple[str, ...]:
-        return tuple(name for name in (given(option) or "").split(",") if name)
-
     return ReadOptions(
         format=source_format or given("source_format"),
         ckpt_dir_name=given("ckpt_dir_name"),
         hf_config=given("hf_config"),
         true_vocab_size=given("true_vocab_size"),
         untie=bool(given("untie")),
-        ignore_config_fields=names("ignore_config_fields"),
+        ignore_config_fields=comma_separated(given("ignore_config_fields")),
         trained_by=given("trained_by"),
         prefer_args=bool(given("prefer_args")),
-        ignore_args=names("ignore_args"),
+        ignore_args=comma_separated(given("ignore_args")),
         without_mtp=bool(given("without_mtp")),
         ignore_tensors=patterns(given("ignore_tensors")),
         mup=given("mup"),
@@ -137,6 +141,7 @@ def add_hf_source_arguments(parser: Any) -> None:
         "--make-vocab-size-divisible-by",
         "--loader-transformer-impl",
         "--source-margs-file",
+        "--allow-inexpressible",
         *_OF_FOLDERS,
     )
 
@@ -203,12 +208,14 @@ def add_core_loader_arguments(parser: Any) -> None:
         choices=["learned_absolute", "rope"],
         help="Accepted for compatibility; args say it, and another value is an error.",
     )
-    add_shared(parser, "--loader-transformer-impl", "--make-vocab-size-divisible-by")
+    add_shared(parser, "--loader-transformer-impl", "--make-vocab-size-divisible-by", "--allow-inexpressible")
 
 
 def open_checkpoint(args: argparse.Namespace) -> Source:
     """The checkpoint of --load-dir, of whatever format; with --download, the tokenizer that it names is fetched, too."""
-    source = open_source(args.load_dir, read_options(args, MEGATRON)).source
+    options = read_options(args, MEGATRON)
+    refuse_unread_fields([MEGATRON], options)
+    source = open_source(args.load_dir, options).source
     if args.download and getattr(args, "tokenizer_model", None) is None:
         source.origin.notes += fetch_tokenizer(source.origin.tokenizer, explicit=False)
     return source

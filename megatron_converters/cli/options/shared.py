@@ -70,7 +70,10 @@ _DECLARED: dict[str, dict[str, Any]] = {
         "the files that are needed, and no others. Without it, such names are looked up in the local cache alone.",
     ),
     "--ignore-config-fields": dict(
-        metavar="NAMES", default="", help="Hugging Face: comma-separated unknown config.json fields to ignore."
+        metavar="NAMES",
+        default="",
+        help="Comma-separated unknown fields to ignore, of config.json (also that of --hf-config) or Meta's params.json; KEY.FIELD "
+        "names one within another.",
     ),
     "--ignore-tensors": dict(
         metavar="PATTERN,…",

@@ -24,9 +24,14 @@ def byte_size(text: str) -> int:
     return int(match[1]) * _UNITS[match[2]]
 
 
+def comma_separated(text: str | None) -> tuple[str, ...]:
+    """Names in a text with commas between them; none of None."""
+    return tuple(name for name in (text or "").split(",") if name)
+
+
 def patterns(given: Iterable[str] | None) -> tuple[str, ...]:
     """Patterns of names of tensors, from options that each have one or several, with commas between them."""
-    return tuple(pattern for text in given or () for pattern in text.split(",") if pattern)
+    return tuple(pattern for text in given or () for pattern in comma_separated(text))
 
 
 def positive(text: str) -> int:

@@ -12,9 +12,9 @@ from ...conversion.crew_cluster import crew_of_environment
 from ...conversion.progress import Progress, Silent, make_progress
 from ...conversion.run import convert
 from ...families.scope import family_of
-from ...formats.queue.channel import WatchedProgress
 from ...request import Job, Request
 from ..console import put_json, report
+from ..interrupts import end_soon
 from ..options.shared import add_shared
 from ..options.values import positive
 from .job import add_job_arguments, request_of
@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         asked = args, request_of(args)
         job, lines = (
-            crew_local.run(args.workers, work, asked, lambda led: work(led, asked))
+            crew_local.run(args.workers, work, asked, lambda led: work(led, asked), end_soon)
             if args.workers > 1
             else work(crew, asked)
         )
@@ -91,7 +91,7 @@ def _work(crew: Crew, args: argparse.Namespace, request: Request) -> tuple[Job, 
         )
         for line in job.source.origin.urgent:
             report(args, line)
-    progress: Progress = WatchedProgress(Silent(), "first process")
+    progress: Progress = Silent()
     if crew.rank == 0:
         share = f" (the share of process 0 of {crew.size})" if crew.size > 1 else ""
         progress = make_progress(args.quiet, f"copying{share}", f"copied{share}")

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from ...basics.quantities import count, duration, size
-from ...conversion.dry_run import Forecast, forecast, measure
+from ...conversion.dry_run import FilePlan, Forecast, forecast
+from ...conversion.estimate import measure
 from ...request import Job
 from ..console import put, put_json
 from ..options.shared import add_shared
 from ..options.values import positive
 from .job import add_job_arguments, request_of
 
-_SHOWN_FILES = 64
+#: Kinds of files that are listed.
+_SHOWN_FILES = 32
 _SHOWN_IGNORED = 20
 
 
@@ -34,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
     job = request_of(args).open()
     result = forecast(job.source, job.target, job.dtype, args.workers)
     if not getattr(args, "no_measure", False):
-        measure(result, job.source, job.target.save_dir)
+        measure(result, job.source, job.target.save_dir, args.workers)
     if getattr(args, "json", False):
         put_json(result.to_json())
     else:
@@ -47,12 +49,7 @@ def _lines(job: Job, result: Forecast) -> Iterator[str]:
     yield f"from  {origin.described} ({job.source_format}, {spec.family}, {spec.num_layers} layers)"
     yield f"to    {job.target.save_dir} ({job.target_format})"
     yield ""
-    width = max(map(len, result.files))
-    yield f"{'file':{width}}  tensors  {'bytes':>16}  padding rows"
-    for file, plan in list(result.files.items())[:_SHOWN_FILES]:
-        yield f"{file:{width}}  {plan.tensors:7d}  {plan.nbytes:16,d}  {plan.padding_rows:12d}"
-    if len(result.files) > _SHOWN_FILES:
-        yield f"… and {len(result.files) - _SHOWN_FILES} more files (--json lists all)"
+    yield from _table(result.files)
     yield ""
     read, files = count(result.source_tensors, "source tensor"), count(len(result.files), "file")
     yield f"{read}, each read once, make {result.target_tensors} in {files}"
@@ -74,8 +71,33 @@ def _lines(job: Job, result: Forecast) -> Iterator[str]:
     room = "enough" if result.left <= result.free else "NOT ENOUGH"
     yield f"disk    {size(result.left)} needed, and a little for configuration and manifest; {size(result.free)} free: {room}"
     yield f"memory  about {size(result.memory)}, besides file pages that the system takes back when it needs them"
-    if result.seconds is not None and result.rate is not None:
-        yield f"time    about {duration(result.seconds)} at the measured {size(result.rate)}/s of one process"
+    if result.seconds_most is not None:
+        times = _range(duration, result.seconds_least, result.seconds_most)
+        rates = _range(lambda rate: f"{size(rate)}/s", result.rate_least, result.rate_most)
+        yield f"time    about {times}, an estimate: a short sample, flushed to this disk, took {rates}"
+
+
+def _range(text: Callable[[float], str], *values: float | None) -> str:
+    """The lowest and the highest value, or the one that both are, in words."""
+    return " to ".join(dict.fromkeys(text(value) for value in values if value is not None))
+
+
+def _table(files: dict[str, FilePlan]) -> Iterator[str]:
+    """Rows of the files; those that differ only in their names, such as ranks of a stage, have one row."""
+    alike: dict[tuple[int, int, int], list[str]] = {}
+    for file, plan in files.items():
+        alike.setdefault((plan.tensors, plan.nbytes, plan.padding_rows), []).append(file)
+    named = {
+        (names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} alike"): key for key, names in alike.items()
+    }
+    shown = list(named.items())[:_SHOWN_FILES]
+    width = max(len(name) for name, _ in shown)
+    yield f"{'file':{width}}  tensors  {'bytes each':>16}  padding rows"
+    for name, (tensors, nbytes, padding) in shown:
+        yield f"{name:{width}}  {tensors:7d}  {nbytes:16,d}  {padding:12d}"
+    rest = sum(map(len, list(alike.values())[_SHOWN_FILES:]))
+    if rest:
+        yield f"… and {count(rest, 'more file')} (--json lists all)"
 
 
 def _state(result: Forecast) -> Iterator[str]:

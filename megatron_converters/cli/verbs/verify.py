@@ -33,15 +33,9 @@ _LOGITS = {
     "length": (128, "Tokens of each sequence"),
 }
 #: Options, as attributes, that only a comparison of tensors heeds.
-_OF_TENSORS = (
-    "ignore_dtype",
-    "as_cast",
-    "source_format",
-    "b_format",
-    "untie",
-    "ignore_config_fields",
-    "source_margs_file",
-)
+_OF_TENSORS = ("ignore_dtype", "as_cast", "source_format", "b_format", "untie", "source_margs_file")
+#: Options of reading that a manifest does not heed.
+_OF_SOURCES = ("family_file", "ignore_tensors", "ignore_config_fields")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -86,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
     if args.b is None:
         _refuse(
             args,
-            ("logits", "tolerance", *_LOGITS, *_OF_TENSORS, "family_file", "ignore_tensors"),
+            ("logits", "tolerance", *_LOGITS, *_OF_TENSORS, *_OF_SOURCES),
             "compares two folders; a manifest is compared byte by byte",
         )
         return _verify_output(args)

@@ -12,7 +12,7 @@ from typing import Any
 
 from ...basics.errors import raise_all
 from ...basics.quantities import count
-from ...families.quantisation import block_size
+from ...families.quantisation import block_size, refuse_packed
 from ...storage.decoding import CODES, SCALES, ScaledBlocks, block_counts
 from ...storage.tensor import StoredTensor
 
@@ -28,6 +28,8 @@ def decoded(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Store
     """
     block = block_size(config)
     if block is None:
+        beside = folder.iterdir() if folder.is_dir() else ()
+        refuse_packed(str(folder), tensors, sorted(path.name for path in beside))
         return dict(tensors)
     problems: list[str] = []
     found: dict[str, Weight] = {}

@@ -25,7 +25,7 @@ from ...conversion.endpoint import dtype_notes, first_dtype, main_dtype
 from ...conversion.left_out import LeftOut
 from ...conversion.matching import Matcher
 from ...families import FAMILIES
-from ...families.config_json import spec_from_config
+from ...families.config_json import config_notes, spec_from_config
 from ...families.quantisation import unquantised
 from ...families.table import Family
 from ...model.slots import MTP, SLOTS, Ref, refs
@@ -118,7 +118,7 @@ class HFSource:
                 *decoded_note(tensors),
                 *_dtype_note(config, self.spec),
                 *dtype_notes(self.spec, self.dtype_of),
-                *(note for key, note in family.remarks.items() if config.get(key)),
+                *config_notes(config),
             ],
             ignored=[
                 *(f"{wrapping.in_file(name)} (no weight)" for name in sorted(ignored)),

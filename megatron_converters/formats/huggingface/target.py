@@ -171,7 +171,7 @@ class HFTarget:
 
     def refuse_existing(self) -> None:
         """Raise if the folder holds a model or files of one, unless `overwrite` is set, or a model of another format."""
-        marks.refuse_others(self.save_dir, marks.MODEL_PT, marks.MINDSPORE)
+        marks.refuse_others(self.save_dir, marks.META, marks.RANKS, marks.MODEL_PT, marks.MINDSPORE)
         if self._options.overwrite:
             return
         model, beside = self._model_files(), [path for path in self._small_paths() if os.path.lexists(path)]

@@ -12,12 +12,12 @@ from typing import Any
 
 from ...assets.training_args import inheritable
 from ...basics.dtypes import DType
-from ...basics.errors import ConversionError, Unclear
+from ...basics.errors import ConversionError, Unclear, raise_all
 from ...model.slots import Precision, Ref, refs
 from ...model.spec import ModelSpec, PerLayer
 from ...sharding.ranks import Parallel
 from .argument import Args, Argument, Build, Context, Group
-from .conventions import FOLD, FOLDED, HALVES, RAW, conventions
+from .conventions import FOLD, FOLDED, HALVES, RAW, Conventions, conventions
 from .rows_attention import GATED_DELTA, LATENT, MUP, PREDICTION
 from .rows_experts import EXPERTS, check_balancing, is_sinkhorn, wide_router
 from .rows_layout import LAYOUT, LOADING
@@ -109,6 +109,16 @@ def inexpressible(spec: ModelSpec, *, with_own: bool = False) -> list[str]:
     """
     rows = (row for row in ARGUMENTS if not (with_own and row.build is Build.OWN))
     return list(filter(None, (row.limit(spec) for row in rows)))
+
+
+def check_expressible(reasons: Iterable[str], *, allowed: bool) -> list[str]:
+    """Warnings of reasons why a model cannot be expressed; raises `ConversionError` with them unless the user has `allowed` it."""
+    found = list(reasons)
+    if not allowed:
+        raise_all(
+            "Megatron-LM cannot express this model (pass --allow-inexpressible to convert the weights anyway):", found
+        )
+    return [f"warning: Megatron-LM will not compute {reason}" for reason in found]
 
 
 def written_args(context: Context, groups: Collection[Group] = _WRITTEN) -> dict[str, Any]:
@@ -231,12 +241,16 @@ RUN_DEFAULTS: dict[str, Any] = {
 }
 
 
+def sent_conventions(spec: ModelSpec) -> Conventions:
+    """Conventions of a model in messages, which hold weights as they are: arguments say multipliers that flags cannot."""
+    stored = conventions(spec)
+    return conventions(spec, mup=RAW) if stored.mup == FOLD else stored
+
+
 def uncut_args(spec: ModelSpec, margs: argparse.Namespace | None) -> dict[str, Any]:
     """Attributes of an uncut model with sequential experts, as loaders send them; `margs` are the source's args."""
     groups = (Group.MODEL, Group.EXPERTS, Group.EXPERT_LAYOUT)
-    # The messages hold weights as they are: with multipliers that flags cannot say, arguments say them that no weight needs.
-    stored = conventions(spec)
-    stored = conventions(spec, mup=RAW) if stored.mup == FOLD else stored
+    stored = sent_conventions(spec)
     context = Context(stored.spec, Parallel(1, (spec.num_layers,)))
     return {**RUN_DEFAULTS, **plain_args(inheritable(margs)), **written_args(context, groups), **stored.marks}
 

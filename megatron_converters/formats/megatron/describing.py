@@ -12,7 +12,7 @@ from ...basics.dtypes import DType
 from ...basics.errors import ConversionError, Unclear, UsageError, one_line
 from ...basics.json_files import read_json
 from ...families import FAMILIES
-from ...families.config_json import differences, spec_from_config
+from ...families.config_json import config_notes, differences, spec_from_config
 from ...model.layers import is_whole
 from ...model.spec import ModelSpec
 from ...sharding.ranks import padded_vocab
@@ -103,8 +103,8 @@ def _of_reference(
     path: Path, args: argparse.Namespace, padded: int, dtype: DType, options: MegatronReadOptions, record: Record | None
 ) -> tuple[ModelSpec, list[str]]:
     """Spec of the reference model whose config.json `path` is; with `--prefer-args` what args say takes precedence."""
-    vocab = options.true_vocab_size
-    spec = dataclasses.replace(spec_from_config(read_json(path)), dtype=dtype)
+    config, vocab = read_json(path), options.true_vocab_size
+    spec = dataclasses.replace(spec_from_config(config, options.ignored_config), dtype=dtype)
     if options.prefer_args:
         vocab, notes = _vocab_size(args, padded, options)
         fields = {
@@ -114,10 +114,10 @@ def _of_reference(
         }
         updated = _updated_spec(spec, fields, args, options.mup)
         changed = [f"taken from the args: {difference} of {path}" for difference in differences(updated, spec)]
-        return updated, [*notes, *changed, *_doubts(args, options, record)]
+        return updated, [*config_notes(config), *notes, *changed, *_doubts(args, options, record)]
     if vocab is not None and vocab != spec.vocab_size:
         raise UsageError(f"--true-vocab-size {vocab} disagrees with vocab_size {spec.vocab_size} of {path}")
-    return spec, list(_reference_notes(path, spec, args, options, record))
+    return spec, [*config_notes(config), *_reference_notes(path, spec, args, options, record)]
 
 
 def _reference_notes(

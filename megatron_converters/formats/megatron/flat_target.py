@@ -47,7 +47,7 @@ class FlatTarget(MegatronTarget):
 
     def refuse_existing(self) -> None:
         """Raise if the folder holds a model of this format, unless `overwrite` is set, or one of another format."""
-        marks.refuse_others(self.save_dir, marks.HF, marks.RANKS, marks.MINDSPORE)
+        marks.refuse_others(self.save_dir, marks.HF, marks.META, marks.RANKS, marks.MINDSPORE)
         if not self._options.overwrite:
             marks.refuse_files(self.save_dir, [self.save_dir / name for name in _NAMES])
 

@@ -44,6 +44,8 @@ class MegatronReadOptions:
     families: tuple[str, ...] = ()
     #: Where multipliers are, if args do not say it: a value of `--mup`.
     mup: str | None = None
+    #: Unknown fields of the reference's config.json that do not matter.
+    ignored_config: tuple[str, ...] = ()
     #: Program that trained the checkpoint: a value of `--trained-by`.
     trained_by: str | None = None
     #: Whether args take precedence over a reference model.

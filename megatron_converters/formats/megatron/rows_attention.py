@@ -84,12 +84,24 @@ def _constant(args: Args, name: str, built_in: float) -> float:
     return number(built_in if value is None else value, name)
 
 
+def _latent_scaling_limit(spec: ModelSpec) -> str:
+    """Scaling that multi-latent attention does not heed: its embedding is built without (`MultiLatentAttention.__init__`)."""
+    found = next(filter(None, (scaling_of(spec, kind) for kind in ("linear", "llama3"))), None)
+    if found is None or not is_latent(spec):
+        return ""
+    return f"{found.kind} RoPE scaling by {found.factor:g} in multi-latent attention, which knows YaRN alone"
+
+
 def _yarn_limit(spec: ModelSpec) -> str:
     scaling = scaling_of(spec, "yarn")
     if scaling is None:
-        return ""
+        return _latent_scaling_limit(spec)
     if not is_latent(spec):
-        return "YaRN outside multi-latent attention, which is not supported yet"
+        return f"YaRN by {scaling.factor:g} outside multi-latent attention, which is not supported yet"
+    if scaling.attention_factor is not None:
+        return f"YaRN with an attention factor of its own, {scaling.attention_factor:g}, in multi-latent attention"
+    if not scaling.truncate:
+        return "YaRN without truncation in multi-latent attention"
     held = scaling.beta_fast, scaling.beta_slow, scaling.original_max_position_embeddings
     if held == (_BETA_FAST, _BETA_SLOW, _ORIGINAL):
         return ""

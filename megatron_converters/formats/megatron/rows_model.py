@@ -35,7 +35,7 @@ from .argument import (
     said,
     switch,
 )
-from .rows_positions import WINDOWS
+from .rows_positions import MASK, WINDOWS
 
 # -- heads
 
@@ -306,6 +306,7 @@ BLOCKS = (
         flag=flag("--untie-embeddings-and-output-weights", switch),
         build=Build.MODEL,
     ),
+    *MASK,
     *WINDOWS,
     only("softmax_type", "vanilla", "attention sinks", build=Build.OPTIONAL),
     only("apply_residual_connection_post_layernorm", False, "residuals taken after the norms", build=Build.OPTIONAL),

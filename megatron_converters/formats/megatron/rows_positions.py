@@ -157,6 +157,14 @@ def _base_limit(spec: ModelSpec) -> str:
     return ""
 
 
+def _mask_limit(spec: ModelSpec) -> str:
+    return (
+        ""
+        if spec.causal
+        else "attention to later tokens (is_causal false): its GPTModel hides them (AttnMaskType.causal)"
+    )
+
+
 # -- windows
 
 
@@ -286,6 +294,10 @@ POSITIONS = (
         flag=flag("--rotary-seq-len-interpolation-factor", lost=True, effective_since="0.19", instead=_INTERPOLATION),
         build=Build.MODEL,
     ),
+)
+MASK = (
+    # No argument sets it: the layers' specs of GPTModel name the mask.
+    Argument("attn_mask_type", written=lambda _: False, limit=_mask_limit),
 )
 WINDOWS = (
     Argument(

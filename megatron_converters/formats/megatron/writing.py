@@ -41,6 +41,7 @@ from ...storage.tensor import StoredTensor
 from .argument import Context
 from .arguments import (
     RUN_DEFAULTS,
+    check_expressible,
     inexpressible,
     plain_args,
     router_dtype,
@@ -125,7 +126,9 @@ class CheckpointTarget(ABC):
         asked = self._options.megatron_version
         self._release = NEWEST if asked is None else parse(asked)
         self._conventions = conventions(spec, self._release, self._options.mup)
-        self._warnings = [*_MUP_REMARKS[self._conventions.mup], *self._check_expressible(self._conventions.spec)]
+        reasons = inexpressible(self._conventions.spec)
+        lacking = check_expressible(reasons, allowed=self._options.allow_inexpressible)
+        self._warnings = [*_MUP_REMARKS[self._conventions.mup], *lacking]
         self._spec = dataclasses.replace(spec, dtype=main_dtype(spec, dtype_of))
         self._origin = origin
         self._source_dtype = dtype_of
@@ -222,7 +225,7 @@ class CheckpointTarget(ABC):
 
     def refuse_existing(self) -> None:
         """Raise if a checkpoint of this name or a tracker exists, unless `overwrite` is set, or a model of another format."""
-        marks.refuse_others(self.save_dir, marks.MODEL_PT, marks.MINDSPORE)
+        marks.refuse_others(self.save_dir, marks.HF, marks.META, marks.MODEL_PT, marks.MINDSPORE)
         if self._options.overwrite:
             return
         if os.path.lexists(self.output):
@@ -311,15 +314,6 @@ class CheckpointTarget(ABC):
 
     def _flags_text(self) -> str:
         return as_shell(self.flags) + "\n"
-
-    def _check_expressible(self, spec: ModelSpec) -> list[str]:
-        reasons = inexpressible(spec)
-        if not self._options.allow_inexpressible:
-            raise_all(
-                "Megatron-LM cannot express this model (pass --allow-inexpressible to convert the weights anyway):",
-                reasons,
-            )
-        return [f"warning: Megatron-LM will not compute {reason}" for reason in reasons]
 
     def _choose_parallel(self) -> Parallel:
         source, options = self._origin.parallel, self._options

@@ -1,14 +1,14 @@
-"""Source for Llama checkpoints as Meta publishes them, and Mistral's own: params.json and consolidated files.
+"""Source for checkpoints as Meta and Mistral AI publish them: params.json and consolidated files, one per model-parallel rank.
 
 Source: meta-llama/llama and meta-llama/llama3, llama/model.py (names, model-parallel layers, `apply_rotary_emb` on
-neighbouring pairs), and transformers' convert_llama_weights_to_hf.py for sizes that params.json leaves out.
+neighbouring pairs); mistralai/mistral-inference has the same names.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,13 +20,13 @@ from ...conversion.composing import Piece, Sources, StoredName
 from ...conversion.endpoint import dtype_notes, first_dtype, main_dtype
 from ...conversion.left_out import LeftOut
 from ...conversion.matching import Matcher
-from ...model.layers import RopeScaling
 from ...model.layouts import GATED, GROUPED_INTERLEAVED_QKV, SAME, interned, row_maps
 from ...model.slots import Ref, Shard, refs
 from ...model.spec import ModelSpec
 from ...model.tables import Entry
 from ...storage.tensor import StoredTensor
 from .files import read_ranks
+from .params import FILE, read_params
 
 
 class _Entry(NamedTuple):
@@ -55,15 +55,17 @@ _IGNORED = "rope.freqs"
 
 
 class MetaSource:
-    """Llama checkpoint of Meta, with every file and tensor checked against params.json by name and shape."""
+    """Llama or Mistral in Meta's layout, with every file and tensor checked against params.json by name and shape."""
 
-    def __init__(self, folder: Path, *, ignored_tensors: Sequence[str] = ()) -> None:
-        """`ignored_tensors` are patterns of names of tensors that are left out."""
-        params = read_json(folder / "params.json")
+    def __init__(
+        self, folder: Path, *, ignored_params: Iterable[str] = (), ignored_tensors: Sequence[str] = ()
+    ) -> None:
+        """`ignored_params` are unknown fields of params.json that do not matter, `ignored_tensors` patterns of names left out."""
+        described = read_params(read_json(folder / FILE), ignored_params)
         stored = read_ranks(folder)
         left_out = LeftOut(ignored_tensors)
         ranks: list[Mapping[str, StoredTensor]] = [left_out.kept(rank) for rank in stored]
-        spec = _spec(params, ranks)
+        spec = _spec(described.properties, ranks)
         self._pieces, self._replicas = _match(folder, spec, ranks, left_out)
         self.spec = dataclasses.replace(spec, dtype=main_dtype(spec, self.dtype_of))
         tokenizer = next(
@@ -74,9 +76,10 @@ class MetaSource:
         self.origin = Origin(
             described=str(folder),
             tokenizer=tokenizer,
-            notes=[*_config_note(folder), *left_out.notes, *dtype_notes(self.spec, self.dtype_of)],
+            notes=[*_config_note(folder), *described.notes, *left_out.notes, *dtype_notes(self.spec, self.dtype_of)],
+            urgent=[note for note in described.notes if note.startswith("warning: ")],
             ignored=left_out.ignored,
-            identity=file_identities(folder, [folder / "params.json", *files]),
+            identity=file_identities(folder, [folder / FILE, *files]),
         )
 
     def dtype_of(self, ref: Ref) -> DType:
@@ -96,29 +99,13 @@ def _config_note(folder: Path) -> list[str]:
     return [f"{folder} has no weights for its config.json; params.json describes those that it has"] if there else []
 
 
-def _spec(params: Mapping[str, Any], ranks: list[Mapping[str, StoredTensor]]) -> ModelSpec:
-    missing = [name for name in ("dim", "n_layers", "n_heads", "norm_eps") if name not in params]
-    if missing:
-        raise ConversionError(f"params.json has no {', '.join(missing)}; copy it again")
-    size, heads = params["dim"], params["n_heads"]
-    vocab_rows = [_shape(rank, "output.weight")[0] for rank in ranks]
-    scaled = bool(params.get("use_scaled_rope"))
-    factor = float(params.get("rope_scaling_factor", 8.0))
-    theta = float(params.get("rope_theta", 10000.0))
+def _spec(properties: Mapping[str, Any], ranks: list[Mapping[str, StoredTensor]]) -> ModelSpec:
+    """Spec by params.json, and by the sizes that tensors alone say."""
     return ModelSpec.of(
-        family="llama",
-        num_layers=params["n_layers"],
-        hidden_size=size,
         ffn_hidden_size=sum(_shape(rank, "layers.0.feed_forward.w1.weight")[0] for rank in ranks),
-        num_attention_heads=heads,
-        num_query_groups=params.get("n_kv_heads") or heads,
-        kv_channels=params.get("head_dim") or size // heads,
-        vocab_size=sum(vocab_rows),
-        max_position_embeddings=131072 if scaled else 8192 if theta > 10000 else 4096,
-        norm_epsilon=params["norm_eps"],
-        rotary_base=theta,
-        rope_scaling=RopeScaling("llama3", factor) if scaled else None,
+        vocab_size=sum(_shape(rank, "output.weight")[0] for rank in ranks),
         dtype=ranks[0]["output.weight"].dtype,
+        **properties,
     )
 
 

@@ -14,7 +14,7 @@ from ...basics.json_files import read_json
 from ...basics.yaml_files import read_yaml
 from ...conversion.zero_bias import SLOT as OUTPUT_BIAS
 from ...conversion.zero_bias import without_absent
-from ...families.config_json import infer_family, spec_from_config
+from ...families.config_json import config_notes, infer_family, spec_from_config
 from ...model.spec import ModelSpec
 from .names import CONTIGUOUS, GROUPED, INTERLEAVED
 from .shapes import Shapes
@@ -43,6 +43,8 @@ class MindSporeReadOptions:
     reference: Path | None = None
     true_vocab_size: int | None = None
     typed: Mapping[str, Any] = field(default_factory=dict)
+    #: Unknown fields of config.json that do not matter.
+    ignored_config: tuple[str, ...] = ()
     ignore_tensors: tuple[str, ...] = ()
 
 
@@ -97,7 +99,8 @@ def _yaml(root: Path, options: MindSporeReadOptions) -> dict[str, Any] | None:
 def _by_configuration(
     config: Mapping[str, Any], shapes: Shapes, options: MindSporeReadOptions
 ) -> tuple[ModelSpec, list[str]]:
-    spec, notes = without_absent(spec_from_config(config), stored=bool(shapes.switches().get(OUTPUT_BIAS)))
+    whole = spec_from_config(config, options.ignored_config)
+    spec, notes = without_absent(whole, stored=bool(shapes.switches().get(OUTPUT_BIAS)))
     rows = shapes.embeddings[0]
     if not spec.vocab_size <= rows:
         raise ConversionError(
@@ -109,7 +112,7 @@ def _by_configuration(
         raise UsageError(
             f"--true-vocab-size {options.true_vocab_size} contradicts {spec.vocab_size} of the configuration; leave it out"
         )
-    notes += switch_notes(options.typed, spec.values)
+    notes += [*config_notes(config), *switch_notes(options.typed, spec.values)]
     if not spec.mtp or "mtp_num_layers" in shapes.sizes():
         return spec, notes
     return dataclasses.replace(spec, mtp=()), notes

@@ -25,6 +25,8 @@ def without_place(spec: ModelSpec) -> Iterator[str]:
     for name in nameless:
         kinds.setdefault(_KINDS.get(name.partition("_")[0], "tensors without a name"), []).append(name)
     yield from (f"{kind}: {', '.join(names)}" for kind, names in kinds.items())
+    if not spec.causal:
+        yield "attention to later tokens (is_causal false): its mask hides them"
     if spec.norm.zero_centred:
         yield "norms whose weights are stored minus 1: its norms multiply by the weights themselves"
     if _has(spec, "qk_norm", ALL_HEADS):

@@ -167,7 +167,7 @@ class MindSporeTarget:
 
     def refuse_existing(self) -> None:
         """Raise if the folder holds a model of another format, or files of one of this, unless `overwrite` is set."""
-        marks.refuse_others(self.save_dir, marks.HF, marks.RANKS, marks.MODEL_PT)
+        marks.refuse_others(self.save_dir, marks.HF, marks.META, marks.RANKS, marks.MODEL_PT)
         if not self._options.overwrite:
             marks.refuse_files(self.save_dir, self._paths())
 

@@ -14,7 +14,7 @@ from typing import Any
 from ...basics.errors import ConversionError, Stopped, UsageError
 from ...conversion.progress import Progress
 
-#: Seconds that `try_send` waits for room in the queue.
+#: Seconds that `try_send` waits for room in the queue, by default.
 _TRY_SECONDS = 2.0
 #: Seconds between checks that the other process is alive.
 _POLL = 0.5
@@ -31,10 +31,10 @@ def send(queue: Any, message: Any) -> None:
             return
 
 
-def try_send(queue: Any, message: Any) -> None:
-    """Send a message unless the queue stays full. Used on the way out, where a stuck or dead receiver must not block."""
+def try_send(queue: Any, message: Any, seconds: float = _TRY_SECONDS) -> None:
+    """Send a message unless the queue stays full for `seconds`; used on the way out, where a stuck receiver must not block."""
     with suppress(queues.Full):
-        queue.put(message, timeout=_TRY_SECONDS)
+        queue.put(message, timeout=seconds)
 
 
 def check_saver(queue: Any) -> None:
