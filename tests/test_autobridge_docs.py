@@ -1,4 +1,4 @@
-"""docs/autobridge.md and README's recipe are true: blocks and commands run, with ids, paths and sizes substituted."""
+"""docs/bridge.md is true: blocks and commands run, with ids, paths and sizes substituted."""
 
 from __future__ import annotations
 
@@ -18,21 +18,22 @@ import torch
 
 import megatron_converters as mc
 from megatron_converters.bridge import AutoBridge, CausalLMBridge
+from tests.command_blocks import run
 from tests.conversions import different, hf_to_megatron
 from tests.helpers import RANK_FILE, ROOT, hf_tensors
 from tests.hub_repos import WRITER
 from tests.hub_server import serving, use, without_hub_variables
 from tests.live_process import live
 from tests.oracle.hf import make_model
-from tests.test_docs import python_blocks, run
+from tests.test_docs import python_blocks
 
 HFModel = Callable[..., Path]
-PAGE = "docs/autobridge.md"
+PAGE = "docs/bridge.md"
 TEXT = (ROOT / PAGE).read_text()
 EXAMPLE = ROOT / "examples/2_way_hf_binding.py"
 #: Script of the page, which its command starts.
 SCRIPT = "# train.py\n"
-BLOCKS = [*(block for block in python_blocks(PAGE) if not block.startswith(SCRIPT)), *python_blocks("README.md")]
+BLOCKS = [block for block in python_blocks(PAGE) if not block.startswith(SCRIPT)]
 COMMANDS = re.findall(r"^```bash\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
 #: Families of the models that the page names on the Hub.
 HUB = {

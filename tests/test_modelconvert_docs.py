@@ -1,4 +1,4 @@
-"""docs/modelconvert.md is true: its commands, YAML and Python run as printed, with tiny models under the names that it uses."""
+"""docs/model-converter-tool.md is true: its commands, YAML and Python run as printed, on tiny models under its names."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.modelconvert import minicpm
 from tests.oracle.hf import make_model
 from tests.test_meta_source import write as write_meta
 
-DOCUMENT = (ROOT / "docs/modelconvert.md").read_text()
+DOCUMENT = (ROOT / "docs/model-converter-tool.md").read_text()
 BASH, YAML, PYTHON = (
     re.findall(rf"^```{language}\n(.*?)^```", DOCUMENT, re.MULTILINE | re.DOTALL)
     for language in ("bash", "yaml", "python")

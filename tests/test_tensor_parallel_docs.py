@@ -15,9 +15,10 @@ import torch
 import megatron_converters as mc
 from megatron_converters.tensor_parallel.presets import PRESETS
 from tests.bare import left_in, tree
+from tests.command_blocks import run
 from tests.helpers import ROOT, hf_tensors
 from tests.oracle.hf import make_model
-from tests.test_docs import _HEADING, _LINK, anchor, python_blocks, run
+from tests.test_docs import _HEADING, _LINK, anchor, python_blocks
 
 PAGE = "docs/tensor-parallel.md"
 TEXT = (ROOT / PAGE).read_text()

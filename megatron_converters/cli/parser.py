@@ -24,7 +24,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, *arguments: Any, examples: Sequence[str] = (), by_need: bool = True, **options: Any) -> None:
         self._by_need = by_need
         super().__init__(*arguments, **{"allow_abbrev": False, "formatter_class": _Formatter, **options})
-        self._examples = examples
+        self.examples = examples
 
     @property
     def actions(self) -> list[argparse.Action]:
@@ -88,8 +88,8 @@ class Parser(argparse.ArgumentParser):
             formatter.end_section()
         formatter.add_text(self._further_names())
         formatter.add_text(self.epilog)
-        if self._examples:
-            formatter.add_text("\n".join(["examples:", *(f"  {line}" for line in self._examples)]))
+        if self.examples:
+            formatter.add_text("\n".join(["examples:", *(f"  {line}" for line in self.examples)]))
         return formatter.format_help()
 
     def _further_names(self) -> str:
