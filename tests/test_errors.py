@@ -910,6 +910,6 @@ def test_a_file_that_is_no_model(hf_model: HFModel, tmp_path: Path) -> None:
         run = verb("convert", hf_model("llama2") / "model.safetensors", tmp_path / "out", "--hf-config", option)
         words = {
             path: f"{path} is a file, but a folder is needed here",
-            tmp_path / "absent": "absent is no folder; give one",
+            tmp_path / "absent": "absent does not exist; give a folder",
         }
         refused(run, words[option], code=2)

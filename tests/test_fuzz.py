@@ -165,7 +165,7 @@ def _read(read: Callable[[], object]) -> None:
     except ConversionError as error:
         assert not isinstance(error.__cause__, MemoryError)
         first, *rest = str(error).split("\n")
-        assert all(line.startswith("  - ") for line in rest), error
+        assert all(line.startswith("  - ") for line in rest[:-1]), error  # the last may say what to do
         assert all(line.isprintable() for line in (first, *rest)), error
 
 

@@ -220,9 +220,9 @@ def test_any_queue_size_will_do(queue_size: int, deep: Path, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
 def test_start_methods_agree(method: str, deep: Path, tmp_path: Path) -> None:
-    succeeded(convert("--load-dir", deep, "--save-dir", tmp_path / "meg", "--start-method", method))
+    succeeded(convert("--load-dir", deep, "--save-dir", tmp_path / "meg", "--start-method", method, anew=True))
     options = ("--loader", "core", "--saver", "hf", "--load-dir", tmp_path / "meg", "--save-dir", tmp_path / "hf")
-    succeeded(convert(*options, "--start-method", method))
+    succeeded(convert(*options, "--start-method", method, anew=True))
     ours, theirs = hf_tensors(tmp_path / "hf"), hf_tensors(deep)
     assert ours.keys() == theirs.keys()
     assert all(bool((ours[name] == theirs[name]).all()) for name in ours)

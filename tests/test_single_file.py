@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -109,10 +110,10 @@ def test_options_of_checkpoints_are_refused_for_files(hf_model: HFModel, tmp_pat
 
 
 def test_a_file_of_other_things(hf_model: HFModel, checkpoint: Path, tmp_path: Path) -> None:
-    rank = checkpoint / "mp_rank_00_000" / "model_optim_rng.pt"
+    rank = shutil.copy(checkpoint / "mp_rank_00_000" / "model_optim_rng.pt", tmp_path / "other.pt")
     with pytest.raises(mc.ConversionError, match="holds entries that are not named tensors: args"):
         mc.convert(rank, tmp_path / "meg", read=mc.ReadOptions(hf_config=hf_model("llama2")))
-    assert left_in(tmp_path) == []
+    assert left_in(tmp_path) == ["other.pt"]
 
 
 def test_the_manifest_names_the_source(checkpoint: Path, tmp_path: Path) -> None:

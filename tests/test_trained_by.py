@@ -127,4 +127,5 @@ def test_a_comparison_of_logits_reads_by_the_same_options(monkeypatch: pytest.Mo
     monkeypatch.setattr("megatron_converters.logits.compare_logits", compare)
     given = ("--trained-by", "0.16", "--ignore-args", "a,b", "--mup", "fold", "--without-mtp", "--hf-config", tmp_path)
     refused(verb("verify", tmp_path, tmp_path, "--logits", "--prefer-args", *given), "enough", code=2)
-    assert seen == [MegatronReadOptions(None, tmp_path, None, None, True, None, (), "fold", "0.16", True, ("a", "b"))]
+    said = dict(trained_by="0.16", prefer_args=True, ignore_args=("a", "b"), mup="fold", without_mtp=True)
+    assert seen == [MegatronReadOptions(hf_config=tmp_path, **said)]
