@@ -201,9 +201,12 @@ def test_the_image_is_built_where_there_is_a_builder(tmp_path: Path) -> None:
         assert program is not None
         (tmp_path / name).symlink_to(program)
     assert "the image is not built" in done(script, PATH=str(tmp_path))
-    (tmp_path / "docker").write_text(f'#!{shutil.which("bash")}\necho "$*" >> "{calls}"\n')
-    (tmp_path / "docker").chmod(0o755)
+    docker = tmp_path / "docker"
+    docker.write_text(f"#!{shutil.which('bash')}\nexit 1\n")  # a client without its daemon
+    docker.chmod(0o755)
+    assert "the image is not built" in done(script, PATH=str(tmp_path))
+    docker.write_text(f'#!{shutil.which("bash")}\necho "$*" >> "{calls}"\n')
     done(script, PATH=str(tmp_path))
-    build, version = calls.read_text().splitlines()
+    _, build, version = calls.read_text().splitlines()
     assert build == "build --file Containerfile --tag megatron-converters ."
     assert version == "run --rm megatron-converters --version"
