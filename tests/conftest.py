@@ -9,13 +9,16 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: tests and the p
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from tests.helpers import convert, succeeded
 from tests.oracle.fixtures import megatron_pool, pytest_collection_modifyitems  # noqa: F401 - pytest looks for them here
 from tests.oracle.mindspore import pytest_runtest_setup  # noqa: F401
+
+if TYPE_CHECKING:
+    import torch
 
 
 @pytest.fixture(scope="session")
@@ -28,6 +31,14 @@ def hf_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         return make_model(family, tmp_path_factory.mktemp("hf") / family, **options)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def logits(hf_model: Callable[..., Path]) -> Callable[[str], torch.Tensor]:
+    """Function `logits(family)`: what transformers computes of `hf_model(family)` for `TOKENS`; computed once."""
+    from tests.oracle.hf import TOKENS, hf_logits
+
+    return cache(lambda family: hf_logits(hf_model(family), TOKENS))
 
 
 @pytest.fixture(scope="session")

@@ -19,7 +19,7 @@ from megatron_converters.bridge import AutoBridge
 from tests.conversions import different, hf_to_megatron, hf_to_torch_dist
 from tests.helpers import hf_tensors, nothing_complete
 from tests.live_process import live
-from tests.oracle.hf import hf_logits, make_model
+from tests.oracle.hf import difference, hf_logits, make_model
 from tests.oracle.pool import MegatronPool
 from tests.test_bridge import TOKENS, agree, built, exported
 
@@ -197,10 +197,6 @@ def test_models_of_a_configuration_take_the_tokenizer_of_another(own: Path, llam
 
 
 # -- Megatron-LM
-
-
-def difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    return float((ours[..., : theirs.shape[-1]] - theirs).abs().max() / theirs.abs().max())
 
 
 def test_imported_checkpoints_load_strictly_in_megatron_core(

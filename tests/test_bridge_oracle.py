@@ -15,10 +15,9 @@ from tests import bridge_oracle_jobs as jobs
 from tests.bridge_oracle_jobs import EXPORTS, Digest, Found, digest
 from tests.helpers import hf_tensors
 from tests.oracle.errors import OracleError
-from tests.oracle.hf import hf_logits, sample_tokens
+from tests.oracle.hf import TOKENS, difference, hf_logits
 from tests.oracle.pool import MegatronPool, _concatenate
 
-TOKENS = sample_tokens(length=40)
 VOCABULARY = 199
 #: Largest difference, relative to the largest logit.
 TOLERANCE = 1e-5
@@ -33,23 +32,6 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "DeepSeek-V3, TP2 PP2 EP2 ETP1, VPP2": ("deepseek-v3-yarn", dict(tp=2, pp=2, ep=2, etp=1, vpp=2)),
     "DeepSeek-V3 of Transformer Engine, TP2 EP2": ("deepseek-v3-yarn", dict(tp=2, ep=2, etp=1, **ENGINE)),
 }
-
-
-@pytest.fixture(scope="module")
-def logits(hf_model: Models) -> Callable[[str], torch.Tensor]:
-    """Function that gives transformers' logits of a family; computed once."""
-    known: dict[str, torch.Tensor] = {}
-
-    def of(family: str) -> torch.Tensor:
-        if family not in known:
-            known[family] = hf_logits(hf_model(family), TOKENS)
-        return known[family]
-
-    return of
-
-
-def difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    return float((ours[..., :VOCABULARY] - theirs).abs().max() / theirs.abs().max())
 
 
 def digests(folder: Path) -> dict[str, Digest]:

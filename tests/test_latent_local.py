@@ -12,32 +12,14 @@ import torch
 
 from megatron_converters.logits import logits_of
 from tests.conversions import hf_to_megatron, hf_to_torch_dist
-from tests.oracle.hf import hf_logits, make_model, sample_tokens
+from tests.oracle.hf import TOKENS, difference, hf_logits, make_model
 from tests.oracle.pool import MegatronPool
 from tests.test_proof_kinds import with_prediction
 
-TOKENS = sample_tokens(length=40)
 VOCABULARY = 199
 TOLERANCE = 1e-5
 FAMILIES = ("deepseek-v2-lite", "deepseek-v3", "deepseek-v3-yarn", "minicpm3")
 Models = Callable[..., Path]
-
-
-@pytest.fixture(scope="module")
-def logits(hf_model: Models) -> Callable[[str], torch.Tensor]:
-    """Function that gives transformers' logits of a family; computed once."""
-    known: dict[str, torch.Tensor] = {}
-
-    def of(family: str) -> torch.Tensor:
-        if family not in known:
-            known[family] = hf_logits(hf_model(family), TOKENS)
-        return known[family]
-
-    return of
-
-
-def difference(ours: Any, theirs: torch.Tensor) -> float:
-    return float((torch.as_tensor(ours)[..., :VOCABULARY] - theirs).abs().max() / theirs.abs().max())
 
 
 def across_ranks(family: str) -> dict[str, int]:

@@ -15,7 +15,7 @@ from megatron_converters.basics.errors import ConversionError
 from megatron_converters.formats.huggingface.source import HFSource
 from tests.conversions import different, hf_to_megatron, hf_to_torch_dist, megatron_to_hf, reshard
 from tests.helpers import args_of, hf_tensors, rank_content, refused, succeeded, verb
-from tests.oracle.hf import hf_logits, make_model, sample_tokens
+from tests.oracle.hf import difference, hf_logits, make_model, sample_tokens
 from tests.oracle.minicpm import DIVISORS, LONGROPE, SCALE_DEPTH, make_minicpm
 from tests.oracle.pool import MegatronPool
 
@@ -70,10 +70,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Model]:
         return known[name]
 
     return of
-
-
-def difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    return float((ours[..., :VOCABULARY] - theirs).abs().max() / theirs.abs().max())
 
 
 @pytest.mark.parametrize("sizes", [dict(), dict(tp=2, pp=2)], ids=["whole", "cut"])

@@ -12,11 +12,10 @@ import torch
 from tests.oracle import by_hand_kinds, by_hand_kinds_dist, checkpoint, kinds_args
 from tests.oracle.checkpoint import Grid, Rank
 from tests.oracle.errors import OracleError
-from tests.oracle.hf import hf_logits, sample_tokens
+from tests.oracle.hf import TOKENS, difference
 from tests.oracle.hf_kinds import KINDS
 from tests.oracle.pool import MegatronPool, write_checkpoint, write_distributed
 
-TOKENS = sample_tokens(length=40)
 VOCABULARY = 199
 #: Largest difference, relative to the largest logit. GELU's two forms differ by 7e-5, so it must not be larger.
 TOLERANCE = 1e-5
@@ -27,41 +26,24 @@ CUT = dict(tensor_model_parallel_size=2, pipeline_model_parallel_size=2)
 Reference = Callable[[str], torch.Tensor]
 
 
-@pytest.fixture(scope="module")
-def reference(hf_model: Callable[..., Path]) -> Reference:
-    """Function that gives transformers' logits of a family; computed once."""
-    known: dict[str, torch.Tensor] = {}
-
-    def logits(family: str) -> torch.Tensor:
-        if family not in known:
-            known[family] = hf_logits(hf_model(family), TOKENS)
-        return known[family]
-
-    return logits
-
-
-def difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    return float((ours[..., :VOCABULARY] - theirs).abs().max() / theirs.abs().max())
-
-
 @pytest.mark.parametrize("family", KINDS)
 def test_converted_by_hand_it_agrees_with_transformers(
-    megatron_pool: MegatronPool, tmp_path: Path, hf_model: Callable[..., Path], reference: Reference, family: str
+    megatron_pool: MegatronPool, tmp_path: Path, hf_model: Callable[..., Path], logits: Reference, family: str
 ) -> None:
     """Cut over ranks, its files are those that `test_proof_kinds` has compared with ours and run."""
     sizes = ENGINE if family in WITH_ENGINE else {}
     root = by_hand_kinds.convert(hf_model(family), tmp_path, **sizes)
-    assert difference(megatron_pool.logits(root, TOKENS), reference(family)) < TOLERANCE
+    assert difference(megatron_pool.logits(root, TOKENS), logits(family)) < TOLERANCE
 
 
 @pytest.mark.parametrize("family", ["glm4-moe", "deepseek-v3"])
 def test_grouped_experts_agree_with_transformers(
-    megatron_pool: MegatronPool, tmp_path: Path, hf_model: Callable[..., Path], reference: Reference, family: str
+    megatron_pool: MegatronPool, tmp_path: Path, hf_model: Callable[..., Path], logits: Reference, family: str
 ) -> None:
     root = by_hand_kinds.convert(
         hf_model(family), tmp_path / "meg", **ENGINE, moe_grouped_gemm=True, expert_model_parallel_size=2
     )
-    assert difference(megatron_pool.logits(root, TOKENS), reference(family)) < TOLERANCE
+    assert difference(megatron_pool.logits(root, TOKENS), logits(family)) < TOLERANCE
 
 
 @pytest.mark.parametrize(
@@ -87,12 +69,12 @@ def test_a_wrong_argument_shows(
     megatron_pool: MegatronPool,
     tmp_path: Path,
     hf_model: Callable[..., Path],
-    reference: Reference,
+    logits: Reference,
     family: str,
     wrong: dict[str, Any],
 ) -> None:
     root = by_hand_kinds.convert(hf_model(family), tmp_path / "meg", **ENGINE, **wrong)
-    assert difference(megatron_pool.logits(root, TOKENS), reference(family)) > 5 * TOLERANCE
+    assert difference(megatron_pool.logits(root, TOKENS), logits(family)) > 5 * TOLERANCE
 
 
 def test_latent_down_projections_were_cut_before_0_14(
@@ -119,11 +101,10 @@ def _state(root: Path, grid: Grid, rank: Rank) -> dict[str, Any]:
 
 @pytest.mark.parametrize("family", ["gpt2", "glm4-moe", "deepseek-v3", "qwen3-next"])
 def test_a_distributed_checkpoint_by_hand_agrees_with_transformers(
-    megatron_pool: MegatronPool, tmp_path: Path, hf_model: Callable[..., Path], reference: Reference, family: str
+    megatron_pool: MegatronPool, tmp_path: Path, hf_model: Callable[..., Path], logits: Reference, family: str
 ) -> None:
     root = by_hand_kinds_dist.convert(hf_model(family), tmp_path / "meg", stacked=family not in WITH_EXPERTS)
-    logits = megatron_pool.distributed_logits(root, TOKENS, tp=2)
-    assert difference(logits, reference(family)) < TOLERANCE
+    assert difference(megatron_pool.distributed_logits(root, TOKENS, tp=2), logits(family)) < TOLERANCE
 
 
 @pytest.mark.parametrize("family", ["glm4-moe", "deepseek-v3", "qwen3-next"])

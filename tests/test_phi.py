@@ -31,7 +31,7 @@ from tests.helpers import (
 )
 from tests.oracle.checkpoint import iteration_directory
 from tests.oracle.errors import OracleError
-from tests.oracle.hf import hf_logits, sample_tokens
+from tests.oracle.hf import difference, hf_logits, sample_tokens
 from tests.oracle.jobs import gradients
 from tests.oracle.live_jobs import bridged, dropped_out, layer_refusal
 from tests.oracle.pool import MegatronPool
@@ -85,10 +85,6 @@ def wanted(hf_model: HFModel) -> Callable[[str], tuple[Path, torch.Tensor]]:
         return found[name]
 
     return of
-
-
-def difference(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    return float((found[..., :VOCABULARY] - wanted).abs().max() / wanted.abs().max())
 
 
 def edited(root: Path, change: Callable[[dict[str, Any]], object]) -> None:

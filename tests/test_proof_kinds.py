@@ -25,11 +25,10 @@ from tests.conversions import different, hf_to_megatron, hf_to_torch_dist, megat
 from tests.helpers import hf_tensors
 from tests.oracle import by_hand_kinds, checkpoint
 from tests.oracle.errors import OracleError
-from tests.oracle.hf import hf_logits, sample_tokens
+from tests.oracle.hf import TOKENS, difference, hf_logits
 from tests.oracle.hf_kinds import KINDS
 from tests.oracle.pool import MegatronPool
 
-TOKENS = sample_tokens(length=40)
 VOCABULARY = 199
 #: Largest difference, relative to the largest logit. GELU's two forms differ by 7e-5, so it must not be larger.
 TOLERANCE = 1e-5
@@ -37,23 +36,6 @@ TOLERANCE = 1e-5
 WITH_ENGINE = ("qwen3-next",)
 WITH_EXPERTS = ("glm4-moe", "deepseek-v2-lite", "deepseek-v3", "deepseek-v3-yarn", *WITH_ENGINE)
 Models = Callable[..., Path]
-
-
-@pytest.fixture(scope="module")
-def logits(hf_model: Models) -> Callable[[str], torch.Tensor]:
-    """Function that gives transformers' logits of a family; computed once."""
-    known: dict[str, torch.Tensor] = {}
-
-    def of(family: str) -> torch.Tensor:
-        if family not in known:
-            known[family] = hf_logits(hf_model(family), TOKENS)
-        return known[family]
-
-    return of
-
-
-def difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    return float((ours[..., :VOCABULARY] - theirs).abs().max() / theirs.abs().max())
 
 
 def cut(family: str) -> dict[str, Any]:

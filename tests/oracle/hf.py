@@ -126,6 +126,15 @@ def sample_tokens(batch: int = 2, length: int = 64, *, vocab_size: int = 199, se
     return torch.randint(vocab_size, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
+#: Tokens for which the fixture `logits` has what transformers computes.
+TOKENS = sample_tokens(length=40)
+
+
+def difference(ours: Any, theirs: torch.Tensor) -> float:
+    """Largest difference between logits, relative to the largest of `theirs`; `ours` may have padding rows of a vocabulary, too."""
+    return float((torch.as_tensor(ours)[..., : theirs.shape[-1]] - theirs).abs().max() / theirs.abs().max())
+
+
 def hf_logits(directory: Path, tokens: torch.Tensor) -> torch.Tensor:
     """Logits by transformers, float32 [B, S, V], of the model in `directory` for int64 tokens [B, S] (eager attention).
 
