@@ -20,7 +20,7 @@ from ..families.scope import family_of
 from .detect import FORMATS, HF, MEGATRON, META, MINDSPORE, WEIGHTS, format_of, refuse_part
 from .hub import located
 from .huggingface.source import HFSource
-from .megatron.arguments import foreign_args
+from .megatron.arguments import other_model
 from .megatron.opening import open_megatron
 from .megatron.reading import MegatronReadOptions
 from .megatron.trained_by import program
@@ -113,7 +113,7 @@ def open_source(path: str | os.PathLike[str], options: ReadOptions = AS_FOUND) -
     source.origin.say_first(notes)
     if margs is not None:
         source.origin.margs = margs
-        foreign = foreign_args(source.spec, margs, source.origin.hf_config)
+        foreign = other_model(source.spec, margs, source.origin.hf_config)
         if foreign:
             line = f"warning: {options.source_margs_file} is of another model ({'; '.join(foreign)}), of which only training"
             source.origin.tell_at_once(f"{line} arguments are taken over")

@@ -147,7 +147,7 @@ _TELLING = (
 )
 
 
-def foreign_args(spec: ModelSpec, args: argparse.Namespace, config: Mapping[str, Any] | None) -> list[str]:
+def other_model(spec: ModelSpec, args: argparse.Namespace, config: Mapping[str, Any] | None) -> list[str]:
     """Differences that show args to be of another model than this, which has this configuration of Hugging Face."""
     own, given = model_args(spec), vars(args)
     absent = {row.attribute: row.absent for row in ARGUMENTS}
