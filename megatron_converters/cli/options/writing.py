@@ -277,9 +277,7 @@ def hf_options(args: argparse.Namespace) -> HFOptions:
 
 def open_hf_target(args: argparse.Namespace) -> Target:
     """The folder to write in --save-dir; with --download, the tokenizer that is named is fetched."""
-    if args.download:
-        fetch_tokenizer(args.tokenizer_model, explicit=True)
-    return open_target(args.save_dir, hf_options(args))
+    return _open_with_tokenizer(args, hf_options(args))
 
 
 def add_mindspore_target_arguments(parser: Any) -> None:
@@ -314,6 +312,10 @@ def mindspore_options(args: argparse.Namespace) -> MindSporeOptions:
 
 def open_mindspore_target(args: argparse.Namespace) -> Target:
     """The folder to write in --save-dir; with --download, the tokenizer that is named is fetched."""
+    return _open_with_tokenizer(args, mindspore_options(args))
+
+
+def _open_with_tokenizer(args: argparse.Namespace, options: HFOptions | MindSporeOptions) -> Target:
     if args.download:
         fetch_tokenizer(args.tokenizer_model, explicit=True)
-    return open_target(args.save_dir, mindspore_options(args))
+    return open_target(args.save_dir, options)
