@@ -115,12 +115,10 @@ def _warn_of_widening(source: Source, dtype: DType | None) -> None:
     """Warn that rounded weights are written in a wider type although their originals lie beside them."""
     origin, stored = source.origin, source.spec.dtype
     if origin.float32_originals and dtype is not None and dtype.itemsize > stored.itemsize:
-        warning = (
+        origin.tell_at_once(
             f"warning: the stored {stored} weights are widened to {dtype}, which does not restore what rounding has lost; the "
             f"optimizer's float32 originals ({origin.float32_originals}) are not read"
         )
-        origin.notes.append(warning)
-        origin.urgent.append(warning)
 
 
 def target_format(source_format: str, to: str | None, asks_for_checkpoint: bool) -> str:
