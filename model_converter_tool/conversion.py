@@ -18,6 +18,7 @@ from megatron_converters.basics.errors import (
     UsageError,
 )
 from megatron_converters.basics.quantities import size
+from megatron_converters.cli.options.values import comma_separated
 
 from .formats import HF, MEGATRON, SHOWN, SINGLE_FILE, OutputFormat, detected_format, output_format
 from .model_types import AUTO, MINICPM, check_family, check_name, unsupported
@@ -138,7 +139,7 @@ def _read_options(task: Task, found: str) -> mc.ReadOptions:
     """Options for reading. Where the input and the output are checkpoints, `mup` is that of both, unless the input says its own."""
     names = ("hf_config", "mup") if found == MEGATRON else ("hf_config",)
     given = {name: task.options[name] for name in names if name in task.options}
-    fields = tuple(name for name in task.options.get("ignore_config_fields", "").split(",") if name)
+    fields = comma_separated(task.options.get("ignore_config_fields"))
     tensors = tuple(task.options.get("ignore_tensors", ()))
     return mc.ReadOptions(format=found, ignore_config_fields=fields, ignore_tensors=tensors, **given)
 
