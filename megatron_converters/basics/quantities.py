@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Collection
 
 _UNITS = ("B", "KB", "MB", "GB", "TB", "PB")
 
@@ -19,6 +20,12 @@ def size(nbytes: float) -> str:
 def count(number: int, noun: str) -> str:
     """A number with its noun, plural unless the number is 1."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def few(names: Collection[str], most: int = 5) -> str:
+    """Names in one line, by commas: the first `most`, and how many more there are."""
+    shown = ", ".join(itertools.islice(names, most))
+    return f"{shown} and {len(names) - most} more" if len(names) > most else shown
 
 
 def duration(seconds: float) -> str:

@@ -6,12 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import TypeVar
 
-from ..basics.quantities import count
+from ..basics.quantities import count, few
 
 Key = TypeVar("Key")
 Data = TypeVar("Data")
-#: Maximum number of names in a note.
-_SHOWN = 5
 
 
 class LeftOut:
@@ -51,6 +49,4 @@ class LeftOut:
         """What is left out, in a sentence; empty if nothing."""
         if not self._found:
             return ""
-        names = sorted(self._found)
-        more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-        return f"{count(len(names), 'tensor')} left out, as --ignore-tensors says: {', '.join(names[:_SHOWN])}{more}"
+        return f"{count(len(self._found), 'tensor')} left out, as --ignore-tensors says: {few(sorted(self._found))}"

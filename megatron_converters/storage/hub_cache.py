@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..basics.errors import ConversionError, UsageError
+from ..basics.quantities import few
 from .hub_access import Model, library
 
-#: Missing files that a message lists at most.
+#: Missing files that a command names at most; where there are more, it names none.
 _SHOWN_FILES = 5
 _SNAPSHOTS, _REFS, _BLOBS, _TREES, _MODELS = "snapshots", "refs", "blobs", "trees", "models"
 _MAIN = "main"
@@ -215,10 +216,3 @@ def _setting(name: str) -> Any:
         return getattr(library().constants, name)
     except ConversionError:
         return None
-
-
-def few(names: Collection[str]) -> str:
-    """Names for a message, the first few of many."""
-    listed = list(names)
-    more = f" and {len(listed) - _SHOWN_FILES} more" if len(listed) > _SHOWN_FILES else ""
-    return f"{', '.join(listed[:_SHOWN_FILES])}{more}"

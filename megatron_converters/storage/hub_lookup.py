@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..basics.errors import ConversionError, MissingPath
+from ..basics.quantities import few
 from .hub_access import Model, address, in_one_sentence, library, reason
 from .hub_cache import (
     Choice,
@@ -15,7 +16,6 @@ from .hub_cache import (
     Snapshot,
     among,
     command_line,
-    few,
     latest,
     model_folder,
     place_of,

@@ -12,7 +12,7 @@ from typing import Any
 
 from ...basics.errors import ConversionError, one_line, raise_all
 from ...basics.json_files import read_json
-from ...basics.quantities import count
+from ...basics.quantities import count, few
 from ...storage import safetensors, torch_zip
 from ...storage.opening import is_name
 from ...storage.tensor import StoredTensor
@@ -184,5 +184,4 @@ def _hint(folder: Path) -> str:
     if not shards:
         below = sorted({path.parent.name for pattern in _WEIGHTS for path in folder.glob(f"*/{pattern}")})
         return f"; its folder {below[0]} holds weights: move them one level up, beside {_CONFIG}" if below else ""
-    more = f" and {len(shards) - _SHOWN_NAMES} more" if len(shards) > _SHOWN_NAMES else ""
-    return f"; it has {', '.join(shards[:_SHOWN_NAMES])}{more}, but the index of these shards is missing"
+    return f"; it has {few(shards, _SHOWN_NAMES)}, but the index of these shards is missing"

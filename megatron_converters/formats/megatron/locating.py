@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ...basics.errors import ConversionError, one_line, reason_of
+from ...basics.quantities import few
 from ...storage import dcp, marks
 from .writing import MODEL_FILE, TRACKER
 
@@ -137,8 +138,7 @@ class Inside:
 
     def _paths(self, paths: list[Path]) -> str:
         names = [str(path.relative_to(self.folder)) for path in paths]
-        more = [f"{len(names) - _MOST_NAMED} more"] if len(names) > _MOST_NAMED else []
-        return " and ".join(filter(None, (", ".join(names[:_MOST_NAMED]), *more)))
+        return few(names, _MOST_NAMED)
 
 
 def look_inside(folder: Path, levels: int = _LEVELS) -> Inside:
