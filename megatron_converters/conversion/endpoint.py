@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -119,27 +120,30 @@ def main_dtype(spec: ModelSpec, dtype_of: Callable[[Ref], DType]) -> DType:
 
     Slots with a precision of their own, such as routers, do not count.
     """
+    return _dtypes(spec, dtype_of)[0]
+
+
+def with_main_dtype(spec: ModelSpec, dtype_of: Callable[[Ref], DType]) -> tuple[ModelSpec, list[str]]:
+    """Spec of the dtype of most bytes (`main_dtype`), and a note on slots of another, if there are any."""
+    main, stored = _dtypes(spec, dtype_of)
+    others = {name: dtype for name, dtype in stored if dtype != main}
+    named = ", ".join(f"{name} {dtype}" for name, dtype in others.items())
+    note = (
+        f"tensors are of several dtypes: the model is taken for {main}, which most bytes are; stored otherwise: {named}"
+    )
+    return dataclasses.replace(spec, dtype=main), [note] if others else []
+
+
+def _dtypes(spec: ModelSpec, dtype_of: Callable[[Ref], DType]) -> tuple[DType, list[tuple[str, DType]]]:
+    """Dtype of most bytes, and each slot's name with each dtype that it has, in the order of the refs."""
     nbytes: Counter[DType] = Counter()
+    stored: dict[tuple[str, DType], None] = {}
     for ref in refs(spec):
         if ref.slot.precision is Precision.MODEL:
             dtype = dtype_of(ref)
             nbytes[dtype] += math.prod(ref.shape(spec)) * dtype.itemsize
-    return max(nbytes, key=lambda dtype: (nbytes[dtype], dtype == spec.dtype))
-
-
-def dtype_notes(spec: ModelSpec, dtype_of: Callable[[Ref], DType]) -> list[str]:
-    """Note on slots whose dtype is not `spec.dtype`, that of most bytes."""
-    others = {
-        ref.slot.name: dtype
-        for ref in refs(spec)
-        if ref.slot.precision is Precision.MODEL and (dtype := dtype_of(ref)) != spec.dtype
-    }
-    if not others:
-        return []
-    named = ", ".join(f"{name} {dtype}" for name, dtype in others.items())
-    return [
-        f"tensors are of several dtypes: the model is taken for {spec.dtype}, which most bytes are; stored otherwise: {named}"
-    ]
+            stored[ref.slot.name, dtype] = None
+    return max(nbytes, key=lambda dtype: (nbytes[dtype], dtype == spec.dtype)), list(stored)
 
 
 def first_dtype(pieces: tuple[Piece, ...]) -> DType:

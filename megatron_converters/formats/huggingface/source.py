@@ -18,10 +18,10 @@ from ...assets.origin import Origin, file_identities
 from ...basics.dtypes import DType, dtype_named
 from ...basics.errors import ConversionError, UsageError
 from ...basics.json_files import read_json
-from ...basics.quantities import count
+from ...basics.quantities import count, few
 from ...conversion import zero_bias
 from ...conversion.composing import Piece, Sources, StoredName
-from ...conversion.endpoint import dtype_notes, first_dtype, main_dtype
+from ...conversion.endpoint import first_dtype, with_main_dtype
 from ...conversion.left_out import LeftOut
 from ...conversion.matching import Matcher
 from ...families import FAMILIES
@@ -37,8 +37,6 @@ from .wrapping import Wrapping, refuse_adapters, wrapping_of
 
 ADAPTER = "adapter_config.json"
 _CONFIG = "config.json"
-#: Maximum number of names in a note.
-_SHOWN_NAMES = 5
 _ZERO_BIAS_NOTE = (
     "the output biases of attention are 0 everywhere: left out, since the model is the same without; a Hugging Face folder that is "
     "written has them again"
@@ -99,7 +97,7 @@ class HFSource:
         self._pieces, self._replicas = _match(spec, names, tensors, matcher, wrapping)
         zero = self._take_out_zero_bias(spec)
         spec = zero_bias.without(spec) if zero else spec
-        self.spec = dataclasses.replace(spec, dtype=main_dtype(spec, self.dtype_of))
+        self.spec, dtype_notes = with_main_dtype(spec, self.dtype_of)
         code = code_files(folder)
         generation = folder / "generation_config.json"
         self.origin = Origin(
@@ -117,7 +115,7 @@ class HFSource:
                 *dropped.notes,
                 *decoded_note(tensors),
                 *_dtype_note(config, self.spec),
-                *dtype_notes(self.spec, self.dtype_of),
+                *dtype_notes,
                 *config_notes(config),
             ],
             ignored=[
@@ -226,8 +224,7 @@ def _ghost_note(ghosts: Mapping[str, str]) -> list[str]:
     """Note on tensors that only the index has; matching has refused those that the model needs."""
     if not ghosts:
         return []
-    more = f" and {len(ghosts) - _SHOWN_NAMES} more" if len(ghosts) > _SHOWN_NAMES else ""
-    named = f"{', '.join(sorted(ghosts)[:_SHOWN_NAMES])}{more}"
+    named = few(sorted(ghosts))
     return [
         f"the index names {count(len(ghosts), 'tensor')} that no file has, and the model needs none of them: {named}"
     ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,7 +10,7 @@ from ...assets.capacity_bins import CAPACITY_BINS, from_rank_files
 from ...basics.dtypes import DType
 from ...basics.errors import ConversionError
 from ...conversion.composing import Piece, Sources, StoredName
-from ...conversion.endpoint import dtype_notes, first_dtype, main_dtype
+from ...conversion.endpoint import first_dtype, with_main_dtype
 from ...conversion.matching import Matcher
 from ...conversion.zero_bias import without_absent
 from ...model.slots import Ref, Shard, refs
@@ -58,10 +57,10 @@ class RankFilesSource:
         self.parallel = parallel_for(spec, sizes.tp, sizes.pp, sizes.split, sizes.ep, sizes.etp)
         self._padded = padded
         self._pieces, self._replicas = self._match()
-        spec = self.spec = dataclasses.replace(spec, dtype=main_dtype(spec, self.dtype_of))
+        spec, dtype_notes = with_main_dtype(spec, self.dtype_of)
         self.spec, left_out_notes = without_prediction(spec, options.without_mtp)
         notes += prefix_note(files.wrapper) + padding_note(padded, spec) + left_out_notes + self._left_out.notes
-        notes += dtype_notes(spec, self.dtype_of)
+        notes += dtype_notes
         if files.left_out:
             notes.append(
                 f"left out of the conversion: {', '.join(sorted(files.left_out))} (optimizer and training state)"

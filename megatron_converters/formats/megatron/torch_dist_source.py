@@ -6,7 +6,6 @@ Gate lies above up in the whole tensor, not in each rank's part. Formats: see di
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import itertools
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,7 +19,7 @@ import numpy as np
 from ...basics.dtypes import DType
 from ...basics.errors import ConversionError
 from ...conversion.composing import Piece, Sources, StoredName
-from ...conversion.endpoint import dtype_notes, main_dtype
+from ...conversion.endpoint import with_main_dtype
 from ...conversion.left_out import LeftOut
 from ...conversion.matching import Matcher
 from ...conversion.zero_bias import without_absent
@@ -93,8 +92,8 @@ class TorchDistSource:
         self.conventions = conventions_of(vars(args), self.spec, options.mup)
         self._slices = self._match(args)
         self._chunks: dict[str, _Chunks] = {}
-        self.spec = dataclasses.replace(self.spec, dtype=main_dtype(self.spec, self.dtype_of))
-        notes += [*bias_notes, *self._left_out.notes, *dtype_notes(self.spec, self.dtype_of)]
+        self.spec, dtype_notes = with_main_dtype(self.spec, self.dtype_of)
+        notes += [*bias_notes, *self._left_out.notes, *dtype_notes]
         self.spec, left_out_notes = without_prediction(self.spec, options.without_mtp)
         parallel, size_notes = _recorded_sizes(args, self.spec, self._dir, record)
         index = self._folder.index

@@ -6,7 +6,6 @@ neighbouring pairs); mistralai/mistral-inference has the same names.
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ from ...basics.dtypes import DType
 from ...basics.errors import ConversionError
 from ...basics.json_files import read_json
 from ...conversion.composing import Piece, Sources, StoredName
-from ...conversion.endpoint import dtype_notes, first_dtype, main_dtype
+from ...conversion.endpoint import first_dtype, with_main_dtype
 from ...conversion.left_out import LeftOut
 from ...conversion.matching import Matcher
 from ...model.layouts import GATED, GROUPED_INTERLEAVED_QKV, SAME, interned, row_maps
@@ -67,7 +66,7 @@ class MetaSource:
         ranks: list[Mapping[str, StoredTensor]] = [left_out.kept(rank) for rank in stored]
         spec = _spec(described.properties, ranks)
         self._pieces, self._replicas = _match(folder, spec, ranks, left_out)
-        self.spec = dataclasses.replace(spec, dtype=main_dtype(spec, self.dtype_of))
+        self.spec, dtype_notes = with_main_dtype(spec, self.dtype_of)
         tokenizer = next(
             (str(path) for path in (folder / "tokenizer.model", folder.parent / "tokenizer.model") if path.exists()),
             None,
@@ -76,11 +75,11 @@ class MetaSource:
         self.origin = Origin(
             described=str(folder),
             tokenizer=tokenizer,
-            notes=[*_config_note(folder), *described.notes, *left_out.notes, *dtype_notes(self.spec, self.dtype_of)],
-            urgent=[note for note in described.notes if note.startswith("warning: ")],
+            notes=[*left_out.notes, *dtype_notes],
             ignored=left_out.ignored,
             identity=file_identities(folder, [folder / FILE, *files]),
         )
+        self.origin.say_first([*_config_note(folder), *described.notes])
 
     def dtype_of(self, ref: Ref) -> DType:
         """Dtype of a ref in the files."""

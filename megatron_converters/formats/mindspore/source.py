@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,7 +14,7 @@ from ...basics.dtypes import DType
 from ...basics.errors import ConversionError
 from ...basics.json_files import read_json
 from ...conversion.composing import Piece, Sources, StoredName
-from ...conversion.endpoint import dtype_notes, first_dtype, main_dtype
+from ...conversion.endpoint import first_dtype, with_main_dtype
 from ...conversion.left_out import LeftOut
 from ...conversion.matching import Matcher
 from ...model.layouts import ALTERNATING, GATED, GROUPED_QKV, SAME, Layout, RowMap, joined, row_maps
@@ -58,9 +57,9 @@ class MindSporeSource:
         self._dialect = Dialect(found.spec, found.mlp_layout, found.qkv_layout)
         self._legacy = shapes.is_legacy
         self._pieces, self._replicas = self._match(path, tensors)
-        self.spec = dataclasses.replace(found.spec, dtype=main_dtype(found.spec, self.dtype_of))
+        self.spec, dtype_notes = with_main_dtype(found.spec, self.dtype_of)
         self.origin = _origin(path, files, found, self._rows, options)
-        self.origin.notes += [*self._left_out.notes, *dtype_notes(self.spec, self.dtype_of)]
+        self.origin.notes += [*self._left_out.notes, *dtype_notes]
         self.origin.ignored += self._left_out.ignored
 
     def dtype_of(self, ref: Ref) -> DType:
