@@ -16,7 +16,7 @@ from tests.bridge_jobs import Seen, Trained
 from tests.conversions import different, hf_to_megatron
 from tests.helpers import hf_tensors
 from tests.logits_processes import PreloadedContext
-from tests.oracle.hf import difference, hf_logits, sample_tokens
+from tests.oracle.hf import exact_difference, hf_logits, sample_tokens
 from tests.oracle.pool import MegatronPool
 
 TOKENS = sample_tokens(length=16)
@@ -55,7 +55,7 @@ def test_live_models_are_the_source(
     folder = hf_model(family)
     source = hf_tensors(folder)
     seen: list[Seen] = pool.run(bridge_jobs.round_trip, folder, tmp_path, TOKENS, sizes)
-    assert difference(whole(seen), hf_logits(folder, TOKENS)) < TOLERANCE
+    assert exact_difference(whole(seen), hf_logits(folder, TOKENS)) < TOLERANCE
     got = {manner: [each.exports[manner] for each in seen] for manner in seen[0].exports}
     for weights in [got["consolidate"][0], got["usual"][0], *got["replicate"], *got["by file"], _union(got["stage"])]:
         assert different(weights, source) == []
@@ -66,7 +66,7 @@ def test_live_models_are_the_source(
     assert different(hf_tensors(tmp_path / "one"), source) == []
     assert different(hf_tensors(tmp_path / "several"), source) == []
     assert len(list((tmp_path / "several").glob("*.safetensors"))) > 2
-    assert difference(hf_logits(tmp_path / "one", TOKENS), hf_logits(folder, TOKENS)) == 0.0
+    assert exact_difference(hf_logits(tmp_path / "one", TOKENS), hf_logits(folder, TOKENS)) == 0.0
 
 
 def _union(shares: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
@@ -131,9 +131,9 @@ def test_megatron_core_loads_what_was_saved(
     pool.run(bridge_jobs.saved, folder, tmp_path / "saved", dict(tp=2, pp=2, **experts))
     theirs = hf_logits(folder, TOKENS)
     ours = megatron_pool.distributed_logits(tmp_path / "saved", TOKENS, tp=1, pp=2, ep=1, etp=1)
-    assert difference(ours[..., :VOCABULARY], theirs) < TOLERANCE
+    assert exact_difference(ours[..., :VOCABULARY], theirs) < TOLERANCE
     seen = pool.run(bridge_jobs.loaded, folder, tmp_path / "saved", TOKENS, dict(tp=4))
-    assert difference(whole(seen), theirs) < TOLERANCE
+    assert exact_difference(whole(seen), theirs) < TOLERANCE
 
 
 def test_a_checkpoint_of_ranks_becomes_a_live_model_of_other_sizes(
@@ -142,7 +142,7 @@ def test_a_checkpoint_of_ranks_becomes_a_live_model_of_other_sizes(
     folder = hf_model("llama3")
     hf_to_megatron(folder, tmp_path / "ranks", tp=2, pp=2)
     seen = pool.run(bridge_jobs.loaded, folder, tmp_path / "ranks", TOKENS, dict(pp=4))
-    assert difference(whole(seen), hf_logits(folder, TOKENS)) < TOLERANCE
+    assert exact_difference(whole(seen), hf_logits(folder, TOKENS)) < TOLERANCE
 
 
 def test_sizes_that_do_not_fit_are_refused_with_those_that_do(pool: Pool, hf_model: Callable[..., Path]) -> None:

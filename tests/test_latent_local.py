@@ -16,7 +16,6 @@ from tests.oracle.hf import TOKENS, difference, hf_logits, make_model
 from tests.oracle.pool import MegatronPool
 from tests.test_proof_kinds import with_prediction
 
-VOCABULARY = 199
 TOLERANCE = 1e-5
 FAMILIES = ("deepseek-v2-lite", "deepseek-v3", "deepseek-v3-yarn", "minicpm3")
 Models = Callable[..., Path]

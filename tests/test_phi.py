@@ -31,13 +31,12 @@ from tests.helpers import (
 )
 from tests.oracle.checkpoint import iteration_directory
 from tests.oracle.errors import OracleError
-from tests.oracle.hf import difference, hf_logits, sample_tokens
+from tests.oracle.hf import TOKENS, difference, hf_logits
 from tests.oracle.jobs import gradients
 from tests.oracle.live_jobs import bridged, dropped_out, layer_refusal
 from tests.oracle.pool import MegatronPool
 from tests.tiny import tiny_spec
 
-TOKENS = sample_tokens(length=40)
 VOCABULARY = 199
 TOLERANCE = 1e-5
 ALLOWED = dict(allow_inexpressible=True)
@@ -72,19 +71,7 @@ PHI_2: dict[str, Any] = {
 }
 
 HFModel = Callable[..., Path]
-
-
-@pytest.fixture(scope="module")
-def wanted(hf_model: HFModel) -> Callable[[str], tuple[Path, torch.Tensor]]:
-    """Folder of a model, and its logits by transformers."""
-    found: dict[str, tuple[Path, torch.Tensor]] = {}
-
-    def of(name: str) -> tuple[Path, torch.Tensor]:
-        if name not in found:
-            found[name] = hf_model(name), hf_logits(hf_model(name), TOKENS)
-        return found[name]
-
-    return of
+Logits = Callable[[str], torch.Tensor]
 
 
 def edited(root: Path, change: Callable[[dict[str, Any]], object]) -> None:
@@ -151,17 +138,23 @@ def test_a_multiplier_of_logits_is_one_of_the_head_s_bias() -> None:
 @pytest.mark.parametrize("sizes", [dict(), dict(tp=2, pp=2)], ids=["whole", "cut"])
 @pytest.mark.parametrize("name", ["phi", "phi-tied"])
 def test_megatron_computes_what_transformers_computes(
-    megatron_pool: MegatronPool, wanted: Any, tmp_path: Path, name: str, sizes: dict[str, int], impl: str
+    megatron_pool: MegatronPool,
+    hf_model: HFModel,
+    logits: Logits,
+    tmp_path: Path,
+    name: str,
+    sizes: dict[str, int],
+    impl: str,
 ) -> None:
-    folder, logits = wanted(name)
+    folder, theirs = hf_model(name), logits(name)
     files = hf_to_megatron(folder, tmp_path / "files", impl=impl, **sizes, **ALLOWED)
-    assert difference(megatron_pool.logits(files, TOKENS, **sizes, impl=impl), logits) < TOLERANCE
+    assert difference(megatron_pool.logits(files, TOKENS, **sizes, impl=impl), theirs) < TOLERANCE
     chunks = hf_to_torch_dist(folder, tmp_path / "chunks", impl=impl, **sizes, **ALLOWED)
-    assert difference(megatron_pool.distributed_logits(chunks, TOKENS, impl=impl, tp=2, pp=1), logits) < TOLERANCE
+    assert difference(megatron_pool.distributed_logits(chunks, TOKENS, impl=impl, tp=2, pp=1), theirs) < TOLERANCE
     for source in (files, chunks):
         back = megatron_to_hf(source, source / "hf")
         assert different(hf_tensors(folder), hf_tensors(back)) == []
-        assert difference(hf_logits(back, TOKENS), logits) == 0
+        assert difference(hf_logits(back, TOKENS), theirs) == 0
     args = args_of(files)
     assert (args.parallel_block, args.head_bias) == (True, True)
 
@@ -169,28 +162,30 @@ def test_megatron_computes_what_transformers_computes(
 @pytest.mark.parametrize("sizes", [dict(), dict(tp=2, pp=2), dict(pp=4)], ids=["whole", "cut", "stages"])
 @pytest.mark.parametrize("name", ["phi", "phi-tied"])
 def test_a_live_model_computes_what_transformers_computes(
-    megatron_pool: MegatronPool, wanted: Any, name: str, sizes: dict[str, int]
+    megatron_pool: MegatronPool, hf_model: HFModel, logits: Logits, name: str, sizes: dict[str, int]
 ) -> None:
-    folder, logits = wanted(name)
+    folder, theirs = hf_model(name), logits(name)
     found = megatron_pool.run(bridged, str(folder), TOKENS, sizes)
     parts = dict(shard for shard, _ in found if shard is not None)
-    assert difference(torch.cat([parts[rank] for rank in sorted(parts)], dim=-1), logits) < TOLERANCE
+    assert difference(torch.cat([parts[rank] for rank in sorted(parts)], dim=-1), theirs) < TOLERANCE
     tied = ["lm_head.weight"] if name == "phi-tied" and "lm_head.weight" in hf_tensors(folder) else []
     assert [names for _, names in found] == [tied] * 4
 
 
-def test_virtual_stages_and_resharding(megatron_pool: MegatronPool, wanted: Any, tmp_path: Path) -> None:
-    folder, logits = wanted("phi")
+def test_virtual_stages_and_resharding(
+    megatron_pool: MegatronPool, hf_model: HFModel, logits: Logits, tmp_path: Path
+) -> None:
+    folder, theirs = hf_model("phi"), logits("phi")
     split = mc.PipelineSplit(virtual=2)
     files = hf_to_megatron(folder, tmp_path / "virtual", impl="local", pp=2, split=split, **ALLOWED)
-    assert difference(megatron_pool.logits(files, TOKENS, pp=2), logits) < TOLERANCE
+    assert difference(megatron_pool.logits(files, TOKENS, pp=2), theirs) < TOLERANCE
     again = reshard(files, tmp_path / "again", tp=2, pp=1, **ALLOWED)
-    assert difference(megatron_pool.logits(again, TOKENS, tp=2, pp=1), logits) < TOLERANCE
+    assert difference(megatron_pool.logits(again, TOKENS, tp=2, pp=1), theirs) < TOLERANCE
 
 
-def test_the_head_s_bias_is_cut_and_padded_like_the_vocabulary(wanted: Any, tmp_path: Path) -> None:
+def test_the_head_s_bias_is_cut_and_padded_like_the_vocabulary(hf_model: HFModel, tmp_path: Path) -> None:
     """By hand: 199 rows, padded by repeating the last to 2 · 128, half on each rank of the last stage."""
-    folder, _ = wanted("phi")
+    folder = hf_model("phi")
     root = hf_to_megatron(folder, tmp_path / "megatron", tp=2, pp=2, **ALLOWED)
     bias = hf_tensors(folder)["lm_head.bias"]
     padded = torch.cat([bias, bias[-1].expand(256 - VOCABULARY)])
@@ -203,11 +198,11 @@ def test_the_head_s_bias_is_cut_and_padded_like_the_vocabulary(wanted: Any, tmp_
         assert "output_layer.bias" not in rank_content(root, f"mp_rank_{rank:02d}_000")["model"]
 
 
-def test_gradients_are_those_of_transformers(megatron_pool: MegatronPool, wanted: Any, tmp_path: Path) -> None:
+def test_gradients_are_those_of_transformers(megatron_pool: MegatronPool, hf_model: HFModel, tmp_path: Path) -> None:
     """Both blocks read the norm, so that its gradient has a part of each, from both ranks."""
     from transformers import AutoModelForCausalLM
 
-    folder, _ = wanted("phi")
+    folder = hf_model("phi")
     names = {
         "decoder.layers.0.input_layernorm.weight": "model.layers.0.input_layernorm.weight",
         "decoder.layers.3.input_layernorm.bias": "model.layers.3.input_layernorm.bias",
@@ -254,8 +249,8 @@ def test_options_that_a_parallel_block_does_not_heed_are_refused(
 
 
 @pytest.mark.usefixtures("preloaded")
-def test_logits_are_verified(wanted: Any, tmp_path: Path) -> None:
-    folder, _ = wanted("phi")
+def test_logits_are_verified(hf_model: HFModel, tmp_path: Path) -> None:
+    folder = hf_model("phi")
     root = hf_to_megatron(folder, tmp_path / "megatron", tp=2, **ALLOWED)
     succeeded(verb("verify", folder, root, "--logits"))
     edited(root, lambda content: content["model"]["output_layer.bias"].add_(0.1))
@@ -265,19 +260,23 @@ def test_logits_are_verified(wanted: Any, tmp_path: Path) -> None:
 # -- negative controls
 
 
-def test_layers_that_run_one_after_the_other_show(megatron_pool: MegatronPool, wanted: Any, tmp_path: Path) -> None:
-    folder, _ = wanted("phi")
+def test_layers_that_run_one_after_the_other_show(
+    megatron_pool: MegatronPool, hf_model: HFModel, tmp_path: Path
+) -> None:
+    folder = hf_model("phi")
     root = hf_to_megatron(folder, tmp_path / "megatron", impl="local", **ALLOWED)
     edited(root, lambda content: setattr(content["args"], "parallel_block", False))
     with pytest.raises(OracleError, match="pre_mlp_layernorm"):
         megatron_pool.logits(root, TOKENS)
 
 
-def test_a_head_without_its_bias_shows(megatron_pool: MegatronPool, wanted: Any, tmp_path: Path) -> None:
-    folder, logits = wanted("phi")
+def test_a_head_without_its_bias_shows(
+    megatron_pool: MegatronPool, hf_model: HFModel, logits: Logits, tmp_path: Path
+) -> None:
+    folder, theirs = hf_model("phi"), logits("phi")
     root = hf_to_megatron(folder, tmp_path / "megatron", impl="local", **ALLOWED)
     edited(root, lambda content: content["model"]["output_layer.bias"].zero_())
-    assert difference(megatron_pool.logits(root, TOKENS), logits) > 1e-3
+    assert difference(megatron_pool.logits(root, TOKENS), theirs) > 1e-3
     edited(root, lambda content: setattr(content["args"], "head_bias", False))
     with pytest.raises(OracleError, match=r"output_layer\.bias"):
         megatron_pool.logits(root, TOKENS)

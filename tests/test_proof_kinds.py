@@ -29,7 +29,6 @@ from tests.oracle.hf import TOKENS, difference, hf_logits
 from tests.oracle.hf_kinds import KINDS
 from tests.oracle.pool import MegatronPool
 
-VOCABULARY = 199
 #: Largest difference, relative to the largest logit. GELU's two forms differ by 7e-5, so it must not be larger.
 TOLERANCE = 1e-5
 #: Families that megatron-core builds with Transformer Engine's layers alone.

@@ -132,7 +132,13 @@ TOKENS = sample_tokens(length=40)
 
 def difference(ours: Any, theirs: torch.Tensor) -> float:
     """Largest difference between logits, relative to the largest of `theirs`; `ours` may have padding rows of a vocabulary, too."""
-    return float((torch.as_tensor(ours)[..., : theirs.shape[-1]] - theirs).abs().max() / theirs.abs().max())
+    return exact_difference(torch.as_tensor(ours)[..., : theirs.shape[-1]], theirs)
+
+
+def exact_difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    """The same, of logits without padding rows."""
+    assert ours.shape == theirs.shape, (ours.shape, theirs.shape)
+    return float((ours - theirs).abs().max() / theirs.abs().max())
 
 
 def hf_logits(directory: Path, tokens: torch.Tensor) -> torch.Tensor:
