@@ -10,7 +10,7 @@ import torch
 from megatron_converters.live.export import WeightDistributionMode
 from megatron_converters.logits import cpu
 
-#: Sizes by the names of a provider's fields.
+#: Short names of a provider's fields.
 SIZES = {
     "tp": "tensor_model_parallel_size",
     "pp": "pipeline_model_parallel_size",
@@ -45,7 +45,7 @@ def bridge_and_model(folder: Path, sizes: dict[str, Any], **settings: Any) -> tu
     parallel_state.destroy_model_parallel()
     bridge = AutoBridge.from_hf_pretrained(folder)
     provider = bridge.to_megatron_provider()
-    for name, value in {**{SIZES[size]: number for size, number in sizes.items()}, **settings}.items():
+    for name, value in {**{SIZES.get(size, size): number for size, number in sizes.items()}, **settings}.items():
         setattr(provider, name, value)
     models = provider(wrap_with_ddp=False)
     return bridge, [model.eval() for model in models]
@@ -134,7 +134,7 @@ def loaded(folder: Path, checkpoint: Path, tokens: torch.Tensor, sizes: dict[str
 
     parallel_state.destroy_model_parallel()
     bridge = AutoBridge.from_hf_pretrained(folder)
-    overrides = {SIZES[size]: number for size, number in sizes.items()}
+    overrides = {SIZES.get(size, size): number for size, number in sizes.items()}
     models = bridge.load_megatron_model(checkpoint, mp_overrides=overrides, wrap_with_ddp=False)
     logits = gpt.run([model.eval() for model in models], tokens)
     first = parallel_state.get_data_parallel_rank() == 0

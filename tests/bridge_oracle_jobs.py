@@ -13,15 +13,7 @@ import torch.distributed as dist
 
 from megatron_converters.basics.errors import ConversionError
 
-#: Fields of a provider by the names of sizes here.
-_FIELDS = {
-    "tp": "tensor_model_parallel_size",
-    "pp": "pipeline_model_parallel_size",
-    "ep": "expert_model_parallel_size",
-    "etp": "expert_tensor_parallel_size",
-    "vpp": "virtual_pipeline_model_parallel_size",
-}
-
+from .bridge_jobs import bridge_and_model
 
 #: Bytes that are moved at a time: less than most tensors have.
 SMALL = 1000
@@ -64,24 +56,9 @@ class Found(NamedTuple):
     exports: dict[str, dict[str, Digest]]
 
 
-def provider_with(bridge: Any, sizes: Mapping[str, Any], **options: Any) -> Any:
-    """Provider of a bridge with sizes by their short names and other fields, of local layers unless they say otherwise."""
-    from megatron.core import parallel_state
-
-    parallel_state.destroy_model_parallel()
-    provider = bridge.to_megatron_provider(**options)
-    fields = {"transformer_impl": "local", "moe_grouped_gemm": False, **sizes}
-    for name, value in fields.items():
-        setattr(provider, _FIELDS.get(name, name), value)
-    return provider
-
-
 def loaded(folder: Path, sizes: Mapping[str, Any]) -> tuple[Any, list[Any]]:
-    """Bridge of a folder, and this process's models with its weights."""
-    from megatron_converters.bridge import AutoBridge
-
-    bridge = AutoBridge.from_hf_pretrained(folder)
-    return bridge, provider_with(bridge, sizes)(wrap_with_ddp=False)
+    """Bridge of a folder, and this process's models with its weights; of local layers unless the sizes say otherwise."""
+    return bridge_and_model(folder, {"transformer_impl": "local", "moe_grouped_gemm": False, **sizes})
 
 
 def run(models: list[Any], tokens: torch.Tensor) -> tuple[int, torch.Tensor] | None:
@@ -90,7 +67,7 @@ def run(models: list[Any], tokens: torch.Tensor) -> tuple[int, torch.Tensor] | N
 
     from .oracle.jobs import shard
 
-    return shard(gpt.run([model.eval() for model in models], tokens))
+    return shard(gpt.run(models, tokens))
 
 
 def weights(exported: Iterable[Any]) -> dict[str, Digest]:
@@ -161,7 +138,6 @@ def _step(model: Any, tokens: torch.Tensor) -> None:
     from megatron.core import parallel_state
 
     positions = torch.arange(tokens.shape[1]).expand(tokens.shape[0], -1)
-    model.eval()
     model(tokens, positions, None, labels=tokens.roll(-1, 1)).mean().backward()
     with torch.no_grad():
         for name, parameter in model.named_parameters():

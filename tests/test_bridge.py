@@ -20,6 +20,7 @@ from tests.live_process import live
 from tests.oracle.hf import FAMILIES, MOE_FAMILIES, hf_logits, sample_tokens
 from tests.oracle.hf_kinds import FOLDED, KINDS
 from tests.oracle.minicpm import LONGROPE, make_minicpm
+from tests.test_hf_names import renamed, zero_bias
 from tests.test_proof_kinds import with_prediction
 
 HFModel = Callable[..., Path]
@@ -148,27 +149,22 @@ def test_half_precision_is_exported_bit_for_bit(half: Path) -> None:
 
 
 @pytest.fixture
-def zero_bias(hf_model: HFModel, tmp_path: Path) -> Path:
+def unbiased(hf_model: HFModel, tmp_path: Path) -> Path:
     """Llama whose output biases are 0."""
-    folder = shutil.copytree(hf_model("llama2", attention_bias=True, num_hidden_layers=2), tmp_path / "hf")
-    tensors = {name: tensor * (not name.endswith("o_proj.bias")) for name, tensor in hf_tensors(folder).items()}
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    return folder
+    return zero_bias(hf_model("llama2", attention_bias=True, num_hidden_layers=2), tmp_path / "hf")
 
 
 @live
-def test_output_biases_that_are_0_are_none_in_megatron_and_come_back(zero_bias: Path, tmp_path: Path) -> None:
-    odd = shutil.copytree(zero_bias, tmp_path / "odd")
-    wrapped = {f"_orig_mod.{name}": tensor for name, tensor in hf_tensors(zero_bias).items()}
-    save_file(wrapped, odd / "model.safetensors", {"format": "pt"})
+def test_output_biases_that_are_0_are_none_in_megatron_and_come_back(unbiased: Path, tmp_path: Path) -> None:
+    odd = renamed(unbiased, tmp_path / "odd", lambda name: f"_orig_mod.{name}")
     bridge, model = built(odd)
-    agree(model, zero_bias)
+    agree(model, unbiased)
     with pytest.raises(ConversionError, match=r"cannot be exported from it:\n.*o_proj\.bias"):
         exported(bridge, model)
     bridge.save_hf_pretrained(model, tmp_path / "back")
     found = hf_tensors(tmp_path / "back")
-    assert found.keys() == hf_tensors(zero_bias).keys()
-    assert all(torch.equal(found[name], tensor) for name, tensor in hf_tensors(zero_bias).items())
+    assert found.keys() == hf_tensors(unbiased).keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in hf_tensors(unbiased).items())
 
 
 @live
