@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from megatron_converters.basics.dtypes import DType
+from megatron_converters.basics.errors import ConversionError
 from megatron_converters.conversion.endpoint import Source, Target
 from megatron_converters.conversion.progress import Silent
 from megatron_converters.conversion.run import convert
@@ -41,6 +43,13 @@ def megatron_to_hf(source: Path, target: Path, **options: Any) -> Path:
     """Convert either Megatron-LM format to Hugging Face; `options` are those of `MegatronReadOptions`."""
     run(open_megatron(source, MegatronReadOptions(**options)), HFTarget(target, HFOptions()))
     return target
+
+
+def refusal(folder: Path, **options: Any) -> str:
+    """Why a checkpoint is not opened, with X for its folder; `options` are those of `MegatronReadOptions`."""
+    with pytest.raises(ConversionError) as raised:
+        open_megatron(folder, MegatronReadOptions(**options))
+    return str(raised.value).replace(str(folder), "X")
 
 
 def reshard(source: Path, target: Path, **options: Any) -> Path:

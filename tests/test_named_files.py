@@ -14,7 +14,7 @@ import pytest
 from megatron_converters.assets.tokenizer import write_tokenizer
 from megatron_converters.cli import queue_convert
 from megatron_converters.cli.options.reading import open_hf_source
-from tests.helpers import args_of, convert, convert_back, refused, succeeded, tp_pp_converter, verb
+from tests.helpers import args_of, convert, convert_back, edit_rank, refused, succeeded, tp_pp_converter, verb
 
 HFModel = Callable[..., Path]
 MARGS = "source_megatron_args.json"
@@ -149,14 +149,11 @@ def test_a_tokenizer_that_is_nowhere_is_refused_at_once(small: Path, tmp_path: P
 
 
 def test_nobody_is_told_to_give_the_reference_that_is_there(small: Path, tmp_path: Path) -> None:
-    import torch
-
     meg = tmp_path / "meg"
     succeeded(verb("convert", small, meg, "--quiet"))
-    path = next(meg.rglob("model_optim_rng.pt"))
-    content = torch.load(path, weights_only=False)
-    del content["args"].num_attention_heads, content["args"].hf_config
-    torch.save(content, path)
+    args = args_of(meg)
+    del args.num_attention_heads, args.hf_config
+    edit_rank(meg, "mp_rank_00", args=args)
     run = succeeded(verb("convert", meg, tmp_path / "out", "--hf-config", small))
     assert (
         f"taken from {small} where the args do not say it: the checkpoint's args have no valid num_attention_heads"

@@ -10,14 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_converters.basics.errors import ConversionError
 from megatron_converters.formats.megatron.opening import open_megatron
 from megatron_converters.formats.megatron.reading import MegatronReadOptions
 from tests.bare import edit
-from tests.conversions import different, megatron_to_hf
+from tests.conversions import different, megatron_to_hf, refusal
 from tests.helpers import hf_tensors, succeeded, verb
-from tests.oracle import by_hand, by_hand_dist, checkpoint
-from tests.oracle.checkpoint import Grid, Rank
+from tests.oracle import by_hand, by_hand_dist
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
@@ -44,9 +42,8 @@ def made(hf_model: HFModel, tmp_path: Path) -> Callable[..., Path]:
     """Function `made(change)`: a distributed checkpoint after a change of its state and args."""
 
     def make(change: Change = lambda state, args: None) -> Path:
-        root = by_hand.convert(hf_model(FAMILY), tmp_path / "legacy", impl="transformer_engine", mtp_num_layers=1)
-        content = checkpoint.load_rank(checkpoint.rank_file(root / "iter_0000001", Grid(), Rank()))
-        state = predicting(content.pop("model"), 3, "transformer_layer")
+        model, content = by_hand_dist.state(hf_model(FAMILY), tmp_path, mtp_num_layers=1)
+        state = predicting(model, 3, "transformer_layer")
         change(state, content["args"])
         decoder = {key: value for key, value in state.items() if not key.startswith("mtp.")}
         further = {key: value for key, value in state.items() if key.startswith("mtp.") and value is not None}
@@ -55,12 +52,6 @@ def made(hf_model: HFModel, tmp_path: Path) -> Callable[..., Path]:
         return tmp_path / "made"
 
     return make
-
-
-def refusal(folder: Path, **options: Any) -> str:
-    with pytest.raises(ConversionError) as raised:
-        open_megatron(folder, MegatronReadOptions(**options))
-    return str(raised.value).replace(str(folder), "X")
 
 
 def left_out(folder: Path, hf: Path, out: Path, **options: Any) -> list[str]:

@@ -11,13 +11,10 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from megatron_converters.basics.errors import ConversionError
 from megatron_converters.formats.megatron.opening import open_megatron
-from megatron_converters.formats.megatron.reading import MegatronReadOptions
-from tests.conversions import different, megatron_to_hf, reshard
+from tests.conversions import different, megatron_to_hf, refusal, reshard
 from tests.helpers import hf_tensors, rank_content, refused, same_tensors, succeeded, verb
-from tests.oracle import by_hand, checkpoint
-from tests.oracle.checkpoint import Grid, Rank
+from tests.oracle import by_hand
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
@@ -28,8 +25,7 @@ _FC1 = ".linear_fc1.weight"
 
 def state_dict(hf: Path, root: Path, **options: Any) -> State:
     """What `generate_state_dict` of Megatron-LM gives for a model on one rank."""
-    made = by_hand.convert(hf, root / "legacy", **options)
-    content = checkpoint.load_rank(checkpoint.rank_file(made / "iter_0000001", Grid(), Rank()))
+    content = rank_content(by_hand.convert(hf, root / "legacy", **options))
     return {**content, "num_floating_point_operations_so_far": 0, "rng_state": [{"np_rng_state": torch.ones(3)}]}
 
 
@@ -99,12 +95,6 @@ def test_verbs_take_them(hf_model: HFModel, tmp_path: Path) -> None:
         "--ckpt-format torch_dist",
         code=2,
     )
-
-
-def refusal(folder: Path, **options: Any) -> str:
-    with pytest.raises(ConversionError) as raised:
-        open_megatron(folder, MegatronReadOptions(**options))
-    return str(raised.value)
 
 
 def test_gate_and_up_that_alternate(hf_model: HFModel, tmp_path: Path) -> None:

@@ -13,8 +13,7 @@ from megatron_converters.formats.megatron.opening import open_megatron
 from tests.bare import edit
 from tests.conversions import hf_to_megatron
 from tests.helpers import succeeded, verb
-from tests.oracle import by_hand, by_hand_dist, checkpoint
-from tests.oracle.checkpoint import Grid, Rank
+from tests.oracle import by_hand_dist
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
@@ -28,9 +27,8 @@ def made(hf_model: HFModel, tmp_path: Path) -> Callable[..., Path]:
     """Function `made(**tensors)`: a distributed checkpoint in bfloat16 with these tensors beside its model."""
 
     def make(further: dict[str, Any], dtype: str = "bfloat16") -> Path:
-        root = by_hand.convert(hf_model("llama2", dtype=dtype), tmp_path / "legacy", impl="transformer_engine")
-        content = checkpoint.load_rank(checkpoint.rank_file(root / "iter_0000001", Grid(), Rank()))
-        entries = by_hand_dist.tensors(content.pop("model"), stacked=True)
+        model, content = by_hand_dist.state(hf_model("llama2", dtype=dtype), tmp_path)
+        entries = by_hand_dist.tensors(model, stacked=True)
         by_hand_dist.write(tmp_path / "made", {**entries, **further}, content)
         return tmp_path / "made"
 

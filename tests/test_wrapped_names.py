@@ -9,15 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_converters.basics.errors import ConversionError
 from megatron_converters.formats.megatron.detecting import detect
 from megatron_converters.formats.megatron.opening import open_megatron
-from megatron_converters.formats.megatron.reading import MegatronReadOptions
 from tests.bare import edit
-from tests.conversions import different, hf_to_megatron, megatron_to_hf
+from tests.conversions import different, hf_to_megatron, megatron_to_hf, refusal
 from tests.helpers import hf_tensors
-from tests.oracle import by_hand, by_hand_dist, checkpoint
-from tests.oracle.checkpoint import Grid, Rank
+from tests.oracle import by_hand_dist
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
@@ -28,9 +25,8 @@ EMBEDDINGS, QKV = "embedding.word_embeddings.weight", "decoder.layers.self_atten
 @pytest.fixture(scope="module")
 def stored(hf_model: HFModel, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What a distributed checkpoint of a dense model holds: its tensors by key, and under `common` the rest."""
-    root = by_hand.convert(hf_model("llama2"), tmp_path_factory.mktemp("legacy"), impl="transformer_engine")
-    content = checkpoint.load_rank(checkpoint.rank_file(root / "iter_0000001", Grid(), Rank()))
-    return {"tensors": by_hand_dist.tensors(content.pop("model"), stacked=True), "common": content}
+    model, content = by_hand_dist.state(hf_model("llama2"), tmp_path_factory.mktemp("made"))
+    return {"tensors": by_hand_dist.tensors(model, stacked=True), "common": content}
 
 
 def written(stored: Mapping[str, Any], folder: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> Path:
@@ -41,12 +37,6 @@ def written(stored: Mapping[str, Any], folder: Path, change: Callable[[dict[str,
 
 def prefixed(prefix: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
     return lambda tensors: {prefix + key: value for key, value in tensors.items()}
-
-
-def refusal(folder: Path, **options: Any) -> str:
-    with pytest.raises(ConversionError) as raised:
-        open_megatron(folder, MegatronReadOptions(**options))
-    return str(raised.value).replace(str(folder), "X")
 
 
 @pytest.mark.parametrize("prefix", ["module.", "module.module.", "language_model.", "_orig_mod."])

@@ -24,13 +24,18 @@ def convert(hf: Path, root: Path, *, stacked: bool = True, **overrides: Any) -> 
 
     `stacked` makes the layers an axis; otherwise each layer has keys of its own. Experts are always an axis.
     """
-    legacy = by_hand.convert(hf, root / "legacy", impl="transformer_engine", **overrides)
-    content = checkpoint.load_rank(checkpoint.rank_file(legacy / "iter_0000001", Grid(), Rank()))
+    model, content = state(hf, root, **overrides)
     content["args"].ckpt_format = "torch_dist"
-    state = content.pop("model")
-    write(root / "iter_0000001", tensors(state, stacked), content)
+    write(root / "iter_0000001", tensors(model, stacked), content)
     checkpoint.write_tracker(root, 1)
     return root
+
+
+def state(hf: Path, root: Path, **overrides: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """State of the rank at TP1 PP1, with Transformer Engine's names, and what else its file in `root`/legacy has."""
+    legacy = by_hand.convert(hf, root / "legacy", impl="transformer_engine", **overrides)
+    content = checkpoint.load_rank(checkpoint.rank_file(legacy / "iter_0000001", Grid(), Rank()))
+    return content.pop("model"), content
 
 
 def tensors(state: dict[str, Any], stacked: bool) -> dict[str, Any]:
