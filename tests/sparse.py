@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 from pathlib import Path
 from typing import Any
 
 from megatron_converters.assets.origin import Origin
 from megatron_converters.basics.dtypes import dtype_named
+from megatron_converters.cli.options.reading import add_reading_arguments, open_any
 from megatron_converters.conversion.endpoint import Target
 from megatron_converters.formats.huggingface.target import HFOptions, HFTarget
 from megatron_converters.formats.megatron.rank_files_target import MegatronTarget
 from megatron_converters.formats.megatron.writing import TRACKER, MegatronOptions
+from megatron_converters.inspection.inventory import Survey, survey
 from megatron_converters.model.layers import EACH_HEAD, RopeScaling
 from megatron_converters.model.spec import ModelSpec
 
@@ -85,3 +88,10 @@ def _write(target: Target, spec: ModelSpec, folder: Path) -> None:
             for offset, data in layout.finish(dict.fromkeys(layout.regions, 0)):
                 os.pwrite(file.fileno(), data, offset)
     target.assets(folder)
+
+
+def surveyed(folder: Path) -> Survey:
+    """What is found in a folder, read by default options."""
+    parser = argparse.ArgumentParser()
+    add_reading_arguments(parser)
+    return survey(*open_any(str(folder), parser.parse_args([])))

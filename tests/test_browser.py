@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from megatron_converters.cli.options.reading import add_reading_arguments, open_any
 from megatron_converters.conversion.dry_run import forecast
 from megatron_converters.formats.detect import HF, MEGATRON
 from megatron_converters.formats.huggingface.source import HFSource
 from megatron_converters.formats.megatron.rank_files_target import MegatronTarget
 from megatron_converters.formats.megatron.writing import MegatronOptions
-from megatron_converters.inspection.inventory import Survey, survey
+from megatron_converters.inspection.inventory import survey
 from megatron_converters.inspection.planned import planned
 from megatron_converters.inspection.shard_map.page import conversion_page, page
 from megatron_converters.model.spec import ModelSpec
 from tests.browser import CHROMIUM, Tab, chromium
-from tests.sparse import PUBLISHED, sparse_hf, sparse_megatron
+from tests.sparse import PUBLISHED, sparse_hf, sparse_megatron, surveyed
 from tests.tiny import tiny_spec
 
 pytestmark = [
@@ -36,12 +34,6 @@ _FOCUS = f"{_BARS}.indexOf(document.activeElement)"
 def tab() -> Iterator[Tab]:
     with chromium() as opened:
         yield opened
-
-
-def surveyed(folder: Path) -> Survey:
-    parser = argparse.ArgumentParser()
-    add_reading_arguments(parser)
-    return survey(*open_any(str(folder), parser.parse_args([])))
 
 
 def pages(spec: ModelSpec, folder: Path, max_shard_size: int, **sizes: int) -> dict[str, Path]:

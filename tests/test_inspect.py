@@ -21,15 +21,14 @@ import pytest
 
 from megatron_converters.basics.quantities import size
 from megatron_converters.cli import main as cli
-from megatron_converters.cli.options.reading import open_any
 from megatron_converters.inspection import shard_map
-from megatron_converters.inspection.inventory import Survey, count_parameters, survey
+from megatron_converters.inspection.inventory import count_parameters
 from megatron_converters.inspection.shard_map.card import map_card
 from megatron_converters.inspection.shard_map.grid import KINDS, grid
 from megatron_converters.model.slots import SLOTS
 from tests.conversions import hf_to_megatron
 from tests.helpers import ROOT, args_of, edit_rank
-from tests.sparse import PUBLISHED, sparse_hf, sparse_megatron
+from tests.sparse import PUBLISHED, sparse_hf, sparse_megatron, surveyed
 from tests.tiny import tiny_spec
 
 HFModel = Callable[..., Path]
@@ -46,16 +45,6 @@ def inspect(capsys: pytest.CaptureFixture[str], *options: Any, code: int = 0) ->
 def as_json(capsys: pytest.CaptureFixture[str], *options: Any) -> dict[str, Any]:
     found: dict[str, Any] = json.loads(inspect(capsys, *options, "--json"))
     return found
-
-
-def surveyed(folder: Path) -> Survey:
-    import argparse
-
-    parser = argparse.ArgumentParser()
-    from megatron_converters.cli.options.reading import add_reading_arguments
-
-    add_reading_arguments(parser)
-    return survey(*open_any(str(folder), parser.parse_args([])))
 
 
 # --- figures that others give

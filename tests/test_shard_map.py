@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import re
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
@@ -14,7 +13,6 @@ import pytest
 
 from megatron_converters.basics.dtypes import dtype_named
 from megatron_converters.cli import main as cli
-from megatron_converters.cli.options.reading import add_reading_arguments, open_any
 from megatron_converters.conversion.dry_run import forecast
 from megatron_converters.conversion.endpoint import Target
 from megatron_converters.conversion.progress import Silent
@@ -26,24 +24,18 @@ from megatron_converters.formats.megatron.rank_files_target import MegatronTarge
 from megatron_converters.formats.megatron.torch_dist_target import TorchDistTarget
 from megatron_converters.formats.megatron.writing import MegatronOptions
 from megatron_converters.formats.mindspore.target import MindSporeOptions, MindSporeTarget
-from megatron_converters.inspection.inventory import Holding, Survey, survey
+from megatron_converters.inspection.inventory import Holding, Survey
 from megatron_converters.inspection.planned import planned
 from megatron_converters.inspection.shard_map.fold import folded
 from megatron_converters.inspection.shard_map.grid import Grid, grid, row_of
 from megatron_converters.inspection.shard_map.page import page
 from megatron_converters.model.slots import DECODER, MTP, SLOTS, Ref
 from megatron_converters.sharding.stages import PipelineSplit
-from tests.sparse import PUBLISHED, sparse_hf, sparse_megatron
+from tests.sparse import PUBLISHED, sparse_hf, sparse_megatron, surveyed
 from tests.tiny import tiny_spec
 
 HFModel = Callable[..., Path]
 _MOE: dict[str, Any] = dict(family="mixtral", num_experts=8, moe_ffn_hidden_size=4, moe_router_topk=2)
-
-
-def surveyed(folder: Path) -> Survey:
-    parser = argparse.ArgumentParser()
-    add_reading_arguments(parser)
-    return survey(*open_any(str(folder), parser.parse_args([])))
 
 
 def fold_of(found: Survey) -> Grid:
