@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import logging
-import re
 import runpy
 import sys
 from collections.abc import Callable
@@ -18,7 +17,7 @@ import torch
 
 import megatron_converters as mc
 from megatron_converters.bridge import AutoBridge, CausalLMBridge
-from tests.command_blocks import run
+from tests.command_blocks import blocks, run
 from tests.conversions import different, hf_to_megatron
 from tests.helpers import RANK_FILE, ROOT, hf_tensors
 from tests.hub_repos import WRITER
@@ -34,7 +33,7 @@ EXAMPLE = ROOT / "examples/2_way_hf_binding.py"
 #: Script of the page, which its command starts.
 SCRIPT = "# train.py\n"
 BLOCKS = [block for block in python_blocks(PAGE) if not block.startswith(SCRIPT)]
-COMMANDS = re.findall(r"^```bash\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
+COMMANDS = blocks(TEXT, "bash")
 #: Families of the models that the page names on the Hub.
 HUB = {
     "meta-llama/Llama-3.2-1B": "llama3.2-tied",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 from collections.abc import Callable
@@ -18,7 +17,7 @@ from megatron_converters.basics.json_values import finite
 from megatron_converters.logits.compare import LogitsReport
 from megatron_converters.model.layers import RopeScaling
 from megatron_converters.model.spec import PROPERTIES, PerLayer
-from tests.helpers import RANK_FILE, ROOT, Run, rank_content, succeeded, verb
+from tests.helpers import RANK_FILE, Run, rank_content, succeeded, verb
 from tests.json_reports import KEYWORDS, OBJECTS, REPORTS, Check, Field, documented_fields, fields_of
 from tests.plain_llama import cast, weights, write_llama
 from tests.tiny import KINDS, tiny_spec
@@ -137,14 +136,6 @@ def test_the_schema_is_plain_and_complete() -> None:
             assert all(field["description"].endswith((".", "?")) for field in one["properties"].values()), name
     titles = [one["title"] for one in OBJECTS.values() if "title" in one]
     assert len(set(titles)) == len(titles)  # the page links to them
-
-
-def test_the_page_is_made_of_the_schema() -> None:
-    spec = importlib.util.spec_from_file_location("make_json_docs", ROOT / "scripts/make_json_docs.py")
-    assert spec is not None and spec.loader is not None
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    assert (ROOT / "docs/json.md").read_text(encoding="utf-8").endswith("\n" + script.tables())
 
 
 # --- convert

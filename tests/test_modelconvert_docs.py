@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -14,6 +13,7 @@ import pytest
 
 from model_converter_tool.options import ALIASES, OPTIONS, REFUSED
 from model_converter_tool.settings import SETTINGS
+from tests.command_blocks import blocks
 from tests.conversions import hf_to_megatron
 from tests.helpers import ROOT, hf_tensors
 from tests.hub_server import Hub, serving, without_hub_variables
@@ -22,10 +22,7 @@ from tests.oracle.hf import make_model
 from tests.test_meta_source import write as write_meta
 
 DOCUMENT = (ROOT / "docs/model-converter-tool.md").read_text()
-BASH, YAML, PYTHON = (
-    re.findall(rf"^```{language}\n(.*?)^```", DOCUMENT, re.MULTILINE | re.DOTALL)
-    for language in ("bash", "yaml", "python")
-)
+BASH, YAML, PYTHON = (blocks(DOCUMENT, language) for language in ("bash", "yaml", "python"))
 
 
 @pytest.fixture(scope="module")

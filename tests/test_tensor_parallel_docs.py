@@ -15,7 +15,7 @@ import torch
 import megatron_converters as mc
 from megatron_converters.tensor_parallel.presets import PRESETS
 from tests.bare import left_in, tree
-from tests.command_blocks import run
+from tests.command_blocks import blocks, run
 from tests.helpers import ROOT, hf_tensors
 from tests.oracle.hf import make_model
 from tests.test_docs import _HEADING, _LINK, anchor, python_blocks
@@ -39,7 +39,7 @@ OUTPUTS = {
 }
 LARGE = (80, 64, 8, 8, 4)
 BLOCKS = python_blocks(PAGE)
-COMMANDS = re.findall(r"^```bash\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
+COMMANDS = blocks(TEXT, "bash")
 
 
 @pytest.fixture(scope="module")
