@@ -156,6 +156,11 @@ def same_tensors(ours: Mapping[str, torch.Tensor], theirs: Mapping[str, torch.Te
         assert torch.equal(tensor, theirs[name]), name
 
 
+def file_bytes(folder: Path) -> dict[str, bytes]:
+    """Bytes of every file below a folder, by its path in it."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
 def rank_content(save_dir: Path, rank: str = "mp_rank_00", iteration: str = "iter_0000001") -> dict[str, Any]:
     """Content of a rank's file, read as by Megatron-LM 0.14 and later."""
     from tests.oracle.checkpoint import load_rank

@@ -17,7 +17,7 @@ from megatron_converters.api import verify
 from megatron_converters.basics.errors import ConversionError
 from megatron_converters.bridge import AutoBridge
 from tests.conversions import different, hf_to_megatron, hf_to_torch_dist
-from tests.helpers import hf_tensors, nothing_complete
+from tests.helpers import file_bytes, hf_tensors, nothing_complete
 from tests.live_process import live
 from tests.oracle.hf import difference, hf_logits, make_model
 from tests.oracle.pool import MegatronPool
@@ -56,11 +56,6 @@ def own(tmp_path: Path) -> Path:
 def kind(request: pytest.FixtureRequest, hf_model: HFModel) -> Path:
     options = dict(attn_pdrop=0.0) if request.param == "gpt2" else {}  # which the oracle's layers lack
     return hf_model(request.param, **options)
-
-
-def tree(folder: Path) -> dict[str, bytes]:
-    """Bytes of all files of a folder."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 # -- Hugging Face
@@ -132,23 +127,23 @@ def test_models_are_replaced_only_when_asked(llama: Path, tmp_path: Path) -> Non
     for name, save in saves:
         out = tmp_path / name
         save(out)
-        before = tree(out)
+        before = file_bytes(out)
         with pytest.raises(ConversionError, match="overwrite"):
             save(out)
-        assert tree(out) == before
+        assert file_bytes(out) == before
         save(out, overwrite=True)
-        assert tree(out).keys() == before.keys()
+        assert file_bytes(out).keys() == before.keys()
 
 
 def test_imports_are_repeated_in_vain_and_replaced_only_when_asked(llama: Path, own: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     AutoBridge.import_ckpt(llama, out, show_progress=False)
-    before = tree(out)
+    before = file_bytes(out)
     AutoBridge.import_ckpt(llama, out, show_progress=False)
-    assert tree(out) == before
+    assert file_bytes(out) == before
     with pytest.raises(ConversionError, match="overwrite"):
         AutoBridge.import_ckpt(own, out, show_progress=False)
-    assert tree(out) == before
+    assert file_bytes(out) == before
     AutoBridge.import_ckpt(own, out, show_progress=False, overwrite=True)
     assert verify(own, out).equal
 

@@ -15,19 +15,18 @@ from safetensors.torch import save_file
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from megatron_converters.bridge import AutoBridge
-from megatron_converters.cli import mlm_to_hf
 from megatron_converters.cli.options.reading import add_checkpoint_arguments, add_core_loader_arguments, open_hf_source
 from megatron_converters.cli.options.values import patterns
 from megatron_converters.conversion.left_out import LeftOut
 from model_converter_tool.api import ModelConverterAPI
 from tests.conversions import hf_to_megatron, hf_to_torch_dist
 from tests.helpers import (
+    convert_back,
     edit_rank,
     hf_tensors,
     nothing_complete,
     rank_content,
     refused,
-    run_here,
     same_tensors,
     succeeded,
     tp_pp_converter,
@@ -173,8 +172,8 @@ def test_every_format_has_the_option(make: Callable[[Path, Path], Path], plain: 
 def test_scripts_that_read_checkpoints_have_the_option(plain: Path, tmp_path: Path) -> None:
     source = _rank_files(plain, tmp_path / "source")
     back = ("--load-path", source, "--save-path", tmp_path / "script")
-    refused(run_here(mlm_to_hf.main, back), "v_head.summary.weight is not a tensor")
-    succeeded(run_here(mlm_to_hf.main, (*back, *IGNORE)))
+    refused(convert_back(*back), "v_head.summary.weight is not a tensor")
+    succeeded(convert_back(*back, *IGNORE))
     direct = ("--in_dir", source, "--save_path", tmp_path / "out.pt")
     refused(tp_pp_converter(*direct), "v_head.summary.weight is not a tensor")
     succeeded(tp_pp_converter(*direct, "--ignore_tensors", "v_head.*"))

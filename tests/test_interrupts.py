@@ -22,8 +22,8 @@ from megatron_converters.basics.errors import Stopped
 from megatron_converters.cli import interrupts
 from megatron_converters.conversion.copying import Executor
 from megatron_converters.storage import flushing
-from tests.helpers import CONVERT, ROOT, convert, succeeded, verb
-from tests.test_resume import not_a_model, site, tree
+from tests.helpers import CONVERT, ROOT, convert, file_bytes, succeeded, verb
+from tests.test_resume import not_a_model, site
 
 HFModel = Callable[..., Path]
 SIZES = ("--tp", "2", "--pp", "4")
@@ -150,7 +150,7 @@ class Jobs:
         self.root, self.source, self.out = root, source, root / "out"
         self.held: Held | None = None
         succeeded(verb(*self.command()))
-        self.whole = tree(self.out)
+        self.whole = file_bytes(self.out)
         shutil.rmtree(self.out)
 
     def command(self, *more: Any) -> tuple[Any, ...]:
@@ -179,7 +179,7 @@ class Jobs:
         not_a_model(self.out)
         done = {path.stat().st_ino for path in self.out.rglob("files/*/*.pt") if self._recorded(path)}
         again = succeeded(verb(*[part for part in self.command() if part != "--quiet"]))
-        assert tree(self.out) == self.whole
+        assert file_bytes(self.out) == self.whole
         assert done <= {path.stat().st_ino for path in self.out.rglob("*.pt")}
         assert not done or "went on from an interrupted run" in again.out
 
@@ -289,7 +289,7 @@ def test_ctrl_c_of_the_script(stage: str, jobs: Jobs) -> None:
     if stage == "planning":  # nothing has been written yet
         return
     succeeded(convert(*jobs.script()))
-    assert {name: data for name, data in tree(jobs.out).items() if name.endswith(".pt")} == {
+    assert {name: data for name, data in file_bytes(jobs.out).items() if name.endswith(".pt")} == {
         name: data for name, data in jobs.whole.items() if name.endswith(".pt")
     }
 

@@ -22,9 +22,9 @@ from megatron_converters.formats.reading import open_source
 from megatron_converters.model.spec import ModelSpec
 from tests.bare import left_in
 from tests.forked import forked
-from tests.helpers import hf_tensors, refused, same_tensors, succeeded, verb
+from tests.helpers import file_bytes, hf_tensors, refused, same_tensors, succeeded, verb
 from tests.oracle.by_hand_mindspore import converted
-from tests.test_resume import KILLER, tree
+from tests.test_resume import KILLER
 
 HFModel = Callable[..., Path]
 MAP = "param_name_map.json"
@@ -281,9 +281,9 @@ def test_a_killed_run_goes_on(hf_model: HFModel, tmp_path: Path) -> None:
     total = int((tmp_path / "calls").read_text())
     for moment in (total // 3, total // 2, total - 14, total - 9, total - 6, total - 3):
         assert attempt(KILL_AT=moment) == -signal.SIGKILL
-        assert not (out / MAP).exists() or tree(kept).keys() <= tree(out).keys()
+        assert not (out / MAP).exists() or file_bytes(kept).keys() <= file_bytes(out).keys()
         assert attempt(KILL_AT=0) == 0
-        assert tree(out) == tree(kept), moment
+        assert file_bytes(out) == file_bytes(kept), moment
         shutil.rmtree(out)
 
 

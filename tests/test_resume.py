@@ -36,6 +36,7 @@ from tests.helpers import (
     args_of,
     convert,
     edit_rank,
+    file_bytes,
     finished,
     refused,
     small_disk,
@@ -99,11 +100,6 @@ DIRECTIONS = {
 WRITTEN = (".pt", ".safetensors", ".distcp", ".metadata")
 
 
-def tree(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
-
-
 def not_a_model(folder: Path) -> None:
     """No reader finds a model: a tracker and a configuration come last."""
     assert not (folder / TRACKER).exists() and not (folder / "config.json").exists()
@@ -160,7 +156,7 @@ def test_kills_at_random_moments(job: Job, tmp_path: Path) -> None:
     _, whole, _ = job
     out, run = attempt_with(job, KILLER, KILL_AT=0, CALLS=tmp_path / "calls")
     succeeded(run)
-    assert tree(out) == tree(whole)
+    assert file_bytes(out) == file_bytes(whole)
     shutil.rmtree(out)
     total = int((tmp_path / "calls").read_text())
     assert total > 50
@@ -169,15 +165,15 @@ def test_kills_at_random_moments(job: Job, tmp_path: Path) -> None:
     for moment in moments:
         out, run = attempt_with(job, KILLER, KILL_AT=moment)
         assert run.code == -signal.SIGKILL
-        seen = {name: data for name, data in tree(out).items() if not name.startswith(".")}
-        assert seen == tree(whole) or (
+        seen = {name: data for name, data in file_bytes(out).items() if not name.startswith(".")}
+        assert seen == file_bytes(whole) or (
             TRACKER not in seen and "config.json" not in seen
         )  # shown, if killed at the very end
         before = {path: path.stat().st_ino for path in out.rglob("*.pt")}
         out, run = attempt(job)
         succeeded(run)
         kept += len({path.stat().st_ino for path in out.rglob("*.pt")} & set(before.values()))
-        assert tree(out) == tree(whole), f"killed at call {moment} of {total}"
+        assert file_bytes(out) == file_bytes(whole), f"killed at call {moment} of {total}"
         assert not list(out.glob(".*"))
         shutil.rmtree(out)
 
@@ -203,7 +199,7 @@ def test_a_kill_while_the_files_of_a_folder_are_shown(hf_model: HFModel, last: s
     assert not (out / "config.json").exists()
     succeeded(verb(*command))
     succeeded(verb("convert", hf_model("llama2"), tmp_path / "whole", *options))
-    assert tree(out) == tree(tmp_path / "whole")
+    assert file_bytes(out) == file_bytes(tmp_path / "whole")
 
 
 class Killed(BaseException):
@@ -279,7 +275,7 @@ def test_an_output_that_lacks_a_small_file_is_not_complete_already(hf_model: HFM
 @pytest.mark.xdist_group("resume")
 def test_a_full_disk_keeps_what_is_finished(job: Job, tmp_path: Path) -> None:
     source, whole, options = job
-    size = sum(len(data) for name, data in tree(whole).items() if name.endswith(WRITTEN))
+    size = sum(len(data) for name, data in file_bytes(whole).items() if name.endswith(WRITTEN))
     out, run = attempt(job, env=site(tmp_path / "site", FULL, BYTES_LEFT=size * 3 // 4))
     refused(run, os.strerror(28), "files are finished and kept, run the same command again to go on")
     not_a_model(out)
@@ -295,7 +291,7 @@ def test_a_full_disk_keeps_what_is_finished(job: Job, tmp_path: Path) -> None:
     )
     out, run = attempt(job)
     assert f"went on from an interrupted run, with {len(files)} of " in succeeded(run).out
-    assert tree(out) == tree(whole)
+    assert file_bytes(out) == file_bytes(whole)
     assert inodes <= {path.stat().st_ino for path in out.rglob("*")}
     shutil.rmtree(out)
 
@@ -333,7 +329,7 @@ def test_a_disk_that_others_fill(hf_model: HFModel, tmp_path: Path) -> None:
         (disk / "ballast").unlink()
         succeeded(verb(*options))
         succeeded(verb("convert", source, tmp_path / "out", *options[3:]))
-        ours, theirs = (tree(folder) for folder in (disk / "out", tmp_path / "out"))
+        ours, theirs = (file_bytes(folder) for folder in (disk / "out", tmp_path / "out"))
         assert {name: data for name, data in ours.items() if name.endswith(".pt")} == {
             name: data for name, data in theirs.items() if name.endswith(".pt")
         }
@@ -352,8 +348,10 @@ def test_a_changed_source_is_refused_with_the_difference(hf_model: HFModel, tmp_
     refused(verb(*options), "source files model.safetensors", "--restart")
     succeeded(verb(*options, "--restart", "--quiet"))
     succeeded(verb("convert", source, tmp_path / "again", "--tp", "2", "--pp", "4", "--quiet"))
-    names = [name for name in tree(tmp_path / "again") if name.endswith(".pt")]
-    assert [tree(tmp_path / "out")[name] for name in names] == [tree(tmp_path / "again")[name] for name in names]
+    names = [name for name in file_bytes(tmp_path / "again") if name.endswith(".pt")]
+    assert [file_bytes(tmp_path / "out")[name] for name in names] == [
+        file_bytes(tmp_path / "again")[name] for name in names
+    ]
 
 
 @pytest.mark.xdist_group("resume")
@@ -393,7 +391,7 @@ def test_workers_write_what_one_process_writes(job: Job, workers: int) -> None:
     source, whole, options = job
     out = whole.parent / "out"
     succeeded(verb("convert", source, out, *options, "--workers", workers))
-    assert tree(out) == tree(whole)
+    assert file_bytes(out) == file_bytes(whole)
     shutil.rmtree(out)
 
 
@@ -422,7 +420,7 @@ def test_a_lost_worker_fails_the_run_and_the_next_goes_on(job: Job, tmp_path: Pa
     not_a_model(out)
     _, run = attempt(job)
     succeeded(run)
-    assert tree(out) == tree(whole)
+    assert file_bytes(out) == file_bytes(whole)
     shutil.rmtree(out)
 
 
@@ -481,7 +479,7 @@ def test_srun_writes_what_one_process_writes(job: Job) -> None:
     ]
     for task in tasks:
         succeeded(finished(task, 120))
-    assert tree(out) == tree(whole)
+    assert file_bytes(out) == file_bytes(whole)
     shutil.rmtree(out)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from tests.helpers import ROOT, Run, finished, succeeded
+from tests.helpers import ROOT, Run, file_bytes, finished, succeeded
 
 HFModel = Callable[..., Path]
 SLURM, TORCHRUN = ROOT / "scripts/slurm", ROOT / "scripts/torchrun"
@@ -86,10 +86,6 @@ def run(script: Path, *options: Any, env: dict[str, str]) -> Run:
 def calls(env: dict[str, str]) -> list[str]:
     path = Path(env["CALLS"])
     return path.read_text().splitlines() if path.exists() else []
-
-
-def tree(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: f"{path.parent.name}/{path.name}")
@@ -178,7 +174,8 @@ def test_torchrun_on_two_machines_and_on_one(hf_model: HFModel, tmp_path: Path) 
     for node in nodes:
         assert finished(node, 120).code == 0
     ranks = [
-        {name: data for name, data in tree(folder).items() if name.endswith(".pt")} for folder in (alone, together)
+        {name: data for name, data in file_bytes(folder).items() if name.endswith(".pt")}
+        for folder in (alone, together)
     ]
     assert len(ranks[0]) == 4 and ranks[0] == ranks[1]
     succeeded(run(TORCHRUN / "verify.sh", source, together, env=env))

@@ -15,6 +15,7 @@ import pytest
 
 from megatron_converters.assets.tokenizer import generation_config, token_ids, tokenizer_token_ids, write_tokenizer
 from megatron_converters.basics.errors import ConversionError
+from tests.helpers import file_bytes
 
 WORDS = (
     "the quick brown fox jumps over lazy dogs It's we're I'LL don't 12345 678 99 naïve façade Straße über 你好 世界 "
@@ -238,17 +239,13 @@ def _folder(folder: Path, size: int = 7) -> Path:
     return folder
 
 
-def _content(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
 @pytest.mark.parametrize("named", ["", "tokenizer.model", "tokenizer.json"])
 def test_a_folder_is_copied_byte_for_byte(tmp_path, named):
     source, out = _folder(tmp_path / "hf"), tmp_path / "out"
     out.mkdir()
     (note,) = write_tokenizer(source / named, out, vocab_size=7)
-    kept = {name: data for name, data in _content(source).items() if name not in ("model.safetensors", "config.json")}
-    assert _content(out) == kept
+    kept = {name: data for name, data in file_bytes(source).items() if name not in ("model.safetensors", "config.json")}
+    assert file_bytes(out) == kept
     assert str(source) in note and "tokenizer.json" in note
 
 
