@@ -22,7 +22,9 @@ from megatron_converters.assets.tokenizer import write_tokenizer
 from megatron_converters.formats.megatron.reading import MegatronReadOptions
 from megatron_converters.logits.compare import LogitsReport
 from megatron_converters.storage.hub_cache import place_of
+from tests import helpers
 from tests.helpers import Run, convert, convert_back, tp_pp_converter, verb
+from tests.helpers import succeeded as ok
 from tests.hub_server import Hub, commit, serving, use
 from tests.small_hf import VOCABULARY, small_llama
 
@@ -82,16 +84,10 @@ def needed(folder: Path) -> set[Path]:
     return {path for path in folder.iterdir() if path.is_file() and path.name not in NEEDLESS}
 
 
-def ok(run: Run) -> Run:
-    assert run.code == 0, run
-    return run
-
-
 def refused(run: Run, *words: str, code: int = 2) -> str:
     """Assert a refusal in one sentence; returns it."""
-    assert run.code == code and "Traceback" not in run.err, run
-    message = run.err.strip()
-    assert "\n" not in message and all(word in message for word in words), message
+    message = helpers.refused(run, *words, code=code).err.strip()
+    assert "\n" not in message, message
     return message
 
 
