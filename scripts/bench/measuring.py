@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,9 +43,9 @@ class Measured(NamedTuple):
 
 def run_unmeasured(command: list[str]) -> None:
     """Run a command in the root of this checkout without measuring it; exits if it fails."""
-    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     if done.returncode:
-        sys.exit(f"{' '.join(command)} failed with {done.returncode}")
+        sys.exit(f"{' '.join(command)} failed with {done.returncode}: {done.stderr}")
 
 
 def measure(command: list[str]) -> Measured:
@@ -86,24 +87,25 @@ def _peaks(pid: int) -> tuple[float, float]:
 def _family(pid: int) -> Iterator[int]:
     """A process and all that it started, which run now."""
     yield pid
-    try:
-        threads = os.listdir(f"/proc/{pid}/task")
-        children = [Path(f"/proc/{pid}/task/{thread}/children").read_text().split() for thread in threads]
-    except (FileNotFoundError, ProcessLookupError):
-        return  # it ended
-    for each in children:
-        for child in each:
-            yield from _family(int(child))
+    with suppress(FileNotFoundError, ProcessLookupError):  # it ended
+        for thread in os.listdir(f"/proc/{pid}/task"):
+            for child in _words(f"/proc/{pid}/task/{thread}/children"):
+                yield from _family(int(child))
 
 
 def _memory(pid: int) -> tuple[float, float]:
     """Anonymous memory (RssAnon) and total memory (VmRSS) of a process in MiB; 0 if it has ended."""
-    try:
-        pages = Path(f"/proc/{pid}/statm").read_text().split()  # a tenth of the time that its `status` takes
-    except (FileNotFoundError, ProcessLookupError):
-        return 0.0, 0.0
-    resident, of_files = int(pages[1]) * _PAGE_MIB, int(pages[2]) * _PAGE_MIB
-    return resident - of_files, resident
+    with suppress(FileNotFoundError, ProcessLookupError):
+        pages = _words(f"/proc/{pid}/statm")  # a third of the time that its `status` takes
+        resident, of_files = int(pages[1]) * _PAGE_MIB, int(pages[2]) * _PAGE_MIB
+        return resident - of_files, resident
+    return 0.0, 0.0
+
+
+def _words(path: str) -> list[bytes]:
+    """Words of a file, faster than by a `Path`: fifty times a second adds up."""
+    with open(path, "rb", buffering=0) as file:
+        return file.read().split()
 
 
 def settle(folder: Path, reads: Iterable[Path], touch: int) -> None:
