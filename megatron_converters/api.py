@@ -30,11 +30,12 @@ from .conversion.run import convert as run_conversion
 from .families import FAMILIES, register_family
 from .families.scope import family_of
 from .formats.hub import located
-from .formats.huggingface.target import HFOptions
+from .formats.huggingface.options import HFOptions
 from .formats.megatron.arguments import inexpressible
 from .formats.megatron.flags import all_flags, flag_warnings
-from .formats.megatron.writing import CheckpointTarget, MegatronOptions
-from .formats.mindspore.target import MindSporeOptions
+from .formats.megatron.options import MegatronOptions
+from .formats.megatron.writing import CheckpointTarget
+from .formats.mindspore.options import MindSporeOptions
 from .formats.reading import AS_FOUND, ReadOptions, open_source, refuse_unused
 from .inspection.in_json import as_json
 from .inspection.inventory import survey

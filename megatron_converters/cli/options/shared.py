@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from ...formats.megatron.conventions import FLAGS, FOLD, RAW
-from ...formats.mindspore.names import CONTIGUOUS, GROUPED, INTERLEAVED
+from ...formats.megatron.options import FLAGS, FOLD, RAW
+from ...formats.mindspore.options import CONTIGUOUS, GROUPED, INTERLEAVED
 from .values import DTYPES, IMPLS, dtype_word, positive
 
 #: By flag, what `add_argument` takes beside it.

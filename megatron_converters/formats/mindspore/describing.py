@@ -16,7 +16,7 @@ from ...conversion.zero_bias import SLOT as OUTPUT_BIAS
 from ...conversion.zero_bias import without_absent
 from ...families.config_json import config_notes, infer_family, spec_from_config
 from ...model.spec import ModelSpec
-from .names import CONTIGUOUS, GROUPED, INTERLEAVED
+from .options import CONTIGUOUS, GROUPED, INTERLEAVED
 from .shapes import Shapes
 from .typed import ASSUMED, check_sizes, switch_notes
 from .yaml_reading import layouts_of, properties_of
