@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import importlib
-import pickle
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cached_property
-from importlib import metadata
-from multiprocessing.reduction import ForkingPickler
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from ..basics.errors import ConversionError, UsageError, one_line
 from .table import Family
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
 
 #: Modules of this folder whose families can be converted. In matching order: a checkpoint that names no family gets the first one
 #: that can express it.
@@ -121,6 +121,8 @@ class Families(Mapping[str, Family]):
         Those built in are imported now: Python ends a process by SIGINT, whatever handles the exception, if Ctrl-C comes while
         an import makes a dataclass.
         """
+        from multiprocessing.reduction import ForkingPickler
+
         _ = self.built_in
         known = {**self._received, **self._registered}
         sent = {name: family for name, family in known.items() if _can_be_sent(family)}
@@ -129,6 +131,9 @@ class Families(Mapping[str, Family]):
 
     def unpack(self, packed: Packed) -> None:
         """Take over families that another process has packed; raises `ConversionError` for one that could not be sent."""
+        import pickle
+        from multiprocessing.reduction import ForkingPickler
+
         try:
             families: dict[str, Family] = ForkingPickler.loads(packed.families)
         except (AttributeError, ImportError, pickle.UnpicklingError) as error:
@@ -179,6 +184,9 @@ def clash(family: Family, known: Iterable[Family]) -> str:
 
 
 def _can_be_sent(family: Family) -> bool:
+    import pickle
+    from multiprocessing.reduction import ForkingPickler
+
     try:
         ForkingPickler.dumps(family)
     except (AttributeError, TypeError, pickle.PicklingError):
@@ -187,6 +195,8 @@ def _can_be_sent(family: Family) -> bool:
 
 
 def _load_all(known: Mapping[str, Family]) -> dict[str, Family]:
+    from importlib import metadata  # which takes longer than all families of this package
+
     found: dict[str, Family] = {}
     for entry in sorted(metadata.entry_points(group=GROUP), key=lambda entry: (entry.name, entry.value)):
         for family in _loaded(entry):
@@ -199,7 +209,7 @@ def _load_all(known: Mapping[str, Family]) -> dict[str, Family]:
     return found
 
 
-def _loaded(entry: metadata.EntryPoint) -> list[Family]:
+def _loaded(entry: EntryPoint) -> list[Family]:
     try:
         value = entry.load()
         value = value() if callable(value) else value
@@ -216,7 +226,7 @@ def _loaded(entry: metadata.EntryPoint) -> list[Family]:
     return families
 
 
-def _described(entry: metadata.EntryPoint) -> str:
+def _described(entry: EntryPoint) -> str:
     where = "an unknown distribution" if entry.dist is None else f"{entry.dist.name} {entry.dist.version}"
     return f"the entry point {entry.name} ({entry.value}) of {where}"
 
