@@ -63,6 +63,15 @@ class Families(Mapping[str, Family]):
         found = [value for module in modules for value in vars(module).values() if isinstance(value, Family)]
         return {family.name: family for family in found}
 
+    def without_plug_ins(self) -> list[Family]:
+        """Families that are known without loading plug-ins, whose names no plug-in may have."""
+        known = {**self.built_in, **self._registered}
+        file = self.file
+        if file is None:
+            return list(known.values())
+        hidden = (file.family.name, file.replaces)
+        return [file.family, *(family for name, family in known.items() if name not in hidden)]
+
     @property
     def file(self) -> FromFile | None:
         """Family of the file that is in use, None for none."""

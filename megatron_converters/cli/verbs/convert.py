@@ -11,6 +11,7 @@ from ...conversion.crew import ALONE, Crew
 from ...conversion.crew_cluster import crew_of_environment
 from ..console import put_json, report
 from ..interrupts import end_soon
+from ..numpy_threads import single_threaded_blas
 from ..options.shared import add_shared
 from ..options.values import positive
 from .job import add_job_arguments, request_of
@@ -60,7 +61,8 @@ def run(args: argparse.Namespace) -> int:
 def _work_with_others(asked: tuple[argparse.Namespace, Request]) -> tuple[Job, list[str]]:
     from ...conversion import crew_local  # which imports multiprocessing
 
-    return crew_local.run(asked[0].workers, work, asked, lambda led: work(led, asked), end_soon)
+    with single_threaded_blas():
+        return crew_local.run(asked[0].workers, work, asked, lambda led: work(led, asked), end_soon)
 
 
 def _put_result(job: Job, lines: list[str], seconds: float) -> None:
