@@ -39,9 +39,8 @@ def family_from_config(config: Mapping[str, Any]) -> Family:
     agreed = agreed or _named(model_type, architectures, FAMILIES.values())
     if len(agreed) == 1:
         return agreed[0]
-    if architectures and any(
-        family.architecture in architectures for family in FAMILIES.values()
-    ):  # transformers goes by model_type, other programs by architectures
+    # transformers goes by model_type, other programs by architectures
+    if architectures and any(family.architecture in architectures for family in FAMILIES.values()):
         raise ConversionError(
             f"config.json has architectures={architectures!r} and model_type={model_type!r}, which name different "
             "models; correct the one that is wrong"
