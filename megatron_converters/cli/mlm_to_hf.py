@@ -10,10 +10,10 @@ from ..basics.exit_codes import EXIT_CODES
 from .console import exit_on_error, prepare_process, program, report
 from .numpy_threads import import_numpy
 from .options.reading import add_checkpoint_arguments, open_checkpoint
+from .options.shared import add_common_arguments
 from .options.values import DTYPES, dtype_word
 from .options.writing import add_hf_target_arguments, open_hf_target
 from .parser import Parser
-from .plugins import add_common_arguments
 
 #: Name of the command where the package is installed.
 _COMMAND = "megatron-convert-mlm-to-hf"

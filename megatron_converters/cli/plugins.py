@@ -18,25 +18,13 @@ from .console import exit_on_error, fail, prepare_process
 from .interrupts import watched
 from .numpy_threads import import_numpy
 from .options.reading import add_hf_source_arguments, open_hf_source
-from .options.shared import add_argument, add_shared
+from .options.shared import add_common_arguments
 
 if TYPE_CHECKING:
     from ..conversion.endpoint import Source, Target
 
 #: Seconds that an interrupted loader waits for room in the queue, to tell the saver, which is usually interrupted, too.
 _INTERRUPTED_SECONDS = 0.5
-
-
-def add_common_arguments(parser: Any) -> None:
-    """Add the options of loaders and savers that stock convert.py lacks."""
-    add_shared(parser, "--quiet", "--overwrite", "--restart", "--family-file", "--download")
-    add_argument(
-        parser,
-        "--megatron-path",
-        metavar="DIR",
-        default=None,
-        help="Accepted for compatibility; not needed, since Megatron-LM is never imported.",
-    )
 
 
 def add_hf_loader_arguments(parser: argparse.ArgumentParser, title: str) -> None:

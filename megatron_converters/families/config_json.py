@@ -35,7 +35,7 @@ def family_from_config(config: Mapping[str, Any]) -> Family:
     A wrapper's name counts as none.
     """
     model_type, architectures = config.get("model_type"), _architectures(config)
-    agreed = [] if len(architectures) > 1 else _named(model_type, architectures, FAMILIES.without_plug_ins())
+    agreed = [] if len(architectures) > 1 else _named(model_type, architectures, FAMILIES.likely(model_type))
     agreed = agreed or _named(model_type, architectures, FAMILIES.values())
     if len(agreed) == 1:
         return agreed[0]

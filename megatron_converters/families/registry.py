@@ -16,12 +16,23 @@ from .table import Family
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
 
-#: Modules of this folder whose families can be converted. In matching order: a checkpoint that names no family gets the first one
-#: that can express it.
-_MODULES = (
-    *("llama", "mistral", "qwen", "mixtures", "gpt2", "starcoder", "phi", "glm", "granite"),
-    *("deepseek", "qwen3_next", "minicpm"),
-)
+#: Modules of this folder, and the families in each, which are their model types, too: of these the one that a model needs is
+#: imported alone. In matching order: a checkpoint that names no family gets the first one that can express it.
+_MODULES = {
+    "llama": ("llama",),
+    "mistral": ("mistral",),
+    "qwen": ("qwen2", "qwen3"),
+    "mixtures": ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe"),
+    "gpt2": ("gpt2",),
+    "starcoder": ("starcoder2",),
+    "phi": ("phi", "phi3"),
+    "glm": ("glm", "glm4_moe"),
+    "granite": ("granite",),
+    "deepseek": ("deepseek_v2", "deepseek_v3"),
+    "qwen3_next": ("qwen3_next",),
+    "minicpm": ("minicpm", "minicpm3"),
+}
+_MODULE_OF = {family: module for module, families in _MODULES.items() for family in families}
 #: Entry points of this group each load a `Family`, or a function that returns one or several.
 GROUP = "megatron_converters.families"
 
@@ -59,14 +70,17 @@ class Families(Mapping[str, Family]):
     @cached_property
     def built_in(self) -> Mapping[str, Family]:
         """Families of this package, in matching order."""
-        modules = [importlib.import_module(f"{__package__}.{name}") for name in _MODULES]
-        found = [value for module in modules for value in vars(module).values() if isinstance(value, Family)]
-        return {family.name: family for family in found}
+        return {family.name: family for name in _MODULES for family in families_in(name)}
 
-    def without_plug_ins(self) -> list[Family]:
-        """Families that are known without loading plug-ins, whose names no plug-in may have."""
-        known = {**self.built_in, **self._registered}
+    def likely(self, model_type: object) -> list[Family]:
+        """Families among which a model type is looked for first: the package's own of that name, or else all but plug-ins.
+
+        No other family may have the names of these.
+        """
         file = self.file
+        if file is None and isinstance(model_type, str) and model_type in _MODULE_OF:
+            return [self[model_type]]
+        known = {**self.built_in, **self._registered}
         if file is None:
             return list(known.values())
         hidden = (file.family.name, file.replaces)
@@ -83,8 +97,9 @@ class Families(Mapping[str, Family]):
             if name == file.family.name:
                 return file.family
             raise KeyError(name)
-        known = {**self.built_in, **self._registered}
-        return known[name] if name in known else {**self._received, **self._plug_ins()}[name]
+        if name in _MODULE_OF:
+            return next(family for family in families_in(_MODULE_OF[name]) if family.name == name)
+        return self._registered[name] if name in self._registered else {**self._received, **self._plug_ins()}[name]
 
     def __iter__(self) -> Iterator[str]:
         file = self.file
@@ -168,6 +183,12 @@ class Families(Mapping[str, Family]):
                     self._plugged = None
                     raise
             return self._plugged
+
+
+def families_in(module: str) -> list[Family]:
+    """Families of a module of this folder."""
+    values = vars(importlib.import_module(f"{__package__}.{module}")).values()
+    return [value for value in values if isinstance(value, Family)]
 
 
 _REMEDY = (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from ...basics.errors import UsageError
@@ -62,6 +63,7 @@ _OF_ALL = ("expert_layout", "tokenizer_model", "mup")
 _OF_BOTH_SIDES = {MEGATRON: ("mup",), MINDSPORE: ("mf_mlp_layout", "mf_qkv_layout")}
 
 
+@cache
 def _defaults() -> dict[str, dict[str, Any]]:
     """Options that not every format has, with their defaults, by format. In the parser itself None means "not given"."""
     found = {}
