@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...basics.errors import UsageError
 from ...formats.huggingface.options import FUSED, SEPARATE
-from ...formats.kinds import HF, MEGATRON, MINDSPORE, TARGETS
+from ...formats.kinds import FORMATS, HF, MEGATRON, MINDSPORE, TARGETS
 from ...formats.megatron.options import EXPERT_LAYOUTS
 from ..options.reading import add_reading_arguments, read_options
 from ..options.shared import add_shared
@@ -116,4 +116,5 @@ def _reading(args: argparse.Namespace, source_format: str, chosen: str) -> ReadO
     """How to read the source. An option that both sides may heed means the target where the source is of another format."""
     of_target = _OF_BOTH_SIDES.get(chosen, ()) if source_format != chosen else ()
     unset: dict[str, Any] = dict.fromkeys(of_target)
-    return dataclasses.replace(read_options(args), **unset)
+    known = source_format if source_format in FORMATS else None  # a file of weights is of none
+    return dataclasses.replace(read_options(args, known), **unset)

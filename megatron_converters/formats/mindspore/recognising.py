@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from ...basics.errors import ConversionError
@@ -36,17 +37,20 @@ def _is_file(path: Path) -> bool:
     if path.suffix == CKPT:  # a name that others use, too
         with open(path, "rb") as file:
             return not is_strategy(path) and file.read(1) == _FIELD_1
-    return (
-        path.suffix == SAFETENSORS and safetensors.read(path).metadata.get("format") == "ms" and not _is_foreign(path)
-    )
+    if path.suffix != SAFETENSORS or safetensors.read_metadata(path).get("format") != "ms":
+        return False
+    return not _are_foreign(safetensors.read(path).tensors)
 
 
 def _is_foreign(path: Path) -> bool:
     """Whether a file of safetensors has Hugging Face's names; not if it is damaged, which reading it says."""
     try:
-        names = safetensors.read(path).tensors
+        return _are_foreign(safetensors.read(path).tensors)
     except ConversionError:
         return False
+
+
+def _are_foreign(names: Iterable[str]) -> bool:
     return any(part in name for name in names for part in _FOREIGN)
 
 
