@@ -95,7 +95,7 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def parser_of(verbs: Sequence[str]) -> Parser:
-    """Parser of the command, with the options of these verbs alone, whose modules it imports."""
+    """Parser of the command and of these verbs, whose modules it imports; where they are none, of all verbs without options."""
     parser = Parser(
         prog=PROG,
         description="Move language models between Hugging Face and Megatron-LM checkpoints, on a CPU, without building a model.",
@@ -103,12 +103,14 @@ def parser_of(verbs: Sequence[str]) -> Parser:
     )
     parser.add_argument("--version", action="version", version=f"{PROG} {__version__}")
     subparsers = parser.add_subparsers(dest="verb", required=True, metavar="VERB", parser_class=Parser)
-    for name, verb in VERBS.items():
+    named = [name for name in VERBS if name in verbs]
+    for name in named or VERBS:
+        verb = VERBS[name]
         examples = [f"{PROG} {line}" for line in verb.examples]
         usage = f"{PROG} {name} {verb.operands} [options]"  # not a screen full of options before each error
         epilog, line = str(EXIT_CODES[name]), verb.line
         sub = subparsers.add_parser(name, help=line, description=line, usage=usage, epilog=epilog, examples=examples)
-        if name in verbs:
+        if named:
             _module(name).add_arguments(sub)
     return parser
 
