@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 import threading
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -175,7 +174,7 @@ class Journal:
 
     def take(self) -> str:
         """Claim the folder for this run, against any other that may still be writing; returns its session mark."""
-        mark = secrets.token_hex(8)
+        mark = os.urandom(8).hex()
         write_text(self.folder / _SESSION, mark)
         return mark
 

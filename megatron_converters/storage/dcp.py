@@ -17,11 +17,11 @@ from typing import Any
 from ..basics.dtypes import DType
 from ..basics.errors import ConversionError, one_line, raise_all, reason_of
 from . import pickle_reader, torch_zip
+from .marks import METADATA
 from .opening import is_name, open_source
 from .pickle_reader import StandIn
 from .tensor import StoredTensor
 
-METADATA = ".metadata"
 #: More bytes or elements than any file has.
 _TOO_LARGE = 1 << 63
 

@@ -27,7 +27,7 @@ from ...model.layouts import RowMap, interned
 from ...model.slots import Ref, refs
 from ...model.spec import ModelSpec
 from ...sharding.ranks import Parallel, parallel_for
-from ...storage import dcp
+from ...storage import dcp, marks
 from ...storage.dcp import Chunk, ChunkedTensor
 from ...storage.tensor import StoredTensor
 from . import training_state
@@ -112,7 +112,7 @@ class TorchDistSource:
             common.get("iteration"),
             [
                 self._folder.common_file,
-                self._dir / dcp.METADATA,
+                self._dir / marks.METADATA,
                 *index.files,
                 *([] if record is None else [record.path]),
             ],
