@@ -23,7 +23,7 @@ import numpy as np
 from .. import __version__
 from ..assets.origin import Origin
 from ..basics.errors import ConversionError, raise_all, reason_of
-from ..basics.json_values import differences, finite
+from ..basics.json_values import differences, finite, indented
 from ..basics.quantities import count
 from ..model.layouts import RowMap
 from ..model.slots import Ref
@@ -188,7 +188,9 @@ class Journal:
 
     def finish(self, file: str, nbytes: int, outside: str, tensors: Mapping[str, Any]) -> None:
         """Record a file that is complete on disk; `outside` is the digest of its bytes outside the tensors."""
-        _write(self._entry(file), {"file": file, "bytes": nbytes, "outside": outside, "tensors": tensors})
+        path = self._entry(file)
+        path.parent.mkdir(exist_ok=True)
+        write_text(path, json.dumps({"file": file, "bytes": nbytes, "outside": outside, "tensors": tensors}))
 
     def finished(self) -> dict[str, dict[str, Any]]:
         """Records of finished files, by path."""
@@ -379,8 +381,7 @@ def size_of(path: Path) -> int:
 
 
 def _write(path: Path, value: Any) -> None:
-    path.parent.mkdir(exist_ok=True)
-    write_text(path, json.dumps(value, indent=1) + "\n")  # in ASCII, since a path may not be valid UTF-8
+    write_text(path, indented(value) + "\n")  # in ASCII, since a path may not be valid UTF-8
 
 
 def _read(path: Path) -> dict[str, Any] | None:
