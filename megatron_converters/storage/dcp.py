@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,9 +88,12 @@ def read_index(folder: Path) -> Index:
     return reader.index
 
 
-def stored(chunk: Chunk, dtype: DType) -> StoredTensor:
-    """Data of a chunk in its file; raises `ConversionError` if its shape or dtype is not the index's."""
-    found = torch_zip.read_embedded(chunk.item.path, chunk.item.start, chunk.item.nbytes)
+def stored(chunk: Chunk, dtype: DType, read: Callable[[str, int, int], Any] = torch_zip.read_embedded) -> StoredTensor:
+    """Data of a chunk in its file; raises `ConversionError` if its shape or dtype is not the index's.
+
+    `read` reads an archive inside a file; `EmbeddedTensors` has one for many of the same structure.
+    """
+    found = read(chunk.item.path, chunk.item.start, chunk.item.nbytes)
     if not isinstance(found, StoredTensor) or found.shape != chunk.sizes or found.dtype != dtype:
         held = f"{found.dtype} {list(found.shape)}" if isinstance(found, StoredTensor) else type(found).__name__
         raise ConversionError(

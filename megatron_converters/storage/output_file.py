@@ -29,8 +29,8 @@ class FileLayout:
 
     `regions` gives the (offset, bytes) of each tensor; `finish` takes the CRC-32 of each tensor and gives the rest of the
     file as (offset, content), which is written last, so that a file left by a killed run never reads as a complete one.
-    `trailer` gives, by name and CRC-32, the content between a tensor and the next one, as far as `finish` has it and it follows from
-    these: it is written with the tensor, since a page that is written again later costs the disk as much as a small file.
+    `trailer` gives, by name and CRC-32, the bytes between a tensor and the next one, as `finish` does, where they follow from these.
+    They are written with the tensor, since a page that the disk has taken already would have to be read and written again.
     `structure` is a digest of all that decides that rest, except the checksums: names, shapes, dtypes, arguments.
     `parts` gives the number of equal, consecutive parts of tensors whose parts are filled independently.
     `shapes` gives the shape of each tensor as stored in the file.
@@ -82,8 +82,8 @@ class OutputFile:
         self._claimed = False
         self._pending = (self.nbytes, 0, 0)  # first offset, end and bytes written since the last writeback
         self._fd = -1
-        #: Digest of the bytes outside the tensors, in file order, once the file is complete. Unlike a layout's `structure`, it can be
-        #: computed from the file, since a zip's directory repeats its tensors' checksums.
+        #: Digest of the bytes outside the tensors, in file order, once the file is complete. Unlike a layout's `structure`, it can
+        #: be computed from the file, since a zip's directory repeats its tensors' checksums.
         self.outside = ""
         try:
             self._fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
