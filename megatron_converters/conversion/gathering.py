@@ -44,11 +44,12 @@ def gather_chunks(
     rows, cols = shape
     step = max(1, CHUNK_BYTES // (cols * dtype.itemsize))
     supplies = [_supply(gather, dtype, value) for gather in gathers]
-    buffer = np.empty((min(step, rows), cols), dtype.carrier)
+    buffer: Array | None = None
     for start in range(0, rows, step):
         stop = min(start + step, rows)
         direct = _direct(supplies, start, stop)
         if direct is None:
+            buffer = np.empty((min(step, rows), cols), dtype.carrier) if buffer is None else buffer
             direct = buffer[: stop - start]
             copied = sum(supply.copy_rows(direct, start, stop, lost) for supply in supplies)
             expected = cols * (stop - start if wanted is None else int(np.count_nonzero(wanted[start:stop] >= 0)))

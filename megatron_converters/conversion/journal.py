@@ -93,15 +93,19 @@ class Provenance:
         entries = self._files.setdefault(fill.file, {})
         entry = entries.setdefault(fill.name, {"holds": [], "from": {}, "dtype": str(fill.dtype)})
         entry["holds"].append(str(ref))
+        origins, casts = entry["from"], set()
         for gather in gathers:
-            name, *others = map(str, gather.source.names)
-            part, known = self._range_text(gather), entry["from"].get(name)
-            entry["from"][name] = part if known is None else f"{known}; {part}"
-            entry["from"].update(dict.fromkeys(others, f"with {gather.source.name.tensor}"))
-            self._add_computed(entry, Computation.of(gather.source, fill.dtype, gather.value).described())
-        dtypes = {str(gather.source.data.dtype) for gather in gathers} - {str(fill.dtype)}
-        if dtypes:
-            entry["cast from"] = sorted(dtypes)
+            piece = gather.source
+            name, *others = map(str, piece.names)
+            part, known = self._range_text(gather), origins.get(name)
+            origins[name] = part if known is None else f"{known}; {part}"
+            origins.update(dict.fromkeys(others, f"with {piece.name.tensor}"))
+            if gather.value is not None or not piece.is_stored:
+                self._add_computed(entry, Computation.of(piece, fill.dtype, gather.value).described())
+            if piece.data.dtype is not fill.dtype:
+                casts.add(str(piece.data.dtype))
+        if casts:
+            entry["cast from"] = sorted(casts)
         if fill.transposed:
             entry["transposed"] = True
         if fill.padding:

@@ -131,6 +131,7 @@ class _Reader:
         return iter(self._items.values())
 
     def _read_places(self, places: Mapping[Any, Any]) -> Iterator[tuple[tuple[str, Any], Item]]:
+        paths: dict[str, str] = {}
         for index, info in places.items():
             key, offset = self._fields(index, "fqn", "offset", optional=True)
             self._check_name(key)
@@ -142,8 +143,10 @@ class _Reader:
                 )
             if not is_name(path) or os.path.basename(path) != path or path in ("", ".", ".."):
                 raise self._damaged(f"{key} is placed in {one_line(path)}, which is not a file in the folder")
+            if path not in paths:  # a few files hold all items
+                paths[path] = str(self._folder / path)
             start, nbytes = self._numbers((start, nbytes), key)
-            yield (key, offset), Item(str(self._folder / path), start, nbytes)
+            yield (key, offset), Item(paths[path], start, nbytes)
 
     def _tensor(self, key: str, entry: Any) -> ChunkedTensor:
         properties, size, chunks = self._fields(entry, "properties", "size", "chunks")

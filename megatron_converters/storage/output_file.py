@@ -29,7 +29,7 @@ class FileLayout:
 
     `regions` gives the (offset, bytes) of each tensor; `finish` takes the CRC-32 of each tensor and gives the rest of the
     file as (offset, content), which is written last, so that a file left by a killed run never reads as a complete one.
-    `trailer` gives, by name and CRC-32, the bytes between a tensor and the next one, as `finish` does, where they follow from these.
+    `trailer` gives, by name and CRC-32, the bytes between a tensor and the next one, where they follow from these, as in `finish`.
     They are written with the tensor, since a page that the disk has taken already would have to be read and written again.
     `structure` is a digest of all that decides that rest, except the checksums: names, shapes, dtypes, arguments.
     `parts` gives the number of equal, consecutive parts of tensors whose parts are filled independently.

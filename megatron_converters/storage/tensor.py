@@ -42,7 +42,7 @@ class StoredTensor(Sealed):
         """
         if 0 in self.shape:
             return np.empty(self.shape, self.dtype.carrier)
-        strides = tuple(step * self.dtype.itemsize for step in self.strides)
+        strides = _byte_strides(self.strides, self.dtype.itemsize)
         try:
             return np.ndarray(self.shape, self.dtype.carrier, mapped(self.path), self.offset, strides)
         except (TypeError, ValueError) as error:  # it ends beyond the mapping, or the file is empty
@@ -92,6 +92,11 @@ def as_torch(data: StoredTensor) -> Any:
     import torch
 
     return torch.from_numpy(writable_view(data).view(f"i{data.dtype.itemsize}")).view(data.dtype.torch)
+
+
+@lru_cache(maxsize=1024)
+def _byte_strides(strides: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
+    return tuple(step * itemsize for step in strides)
 
 
 @lru_cache(maxsize=1024)
