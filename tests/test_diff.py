@@ -14,7 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_converters.basics.dtypes import BY_NAME, dtype_named, values
+from megatron_converters.basics.casting import values
+from megatron_converters.basics.dtypes import BY_NAME, dtype_named
 from megatron_converters.cli.main import main
 from megatron_converters.comparison.measure import Measure, Tally
 from tests.conversions import hf_to_megatron, reshard

@@ -14,7 +14,8 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from megatron_converters.basics.dtypes import BY_NAME, dtype_named, floats, not_finite, rounded
+from megatron_converters.basics.casting import floats, not_finite, rounded
+from megatron_converters.basics.dtypes import BY_NAME, dtype_named
 from megatron_converters.basics.errors import ConversionError
 from megatron_converters.comparison.tensors import Comparison, Rules, compare
 from megatron_converters.conversion import gathering

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..basics.dtypes import DType, values
+from ..basics.casting import values
+from ..basics.dtypes import DType
 from ..basics.json_values import finite
 from ..model.layouts import RowMap
 
@@ -79,11 +80,14 @@ class Measure:
 
 
 class Tally:
-    """Running sums of a `Measure`: elements differ in bits, or by more than `tolerance` if that is above 0."""
+    """Running sums of a `Measure`: elements differ in bits, or by more than `tolerance` if that is above 0.
 
-    def __init__(self, tolerance: float, norms: bool) -> None:
+    With `any_nan` two NaNs are equal whatever their bits.
+    """
+
+    def __init__(self, tolerance: float, norms: bool, *, any_nan: bool = False) -> None:
         self.first: tuple[int, int] | None = None
-        self._tolerance, self._norms = tolerance, norms
+        self._tolerance, self._norms, self._any_nan = tolerance, norms, any_nan
         self._elements = self._differing = 0
         self._largest = self._norm = self._distance = 0.0
 
@@ -130,6 +134,8 @@ class Tally:
             self._distance += _squares(gap)
         if self._tolerance:
             differs = gap > self._tolerance
+        elif self._any_nan:
+            differs = differs & ~(np.isnan(left) & np.isnan(right))
         count = int(np.count_nonzero(differs))
         if count and self.first is None:
             row, column = divmod(int(differs.argmax()), differs.shape[1])

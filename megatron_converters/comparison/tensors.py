@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..basics.dtypes import BY_NAME, DType, values
+from ..basics.casting import values
+from ..basics.dtypes import BY_NAME, DType
 from ..basics.errors import ConversionError, UsageError
 from ..basics.json_values import differences
 from ..conversion.composing import Mask, Piece, Planner, Sources
@@ -304,7 +305,9 @@ class _Comparer:
 
     def _tally(self, pair: _Pair, stored: _StoredAs, progress: Callable[[int], None]) -> Tally:
         """Count the differences between both sides in values as `stored`; `progress` is told the elements compared of each."""
-        tally = Tally(self.rules.tolerance, self.rules.norms)
+        # Casts make NaN of several kinds: torch's own does, on different processors and in different places of one tensor.
+        cast = self.rules.as_cast and any(side[0].data.dtype != pair.dtype for side in pair.sides)
+        tally = Tally(self.rules.tolerance, self.rules.norms, any_nan=cast)
         shape = pair.rows.size, pair.cols
         with self._planner_lock:
             gathers = [self._planner.compose(pair.rows, pair.col, pair.cols, side, *stored) for side in pair.sides]

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from ..basics.dtypes import DType, cast, floats, not_finite, rounded
+from ..basics.casting import all_finite, cast, floats, not_finite, rounded
+from ..basics.dtypes import DType
 from ..basics.errors import ConversionError
 from ..model.values import Affine, composed
 from .composing import Piece
@@ -32,21 +33,20 @@ class Computation(NamedTuple):
         """Whether the elements as the piece has them are the result, bit for bit."""
         return self.value is None and self.piece.data.dtype == self.target
 
-    def apply(self, part: Array) -> Array:
-        """Result for a part of the piece; raises `ConversionError` if finite elements exceed the range of the target."""
+    def apply(self, part: Array, result: Array) -> None:
+        """Write the result for a part of the piece; raises `ConversionError` if finite elements exceed the range of the target."""
         source = self.piece.data.dtype
         if self.copies:
-            return part
-        if self.value is None:
-            result = np.empty(part.shape, self.target.carrier)
-            fits = cast(part, source, result, self.target)
+            result[...] = part
+        elif self.value is None:
+            if not cast(part, source, result, self.target):
+                raise ConversionError(self._overflow())
         else:
-            result = self._computed(part, self.value)
-            beyond = not_finite(result, self.target)
-            fits = not beyond.any() or bool(not_finite(part[beyond], source).all())
-        if not fits:
-            raise ConversionError(self._overflow())
-        return result
+            result[...] = computed = self._computed(part, self.value)
+            if not all_finite(computed, self.target):
+                beyond = not_finite(computed, self.target)
+                if not not_finite(part[beyond], source).all():
+                    raise ConversionError(self._overflow())
 
     def count_lost(self, part: Array, result: Array) -> int:
         """Number of elements that the inverse does not give back bit for bit from the result."""

@@ -12,7 +12,6 @@ from typing import Protocol
 from ..assets.origin import Origin
 from ..basics.dtypes import DType
 from ..basics.errors import ConversionError
-from ..basics.packages import need
 from ..model.slots import Precision, Ref, refs
 from ..model.spec import ModelSpec
 from .composing import Piece, Sources
@@ -96,7 +95,6 @@ def wanted_dtype(source: Source, override: DType | None) -> Callable[[Ref], DTyp
 
     A router wider than the model stays so: rounding it would change which experts are chosen.
     """
-    cast: set[DType] = set()
 
     def dtype_of(ref: Ref) -> DType:
         stored = source.dtype_of(ref)
@@ -105,12 +103,7 @@ def wanted_dtype(source: Source, override: DType | None) -> Callable[[Ref], DTyp
                 f"{ref} is stored as {stored}, which is no plain floating-point type; convert it first"
             )
         kept = ref.slot.precision is not Precision.MODEL and stored.itemsize > source.spec.dtype.itemsize
-        if override is None or kept or override is stored:
-            return stored
-        if stored not in cast:
-            need("torch", "torch", f"casting {stored} to {override}")
-            cast.add(stored)
-        return override
+        return stored if override is None or kept else override
 
     return dtype_of
 

@@ -109,19 +109,20 @@ class _Supply(NamedTuple):
         if found is None:
             wanted = self.gather.rows[start:stop]
             chosen = wanted >= 0
-            target[chosen] = self._elements(wanted[chosen], lost)
-            return int(np.count_nonzero(chosen)) * width
+            elements = np.empty((int(np.count_nonzero(chosen)), width), target.dtype)
+            self._compute(wanted[chosen], elements, lost)
+            target[chosen] = elements
+            return elements.size
         for position, first, length in found:
-            target[position : position + length] = self._elements(slice(first, first + length), lost)
+            self._compute(slice(first, first + length), target[position : position + length], lost)
         return sum(length for _, _, length in found) * width
 
-    def _elements(self, rows: slice | RowMap, lost: Callable[[int], None] | None) -> Array:
-        """Elements for the target at these rows of the piece."""
+    def _compute(self, rows: slice | RowMap, target: Array, lost: Callable[[int], None] | None) -> None:
+        """Write what these rows of the piece become."""
         part = self.gather.source.elements(rows, self.gather.source_cols) if self.view is None else self.view[rows]
-        result = self.computation.apply(part)
+        self.computation.apply(part, target)
         if lost is not None and self.computation.value is not None:
-            lost(self.computation.count_lost(part, result))
-        return result
+            lost(self.computation.count_lost(part, target))
 
 
 def _supply(gather: Gather, dtype: DType, value: Affine | None) -> _Supply:

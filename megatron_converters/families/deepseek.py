@@ -15,7 +15,7 @@ from .mixtures import EXPERTS, PREDICTION, PREDICTION_LAYER, PREDICTION_REPLICAS
 from .rules import Fixed, Passed, Row
 from .rules_attention import Rope
 from .rules_experts import ExpertGroups, FirstDense, SharedExperts
-from .table import Family
+from .table import Family, Proof
 
 #: Attention with latents.
 LATENT = {
@@ -46,6 +46,8 @@ DEEPSEEK_V2 = Family(
     name="deepseek_v2",
     model_type="deepseek_v2",
     architecture="DeepseekV2ForCausalLM",
+    since="0.14",
+    proof=Proof.LOGITS,
     tensors=_TENSORS,
     rules=(
         *_RULES,
@@ -68,6 +70,8 @@ DEEPSEEK_V3 = Family(
     name="deepseek_v3",
     model_type="deepseek_v3",
     architecture="DeepseekV3ForCausalLM",
+    since="0.12",
+    proof=Proof.LOGITS,
     tensors={**_TENSORS, **tensor("expert_bias", MLP + "gate.e_score_correction_bias"), **PREDICTION},
     rules=(
         *_RULES,

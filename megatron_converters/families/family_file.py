@@ -88,7 +88,7 @@ def _family(values: Mapping[str, Any], base: Family | None, place: Place) -> Fam
         own["replicas"] = _replicas(values["replicas"], place.at("replicas"))
     _check_needed(own["rules"], place.at("rules"))
     try:
-        return Family(**own) if base is None else dataclasses.replace(base, **own)
+        return Family(**own) if base is None else dataclasses.replace(base, since="", proof=None, **own)
     except ValueError as error:
         raise place.fault(f"{error}; correct the names") from None
 

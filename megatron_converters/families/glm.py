@@ -13,7 +13,7 @@ from .mixtures import EXPERTS, PREDICTION, PREDICTION_LAYER, PREDICTION_REPLICAS
 from .rules import Fixed, Named, Row
 from .rules_attention import Rope
 from .rules_experts import ExpertGroups, FirstDense, SharedExperts
-from .table import Family
+from .table import Family, Proof
 
 _QKV = tuple(f"{ATTENTION}{part}_proj" for part in "qkv")
 
@@ -21,6 +21,8 @@ GLM = Family(
     name="glm",
     model_type="glm",
     architecture="GlmForCausalLM",
+    since="0.8",
+    proof=Proof.LOGITS,
     tensors={
         **DENSE,
         # Neighbouring rows of a head rotate together; they stay so where Megatron-LM rotates them with --rotary-interleaved.
@@ -43,6 +45,8 @@ GLM4_MOE = Family(
     name="glm4_moe",
     model_type="glm4_moe",
     architecture="Glm4MoeForCausalLM",
+    since="0.12",
+    proof=Proof.LOGITS,
     tensors={
         **DENSE,
         **QKV_BIAS,

@@ -10,7 +10,7 @@ from ..model.layouts import GROUPED_QKV, joined
 from .defaults import Product, Quotient, SameAs
 from .entries import implied, linear, tensor
 from .rules import Fixed, Named, Passed, Row
-from .table import Family
+from .table import Family, Proof
 
 _LAYER = "transformer.h.{layer}."
 _GELUS = {"gelu_new": GELU_TANH, "gelu_pytorch_tanh": GELU_TANH, "gelu": GELU}
@@ -19,6 +19,8 @@ FAMILY = Family(
     name="gpt2",
     model_type="gpt2",
     architecture="GPT2LMHeadModel",
+    since="0.8",
+    proof=Proof.LOGITS,
     tensors={
         **tensor("word_embeddings", "transformer.wte.weight"),
         **tensor("position_embeddings", "transformer.wpe.weight"),

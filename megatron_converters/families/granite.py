@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from .llama import FAMILY as LLAMA
 from .rules import Reciprocal, Row
-from .table import Family
+from .table import Family, Proof
 
 GRANITE = Family(
     name="granite",
     model_type="granite",
     architecture="GraniteForCausalLM",
+    since="0.17",
+    proof=Proof.LOGITS,
     tensors=LLAMA.tensors,
     rules=(
         *LLAMA.rules,

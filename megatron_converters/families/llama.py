@@ -7,7 +7,7 @@ from ..model.tables import Entry
 from .defaults import IfAbsent, Quotient, SameAs
 from .rules import Fixed, Row, Rule
 from .rules_attention import Rope
-from .table import Family
+from .table import Family, Proof
 
 LAYER = "model.layers.{layer}."
 ATTENTION = LAYER + "self_attn."
@@ -61,6 +61,8 @@ FAMILY = Family(
     name="llama",
     model_type="llama",
     architecture="LlamaForCausalLM",
+    since="0.8",
+    proof=Proof.LOGITS,
     tensors={**DENSE, **QKV_BIAS, **PROJ_BIAS, **MLP_BIAS},
     rules=(
         *SIZES,

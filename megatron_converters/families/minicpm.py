@@ -16,7 +16,7 @@ from .rules import Fixed, Passed, Row, overridden
 from .rules_attention import DYNAMIC, LINEAR, LLAMA3, LONGROPE, Rope
 from .rules_experts import OptionalExperts
 from .rules_scales import DepthScale, WidthScale
-from .table import Family
+from .table import Family, Proof
 
 _EXPERT = MLP + "experts.{expert}."
 
@@ -24,6 +24,8 @@ MINICPM = Family(
     name="minicpm",
     model_type="minicpm",
     architecture="MiniCPMForCausalLM",
+    since="0.17",
+    proof=Proof.EQUIVALENT,
     tensors={
         **DENSE,
         **QKV_BIAS,
@@ -64,6 +66,8 @@ MINICPM3 = Family(
     name="minicpm3",
     model_type="minicpm3",
     architecture="MiniCPM3ForCausalLM",
+    since="0.12",
+    proof=Proof.LOGITS,
     tensors={
         **{slot: entry for slot, entry in LATENT.items() if slot not in _ROTARY_ROWS},
         **{slot: Entry(layout, LATENT[slot].names) for slot, layout in _ROTARY_ROWS.items()},

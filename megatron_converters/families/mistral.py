@@ -5,12 +5,14 @@ from __future__ import annotations
 from .llama import DENSE, DERIVED_HEAD_DIM, SIZES, query_groups
 from .rules import Row
 from .rules_attention import Rope, Window
-from .table import Family
+from .table import Family, Proof
 
 FAMILY = Family(
     name="mistral",
     model_type="mistral",
     architecture="MistralForCausalLM",
+    since="0.8",
+    proof=Proof.LOGITS,
     tensors=DENSE,
     rules=(
         *SIZES,

@@ -10,7 +10,7 @@ from .llama import DENSE, DERIVED_HEAD_DIM, LAYER, MLP, PROJ_BIAS, QK_NORM, QKV_
 from .rules import Fixed, Implied, Restated, Row
 from .rules_attention import NoWindow, Rope, Window
 from .rules_experts import DenseLayers, Experts, NormTopkProb
-from .table import Family
+from .table import Family, Proof
 
 _MIXTRAL = LAYER + "block_sparse_moe."
 _EXPERT = MLP + "experts.{expert}."
@@ -53,6 +53,8 @@ MIXTRAL = Family(
     name="mixtral",
     model_type="mixtral",
     architecture="MixtralForCausalLM",
+    since="0.11",
+    proof=Proof.LOGITS,
     tensors={
         **_ATTENTION,
         "router": Entry(SAME, (_MIXTRAL + "gate.weight",), MLP + "gate.weight"),
@@ -91,6 +93,8 @@ QWEN2_MOE = Family(
     name="qwen2_moe",
     model_type="qwen2_moe",
     architecture="Qwen2MoeForCausalLM",
+    since="0.16",
+    proof=Proof.LOGITS,
     tensors={
         **_ATTENTION,
         **QKV_BIAS,
@@ -116,6 +120,8 @@ QWEN3_MOE = Family(
     name="qwen3_moe",
     model_type="qwen3_moe",
     architecture="Qwen3MoeForCausalLM",
+    since="0.11",
+    proof=Proof.LOGITS,
     tensors={**_ATTENTION, **QKV_BIAS, **PROJ_BIAS, **QK_NORM, **_DENSE_MLP, **EXPERTS},
     rules=(
         *SIZES,
@@ -136,6 +142,7 @@ OLMOE = Family(
     name="olmoe",
     model_type="olmoe",
     architecture="OlmoeForCausalLM",
+    proof=Proof.LOGITS,
     tensors={**_ATTENTION, **QKV_BIAS, **PROJ_BIAS, **QK_NORM, **EXPERTS},
     rules=(
         *SIZES,

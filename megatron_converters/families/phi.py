@@ -13,7 +13,7 @@ from .entries import implied, linear, tensor
 from .llama import ATTENTION, DENSE, DERIVED_HEAD_DIM, LAYER, MLP, SIZES, query_groups
 from .rules import Fixed, Named, Passed, Row, overridden
 from .rules_attention import LINEAR, LLAMA3, LONGROPE, Rope, Window
-from .table import Family
+from .table import Family, Proof
 
 _GELUS = {"gelu_new": GELU_TANH, "gelu_pytorch_tanh": GELU_TANH, "gelu": GELU}
 
@@ -21,6 +21,7 @@ PHI = Family(
     name="phi",
     model_type="phi",
     architecture="PhiForCausalLM",
+    proof=Proof.LOGITS,
     tensors={
         **tensor("word_embeddings", "model.embed_tokens.weight"),
         **linear("input_norm", LAYER + "input_layernorm"),
@@ -54,6 +55,8 @@ PHI3 = Family(
     name="phi3",
     model_type="phi3",
     architecture="Phi3ForCausalLM",
+    since="0.8",
+    proof=Proof.LOGITS,
     tensors={
         **DENSE,
         **tensor("qkv", ATTENTION + "qkv_proj.weight", layout=joined(GROUPED_QKV)),

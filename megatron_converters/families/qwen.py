@@ -6,12 +6,14 @@ from ..model.layers import EACH_HEAD
 from .llama import DENSE, DERIVED_HEAD_DIM, PROJ_BIAS, QK_NORM, QKV_BIAS, SIZES, query_groups
 from .rules import Implied, Restated, Row
 from .rules_attention import Rope, SwitchedWindow
-from .table import Family
+from .table import Family, Proof
 
 QWEN2 = Family(
     name="qwen2",
     model_type="qwen2",
     architecture="Qwen2ForCausalLM",
+    since="0.8",
+    proof=Proof.LOGITS,
     tensors={**DENSE, **QKV_BIAS},
     rules=(
         *SIZES,
@@ -29,6 +31,8 @@ QWEN3 = Family(
     name="qwen3",
     model_type="qwen3",
     architecture="Qwen3ForCausalLM",
+    since="0.10",
+    proof=Proof.LOGITS,
     tensors={**DENSE, **QKV_BIAS, **PROJ_BIAS, **QK_NORM},
     rules=(
         *SIZES,

@@ -15,7 +15,7 @@ from .mixtures import EXPERTS, shared_experts
 from .rules import Fixed, Restated, Row
 from .rules_attention import LinearAttention, Rope
 from .rules_experts import DenseLayers, Experts, NormTopkProb
-from .table import Family
+from .table import Family, Proof
 
 _DELTA = LAYER + "linear_attn."
 #: Sizes of gated DeltaNet, with defaults.
@@ -32,6 +32,8 @@ QWEN3_NEXT = Family(
     name="qwen3_next",
     model_type="qwen3_next",
     architecture="Qwen3NextForCausalLM",
+    since="0.16",
+    proof=Proof.LOGITS,
     tensors={
         **DENSE,
         **tensor("qkv", *(f"{ATTENTION}{part}_proj.weight" for part in "qkv"), layout=GROUPED_GATED_QKV),

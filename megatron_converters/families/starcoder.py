@@ -11,12 +11,14 @@ from .entries import implied, linear, tensor
 from .llama import ATTENTION, DERIVED_HEAD_DIM, LAYER, MLP, query_groups
 from .rules import Named, Passed, Restated, Row
 from .rules_attention import Rope, Window
-from .table import Family
+from .table import Family, Proof
 
 STARCODER2 = Family(
     name="starcoder2",
     model_type="starcoder2",
     architecture="Starcoder2ForCausalLM",
+    since="0.15",
+    proof=Proof.LOGITS,
     tensors={
         **tensor("word_embeddings", "model.embed_tokens.weight"),
         **linear("input_norm", LAYER + "input_layernorm"),

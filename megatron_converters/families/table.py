@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import Enum
 
 from ..model.slots import SLOTS, Scope
 from ..model.tables import Entry
@@ -13,6 +14,14 @@ from .rules import Rule
 BEYOND = "{beyond}"
 
 
+class Proof(Enum):
+    """How a family's table was proven."""
+
+    LOGITS = "logits of its class in transformers"
+    EQUIVALENT = "logits of an equivalent class in transformers, since it has none for this family"
+    SHAPES = "names, shapes and arrays made by hand"
+
+
 @dataclass(frozen=True)
 class Family:
     """One Hugging Face architecture: names, layouts and config rules. Checked when built.
@@ -20,7 +29,8 @@ class Family:
     `mtp_layer` is the beginning of names in layers of multi-token prediction, in place of `layer`; `{beyond}` stands for the
     number of such a layer counted after the model's, `{layer}` for one from 0. `replicas` are further names of slots that such
     layers repeat. `optional_prefix` is the base model's prefix where files are published without it. `aliases` are further
-    values of `model_type` in config.json.
+    values of `model_type` in config.json. `since` is the first release of Megatron-LM whose arguments can say such a model, the one
+    that needs least of them; empty where none can, or where nobody has said it, and `proof` is None in the second case alone.
     """
 
     name: str
@@ -37,6 +47,8 @@ class Family:
     remarks: Mapping[str, str] = field(default_factory=dict)
     #: Suffixes of names of tensors that files may hold although they are not weights.
     ignored_suffixes: tuple[str, ...] = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached")
+    since: str = field(default="", compare=False)
+    proof: Proof | None = field(default=None, compare=False)
 
     @property
     def base_prefix(self) -> str:

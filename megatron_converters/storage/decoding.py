@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..basics.dtypes import BY_NAME, DType, floats, not_finite, rounded
+from ..basics.casting import E4M3FN, all_finite, floats, not_finite, powers_of_two, rounded
+from ..basics.dtypes import BY_NAME, DType
 from ..basics.errors import ConversionError
 from ..basics.pickle_proof import Sealed
 from .tensor import StoredTensor
@@ -27,26 +28,9 @@ Rows = slice | npt.NDArray[np.int64]
 CODES = "float8_e4m3fn"
 #: Element types of scales: floats, or exponents of 2 as ue8m0 has them, which some files call uint8.
 SCALES = ("float32", "bfloat16", "float8_e8m0fnu", "uint8")
-#: Bits of a float32: those of its fraction, and 2**-127, which has an exponent of 0 like no other power of 2 that is needed.
-_FRACTION_BITS = 23
-_SMALLEST_POWER = 1 << 22
 _BFLOAT16 = BY_NAME["bfloat16"]
 #: Elements decoded at a time, so that what is needed on the way stays in a core's cache.
 _STEP = 1 << 16
-
-
-def _e4m3fn_values() -> npt.NDArray[np.float32]:
-    """Value of each of the 256 codes: sign, 4 bits of exponent with bias 7, 3 of mantissa; no infinities, all ones are NaN."""
-    codes = np.arange(256)
-    exponents, mantissas = (codes >> 3) & 0xF, codes & 0x7
-    sizes = np.where(
-        exponents == 0, np.ldexp(mantissas / 8, -6), np.ldexp(1 + mantissas / 8, exponents.astype(np.int32) - 7)
-    )
-    sizes[codes & 0x7F == 0x7F] = np.nan
-    return np.where(codes & 0x80, -sizes, sizes).astype(np.float32)
-
-
-_VALUES = _e4m3fn_values()
 
 
 def block_counts(shape: tuple[int, ...], block: tuple[int, int]) -> tuple[int, ...]:
@@ -109,11 +93,11 @@ class ScaledBlocks(Sealed):
         found, block_rows = np.unique(numbers // height, return_inverse=True)
         factors = self._factors(found, slice(first, -(-cols.stop // width)))
         block_cols = np.arange(cols.start, cols.stop) // width - first
-        decode = _looked_up if factors.size * _VALUES.size < codes.size else _multiplied
+        decode = _looked_up if factors.size * E4M3FN.size < codes.size else _multiplied
         with np.errstate(over="ignore", invalid="ignore", under="ignore"):
             result = decode(codes, factors, block_rows, block_cols)
-        if (faulty := not_finite(result, _BFLOAT16)).any():
-            raise ConversionError(self._fault(codes[faulty], factors))
+        if not all_finite(result, _BFLOAT16):
+            raise ConversionError(self._fault(codes[not_finite(result, _BFLOAT16)], factors))
         return result
 
     def _factors(self, rows: npt.NDArray[np.int64], cols: slice) -> npt.NDArray[np.float32]:
@@ -122,9 +106,7 @@ class ScaledBlocks(Sealed):
         if self.scale.dtype.itemsize > 1:
             singles: npt.NDArray[np.float32] = floats(scales, self.scale.dtype)
             return singles
-        powers = scales.astype(np.uint32) << _FRACTION_BITS  # 2**(byte - 127): the bias is that of float32
-        powers[scales == 0] = _SMALLEST_POWER
-        return powers.view(np.float32)
+        return powers_of_two(scales)
 
     def _fault(self, codes: Array, factors: npt.NDArray[np.float32]) -> str:
         """Message about elements that are no numbers, by their codes and the scales around them."""
@@ -144,8 +126,8 @@ class ScaledBlocks(Sealed):
 
 def _looked_up(codes: Array, factors: npt.NDArray[np.float32], rows: Array, cols: Array) -> Array:
     """Products by `factors[rows, cols]`, looked up, since in one block a code has one value: 256 products a block are enough."""
-    products = rounded((factors[:, :, None] * _VALUES).reshape(-1), _BFLOAT16)
-    row_places, col_places = rows * (factors.shape[1] * _VALUES.size), cols * _VALUES.size
+    products = rounded((factors[:, :, None] * E4M3FN).reshape(-1), _BFLOAT16)
+    row_places, col_places = rows * (factors.shape[1] * E4M3FN.size), cols * E4M3FN.size
     result = np.empty(codes.shape, _BFLOAT16.carrier)
     step = max(1, _STEP // codes.shape[1])
     for start in range(0, codes.shape[0], step):
@@ -158,4 +140,4 @@ def _looked_up(codes: Array, factors: npt.NDArray[np.float32], rows: Array, cols
 
 def _multiplied(codes: Array, factors: npt.NDArray[np.float32], rows: Array, cols: Array) -> Array:
     """Products by `factors[rows, cols]`, for few elements or small blocks."""
-    return rounded(_VALUES[codes] * factors[rows[:, None], cols], _BFLOAT16)
+    return rounded(E4M3FN[codes] * factors[rows[:, None], cols], _BFLOAT16)

@@ -11,7 +11,7 @@ import torch
 
 from . import hf_kinds
 
-_SIZES: dict[str, Any] = dict(
+SIZES: dict[str, Any] = dict(
     vocab_size=199,  # a prime, so that vocabulary padding is needed
     hidden_size=64,
     intermediate_size=112,
@@ -98,7 +98,7 @@ def make_model(
 ) -> Path:
     """Write a random model of `family` into `directory`, and return it; the seed determines the bytes.
 
-    `family` is a key of `FAMILIES`, `MOE_FAMILIES` or a table of `hf_kinds`.
+    `family` is a key of `FAMILIES`, `MOE_FAMILIES`, a table of `hf_kinds` or `families.MODELS`.
     `max_shard_size` is bytes or text such as "100KB". `weights` is "safetensors" or "bin" (`pytorch_model*.bin`).
     `legacy_config` rewrites `config.json` as transformers 4 wrote it (`rope_theta`, `rope_scaling`, `torch_dtype`).
     `fused_experts` keeps each layer's experts as the two 3-D tensors that transformers 5 holds in memory; without it the
@@ -107,8 +107,7 @@ def make_model(
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    own = {**hf_kinds.KINDS, **hf_kinds.FOLDED, **hf_kinds.LIVE}
-    fields = own.get(family) or {**_SIZES, **{**FAMILIES, **MOE_FAMILIES}[family]}
+    fields = _fields(family)
     config = AutoConfig.for_model(**{**fields, "dtype": dtype, **config_overrides})
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     _randomise(model, seed)
@@ -119,6 +118,15 @@ def make_model(
     if legacy_config:
         _rewrite_for_transformers_4(directory / "config.json")
     return directory
+
+
+def _fields(family: str) -> Mapping[str, Any]:
+    from .families import MODELS  # whose modules take their fields from here
+
+    others = {**hf_kinds.FOLDED, **hf_kinds.LIVE}
+    if family in MODELS:
+        return MODELS[family].fields
+    return others.get(family) or {**SIZES, **{**FAMILIES, **MOE_FAMILIES}[family]}
 
 
 def sample_tokens(batch: int = 2, length: int = 64, *, vocab_size: int = 199, seed: int = 0) -> torch.Tensor:

@@ -10,7 +10,7 @@ import math
 from collections import Counter
 from pathlib import Path
 
-from ...basics.dtypes import values
+from ...basics.casting import values
 from ...basics.errors import ConversionError, UsageError, reason_of
 from ...basics.folders import existing_path
 from ...storage import safetensors
