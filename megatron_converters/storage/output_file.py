@@ -121,7 +121,9 @@ class OutputFile:
         trailer = self._layout.trailer(name, part.crc) if complete and len(parts) == 1 else b""
         try:
             with self._write_lock:
-                self._pwrite(view, offset, trailer)
+                self._pwrite(view, offset)
+                if trailer:
+                    self._pwrite(memoryview(trailer), offset + data.nbytes)
                 span = self._pending_span(offset, data.nbytes)
             if span is not None:
                 # On Linux this starts to write dirty pages without waiting; pages that are being written stay in memory.
@@ -186,13 +188,11 @@ class OutputFile:
         with suppress(FileNotFoundError):
             os.unlink(self.path)
 
-    def _pwrite(self, view: memoryview, offset: int, trailer: bytes = b"") -> None:
-        """Write in full; one call may write less than asked (2 GiB at most on Linux)."""
-        done = os.pwritev(self._fd, (view, trailer), offset) if trailer else os.pwrite(self._fd, view, offset)
+    def _pwrite(self, view: memoryview, offset: int) -> None:
+        """`os.pwrite` in full: one call may write less than asked (2 GiB at most on Linux)."""
+        done = os.pwrite(self._fd, view, offset)
         while done < len(view):
             done += os.pwrite(self._fd, view[done:], offset + done)
-        if done < len(view) + len(trailer):
-            self._pwrite(memoryview(trailer)[done - len(view) :], offset + done)
 
     def _pending_span(self, offset: int, nbytes: int) -> tuple[int, int] | None:
         """First offset and bytes of what is to go to the disk now: something after every `_WRITEBACK_BYTES`, else None."""
