@@ -51,6 +51,7 @@ LONGROPE_TABLE = {"short_factor": [1.0], "long_factor": [1.5], "original_max_pos
 OWN_SIZES: dict[str, dict[str, Any]] = {
     "gpt2": {"vocab_size": 32, "n_embd": 64, "n_inner": 96, "n_layer": 3, "n_head": 32},
     "deepseek_v2": {**SIZES, "num_experts_per_tok": 4},
+    "helium": {**SIZES, "num_attention_heads": 40},  # its default are 20 groups
     "qwen3_next": {**SIZES, "num_hidden_layers": 4},  # the fourth is the first with full attention
 }
 
@@ -105,7 +106,9 @@ def facts(found: Any) -> dict[str, Any]:
         "activation": "gelu_tanh" if ungated else "silu",
         "gated": not ungated,
         "initializer_range": found.initializer_range,
-        "attention_dropout": found.attn_pdrop if found.model_type == "gpt2" else found.attention_dropout,
+        "attention_dropout": found.attn_pdrop
+        if found.model_type == "gpt2"
+        else getattr(found, "attention_dropout", 0.0),
         **(minicpm_facts(found) if found.model_type == "minicpm3" else multiplier_facts(found)),
         **(latent_facts(found) if found.model_type in LATENT else attention_facts(found)),
         **rope_facts(found),
@@ -146,7 +149,7 @@ def rope_facts(found: Any) -> dict[str, Any]:
         "rope": one_or_per_layer(PerLayer(rotated[: found.num_hidden_layers])),
         "rotary_base": rope["rope_theta"],
         "rotary_percent": percent,
-        "rotary_interleaved": found.model_type == "glm",
+        "rotary_interleaved": found.model_type in ("glm", "ernie4_5", "helium"),  # rotate_half of their modules
         "rope_scaling": None if rope["rope_type"] == "default" else RopeScaling(rope["rope_type"], **scaling),
     }
 
@@ -185,7 +188,8 @@ def attention_facts(found: Any) -> dict[str, Any]:
         "num_query_groups": getattr(found, "num_key_value_heads", found.num_attention_heads),
         "kv_channels": getattr(found, "head_dim", None) or found.hidden_size // found.num_attention_heads,
         "qkv_bias": kind == "qwen2" or bias or getattr(found, "qkv_bias", False),
-        "proj_bias": bias and kind not in ("glm", "glm4_moe"),  # whose classes have no bias there
+        # The classes of some have none there, and one has a key of its own.
+        "proj_bias": getattr(found, "attention_out_bias", bias and kind not in ("glm", "glm4_moe", "helium")),
         "qk_norm": norms.get(kind, own_norms),
         "sliding_window": one_or_per_layer(windows),
         "attention_output_gate": kind == "qwen3_next",
@@ -344,6 +348,24 @@ ALL_CASES = [
         *("smollm3", "layer types"),
         {"use_sliding_window": True, "sliding_window": 16, "no_rope_layers": [1, 0, 1], "layer_types": TYPES},
     ),
+    (
+        "seed_oss",
+        "36B",
+        {"attention_bias": True, "attention_out_bias": False, "rope_scaling": {"rope_type": "default"}},
+    ),
+    (
+        "seed_oss",
+        "other biases",
+        {"attention_bias": False, "attention_out_bias": True, "mlp_bias": True, "head_dim": None},
+    ),
+    ("internlm3", "8B", {"qkv_bias": False, "bias": False, "rope_scaling": {"factor": 6.0, "rope_type": "dynamic"}}),
+    ("internlm3", "biases", {"qkv_bias": True, "bias": True, "head_dim": None, "num_key_value_heads": None}),
+    ("internlm3", "biases by newer names", {"attention_bias": True, "mlp_bias": True}),
+    ("iquestcoder", "nulls", {"head_dim": None, "num_key_value_heads": None, "mlp_bias": True}),
+    ("ernie4_5", "biases", {"use_bias": True, "head_dim": None, "num_key_value_heads": None}),
+    ("ernie4_5", "untied", {"tie_word_embeddings": False, "rope_theta": 1e4}),
+    ("helium", "2B", {"num_key_value_heads": 8, "rope_theta": 2e4, "rms_norm_eps": 1e-8}),
+    ("helium", "biases", {"num_key_value_heads": 8, "attention_bias": True, "mlp_bias": True}),
     ("starcoder2", "no bias", {"use_bias": False, "sliding_window": 16, "rope_theta": 1e5}),
     ("phi", "part rotated", {"partial_rotary_factor": 0.4, "num_key_value_heads": 8, "attention_dropout": 0.1}),
     ("phi", "null groups", {"num_key_value_heads": None, "rope_scaling": {"type": "linear", "factor": 2.0}}),
@@ -468,6 +490,12 @@ def test_both_spellings_of_rope_are_one_spec(kind: str) -> None:
         ("smollm3", {"no_rope_layer_interval": 0}, "no_rope_layer_interval=0"),
         ("smollm3", {"no_rope_layers": [0, 0, 0]}, "without rotary embeddings in any layer"),
         ("smollm3", {"layer_types": TYPES}, "sliding_attention in layer_types, but no sliding_window"),
+        (
+            *("internlm3", {"qkv_bias": True}),
+            "qkv_bias=True; qkv_bias and bias must agree",
+        ),
+        ("internlm3", {"qkv_bias": True, "attention_bias": False, "bias": True}, "must agree"),
+        ("helium", {"num_key_value_heads": 8, "use_bias": True}, "does not know: use_bias"),
         ("mistral", {"attention_bias": True}, "does not know: attention_bias"),
         ("mistral", {"sliding_window": 0}, "sliding_window is 0"),
         ("qwen2", {"attention_bias": True}, "does not know: attention_bias"),
@@ -681,6 +709,13 @@ def test_families_are_found_by_architecture_then_by_model_type() -> None:
     )
     both = ["LlamaForCausalLM", "MistralForCausalLM"]
     assert family_from_config({"architectures": both, "model_type": "mistral"}).name == "mistral"
+    # transformers saves these two under the name of the class that computes them.
+    for model_type in ("llama", "internlm3", "iquestcoder"):
+        both_names = ["LlamaForCausalLM", FAMILIES[model_type].architecture]
+        for named in (both_names, both_names[:1], both_names[1:], []):
+            assert family_from_config({"architectures": named, "model_type": model_type}).name == model_type
+    assert family_from_config({"architectures": ["LlamaForCausalLM"]}).name == "llama"
+    assert family_from_config({"architectures": ["Ernie4_5_ForCausalLM"]}).name == "ernie4_5"
     assert family_from_config({"model_type": "mistral"}).name == "mistral"
     assert family_from_config({"model_type": "qwen2", "architectures": []}).name == "qwen2"
     for unknown in ({"architectures": ["BertLMHeadModel"], "model_type": "llama"}, {"model_type": "bert"}, {}):
