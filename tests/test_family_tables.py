@@ -142,6 +142,7 @@ ASKED: dict[str, list[dict[str, Any]]] = {
     **{key: [_BIASES] for key in ("smollm3", "seed_oss", "internlm3", "iquestcoder")},
     "ernie4_5": [dict(_BIASES, rotary_interleaved=True)],
     "helium": [dict(qkv_bias=True, mlp_bias=True, rotary_interleaved=True)],
+    "mimo": [dict(qkv_bias=True, mtp_num_layers=1)],
     "mixtral": [EXPERT_FIELDS],
     "qwen2_moe": [dict(**EXPERT_FIELDS, **_MIXED, qkv_bias=True, shared_ffn_hidden_size=4, shared_gate=True)],
     "qwen3_moe": [dict(**EXPERT_FIELDS, **_MIXED, qkv_bias=True, proj_bias=True, qk_norm=EACH_HEAD)],
