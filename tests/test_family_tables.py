@@ -137,6 +137,7 @@ _UNGATED: dict[str, Any] = dict(_BIASES, normalization=LAYER_NORM, gated=False, 
 ASKED: dict[str, list[dict[str, Any]]] = {
     "llama": [_BIASES],
     "mistral": [{}],
+    "ministral": [{}],
     "qwen2": [dict(qkv_bias=True)],
     "qwen3": [dict(qkv_bias=True, proj_bias=True, qk_norm=EACH_HEAD)],
     **{key: [_BIASES] for key in ("smollm3", "seed_oss", "internlm3", "iquestcoder")},

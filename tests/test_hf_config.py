@@ -496,6 +496,8 @@ def test_both_spellings_of_rope_are_one_spec(kind: str) -> None:
         ),
         ("internlm3", {"qkv_bias": True, "attention_bias": False, "bias": True}, "must agree"),
         ("helium", {"num_key_value_heads": 8, "use_bias": True}, "does not know: use_bias"),
+        ("ministral", {"sliding_window": None, "layer_types": TYPES}, "in layer_types, but its sliding_window is null"),
+        ("ministral", {"layer_types": TYPES[:2]}, "for each of 3 layers"),
         ("mistral", {"attention_bias": True}, "does not know: attention_bias"),
         ("mistral", {"sliding_window": 0}, "sliding_window is 0"),
         ("qwen2", {"attention_bias": True}, "does not know: attention_bias"),

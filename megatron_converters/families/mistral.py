@@ -1,10 +1,11 @@
-"""Mistral (transformers MistralForCausalLM): Llama's tensors and a sliding window."""
+"""Mistral and Ministral (transformers MistralForCausalLM, MinistralForCausalLM): Llama's tensors and a sliding window."""
 
 from __future__ import annotations
 
 from .llama import DENSE, DERIVED_HEAD_DIM, SIZES, query_groups
-from .rules import Row
+from .rules import Row, overridden
 from .rules_attention import Rope, Window
+from .rules_layer_kinds import ListedWindow
 from .table import Family, Proof
 
 FAMILY = Family(
@@ -22,4 +23,14 @@ FAMILY = Family(
         Window(default=4096),
         Row("max_position_embeddings", "max_position_embeddings", 4096 * 32),
     ),
+)
+
+MINISTRAL = Family(
+    name="ministral",
+    model_type="ministral",
+    architecture="MinistralForCausalLM",
+    since="0.15",
+    proof=Proof.LOGITS,
+    tensors=DENSE,
+    rules=overridden(FAMILY.rules, [ListedWindow(default=4096)]),
 )

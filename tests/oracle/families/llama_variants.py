@@ -26,6 +26,14 @@ MODELS = {
     "internlm3": Model(LLAMA | _ALL_BIASES | dict(model_type="internlm3", num_key_value_heads=2)),
     "iquestcoder": Model(LLAMA | dict(model_type="iquestcoder")),
     "ernie4_5": Model(LLAMA | dict(model_type="ernie4_5", use_bias=True, tie_word_embeddings=True)),
+    "ministral": Model(
+        LLAMA
+        | dict(
+            model_type="ministral",
+            sliding_window=7,
+            layer_types=["full_attention", "sliding_attention", "sliding_attention", "full_attention"],
+        )
+    ),
     # Its last projection of attention is square, whatever the size of heads.
     "helium": Model(
         LLAMA | dict(model_type="helium", num_attention_heads=4, num_key_value_heads=2, attention_bias=True)
