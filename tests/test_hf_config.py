@@ -78,7 +78,7 @@ WITH_LAYER_NORM = ("gpt2", "starcoder2", "phi")
 WITH_BIASES = ("gpt2", "phi")
 LATENT = ("deepseek_v2", "deepseek_v3", "minicpm3")
 #: Families without a class in transformers.
-REMOTE = ("minicpm",)
+REMOTE = ("minicpm", "internlm2", "exaone", "qwen", "baichuan", "baichuan2", "chatglm")
 NATIVE = [name for name in FAMILIES if name not in REMOTE]
 CHOSEN_BY_SIGMOID = ("glm4_moe", "deepseek_v3")
 

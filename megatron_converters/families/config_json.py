@@ -35,14 +35,19 @@ def family_from_config(config: Mapping[str, Any]) -> Family:
     A wrapper's name counts as none.
     """
     model_type, architectures = config.get("model_type"), _architectures(config)
-    candidates = [family for family in FAMILIES.values() if family.architecture in architectures or not architectures]
+    candidates = [
+        family for family in FAMILIES.values() if not architectures or {*family.architectures} & {*architectures}
+    ]
     agreed = [
-        family
-        for family in candidates
-        if model_type in (family.model_type, *family.aliases) or (architectures and model_type is None)
+        family for family in candidates if model_type in family.model_types or (architectures and model_type is None)
     ]
     if len(agreed) == 1:
         return agreed[0]
+    if agreed and not architectures:
+        classes = " or ".join(family.architecture for family in agreed)
+        raise ConversionError(
+            f"config.json has model_type={model_type!r} and no architectures; add which class it is: {classes}"
+        )
     if architectures and candidates:  # transformers goes by model_type, other programs by architectures
         raise ConversionError(
             f"config.json has architectures={architectures!r} and model_type={model_type!r}, which name different "

@@ -12,7 +12,8 @@ from . import rules_experts as experts
 from .defaults import Product, Quotient, SameAs
 from .llama import query_groups
 from .place import Check, Place, chosen, listed, mapping, number, only, or_null, scalar, switch, text, texts, whole
-from .rules import Fixed, Implied, Named, Passed, Reciprocal, Restated, Row, Rule, overridden
+from .rules import Fixed, Implied, Multiple, Named, Passed, Reciprocal, Restated, Row, Rule, overridden
+from .rules_remote import BaichuanRelease, RopeRatio
 from .rules_scales import DepthScale, WidthScale
 
 #: Properties that a rule may decide; the others are decided elsewhere.
@@ -100,7 +101,8 @@ RULES: Mapping[str, Form] = {
     "row": Form(Row, _FIELD_AND_KEY, {"default": _computed}),
     "named": Form(Named, {**_FIELD_AND_KEY, "names": _names}, {"default": scalar}),
     "reciprocal": Form(Reciprocal, _FIELD_AND_KEY, {"default": number}),
-    "fixed": Form(Fixed, {"key": text, "value": scalar}),
+    "multiple": Form(Multiple, {**_FIELD_AND_KEY, "factor": whole}),
+    "fixed": Form(Fixed, {"key": text, "value": scalar}, {"absent": scalar}),
     "restated": Form(Restated, {"key": text, "value": scalar}),
     "implied": Form(Implied, {"field": _decided, "value": _computed}),
     "passed": Form(Passed, {"keys": texts}, whole=True),
@@ -119,6 +121,8 @@ RULES: Mapping[str, Form] = {
     "optional_experts": Form(experts.OptionalExperts, {"topk": whole}),
     "depth_scale": Form(DepthScale, {"default": number}, {"key": text}),
     "width_scale": Form(WidthScale, {"default": number}, {"key": text}),
+    "rope_ratio": Form(RopeRatio),
+    "baichuan_release": Form(BaichuanRelease, {"normed_head": switch}),
 }
 
 

@@ -36,13 +36,14 @@ class Rope:
     Written in the older spelling, which both read. `partial` is the default of `partial_rotary_factor`, None where the
     architecture rotates whole heads. `scalings` are the kinds of scaling that the architecture's class computes, besides none;
     which of them Megatron-LM can express is another question. `original` is the default of `original_max_position_embeddings`,
-    where the class has this key outside of the scaling, and then heeds no other.
+    where the class has this key outside of the scaling, and then heeds no other. `kind_keys` name the kind of scaling.
     """
 
     default_theta: float = 10000.0
     partial: float | None = None
     scalings: tuple[str, ...] = (LINEAR, LLAMA3, YARN, LONGROPE, DYNAMIC)
     original: int | None = None
+    kind_keys: tuple[str, ...] = ("rope_type", "type")
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -99,7 +100,7 @@ class Rope:
     def write(self, spec: ModelSpec) -> dict[str, Any]:
         theta = number(spec.values.get("rotary_base"), "rotary_base")
         base = int(theta) if float(theta).is_integer() else theta
-        scaling = written_scaling(spec.values["rope_scaling"])
+        scaling = written_scaling(spec.values["rope_scaling"], self.kind_keys)
         written: dict[str, Any] = {"rope_theta": base, "rope_scaling": scaling}
         if self.original is not None and scaling is not None and _ORIGINAL in scaling:
             written[_ORIGINAL] = scaling[_ORIGINAL]
@@ -175,8 +176,10 @@ def _extension(original: int, config: Config) -> float:
     return number(longest, "max_position_embeddings") / check_size(original, "original_max_position_embeddings")
 
 
-def written_scaling(scaling: RopeScaling | None) -> dict[str, Any] | None:
-    """Scaling as config.json has it; None for none."""
+def written_scaling(
+    scaling: RopeScaling | None, kind_keys: tuple[str, ...] = ("rope_type", "type")
+) -> dict[str, Any] | None:
+    """Scaling as config.json has it; None for none. `kind_keys` name its kind."""
     if scaling is None:
         return None
     required, optional = _SCALING_KEYS[scaling.kind]
@@ -185,7 +188,8 @@ def written_scaling(scaling: RopeScaling | None) -> dict[str, Any] | None:
     if not scaling.truncate:  # the default is left out, since older programs do not know the key
         values["truncate"] = False
     # transformers 4 knows these two under their older key, too
-    return {"rope_type": scaling.kind, **({} if scaling.kind == LLAMA3 else {"type": scaling.kind}), **values}
+    named = {key: scaling.kind for key in kind_keys if scaling.kind != LLAMA3 or key != "type"}
+    return {**named, **values}
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from ...model.spec import ModelSpec
 from ...model.tables import Entry
 from ...model.values import Affine
 from ...storage.tensor import StoredTensor
+from ...storage.unit_rows import UnitRows
 from .quantised import Weight
 
 
@@ -22,7 +23,7 @@ class Part(NamedTuple):
 
     `stored_shape` is the shape of the stored tensor. A tensor of fused experts stacks one part per expert along a first axis;
     `number` is the index of this part there. A `transposed` part is stored as its transposed matrix. `value` turns stored values
-    into the slot's.
+    into the slot's; rows that are to be `unit_rows` are divided by their lengths.
     """
 
     name: str
@@ -31,12 +32,24 @@ class Part(NamedTuple):
     stored_shape: tuple[int, ...]
     transposed: bool = False
     value: Affine | None = None
+    unit_rows: bool = False
     number: int = 0
 
     @property
     def stored_parts(self) -> int:
         """Number of such parts in the stored tensor."""
         return math.prod(self.stored_shape) // max(math.prod(self.shape), 1)
+
+    def read(self, data: Weight) -> Weight | UnitRows:
+        """This part of the stored tensor, computed where its rows are to have length 1."""
+        view = self.view(data)
+        if not self.unit_rows:
+            return view
+        if not isinstance(view, StoredTensor):
+            raise ConversionError(
+                f"{self.name} is quantised, and one whose rows are divided by their lengths cannot be decoded"
+            )
+        return UnitRows(self.name, view)
 
     def view(self, data: Weight) -> Weight:
         """View of this part in the stored tensor."""
@@ -99,7 +112,8 @@ class HFNames:
         for name, rows in zip(entry.names, maps, strict=True):
             shape = (rows.size, *rest)
             stored = shape[::-1] if entry.transposed else shape
-            yield _Template(self._template(name, ref), rows, shape, stored, entry.transposed, entry.value)
+            name = self._template(name, ref)
+            yield _Template(name, rows, shape, stored, entry.transposed, entry.value, entry.unit_rows)
 
     def _fused(self, ref: Ref) -> Iterator[_Template]:
         entry = self._entry(ref)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from . import earlier
+from . import earlier, remote
 from .model import Model
 
-MODELS: Mapping[str, Model] = {name: model for lineage in (earlier,) for name, model in lineage.MODELS.items()}
+MODELS: Mapping[str, Model] = {name: model for lineage in (earlier, remote) for name, model in lineage.MODELS.items()}
 """Models by name; the first word of a name is mostly the family's."""
