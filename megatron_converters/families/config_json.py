@@ -35,18 +35,19 @@ def family_from_config(config: Mapping[str, Any]) -> Family:
     A wrapper's name counts as none. A class of another family may be that of a model_type, too (InternLM3 is a Llama there).
     """
     model_type, architectures = config.get("model_type"), _architectures(config)
-    own = [family for family in FAMILIES.values() if family.architecture in architectures]
-    also = [
-        family
-        for family in FAMILIES.values()
-        if family.architecture not in architectures and not {*family.aliases}.isdisjoint(architectures)
-    ]
-    candidates = [*own, *also] if architectures else [*FAMILIES.values()]
-    agreed = [family for family in candidates if model_type in (family.model_type, *family.aliases)]
+    own = [family for family in FAMILIES.values() if {*family.architectures} & {*architectures}]
+    also = [family for family in FAMILIES.values() if family.computed_by in architectures]
+    candidates = [*own, *(family for family in also if family not in own)] if architectures else [*FAMILIES.values()]
+    agreed = [family for family in candidates if model_type in family.model_types]
     if architectures and model_type is None:
-        agreed = own or also
+        agreed = own
     if len(agreed) == 1:
         return agreed[0]
+    if agreed and not architectures:
+        classes = " or ".join(family.architecture for family in agreed)
+        raise ConversionError(
+            f"config.json has model_type={model_type!r} and no architectures; add which class it is: {classes}"
+        )
     if architectures and candidates:  # transformers goes by model_type, other programs by architectures
         raise ConversionError(
             f"config.json has architectures={architectures!r} and model_type={model_type!r}, which name different "

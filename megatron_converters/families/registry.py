@@ -20,7 +20,7 @@ from .table import Family
 #: that can express it.
 _MODULES = (
     *("llama", "mistral", "qwen", "llama_variants", "mixtures", "gpt2", "starcoder", "phi", "glm", "granite"),
-    *("deepseek", "qwen3_next", "minicpm", "mimo"),
+    *("deepseek", "qwen3_next", "minicpm", "mimo", "renamed", "baichuan", "chatglm"),
 )
 #: Entry points of this group each load a `Family`, or a function that returns one or several.
 GROUP = "megatron_converters.families"
@@ -167,11 +167,17 @@ def clash(family: Family, known: Iterable[Family]) -> str:
     for other in known:
         if other is family:
             return ""
-        types = {family.model_type, *family.aliases} & {other.model_type, *other.aliases}
+        types, classes = (
+            sorted({*own} & {*others})
+            for own, others in (
+                (family.model_types, other.model_types),
+                (family.architectures, other.architectures),
+            )
+        )
         shared = [
             *([f"name {family.name!r}"] if family.name == other.name else []),
-            *(f"model_type {name!r}" for name in sorted(types)),
-            *([f"architecture {family.architecture!r}"] if family.architecture == other.architecture else []),
+            *(f"model_type {name!r}" for name in types),
+            *(f"architecture {name!r}" for name in classes),
         ]
         if shared:
             return f"the family {other.name} has the {' and the '.join(shared)} already"

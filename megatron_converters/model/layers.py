@@ -88,6 +88,7 @@ class RopeScaling:
 
     The two `*_freq_factor` belong to llama3; the betas, `mscale`, `mscale_all_dim` and `truncate` to YaRN; to LongRoPE the divisors
     of frequencies, up to the original positions and beyond, and the factor of queries and keys, which None derives from `factor`.
+    With YaRN, `llama_4_scaling_beta` scales queries by 1 + beta * log(1 + position // original positions), which is 1 up to these.
     """
 
     kind: str
@@ -103,6 +104,7 @@ class RopeScaling:
     short_factor: tuple[float, ...] = ()
     long_factor: tuple[float, ...] = ()
     attention_factor: float | None = None
+    llama_4_scaling_beta: float = 0.0
 
     def __post_init__(self) -> None:
         """Turn lists into tuples, and refuse values that are no numbers."""
