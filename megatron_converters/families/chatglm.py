@@ -17,7 +17,7 @@ CHATGLM = Family(
     name="chatglm",
     model_type="chatglm",
     architecture="ChatGLMModel",
-    further_architectures=("ChatGLMForConditionalGeneration",),  # as transformers saves a model that it has loaded
+    further_architectures=("ChatGLMForConditionalGeneration",),  # in what transformers saves
     since="0.8",
     proof=Proof.EQUIVALENT,
     layer=_LAYER,
@@ -35,25 +35,21 @@ CHATGLM = Family(
     rules=(
         *(Row(name, name) for name in ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")),
         Row("num_query_groups", "multi_query_group_num", 1),
-        Row("kv_channels", "kv_channels", 128),
         Row("vocab_size", "padded_vocab_size"),
         Row("max_position_embeddings", "seq_length", 2048),
         Row("norm_epsilon", "layernorm_epsilon", 1e-5),
-        Row("attention_dropout", "attention_dropout", 0.0),
+        *(Row(name, name, default) for name, default in (("kv_channels", 128), ("attention_dropout", 0.0))),
         Row("qkv_bias", "add_qkv_bias", False),
         RopeRatio(),
         *implied(rotary_percent=0.5, rotary_interleaved=True, rope_scaling=None),
         Fixed("multi_query_attention", True, absent=False),  # else query, key and value lie head by head
-        Fixed("rmsnorm", True),
-        Fixed("post_layer_norm", True),
-        *(Fixed(key, False) for key in ("add_bias_linear", "apply_residual_connection_post_layernorm")),
-        Fixed("tie_word_embeddings", False),
-        *(Restated(key, value) for key, value in {"quantization_bit": 0, "prefix_projection": False}.items()),
-        # Precision, kernels, and repetitions of other keys; a scale that the layer's number cancels out.
-        Passed(
-            ("attention_softmax_in_fp32", "fp32_residual_connection", "apply_query_key_layer_scaling", "original_rope")
-        ),
-        Passed(("bias_dropout_fusion", "num_hidden_layers", "vocab_size")),
+        *(Fixed(key, True) for key in ("rmsnorm", "post_layer_norm")),
+        *(Fixed(key, False) for key in ("add_bias_linear", "tie_word_embeddings")),
+        *(Restated(key, False) for key in ("apply_residual_connection_post_layernorm", "interleaved_qkv")),
+        *(Restated(key, value) for key, value in (("rotary_percent", 0.5), ("quantization_bit", 0))),
+        # Precision, kernels, a scale that the number of the layer cancels out, and repetitions.
+        Passed(("attention_softmax_in_fp32", "fp32_residual_connection", "bias_dropout_fusion", "original_rope")),
+        Passed(("apply_query_key_layer_scaling", "prefix_projection", "num_hidden_layers", "vocab_size")),
     ),
     ignored_suffixes=("rotary_pos_emb.inv_freq",),
 )

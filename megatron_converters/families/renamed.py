@@ -17,6 +17,16 @@ from .table import Family, Proof
 
 _HEADS = Quotient("hidden_size", "num_attention_heads")
 _BLOCK = "transformer.h.{layer}."
+#: What EXAONE and Qwen-1 name as GPT-2 does, and sizes that they name as Llama.
+_AS_GPT2 = {
+    **tensor("word_embeddings", "transformer.wte.weight"),
+    **tensor("input_norm", _BLOCK + "ln_1.weight"),
+    **tensor("mlp_norm", _BLOCK + "ln_2.weight"),
+    **tensor("fc2", _BLOCK + "mlp.c_proj.weight"),
+    **tensor("final_norm", "transformer.ln_f.weight"),
+    **tensor("output_layer", "lm_head.weight"),
+}
+_SIZES = [rule for rule in SIZES if rule.keys != ("hidden_act",)]
 
 INTERNLM2 = Family(
     name="internlm2",
@@ -54,19 +64,14 @@ EXAONE = Family(
     proof=Proof.EQUIVALENT,
     layer=_BLOCK,
     tensors={
-        **tensor("word_embeddings", "transformer.wte.weight"),
-        **tensor("input_norm", _BLOCK + "ln_1.weight"),
+        **_AS_GPT2,
         **tensor("qkv", *(f"{_BLOCK}attn.attention.{part}_proj.weight" for part in "qkv"), layout=GROUPED_QKV),
         **tensor("proj", _BLOCK + "attn.attention.out_proj.weight"),
-        **tensor("mlp_norm", _BLOCK + "ln_2.weight"),
         **tensor("fc1", *(f"{_BLOCK}mlp.c_fc_{part}.weight" for part in range(2)), layout=GATED),
-        **tensor("fc2", _BLOCK + "mlp.c_proj.weight"),
-        **tensor("final_norm", "transformer.ln_f.weight"),
-        **tensor("output_layer", "lm_head.weight"),
     },
     rules=(
         *overridden(
-            [rule for rule in SIZES if rule.keys != ("hidden_act",)],
+            _SIZES,
             [
                 Row("num_layers", "num_layers"),
                 Row("ffn_hidden_size", "intermediate_size", Product(4, "hidden_size")),
@@ -93,19 +98,14 @@ QWEN1 = Family(
     proof=Proof.EQUIVALENT,
     layer=_BLOCK,
     tensors={
-        **tensor("word_embeddings", "transformer.wte.weight"),
-        **tensor("input_norm", _BLOCK + "ln_1.weight"),
+        **_AS_GPT2,
         **linear("qkv", _BLOCK + "attn.c_attn", layout=joined(GROUPED_QKV)),
         **tensor("proj", _BLOCK + "attn.c_proj.weight"),
-        **tensor("mlp_norm", _BLOCK + "ln_2.weight"),
         **tensor("fc1", _BLOCK + "mlp.w2.weight", _BLOCK + "mlp.w1.weight", layout=GATED),
-        **tensor("fc2", _BLOCK + "mlp.c_proj.weight"),
-        **tensor("final_norm", "transformer.ln_f.weight"),
-        **tensor("output_layer", "lm_head.weight"),
     },
     rules=(
         *overridden(
-            [rule for rule in SIZES if rule.keys != ("hidden_act",)],
+            _SIZES,
             [
                 Multiple("ffn_hidden_size", "intermediate_size", 2),  # of both halves together
                 Row("norm_epsilon", "layer_norm_epsilon", 1e-6),

@@ -60,4 +60,5 @@ class UnitRows(Sealed):
         """Compute these rows and columns, as an array of the dtype's carrier type; lengths are those of whole rows."""
         whole = floats(self.weight.array()[rows], self.dtype)
         lengths = np.sqrt(np.square(whole, dtype=np.float64).sum(axis=1, keepdims=True))
+        lengths[np.abs(lengths - 1) <= np.finfo(whole.dtype).eps] = 1  # what was divided before stays as it is
         return rounded(whole[:, cols] / np.maximum(lengths, _SHORTEST).astype(whole.dtype), self.dtype)

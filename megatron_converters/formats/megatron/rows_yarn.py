@@ -45,11 +45,12 @@ def _factors(spec: ModelSpec) -> tuple[float, float, float]:
     scaling = scaling_of(spec, YARN)
     if scaling is None:
         return 1.0, 1.0, 0.0
-    heeded = is_latent(spec) or (scaling.mscale and scaling.mscale_all_dim)
-    mscales = (scaling.mscale, scaling.mscale_all_dim) if heeded else (1.0, 0.0)
-    if scaling.attention_factor is not None and scaling.factor > 1:
-        mscales = ((scaling.attention_factor - 1) / (0.1 * math.log(scaling.factor)), 0.0)
-    return scaling.factor, *mscales
+    factor, mscale, every, amplitude = scaling.factor, scaling.mscale, scaling.mscale_all_dim, scaling.attention_factor
+    if is_latent(spec):
+        return factor, mscale, every
+    if amplitude is not None and factor > 1:
+        return factor, (amplitude - 1) / (0.1 * math.log(factor)), 0.0
+    return (factor, mscale, every) if mscale and every else (factor, 1.0, 0.0)
 
 
 def _read_scaling(args: Args) -> Properties:
