@@ -235,7 +235,11 @@ MODELS: Mapping[str, Model] = {
     "qwen2-yarn": Model(_LLAMA | dict(model_type="qwen2") | _rope(1e6, **_YARN)),
     "qwen3-yarn": Model(
         _WIDE
-        | dict(model_type="qwen3", max_position_embeddings=4096)
-        | _rope(1e6, **{**_YARN, "factor": 8.0}, beta_fast=16.0, beta_slow=2.0, attention_factor=1.5, truncate=False),
+        | dict(model_type="qwen3", max_position_embeddings=32768)
+        | _rope(
+            1e4,
+            **dict(_YARN, factor=8.0, original_max_position_embeddings=4096, beta_fast=16.0, beta_slow=2.0),
+            **dict(attention_factor=1.5, truncate=False),
+        ),
     ),
 }
