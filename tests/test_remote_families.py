@@ -18,7 +18,7 @@ from megatron_converters.families.config_json import config_from_spec, config_no
 from megatron_converters.families.file_rules import RULES
 from megatron_converters.model.layers import RopeScaling
 from megatron_converters.storage import safetensors
-from megatron_converters.storage.unit_rows import UnitRows
+from megatron_converters.storage.decoding import UnitRows
 from tests.conversions import hf_to_megatron, megatron_to_hf
 from tests.helpers import hf_tensors, nothing_complete, rank_content, refused, succeeded, verb
 from tests.oracle.families.model import publish

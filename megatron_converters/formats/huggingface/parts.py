@@ -13,8 +13,8 @@ from ...model.slots import DECODER, Ref, Scope, Slot
 from ...model.spec import ModelSpec
 from ...model.tables import Entry
 from ...model.values import Affine
+from ...storage.decoding import UnitRows
 from ...storage.tensor import StoredTensor
-from ...storage.unit_rows import UnitRows
 from .quantised import Weight
 
 

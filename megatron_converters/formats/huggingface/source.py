@@ -30,7 +30,7 @@ from ...families.quantisation import unquantised
 from ...families.table import Family
 from ...model.slots import MTP, SLOTS, Ref, refs
 from ...model.spec import ModelSpec
-from ...storage.unit_rows import UnitRows
+from ...storage.decoding import UnitRows
 from .parts import HFNames, Part
 from .quantised import Weight, decoded, decoded_note
 from .weight_files import ADAPTER, WeightFiles, ghost_line, read_file, read_weights
