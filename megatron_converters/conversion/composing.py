@@ -24,6 +24,7 @@ from ..model.slots import Ref
 from ..model.spec import ModelSpec
 from ..model.values import Affine
 from ..storage.tensor import StoredTensor
+from .outline import Fill
 
 
 class TensorData(Protocol):
@@ -175,6 +176,11 @@ class Gather(NamedTuple):
     whole_width: bool
     value: Affine | None = None
 
+    def shifted(self, cols: int) -> Gather:
+        """Gather to columns that lie this many further on in a wider target."""
+        there = slice(self.target_cols.start + cols, self.target_cols.stop + cols)
+        return self._replace(target_cols=there, whole_width=False)
+
     @property
     def rows(self) -> RowMap:
         """Source row of each target row, -1 for none."""
@@ -216,6 +222,14 @@ class Planner:
         if key not in self._covers:
             _check_counts(ref, shape, sources.pieces)
             self._covers[key] = [piece.rows for piece in sources.pieces]  # holding the maps keeps their ids valid
+
+    def compose_fill(self, fill: Fill, pieces: Sequence[Piece]) -> list[Gather]:
+        """Gathers from each piece to a fill."""
+        return [
+            gather.shifted(first) if fill.swapped else gather
+            for first, col, cols in fill.spans
+            for gather in self.compose(fill.rows, col, cols, pieces, fill.value, fill.only)
+        ]
 
     def compose(
         self,

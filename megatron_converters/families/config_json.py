@@ -32,15 +32,20 @@ _REFUSED = dict.fromkeys(("MiniCPMSALAForCausalLM", "minicpm_sala"), _SPARSE_HYB
 def family_from_config(config: Mapping[str, Any]) -> Family:
     """Family that config.json names by `architectures` or, without it, `model_type`; if both are there, they must agree.
 
-    A wrapper's name counts as none.
+    A wrapper's name counts as none. A class of another family may be that of a model_type, too (InternLM3 is a Llama there).
     """
     model_type, architectures = config.get("model_type"), _architectures(config)
     agreed = [] if len(architectures) > 1 else _named(model_type, architectures, FAMILIES.likely(model_type))
     agreed = agreed or _named(model_type, architectures, FAMILIES.values())
     if len(agreed) == 1:
         return agreed[0]
+    if agreed and not architectures:
+        classes = " or ".join(family.architecture for family in agreed)
+        raise ConversionError(
+            f"config.json has model_type={model_type!r} and no architectures; add which class it is: {classes}"
+        )
     # transformers goes by model_type, other programs by architectures
-    if architectures and any(family.architecture in architectures for family in FAMILIES.values()):
+    if any({*family.architectures} & {*architectures} for family in FAMILIES.values()):
         raise ConversionError(
             f"config.json has architectures={architectures!r} and model_type={model_type!r}, which name different "
             "models; correct the one that is wrong"
@@ -57,12 +62,13 @@ def family_from_config(config: Mapping[str, Any]) -> Family:
 
 
 def _named(model_type: Any, architectures: list[str], families: Iterable[Family]) -> list[Family]:
-    """Families that both names are of; a name that is not there is any family's."""
+    """Families that both names are of; a name that is not there is any family's, a class alone that of its own family."""
+    given = {*architectures}
     return [
         family
         for family in families
-        if (family.architecture in architectures or not architectures)
-        and (model_type in (family.model_type, *family.aliases) or (architectures and model_type is None))
+        if (model_type in family.model_types and (not given or {*family.architectures, family.computed_by} & given))
+        or (model_type is None and {*family.architectures} & given)
     ]
 
 

@@ -16,12 +16,13 @@ from .table import Family
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
 
-#: Modules of this folder, and the families in each, which are their model types, too: of these the one that a model needs is
-#: imported alone. In matching order: a checkpoint that names no family gets the first one that can express it.
+#: Modules of this folder, and the families in each, whose names are mostly their model types: of these modules the one that a model
+#: needs is imported alone. In matching order: a checkpoint that names no family gets the first one that can express it.
 _MODULES = {
     "llama": ("llama",),
-    "mistral": ("mistral",),
+    "mistral": ("mistral", "ministral", "ministral3"),
     "qwen": ("qwen2", "qwen3"),
+    "llama_variants": ("smollm3", "seed_oss", "internlm3", "iquestcoder", "cwm", "ernie4_5", "helium"),
     "mixtures": ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe"),
     "gpt2": ("gpt2",),
     "starcoder": ("starcoder2",),
@@ -31,6 +32,10 @@ _MODULES = {
     "deepseek": ("deepseek_v2", "deepseek_v3"),
     "qwen3_next": ("qwen3_next",),
     "minicpm": ("minicpm", "minicpm3"),
+    "mimo": ("mimo",),
+    "renamed": ("internlm2", "exaone", "qwen"),
+    "baichuan": ("baichuan", "baichuan2"),
+    "chatglm": ("chatglm",),
 }
 _MODULE_OF = {family: module for module, families in _MODULES.items() for family in families}
 #: Entry points of this group each load a `Family`, or a function that returns one or several.
@@ -73,13 +78,13 @@ class Families(Mapping[str, Family]):
         return {family.name: family for name in _MODULES for family in families_in(name)}
 
     def likely(self, model_type: object) -> list[Family]:
-        """Families among which a model type is looked for first: the package's own of that name, or else all but plug-ins.
+        """Families among which a model type is looked for first: those of the module that has it, or else all but plug-ins.
 
         No other family may have the names of these.
         """
         file = self.file
         if file is None and isinstance(model_type, str) and model_type in _MODULE_OF:
-            return [self[model_type]]
+            return families_in(_MODULE_OF[model_type])
         known = {**self.built_in, **self._registered}
         if file is None:
             return list(known.values())
@@ -202,11 +207,17 @@ def clash(family: Family, known: Iterable[Family]) -> str:
     for other in known:
         if other is family:
             return ""
-        types = {family.model_type, *family.aliases} & {other.model_type, *other.aliases}
+        types, classes = (
+            sorted({*own} & {*others})
+            for own, others in (
+                (family.model_types, other.model_types),
+                (family.architectures, other.architectures),
+            )
+        )
         shared = [
             *([f"name {family.name!r}"] if family.name == other.name else []),
-            *(f"model_type {name!r}" for name in sorted(types)),
-            *([f"architecture {family.architecture!r}"] if family.architecture == other.architecture else []),
+            *(f"model_type {name!r}" for name in types),
+            *(f"architecture {name!r}" for name in classes),
         ]
         if shared:
             return f"the family {other.name} has the {' and the '.join(shared)} already"

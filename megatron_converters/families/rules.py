@@ -87,19 +87,24 @@ class Row:
 
 @dataclass(frozen=True)
 class Fixed:
-    """A config key that must have one value, because Megatron's model supports no other."""
+    """A config key that must have one value, because Megatron's model supports no other.
+
+    `absent` is what the absence of the key means, where the architecture's class has another default.
+    """
 
     key: str
     value: Any
+    absent: Any = None
 
     @property
     def keys(self) -> tuple[str, ...]:
         return (self.key,)
 
     def read(self, config: Config) -> dict[str, Any]:
-        value = config.get(self.key, self.value)
+        value = config.get(self.key, self.value if self.absent is None else self.absent)
         if value != self.value:
-            raise ConversionError(f"config.json has {self.key}={value!r}; only {self.value!r} can be converted")
+            given = f"{self.key}={value!r}" if self.key in config else f"no {self.key}, which means {value!r}"
+            raise ConversionError(f"config.json has {given}; only {self.value!r} can be converted")
         return {}
 
     def write(self, _: ModelSpec) -> dict[str, Any]:
@@ -158,6 +163,32 @@ class Passed:
 
 
 @dataclass(frozen=True)
+class Agreeing:
+    """Several properties that are one switch, off by default, and its keys: each of a list in its spellings, the first of which
+    is written. All keys must say the same."""
+
+    fields: tuple[str, ...]
+    spellings: tuple[tuple[str, ...], ...]
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        return tuple(key for keys in self.spellings for key in keys)
+
+    def read(self, config: Config) -> dict[str, Any]:
+        stated = [[config[key] for key in keys if config.get(key) is not None] or [False] for keys in self.spellings]
+        value = stated[0][0]
+        if any(other != value for values in stated for other in values):
+            shown = ", ".join(f"{key}={config.get(key)!r}" for key in self.keys if key in config)
+            raise ConversionError(
+                f"config.json has {shown}; {' and '.join(keys[0] for keys in self.spellings)} must agree"
+            )
+        return dict.fromkeys(self.fields, value)
+
+    def write(self, spec: ModelSpec) -> dict[str, Any]:
+        return {keys[0]: spec.values.get(self.fields[0]) for keys in self.spellings}
+
+
+@dataclass(frozen=True)
 class Named:
     """A config key whose values have other names in the spec: `names` has the spec's value by the config's.
 
@@ -185,6 +216,29 @@ class Named:
     def write(self, spec: ModelSpec) -> dict[str, Any]:
         held = spec.values.get(self.field)
         return {self.key: next((name for name, meaning in self.names.items() if meaning == held), held)}
+
+
+@dataclass(frozen=True)
+class Multiple:
+    """A config key that is a whole multiple of a property."""
+
+    field: str
+    key: str
+    factor: int
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        return (self.key,)
+
+    def read(self, config: Config) -> dict[str, Any]:
+        value = config.get(self.key)
+        if not is_whole(value) or value % self.factor:
+            raise ConversionError(f"config.json has {self.key}={value!r}; it must be a multiple of {self.factor}")
+        return {self.field: value // self.factor}
+
+    def write(self, spec: ModelSpec) -> dict[str, Any]:
+        value = spec.values.get(self.field)
+        return {self.key: value * self.factor if is_whole(value) else None}
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Quantised tensors, decoded where they lie: only the rows and columns that are asked for.
+"""Tensors that are decoded or computed where they lie: only the rows and columns that are asked for.
 
 FP8 with block scales, as DeepSeek-V3 publishes it (inference/kernel.py, `weight_dequant_kernel`): a float8_e4m3fn matrix, and one
 scale for each block of it, mostly 128×128. The last block of a row or column may be short.
@@ -31,6 +31,8 @@ SCALES = ("float32", "bfloat16", "float8_e8m0fnu", "uint8")
 _BFLOAT16 = BY_NAME["bfloat16"]
 #: Elements decoded at a time, so that what is needed on the way stays in a core's cache.
 _STEP = 1 << 16
+#: Length by which shorter rows are divided (torch.nn.functional.normalize).
+_SHORTEST = 1e-12
 
 
 def block_counts(shape: tuple[int, ...], block: tuple[int, int]) -> tuple[int, ...]:
@@ -141,3 +143,48 @@ def _looked_up(codes: Array, factors: npt.NDArray[np.float32], rows: Array, cols
 def _multiplied(codes: Array, factors: npt.NDArray[np.float32], rows: Array, cols: Array) -> Array:
     """Products by `factors[rows, cols]`, for few elements or small blocks."""
     return rounded(E4M3FN[codes] * factors[rows[:, None], cols], _BFLOAT16)
+
+
+@dataclass(frozen=True)
+class UnitRows(Sealed):
+    """Rows of a stored matrix, each divided by its Euclidean length, as `torch.nn.functional.normalize` does (Baichuan2's head)."""
+
+    name: str
+    weight: StoredTensor
+
+    @property
+    def dtype(self) -> DType:
+        """Dtype of the elements, which is that of the stored ones."""
+        return self.weight.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the matrix."""
+        return self.weight.shape
+
+    @property
+    def path(self) -> str:
+        """File of the matrix."""
+        return self.weight.path
+
+    @cached_property
+    def stored(self) -> Mapping[str, StoredTensor]:
+        """Stored tensor, by name."""
+        return {self.name: self.weight}
+
+    @property
+    def exact(self) -> bool:
+        """False, since the quotients are rounded."""
+        return False
+
+    @property
+    def computed(self) -> str:
+        """Words for what is done to the stored tensor."""
+        return "each row divided by its length"
+
+    def read(self, rows: Rows, cols: slice) -> Array:
+        """Compute these rows and columns, as an array of the dtype's carrier type; lengths are those of whole rows."""
+        whole = floats(self.weight.array()[rows], self.dtype)
+        lengths = np.sqrt(np.square(whole, dtype=np.float64).sum(axis=1, keepdims=True))
+        lengths[np.abs(lengths - 1) <= np.finfo(whole.dtype).eps] = 1  # what was divided before stays as it is
+        return rounded(whole[:, cols] / np.maximum(lengths, _SHORTEST).astype(whole.dtype), self.dtype)

@@ -13,6 +13,7 @@ from ...model.slots import DECODER, Ref, Scope, Slot
 from ...model.spec import ModelSpec
 from ...model.tables import Entry
 from ...model.values import Affine
+from ...storage.decoding import UnitRows
 from ...storage.tensor import StoredTensor
 from .quantised import Weight
 
@@ -21,8 +22,9 @@ class Part(NamedTuple):
     """Part of a slot, of shape `shape`, in the stored tensor `name`: row i of the part is the slot's row `rows[i]`.
 
     `stored_shape` is the shape of the stored tensor. A tensor of fused experts stacks one part per expert along a first axis;
-    `number` is the index of this part there. A `transposed` part is stored as its transposed matrix. `value` turns stored values
-    into the slot's.
+    `number` is the index of this part there. A `transposed` part is stored as its transposed matrix, a `swapped` one with the
+    halves of its columns the other way round. `value` turns stored values into the slot's; rows that are to be `unit_rows` are
+    divided by their lengths.
     """
 
     name: str
@@ -30,7 +32,9 @@ class Part(NamedTuple):
     shape: tuple[int, ...]
     stored_shape: tuple[int, ...]
     transposed: bool = False
+    swapped: bool = False
     value: Affine | None = None
+    unit_rows: bool = False
     number: int = 0
 
     @property
@@ -38,13 +42,30 @@ class Part(NamedTuple):
         """Number of such parts in the stored tensor."""
         return math.prod(self.stored_shape) // max(math.prod(self.shape), 1)
 
+    def read(self, data: Weight) -> list[tuple[int, Weight | UnitRows]]:
+        """This part of the stored tensor in views, each with the slot's column where it begins; computed for rows of length 1."""
+        view = self.view(data)
+        if not (self.unit_rows or self.swapped):
+            return [(0, view)]
+        if not isinstance(view, StoredTensor):
+            raise ConversionError(
+                f"{self.name} is quantised, and one whose rows are divided by their lengths, or whose halves are swapped, "
+                "cannot be decoded"
+            )
+        if self.unit_rows:
+            return [(0, UnitRows(self.name, view))]
+        half = self.shape[1] // 2
+        return [(half, view.columns(0, half)), (0, view.columns(half, 2 * half))]
+
     def view(self, data: Weight) -> Weight:
-        """View of this part in the stored tensor."""
-        if self.shape == self.stored_shape and not self.transposed:
+        """View of this part in the stored tensor, its columns as they are there."""
+        if self.shape == self.stored_shape and not (self.transposed or self.swapped):
             return data
         whole = self.stored_parts == 1 and len(self.stored_shape) == len(self.shape)
         if not isinstance(data, StoredTensor):
-            raise ConversionError(f"{self.name} is quantised, and one that is transposed or stacked cannot be decoded")
+            raise ConversionError(
+                f"{self.name} is quantised, and one that is transposed, swapped or stacked cannot be decoded"
+            )
         if not whole:
             offset = data.offset + self.number * data.strides[0] * data.dtype.itemsize
             data = StoredTensor(data.path, offset, data.dtype, data.shape[1:], data.strides[1:])
@@ -99,7 +120,9 @@ class HFNames:
         for name, rows in zip(entry.names, maps, strict=True):
             shape = (rows.size, *rest)
             stored = shape[::-1] if entry.transposed else shape
-            yield _Template(self._template(name, ref), rows, shape, stored, entry.transposed, entry.value)
+            name = self._template(name, ref)
+            how = entry.transposed, entry.swapped, entry.value, entry.unit_rows
+            yield _Template(name, rows, shape, stored, *how)
 
     def _fused(self, ref: Ref) -> Iterator[_Template]:
         entry = self._entry(ref)

@@ -30,6 +30,7 @@ from ...families.quantisation import unquantised
 from ...families.table import Family
 from ...model.slots import MTP, SLOTS, Ref, refs
 from ...model.spec import ModelSpec
+from ...storage.decoding import UnitRows
 from .parts import HFNames, Part
 from .quantised import Weight, decoded, decoded_note
 from .weight_files import ADAPTER, WeightFiles, ghost_line, read_file, read_weights
@@ -113,6 +114,7 @@ class HFSource:
                 *([_ZERO_BIAS_NOTE] if zero else []),
                 *dropped.notes,
                 *decoded_note(tensors),
+                *_unit_notes(self._pieces),
                 *_dtype_note(config, self.spec),
                 *dtype_notes,
                 *config_notes(config),
@@ -204,19 +206,32 @@ def _match(
     for ref in refs(spec):
         parts = names.parts(ref, fused=names.fused_name(ref) in tensors)
         found = [(part, matcher.take(part.name, ref, part.stored_shape)) for part in parts]
-        pieces[ref] = tuple(_piece(part, data, wrapping) for part, data in found if data is not None)
+        pieces[ref] = tuple(
+            piece for part, data in found if data is not None for piece in _pieces(part, data, wrapping)
+        )
     copies = list(_replicas(spec, names, tensors))
     matcher.strike(part.name for _, part, _ in copies)
     matcher.close(f"is not a tensor of the {spec.family} family with this config.json")
     replicas: dict[Ref, tuple[Piece, ...]] = {}
     for ref, part, note in copies:
-        replicas[ref] = (*replicas.get(ref, ()), _piece(part, tensors[part.name], wrapping, note))
+        replicas[ref] = (*replicas.get(ref, ()), *_pieces(part, tensors[part.name], wrapping, note))
     return pieces, replicas
 
 
-def _piece(part: Part, data: Weight, wrapping: Wrapping, note: str = "") -> Piece:
+def _pieces(part: Part, data: Weight, wrapping: Wrapping, note: str = "") -> Iterator[Piece]:
     name = StoredName(os.path.basename(data.path), wrapping.in_file(part.name), note)
-    return Piece(part.view(data), part.rows, 0, name, part.value)
+    for col, view in part.read(data):
+        yield Piece(view, part.rows, col, name, part.value)
+
+
+def _unit_notes(pieces: Mapping[Ref, tuple[Piece, ...]]) -> list[str]:
+    """Note on each tensor whose rows are divided by their lengths."""
+    return [
+        f"{piece.name.tensor}: {piece.data.computed}, as the model's own code does when it runs; its lengths are not kept"
+        for parts in pieces.values()
+        for piece in parts
+        if isinstance(piece.data, UnitRows)
+    ]
 
 
 def _ghost_note(ghosts: Mapping[str, str]) -> list[str]:

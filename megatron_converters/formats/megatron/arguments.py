@@ -26,6 +26,7 @@ from .rows_mindspeed import MINDSPEED
 from .rows_model import BLOCKS, SEQ_LENGTH, SIZES, TRAINING
 from .rows_positions import POSITIONS
 from .rows_swift import SWIFT
+from .rows_yarn import YARN_ROWS
 
 #: Every argument that is written, read or refused, in the order in which flags are shown.
 ARGUMENTS: tuple[Argument, ...] = (
@@ -34,6 +35,7 @@ ARGUMENTS: tuple[Argument, ...] = (
     *POSITIONS,
     *BLOCKS,
     *LATENT,
+    *YARN_ROWS,
     *GATED_DELTA,
     *MUP,
     *MINDSPEED,
