@@ -338,16 +338,27 @@ Feed = Mlp | Mixture | BlockExperts
 class Layer:
     """Kind of layer: what mixes positions, and what follows it. Norms before both are the model's.
 
-    In a `parallel_block` both read the same norm, and their outputs are added to the layer's input: there is no second norm.
+    In a `parallel_block` both read the layer's input, and their outputs are added to it. They share one norm there, and there is no
+    second one, unless `parallel_norms`.
     """
 
     mixer: Mixer
     feed: Feed
     parallel_block: bool = False
+    parallel_norms: bool = False
 
     def __post_init__(self) -> None:
-        """Refuse a switch that is neither on nor off."""
-        check_switches(self, ("parallel_block",))
+        """Refuse switches that are neither on nor off, or exclude each other."""
+        check_switches(self, ("parallel_block", "parallel_norms"))
+        if self.parallel_norms and not self.parallel_block:
+            raise ConversionError(
+                "parallel_norms is true, but parallel_block is false: only parallel blocks can share a norm"
+            )
+
+    @property
+    def shares_norm(self) -> bool:
+        """Whether both of its blocks read the same norm."""
+        return self.parallel_block and not self.parallel_norms
 
     @property
     def window(self) -> int | None:

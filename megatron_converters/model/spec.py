@@ -106,7 +106,7 @@ class ModelSpec:
         counts = {kind.feed.num_experts for kind in self.kinds if isinstance(kind.feed, Mixture)}
         if len(counts) > 1:
             raise ConversionError(f"num_experts differs between layers ({sorted(counts)}); that is not supported")
-        if len({kind.parallel_block for kind in self.used}) > 1:
+        if len({(kind.parallel_block, kind.parallel_norms) for kind in self.used}) > 1:
             raise ConversionError("parallel_block differs between layers; that is not supported")
 
     def __hash__(self) -> int:
@@ -201,7 +201,7 @@ def _kind_values(kind: Layer) -> dict[str, Any]:
         found |= {field.name: getattr(record, field.name) for field in dataclasses.fields(record)}
     if "rope" in found:
         found["rope"] = rope is not None
-    return found | {"parallel_block": kind.parallel_block}
+    return found | {"parallel_block": kind.parallel_block, "parallel_norms": kind.parallel_norms}
 
 
 def _layer_values(spec: ModelSpec) -> Iterator[tuple[str, Any]]:
@@ -258,7 +258,8 @@ def _kind(values: Mapping[str, Any]) -> Layer:
     feed = FEEDS[values.get("feed") or ("moe" if values.get("num_experts") else "mlp")]
     rope = values.get("rope", values.get("rotary_base") is not None)
     with_rope = {**values, "rope": _record(Rope, values) if rope else None}
-    return Layer(_record(mixer, with_rope), _record(feed, values), values.get("parallel_block", False))
+    blocks = (values.get(name, False) for name in ("parallel_block", "parallel_norms"))
+    return Layer(_record(mixer, with_rope), _record(feed, values), *blocks)
 
 
 def _spare_kinds(values: Mapping[str, Any], kinds: list[Layer]) -> Iterator[Layer]:
@@ -289,6 +290,7 @@ _KNOWN = {
     "mixer",
     "feed",
     "parallel_block",
+    "parallel_norms",
     *(n for r in _RECORDS for n in names(r)),
 }
 #: Names of all properties.

@@ -163,7 +163,8 @@ def _head_norm_limit(spec: ModelSpec) -> str:
 def _parallel_limit(spec: ModelSpec) -> str:
     if not spec.values["parallel_block"]:
         return ""
-    return f"attention and MLP in parallel on one norm: Megatron-LM has no such block; {_LIVE_ONLY}"
+    norms = "each on a norm of its own" if spec.values["parallel_norms"] else "on one norm"
+    return f"attention and MLP in parallel {norms}: Megatron-LM has no such block; {_LIVE_ONLY}"
 
 
 def _head_bias_limit(spec: ModelSpec) -> str:
@@ -295,8 +296,9 @@ BLOCKS = (
         absent=False,
         build=Build.REFUSED,
     ),
-    # Both are this project's own, and built by classes of its own.
+    # These are this project's own, and built by classes of its own.
     said("parallel_block", "parallel_block", absent=False, optional=True, limit=_parallel_limit, build=Build.OWN),
+    said("parallel_norms", "parallel_norms", absent=False, optional=True, build=Build.OWN),
     said("head_bias", "head_bias", absent=False, optional=True, limit=_head_bias_limit, build=Build.OWN),
     only("qk_l2_norm", False, "queries and keys of length 1"),
     Argument(
