@@ -100,6 +100,9 @@ def forecast(source: Source, target: Target, dtype: DType | None, workers: int =
         is_stored = all(piece.is_stored for piece in sources.pieces)
         fills = list(target.fills(ref))
         accounts.add(ref, fills)
+        fills = [fill for fill in fills if fill.constant is None]
+        if not fills:
+            continue
         copies += sum(map(_unpadded_bytes, fills)) - math.prod(ref.shape(source.spec)) * fills[0].dtype.itemsize
         for fill in fills:
             files[fill.file].padding_rows += fill.padding

@@ -23,6 +23,8 @@ class Fill(NamedTuple):
     Row i is the slot's row `rows[i]`, column 0 the slot's column `col`. Where `transposed`, the file stores the transposed
     matrix, and `shape` is that before transposing. `padding` counts the rows at the end that repeat another row. The elements
     are `value` of the slot's, which None leaves as they are; where `only` is given, those of the rows where it is true.
+
+    A slot that the target has no place for is a fill of no file: all of its elements must then be `constant`. `name` says why.
     """
 
     file: str
@@ -36,6 +38,7 @@ class Fill(NamedTuple):
     padding: int = 0
     value: Affine | None = None
     only: npt.NDArray[np.bool_] | None = None
+    constant: float | None = None
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ class Entry:
 
     `transposed` parts are stored as their transposed matrices. `value` turns stored values into those of the slot. `stacked`
     parts hold those of all experts along a first axis. `fused` names the single tensor, in the slot's own layout, that may be
-    there instead: [experts, rows, columns] for all experts of an expert slot, the whole slot otherwise.
+    there instead: [experts, rows, columns] for all experts of an expert slot, the whole slot otherwise. A slot with a `constant`
+    has no tensor, since all of its elements are that.
     """
 
     layout: Layout
@@ -23,3 +24,4 @@ class Entry:
     transposed: bool = False
     stacked: bool = False
     value: Affine | None = None
+    constant: float | None = None

@@ -81,6 +81,10 @@ class HFNames:
         fused = self._entry(ref).fused
         return "" if fused is None else self._name(self._template(fused, ref), ref)
 
+    def constant(self, ref: Ref) -> float | None:
+        """Value of all elements of a ref that has no tensor; None for one that has."""
+        return self._entry(ref).constant
+
     def replica_names(self, ref: Ref) -> list[str]:
         """Names of copies of a ref that layers of multi-token prediction repeat."""
         template = self._family.replicas.get(ref.slot.name)
@@ -90,6 +94,8 @@ class HFNames:
 
     def _separate(self, ref: Ref) -> Iterator[_Template]:
         entry, rest = self._entry(ref), ref.shape(self._spec)[1:]
+        if entry.constant is not None:
+            return
         maps = row_maps(entry.layout, ref.slot, self._spec, ref.kind(self._spec))
         if len(maps) != len(entry.names):
             raise ConversionError(

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import os
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -28,8 +30,10 @@ from ...families import FAMILIES
 from ...families.config_json import config_notes, spec_from_config
 from ...families.quantisation import unquantised
 from ...families.table import Family
+from ...model.layouts import SAME, row_maps
 from ...model.slots import MTP, SLOTS, Ref, refs
 from ...model.spec import ModelSpec
+from ...storage.decoding import Constant
 from .parts import HFNames, Part
 from .quantised import Weight, decoded, decoded_note
 from .weight_files import WeightFiles, ghost_line, read_file, read_weights
@@ -112,6 +116,7 @@ class HFSource:
                 *notes,
                 *_ghost_note(ghosts),
                 *([_ZERO_BIAS_NOTE] if zero else []),
+                *_constant_notes(names, spec),
                 *dropped.notes,
                 *decoded_note(tensors),
                 *_dtype_note(config, self.spec),
@@ -209,10 +214,27 @@ def _match(
     copies = list(_replicas(spec, names, tensors))
     matcher.strike(part.name for _, part, _ in copies)
     matcher.close(f"is not a tensor of the {spec.family} family with this config.json")
+    dtype = _dtype_of_most(pieces)
+    pieces |= {ref: (_constant(names, ref, spec, dtype),) for ref, found in pieces.items() if not found}
     replicas: dict[Ref, tuple[Piece, ...]] = {}
     for ref, part, note in copies:
         replicas[ref] = (*replicas.get(ref, ()), _piece(part, tensors[part.name], wrapping, note))
     return pieces, replicas
+
+
+def _dtype_of_most(pieces: Mapping[Ref, Sequence[Piece]]) -> DType:
+    """Dtype of most stored elements."""
+    elements: Counter[DType] = Counter()
+    for piece in itertools.chain(*pieces.values()):
+        elements[piece.data.dtype] += math.prod(piece.data.shape)
+    return elements.most_common(1)[0][0]
+
+
+def _constant(names: HFNames, ref: Ref, spec: ModelSpec, dtype: DType) -> Piece:
+    """Piece of a ref that has no tensor, since all of its elements are the same."""
+    (rows,) = row_maps(SAME, ref.slot, spec, ref.kind(spec))
+    data = Constant(dtype, ref.shape(spec), names.constant(ref) or 0.0)
+    return Piece(data, rows, 0, StoredName("no file", f"{ref} of the {spec.family} family"))
 
 
 def _piece(part: Part, data: Weight, wrapping: Wrapping, note: str = "") -> Piece:
@@ -227,6 +249,19 @@ def _ghost_note(ghosts: Mapping[str, str]) -> list[str]:
     named = few(sorted(ghosts))
     return [
         f"the index names {count(len(ghosts), 'tensor')} that no file has, and the model needs none of them: {named}"
+    ]
+
+
+def _constant_notes(names: HFNames, spec: ModelSpec) -> list[str]:
+    """Note on slots that the files leave out, since all of their elements are the same."""
+    values = {ref.slot.name: value for ref in refs(spec) if (value := names.constant(ref)) is not None}
+    by_value = {value: [name for name, each in values.items() if each == value] for value in values.values()}
+    listed = "; ".join(f"{value:g} in {', '.join(found)}" for value, found in by_value.items())
+    if not listed:
+        return []
+    return [
+        f"the {spec.family} family has no tensors where Megatron-LM has weights: {listed}. Training changes them, and a model with "
+        f"other values cannot be written as {spec.family} again"
     ]
 
 

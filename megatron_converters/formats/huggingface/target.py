@@ -34,6 +34,7 @@ from ...conversion.staging import Staging
 from ...conversion.stored_model import StoredModel
 from ...families import FAMILIES
 from ...families.config_json import config_for, config_from_spec, missing_code
+from ...model.layouts import SAME, row_maps
 from ...model.slots import SLOTS, Ref, refs
 from ...model.spec import ModelSpec
 from ...model.values import composed, inverse
@@ -184,7 +185,13 @@ class HFTarget:
             )
 
     def fills(self, ref: Ref) -> Iterator[Fill]:
-        """Fills of one ref."""
+        """Fills of one ref; for one that the family has no tensor for, what its elements must be."""
+        value = self._names.constant(ref)
+        if value is not None:
+            (rows,) = row_maps(SAME, ref.slot, self._spec, ref.kind(self._spec))
+            family = self._spec.family
+            why = f"the {family} family has no tensor for it, so that this model is another; --as writes it as another family"
+            yield Fill("", why, self._dtype_of(ref), ref.shape(self._spec), rows, 0, constant=value)
         for part in self._parts(ref):
             dtype = self._dtype_of(ref)
             start = part.number * math.prod(part.shape) * dtype.itemsize
