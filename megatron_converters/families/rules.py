@@ -130,6 +130,34 @@ class Restated:
 
 
 @dataclass(frozen=True)
+class Repeated:
+    """A key that repeats another in files of some releases, and that the class does not read; it is not written.
+
+    Where it says something else than that, or than the `default` of that, which of them counts depends on the program.
+    """
+
+    key: str
+    other: str
+    default: Any
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        return (self.key,)
+
+    def read(self, config: Config) -> dict[str, Any]:
+        value, counts = config.get(self.key), config.get(self.other, self.default)
+        if value not in (None, counts):
+            raise ConversionError(
+                f"config.json has {self.key}={value!r}, which repeats {self.other}, and that is {counts!r}; correct the one "
+                "that is wrong"
+            )
+        return {}
+
+    def write(self, _: ModelSpec) -> dict[str, Any]:
+        return {}
+
+
+@dataclass(frozen=True)
 class Implied:
     """A property that the architecture decides without a key of its own; `value` may be a function of the config."""
 
