@@ -12,7 +12,7 @@ from . import rules_experts as experts
 from .defaults import Product, Quotient, SameAs
 from .llama import query_groups
 from .place import Check, Place, chosen, listed, mapping, number, only, or_null, scalar, switch, text, texts, whole
-from .rules import Fixed, Implied, Named, Passed, Reciprocal, Restated, Row, Rule, overridden
+from .rules import Fixed, Implied, Named, Passed, Reciprocal, Repeated, Restated, Row, Rule, overridden
 from .rules_scales import DepthScale, WidthScale
 
 #: Properties that a rule may decide; the others are decided elsewhere.
@@ -102,10 +102,12 @@ RULES: Mapping[str, Form] = {
     "reciprocal": Form(Reciprocal, _FIELD_AND_KEY, {"default": number}),
     "fixed": Form(Fixed, {"key": text, "value": scalar}),
     "restated": Form(Restated, {"key": text, "value": scalar}),
+    "repeated": Form(Repeated, {"key": text, "other": text, "default": scalar}),
     "implied": Form(Implied, {"field": _decided, "value": _computed}),
     "passed": Form(Passed, {"keys": texts}, whole=True),
     "query_groups": Form(query_groups, optional={"absent": or_null(whole)}),
     "rope": Form(_rope, optional={"theta": number, "partial": or_null(number), "scalings": _scalings}),
+    "multi_query": Form(attention.MultiQuery, {"heads": text}, {"default": switch}),
     "window": Form(_window, optional={"default": or_null(whole)}),
     "switched_window": Form(attention.SwitchedWindow),
     "no_window": Form(attention.NoWindow),

@@ -21,7 +21,7 @@ from .table import Family
 _MODULES = (
     *("llama", "mistral", "qwen", "mixtures", "gpt2", "starcoder", "phi", "glm", "granite"),
     *("deepseek", "qwen3_next", "minicpm"),
-    *("nemotron", "stablelm", "jais", "gpt_neox", "olmo"),
+    *("nemotron", "stablelm", "jais", "gpt_neox", "olmo", "opt"),
 )
 #: Entry points of this group each load a `Family`, or a function that returns one or several.
 GROUP = "megatron_converters.families"

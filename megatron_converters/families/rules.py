@@ -87,7 +87,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Fixed:
-    """A config key that must have one value, because Megatron's model supports no other."""
+    """A config key that must have one value, because Megatron's model supports no other; it may be a function of the config."""
 
     key: str
     value: Any
@@ -97,13 +97,14 @@ class Fixed:
         return (self.key,)
 
     def read(self, config: Config) -> dict[str, Any]:
-        value = config.get(self.key, self.value)
-        if value != self.value:
-            raise ConversionError(f"config.json has {self.key}={value!r}; only {self.value!r} can be converted")
+        wanted = self.value(config) if callable(self.value) else self.value
+        value = config.get(self.key, wanted)
+        if value != wanted:
+            raise ConversionError(f"config.json has {self.key}={value!r}; only {wanted!r} can be converted")
         return {}
 
     def write(self, _: ModelSpec) -> dict[str, Any]:
-        return {self.key: self.value}
+        return {} if callable(self.value) else {self.key: self.value}
 
 
 @dataclass(frozen=True)

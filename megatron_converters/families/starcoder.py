@@ -10,14 +10,14 @@ from __future__ import annotations
 import dataclasses
 
 from ..model.layers import GELU, GELU_TANH, LAYER_NORM
-from ..model.layouts import GROUPED_QKV, SAME
-from .entries import implied, linear, tensor
+from ..model.layouts import SAME
+from .entries import implied, linear
 from .gpt2 import FAMILY as GPT2
-from .llama import ATTENTION, DERIVED_HEAD_DIM, LAYER, MLP, query_groups
+from .llama import DERIVED_HEAD_DIM, MLP, query_groups
 from .rules import Named, Passed, Restated, Row, overridden
 from .rules_attention import MultiQuery, Rope, Window
 from .table import Family, Proof
-from .ungated import GELUS
+from .ungated import ENDS, GELUS, NORMS, PROJ, QKV
 
 GPT_BIGCODE = Family(
     name="gpt_bigcode",
@@ -50,15 +50,9 @@ STARCODER2 = Family(
     since="0.15",
     proof=Proof.LOGITS,
     tensors={
-        **tensor("word_embeddings", "model.embed_tokens.weight"),
-        **linear("input_norm", LAYER + "input_layernorm"),
-        **linear("qkv", *(f"{ATTENTION}{part}_proj" for part in "qkv"), layout=GROUPED_QKV),
-        **linear("proj", ATTENTION + "o_proj"),
-        **linear("mlp_norm", LAYER + "post_attention_layernorm"),
+        **{**ENDS, **NORMS, **QKV, **PROJ},
         **linear("fc1", MLP + "c_fc"),
         **linear("fc2", MLP + "c_proj"),
-        **linear("final_norm", "model.norm"),
-        **tensor("output_layer", "lm_head.weight"),
     },
     rules=(
         Row("num_layers", "num_hidden_layers"),

@@ -50,6 +50,7 @@ def gelu_tanh(values: torch.Tensor) -> torch.Tensor:
 _ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": F.silu,
     "squared_relu": squared_relu,
+    "relu": F.relu,
     "gelu": F.gelu,
     "gelu_tanh": gelu_tanh,
 }

@@ -138,7 +138,8 @@ class _Mapper:
     def map(self, outline: Outline) -> ShardMap:
         """Shard map, checked to be complete."""
         raise_all(
-            "these tensors are 0, and no parameter of a live model holds them, so that they cannot be exported from it:",
+            "these tensors, or rows of them, are 0, and no parameter of a live model holds that, so that they cannot be exported "
+            "from it:",
             (name for made_up in outline.extra_tensors.values() for name in made_up),
             remedy="save the model with save_hf_pretrained, which writes them",
         )

@@ -21,7 +21,8 @@ RMS_NORM, LAYER_NORM = "RMSNorm", "LayerNorm"
 #: Spans of query and key norms: each head by itself, or all heads together (OLMoE).
 EACH_HEAD, ALL_HEADS = "each head", "all heads"
 #: Activations of an MLP. GELU has two forms, which differ by 1e-4 of a logit.
-SILU, GELU, GELU_TANH, SQUARED_RELU = "silu", "gelu", "gelu_tanh", "squared_relu"
+SILU, GELU, GELU_TANH, SQUARED_RELU, RELU = "silu", "gelu", "gelu_tanh", "squared_relu", "relu"
+ACTIVATIONS = (SILU, GELU, GELU_TANH, SQUARED_RELU, RELU)
 SOFTMAX, SIGMOID = "softmax", "sigmoid"
 
 
@@ -250,7 +251,7 @@ class Mlp:
     def __post_init__(self) -> None:
         """Refuse sizes that no model can have."""
         check_sizes(self, ("ffn_hidden_size",))
-        check_choice(self, "activation", (SILU, GELU, GELU_TANH, SQUARED_RELU))
+        check_choice(self, "activation", ACTIVATIONS)
         check_switches(self, ("gated", "mlp_bias"))
 
     @property
@@ -294,7 +295,7 @@ class Mixture:
         number(self.moe_router_topk_scaling_factor, "moe_router_topk_scaling_factor")
         check_switches(self, ("moe_router_pre_softmax", "moe_router_enable_expert_bias", "shared_gate", "gated"))
         check_choice(self, "moe_router_score_function", (SOFTMAX, SIGMOID))
-        check_choice(self, "activation", (SILU, GELU, GELU_TANH, SQUARED_RELU))
+        check_choice(self, "activation", ACTIVATIONS)
         shared = self.shared_ffn_hidden_size
         if not is_whole(shared) or shared < 0:
             raise ConversionError(

@@ -6,6 +6,8 @@ import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import numpy as np
+
 from ...basics.errors import ConversionError
 from ...families.table import Family
 from ...model.layouts import SAME, RowMap, row_maps
@@ -32,6 +34,11 @@ class Part(NamedTuple):
     transposed: bool = False
     value: Affine | None = None
     number: int = 0
+
+    @property
+    def unread(self) -> int:
+        """Number of rows at the beginning that are none of the slot's."""
+        return 0 if self.rows[0] >= 0 else int(np.argmax(self.rows >= 0))
 
     @property
     def stored_parts(self) -> int:

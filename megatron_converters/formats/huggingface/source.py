@@ -15,6 +15,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ...assets.code_files import code_files
 from ...assets.origin import Origin, file_identities
 from ...basics.dtypes import DType, dtype_named
@@ -117,6 +119,7 @@ class HFSource:
                 *_ghost_note(ghosts),
                 *([_ZERO_BIAS_NOTE] if zero else []),
                 *_constant_notes(names, spec),
+                *_unread_notes(self._pieces),
                 *dropped.notes,
                 *decoded_note(tensors),
                 *_dtype_note(config, self.spec),
@@ -263,6 +266,14 @@ def _constant_notes(names: HFNames, spec: ModelSpec) -> list[str]:
         f"the {spec.family} family has no tensors where Megatron-LM has weights: {listed}. Training changes them, and a model with "
         f"other values cannot be written as {spec.family} again"
     ]
+
+
+def _unread_notes(pieces: Mapping[Ref, Sequence[Piece]]) -> Iterator[str]:
+    """Notes on rows of tensors that are none of a slot's."""
+    for piece in itertools.chain(*pieces.values()):
+        rows = int(np.count_nonzero(piece.rows < 0))
+        if rows:
+            yield f"{count(rows, 'row')} of {piece.name.tensor}, which the model does not read, are left out"
 
 
 def _dtype_note(config: Mapping[str, Any], spec: ModelSpec) -> list[str]:

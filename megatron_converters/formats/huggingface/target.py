@@ -34,7 +34,7 @@ from ...conversion.staging import Staging
 from ...conversion.stored_model import StoredModel
 from ...families import FAMILIES
 from ...families.config_json import config_for, config_from_spec, missing_code
-from ...model.layouts import SAME, row_maps
+from ...model.layouts import SAME, interned, row_maps
 from ...model.slots import SLOTS, Ref, refs
 from ...model.spec import ModelSpec
 from ...model.values import composed, inverse
@@ -119,6 +119,8 @@ class HFTarget:
             dtype = dtype_of(ref) if ref in held else self._spec.dtype
             for part in self._parts(ref):
                 tensor = Stored(part.name, dtype, part.stored_shape, part.stored_parts)
+                if part.unread:
+                    zero[part.name] = zeros(dtype, (part.unread, *part.shape[1:]))
                 if ref not in held:
                     zero[part.name] = zeros(dtype, part.stored_shape)
                 if stored.setdefault(part.name, tensor) != tensor:
@@ -194,9 +196,10 @@ class HFTarget:
             yield Fill("", why, self._dtype_of(ref), ref.shape(self._spec), rows, 0, constant=value)
         for part in self._parts(ref):
             dtype = self._dtype_of(ref)
-            start = part.number * math.prod(part.shape) * dtype.itemsize
+            start = (part.number * part.shape[0] + part.unread) * math.prod(part.shape[1:]) * dtype.itemsize
             file = self._file_names[part.name]
-            fill = Fill(file, part.name, dtype, part.shape, part.rows, 0, start, part.transposed)
+            rows = interned(part.rows[part.unread :]) if part.unread else part.rows
+            fill = Fill(file, part.name, dtype, (rows.size, *part.shape[1:]), rows, 0, start, part.transposed)
             fill = self._stored.fill(ref, fill)
             yield fill._replace(value=composed(fill.value, inverse(part.value)))
 
@@ -251,12 +254,18 @@ class HFTarget:
             else []
         )
 
+    def _unread_notes(self) -> Iterator[str]:
+        """Notes on rows that no slot has, at the beginning of tensors."""
+        parts = {part.name: part.unread for ref in refs(self._spec) for part in self._parts(ref) if part.unread}
+        for name, rows in parts.items():
+            yield f"{count(rows, 'row')} at the beginning of {name}, which the model does not read, are 0: no other format has them"
+
     def assets(self, folder: Path) -> None:
         """Write the small files: configuration, index, training arguments and tokenizer."""
         origin, options = self._origin, self._options
         notes = [*origin.notes]
         notes += [f"config.json differs from the reference in {change}" for change in self._changed]
-        notes += self._code_notes()
+        notes += [*self._code_notes(), *self._unread_notes()]
         write_code_files(origin.code_files, folder)
         self._write_index(folder)
         notes += self._write_bins(folder)

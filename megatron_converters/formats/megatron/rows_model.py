@@ -14,6 +14,7 @@ from ...model.layers import (
     GELU,
     GELU_TANH,
     LAYER_NORM,
+    RELU,
     RMS_NORM,
     SILU,
     SQUARED_RELU,
@@ -98,6 +99,18 @@ def _activation_limit(spec: ModelSpec) -> str:
     if activation == GELU_TANH and not spec.values.get("mlp_bias"):
         return "the tanh form of GELU in an MLP without biases: Megatron-LM computes it in a kernel that needs biases"
     return ""
+
+
+def _relu_limit(spec: ModelSpec) -> str:
+    if spec.values.get("activation") != RELU:
+        return ""
+    return (
+        f"an MLP of ReLU: Megatron-LM has no flag for it; {_LIVE_ONLY}, or with activation_func in your model provider"
+    )
+
+
+#: MLP of ReLU in the words of `config_fields.py`.
+_RELU = "relu, not gated"
 
 
 # -- biases and norms
@@ -234,7 +247,16 @@ BLOCKS = (
         build=Build.USED,
     ),
     # This project's own, for a function in the configuration of a model that no switch says (`config_fields.py`).
-    only("mlp_activation", None, "an activation that no supported model has", optional=True),
+    Argument(
+        "mlp_activation",
+        lambda context: _RELU if context.value("activation") == RELU else None,
+        lambda args: {"activation": RELU} if args.get("mlp_activation") == _RELU else {},
+        optional=True,
+        neutral=(_RELU,),
+        meaning="an activation that no supported model has",
+        limit=_relu_limit,
+        build=Build.OWN,
+    ),
     only("quick_geglu", False, "a quick GELU"),
     only("glu_linear_offset", 0.0, "an offset in the MLP's activation"),
     only("activation_func_clamp_value", None, "a clamped activation"),

@@ -1,10 +1,10 @@
-"""Families with LayerNorm, or with an MLP that has no gate: StarCoder, OLMo 1, StableLM, Nemotron, Arcee, Jais 2, Persimmon, GPT-NeoX."""
+"""Families with LayerNorm, or with an MLP that has no gate."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from .model import ENGINE, Model
+from .model import CUT, ENGINE, Model
 
 _TOKENS: dict[str, Any] = dict(vocab_size=199, bos_token_id=1, eos_token_id=2, pad_token_id=None)
 _SIZES = _TOKENS | dict(
@@ -34,6 +34,14 @@ _OWN_KEYS = {name: value for name, value in _SIZES.items() if name != "num_key_v
 _PERSIMMON = _OWN_KEYS | _rope(partial_rotary_factor=0.5) | dict(model_type="persimmon", layer_norm_eps=_EPSILON)
 _NEOX = _OWN_KEYS | _rope(partial_rotary_factor=0.75) | dict(model_type="gpt_neox", layer_norm_eps=_EPSILON)
 
+_OPT = _TOKENS | dict(
+    model_type="opt",
+    **dict(hidden_size=64, ffn_dim=112, num_hidden_layers=4, num_attention_heads=4, max_position_embeddings=96),
+    **dict(word_embed_proj_dim=64, tie_word_embeddings=True),
+)
+#: Options of models that Megatron-LM has no arguments for, and this project builds.
+_LIVE = dict(allow_inexpressible=True)
+
 MODELS: dict[str, Model] = {
     "gpt_bigcode": Model(_BIGCODE),
     "gpt_bigcode-heads": Model(
@@ -47,4 +55,13 @@ MODELS: dict[str, Model] = {
     "jais2": Model(_SIZES | _rope() | dict(model_type="jais2", head_dim=16, layer_norm_eps=_EPSILON)),
     "persimmon": Model(_PERSIMMON),
     "gpt_neox": Model(_NEOX | dict(use_parallel_residual=False)),
+    "gpt_neox-parallel": Model(
+        _NEOX | dict(hidden_act="gelu_new", tie_word_embeddings=True),
+        **dict(whole={"impl": "local"} | _LIVE, cut=CUT | _LIVE),
+    ),
+    # Two rows of its positions are not kept, and written as 0.
+    "opt": Model(_OPT, whole={"impl": "local"} | _LIVE, cut=CUT | _LIVE, exact=False),
+    "opt-gelu": Model(
+        _OPT | dict(activation_function="gelu", enable_bias=False, tie_word_embeddings=False), exact=False
+    ),
 }
