@@ -111,6 +111,11 @@ class Piece:
         return data if not isinstance(data, StoredTensor) and isinstance(data, Reader) else None
 
     @property
+    def has_tensor(self) -> bool:
+        """Whether any stored tensor is read, which a constant needs not."""
+        return self.reader is None or bool(self.reader.stored)
+
+    @property
     def names(self) -> list[StoredName]:
         """Names of all stored tensors that it is read from, its own first."""
         reader = self.reader

@@ -95,7 +95,7 @@ def forecast(source: Source, target: Target, dtype: DType | None, workers: int =
     for ref in refs(source.spec):
         sources = source.read(ref)
         planner.check_cover(ref, source.spec, sources)
-        for piece in (*sources.pieces, *sources.replicas):
+        for piece in filter(lambda piece: piece.has_tensor, (*sources.pieces, *sources.replicas)):
             read.update((piece.name,) if piece.is_stored else piece.names)
         is_stored = all(piece.is_stored for piece in sources.pieces)
         fills = list(target.fills(ref))

@@ -23,7 +23,9 @@ _RULES = (
         num_query_groups=SameAs("num_attention_heads"), kv_channels=Quotient("hidden_size", "num_attention_heads")
     ),
     *implied(normalization=LAYER_NORM, gated=False, mlp_bias=True),
-    Passed(("hidden_dropout",)),
+    Passed(
+        ("hidden_dropout", "hidden_dropout_prob", "attention_probs_dropout_prob")
+    ),  # the latter two in GPT-NeoX-20B's file
 )
 
 GPT_NEOX = Family(
@@ -84,6 +86,7 @@ PERSIMMON = Family(
             Row("max_position_embeddings", "max_position_embeddings", 16384),
             Named("qk_norm", "qk_layernorm", {True: EACH_HEAD, False: ""}, True),
             *implied(qkv_bias=True, proj_bias=True),
+            Repeated("num_key_value_heads", "num_attention_heads", None),  # in Persimmon-8B's file
         ),
     ),
 )

@@ -55,7 +55,7 @@ OPT = Family(
                 kv_channels=Quotient("hidden_size", "num_attention_heads"),
             ),
             *implied(learned_positions=True, rope=False, normalization=LAYER_NORM, norm_epsilon=1e-5, gated=False),
-            Passed(("dropout", "layerdrop")),
+            Passed(("dropout", "activation_dropout", "layerdrop")),
         ),
     ),
 )

@@ -118,7 +118,7 @@ class HFSource:
                 *notes,
                 *_ghost_note(ghosts),
                 *([_ZERO_BIAS_NOTE] if zero else []),
-                *_constant_notes(names, spec),
+                *_constant_notes(family, spec),
                 *_unread_notes(self._pieces),
                 *dropped.notes,
                 *decoded_note(tensors),
@@ -217,8 +217,10 @@ def _match(
     copies = list(_replicas(spec, names, tensors))
     matcher.strike(part.name for _, part, _ in copies)
     matcher.close(f"is not a tensor of the {spec.family} family with this config.json")
-    dtype = _dtype_of_most(pieces)
-    pieces |= {ref: (_constant(names, ref, spec, dtype),) for ref, found in pieces.items() if not found}
+    empty = [ref for ref, found in pieces.items() if not found]
+    if empty:
+        dtype = _dtype_of_most(pieces)
+        pieces |= {ref: (_constant(names, ref, spec, dtype),) for ref in empty}
     replicas: dict[Ref, tuple[Piece, ...]] = {}
     for ref, part, note in copies:
         replicas[ref] = (*replicas.get(ref, ()), _piece(part, tensors[part.name], wrapping, note))
@@ -255,24 +257,26 @@ def _ghost_note(ghosts: Mapping[str, str]) -> list[str]:
     ]
 
 
-def _constant_notes(names: HFNames, spec: ModelSpec) -> list[str]:
+def _constant_notes(family: Family, spec: ModelSpec) -> list[str]:
     """Note on slots that the files leave out, since all of their elements are the same."""
-    values = {ref.slot.name: value for ref in refs(spec) if (value := names.constant(ref)) is not None}
+    constants = {slot: entry.constant for slot, entry in family.tensors.items() if entry.constant is not None}
+    held = {ref.slot.name for ref in refs(spec)} if constants else ()
+    values = {slot: value for slot, value in constants.items() if slot in held}
     by_value = {value: [name for name, each in values.items() if each == value] for value in values.values()}
     listed = "; ".join(f"{value:g} in {', '.join(found)}" for value, found in by_value.items())
     if not listed:
         return []
     return [
-        f"the {spec.family} family has no tensors where Megatron-LM has weights: {listed}. Training changes them, and a model with "
-        f"other values cannot be written as {spec.family} again"
+        f"the {family.name} family has no tensors where Megatron-LM has weights: {listed}. Training changes them, and a model with "
+        f"other values cannot be written as {family.name} again"
     ]
 
 
 def _unread_notes(pieces: Mapping[Ref, Sequence[Piece]]) -> Iterator[str]:
     """Notes on rows of tensors that are none of a slot's."""
     for piece in itertools.chain(*pieces.values()):
-        rows = int(np.count_nonzero(piece.rows < 0))
-        if rows:
+        if piece.rows[0] < 0:
+            rows = int(np.count_nonzero(piece.rows < 0))
             yield f"{count(rows, 'row')} of {piece.name.tensor}, which the model does not read, are left out"
 
 

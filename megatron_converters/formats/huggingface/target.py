@@ -99,6 +99,8 @@ class HFTarget:
         self._options = options
         self._file_names: dict[str, str] = {}
         self._notes: list[str] = []
+        #: Number of rows that no slot has, at the beginning of tensors, by name.
+        self._unread: dict[str, int] = {}
 
     def prepare(self, spec: ModelSpec, origin: Origin, dtype_of: Callable[[Ref], DType]) -> Outline:
         """Lay out all files; raises `ConversionError` if the options do not fit the model."""
@@ -120,6 +122,7 @@ class HFTarget:
             for part in self._parts(ref):
                 tensor = Stored(part.name, dtype, part.stored_shape, part.stored_parts)
                 if part.unread:
+                    self._unread[part.name] = part.unread
                     zero[part.name] = zeros(dtype, (part.unread, *part.shape[1:]))
                 if ref not in held:
                     zero[part.name] = zeros(dtype, part.stored_shape)
@@ -254,18 +257,16 @@ class HFTarget:
             else []
         )
 
-    def _unread_notes(self) -> Iterator[str]:
-        """Notes on rows that no slot has, at the beginning of tensors."""
-        parts = {part.name: part.unread for ref in refs(self._spec) for part in self._parts(ref) if part.unread}
-        for name, rows in parts.items():
-            yield f"{count(rows, 'row')} at the beginning of {name}, which the model does not read, are 0: no other format has them"
-
     def assets(self, folder: Path) -> None:
         """Write the small files: configuration, index, training arguments and tokenizer."""
         origin, options = self._origin, self._options
         notes = [*origin.notes]
         notes += [f"config.json differs from the reference in {change}" for change in self._changed]
-        notes += [*self._code_notes(), *self._unread_notes()]
+        notes += self._code_notes()
+        notes += [
+            f"{count(rows, 'row')} at the beginning of {name}, which the model does not read, are 0: no other format has them"
+            for name, rows in self._unread.items()
+        ]
         write_code_files(origin.code_files, folder)
         self._write_index(folder)
         notes += self._write_bins(folder)

@@ -71,10 +71,9 @@ def wrapping_of(stored: Collection[str], ghosts: Collection[str], family: Family
     """
     bare, notes = _unwrapped([*stored, *ghosts])
     names = HFNames(family, spec)
-    bare = {
-        family.renamed.get(name, name) if family.renamed.get(name) not in bare else name: file
-        for name, file in bare.items()
-    }
+    for other, name in family.renamed.items():
+        if other in bare and name not in bare:
+            bare[name] = bare.pop(other)
     renamed, note = _unprefixed(bare, family, names, spec)
     final, tied = _tied_by_head(renamed, {name for name in renamed if bare[renamed[name]] in stored}, names, spec)
     in_files = {name: bare[renamed[final[name]]] for name in final}
