@@ -528,6 +528,7 @@ rules:
   - fixed: [scale_attn_by_inverse_layer_idx, false]
   - passed: [resid_pdrop, embd_pdrop, n_ctx, reorder_and_upcast_attn, summary_activation]
   - passed: [summary_first_dropout, summary_proj_to_labels, summary_type, summary_use_proj]
+  - passed: [n_special, predict_special_tokens]
 """
 )
 

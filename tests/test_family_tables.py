@@ -14,10 +14,10 @@ from megatron_converters.basics.json_files import read_json
 from megatron_converters.families import FAMILIES
 from megatron_converters.families.config_json import spec_from_config
 from megatron_converters.families.table import Family
-from megatron_converters.formats.huggingface.parts import HFNames
+from megatron_converters.formats.huggingface.parts import HFNames, constants
 from megatron_converters.formats.megatron.names import DIALECTS, EXPERTS, STACKED, name_of
 from megatron_converters.formats.queue.messages import ENTRIES, message_name, sent
-from megatron_converters.model.layers import ALL_HEADS, EACH_HEAD, GELU, LAYER_NORM, SQUARED_RELU, Layer
+from megatron_converters.model.layers import ALL_HEADS, EACH_HEAD, GELU, LAYER_NORM, OF_MLP, SQUARED_RELU, Layer
 from megatron_converters.model.layouts import (
     AFTER_TWO_ROWS,
     DELTA_BY_KEY_HEAD,
@@ -190,7 +190,7 @@ ASKED: dict[str, list[dict[str, Any]]] = {
         dict(feed=PerLayer(["mlp", "block experts"]), block_experts=3, block_expert_size=4),
     ],
     "gpt_bigcode": [dict(_UNGATED, learned_positions=True, rope=False)],
-    "olmo": [dict(_BIASES, normalization=LAYER_NORM)],
+    "olmo": [dict(_BIASES, normalization=LAYER_NORM, absent_biases=OF_MLP)],
     "stablelm": [dict(qkv_bias=True, normalization=LAYER_NORM)],
     "nemotron": [dict(_UNGATED, activation=SQUARED_RELU)],
     "arcee": [dict(_BIASES, gated=False, activation=SQUARED_RELU)],
@@ -205,8 +205,10 @@ ASKED: dict[str, list[dict[str, Any]]] = {
 def test_every_slot_that_a_config_can_ask_for_is_named() -> None:
     assert ASKED.keys() == FAMILIES.keys()
     for name, models in ASKED.items():
-        needed = {ref.slot.name for fields in models for ref in refs(tiny_spec(family=name, **fields))}
-        assert FAMILIES[name].tensors.keys() == needed
+        family, specs = FAMILIES[name], [tiny_spec(family=name, **fields) for fields in models]
+        needed = {ref.slot.name for spec in specs for ref in refs(spec)}
+        absent = {slot for spec in specs for slot in constants(family, spec)}
+        assert family.tensors.keys() == needed - (absent - family.tensors.keys())
 
 
 def test_every_slot_has_a_megatron_name_and_a_message() -> None:

@@ -90,6 +90,8 @@ WITH_POSITIONS = ("gpt2", "gpt_bigcode", "opt")
 #: Families whose linears all have biases, and those whose MLPs have them in any case.
 WITH_BIASES = ("gpt2", "gpt_bigcode", "phi", "persimmon")
 WITH_MLP_BIASES = (*WITH_BIASES, "gpt_neox")
+#: Families that may have biases of one kind, where Megatron-LM's others are 0.
+FILLED = ("olmo", "nemotron", "arcee", "jais2", "gpt_neox")
 LATENT = ("deepseek_v2", "deepseek_v3", "minicpm3")
 #: Families without a class in transformers.
 REMOTE = ("minicpm",)
@@ -101,7 +103,9 @@ def facts(found: Any) -> dict[str, Any]:
     """What transformers' config object says, in our words; all but layers of multi-token prediction, which it has not."""
     kind, parallel = found.model_type, getattr(found, "use_parallel_residual", False)
     epsilons = ("rms_norm_eps", "norm_epsilon", "layer_norm_epsilon", "layer_norm_eps", "norm_eps")
-    biases = ("mlp_bias", "use_bias", "enable_bias", *(["attention_bias"] if kind == "olmo" else []))  # OLMo's are 0
+    of_attention = first(found, ("attention_bias",), kind in WITH_BIASES)
+    of_mlp = first(found, ("mlp_bias", "use_bias", "enable_bias"), kind in WITH_MLP_BIASES)
+    absent = kind in FILLED and of_attention != of_mlp
     activation = first(found, ("hidden_act", "activation_function"), "silu")
     return {
         "num_layers": found.num_hidden_layers,
@@ -115,7 +119,8 @@ def facts(found: Any) -> dict[str, Any]:
         "learned_positions": kind in WITH_POSITIONS,
         "tied": found.tie_word_embeddings,
         "causal": getattr(found, "is_causal", True),  # masking_utils.py, create_causal_mask
-        "mlp_bias": first(found, biases, kind in WITH_MLP_BIASES),
+        "mlp_bias": of_mlp or absent,
+        "absent_biases": ("attention" if of_mlp else "mlp") if absent else "",
         "parallel_block": kind == "phi" or parallel,  # PhiDecoderLayer
         "parallel_norms": parallel,  # GPTNeoXLayer
         "head_bias": kind == "phi",
@@ -195,6 +200,8 @@ def attention_facts(found: Any) -> dict[str, Any]:
         names = ("key_head_dim", "value_head_dim", "num_key_heads", "num_value_heads", "conv_kernel_dim")
         linear = {f"linear_{name}": getattr(found, f"linear_{name}") for name in names}
     bias = first(found, ("attention_bias", "use_bias", "enable_bias"), kind in WITH_BIASES)
+    if kind in FILLED:
+        bias = bias or first(found, ("mlp_bias",), kind in WITH_MLP_BIASES)
     # OlmoeAttention's norms have the size of all heads.
     norms = {**dict.fromkeys(("qwen3", "qwen3_moe", "qwen3_next"), EACH_HEAD), "olmoe": ALL_HEADS}
     own_norms = EACH_HEAD if first(found, ("use_qk_norm", "qk_layernorm"), False) else ""
@@ -381,6 +388,8 @@ ALL_CASES = [
     ("olmo", "biases", {"attention_bias": True, "num_key_value_heads": 8, "rope_theta": 5e5}),
     ("stablelm", "2 1.6B", {"use_qkv_bias": True, "partial_rotary_factor": 0.25, "num_key_value_heads": 32}),
     ("nemotron", "Minitron 4B", {"num_key_value_heads": 8, "head_dim": 128, "norm_eps": 1e-6, "rope_percent": 0.5}),
+    ("arcee", "biases of the MLP", {"mlp_bias": True}),
+    ("nemotron", "biases of attention", {"attention_bias": True}),
     ("arcee", "4.5B", {"num_key_value_heads": 4, "head_dim": 128, "mlp_bias": False}),
     ("jais2", "no biases", {"attention_bias": False, "mlp_bias": False, "layer_norm_eps": 1e-6}),
     ("persimmon", "no norms", {"qk_layernorm": False, "partial_rotary_factor": 0.25, "rope_theta": 25000.0}),

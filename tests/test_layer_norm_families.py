@@ -209,7 +209,13 @@ def test_what_training_has_changed_of_them_is_refused(
     root = hf_to_megatron(hf_model("olmo-bias"), tmp_path / "megatron")
     _edited(root, lambda held: held[key].__setitem__(5, value))
     run = verb("convert", root, tmp_path / "back", "--dtype", "bf16")
-    refused(run, words, key, "in all elements (the first other is in row 5)", "the olmo family has no tensor for it")
+    refused(
+        run,
+        words,
+        key,
+        "in all elements (the first other is in row 5)",
+        "the configuration describes has no tensor for",
+    )
     nothing_complete(tmp_path / "back")
     if "mlp_norm" in words:  # which this family has weights for
         succeeded(verb("convert", hf_model("olmo"), tmp_path / "other", "--to", "hf", "--as", "stablelm"))

@@ -12,7 +12,7 @@ from . import rules_experts as experts
 from .defaults import Product, Quotient, SameAs
 from .llama import query_groups
 from .place import Check, Place, chosen, listed, mapping, number, only, or_null, scalar, switch, text, texts, whole
-from .rules import Fixed, Implied, Named, Passed, Reciprocal, Repeated, Restated, Row, Rule, overridden
+from .rules import Biases, Fixed, Implied, Named, Passed, Reciprocal, Repeated, Restated, Row, Rule, overridden
 from .rules_scales import DepthScale, WidthScale
 
 #: Properties that a rule may decide; the others are decided elsewhere.
@@ -103,6 +103,7 @@ RULES: Mapping[str, Form] = {
     "fixed": Form(Fixed, {"key": text, "value": scalar}),
     "restated": Form(Restated, {"key": text, "value": scalar}),
     "repeated": Form(Repeated, {"key": text, "other": text, "default": scalar}),
+    "biases": Form(Biases, optional={"attention": switch, "mlp": switch, "attention_key": text, "mlp_key": text}),
     "implied": Form(Implied, {"field": _decided, "value": _computed}),
     "passed": Form(Passed, {"keys": texts}, whole=True),
     "query_groups": Form(query_groups, optional={"absent": or_null(whole)}),

@@ -53,6 +53,7 @@ FAMILY = Family(
         # Dropout outside attention, n_positions again, a dtype of scores, and heads that make summaries.
         Passed(("resid_pdrop", "embd_pdrop", "n_ctx", "reorder_and_upcast_attn", "summary_activation")),
         Passed(("summary_first_dropout", "summary_proj_to_labels", "summary_type", "summary_use_proj")),
+        Passed(("n_special", "predict_special_tokens")),  # of heads of an older class, in GPT-2 medium's file
     ),
     optional_prefix="transformer.",
     ignored_suffixes=(".attn.bias", ".attn.masked_bias"),

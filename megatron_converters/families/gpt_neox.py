@@ -11,7 +11,7 @@ from ..model.layers import EACH_HEAD, LAYER_NORM
 from .defaults import Quotient, SameAs
 from .entries import implied, linear, tensor
 from .llama import ATTENTION, MLP, SIZES
-from .rules import Named, Passed, Repeated, Row, overridden
+from .rules import Biases, Named, Passed, Repeated, Row, overridden
 from .rules_attention import Rope
 from .table import Family, Proof
 from .ungated import ENDS, GELUS, LAYER_NORM_EPSILON, NORMS, RELU2
@@ -53,7 +53,7 @@ GPT_NEOX = Family(
             Repeated("rope_theta", "rotary_emb_base", 10000),  # as transformers 4.4x has saved it
             Repeated("partial_rotary_factor", "rotary_pct", 0.25),
             Row("max_position_embeddings", "max_position_embeddings", 2048),
-            *(Row(name, "attention_bias", True) for name in ("qkv_bias", "proj_bias")),
+            Biases(attention=True, mlp=True, mlp_key=""),
             *(Row(name, "use_parallel_residual", True) for name in ("parallel_block", "parallel_norms")),
         ),
     ),

@@ -8,7 +8,7 @@ from __future__ import annotations
 from ..model.layers import LAYER_NORM
 from .entries import implied
 from .llama import FAMILY as LLAMA
-from .rules import Row, overridden
+from .rules import Biases, Row, overridden
 from .table import Family, Proof
 from .ungated import ENDS, LAYER_NORM_EPSILON, NORMS, PROJ, QKV, RELU2, UNGATED
 
@@ -25,8 +25,7 @@ JAIS2 = Family(
             RELU2,
             LAYER_NORM_EPSILON,
             Row("max_position_embeddings", "max_position_embeddings", 8192),
-            *(Row(name, "attention_bias", True) for name in ("qkv_bias", "proj_bias")),
-            Row("mlp_bias", "mlp_bias", True),
+            Biases(attention=True, mlp=True),
             *implied(normalization=LAYER_NORM, gated=False),
         ),
     ),

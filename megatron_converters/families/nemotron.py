@@ -10,16 +10,10 @@ from ..model.layers import LAYER_NORM
 from .entries import implied
 from .llama import DENSE, DERIVED_HEAD_DIM, SIZES, query_groups
 from .llama import FAMILY as LLAMA
-from .rules import Row, overridden
+from .rules import Biases, Row, overridden
 from .rules_attention import Rope
 from .table import Family, Proof
 from .ungated import ENDS, NORMS, PROJ, QKV, RELU2, UNGATED
-
-_BIASES = (
-    Row("qkv_bias", "attention_bias", False),
-    Row("proj_bias", "attention_bias", False),
-    Row("mlp_bias", "mlp_bias", False),
-)
 
 NEMOTRON = Family(
     name="nemotron",
@@ -38,7 +32,7 @@ NEMOTRON = Family(
         # vLLM reads NeMo's names of the part that rotates first, transformers does not know them.
         Rope(partial=0.5, partial_keys=("partial_rotary_factor", "rope_percent", "rope_percentage")),
         Row("max_position_embeddings", "max_position_embeddings", 4096),
-        *_BIASES,
+        Biases(),
         *implied(normalization=LAYER_NORM, zero_centred=True, gated=False),
     ),
 )
@@ -54,6 +48,7 @@ ARCEE = Family(
         LLAMA.rules,
         (
             RELU2,
+            Biases(),
             Row("norm_epsilon", "rms_norm_eps", 1e-5),
             Row("max_position_embeddings", "max_position_embeddings", 4096),
             *implied(gated=False),

@@ -1,7 +1,7 @@
 """OLMo 1 (transformers OlmoForCausalLM): a Llama with LayerNorms that have neither weights nor biases.
 
-Names, defaults and the epsilon, which is no key: transformers 5.23, models/olmo. Where attention has biases, the MLP has none, and
-Megatron-LM has them all, so that those of the MLP are 0. The 7B models clip queries, keys and values, which Megatron-LM does not.
+Names, defaults and the epsilon, which is no key: transformers 5.23, models/olmo. The 7B models clip queries, keys and values, which
+Megatron-LM does not.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from ..model.layers import LAYER_NORM
 from .entries import constant, implied
 from .llama import DENSE, PROJ_BIAS, QKV_BIAS
 from .llama import FAMILY as LLAMA
-from .rules import Fixed, Row, overridden
+from .rules import Biases, Fixed, overridden
 from .table import Family, Proof
 
 _NORMS = ("input_norm", "mlp_norm", "final_norm")
@@ -28,14 +28,13 @@ OLMO = Family(
             for norm in _NORMS
             for slot, entry in {**constant(norm, 1), **constant(f"{norm}_bias", 0)}.items()
         },
-        **{**constant("fc1_bias", 0), **constant("fc2_bias", 0)},
     },
     rules=overridden(
-        LLAMA.rules,
+        [rule for rule in LLAMA.rules if rule.keys != ("mlp_bias",)],
         (
             *implied(normalization=LAYER_NORM, norm_epsilon=1e-5),
-            Row("mlp_bias", "attention_bias", False),
-            Fixed("clip_qkv", None),
+            Biases(mlp_key=""),
+            Fixed("clip_qkv", None, "Megatron-LM does not clip queries, keys and values"),
         ),
     ),
 )

@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from types import NoneType
 from typing import Any, Protocol, runtime_checkable
 
 from ..basics.errors import ConversionError
-from ..model.layers import TOO_MANY_LAYERS, is_whole
+from ..model.layers import OF_ATTENTION, OF_MLP, TOO_MANY_LAYERS, is_whole
 from ..model.spec import ModelSpec, PerLayer
 
 Config = Mapping[str, Any]
@@ -87,10 +88,14 @@ class Row:
 
 @dataclass(frozen=True)
 class Fixed:
-    """A config key that must have one value, because Megatron's model supports no other; it may be a function of the config."""
+    """A config key that must have one value, because Megatron's model supports no other; it may be a function of the config.
+
+    `why` says what another value means that Megatron-LM lacks.
+    """
 
     key: str
     value: Any
+    why: str = ""
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -100,7 +105,8 @@ class Fixed:
         wanted = self.value(config) if callable(self.value) else self.value
         value = config.get(self.key, wanted)
         if value != wanted:
-            raise ConversionError(f"config.json has {self.key}={value!r}; only {wanted!r} can be converted")
+            why = f": {self.why}" if self.why else ""
+            raise ConversionError(f"config.json has {self.key}={value!r}; only {wanted!r} can be converted{why}")
         return {}
 
     def write(self, _: ModelSpec) -> dict[str, Any]:
@@ -156,6 +162,44 @@ class Repeated:
 
     def write(self, _: ModelSpec) -> dict[str, Any]:
         return {}
+
+
+@dataclass(frozen=True)
+class Biases:
+    """Biases of attention and of the MLP, by their keys and defaults; without a key the default holds.
+
+    Megatron-LM has biases in all linears or in none, so that those of one kind come together with zeros for the other.
+    """
+
+    attention: bool = False
+    mlp: bool = False
+    attention_key: str = "attention_bias"
+    mlp_key: str = "mlp_bias"
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        return tuple(filter(None, (self.attention_key, self.mlp_key)))
+
+    def read(self, config: Config) -> dict[str, Any]:
+        attention = _switch(config, self.attention_key, self.attention)
+        mlp = _switch(config, self.mlp_key, self.mlp)
+        absent = "" if attention == mlp else OF_ATTENTION if mlp else OF_MLP
+        return {**dict.fromkeys(("qkv_bias", "proj_bias", "mlp_bias"), attention or mlp), "absent_biases": absent}
+
+    def write(self, spec: ModelSpec) -> dict[str, Any]:
+        held = {
+            self.attention_key: spec.values.get("proj_bias") and spec.absent_biases != OF_ATTENTION,
+            self.mlp_key: spec.values.get("mlp_bias") and spec.absent_biases != OF_MLP,
+        }
+        return {key: bool(value) for key, value in held.items() if key}
+
+
+def _switch(config: Config, key: str, default: bool) -> bool:
+    """Value of a key that is true or false; the default where it is absent, or null."""
+    value = config.get(key)
+    if not isinstance(value, (bool, NoneType)):
+        raise ConversionError(f"config.json has {key}={value!r}; it must be true or false")
+    return default if value is None else value
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,8 @@ EACH_HEAD, ALL_HEADS = "each head", "all heads"
 #: Activations of an MLP. GELU has two forms, which differ by 1e-4 of a logit.
 SILU, GELU, GELU_TANH, SQUARED_RELU, RELU = "silu", "gelu", "gelu_tanh", "squared_relu", "relu"
 ACTIVATIONS = (SILU, GELU, GELU_TANH, SQUARED_RELU, RELU)
+#: Whose biases a family's files may lack, where others have some.
+OF_ATTENTION, OF_MLP = "attention", "mlp"
 SOFTMAX, SIGMOID = "softmax", "sigmoid"
 
 

@@ -14,6 +14,8 @@ from typing import Any
 from ..basics.dtypes import DType, dtype_named
 from ..basics.errors import ConversionError
 from .layers import (
+    OF_ATTENTION,
+    OF_MLP,
     TOO_MANY_LAYERS,
     Attention,
     BlockExperts,
@@ -27,6 +29,7 @@ from .layers import (
     Norm,
     Rope,
     RopeScaling,
+    check_choice,
     check_size,
     check_sizes,
     check_switches,
@@ -90,6 +93,8 @@ class ModelSpec:
     tied: bool = False
     #: Bias of the output layer, also where its weight is that of the embeddings.
     head_bias: bool = False
+    #: Linears whose biases are 0, since the family's files have none: of attention, or of the MLP. Megatron-LM has all or none.
+    absent_biases: str = ""
     initializer_range: float = 0.02
     attention_dropout: float = 0.0
 
@@ -103,6 +108,7 @@ class ModelSpec:
         for name in ("initializer_range", "attention_dropout"):
             number(getattr(self, name), name)
         check_switches(self, ("tied", "learned_positions", "causal", "head_bias"))
+        check_choice(self, "absent_biases", ("", OF_ATTENTION, OF_MLP))
         counts = {kind.feed.num_experts for kind in self.kinds if isinstance(kind.feed, Mixture)}
         if len(counts) > 1:
             raise ConversionError(f"num_experts differs between layers ({sorted(counts)}); that is not supported")
@@ -175,7 +181,15 @@ class ModelSpec:
 
 
 _SHARED = ("family", "dtype", "hidden_size", "vocab_size", "max_position_embeddings")
-_OPTIONAL = ("learned_positions", "causal", "tied", "head_bias", "initializer_range", "attention_dropout")
+_OPTIONAL = (
+    "learned_positions",
+    "causal",
+    "tied",
+    "head_bias",
+    "absent_biases",
+    "initializer_range",
+    "attention_dropout",
+)
 
 
 def names(record: type[Any]) -> list[str]:

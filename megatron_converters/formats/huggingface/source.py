@@ -36,7 +36,7 @@ from ...model.layouts import SAME, row_maps
 from ...model.slots import MTP, SLOTS, Ref, refs
 from ...model.spec import ModelSpec
 from ...storage.decoding import Constant
-from .parts import HFNames, Part
+from .parts import HFNames, Part, constants
 from .quantised import Weight, decoded, decoded_note
 from .weight_files import WeightFiles, ghost_line, read_file, read_weights
 from .wrapping import Wrapping, refuse_adapters, wrapping_of
@@ -259,16 +259,16 @@ def _ghost_note(ghosts: Mapping[str, str]) -> list[str]:
 
 def _constant_notes(family: Family, spec: ModelSpec) -> list[str]:
     """Note on slots that the files leave out, since all of their elements are the same."""
-    constants = {slot: entry.constant for slot, entry in family.tensors.items() if entry.constant is not None}
-    held = {ref.slot.name for ref in refs(spec)} if constants else ()
-    values = {slot: value for slot, value in constants.items() if slot in held}
+    left_out = constants(family, spec)
+    held = {ref.slot.name for ref in refs(spec)} if left_out else ()
+    values = {slot: value for slot, value in left_out.items() if slot in held}
     by_value = {value: [name for name, each in values.items() if each == value] for value in values.values()}
     listed = "; ".join(f"{value:g} in {', '.join(found)}" for value, found in by_value.items())
     if not listed:
         return []
     return [
-        f"the {family.name} family has no tensors where Megatron-LM has weights: {listed}. Training changes them, and a model with "
-        f"other values cannot be written as {family.name} again"
+        f"this {family.name} model has no tensors where Megatron-LM has weights: {listed}. Training changes them, and a model with "
+        "other values cannot be written as this one again"
     ]
 
 

@@ -195,7 +195,10 @@ class HFTarget:
         if value is not None:
             (rows,) = row_maps(SAME, ref.slot, self._spec, ref.kind(self._spec))
             family = self._spec.family
-            why = f"the {family} family has no tensor for it, so that this model is another; --as writes it as another family"
+            why = (
+                f"the {family} model that the configuration describes has no tensor for it, so that this model is another; give a "
+                "configuration that has one with --hf-config, or write another family with --as"
+            )
             yield Fill("", why, self._dtype_of(ref), ref.shape(self._spec), rows, 0, constant=value)
         for part in self._parts(ref):
             dtype = self._dtype_of(ref)

@@ -55,6 +55,7 @@ MODELS: dict[str, Model] = {
     "jais2": Model(_SIZES | _rope() | dict(model_type="jais2", head_dim=16, layer_norm_eps=_EPSILON)),
     "persimmon": Model(_PERSIMMON),
     "gpt_neox": Model(_NEOX | dict(use_parallel_residual=False)),
+    "gpt_neox-no-attention-bias": Model(_NEOX | dict(use_parallel_residual=False, attention_bias=False)),
     "gpt_neox-parallel": Model(
         _NEOX | dict(hidden_act="gelu_new", tie_word_embeddings=True),
         **dict(whole={"impl": "local"} | _LIVE, cut=CUT | _LIVE),
