@@ -16,11 +16,12 @@ from megatron_converters.families import FAMILIES
 from megatron_converters.families.config_json import spec_from_config
 from megatron_converters.families.registry import _MODULE_OF, families_in
 from megatron_converters.families.table import Family
-from megatron_converters.formats.huggingface.parts import HFNames
+from megatron_converters.formats.huggingface.parts import HFNames, constants
 from megatron_converters.formats.megatron.names import DIALECTS, EXPERTS, STACKED, name_of
 from megatron_converters.formats.queue.messages import ENTRIES, message_name, sent
-from megatron_converters.model.layers import ALL_HEADS, EACH_HEAD, GELU, LAYER_NORM, Layer
+from megatron_converters.model.layers import ALL_HEADS, EACH_HEAD, GELU, LAYER_NORM, OF_MLP, SQUARED_RELU, Layer
 from megatron_converters.model.layouts import (
+    AFTER_TWO_ROWS,
     DELTA_BY_KEY_HEAD,
     GATED,
     GROUPED_GATED_QKV,
@@ -35,6 +36,7 @@ from megatron_converters.model.slots import DECODER, MTP, SLOTS, Ref, Scope, ref
 from megatron_converters.model.spec import ModelSpec, PerLayer
 from megatron_converters.model.tables import Entry
 from tests.helpers import hf_tensors
+from tests.oracle.families import MODELS
 from tests.oracle.hf import FAMILIES as CONFIGS
 from tests.oracle.hf import MOE_FAMILIES
 from tests.oracle.hf_kinds import KINDS
@@ -44,11 +46,16 @@ from tests.tiny import tiny_spec
 PARTS = {
     **{SAME.name: 1, GATED.name: 2, GROUPED_QKV.name: 3, GROUPED_GATED_QKV.name: 3, DELTA_BY_KEY_HEAD.name: 2},
     **{joined(layout).name: 1 for layout in (GATED, GROUPED_QKV, GROUPED_INTERLEAVED_QKV)},
-    GROUPED_INTERLEAVED_QKV.name: 3,
+    **{GROUPED_INTERLEAVED_QKV.name: 3, AFTER_TWO_ROWS.name: 1},
     **{LATENT_QUERY_HALVES.name: 1, LATENT_KEY_HALVES.name: 1},
 }
 HAS_EXPERTS = [name for name, fields in KINDS.items() if {"num_experts", "n_routed_experts"} & fields.keys()]
-DENSE = [*CONFIGS, *(name for name in KINDS if name not in HAS_EXPERTS)]
+LATER = {
+    name: model.fields
+    for name, model in MODELS.items()
+    if name not in (*CONFIGS, *MOE_FAMILIES, *KINDS) and model.publish is None and not model.has_experts
+}
+DENSE = [*CONFIGS, *(name for name in KINDS if name not in HAS_EXPERTS), *LATER]
 MIXTURES = [name for name, fields in MOE_FAMILIES.items() if fields["model_type"] in FAMILIES]
 EXPERT_FIELDS: dict[str, Any] = dict(num_experts=4, moe_ffn_hidden_size=4, moe_router_topk=2)
 
@@ -67,7 +74,7 @@ def config_of(name: str, **overrides: Any) -> Any:
     from transformers import AutoConfig
 
     sizes = dict(vocab_size=31, hidden_size=64, intermediate_size=48, num_hidden_layers=2, num_attention_heads=8)
-    fields = KINDS.get(name) or {**sizes, "num_key_value_heads": 4, **CONFIGS[name]}
+    fields = KINDS.get(name) or LATER.get(name) or {**sizes, "num_key_value_heads": 4, **CONFIGS[name]}
     return AutoConfig.for_model(**{**fields, **overrides})
 
 
@@ -117,7 +124,8 @@ def ours(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     if spec.tied:
         (embeddings,) = family.tensors["word_embeddings"].names
         found["lm_head.weight"] = found[embeddings]
-    return found
+    in_memory = {published: name for name, published in family.renamed.items()}
+    return {in_memory.get(name, name): shape for name, shape in found.items()}
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -128,7 +136,8 @@ def test_names_are_unique_and_as_many_as_the_layout_has_parts(name: str) -> None
         names = [part.name for ref in refs(spec) for part in HFNames(family, spec).parts(ref, fused=False)]
         names += [replica for ref in refs(spec) for replica in HFNames(family, spec).replica_names(ref)]
         assert len(set(names)) == len(names)
-    assert all(len(entry.names) == PARTS[entry.layout.name] for entry in family.tensors.values())
+    stored = (entry for entry in family.tensors.values() if entry.constant is None)
+    assert all(len(entry.names) == PARTS[entry.layout.name] for entry in stored)
 
 
 _MIXED = dict(feed=PerLayer(["mlp", "moe"]))
@@ -189,6 +198,15 @@ ASKED: dict[str, list[dict[str, Any]]] = {
         EXPERT_FIELDS,
         dict(feed=PerLayer(["mlp", "block experts"]), block_experts=3, block_expert_size=4),
     ],
+    "gpt_bigcode": [dict(_UNGATED, learned_positions=True, rope=False)],
+    "olmo": [dict(_BIASES, normalization=LAYER_NORM, absent_biases=OF_MLP)],
+    "stablelm": [dict(qkv_bias=True, normalization=LAYER_NORM)],
+    "nemotron": [dict(_UNGATED, activation=SQUARED_RELU)],
+    "arcee": [dict(_BIASES, gated=False, activation=SQUARED_RELU)],
+    "jais2": [dict(_UNGATED, activation=SQUARED_RELU)],
+    "persimmon": [dict(_UNGATED, activation=SQUARED_RELU, qk_norm=EACH_HEAD)],
+    "gpt_neox": [_UNGATED, dict(_UNGATED, parallel_block=True, parallel_norms=True)],
+    "opt": [dict(_UNGATED, learned_positions=True, rope=False)],
     "minicpm3": [dict(**_LATENT, q_lora_rank=rank) for rank in (None, 4)],
     "internlm2": [dict(qkv_bias=True, proj_bias=True)],
     "exaone": [{}],
@@ -202,8 +220,10 @@ ASKED: dict[str, list[dict[str, Any]]] = {
 def test_every_slot_that_a_config_can_ask_for_is_named() -> None:
     assert ASKED.keys() == FAMILIES.keys()
     for name, models in ASKED.items():
-        needed = {ref.slot.name for fields in models for ref in refs(tiny_spec(family=name, **fields))}
-        assert FAMILIES[name].tensors.keys() == needed
+        family, specs = FAMILIES[name], [tiny_spec(family=name, **fields) for fields in models]
+        needed = {ref.slot.name for spec in specs for ref in refs(spec)}
+        absent = {slot for spec in specs for slot in constants(family, spec)}
+        assert family.tensors.keys() == needed - (absent - family.tensors.keys())
 
 
 def test_every_slot_has_a_megatron_name_and_a_message() -> None:

@@ -50,6 +50,8 @@ LONGROPE_TABLE = {"short_factor": [1.0], "long_factor": [1.5], "original_max_pos
 #: Keys of families that spell sizes in their own way, or require more.
 OWN_SIZES: dict[str, dict[str, Any]] = {
     "gpt2": {"vocab_size": 32, "n_embd": 64, "n_inner": 96, "n_layer": 3, "n_head": 32},
+    "gpt_bigcode": {"vocab_size": 32, "n_embd": 64, "n_inner": 96, "n_layer": 3, "n_head": 32},
+    "opt": {**{name: size for name, size in SIZES.items() if name != "intermediate_size"}, "ffn_dim": 96},
     "deepseek_v2": {**SIZES, "num_experts_per_tok": 4},
     "helium": {**SIZES, "num_attention_heads": 40},  # its default are 20 groups
     "qwen3_next": {**SIZES, "num_hidden_layers": 4},  # the fourth is the first with full attention
@@ -74,9 +76,23 @@ def theirs(values: dict[str, Any]) -> Any:
 
 
 #: Families whose models have a kind of norm, activation or attention of their own.
-WITH_LAYER_NORM = ("gpt2", "starcoder2", "phi")
-#: Families whose linears all have biases.
-WITH_BIASES = ("gpt2", "phi")
+UNGATED = (
+    *("gpt2", "gpt_bigcode", "starcoder2", "phi", "opt", "gpt_neox", "persimmon"),
+    *("nemotron", "arcee", "jais2"),
+)
+WITH_LAYER_NORM = (*(name for name in UNGATED if name != "arcee"), "stablelm", "olmo")
+ACTIVATIONS = {
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "relu2": "squared_relu",
+}
+WITH_POSITIONS = ("gpt2", "gpt_bigcode", "opt")
+#: Families whose linears all have biases, and those whose MLPs have them in any case.
+WITH_BIASES = ("gpt2", "gpt_bigcode", "phi", "persimmon")
+WITH_MLP_BIASES = (*WITH_BIASES, "gpt_neox")
+#: Families that may have biases of one kind, where Megatron-LM's others are 0.
+FILLED = ("olmo", "nemotron", "arcee", "jais2", "gpt_neox")
 LATENT = ("deepseek_v2", "deepseek_v3", "minicpm3")
 #: Families without a class in transformers.
 REMOTE = ("minicpm", "mimo", "internlm2", "exaone", "qwen", "baichuan", "baichuan2", "chatglm")
@@ -86,34 +102,43 @@ CHOSEN_BY_SIGMOID = ("glm4_moe", "deepseek_v3")
 
 def facts(found: Any) -> dict[str, Any]:
     """What transformers' config object says, in our words; all but layers of multi-token prediction, which it has not."""
-    ungated = found.model_type in WITH_LAYER_NORM
-    epsilons = ("rms_norm_eps", "norm_epsilon", "layer_norm_epsilon", "layer_norm_eps")
+    kind, parallel = found.model_type, getattr(found, "use_parallel_residual", False)
+    epsilons = ("rms_norm_eps", "norm_epsilon", "layer_norm_epsilon", "layer_norm_eps", "norm_eps")
+    of_attention = first(found, ("attention_bias",), kind in WITH_BIASES)
+    of_mlp = first(found, ("mlp_bias", "use_bias", "enable_bias"), kind in WITH_MLP_BIASES)
+    absent = kind in FILLED and of_attention != of_mlp
+    activation = first(found, ("hidden_act", "activation_function"), "silu")
     return {
         "num_layers": found.num_hidden_layers,
         "hidden_size": found.hidden_size,
-        "ffn_hidden_size": getattr(found, "intermediate_size", None) or found.n_inner or 4 * found.n_embd,
+        "ffn_hidden_size": first(found, ("intermediate_size", "ffn_dim", "n_inner"), None) or 4 * found.hidden_size,
         "vocab_size": found.vocab_size,
         "max_position_embeddings": found.max_position_embeddings,
-        "norm_epsilon": next(getattr(found, name) for name in epsilons if hasattr(found, name)),
-        "normalization": LAYER_NORM if ungated else "RMSNorm",
-        "zero_centred": found.model_type == "qwen3_next",  # Qwen3NextRMSNorm adds 1 to its weight
-        "learned_positions": found.model_type == "gpt2",
+        "norm_epsilon": first(found, epsilons, 1e-5),  # OlmoLayerNorm, and the default of torch's in OPT
+        "normalization": LAYER_NORM if kind in WITH_LAYER_NORM else "RMSNorm",
+        "zero_centred": kind in ("qwen3_next", "nemotron"),  # their norms add 1 to their weights
+        "learned_positions": kind in WITH_POSITIONS,
         "tied": found.tie_word_embeddings,
         "causal": getattr(found, "is_causal", True),  # masking_utils.py, create_causal_mask
-        "mlp_bias": getattr(found, "mlp_bias", getattr(found, "use_bias", found.model_type in WITH_BIASES)),
-        "parallel_block": found.model_type == "phi",  # PhiDecoderLayer
-        "head_bias": found.model_type == "phi",
-        "activation": "gelu_tanh" if ungated else "silu",
-        "gated": not ungated,
-        "initializer_range": found.initializer_range,
-        "attention_dropout": found.attn_pdrop
-        if found.model_type == "gpt2"
-        else getattr(found, "attention_dropout", 0.0),
+        "mlp_bias": of_mlp or absent,
+        "absent_biases": ("attention" if of_mlp else "mlp") if absent else "",
+        "parallel_block": kind == "phi" or parallel,  # PhiDecoderLayer
+        "parallel_norms": parallel,  # GPTNeoXLayer
+        "head_bias": kind == "phi",
+        "activation": ACTIVATIONS.get(activation, activation),
+        "gated": kind not in UNGATED,
+        "initializer_range": first(found, ("initializer_range", "init_std"), None),
+        "attention_dropout": first(found, ("attn_pdrop", "attention_dropout"), None),
         **(minicpm_facts(found) if found.model_type == "minicpm3" else multiplier_facts(found)),
         **(latent_facts(found) if found.model_type in LATENT else attention_facts(found)),
         **rope_facts(found),
         **expert_facts(found),
     }
+
+
+def first(found: Any, names: tuple[str, ...], default: Any) -> Any:
+    """The first of these attributes that there is."""
+    return next((getattr(found, name) for name in names if hasattr(found, name)), default)
 
 
 def multiplier_facts(found: Any) -> dict[str, Any]:
@@ -135,7 +160,7 @@ def minicpm_facts(found: Any) -> dict[str, Any]:
 
 
 def rope_facts(found: Any) -> dict[str, Any]:
-    if found.model_type == "gpt2":
+    if found.model_type in WITH_POSITIONS:
         return {"rope": False}
     rope = dict(found.rope_parameters)
     percent = rope.pop("partial_rotary_factor", 1.0)
@@ -177,18 +202,20 @@ def attention_facts(found: Any) -> dict[str, Any]:
     if kind == "qwen3_next":
         names = ("key_head_dim", "value_head_dim", "num_key_heads", "num_value_heads", "conv_kernel_dim")
         linear = {f"linear_{name}": getattr(found, f"linear_{name}") for name in names}
-    bias = getattr(found, "attention_bias", getattr(found, "use_bias", kind in WITH_BIASES))
+    bias = first(found, ("attention_bias", "use_bias", "enable_bias"), kind in WITH_BIASES)
+    if kind in FILLED:
+        bias = bias or first(found, ("mlp_bias",), kind in WITH_MLP_BIASES)
     # OlmoeAttention's norms have the size of all heads.
     norms = {**dict.fromkeys(("qwen3", "qwen3_moe", "qwen3_next"), EACH_HEAD), "olmoe": ALL_HEADS}
-    own_norms = EACH_HEAD if getattr(found, "use_qk_norm", False) else ""
+    own_norms = EACH_HEAD if first(found, ("use_qk_norm", "qk_layernorm"), False) else ""
     return {
         "mixer": one_or_per_layer(
             PerLayer("gated delta" if each == "linear_attention" else "attention" for each in types)
         ),
         "num_attention_heads": found.num_attention_heads,
-        "num_query_groups": getattr(found, "num_key_value_heads", found.num_attention_heads),
+        "num_query_groups": getattr(found, "num_key_value_heads", None) or found.num_attention_heads,
         "kv_channels": getattr(found, "head_dim", None) or found.hidden_size // found.num_attention_heads,
-        "qkv_bias": kind == "qwen2" or bias or getattr(found, "qkv_bias", False),
+        "qkv_bias": kind == "qwen2" or bias or first(found, ("qkv_bias", "use_qkv_bias"), False),
         # The classes of some have none there, and one has a key of its own.
         "proj_bias": getattr(found, "attention_out_bias", bias and kind not in ("glm", "glm4_moe", "helium")),
         "qk_norm": norms.get(kind, own_norms),
@@ -399,6 +426,23 @@ ALL_CASES = [
     ("phi3", "part rotated", {"partial_rotary_factor": 0.75, "tie_word_embeddings": True}),
     ("glm", "no bias", {"attention_bias": False, "head_dim": 24}),
     ("gpt2", "untied", {"tie_word_embeddings": False, "n_inner": None, "layer_norm_epsilon": 1e-6}),
+    ("gpt_bigcode", "a key for each head", {"multi_query": False, "n_inner": None, "activation_function": "gelu"}),
+    ("olmo", "biases", {"attention_bias": True, "num_key_value_heads": 8, "rope_theta": 5e5}),
+    ("stablelm", "2 1.6B", {"use_qkv_bias": True, "partial_rotary_factor": 0.25, "num_key_value_heads": 32}),
+    ("nemotron", "Minitron 4B", {"num_key_value_heads": 8, "head_dim": 128, "norm_eps": 1e-6, "rope_percent": 0.5}),
+    ("arcee", "biases of the MLP", {"mlp_bias": True}),
+    ("nemotron", "biases of attention", {"attention_bias": True}),
+    ("arcee", "4.5B", {"num_key_value_heads": 4, "head_dim": 128, "mlp_bias": False}),
+    ("jais2", "no biases", {"attention_bias": False, "mlp_bias": False, "layer_norm_eps": 1e-6}),
+    ("persimmon", "no norms", {"qk_layernorm": False, "partial_rotary_factor": 0.25, "rope_theta": 25000.0}),
+    ("gpt_neox", "RedPajama", {"use_parallel_residual": False, "rotary_pct": 1.0, "rotary_emb_base": 20000}),
+    (
+        "gpt_neox",
+        "4.4x",
+        {"rotary_pct": 0.5, "partial_rotary_factor": 0.5, "rope_theta": 10000, "hidden_act": "gelu_fast"},
+    ),
+    ("gpt_neox", "attention without biases", {"attention_bias": False, "use_parallel_residual": False}),
+    ("opt", "Galactica", {"activation_function": "gelu", "enable_bias": False, "tie_word_embeddings": False}),
     (
         *("granite", "multipliers"),
         {"embedding_multiplier": 12.0, "logits_scaling": 8.0, "residual_multiplier": 0.22, "attention_multiplier": 0.5},
@@ -554,6 +598,20 @@ def test_both_spellings_of_rope_are_one_spec(kind: str) -> None:
         ("mixtral", {"num_local_experts": "8"}, "num_experts is '8'"),
         ("mixtral", {"num_local_experts": 1}, "moe_router_topk is 2, but there are 1 experts"),
         ("olmoe", {"clip_qkv": 8.0}, "clip_qkv=8.0; only None can be converted"),
+        ("olmo", {"clip_qkv": 8.0}, "clip_qkv=8.0; only None can be converted"),
+        ("stablelm", {"use_parallel_residual": True}, "use_parallel_residual=True; only False can be converted"),
+        ("stablelm", {"qk_layernorm": True}, "qk_layernorm=True; only False can be converted"),
+        (
+            "nemotron",
+            {"partial_rotary_factor": 0.5, "rope_percent": 0.25},
+            "=0.5 and rope_percent=0.25, which mean the",
+        ),
+        ("persimmon", {"partial_rotary_factor": None}, "partial_rotary_factor is None; it must be a number"),
+        ("gpt_neox", {"rope_theta": 5e5}, "rope_theta=500000.0, which repeats rotary_emb_base, and that is 10000"),
+        ("gpt_bigcode", {"multi_query": 1}, "multi_query=1; it must be true or false"),
+        ("opt", {"do_layer_norm_before": False}, "do_layer_norm_before=False; only True can be converted"),
+        ("opt", {"word_embed_proj_dim": 32}, "word_embed_proj_dim=32; only 64 can be converted"),
+        ("opt", {"activation_function": "silu"}, "activation_function='silu'; only 'relu'"),
         ("mixtral", {"num_experts_per_tok": 0}, "moe_router_topk is 0"),
         ("mixtral", {"router_aux_loss_coef": "0.1"}, "moe_aux_loss_coeff is '0.1'; it must be a number"),
         ("qwen3_moe", {"num_experts": 8, "num_local_experts": 4}, r"they differ: \[8, 4\]"),

@@ -30,6 +30,7 @@ from megatron_converters.model.layers import (
     GELU,
     GELU_TANH,
     LAYER_NORM,
+    RELU,
     SIGMOID,
     SQUARED_RELU,
     RopeScaling,
@@ -163,7 +164,8 @@ def test_the_cases_change_every_property() -> None:
     }
     decided_elsewhere = {"family", "dtype", "vocab_size"}
     folded_into_weights = {"residual_multiplier"}
-    inexpressible_ones = {"causal", "block_experts", "block_expert_size", "router_norm", "parallel_block", "head_bias"}
+    inexpressible_ones = {"causal", "block_experts", "block_expert_size", "router_norm", "head_bias"}
+    inexpressible_ones |= {"parallel_block", "parallel_norms", "absent_biases"}
     every = {name for spec in KINDS.values() for name in spec.values}
     assert changed == every - decided_elsewhere - folded_into_weights - inexpressible_ones
 
@@ -175,9 +177,17 @@ def test_norms_over_all_heads_survive_args_although_megatron_lacks_them() -> Non
         assert back(all_args(spec), spec) == spec
 
 
-@pytest.mark.parametrize("name", ["parallel_block", "head_bias"])
-def test_what_is_built_by_own_classes_survives_args(name: str) -> None:
-    spec = tiny_spec(**{name: True})
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("parallel_block", {"parallel_block": True}),
+        ("parallel_norms", {"parallel_block": True, "parallel_norms": True}),
+        ("head_bias", {"head_bias": True}),
+        ("mlp_activation", {"activation": RELU, "gated": False}),
+    ],
+)
+def test_what_is_built_by_own_classes_survives_args(name: str, fields: dict[str, Any]) -> None:
+    spec = tiny_spec(**fields)
     assert (len(inexpressible(spec)), inexpressible(spec, with_own=True)) == (1, [])
     assert back(all_args(spec), spec) == spec
     assert name not in all_args(tiny_spec())

@@ -299,7 +299,7 @@ def test_files_are_refused_unless_asked_for(hf_model: HFModel, tmp_path: Path, o
 
 
 def test_mindspore_has_no_place_for_it(hf_model: HFModel, tmp_path: Path) -> None:
-    words = ("attention and MLP in parallel on one norm", "output_layer_bias")
+    words = ("attention and MLP in parallel: its layers", "output_layer_bias")
     refused(verb("convert", hf_model("phi"), tmp_path / "out", "--to", "mindspore"), *words)
     assert not (tmp_path / "out").exists()
 

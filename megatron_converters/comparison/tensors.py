@@ -151,11 +151,11 @@ def compare(one: Source, other: Source, rules: Rules, progress: Progress) -> Com
 def spec_differences(one: Source, other: Source) -> list[str]:
     """Fields in which the models differ, except the dtype, which is compared tensor by tensor.
 
-    The family is compared only where both sides record it; Megatron-LM's arguments do not.
+    The family, and biases that its files lack, are compared only where both sides record them; Megatron-LM's arguments do not.
     """
     left, right = one.spec, other.spec
     if one.origin.hf_config is None or other.origin.hf_config is None:
-        right = dataclasses.replace(right, family=left.family)
+        right = dataclasses.replace(right, family=left.family, absent_biases=left.absent_biases)
     return model_differences(left, right)
 
 

@@ -47,6 +47,8 @@ class Accounts:
         """Count all fills of one ref."""
         self._problems += self._coverage.faults(ref, fills)
         for fill in fills:
+            if fill.constant is not None:
+                continue
             stop = fill.start + math.prod(fill.shape) * fill.dtype.itemsize
             self._filled.setdefault((fill.file, fill.name), []).append((fill.start, stop))
 

@@ -41,8 +41,8 @@ class TensorData(Protocol):
 class Reader(Protocol):
     """Matrix that is decoded from stored tensors as it is read, such as FP8 codes with block scales.
 
-    `stored` has those tensors by name, first the one that gives the matrix its name; `path` is the file of that one. Unless
-    `exact`, values are rounded once to `dtype`. `computed` says in words what is done.
+    `stored` has those tensors by name, first the one that gives the matrix its name, and none for a constant; `path` is the file of
+    that one. Unless `exact`, values are rounded once to `dtype`. `computed` says in words what is done.
     """
 
     @property
@@ -114,12 +114,17 @@ class Piece:
         return data if not isinstance(data, StoredTensor) and isinstance(data, Reader) else None
 
     @property
+    def has_tensor(self) -> bool:
+        """Whether any stored tensor is read, which a constant needs not."""
+        return self.reader is None or bool(self.reader.stored)
+
+    @property
     def names(self) -> list[StoredName]:
         """Names of all stored tensors that it is read from, its own first."""
         reader = self.reader
         if reader is None:
             return [self.name]
-        _, *others = reader.stored.items()
+        others = [*reader.stored.items()][1:]
         return [self.name, *(StoredName(os.path.basename(data.path), name) for name, data in others)]
 
     def elements(self, rows: slice | RowMap, cols: slice) -> npt.NDArray[Any]:

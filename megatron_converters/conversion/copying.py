@@ -19,6 +19,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from ..basics.casting import floats
 from ..basics.errors import ConversionError
 from ..model.slots import Ref
 from ..model.spec import ModelSpec
@@ -121,6 +122,11 @@ class Executor(Generic[S]):
         shortest = min(reversed(range(len(self._lanes))), key=lambda lane: self._lanes[lane].qsize())
         self._submit(shortest, lambda: self._compare(replica, gathers, what))
 
+    def expect(self, fill: Fill, pieces: Sequence[Piece], what: str) -> None:
+        """Queue a check that all elements of a slot, which the target has no place for, are the fill's constant."""
+        gathers = self.planner.compose(fill.rows, fill.col, as_matrix(fill.shape)[1], pieces)
+        self._submit(len(self._lanes) - 1, lambda: self._expect(fill, gathers, what))
+
     def finish(self) -> None:
         """Wait for all queued tasks; raise the first failure."""
         self._end_lanes()
@@ -190,6 +196,17 @@ class Executor(Generic[S]):
             self._progress(chunk.nbytes)
         if file.claim():
             self._filled(file)
+
+    def _expect(self, fill: Fill, gathers: Sequence[Gather], what: str) -> None:
+        dtype = gathers[0].source.data.dtype  # rounding could make a value the constant
+        for start, chunk in gather_chunks(gathers, as_matrix(fill.shape), dtype, what):
+            differs = (floats(chunk, dtype) != fill.constant).any(axis=1)
+            if differs.any():
+                row = start + int(np.flatnonzero(differs)[0])
+                raise ConversionError(
+                    f"{what}: {gathers[0].source.name} is not {fill.constant:g} in all elements (the first other is in row {row}); "
+                    f"{fill.name}"
+                )
 
     def _compare(self, replica: Piece, gathers: Sequence[Gather], what: str) -> None:
         kept, stored_cols = replica.rows >= 0, slice(0, replica.cols)

@@ -95,11 +95,14 @@ def forecast(source: Source, target: Target, dtype: DType | None, workers: int =
     for ref in refs(source.spec):
         sources = source.read(ref)
         planner.check_cover(ref, source.spec, sources)
-        for piece in (*sources.pieces, *sources.replicas):
+        for piece in filter(lambda piece: piece.has_tensor, (*sources.pieces, *sources.replicas)):
             read.update((piece.name,) if piece.is_stored else piece.names)
         is_stored = all(piece.is_stored for piece in sources.pieces)
         fills = list(target.fills(ref))
         accounts.add(ref, fills)
+        fills = [fill for fill in fills if fill.constant is None]
+        if not fills:
+            continue
         copies += sum(map(_unpadded_bytes, fills)) - math.prod(ref.shape(source.spec)) * fills[0].dtype.itemsize
         for fill in fills:
             files[fill.file].padding_rows += fill.padding

@@ -24,6 +24,8 @@ class Fill(NamedTuple):
     matrix, and `shape` is that before transposing. `padding` counts the rows at the end that repeat another row. The elements
     are `value` of the slot's, which None leaves as they are; where `only` is given, those of the rows where it is true. Where
     `swapped`, the halves of its columns are the other way round.
+
+    A slot that the target has no place for is a fill of no file: all of its elements must then be `constant`. `name` says why.
     """
 
     file: str
@@ -38,6 +40,7 @@ class Fill(NamedTuple):
     value: Affine | None = None
     only: npt.NDArray[np.bool_] | None = None
     swapped: bool = False
+    constant: float | None = None
 
     @property
     def spans(self) -> tuple[tuple[int, int, int], ...]:

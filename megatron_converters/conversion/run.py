@@ -211,7 +211,10 @@ class _Run:
         sources = self._source.read(ref)
         executor.check(ref, self._source.spec, sources, replicas=replicas)
         for fill in self._target.fills(ref):
-            if fill.file in mine:
+            if fill.constant is not None:
+                if replicas:
+                    executor.expect(fill, sources.pieces, str(ref))
+            elif fill.file in mine:
                 gathers = executor.plan(fill, sources.pieces)
                 self._provenance.add_fill(ref, fill, gathers)
                 executor.fill(self._file(fill.file), fill, gathers)

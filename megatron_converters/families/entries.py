@@ -21,6 +21,11 @@ def linear(slot: str, *modules: str, layout: Layout = SAME, bias: bool = True, *
     return weights | biases if bias else weights
 
 
+def constant(slot: str, value: float) -> dict[str, Entry]:
+    """Entry of a slot that files leave out, since all of its elements are `value`."""
+    return {slot: Entry(SAME, (), constant=value)}
+
+
 def implied(**values: Any) -> tuple[Rule, ...]:
     """Properties that the architecture decides."""
     return tuple(Implied(name, value) for name, value in values.items())

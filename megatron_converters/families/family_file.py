@@ -44,6 +44,8 @@ _ENTRY_KEYS: Mapping[str, Check] = {
     "scale": checks.number,
     "shift": checks.number,
 }
+#: Key of a slot that files leave out, in place of all others.
+_CONSTANT = "constant"
 #: Properties without which no model can be described.
 _NEEDED = ("num_layers", "hidden_size", "vocab_size", "max_position_embeddings", "norm_epsilon")
 
@@ -111,6 +113,11 @@ def _tensors(value: Any, base: Family | None, place: Place) -> dict[str, Entry]:
 def _entry(slot: str, value: Any, inherited: Entry | None, place: Place) -> Entry:
     """Entry of a slot; what the file does not say of it is as in the base."""
     given = value if isinstance(value, dict) else {"names": value}
+    if _CONSTANT in given:
+        checks.only(given, place, (_CONSTANT,))
+        return Entry(NAMED["same"].layout, (), constant=checks.number(given[_CONSTANT], place.at(_CONSTANT)))
+    if inherited is not None and inherited.constant is not None:
+        inherited = None
     checks.only(given, place, _ENTRY_KEYS, ("names",) if inherited is None else ())
     read = {key: check(given[key], place.at(key)) for key, check in _ENTRY_KEYS.items() if key in given}
     entry = inherited or Entry(NAMED["same"].layout, ())

@@ -13,7 +13,21 @@ from . import rules_layer_kinds as kinds
 from .defaults import Product, Quotient, SameAs
 from .llama import query_groups
 from .place import Check, Place, chosen, listed, mapping, number, only, or_null, scalar, switch, text, texts, whole
-from .rules import Agreeing, Fixed, Implied, Multiple, Named, Passed, Reciprocal, Restated, Row, Rule, overridden
+from .rules import (
+    Agreeing,
+    Biases,
+    Fixed,
+    Implied,
+    Multiple,
+    Named,
+    Passed,
+    Reciprocal,
+    Repeated,
+    Restated,
+    Row,
+    Rule,
+    overridden,
+)
 from .rules_remote import BaichuanRelease, RopeRatio
 from .rules_scaled_queries import ScaledQueries
 from .rules_scales import DepthScale, WidthScale
@@ -118,12 +132,15 @@ RULES: Mapping[str, Form] = {
     "multiple": Form(Multiple, {**_FIELD_AND_KEY, "factor": whole}),
     "fixed": Form(Fixed, {"key": text, "value": scalar}, {"absent": scalar}),
     "restated": Form(Restated, {"key": text, "value": scalar}),
+    "repeated": Form(Repeated, {"key": text, "other": text, "default": scalar}),
+    "biases": Form(Biases, optional={"attention": switch, "mlp": switch, "attention_key": text, "mlp_key": text}),
     "implied": Form(Implied, {"field": _decided, "value": _computed}),
     "agreeing": Form(Agreeing, {"fields": _decided_ones, "spellings": _spellings}),
     "passed": Form(Passed, {"keys": texts}, whole=True),
     "query_groups": Form(query_groups, optional={"absent": or_null(whole)}),
     "rope": Form(_rope, optional={"theta": number, "partial": or_null(number), "scalings": _scalings}),
     "scaled_queries": Form(ScaledQueries),
+    "multi_query": Form(attention.MultiQuery, {"heads": text}, {"default": switch}),
     "window": Form(_window, optional={"default": or_null(whole)}),
     "switched_window": Form(attention.SwitchedWindow),
     "no_window": Form(attention.NoWindow),

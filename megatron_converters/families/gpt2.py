@@ -5,15 +5,15 @@ Names and defaults: transformers 5.23, models/gpt2. Published files have no `tra
 
 from __future__ import annotations
 
-from ..model.layers import GELU, GELU_TANH, LAYER_NORM
+from ..model.layers import LAYER_NORM
 from ..model.layouts import GROUPED_QKV, joined
 from .defaults import Product, Quotient, SameAs
 from .entries import implied, linear, tensor
 from .rules import Fixed, Named, Passed, Row
 from .table import Family, Proof
+from .ungated import GELUS
 
 _LAYER = "transformer.h.{layer}."
-_GELUS = {"gelu_new": GELU_TANH, "gelu_pytorch_tanh": GELU_TANH, "gelu": GELU}
 
 FAMILY = Family(
     name="gpt2",
@@ -44,7 +44,7 @@ FAMILY = Family(
         Row("initializer_range", "initializer_range", 0.02),
         Row("attention_dropout", "attn_pdrop", 0.1),
         Row("tied", "tie_word_embeddings", True),
-        Named("activation", "activation_function", _GELUS, "gelu_new"),
+        Named("activation", "activation_function", GELUS, "gelu_new"),
         *implied(num_query_groups=SameAs("n_head"), kv_channels=Quotient("n_embd", "n_head")),
         *implied(learned_positions=True, rope=False, normalization=LAYER_NORM, gated=False),
         *implied(qkv_bias=True, proj_bias=True, mlp_bias=True),
@@ -53,6 +53,7 @@ FAMILY = Family(
         # Dropout outside attention, n_positions again, a dtype of scores, and heads that make summaries.
         Passed(("resid_pdrop", "embd_pdrop", "n_ctx", "reorder_and_upcast_attn", "summary_activation")),
         Passed(("summary_first_dropout", "summary_proj_to_labels", "summary_type", "summary_use_proj")),
+        Passed(("n_special", "predict_special_tokens")),  # of heads of an older class, in GPT-2 medium's file
     ),
     optional_prefix="transformer.",
     ignored_suffixes=(".attn.bias", ".attn.masked_bias"),

@@ -36,7 +36,8 @@ _OFF, _NONE, _ONE = (False,), (0,), (1,)
 #: Fields of config.json.
 CONFIG = (
     Harmless(
-        "_name_or_path name_or_path _commit_hash architectures model_type transformers_version torch_dtype dtype auto_map",
+        "_name_or_path name_or_path _commit_hash architectures model_type transformers_version torch_dtype dtype auto_map "
+        "custom_pipelines",
         "transformers 5.23, configuration_utils.py: where the model is from, and which class it is",
     ),
     Harmless(

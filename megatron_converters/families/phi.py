@@ -7,15 +7,14 @@ LongRoPE, which long-context variants of Phi-3 have, cannot be expressed: Megatr
 
 from __future__ import annotations
 
-from ..model.layers import GELU, GELU_TANH, LAYER_NORM
+from ..model.layers import LAYER_NORM
 from ..model.layouts import GATED, GROUPED_QKV, joined
 from .entries import implied, linear, tensor
 from .llama import ATTENTION, DENSE, DERIVED_HEAD_DIM, LAYER, MLP, SIZES, query_groups
 from .rules import Fixed, Named, Passed, Row, overridden
 from .rules_attention import LINEAR, LLAMA3, LONGROPE, Rope, Window
 from .table import Family, Proof
-
-_GELUS = {"gelu_new": GELU_TANH, "gelu_pytorch_tanh": GELU_TANH, "gelu": GELU}
+from .ungated import GELUS, QKV
 
 PHI = Family(
     name="phi",
@@ -25,7 +24,7 @@ PHI = Family(
     tensors={
         **tensor("word_embeddings", "model.embed_tokens.weight"),
         **linear("input_norm", LAYER + "input_layernorm"),
-        **linear("qkv", *(f"{ATTENTION}{part}_proj" for part in "qkv"), layout=GROUPED_QKV),
+        **QKV,
         **linear("proj", ATTENTION + "dense"),
         **linear("fc1", MLP + "fc1"),
         **linear("fc2", MLP + "fc2"),
@@ -37,7 +36,7 @@ PHI = Family(
             SIZES,
             (
                 Row("norm_epsilon", "layer_norm_eps", 1e-5),
-                Named("activation", "hidden_act", _GELUS, "gelu_new"),
+                Named("activation", "hidden_act", GELUS, "gelu_new"),
             ),
         ),
         query_groups(),

@@ -25,7 +25,7 @@ _MODULES = {
     "llama_variants": ("smollm3", "seed_oss", "internlm3", "iquestcoder", "cwm", "ernie4_5", "helium"),
     "mixtures": ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe"),
     "gpt2": ("gpt2",),
-    "starcoder": ("starcoder2",),
+    "starcoder": ("gpt_bigcode", "starcoder2"),
     "phi": ("phi", "phi3"),
     "glm": ("glm", "glm4_moe"),
     "granite": ("granite",),
@@ -36,6 +36,12 @@ _MODULES = {
     "renamed": ("internlm2", "exaone", "qwen"),
     "baichuan": ("baichuan", "baichuan2"),
     "chatglm": ("chatglm",),
+    "nemotron": ("nemotron", "arcee"),
+    "stablelm": ("stablelm",),
+    "jais": ("jais2",),
+    "gpt_neox": ("gpt_neox", "persimmon"),
+    "olmo": ("olmo",),
+    "opt": ("opt",),
 }
 _MODULE_OF = {family: module for module, families in _MODULES.items() for family in families}
 #: Entry points of this group each load a `Family`, or a function that returns one or several.

@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from types import NoneType
 from typing import Any, Protocol, runtime_checkable
 
 from ..basics.errors import ConversionError
-from ..model.layers import TOO_MANY_LAYERS, is_whole
+from ..model.layers import OF_ATTENTION, OF_MLP, TOO_MANY_LAYERS, is_whole
 from ..model.spec import ModelSpec, PerLayer
 
 Config = Mapping[str, Any]
@@ -87,28 +88,32 @@ class Row:
 
 @dataclass(frozen=True)
 class Fixed:
-    """A config key that must have one value, because Megatron's model supports no other.
+    """A config key that must have one value, because Megatron's model supports no other; it may be a function of the config.
 
-    `absent` is what the absence of the key means, where the architecture's class has another default.
+    `absent` is what the absence of the key means, where the architecture's class has another default. `why` says what another value
+    means that Megatron-LM lacks.
     """
 
     key: str
     value: Any
     absent: Any = None
+    why: str = ""
 
     @property
     def keys(self) -> tuple[str, ...]:
         return (self.key,)
 
     def read(self, config: Config) -> dict[str, Any]:
-        value = config.get(self.key, self.value if self.absent is None else self.absent)
-        if value != self.value:
+        wanted = self.value(config) if callable(self.value) else self.value
+        value = config.get(self.key, wanted if self.absent is None else self.absent)
+        if value != wanted:
             given = f"{self.key}={value!r}" if self.key in config else f"no {self.key}, which means {value!r}"
-            raise ConversionError(f"config.json has {given}; only {self.value!r} can be converted")
+            why = f": {self.why}" if self.why else ""
+            raise ConversionError(f"config.json has {given}; only {wanted!r} can be converted{why}")
         return {}
 
     def write(self, _: ModelSpec) -> dict[str, Any]:
-        return {self.key: self.value}
+        return {} if callable(self.value) else {self.key: self.value}
 
 
 @dataclass(frozen=True)
@@ -132,6 +137,72 @@ class Restated:
 
     def write(self, _: ModelSpec) -> dict[str, Any]:
         return {}
+
+
+@dataclass(frozen=True)
+class Repeated:
+    """A key that repeats another in files of some releases, and that the class does not read; it is not written.
+
+    Where it says something else than that, or than the `default` of that, which of them counts depends on the program.
+    """
+
+    key: str
+    other: str
+    default: Any
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        return (self.key,)
+
+    def read(self, config: Config) -> dict[str, Any]:
+        value, counts = config.get(self.key), config.get(self.other, self.default)
+        if value not in (None, counts):
+            raise ConversionError(
+                f"config.json has {self.key}={value!r}, which repeats {self.other}, and that is {counts!r}; correct the one "
+                "that is wrong"
+            )
+        return {}
+
+    def write(self, _: ModelSpec) -> dict[str, Any]:
+        return {}
+
+
+@dataclass(frozen=True)
+class Biases:
+    """Biases of attention and of the MLP, by their keys and defaults; without a key the default holds.
+
+    Megatron-LM has biases in all linears or in none, so that those of one kind come together with zeros for the other.
+    """
+
+    attention: bool = False
+    mlp: bool = False
+    attention_key: str = "attention_bias"
+    mlp_key: str = "mlp_bias"
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        return tuple(filter(None, (self.attention_key, self.mlp_key)))
+
+    def read(self, config: Config) -> dict[str, Any]:
+        attention = _switch(config, self.attention_key, self.attention)
+        mlp = _switch(config, self.mlp_key, self.mlp)
+        absent = "" if attention == mlp else OF_ATTENTION if mlp else OF_MLP
+        return {**dict.fromkeys(("qkv_bias", "proj_bias", "mlp_bias"), attention or mlp), "absent_biases": absent}
+
+    def write(self, spec: ModelSpec) -> dict[str, Any]:
+        held = {
+            self.attention_key: spec.values.get("proj_bias") and spec.absent_biases != OF_ATTENTION,
+            self.mlp_key: spec.values.get("mlp_bias") and spec.absent_biases != OF_MLP,
+        }
+        return {key: bool(value) for key, value in held.items() if key}
+
+
+def _switch(config: Config, key: str, default: bool) -> bool:
+    """Value of a key that is true or false; the default where it is absent, or null."""
+    value = config.get(key)
+    if not isinstance(value, (bool, NoneType)):
+        raise ConversionError(f"config.json has {key}={value!r}; it must be true or false")
+    return default if value is None else value
 
 
 @dataclass(frozen=True)

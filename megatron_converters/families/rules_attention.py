@@ -29,6 +29,22 @@ def _kind(table: dict[str, Any]) -> str:
     return _RENAMED.get(kind, kind)
 
 
+def _stated(name: str, keys: tuple[str, ...], table: dict[str, Any], config: Config) -> Any:
+    """Value of a field of the scaling, which may stand outside of it under other names; None where nothing says it.
+
+    What stands in the scaling takes precedence, as in transformers. Names outside that differ are refused, since which one counts
+    depends on the program.
+    """
+    if table.get(name) is not None:
+        return table[name]
+    given = {key: config[key] for key in keys if config.get(key) is not None}
+    values = [*given.values()]
+    if any(value != values[0] for value in values):
+        listed = " and ".join(f"{key}={value!r}" for key, value in given.items())
+        raise ConversionError(f"config.json has {listed}, which mean the same; remove the one that is wrong")
+    return values[0] if values else None
+
+
 @dataclass(frozen=True)
 class Rope:
     """Rotary base and scaling, in transformers 4's spelling (rope_theta, rope_scaling) or 5's (rope_parameters).
@@ -37,7 +53,8 @@ class Rope:
     architecture rotates whole heads. `scalings` are the kinds of scaling that the architecture's class computes, besides none;
     which of them Megatron-LM can express is another question. `original` is the default of
     `original_max_position_embeddings`, where the class has this key outside of the scaling, and then heeds no other. `kind_keys`
-    name the kind of scaling. `absent` is the table that the class takes where config.json has none, as pairs.
+    name the kind of scaling. `absent` is the table that the class takes where config.json has none, as pairs. `theta_key` and
+    `partial_keys` are the names of base and part outside of the scaling; of the latter the first is written.
     """
 
     default_theta: float = 10000.0
@@ -46,11 +63,13 @@ class Rope:
     original: int | None = None
     kind_keys: tuple[str, ...] = ("rope_type", "type")
     absent: tuple[tuple[str, Any], ...] = ()
+    theta_key: str = "rope_theta"
+    partial_keys: tuple[str, ...] = ("partial_rotary_factor",)
 
     @property
     def keys(self) -> tuple[str, ...]:
         own = () if self.original is None else (_ORIGINAL,)
-        return ("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor", *own)
+        return (self.theta_key, "rope_scaling", "rope_parameters", *self.partial_keys, *own)
 
     def read(self, config: Config) -> dict[str, Any]:
         table = self._given(config)
@@ -58,7 +77,7 @@ class Rope:
             raise ConversionError(f"config.json has {table!r} for its rotary embeddings; it must be an object or null")
         if any(isinstance(value, dict) for value in table.values()):
             raise ConversionError("config.json has rotary embeddings that differ by layer type; that is not supported")
-        theta = table.get("rope_theta", config.get("rope_theta")) or self.default_theta
+        theta = _stated("rope_theta", (self.theta_key,), table, config) or self.default_theta
         scaling = self._scaling(_kind(table), table, config)
         found = {"rotary_base": number(theta, "rope_theta"), "rope_scaling": scaling}
         return {**found, **self._percent(table, config)}
@@ -79,14 +98,16 @@ class Rope:
         return [f"{name}.{key}" for key, value in table.items() if key not in known and value is not None]
 
     def _percent(self, table: dict[str, Any], config: Config) -> dict[str, Any]:
-        given = [where.get("partial_rotary_factor") for where in (table, config)]
         if self.partial is None:
+            given = [where.get("partial_rotary_factor") for where in (table, config)]
             if any(value not in (None, 1.0) for value in given):
                 raise ConversionError(
                     "config.json rotates only a part of each head (partial_rotary_factor); that is not supported"
                 )
             return {}
-        value = next((value for value in given if value is not None), self.partial)
+        value = _stated("partial_rotary_factor", self.partial_keys, table, config)
+        if value is None and config.keys().isdisjoint(self.partial_keys):  # null is no default: it crashes some classes
+            value = self.partial
         return {"rotary_percent": number(value, "partial_rotary_factor")}
 
     def _scaling(self, kind: str, table: dict[str, Any], config: Config) -> RopeScaling | None:
@@ -109,10 +130,10 @@ class Rope:
         scaling = written_scaling(spec.values["rope_scaling"], self.kind_keys)
         if scaling is None and self.absent:  # the class would take its own table
             scaling = {"rope_type": "default"}
-        written: dict[str, Any] = {"rope_theta": base, "rope_scaling": scaling}
+        written: dict[str, Any] = {self.theta_key: base, "rope_scaling": scaling}
         if self.original is not None and scaling is not None and _ORIGINAL in scaling:
             written[_ORIGINAL] = scaling[_ORIGINAL]
-        return written if self.partial is None else {**written, "partial_rotary_factor": spec.values["rotary_percent"]}
+        return written if self.partial is None else {**written, self.partial_keys[0]: spec.values["rotary_percent"]}
 
 
 #: Keys of each kind of scaling in config.json: required ones, and those that have a default.
@@ -198,6 +219,25 @@ def written_scaling(
     # transformers 4 knows these two under their older key, too
     named = {key: scaling.kind for key in kind_keys if scaling.kind != LLAMA3 or key != "type"}
     return {**named, **values}
+
+
+@dataclass(frozen=True)
+class MultiQuery:
+    """Whether all heads, whose number is under the key `heads`, share one key and value, or each has its own (StarCoder)."""
+
+    heads: str
+    default: bool = True
+    field: str = "num_query_groups"
+    keys: tuple[str, ...] = ("multi_query",)
+
+    def read(self, config: Config) -> dict[str, Any]:
+        value = config.get("multi_query", self.default)
+        if not isinstance(value, bool):
+            raise ConversionError(f"config.json has multi_query={value!r}; it must be true or false")
+        return {self.field: 1 if value else config.get(self.heads)}
+
+    def write(self, spec: ModelSpec) -> dict[str, Any]:
+        return {"multi_query": spec.values.get(self.field) == 1}
 
 
 @dataclass(frozen=True)

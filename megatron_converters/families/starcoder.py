@@ -1,17 +1,47 @@
-"""StarCoder2 (transformers Starcoder2ForCausalLM): Llama's attention, LayerNorm, and an MLP of tanh GELU without a gate.
+"""StarCoder and SantaCoder (transformers GPTBigCodeForCausalLM), and StarCoder2 (Starcoder2ForCausalLM).
 
-Names and defaults: transformers 5.23, models/starcoder2.
+The first is a GPT-2 whose matrices are not transposed and whose heads all share one key and value, unless config.json says
+otherwise. StarCoder2 has Llama's attention, LayerNorm, and an MLP of tanh GELU without a gate. Names and defaults: transformers
+5.23, models/gpt_bigcode and models/starcoder2.
 """
 
 from __future__ import annotations
 
+import dataclasses
+
 from ..model.layers import GELU, GELU_TANH, LAYER_NORM
-from ..model.layouts import GROUPED_QKV
-from .entries import implied, linear, tensor
-from .llama import ATTENTION, DERIVED_HEAD_DIM, LAYER, MLP, query_groups
-from .rules import Named, Passed, Restated, Row
-from .rules_attention import Rope, Window
+from ..model.layouts import SAME
+from .entries import implied, linear
+from .gpt2 import FAMILY as GPT2
+from .llama import DERIVED_HEAD_DIM, MLP, query_groups
+from .rules import Named, Passed, Restated, Row, overridden
+from .rules_attention import MultiQuery, Rope, Window
 from .table import Family, Proof
+from .ungated import ENDS, GELUS, NORMS, PROJ, QKV
+
+GPT_BIGCODE = Family(
+    name="gpt_bigcode",
+    model_type="gpt_bigcode",
+    architecture="GPTBigCodeForCausalLM",
+    since="0.8",
+    proof=Proof.LOGITS,
+    tensors={slot: dataclasses.replace(entry, layout=SAME, transposed=False) for slot, entry in GPT2.tensors.items()},
+    rules=overridden(
+        GPT2.rules,
+        (
+            MultiQuery(heads="n_head"),
+            Named("activation", "activation_function", GELUS, "gelu_pytorch_tanh"),
+            Passed(("num_key_value_heads",)),  # as transformers 5 saves what multi_query says
+            # Dtypes of scores, and how the program that trained SantaCoder and StarCoder ran them.
+            Passed(
+                ("attention_softmax_in_fp32", "scale_attention_softmax_in_fp32", "inference_runner", "max_batch_size")
+            ),
+            Passed(("validate_runner_input", "pre_allocate_kv_cache", "pad_key_length")),
+        ),
+    ),
+    optional_prefix="transformer.",
+    ignored_suffixes=GPT2.ignored_suffixes,
+)
 
 STARCODER2 = Family(
     name="starcoder2",
@@ -20,15 +50,9 @@ STARCODER2 = Family(
     since="0.15",
     proof=Proof.LOGITS,
     tensors={
-        **tensor("word_embeddings", "model.embed_tokens.weight"),
-        **linear("input_norm", LAYER + "input_layernorm"),
-        **linear("qkv", *(f"{ATTENTION}{part}_proj" for part in "qkv"), layout=GROUPED_QKV),
-        **linear("proj", ATTENTION + "o_proj"),
-        **linear("mlp_norm", LAYER + "post_attention_layernorm"),
+        **{**ENDS, **NORMS, **QKV, **PROJ},
         **linear("fc1", MLP + "c_fc"),
         **linear("fc2", MLP + "c_proj"),
-        **linear("final_norm", "model.norm"),
-        **tensor("output_layer", "lm_head.weight"),
     },
     rules=(
         Row("num_layers", "num_hidden_layers"),

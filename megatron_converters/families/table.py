@@ -44,6 +44,8 @@ class Family:
     mtp_layer: str = ""
     replicas: Mapping[str, str] = field(default_factory=dict)
     optional_prefix: str = ""
+    #: Names of tensors that files may have in place of the table's, by these others.
+    renamed: Mapping[str, str] = field(default_factory=dict)
     aliases: tuple[str, ...] = ()
     further_architectures: tuple[str, ...] = ()
     computed_by: str = ""

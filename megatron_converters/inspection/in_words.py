@@ -215,6 +215,7 @@ _USUAL = {
     "rotary_interleaved": False,
     "attention_output_gate": False,
     "parallel_block": False,
+    "parallel_norms": False,
 }
 
 

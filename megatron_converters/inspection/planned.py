@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from ..assets.origin import Origin
 from ..conversion.dry_run import Forecast
@@ -22,8 +22,13 @@ def planned(kind: str, spec: ModelSpec, target: Target, result: Forecast) -> Sur
     if isinstance(target, CheckpointTarget):
         origin.parallel, origin.checkpoint_format = target.parallel, target.format
     files = {file: plan.nbytes for file, plan in result.files.items()}
-    holdings = tuple(holding for ref in refs(spec) for holding in _holdings(ref, list(target.fills(ref))))
+    holdings = tuple(holding for ref in refs(spec) for holding in _holdings(ref, _stored(target.fills(ref))))
     return Survey(kind, spec, origin, files, holdings)
+
+
+def _stored(fills: Iterable[Fill]) -> list[Fill]:
+    """Fills that a file has a place for."""
+    return [fill for fill in fills if fill.constant is None]
 
 
 def _holdings(ref: Ref, fills: list[Fill]) -> Iterator[Holding]:

@@ -86,11 +86,13 @@ def provider_fields(args: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def activation(args: Mapping[str, Any]) -> str:
-    """Name of the activation of the MLPs: "silu", "squared_relu", "gelu" or "gelu_tanh"."""
+    """Name of the activation of the MLPs: "silu", "squared_relu", "relu", "gelu" or "gelu_tanh"."""
     if args["swiglu"]:
         return "silu"
     if args.get("squared_relu", False):
         return "squared_relu"
+    if args.get("mlp_activation"):
+        return "relu"
     return "gelu_tanh" if args["bias_gelu_fusion"] else "gelu"
 
 

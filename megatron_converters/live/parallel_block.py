@@ -1,4 +1,6 @@
-"""Layers of megatron-core whose attention and MLP read the same norm, and a GPTModel whose output layer has a bias (Phi-2).
+"""Layers of megatron-core whose attention and MLP both read the layer's input, and a GPTModel whose output layer has a bias.
+
+Phi-2 has both, with one norm for both blocks; in GPT-NeoX and Pythia each block has a norm of its own.
 
 Written for megatron-core 0.16.1 (core/transformer/transformer_layer.py, core/models/gpt/gpt_model.py), which has neither.
 """
@@ -36,7 +38,10 @@ _LEFT_OFF = {
 
 
 class ParallelBlockLayer(TransformerLayer):  # type: ignore[misc] # megatron is untyped
-    """Layer that computes x + attention(norm(x)) + mlp(norm(x)), each with its bias, and dropped out on its own."""
+    """Layer that computes x + attention(norm(x)) + mlp(norm(x)), each with its bias, and dropped out on its own.
+
+    The norm is the same for both blocks, unless the config has `parallel_norms`.
+    """
 
     def __init__(self, config: TransformerConfig, *args: Any, **options: Any) -> None:
         """As megatron-core's layer; raises `ConversionError` for options that would compute its blocks one after the other."""
@@ -50,7 +55,7 @@ class ParallelBlockLayer(TransformerLayer):  # type: ignore[misc] # megatron is 
         for_attention = {name: value for name, value in options.items() if name not in _NOT_FOR_ATTENTION}
         normed = self.input_layernorm(hidden_states)
         attended = self.self_attention(normed, attention_mask=attention_mask, **for_attention)
-        transformed = self.mlp(normed)
+        transformed = self.mlp(self.pre_mlp_layernorm(hidden_states) if _has_own_norms(self.config) else normed)
         out = self._added(self.self_attn_bda, attended, hidden_states)
         out = self._added(self.mlp_bda, transformed, out)
         # As in megatron-core's layer: a view may not be saved for recomputing.
@@ -97,18 +102,31 @@ class GPTModelWithHeadBias(GPTModel):  # type: ignore[misc] # megatron is untype
 def parallel_layer_spec(config: TransformerConfig, engine: bool) -> ModuleSpec:
     """Spec of a parallel block, of Transformer Engine's modules if `engine`, else of megatron-core's own.
 
-    The norm is a module of its own in both, since two linears read it. Raises `ConversionError` for layers of another kind.
+    A norm that the blocks share is a module of its own in both, since two linears read it. Raises `ConversionError` for layers of
+    another kind.
     """
     raise_all("a layer whose attention and MLP are parallel cannot have", _other_kinds(config))
     if engine:
         spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
-        _unfuse_norms(spec.submodules)
     else:
         spec = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization=config.normalization)
     spec.module = ParallelBlockLayer
-    spec.submodules.pre_mlp_layernorm = IdentityOp
-    spec.submodules.sharded_state_dict_keys_map = {}  # they rename norms to parts of linears
+    if not _has_own_norms(config):
+        _share_norm(spec.submodules, engine)
     return spec
+
+
+def _has_own_norms(config: TransformerConfig) -> bool:
+    """Whether each block has a norm of its own; a config that is no provider of this project does not say so."""
+    return bool(getattr(config, "parallel_norms", False))
+
+
+def _share_norm(submodules: Any, engine: bool) -> None:
+    """Replace the two norms of a layer by one."""
+    if engine:
+        _unfuse_norms(submodules)
+    submodules.pre_mlp_layernorm = IdentityOp
+    submodules.sharded_state_dict_keys_map = {}  # they rename norms to parts of linears
 
 
 def _unfuse_norms(submodules: Any) -> None:

@@ -50,6 +50,7 @@ def gelu_tanh(values: torch.Tensor) -> torch.Tensor:
 _ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": F.silu,
     "squared_relu": squared_relu,
+    "relu": F.relu,
     "gelu": F.gelu,
     "gelu_tanh": gelu_tanh,
 }
@@ -140,8 +141,10 @@ class ProviderFields:
     hf_model_id: str | None = None
     #: Whether local layers cut the down projections of multi-latent attention over tensor-parallel ranks, as before 0.14.
     cut_down_projections: bool = False
-    #: Whether attention and MLP are parallel, on one norm, and whether the output layer has a bias; megatron-core has neither.
+    #: Whether attention and MLP are parallel, and then each on a norm of its own, and whether the output layer has a bias;
+    #: megatron-core has none of these.
     parallel_block: bool = False
+    parallel_norms: bool = False
     head_bias: bool = False
     #: Spec of the layers, or a function of the provider that gives it; None is megatron-core's for `transformer_impl`.
     transformer_layer_spec: Any = None
@@ -303,6 +306,7 @@ def provider_of(args: Mapping[str, Any], **settings: Any) -> GPTModelProvider | 
         activation_func=_ACTIVATIONS[buildable_args.activation(args)],
         deterministic_mode=args.get("experimental_attention_variant") is not None,  # megatron then has code of its own
         parallel_block=args.get("parallel_block", False),
+        parallel_norms=args.get("parallel_norms", False),
         head_bias=args.get("head_bias", False),
     )
     kind = MLAModelProvider if args.get("multi_latent_attention") else GPTModelProvider

@@ -138,11 +138,21 @@ class _Mapper:
     def map(self, outline: Outline) -> ShardMap:
         """Shard map, checked to be complete."""
         raise_all(
-            "these tensors are 0, and no parameter of a live model holds them, so that they cannot be exported from it:",
+            "these tensors, or rows of them, are 0, and no parameter of a live model holds that, so that they cannot be exported "
+            "from it:",
             (name for made_up in outline.extra_tensors.values() for name in made_up),
             remedy="save the model with save_hf_pretrained, which writes them",
         )
         files = {name: file for file, found in outline.files.items() for name in found.shapes}
+        raise_all(
+            "no tensor of Hugging Face holds these, so that an export of tensors would lose them unseen:",
+            (
+                str(ref)
+                for ref in refs(self._layout.spec)
+                if any(fill.constant is not None for fill in self._target.fills(ref))
+            ),
+            remedy="save the model with save_hf_pretrained, which checks that they are what the architecture has in their place",
+        )
         shapes = {name: tuple(shape) for found in outline.files.values() for name, shape in found.shapes.items()}
         parts: dict[str, list[Part]] = {}
         copies: dict[str, list[Part]] = {}

@@ -82,8 +82,8 @@ def norm_bias(spec: ModelSpec) -> Extent | None:
 
 
 def of_second_norm(extent: Callable[[ModelSpec], Extent | None]) -> SizeOf:
-    """Slot of the norm before the MLP, which a parallel block lacks."""
-    return lambda spec, layer: None if layer.parallel_block else extent(spec)
+    """Slot of the norm before the MLP, which a layer lacks whose blocks share one."""
+    return lambda spec, layer: None if layer.shares_norm else extent(spec)
 
 
 def vocab(spec: ModelSpec) -> Extent:

@@ -21,7 +21,10 @@ RMS_NORM, LAYER_NORM = "RMSNorm", "LayerNorm"
 #: Spans of query and key norms: each head by itself, or all heads together (OLMoE).
 EACH_HEAD, ALL_HEADS = "each head", "all heads"
 #: Activations of an MLP. GELU has two forms, which differ by 1e-4 of a logit.
-SILU, GELU, GELU_TANH, SQUARED_RELU = "silu", "gelu", "gelu_tanh", "squared_relu"
+SILU, GELU, GELU_TANH, SQUARED_RELU, RELU = "silu", "gelu", "gelu_tanh", "squared_relu", "relu"
+ACTIVATIONS = (SILU, GELU, GELU_TANH, SQUARED_RELU, RELU)
+#: Whose biases a family's files may lack, where others have some.
+OF_ATTENTION, OF_MLP = "attention", "mlp"
 SOFTMAX, SIGMOID = "softmax", "sigmoid"
 
 
@@ -277,7 +280,7 @@ class Mlp:
     def __post_init__(self) -> None:
         """Refuse sizes that no model can have."""
         check_sizes(self, ("ffn_hidden_size",))
-        check_choice(self, "activation", (SILU, GELU, GELU_TANH, SQUARED_RELU))
+        check_choice(self, "activation", ACTIVATIONS)
         check_switches(self, ("gated", "mlp_bias"))
 
     @property
@@ -321,7 +324,7 @@ class Mixture:
         number(self.moe_router_topk_scaling_factor, "moe_router_topk_scaling_factor")
         check_switches(self, ("moe_router_pre_softmax", "moe_router_enable_expert_bias", "shared_gate", "gated"))
         check_choice(self, "moe_router_score_function", (SOFTMAX, SIGMOID))
-        check_choice(self, "activation", (SILU, GELU, GELU_TANH, SQUARED_RELU))
+        check_choice(self, "activation", ACTIVATIONS)
         shared = self.shared_ffn_hidden_size
         if not is_whole(shared) or shared < 0:
             raise ConversionError(
@@ -365,16 +368,27 @@ Feed = Mlp | Mixture | BlockExperts
 class Layer:
     """Kind of layer: what mixes positions, and what follows it. Norms before both are the model's.
 
-    In a `parallel_block` both read the same norm, and their outputs are added to the layer's input: there is no second norm.
+    In a `parallel_block` both read the layer's input, and their outputs are added to it. They share one norm there, and there is no
+    second one, unless `parallel_norms`.
     """
 
     mixer: Mixer
     feed: Feed
     parallel_block: bool = False
+    parallel_norms: bool = False
 
     def __post_init__(self) -> None:
-        """Refuse a switch that is neither on nor off."""
-        check_switches(self, ("parallel_block",))
+        """Refuse switches that are neither on nor off, or exclude each other."""
+        check_switches(self, ("parallel_block", "parallel_norms"))
+        if self.parallel_norms and not self.parallel_block:
+            raise ConversionError(
+                "parallel_norms is true, but parallel_block is false: only parallel blocks can share a norm"
+            )
+
+    @property
+    def shares_norm(self) -> bool:
+        """Whether both of its blocks read the same norm."""
+        return self.parallel_block and not self.parallel_norms
 
     @property
     def window(self) -> int | None:

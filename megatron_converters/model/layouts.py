@@ -88,6 +88,15 @@ def _same(slot: Array, parts: Sequence[Array], _: Kind) -> Pairs:
     yield slot, parts[0]
 
 
+def _after_two_rows(slot: Array, parts: Sequence[Array], _: Kind) -> Pairs:
+    """The part begins with two rows that are none of the slot's."""
+    yield slot, parts[0][2:]
+
+
+def _two_more_rows(kind: Kind) -> tuple[int, ...]:
+    return (kind.rows + 2,)
+
+
 def _blocks(slot: Array, parts: Sequence[Array], kind: Kind) -> Pairs:
     yield from zip(_split(slot, kind.blocks), parts, strict=True)
 
@@ -177,6 +186,8 @@ def _delta_rows(kind: Kind) -> tuple[int, ...]:
 
 
 SAME = Layout("same", lambda kind: (kind.rows,), _same)
+#: Two rows that nothing reads, then the slot (OPT's positions).
+AFTER_TWO_ROWS = Layout("after two rows", _two_more_rows, _after_two_rows)
 #: One part for each block of the slot: gate and up, for example.
 BLOCKS = Layout("blocks", lambda kind: kind.blocks, _blocks)
 GATED = Layout("gated", lambda kind: kind.blocks, _blocks)
@@ -257,6 +268,7 @@ NAMED: Mapping[str, NamedLayout] = {
     "same": _for(SAME, SLOTS, 1),
     **_WITH_PARTS,
     **{f"joined_{name}": _for(joined(known.layout), known.parts, 1) for name, known in _WITH_PARTS.items()},
+    "after_two_rows": _for(AFTER_TWO_ROWS, ("position_embeddings",), 1),
     "alternating": _for(ALTERNATING, _GATED_SLOTS, 1),
     "blocks": NamedLayout(BLOCKS, {"delta_in": 6, "delta_conv": 3}),
 }
@@ -293,12 +305,13 @@ def interned(rows: RowMap) -> RowMap:
 
 @lru_cache(maxsize=256)
 def row_maps(layout: Layout, slot: Slot, spec: ModelSpec, layer: Layer) -> tuple[RowMap, ...]:
-    """Row maps of the parts: for each row of a part, the row of the slot. Cached, so that equal maps are one object."""
+    """Row maps of the parts: for each row of a part, the row of the slot, or -1. Cached, so that equal maps are one object."""
     kind = Kind(slot, spec, layer)
     parts = [np.full(count, -1, np.int64) for count in layout.part_rows(kind)]
     for whole, part in layout.pairs(np.arange(kind.rows, dtype=np.int64), parts, kind):
         part[...] = whole
-    if not np.array_equal(np.sort(np.concatenate(parts)), np.arange(kind.rows)):
+    held = np.concatenate(parts)
+    if not np.array_equal(np.sort(held[held >= 0]), np.arange(kind.rows)):
         raise ConversionError(
             f"layout {layout.name!r} does not cover each of the {kind.rows} rows of {slot.name} exactly once"
         )

@@ -14,6 +14,8 @@ from typing import Any
 from ..basics.dtypes import DType, dtype_named
 from ..basics.errors import ConversionError
 from .layers import (
+    OF_ATTENTION,
+    OF_MLP,
     TOO_MANY_LAYERS,
     Attention,
     BlockExperts,
@@ -27,6 +29,7 @@ from .layers import (
     Norm,
     Rope,
     RopeScaling,
+    check_choice,
     check_size,
     check_sizes,
     check_switches,
@@ -90,6 +93,8 @@ class ModelSpec:
     tied: bool = False
     #: Bias of the output layer, also where its weight is that of the embeddings.
     head_bias: bool = False
+    #: Linears whose biases are 0, since the family's files have none: of attention, or of the MLP. Megatron-LM has all or none.
+    absent_biases: str = ""
     initializer_range: float = 0.02
     attention_dropout: float = 0.0
 
@@ -103,10 +108,11 @@ class ModelSpec:
         for name in ("initializer_range", "attention_dropout"):
             number(getattr(self, name), name)
         check_switches(self, ("tied", "learned_positions", "causal", "head_bias"))
+        check_choice(self, "absent_biases", ("", OF_ATTENTION, OF_MLP))
         counts = {kind.feed.num_experts for kind in self.kinds if isinstance(kind.feed, Mixture)}
         if len(counts) > 1:
             raise ConversionError(f"num_experts differs between layers ({sorted(counts)}); that is not supported")
-        if len({kind.parallel_block for kind in self.used}) > 1:
+        if len({(kind.parallel_block, kind.parallel_norms) for kind in self.used}) > 1:
             raise ConversionError("parallel_block differs between layers; that is not supported")
 
     def __hash__(self) -> int:
@@ -175,7 +181,15 @@ class ModelSpec:
 
 
 _SHARED = ("family", "dtype", "hidden_size", "vocab_size", "max_position_embeddings")
-_OPTIONAL = ("learned_positions", "causal", "tied", "head_bias", "initializer_range", "attention_dropout")
+_OPTIONAL = (
+    "learned_positions",
+    "causal",
+    "tied",
+    "head_bias",
+    "absent_biases",
+    "initializer_range",
+    "attention_dropout",
+)
 
 
 def names(record: type[Any]) -> list[str]:
@@ -201,7 +215,7 @@ def _kind_values(kind: Layer) -> dict[str, Any]:
         found |= {field.name: getattr(record, field.name) for field in dataclasses.fields(record)}
     if "rope" in found:
         found["rope"] = rope is not None
-    return found | {"parallel_block": kind.parallel_block}
+    return found | {"parallel_block": kind.parallel_block, "parallel_norms": kind.parallel_norms}
 
 
 def _layer_values(spec: ModelSpec) -> Iterator[tuple[str, Any]]:
@@ -258,7 +272,8 @@ def _kind(values: Mapping[str, Any]) -> Layer:
     feed = FEEDS[values.get("feed") or ("moe" if values.get("num_experts") else "mlp")]
     rope = values.get("rope", values.get("rotary_base") is not None)
     with_rope = {**values, "rope": _record(Rope, values) if rope else None}
-    return Layer(_record(mixer, with_rope), _record(feed, values), values.get("parallel_block", False))
+    blocks = (values.get(name, False) for name in ("parallel_block", "parallel_norms"))
+    return Layer(_record(mixer, with_rope), _record(feed, values), *blocks)
 
 
 def _spare_kinds(values: Mapping[str, Any], kinds: list[Layer]) -> Iterator[Layer]:
@@ -289,6 +304,7 @@ _KNOWN = {
     "mixer",
     "feed",
     "parallel_block",
+    "parallel_norms",
     *(n for r in _RECORDS for n in names(r)),
 }
 #: Names of all properties.

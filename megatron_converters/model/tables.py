@@ -16,7 +16,7 @@ class Entry:
     `value` turns stored values into those of the slot. `stacked` parts hold those of all experts along a first axis. Rows of a
     part with `unit_rows` are divided by their lengths as they are read, and stored as they are. `fused` names the single tensor,
     in the slot's own layout, that may be there instead: [experts, rows, columns] for all experts of an expert slot, the whole
-    slot otherwise.
+    slot otherwise. A slot with a `constant` has no tensor, since all of its elements are that.
     """
 
     layout: Layout
@@ -27,3 +27,4 @@ class Entry:
     stacked: bool = False
     value: Affine | None = None
     unit_rows: bool = False
+    constant: float | None = None

@@ -6,11 +6,12 @@ scale for each block of it, mostly 128×128. The last block of a row or column m
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -38,6 +39,31 @@ _SHORTEST = 1e-12
 def block_counts(shape: tuple[int, ...], block: tuple[int, int]) -> tuple[int, ...]:
     """Number of blocks along each axis of a matrix of `shape`; the last one may be short."""
     return tuple(-(-size // side) for size, side in zip(shape, block, strict=True))
+
+
+@dataclass(frozen=True)
+class Constant(Sealed):
+    """Tensor that no file holds, since all of its elements are `value`, which its dtype has exactly."""
+
+    dtype: DType
+    shape: tuple[int, ...]
+    value: float
+
+    #: No file, and no tensor of one.
+    path = ""
+    stored: ClassVar[Mapping[str, StoredTensor]] = {}
+    exact = True
+
+    @property
+    def computed(self) -> str:
+        """What is done, in words."""
+        return f"{self.value:g} in every element"
+
+    def read(self, rows: Rows, cols: slice) -> Array:
+        """Elements of these rows and columns."""
+        count, width = self.shape[0], math.prod(self.shape[1:])
+        chosen = len(range(count)[rows]) if isinstance(rows, slice) else rows.size
+        return rounded(np.full((chosen, len(range(width)[cols])), self.value, np.float32), self.dtype)
 
 
 @dataclass(frozen=True)

@@ -193,7 +193,14 @@ LIVE: Mapping[str, Mapping[str, Any]] = {
 
 #: Scale of a parameter's random values by a part of its name; the first that fits counts.
 _SCALES = (
-    *(("c_attn.weight", 0.15), ("qkv_proj", 0.15), ("q_b_proj", 0.2), ("kv_b_proj", 0.2), ("kv_a_proj", 0.2)),
+    *(
+        ("c_attn.weight", 0.15),
+        ("query_key_value.weight", 0.15),
+        ("qkv_proj", 0.15),
+        ("q_b_proj", 0.2),
+        ("kv_b_proj", 0.2),
+        ("kv_a_proj", 0.2),
+    ),
     *(("in_proj_qkvz", 0.2), ("in_proj_ba", 0.2), ("conv1d", 0.3), ("A_log", 0.5), ("dt_bias", 0.5)),
 )
 

@@ -6,8 +6,11 @@ import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import numpy as np
+
 from ...basics.errors import ConversionError
 from ...families.table import Family
+from ...model.layers import OF_ATTENTION, OF_MLP
 from ...model.layouts import SAME, RowMap, row_maps
 from ...model.slots import DECODER, Ref, Scope, Slot
 from ...model.spec import ModelSpec
@@ -36,6 +39,11 @@ class Part(NamedTuple):
     value: Affine | None = None
     unit_rows: bool = False
     number: int = 0
+
+    @property
+    def unread(self) -> int:
+        """Number of rows at the beginning that are none of the slot's."""
+        return 0 if self.rows[0] >= 0 else int(np.argmax(self.rows >= 0))
 
     @property
     def stored_parts(self) -> int:
@@ -78,29 +86,46 @@ class Part(NamedTuple):
 _Template = Part
 
 
+#: Slots of the biases that a family's files may lack.
+_ABSENT = {OF_ATTENTION: ("qkv_bias", "proj_bias"), OF_MLP: ("fc1_bias", "fc2_bias")}
+
+
+def constants(family: Family, spec: ModelSpec) -> dict[str, float]:
+    """Value of all elements of each slot that the family's files leave out, by the slot's name."""
+    stated = {slot: entry.constant for slot, entry in family.tensors.items() if entry.constant is not None}
+    return stated | dict.fromkeys(_ABSENT.get(spec.absent_biases, ()), 0.0)
+
+
 class HFNames:
     """Names and parts of a model's refs in a Hugging Face folder."""
 
     def __init__(self, family: Family, spec: ModelSpec) -> None:
         self._family, self._spec = family, spec
+        self._constants = constants(family, spec)
         self._templates: dict[tuple[Slot, int, str, bool], tuple[_Template, ...]] = {}
 
     def parts(self, ref: Ref, *, fused: bool) -> list[Part]:
         """Parts of a ref; `fused` selects the fused tensor of transformers 5 where the slot has one."""
-        key = ref.slot, ref.kind_number(self._spec), ref.stack, fused and self._entry(ref).fused is not None
+        key = ref.slot, ref.kind_number(self._spec), ref.stack, fused and self.fused_name(ref) != ""
         if key not in self._templates:
             self._templates[key] = tuple(self._separate(ref) if not key[-1] else self._fused(ref))
         number = (ref.expert or 0) if key[-1] else 0
         return [Part(self._name(template.name, ref), *template[1:-1], number) for template in self._templates[key]]
 
     def names(self, ref: Ref) -> tuple[str, ...]:
-        """Names of a ref's separate tensors."""
+        """Names of a ref's separate tensors; none for one that files leave out."""
+        if self.constant(ref) is not None:
+            return ()
         return tuple(self._name(self._template(name, ref), ref) for name in self._entry(ref).names)
 
     def fused_name(self, ref: Ref) -> str:
         """Name of a ref's fused tensor in transformers 5; empty if it has none."""
-        fused = self._entry(ref).fused
+        fused = None if self.constant(ref) is not None else self._entry(ref).fused
         return "" if fused is None else self._name(self._template(fused, ref), ref)
+
+    def constant(self, ref: Ref) -> float | None:
+        """Value of all elements of a ref that has no tensor; None for one that has."""
+        return self._constants.get(ref.slot.name)
 
     def replica_names(self, ref: Ref) -> list[str]:
         """Names of copies of a ref that layers of multi-token prediction repeat."""
@@ -110,6 +135,8 @@ class HFNames:
         return [self._numbered(template, layer, None) for layer in range(len(self._spec.mtp))]
 
     def _separate(self, ref: Ref) -> Iterator[_Template]:
+        if self.constant(ref) is not None:
+            return
         entry, rest = self._entry(ref), ref.shape(self._spec)[1:]
         maps = row_maps(entry.layout, ref.slot, self._spec, ref.kind(self._spec))
         if len(maps) != len(entry.names):

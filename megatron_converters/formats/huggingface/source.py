@@ -7,11 +7,15 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import os
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from ...assets.code_files import code_files
 from ...assets.origin import Origin, file_identities
@@ -28,10 +32,11 @@ from ...families import FAMILIES
 from ...families.config_json import config_notes, spec_from_config
 from ...families.quantisation import unquantised
 from ...families.table import Family
+from ...model.layouts import SAME, row_maps
 from ...model.slots import MTP, SLOTS, Ref, refs
 from ...model.spec import ModelSpec
-from ...storage.decoding import UnitRows
-from .parts import HFNames, Part
+from ...storage.decoding import Constant, UnitRows
+from .parts import HFNames, Part, constants
 from .quantised import Weight, decoded, decoded_note
 from .weight_files import ADAPTER, WeightFiles, ghost_line, read_file, read_weights
 from .wrapping import Wrapping, refuse_adapters, wrapping_of
@@ -112,6 +117,8 @@ class HFSource:
                 *notes,
                 *_ghost_note(ghosts),
                 *([_ZERO_BIAS_NOTE] if zero else []),
+                *_constant_notes(family, spec),
+                *_unread_notes(self._pieces),
                 *dropped.notes,
                 *decoded_note(tensors),
                 *_unit_notes(self._pieces),
@@ -212,10 +219,29 @@ def _match(
     copies = list(_replicas(spec, names, tensors))
     matcher.strike(part.name for _, part, _ in copies)
     matcher.close(f"is not a tensor of the {spec.family} family with this config.json")
+    empty = [ref for ref, found in pieces.items() if not found]
+    if empty:
+        dtype = _dtype_of_most(pieces)
+        pieces |= {ref: (_constant(names, ref, spec, dtype),) for ref in empty}
     replicas: dict[Ref, tuple[Piece, ...]] = {}
     for ref, part, note in copies:
         replicas[ref] = (*replicas.get(ref, ()), *_pieces(part, tensors[part.name], wrapping, note))
     return pieces, replicas
+
+
+def _dtype_of_most(pieces: Mapping[Ref, Sequence[Piece]]) -> DType:
+    """Dtype of most stored elements."""
+    elements: Counter[DType] = Counter()
+    for piece in itertools.chain(*pieces.values()):
+        elements[piece.data.dtype] += math.prod(piece.data.shape)
+    return elements.most_common(1)[0][0]
+
+
+def _constant(names: HFNames, ref: Ref, spec: ModelSpec, dtype: DType) -> Piece:
+    """Piece of a ref that has no tensor, since all of its elements are the same."""
+    (rows,) = row_maps(SAME, ref.slot, spec, ref.kind(spec))
+    data = Constant(dtype, ref.shape(spec), names.constant(ref) or 0.0)
+    return Piece(data, rows, 0, StoredName("no file", f"{ref} of the {spec.family} family"))
 
 
 def _pieces(part: Part, data: Weight, wrapping: Wrapping, note: str = "") -> Iterator[Piece]:
@@ -242,6 +268,29 @@ def _ghost_note(ghosts: Mapping[str, str]) -> list[str]:
     return [
         f"the index names {count(len(ghosts), 'tensor')} that no file has, and the model needs none of them: {named}"
     ]
+
+
+def _constant_notes(family: Family, spec: ModelSpec) -> list[str]:
+    """Note on slots that the files leave out, since all of their elements are the same."""
+    left_out = constants(family, spec)
+    held = {ref.slot.name for ref in refs(spec)} if left_out else ()
+    values = {slot: value for slot, value in left_out.items() if slot in held}
+    by_value = {value: [name for name, each in values.items() if each == value] for value in values.values()}
+    listed = "; ".join(f"{value:g} in {', '.join(found)}" for value, found in by_value.items())
+    if not listed:
+        return []
+    return [
+        f"this {family.name} model has no tensors where Megatron-LM has weights: {listed}. Training changes them, and a model with "
+        "other values cannot be written as this one again"
+    ]
+
+
+def _unread_notes(pieces: Mapping[Ref, Sequence[Piece]]) -> Iterator[str]:
+    """Notes on rows of tensors that are none of a slot's."""
+    for piece in itertools.chain(*pieces.values()):
+        if piece.rows[0] < 0:
+            rows = int(np.count_nonzero(piece.rows < 0))
+            yield f"{count(rows, 'row')} of {piece.name.tensor}, which the model does not read, are left out"
 
 
 def _dtype_note(config: Mapping[str, Any], spec: ModelSpec) -> list[str]:

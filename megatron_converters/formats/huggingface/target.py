@@ -33,6 +33,7 @@ from ...conversion.staging import Staging
 from ...conversion.stored_model import StoredModel
 from ...families import FAMILIES
 from ...families.config_json import config_for, config_from_spec, missing_code
+from ...model.layouts import SAME, interned, row_maps
 from ...model.slots import SLOTS, Ref, refs
 from ...model.spec import ModelSpec
 from ...model.values import composed, inverse
@@ -79,6 +80,8 @@ class HFTarget:
         self._options = options
         self._file_names: dict[str, str] = {}
         self._notes: list[str] = []
+        #: Number of rows that no slot has, at the beginning of tensors, by name.
+        self._unread: dict[str, int] = {}
 
     def prepare(self, spec: ModelSpec, origin: Origin, dtype_of: Callable[[Ref], DType]) -> Outline:
         """Lay out all files; raises `ConversionError` if the options do not fit the model."""
@@ -99,6 +102,9 @@ class HFTarget:
             dtype = dtype_of(ref) if ref in held else self._spec.dtype
             for part in self._parts(ref):
                 tensor = Stored(part.name, dtype, part.stored_shape, part.stored_parts)
+                if part.unread:
+                    self._unread[part.name] = part.unread
+                    zero[part.name] = zeros(dtype, (part.unread, *part.shape[1:]))
                 if ref not in held:
                     zero[part.name] = zeros(dtype, part.stored_shape)
                 if stored.setdefault(part.name, tensor) != tensor:
@@ -165,12 +171,22 @@ class HFTarget:
             )
 
     def fills(self, ref: Ref) -> Iterator[Fill]:
-        """Fills of one ref."""
+        """Fills of one ref; for one that the family has no tensor for, what its elements must be."""
+        value = self._names.constant(ref)
+        if value is not None:
+            (rows,) = row_maps(SAME, ref.slot, self._spec, ref.kind(self._spec))
+            family = self._spec.family
+            why = (
+                f"the {family} model that the configuration describes has no tensor for it, so that this model is another; give a "
+                "configuration that has one with --hf-config, or write another family with --as"
+            )
+            yield Fill("", why, self._dtype_of(ref), ref.shape(self._spec), rows, 0, constant=value)
         for part in self._parts(ref):
             dtype = self._dtype_of(ref)
-            start = part.number * math.prod(part.shape) * dtype.itemsize
+            start = (part.number * part.shape[0] + part.unread) * math.prod(part.shape[1:]) * dtype.itemsize
             file = self._file_names[part.name]
-            fill = Fill(file, part.name, dtype, part.shape, part.rows, 0, start, part.transposed)
+            rows = interned(part.rows[part.unread :]) if part.unread else part.rows
+            fill = Fill(file, part.name, dtype, (rows.size, *part.shape[1:]), rows, 0, start, part.transposed)
             fill = self._stored.fill(ref, fill)
             yield fill._replace(value=composed(fill.value, inverse(part.value)), swapped=part.swapped)
 
@@ -231,6 +247,10 @@ class HFTarget:
         notes = [*origin.notes]
         notes += [f"config.json differs from the reference in {change}" for change in self._changed]
         notes += self._code_notes()
+        notes += [
+            f"{count(rows, 'row')} at the beginning of {name}, which the model does not read, are 0: no other format has them"
+            for name, rows in self._unread.items()
+        ]
         write_code_files(origin.code_files, folder)
         self._write_index(folder)
         notes += self._write_bins(folder)

@@ -71,6 +71,9 @@ def wrapping_of(stored: Collection[str], ghosts: Collection[str], family: Family
     """
     bare, notes = _unwrapped([*stored, *ghosts])
     names = HFNames(family, spec)
+    for other, name in family.renamed.items():
+        if other in bare and name not in bare:
+            bare[name] = bare.pop(other)
     renamed, note = _unprefixed(bare, family, names, spec)
     final, tied = _tied_by_head(renamed, {name for name in renamed if bare[renamed[name]] in stored}, names, spec)
     in_files = {name: bare[renamed[final[name]]] for name in final}
@@ -124,7 +127,7 @@ def _unprefixed(
 
 def _first_names(ref: Ref, names: HFNames, base: str) -> list[str]:
     """Name of a ref's first tensor, and of the fused one that may be there instead, without the base model's prefix."""
-    found = (names.names(ref)[0], names.fused_name(ref))
+    found = (*names.names(ref)[:1], names.fused_name(ref))
     return [name.removeprefix(base) for name in found if name.startswith(base)]
 
 

@@ -135,7 +135,8 @@ def _reference_notes(
         unclear = (*missing_sizes(args), *(_EPSILONS if "epsilon" in str(error) else ()))
         values = spec_fields(_completed(args, spec, options, unclear))
     stored = conventions_of(vars(args), spec, options.mup).spec
-    said = ModelSpec.of(family=spec.family, **{**values, "vocab_size": spec.vocab_size, "dtype": spec.dtype})
+    decided = {"vocab_size": spec.vocab_size, "dtype": spec.dtype, "absent_biases": spec.absent_biases}
+    said = ModelSpec.of(family=spec.family, **{**values, **decided})
     heads = [name for name in stated_heads(args) if said.values.get(name) != spec.values.get(name)]
     if heads:
         raise ConversionError(

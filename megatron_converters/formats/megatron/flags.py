@@ -11,12 +11,14 @@ from typing import Any
 
 from ...model.layers import LATENT_EPSILON, Attention, Latent
 from ...model.spec import ModelSpec
-from .argument import Argument, Flag, Group
+from .argument import Argument, Build, Flag, Group
 from .arguments import ARGUMENTS
 from .releases import NEWEST, OLDEST, before, latest
 from .rows_positions import scaling_of
 
 _BY_FLAG = {row.flag.name: row.flag for row in ARGUMENTS if row.flag is not None}
+#: Flags of what megatron-core has only in layers of Transformer Engine.
+_NEED_ENGINE = [row.flag.name for row in ARGUMENTS if row.flag is not None and row.build is Build.ENGINE]
 #: Attributes that say what a checkpoint lacks besides its model.
 _NOT_SAVED = ("no_save_optim", "no_save_rng")
 _EXPERT_GROUPS = (Group.EXPERTS, Group.ROUTER, Group.EXPERT_LAYOUT)
@@ -89,6 +91,12 @@ def flag_warnings(spec: ModelSpec, shown: Iterable[str], tp: int = 1) -> list[st
             "warning: Megatron-LM trains experts at a tensor-parallel size above 1 with sequence parallelism only, for which its "
             "local RMS norms cannot be built; use --saver-transformer-impl transformer_engine, tensor-parallel size 1, or a "
             "Megatron-LM with norms of its own, such as Habana's"
+        )
+    needing = [flag for flag in _NEED_ENGINE if any(words.split()[0] == flag for words in shown)]
+    if "--transformer-impl local" in shown and needing:
+        warnings.append(
+            f"warning: --transformer-impl local: Megatron-LM builds {', '.join(needing)} from Transformer Engine's layers alone; "
+            "use --saver-transformer-impl transformer_engine"
         )
     if any(isinstance(kind.mixer, Latent) for kind in spec.used) and spec.norm.norm_epsilon != LATENT_EPSILON:
         warnings.append(

@@ -21,7 +21,7 @@ _ATTENTION = _LAYER + "self_attention."
 _MLP = _LAYER + "mlp."
 _MTP = "mtp.layers.{layer}."
 
-#: Name of a slot; where it depends on what is in the layer, one for each kind of record, and with `Layer` that of a parallel block.
+#: Name of a slot; where it depends on what is in the layer, one for each kind of record, and with `Layer` that of a shared norm.
 Name = str | Mapping[type, str]
 
 EMBEDDINGS = "embedding.word_embeddings.weight"
@@ -162,7 +162,7 @@ def name_of(table: Mapping[str, Name], slot: str, kind: Layer, stack: str, modul
     """
     name = table[slot]
     if not isinstance(name, str):
-        records = [kind] if kind.parallel_block else [kind.mixer, kind.feed]
+        records = [kind] if kind.shares_norm else [kind.mixer, kind.feed]
         name = next(name[type(record)] for record in records if type(record) in name)
     return _in_stack(name, stack, module)
 
@@ -208,7 +208,7 @@ _OWNERS = (
     _Owner(_MLP + "shared_experts.linear_fc1", "shared_fc1"),
     _Owner(_MLP + "shared_experts.linear_fc2", "shared_fc2"),
 )
-#: Norm of a parallel block, which is no part of a linear.
+#: Norm that both blocks of a layer share, which is no part of a linear.
 _SHARED_NORM = _Owner(_LAYER + "input_layernorm", "input_norm", local=False)
 _MTP_OWNERS = (
     _Owner(_MTP + "enorm", "mtp_embedding_norm", local=False),
@@ -252,7 +252,7 @@ def distributed_extra_state(spec: ModelSpec, kind: Layer, stack: str) -> Iterato
 
 def _owners(spec: ModelSpec, kind: Layer, stack: str) -> Iterator[_Owner]:
     """Owners of an `_extra_state` in a layer, without its experts."""
-    if kind.parallel_block:
+    if kind.shares_norm:
         yield _SHARED_NORM
     for owner in (*_OWNERS, *(_MTP_OWNERS if stack != DECODER else ())):
         if SLOTS[owner.slot].extent(spec, kind) is not None:

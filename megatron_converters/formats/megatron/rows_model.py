@@ -14,6 +14,7 @@ from ...model.layers import (
     GELU,
     GELU_TANH,
     LAYER_NORM,
+    RELU,
     RMS_NORM,
     SILU,
     SQUARED_RELU,
@@ -100,6 +101,18 @@ def _activation_limit(spec: ModelSpec) -> str:
     return ""
 
 
+def _relu_limit(spec: ModelSpec) -> str:
+    if spec.values.get("activation") != RELU:
+        return ""
+    return (
+        f"an MLP of ReLU: Megatron-LM has no flag for it; {_LIVE_ONLY}, or with activation_func in your model provider"
+    )
+
+
+#: MLP of ReLU in the words of `config_fields.py`.
+_RELU = "relu, not gated"
+
+
 # -- biases and norms
 
 
@@ -163,7 +176,8 @@ def _head_norm_limit(spec: ModelSpec) -> str:
 def _parallel_limit(spec: ModelSpec) -> str:
     if not spec.values["parallel_block"]:
         return ""
-    return f"attention and MLP in parallel on one norm: Megatron-LM has no such block; {_LIVE_ONLY}"
+    norms = "each on a norm of its own" if spec.values["parallel_norms"] else "on one norm"
+    return f"attention and MLP in parallel {norms}: Megatron-LM has no such block; {_LIVE_ONLY}"
 
 
 def _head_bias_limit(spec: ModelSpec) -> str:
@@ -233,7 +247,16 @@ BLOCKS = (
         build=Build.USED,
     ),
     # This project's own, for a function in the configuration of a model that no switch says (`config_fields.py`).
-    only("mlp_activation", None, "an activation that no supported model has", optional=True),
+    Argument(
+        "mlp_activation",
+        lambda context: _RELU if context.value("activation") == RELU else None,
+        lambda args: {"activation": RELU} if args.get("mlp_activation") == _RELU else {},
+        optional=True,
+        neutral=(_RELU,),
+        meaning="an activation that no supported model has",
+        limit=_relu_limit,
+        build=Build.OWN,
+    ),
     only("quick_geglu", False, "a quick GELU"),
     only("glu_linear_offset", 0.0, "an offset in the MLP's activation"),
     only("activation_func_clamp_value", None, "a clamped activation"),
@@ -295,8 +318,9 @@ BLOCKS = (
         absent=False,
         build=Build.REFUSED,
     ),
-    # Both are this project's own, and built by classes of its own.
+    # These are this project's own, and built by classes of its own.
     said("parallel_block", "parallel_block", absent=False, optional=True, limit=_parallel_limit, build=Build.OWN),
+    said("parallel_norms", "parallel_norms", absent=False, optional=True, build=Build.OWN),
     said("head_bias", "head_bias", absent=False, optional=True, limit=_head_bias_limit, build=Build.OWN),
     only("qk_l2_norm", False, "queries and keys of length 1"),
     Argument(

@@ -32,7 +32,7 @@ def without_place(spec: ModelSpec) -> Iterator[str]:
     if _has(spec, "qk_norm", ALL_HEADS):
         yield "norms of queries and keys over all heads together: its qk_layernorm normalises each head by itself"
     if _has(spec, "parallel_block", True):
-        yield "attention and MLP in parallel on one norm: its layers run one after the other, with a norm before each"
+        yield "attention and MLP in parallel: its layers run one after the other, with a norm before each"
     if _has(spec, "attention_output_gate", True):
         yield "gates of attention's output among the queries"
 

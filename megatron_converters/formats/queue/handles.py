@@ -7,7 +7,7 @@ which is built from the same references while it unpickles.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -20,16 +20,16 @@ from ...conversion.composing import Piece, Planner, StoredName
 from ...conversion.gathering import materialise
 from ...model.layouts import RowMap, interned, runs
 from ...model.values import Affine, composed
-from ...storage.decoding import ScaledBlocks
+from ...storage.decoding import Constant, ScaledBlocks
 from ...storage.tensor import StoredTensor, as_torch, contiguous_strides
 
 #: Row map as its `layouts.runs`: (row of the tensor, first row of the slot, number of rows).
 _Runs = tuple[tuple[int, int, int], ...]
 #: Stored tensor as plain values: the arguments of `StoredTensor`.
 _PackedTensor = tuple[str, int, str, tuple[int, ...], tuple[int, ...]]
-#: Piece as plain values: whether it is quantised, its stored tensor (or the arguments of its `ScaledBlocks`), the runs of its rows,
-#: its first column, its name, and numerator and denominator of the scale and the shift of its value.
-_PackedPiece = tuple[bool, Any, _Runs, int, tuple[str, ...], tuple[tuple[int, int], ...]]
+#: Piece as plain values: the class of its data and the arguments of that, the runs of its rows, its first column, its name, and
+#: numerator and denominator of the scale and the shift of its value.
+_PackedPiece = tuple[str, Any, _Runs, int, tuple[str, ...], tuple[tuple[int, int], ...]]
 
 
 class TensorHandle:
@@ -76,13 +76,15 @@ def _pack(piece: Piece) -> _PackedPiece:
     data = piece.data
     if isinstance(data, ScaledBlocks):
         packed: Any = (data.name, _pack_tensor(data.weight), data.scale_name, _pack_tensor(data.scale), data.block)
+    elif isinstance(data, Constant):
+        packed = data.dtype.name, data.shape, data.value
     elif isinstance(data, StoredTensor):
         packed = _pack_tensor(data)
     else:
         raise ConversionError(f"{piece.name} is not in a file, so it cannot be sent to another process")
     numbers = () if piece.value is None else (Fraction(piece.value.scale), Fraction(piece.value.shift))
     value = tuple(number.as_integer_ratio() for number in numbers)
-    return isinstance(data, ScaledBlocks), packed, tuple(runs(piece.rows)), piece.col, tuple(piece.name), value
+    return type(data).__name__, packed, tuple(runs(piece.rows)), piece.col, tuple(piece.name), value
 
 
 def _pack_tensor(data: StoredTensor) -> _PackedTensor:
@@ -90,8 +92,8 @@ def _pack_tensor(data: StoredTensor) -> _PackedTensor:
 
 
 def _unpack(packed: _PackedPiece) -> Piece:
-    quantised, content, row_runs, col, name, value = packed
-    data = _unpack_blocks(*content) if quantised else _unpack_tensor(content)
+    kind, content, row_runs, col, name, value = packed
+    data = _UNPACK[kind](content)
     function = Affine(*(Fraction(*number) for number in value)) if value else None
     return Piece(data, _rows(row_runs, data.shape[0]), col, StoredName(*name), function)
 
@@ -101,10 +103,21 @@ def _unpack_tensor(packed: _PackedTensor) -> StoredTensor:
     return StoredTensor(path, offset, dtype_named(dtype), shape, strides)
 
 
-def _unpack_blocks(
-    name: str, weight: _PackedTensor, scale_name: str, scale: _PackedTensor, block: tuple[int, int]
-) -> ScaledBlocks:
+def _unpack_blocks(packed: tuple[str, _PackedTensor, str, _PackedTensor, tuple[int, int]]) -> ScaledBlocks:
+    name, weight, scale_name, scale, block = packed
     return ScaledBlocks(name, _unpack_tensor(weight), scale_name, _unpack_tensor(scale), block)
+
+
+def _unpack_constant(packed: tuple[str, tuple[int, ...], float]) -> Constant:
+    dtype, shape, value = packed
+    return Constant(dtype_named(dtype), shape, value)
+
+
+_UNPACK: dict[str, Callable[[Any], StoredTensor | ScaledBlocks | Constant]] = {
+    "StoredTensor": _unpack_tensor,
+    "ScaledBlocks": _unpack_blocks,
+    "Constant": _unpack_constant,
+}
 
 
 def _rows(packed: _Runs, count: int) -> RowMap:

@@ -15,6 +15,10 @@ Tensors = dict[str, torch.Tensor]
 Config = dict[str, Any]
 
 
+#: Cut of a dense model.
+CUT: Mapping[str, Any] = {"tp": 2, "pp": 2, "impl": "transformer_engine"}
+
+
 class Model(NamedTuple):
     """Tiny model: `fields` are those of config.json for a class that transformers has.
 
@@ -26,7 +30,7 @@ class Model(NamedTuple):
     fields: Mapping[str, Any]
     publish: Callable[[Tensors, Config], tuple[Tensors, Config]] | None = None
     whole: Mapping[str, Any] = {"impl": "local"}
-    cut: Mapping[str, Any] = {"tp": 2, "pp": 2, "impl": "transformer_engine"}
+    cut: Mapping[str, Any] = CUT
     exact: bool = True
     computed: Callable[[torch.Tensor, Tensors], torch.Tensor] | None = None
 
