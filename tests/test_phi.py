@@ -31,7 +31,7 @@ from tests.helpers import (
 )
 from tests.oracle.checkpoint import iteration_directory
 from tests.oracle.errors import OracleError
-from tests.oracle.hf import TOKENS, difference, hf_logits
+from tests.oracle.hf import TOKENS, difference, hf_logits, make_model
 from tests.oracle.jobs import gradients
 from tests.oracle.live_jobs import bridged, dropped_out, layer_refusal
 from tests.oracle.pool import MegatronPool
@@ -332,3 +332,25 @@ def test_inspection_says_so(hf_model: HFModel, tmp_path: Path) -> None:
     assert "parallel block" in shown
     assert "query, key and value, attention output, MLP, output layer" in shown
     assert json.loads(succeeded(verb("inspect", root, "--json")).out)
+
+
+def test_longrope_of_phi_3_is_said_and_its_weights_come_back(tmp_path: Path) -> None:
+    divisors = [1.0 + 0.2 * number for number in range(6)]
+    rope = dict(rope_type="longrope", rope_theta=1e4, partial_rotary_factor=0.75, short_factor=divisors)
+    hf = make_model(
+        "phi3-partial",
+        tmp_path / "hf",
+        max_position_embeddings=4096,
+        original_max_position_embeddings=512,
+        rope_parameters={**rope, "long_factor": [2 * divisor for divisor in divisors]},
+    )
+    refused(
+        verb("convert", hf, tmp_path / "meg"), "LongRoPE: each rotary frequency", "multiplied by 1.1547", "--allow-inex"
+    )
+    nothing_complete(tmp_path / "meg")
+    run = succeeded(verb("convert", hf, tmp_path / "meg", "--allow-inexpressible"))
+    assert "warning: Megatron-LM will not compute LongRoPE" in run.out + run.err
+    back = megatron_to_hf(tmp_path / "meg", tmp_path / "back")
+    assert different(hf_tensors(hf), hf_tensors(back)) == []
+    assert (back / "config.json").read_text() == (hf / "config.json").read_text()
+    refused(verb("verify", hf, tmp_path / "meg", "--logits"), "would compute another model", "LongRoPE", code=2)

@@ -351,6 +351,12 @@ def test_buffers_of_chatglm_are_left_out(published: Folders, tmp_path: Path) -> 
     assert "transformer.rotary_pos_emb.inv_freq (no weight)" in run.out
 
 
+def test_published_code_is_not_run_for_logits(published: Folders) -> None:
+    folder = published("chatglm")
+    words = ("is a chatglm model, whose class transformers does not have itself", "compare checkpoints of Megatron-LM")
+    refused(verb("verify", folder, folder, "--logits"), *words, code=2)
+
+
 def test_a_baichuan_of_13b_is_refused_by_the_command(published: Folders, tmp_path: Path) -> None:
     config = json.loads((published("baichuan2") / "config.json").read_text())
     del config["max_position_embeddings"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -98,8 +99,6 @@ def test_args_and_providers_say_the_same(llama: Path) -> None:
     shared = ("rotary_scaling_factor", "mscale", "mscale_all_dim")
     fields = {name: value for name, value in args.items() if name not in shared}
     fields |= {f"yarn_{name}": args[name] for name in shared}
-    from argparse import Namespace
-
     assert spec_fields(Namespace(**args_of_fields(fields))) == spec_fields(Namespace(**args))
     assert spec_fields(Namespace(**args))["rope_scaling"] == spec.values["rope_scaling"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from ..basics.json_files import read_json
 from ..basics.packages import need
 from ..conversion.left_out import LeftOut
 from ..families import FAMILIES, quantisation
+from ..families.table import Proof
 from ..formats.huggingface.weight_files import read_weights
 from .pool import Pool
 
@@ -34,6 +35,7 @@ class HFModel:
         need("transformers", "transformers", "computing logits")
         self.path, self._ignored = path, tuple(ignored)
         config = read_json(path / "config.json")
+        _refuse_foreign(path, config)
         if config.get(quantisation.KEY):  # transformers 5.23 takes the last block of an axis for as long as the others
             raise ConversionError(
                 f"{path} is quantised, and transformers decodes short blocks otherwise than they are meant; {_REMEDY}"
@@ -53,6 +55,17 @@ class HFModel:
         with Pool(1, _setup, time_limit) as pool:
             result: npt.NDArray[np.float32] = pool.run(_logits, self.path, self._ignored, tokens)[0]
         return result
+
+
+def _refuse_foreign(path: Path, config: Mapping[str, Any]) -> None:
+    """Raise for a family whose class transformers does not have: code that comes with a model is not run."""
+    named = config.get("model_type")
+    found = [family for family in FAMILIES.values() if family.proof is Proof.EQUIVALENT and named in family.model_types]
+    if found:
+        raise ConversionError(
+            f"{path} is a {named} model, whose class transformers does not have itself, and code that comes with a model is not "
+            "run here; compare checkpoints of Megatron-LM, whose logits can be computed"
+        )
 
 
 def _setup(rank: int, size: int, folder: Path) -> None:
