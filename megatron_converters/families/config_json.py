@@ -35,7 +35,11 @@ def family_from_config(config: Mapping[str, Any]) -> Family:
     A wrapper's name counts as none.
     """
     model_type, architectures = config.get("model_type"), _architectures(config)
-    candidates = [family for family in FAMILIES.values() if family.architecture in architectures or not architectures]
+    candidates = [
+        family
+        for family in FAMILIES.values()
+        if not architectures or not {family.architecture, *family.aliases}.isdisjoint(architectures)
+    ]
     agreed = [
         family
         for family in candidates

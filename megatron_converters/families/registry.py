@@ -20,7 +20,7 @@ from .table import Family
 #: that can express it.
 _MODULES = (
     *("llama", "mistral", "qwen", "mixtures", "gpt2", "starcoder", "phi", "glm", "granite"),
-    *("deepseek", "qwen3_next", "minicpm"),
+    *("deepseek", "qwen3_next", "minicpm", "sigmoid"),
 )
 #: Entry points of this group each load a `Family`, or a function that returns one or several.
 GROUP = "megatron_converters.families"

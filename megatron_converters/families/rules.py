@@ -87,16 +87,24 @@ class Row:
 
 @dataclass(frozen=True)
 class Fixed:
-    """A config key that must have one value, because Megatron's model supports no other."""
+    """A config key that must have one value, because Megatron's model supports no other.
+
+    It may be absent, unless its class then takes another value, which `absent` says.
+    """
 
     key: str
     value: Any
+    absent: Any = REQUIRED
 
     @property
     def keys(self) -> tuple[str, ...]:
         return (self.key,)
 
     def read(self, config: Config) -> dict[str, Any]:
+        if self.absent is not REQUIRED and self.key not in config:
+            raise ConversionError(
+                f"config.json has no {self.key}, whose default is {self.absent!r}; only {self.value!r} can be converted"
+            )
         value = config.get(self.key, self.value)
         if value != self.value:
             raise ConversionError(f"config.json has {self.key}={value!r}; only {self.value!r} can be converted")
@@ -108,10 +116,14 @@ class Fixed:
 
 @dataclass(frozen=True)
 class Restated:
-    """A config key that says what the architecture does anyway, in files of some programs: it may be absent; it is not written."""
+    """A config key that says what the architecture does anyway, in files of some programs: it may be absent; it is not written.
+
+    `others` are values that mean the same.
+    """
 
     key: str
     value: Any
+    others: tuple[Any, ...] = ()
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -119,7 +131,7 @@ class Restated:
 
     def read(self, config: Config) -> dict[str, Any]:
         value = config.get(self.key)
-        if value not in (None, self.value):
+        if value not in (None, self.value, *self.others):
             raise ConversionError(
                 f"config.json has {self.key}={value!r}; the architecture has {self.value!r}, and only that can be converted"
             )

@@ -29,8 +29,9 @@ class Family:
     `mtp_layer` is the beginning of names in layers of multi-token prediction, in place of `layer`; `{beyond}` stands for the
     number of such a layer counted after the model's, `{layer}` for one from 0. `replicas` are further names of slots that such
     layers repeat. `optional_prefix` is the base model's prefix where files are published without it. `aliases` are further
-    values of `model_type` in config.json. `since` is the first release of Megatron-LM whose arguments can say such a model, the one
-    that needs least of them; empty where none can, or where nobody has said it, and `proof` is None in the second case alone.
+    values of `model_type` in config.json, or of `architectures`. `since` is the first release of Megatron-LM whose arguments can
+    say such a model, the one that needs least of them; empty where none can, or where nobody has said it, and `proof` is None in
+    the second case alone.
     """
 
     name: str
@@ -68,5 +69,5 @@ class Family:
                 layered = "{layer}" in name or BEYOND in name
                 if (own is Scope.LAYER) != layered and own is not Scope.MTP:
                     raise ValueError(f"family {self.name}: the names of {slot} and its scope disagree about {{layer}}")
-                if ("{expert}" in name) != expert:
+                if ("{expert}" in name) != (expert and not entry.stacked):
                     raise ValueError(f"family {self.name}: the names of {slot} and its scope disagree about {{expert}}")

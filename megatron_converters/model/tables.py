@@ -13,8 +13,9 @@ class Entry:
     """Names of a slot's parts in a format, in the order of the layout; `{layer}` and `{expert}` stand for numbers.
 
     `transposed` parts are stored as their transposed matrices. `value` turns stored values into those of the slot. `stacked`
-    parts hold those of all experts along a first axis. `fused` names the single tensor, in the slot's own layout, that may be
-    there instead: [experts, rows, columns] for all experts of an expert slot, the whole slot otherwise.
+    parts hold those of all experts along a first axis, so that their names have no number of one. `fused` names the single
+    tensor, in the slot's own layout, that may be there instead: [experts, rows, columns] for all experts of an expert slot, the
+    whole slot otherwise.
     """
 
     layout: Layout

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from . import earlier
+from . import earlier, granite, latent, sigmoid
 from .model import Model
 
-MODELS: Mapping[str, Model] = {name: model for lineage in (earlier,) for name, model in lineage.MODELS.items()}
+_LINEAGES = (earlier, granite, latent, sigmoid)
+MODELS: Mapping[str, Model] = {name: model for lineage in _LINEAGES for name, model in lineage.MODELS.items()}
 """Models by name; the first word of a name is mostly the family's."""
