@@ -144,6 +144,7 @@ ASKED: dict[str, list[dict[str, Any]]] = {
     "mistral": [{}],
     "qwen2": [dict(qkv_bias=True)],
     "qwen3": [dict(qkv_bias=True, proj_bias=True, qk_norm=EACH_HEAD)],
+    "smollm3": [_BIASES],
     "mixtral": [EXPERT_FIELDS],
     "qwen2_moe": [dict(**EXPERT_FIELDS, **_MIXED, qkv_bias=True, shared_ffn_hidden_size=4, shared_gate=True)],
     "qwen3_moe": [dict(**EXPERT_FIELDS, **_MIXED, qkv_bias=True, proj_bias=True, qk_norm=EACH_HEAD)],

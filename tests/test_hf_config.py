@@ -141,8 +141,9 @@ def rope_facts(found: Any) -> dict[str, Any]:
         scaling.setdefault("factor", found.max_position_embeddings / rope["original_max_position_embeddings"])
     if rope["rope_type"] == "dynamic":  # a key that transformers adds and does not read
         scaling.pop("original_max_position_embeddings", None)
+    rotated = PerLayer(map(bool, getattr(found, "no_rope_layers", [1]) * found.num_hidden_layers))
     return {
-        "rope": True,
+        "rope": one_or_per_layer(PerLayer(rotated[: found.num_hidden_layers])),
         "rotary_base": rope["rope_theta"],
         "rotary_percent": percent,
         "rotary_interleaved": found.model_type == "glm",
@@ -244,6 +245,7 @@ def test_the_class_s_own_default_config_is_read(model_type: str) -> None:
     assert ours(spec_from_config(written)) == facts(default)
 
 
+TYPES = ["full_attention", "sliding_attention", "sliding_attention"]
 CASES: dict[str, dict[str, Any]] = {
     "llama 2": {"num_key_value_heads": None, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5},
     "llama 3.2": {
@@ -297,7 +299,7 @@ QWEN_CASES: dict[str, dict[str, Any]] = {
         "use_sliding_window": True,
         "sliding_window": 16,
         "max_window_layers": 0,
-        "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
+        "layer_types": TYPES,
     },
     "all full": {
         "use_sliding_window": True,
@@ -333,6 +335,15 @@ ALL_CASES = [
     ("qwen3_moe", "newer spelling", {"num_local_experts": 16}),
     ("qwen3_moe", "both spellings", {"num_experts": 16, "num_local_experts": 16}),
     ("qwen3_moe", "biases", {"attention_bias": True, "head_dim": 24}),
+    ("smollm3", "3B", {"num_hidden_layers": 4, "no_rope_layers": [1, 1, 1, 0], "no_rope_layer_interval": 4}),
+    ("smollm3", "interval", {"no_rope_layer_interval": 2, "attention_bias": True, "mlp_bias": True}),
+    ("smollm3", "list of more", {"no_rope_layers": [0, 1, 1, 0, 1], "num_key_value_heads": None}),
+    ("smollm3", "window off", {"use_sliding_window": False, "sliding_window": 16, "no_rope_layers": [1, 0, 1]}),
+    ("smollm3", "window", {"use_sliding_window": True, "sliding_window": 16, "no_rope_layers": [1, 0, 1]}),
+    (
+        *("smollm3", "layer types"),
+        {"use_sliding_window": True, "sliding_window": 16, "no_rope_layers": [1, 0, 1], "layer_types": TYPES},
+    ),
     ("starcoder2", "no bias", {"use_bias": False, "sliding_window": 16, "rope_theta": 1e5}),
     ("phi", "part rotated", {"partial_rotary_factor": 0.4, "num_key_value_heads": 8, "attention_dropout": 0.1}),
     ("phi", "null groups", {"num_key_value_heads": None, "rope_scaling": {"type": "linear", "factor": 2.0}}),
@@ -452,6 +463,11 @@ def test_both_spellings_of_rope_are_one_spec(kind: str) -> None:
         ),
         ("llama", {"sliding_window": 8}, "does not know: sliding_window"),
         ("llama", {"layer_types": ["full_attention", "sliding_attention"]}, "does not know: layer_types"),
+        ("smollm3", {"no_rope_layers": [1, 0]}, r"no_rope_layers=\[1, 0\] .* for each of 3 layers"),
+        ("smollm3", {"no_rope_layers": [1, 2, 0]}, r"no_rope_layers=\[1, 2, 0\]"),
+        ("smollm3", {"no_rope_layer_interval": 0}, "no_rope_layer_interval=0"),
+        ("smollm3", {"no_rope_layers": [0, 0, 0]}, "without rotary embeddings in any layer"),
+        ("smollm3", {"layer_types": TYPES}, "sliding_attention in layer_types, but no sliding_window"),
         ("mistral", {"attention_bias": True}, "does not know: attention_bias"),
         ("mistral", {"sliding_window": 0}, "sliding_window is 0"),
         ("qwen2", {"attention_bias": True}, "does not know: attention_bias"),

@@ -259,6 +259,11 @@ def test_plain_args_leaves_out_what_weights_only_loading_refuses() -> None:
         ({"rope_scaling": RopeScaling("llama3", 8.0, 1.0, 4.0, 4096)}, "1.0, 4.0 and 4096"),
         ({"rope_scaling": RopeScaling("linear", 2.5)}, "linear RoPE scaling by 2.5"),
         ({"sliding_window": PerLayer([8, 16])}, r"sliding windows of \[8, 16\] positions"),
+        (
+            {"sliding_window": PerLayer([8, None]), "mtp_num_layers": 1},
+            r"multi-token prediction, whose layers differ in their sliding window .* --window-attn-skip-freq says one",
+        ),
+        ({"rope": PerLayer([True, False]), "mtp_num_layers": 1}, "in their rotary embeddings .* --no-rope-freq says"),
         ({"rotary_base": PerLayer([1e4, 1e6])}, "a rotary base of its own for some layers"),
         ({"activation": GELU}, "a gated MLP with gelu"),
         ({"gated": False}, "an MLP of silu without a gate"),

@@ -19,7 +19,7 @@ from .table import Family
 #: Modules of this folder whose families can be converted. In matching order: a checkpoint that names no family gets the first one
 #: that can express it.
 _MODULES = (
-    *("llama", "mistral", "qwen", "mixtures", "gpt2", "starcoder", "phi", "glm", "granite"),
+    *("llama", "mistral", "qwen", "llama_variants", "mixtures", "gpt2", "starcoder", "phi", "glm", "granite"),
     *("deepseek", "qwen3_next", "minicpm", "sigmoid"),
 )
 #: Entry points of this group each load a `Family`, or a function that returns one or several.

@@ -190,6 +190,8 @@ def _model(spec: ModelSpec) -> Iterator[tuple[str, str]]:
     if spec.values.get("rope"):
         yield "rotary base", f"{spec.values['rotary_base']:,.15g}".replace(",", "")
         yield "rotary scaling", _scaling(spec.values["rope_scaling"])
+        if plain := [layer for layer, has in enumerate(spec.in_layers("rope")) if has is False]:
+            yield "without rotary embeddings", runs("layer", plain)
     yield "sliding window", _window(spec)
     yield "norm epsilon", f"{spec.norm.norm_epsilon:g}"
     yield from _unusual(spec)

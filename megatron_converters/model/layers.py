@@ -355,6 +355,11 @@ class Layer:
         return self.mixer.sliding_window if isinstance(self.mixer, Attention) else None
 
     @property
+    def without_rope(self) -> bool:
+        """Whether it has attention without rotary embeddings."""
+        return isinstance(self.mixer, (Attention, Latent)) and self.mixer.rope is None
+
+    @property
     def is_moe(self) -> bool:
         """Whether it has experts instead of a dense MLP."""
         return isinstance(self.feed, Mixture)

@@ -5,10 +5,12 @@ Names: Megatron-LM core_v0.8.0 to core_v0.19.0, training/arguments.py and core/t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from ...basics.errors import ConversionError
 from ...model.layers import (
+    Layer,
     RopeScaling,
     number,
 )
@@ -80,6 +82,25 @@ def _without_rope(args: Args) -> tuple[int, ...]:
     raise ConversionError(
         f"the checkpoint's args have no_rope_freq={freq!r}; it must be a number or a list of {layers} values, one per layer"
     )
+
+
+def _prediction_limit(flag_name: str, what: str, has: Callable[[Layer], bool]) -> Callable[[ModelSpec], str]:
+    """Limit of a list of layers: layer k of multi-token prediction has what the list says of layer k.
+
+    So it is from 0.17 on (core/transformer/multi_token_prediction.py, `layer_number`); 0.16 looks beyond the list and fails.
+    """
+
+    def limit(spec: ModelSpec) -> str:
+        listed = [has(spec.layer(number)) for number in range(spec.num_layers)]
+        predicting = [has(spec.kinds[number]) for number in spec.mtp]
+        if len({*listed}) == 1 or listed[: len(predicting)] == predicting:
+            return ""
+        return (
+            f"multi-token prediction, whose layers differ in their {what} from the model's first: Megatron-LM's {flag_name} says "
+            "one for both"
+        )
+
+    return limit
 
 
 def _no_rope(context: Context) -> list[int] | None:
@@ -258,6 +279,7 @@ POSITIONS = (
     Argument(
         "no_rope_freq",
         _no_rope,
+        limit=_prediction_limit("--no-rope-freq", "rotary embeddings", lambda layer: layer.without_rope),
         flag=flag("--no-rope-freq", frequency, lost=True, since="0.13"),
         build=Build.OPTIONAL,
     ),
@@ -311,6 +333,7 @@ WINDOWS = (
     Argument(
         "window_attn_skip_freq",
         _window_pattern,
+        limit=_prediction_limit("--window-attn-skip-freq", "sliding window", lambda layer: layer.window is not None),
         flag=flag("--window-attn-skip-freq", frequency, lost=True, since="0.15"),
         build=Build.OPTIONAL,
     ),

@@ -1,0 +1,83 @@
+"""Rules for what layers differ in: which have rotary embeddings, and which a sliding window."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from ..basics.errors import ConversionError
+from ..model.layers import is_whole
+from ..model.spec import ModelSpec
+from .rules import Config, layer_count, per_layer
+from .rules_attention import FULL, SLIDING, layer_types
+
+
+def windows_of(types: list[str], window: Any, layers: int) -> list[Any]:
+    """Window of each layer by its type; None for full attention. Raises `ConversionError` for types of other layers."""
+    if len(types) != layers or not {*types} <= {FULL, SLIDING}:
+        raise ConversionError(
+            f"config.json has layer_types={types!r}; it must name {FULL} or {SLIDING} for each of {layers} layers"
+        )
+    return [window if kind == SLIDING else None for kind in types]
+
+
+def types_of(spec: ModelSpec) -> list[str]:
+    """Type of each layer by its window."""
+    return [FULL if window is None else SLIDING for window in spec.in_layers("sliding_window")]
+
+
+def widest(spec: ModelSpec) -> int | None:
+    """Window of the layers that have one; None without any."""
+    return max(filter(None, spec.in_layers("sliding_window")), default=None)
+
+
+@dataclass(frozen=True)
+class RotatedLayers:
+    """Layers with rotary embeddings, those with 1 in `no_rope_layers`, and the window, which the others have by default.
+
+    Without the list every `no_rope_layer_interval`-th layer has none. transformers 5.23, models/smollm3.
+    """
+
+    interval: int
+    keys: tuple[str, ...] = (
+        *("no_rope_layers", "no_rope_layer_interval"),
+        *("use_sliding_window", "sliding_window", "layer_types"),
+    )
+
+    def read(self, config: Config) -> dict[str, Any]:
+        rotated, types = self._rotated(config), layer_types(config)
+        window = config.get("sliding_window")
+        if not config.get("use_sliding_window") or not is_whole(window):
+            if SLIDING in types:
+                raise ConversionError(
+                    f"config.json has {SLIDING} in layer_types, but no sliding_window that use_sliding_window switches on; "
+                    "programs differ in what they make of that, so write which it is"
+                )
+            return {"rope": per_layer(rotated), "sliding_window": None}
+        types = types or [FULL if has else SLIDING for has in rotated]
+        return {"rope": per_layer(rotated), "sliding_window": per_layer(windows_of(types, window, layer_count(config)))}
+
+    def _rotated(self, config: Config) -> list[bool]:
+        layers, listed = layer_count(config), config.get("no_rope_layers")
+        interval = config.get("no_rope_layer_interval", self.interval)
+        if listed is None and is_whole(interval) and interval > 1:
+            return [bool((layer + 1) % interval) for layer in range(layers)]
+        if not isinstance(listed, list) or len(listed) < layers or not {*listed} <= {0, 1}:
+            raise ConversionError(
+                f"config.json has no_rope_layers={listed!r} and no_rope_layer_interval={interval!r}; the first must have 1 (with "
+                f"rotary embeddings) or 0 for each of {layers} layers, or be absent and the second a number above 1"
+            )
+        if not any(listed[:layers]):
+            raise ConversionError(
+                "config.json describes a model without rotary embeddings in any layer; that is not supported"
+            )
+        return [has == 1 for has in listed[:layers]]
+
+    def write(self, spec: ModelSpec) -> dict[str, Any]:
+        window = widest(spec)
+        return {
+            "no_rope_layers": [int(bool(has)) for has in spec.in_layers("rope")],
+            "use_sliding_window": window is not None,
+            "sliding_window": window,
+            "layer_types": types_of(spec),
+        }
