@@ -193,6 +193,7 @@ ASKED: dict[str, list[dict[str, Any]]] = {
     "dots1": [_ROUTED | _MIXED | dict(qkv_bias=True, proj_bias=True, qk_norm=EACH_HEAD, mtp_num_layers=0)],
     "solar_open": [_ROUTED | dict(qkv_bias=True, mtp_num_layers=0)],
     "hy_v3": [dict(**_ROUTED, **_MIXED, qkv_bias=True, proj_bias=True, qk_norm=EACH_HEAD)],
+    "exaone_moe": [_ROUTED | _MIXED | dict(qk_norm=EACH_HEAD, mtp_num_layers=0)],
     "bailing_moe_v2": [dict(**_ROUTED, **_MIXED, qkv_bias=True, proj_bias=True, qk_norm=EACH_HEAD)],
 }
 

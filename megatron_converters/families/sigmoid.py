@@ -1,8 +1,8 @@
-"""Mixtures whose routers score experts by a sigmoid: dots.llm1, Solar-Open and Hunyuan 3 (transformers), and Ling 2 (remote).
+"""Mixtures whose routers score experts by a sigmoid: dots.llm1, Solar-Open, Hunyuan 3 and EXAONE-MoE, and Ling 2 (remote code).
 
-Their rules are those of GLM-4.5 but for what is said here. Names and defaults: transformers 5.23, models/dots1, solar_open and
-hy_v3; for Ling 2 configuration_bailing_moe_v2.py and modeling_bailing_moe_v2.py of inclusionAI/Ling-V2. Layers of multi-token
-prediction of the last two: vLLM's hy_v3_mtp.py, and the same file of Ling 2.
+Their rules are those of GLM-4.5 but for what is said here. Names and defaults: transformers 5.23, models/dots1, solar_open, hy_v3
+and exaone_moe; for Ling 2 configuration_bailing_moe_v2.py and modeling_bailing_moe_v2.py of inclusionAI/Ling-V2. Layers of
+multi-token prediction: vLLM's hy_v3_mtp.py and exaone_moe.py, and Ling 2's own file.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from .mixtures import EXPERTS, PREDICTION, PREDICTION_LAYER, WITHOUT_MLP, shared
 from .rules import Fixed, Named, Passed, Restated, Row, overridden
 from .rules_attention import Rope, SwitchedWindow
 from .rules_experts import ExpertGroups, Experts, FirstDense, SharedExperts
+from .rules_layer_kinds import WindowsRotate
 from .table import Family, Proof
 
 _BIAS = tensor("expert_bias", MLP + "gate.e_score_correction_bias")
@@ -161,4 +162,40 @@ BAILING_MOE_V2 = Family(
     ),
     aliases=("bailing_moe_v2",),
     mtp_layer=PREDICTION_LAYER,
+)
+
+EXAONE_MOE = Family(
+    name="exaone_moe",
+    model_type="exaone_moe",
+    architecture="ExaoneMoeForCausalLM",
+    since="0.15",
+    proof=Proof.LOGITS,
+    tensors={
+        **{**DENSE, **QK_NORM, **EXPERTS, **_SHARED},
+        **tensor("expert_bias", MLP + "e_score_correction_bias", fused=MLP + "gate.e_score_correction_bias"),
+    },
+    rules=overridden(
+        GLM4_MOE.rules,
+        [
+            query_groups(absent=32),
+            Rope(),
+            WindowsRotate(window=4096, pattern=4),
+            Row("max_position_embeddings", "max_position_embeddings", 2048),
+            Experts(64),
+            Row("moe_ffn_hidden_size", _SIZE, 1024),
+            Row("moe_router_topk_scaling_factor", "routed_scaling_factor", 2.5),
+            SharedExperts(1, 1024, ("num_shared_experts",)),
+            *_SIGMOID,
+            # Older forms of the layers without experts, which the names of tensors show.
+            Passed(("is_moe_layer", "first_last_k_dense_replace")),
+            Passed(("num_nextn_predict_layers", "mtp_loss_scaling_factor")),
+            *implied(qk_norm=EACH_HEAD, qkv_bias=False),
+            *_NO_PREDICTION,
+        ],
+    ),
+    aliases=("ExaoneMoEForCausalLM",),
+    unheld_prediction=(
+        "mtp.",
+        "their layer has an MLP, and Megatron-LM makes it like the model's last, a mixture of experts",
+    ),
 )

@@ -44,6 +44,8 @@ class Family:
     replicas: Mapping[str, str] = field(default_factory=dict)
     optional_prefix: str = ""
     aliases: tuple[str, ...] = ()
+    #: Where files have layers of multi-token prediction that no release of Megatron-LM can hold: how their names begin, and why.
+    unheld_prediction: tuple[str, str] = ("", "")
     #: Notes for the user on keys of config.json that decide nothing, where they are set.
     remarks: Mapping[str, str] = field(default_factory=dict)
     #: Suffixes of names of tensors that files may hold although they are not weights.

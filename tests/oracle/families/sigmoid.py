@@ -28,6 +28,9 @@ _HY_V3 = _without(
     "first_k_dense_replace", "n_routed_experts", "n_shared_experts", "norm_topk_prob", "routed_scaling_factor"
 ) | dict(model_type="hy_v3", num_experts=8, num_shared_experts=2, router_scaling_factor=2.826)
 _HY_V3["mlp_layer_types"] = ["dense", "dense", "sparse", "sparse"]
+_EXAONE_MOE = _without("n_routed_experts", "n_shared_experts") | dict(
+    model_type="exaone_moe", num_experts=8, num_shared_experts=2, sliding_window=7, sliding_window_pattern=3
+)
 
 _BAILING_NAMES = (
     ("model.embed_tokens.", "model.word_embeddings."),
@@ -65,6 +68,7 @@ MODELS = {
     "dots1": Model(_DOTS1, cut=WITH_EXPERTS),
     "dots1-window": Model(_DOTS1 | dict(sliding_window=7, max_window_layers=2), cut=WITH_EXPERTS),
     "solar-open": Model(_SOLAR_OPEN, cut=WITH_EXPERTS),
+    "exaone-moe": Model(_EXAONE_MOE, cut=WITH_EXPERTS),
     "hy-v3": Model(_HY_V3, cut=WITH_EXPERTS),
     "bailing-moe-v2": Model(
         _GLM | dict(n_group=4, topk_group=1, num_experts_per_tok=2), publish=bailing, cut=WITH_EXPERTS
