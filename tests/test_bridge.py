@@ -33,7 +33,7 @@ IMPOSSIBLE = {
     "olmoe": "query and key norms over all heads together",
     "qwen3-next": "from Transformer Engine's layers alone.*install transformer_engine",
 }
-EXACT = sorted({*FAMILIES, *MOE_FAMILIES, *KINDS} - {*IMPOSSIBLE, "granite", "granite-untied"})
+EXACT = sorted({*FAMILIES, *MOE_FAMILIES, *KINDS, "smollm3-window"} - {*IMPOSSIBLE, "granite", "granite-untied"})
 ROUNDED = ["granite", "granite-untied", *FOLDED]
 
 

@@ -52,6 +52,7 @@ OWN_SIZES: dict[str, dict[str, Any]] = {
     "gpt2": {"vocab_size": 32, "n_embd": 64, "n_inner": 96, "n_layer": 3, "n_head": 32},
     "deepseek_v2": {**SIZES, "num_experts_per_tok": 4},
     "dots1": {**SIZES, "num_experts_per_tok": 4, "n_routed_experts": 8, "norm_topk_prob": True},
+    "helium": {**SIZES, "num_attention_heads": 40},  # its default are 20 groups
     "qwen3_next": {**SIZES, "num_hidden_layers": 4},  # the fourth is the first with full attention
 }
 
@@ -79,13 +80,13 @@ WITH_LAYER_NORM = ("gpt2", "starcoder2", "phi")
 WITH_BIASES = ("gpt2", "phi")
 LATENT = ("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "minicpm3")
 #: Families without a class in transformers.
-REMOTE = ("minicpm", "bailing_moe_v2")
+REMOTE = ("minicpm", "bailing_moe_v2", "mimo")
 NATIVE = [name for name in FAMILIES if name not in REMOTE]
 CHOSEN_BY_SIGMOID = ("glm4_moe", "deepseek_v3", "glm4_moe_lite", "dots1", "solar_open", "hy_v3", "exaone_moe")
 #: Families whose experts are weighted by a softmax over those that are chosen, whatever config.json says.
 CHOSEN_FIRST = ("mixtral", "granitemoe", "granitemoeshared")
 #: Families whose classes have no bias in the output of attention.
-WITHOUT_OUTPUT_BIAS = ("glm", "glm4_moe", "solar_open")
+WITHOUT_OUTPUT_BIAS = ("glm", "glm4_moe", "solar_open", "helium")
 
 
 def facts(found: Any) -> dict[str, Any]:
@@ -110,7 +111,9 @@ def facts(found: Any) -> dict[str, Any]:
         "activation": "gelu_tanh" if ungated else "silu",
         "gated": not ungated,
         "initializer_range": found.initializer_range,
-        "attention_dropout": found.attn_pdrop if found.model_type == "gpt2" else found.attention_dropout,
+        "attention_dropout": found.attn_pdrop
+        if found.model_type == "gpt2"
+        else getattr(found, "attention_dropout", 0.0),
         **(minicpm_facts(found) if found.model_type == "minicpm3" else multiplier_facts(found)),
         **(latent_facts(found) if found.model_type in LATENT else attention_facts(found)),
         **rope_facts(found),
@@ -159,7 +162,7 @@ def rope_facts(found: Any) -> dict[str, Any]:
         "rope": one_or_per_layer(PerLayer(rotated[: found.num_hidden_layers])),
         "rotary_base": rope["rope_theta"],
         "rotary_percent": percent,
-        "rotary_interleaved": found.model_type == "glm",
+        "rotary_interleaved": found.model_type in ("glm", "ernie4_5", "helium"),  # rotate_half of their modules
         "rope_scaling": None if rope["rope_type"] == "default" else RopeScaling(rope["rope_type"], **scaling),
     }
 
@@ -199,7 +202,7 @@ def attention_facts(found: Any) -> dict[str, Any]:
         "num_query_groups": getattr(found, "num_key_value_heads", found.num_attention_heads),
         "kv_channels": getattr(found, "head_dim", None) or found.hidden_size // found.num_attention_heads,
         "qkv_bias": kind == "qwen2" or bias or getattr(found, "qkv_bias", False),
-        "proj_bias": bias and kind not in WITHOUT_OUTPUT_BIAS,
+        "proj_bias": getattr(found, "attention_out_bias", bias and kind not in WITHOUT_OUTPUT_BIAS),
         "qk_norm": norms.get(kind, own_norms),
         "sliding_window": one_or_per_layer(windows),
         "attention_output_gate": kind == "qwen3_next",
@@ -365,6 +368,24 @@ ALL_CASES = [
         *("smollm3", "layer types"),
         {"use_sliding_window": True, "sliding_window": 16, "no_rope_layers": [1, 0, 1], "layer_types": TYPES},
     ),
+    (
+        "seed_oss",
+        "36B",
+        {"attention_bias": True, "attention_out_bias": False, "rope_scaling": {"rope_type": "default"}},
+    ),
+    (
+        "seed_oss",
+        "other biases",
+        {"attention_bias": False, "attention_out_bias": True, "mlp_bias": True, "head_dim": None},
+    ),
+    ("internlm3", "8B", {"qkv_bias": False, "bias": False, "rope_scaling": {"factor": 6.0, "rope_type": "dynamic"}}),
+    ("internlm3", "biases", {"qkv_bias": True, "bias": True, "head_dim": None, "num_key_value_heads": None}),
+    ("internlm3", "biases by newer names", {"attention_bias": True, "mlp_bias": True}),
+    ("iquestcoder", "nulls", {"head_dim": None, "num_key_value_heads": None, "mlp_bias": True}),
+    ("ernie4_5", "biases", {"use_bias": True, "head_dim": None, "num_key_value_heads": None}),
+    ("ernie4_5", "untied", {"tie_word_embeddings": False, "rope_theta": 1e4}),
+    ("helium", "2B", {"num_key_value_heads": 8, "rope_theta": 2e4, "rms_norm_eps": 1e-8}),
+    ("helium", "biases", {"num_key_value_heads": 8, "attention_bias": True, "mlp_bias": True}),
     ("starcoder2", "no bias", {"use_bias": False, "sliding_window": 16, "rope_theta": 1e5}),
     ("phi", "part rotated", {"partial_rotary_factor": 0.4, "num_key_value_heads": 8, "attention_dropout": 0.1}),
     ("phi", "null groups", {"num_key_value_heads": None, "rope_scaling": {"type": "linear", "factor": 2.0}}),
@@ -500,6 +521,12 @@ def test_both_spellings_of_rope_are_one_spec(kind: str) -> None:
         ("smollm3", {"no_rope_layer_interval": 0}, "no_rope_layer_interval=0"),
         ("smollm3", {"no_rope_layers": [0, 0, 0]}, "without rotary embeddings in any layer"),
         ("smollm3", {"layer_types": TYPES}, "sliding_attention in layer_types, but no sliding_window"),
+        (
+            *("internlm3", {"qkv_bias": True}),
+            "qkv_bias=True; qkv_bias and bias must agree",
+        ),
+        ("internlm3", {"qkv_bias": True, "attention_bias": False, "bias": True}, "must agree"),
+        ("helium", {"num_key_value_heads": 8, "use_bias": True}, "does not know: use_bias"),
         ("mistral", {"attention_bias": True}, "does not know: attention_bias"),
         ("mistral", {"sliding_window": 0}, "sliding_window is 0"),
         ("qwen2", {"attention_bias": True}, "does not know: attention_bias"),
@@ -713,6 +740,13 @@ def test_families_are_found_by_architecture_then_by_model_type() -> None:
     )
     both = ["LlamaForCausalLM", "MistralForCausalLM"]
     assert family_from_config({"architectures": both, "model_type": "mistral"}).name == "mistral"
+    # transformers saves these two under the name of the class that computes them.
+    for model_type in ("llama", "internlm3", "iquestcoder"):
+        both_names = ["LlamaForCausalLM", FAMILIES[model_type].architecture]
+        for named in (both_names, both_names[:1], both_names[1:], []):
+            assert family_from_config({"architectures": named, "model_type": model_type}).name == model_type
+    assert family_from_config({"architectures": ["LlamaForCausalLM"]}).name == "llama"
+    assert family_from_config({"architectures": ["Ernie4_5_ForCausalLM"]}).name == "ernie4_5"
     assert family_from_config({"model_type": "mistral"}).name == "mistral"
     assert family_from_config({"model_type": "qwen2", "architectures": []}).name == "qwen2"
     for unknown in ({"architectures": ["BertLMHeadModel"], "model_type": "llama"}, {"model_type": "bert"}, {}):

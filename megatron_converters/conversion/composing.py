@@ -6,6 +6,7 @@ Composing a fill with source pieces is then array look-up, and "exactly once" is
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -23,6 +24,7 @@ from ..model.slots import Ref
 from ..model.spec import ModelSpec
 from ..model.values import Affine
 from ..storage.tensor import StoredTensor
+from .outline import Fill
 
 
 class TensorData(Protocol):
@@ -152,6 +154,11 @@ class Gather:
     whole_width: bool
     value: Affine | None = None
 
+    def shifted(self, cols: int) -> Gather:
+        """Gather to columns that lie this many further on in a wider target."""
+        there = slice(self.target_cols.start + cols, self.target_cols.stop + cols)
+        return dataclasses.replace(self, target_cols=there, whole_width=False)
+
     def divided(self, mask: Mask) -> Iterator[Gather]:
         """Gather of the target's rows where the mask is true, then one of the others with values as the slot has them."""
         for chosen, value in ((mask, self.value), (~mask, None)):
@@ -188,6 +195,14 @@ class Planner:
         if key not in self._covers:
             _check_counts(ref, shape, sources.pieces)
             self._covers[key] = [piece.rows for piece in sources.pieces]  # holding the maps keeps their ids valid
+
+    def compose_fill(self, fill: Fill, pieces: Sequence[Piece]) -> list[Gather]:
+        """Gathers from each piece to a fill."""
+        return [
+            gather.shifted(first) if fill.swapped else gather
+            for first, col, cols in fill.spans
+            for gather in self.compose(fill.rows, col, cols, pieces, fill.value, fill.only)
+        ]
 
     def compose(
         self,

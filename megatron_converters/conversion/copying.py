@@ -101,8 +101,7 @@ class Executor(Generic[S]):
 
     def plan(self, fill: Fill, pieces: Sequence[Piece]) -> list[Gather]:
         """Gathers from the pieces to one fill."""
-        width = as_matrix(fill.shape)[1]
-        return self.planner.compose(fill.rows, fill.col, width, pieces, fill.value, fill.only)
+        return self.planner.compose_fill(fill, pieces)
 
     def fill(self, file: S, fill: Fill, gathers: Sequence[Gather]) -> None:
         """Queue one fill of `file`; waits while the lane's queue is full."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -22,7 +23,8 @@ class Fill(NamedTuple):
 
     Row i is the slot's row `rows[i]`, column 0 the slot's column `col`. Where `transposed`, the file stores the transposed
     matrix, and `shape` is that before transposing. `padding` counts the rows at the end that repeat another row. The elements
-    are `value` of the slot's, which None leaves as they are; where `only` is given, those of the rows where it is true.
+    are `value` of the slot's, which None leaves as they are; where `only` is given, those of the rows where it is true. Where
+    `swapped`, the halves of its columns are the other way round.
     """
 
     file: str
@@ -36,6 +38,16 @@ class Fill(NamedTuple):
     padding: int = 0
     value: Affine | None = None
     only: npt.NDArray[np.bool_] | None = None
+    swapped: bool = False
+
+    @property
+    def spans(self) -> tuple[tuple[int, int, int], ...]:
+        """Ranges of its columns that are ranges of the slot's: the first column here, that of the slot, and their number."""
+        width = math.prod(self.shape[1:])
+        if not self.swapped:
+            return ((0, self.col, width),)
+        half = width // 2
+        return (0, self.col + half, half), (half, self.col, half)
 
 
 @dataclass(frozen=True)

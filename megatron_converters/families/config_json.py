@@ -32,19 +32,19 @@ _REFUSED = dict.fromkeys(("MiniCPMSALAForCausalLM", "minicpm_sala"), _SPARSE_HYB
 def family_from_config(config: Mapping[str, Any]) -> Family:
     """Family that config.json names by `architectures` or, without it, `model_type`; if both are there, they must agree.
 
-    A wrapper's name counts as none.
+    A wrapper's name counts as none. A class of another family may be that of a model_type, too (InternLM3 is a Llama there).
     """
     model_type, architectures = config.get("model_type"), _architectures(config)
-    candidates = [
+    own = [family for family in FAMILIES.values() if family.architecture in architectures]
+    also = [
         family
         for family in FAMILIES.values()
-        if not architectures or not {family.architecture, *family.aliases}.isdisjoint(architectures)
+        if family.architecture not in architectures and not {*family.aliases}.isdisjoint(architectures)
     ]
-    agreed = [
-        family
-        for family in candidates
-        if model_type in (family.model_type, *family.aliases) or (architectures and model_type is None)
-    ]
+    candidates = [*own, *also] if architectures else [*FAMILIES.values()]
+    agreed = [family for family in candidates if model_type in (family.model_type, *family.aliases)]
+    if architectures and model_type is None:
+        agreed = own or also
     if len(agreed) == 1:
         return agreed[0]
     if architectures and candidates:  # transformers goes by model_type, other programs by architectures

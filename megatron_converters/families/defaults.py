@@ -45,11 +45,13 @@ class Product:
 
 @dataclass(frozen=True)
 class IfAbsent:
-    """Value `absent` where a key is absent; where it is null, the value of the key `null`, or None without one."""
+    """Value `absent` where a key is absent; where it is null, the value of `null`, a key or a function, or None without one."""
 
     key: str
     absent: Any
-    null: str = ""
+    null: str | Quotient = ""
 
     def __call__(self, config: Config) -> Any:
-        return config.get(self.null) if self.key in config else self.absent
+        if self.key not in config:
+            return self.absent
+        return config.get(self.null) if isinstance(self.null, str) else self.null(config)

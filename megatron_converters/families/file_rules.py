@@ -9,10 +9,11 @@ from typing import Any
 from ..model.spec import PROPERTIES
 from . import rules_attention as attention
 from . import rules_experts as experts
+from . import rules_layer_kinds as kinds
 from .defaults import Product, Quotient, SameAs
 from .llama import query_groups
 from .place import Check, Place, chosen, listed, mapping, number, only, or_null, scalar, switch, text, texts, whole
-from .rules import Fixed, Implied, Named, Passed, Reciprocal, Restated, Row, Rule, overridden
+from .rules import Agreeing, Fixed, Implied, Named, Passed, Reciprocal, Restated, Row, Rule, overridden
 from .rules_scales import DepthScale, WidthScale
 
 #: Properties that a rule may decide; the others are decided elsewhere.
@@ -58,6 +59,14 @@ def _decided(value: Any, place: Place) -> str:
     return chosen(value, place, "property", _DECIDED)
 
 
+def _decided_ones(value: Any, place: Place) -> tuple[str, ...]:
+    return tuple(_decided(each, place.at(number)) for number, each in enumerate(listed(value, place), start=1))
+
+
+def _spellings(value: Any, place: Place) -> tuple[tuple[str, ...], ...]:
+    return tuple(texts(each, place.at(number)) for number, each in enumerate(listed(value, place), start=1))
+
+
 def _computed(value: Any, place: Place) -> Any:
     """A plain value, or a function of the config."""
     return _one_of(FUNCTIONS, "function", value, place) if isinstance(value, dict) else scalar(value, place)
@@ -90,6 +99,14 @@ def _window(default: int | None = None) -> Rule:
     return attention.Window(default)
 
 
+def _shared_experts(default: int, size: int, key: str = "n_shared_experts") -> Rule:
+    return experts.SharedExperts(default, size, (key,))
+
+
+def _listed_window(default: int | None = None) -> Rule:
+    return kinds.ListedWindow(default)
+
+
 FUNCTIONS: Mapping[str, Form] = {
     "key": Form(SameAs, {"key": text}),
     "quotient": Form(Quotient, {"dividend": text, "divisor": text}),
@@ -100,21 +117,25 @@ RULES: Mapping[str, Form] = {
     "row": Form(Row, _FIELD_AND_KEY, {"default": _computed}),
     "named": Form(Named, {**_FIELD_AND_KEY, "names": _names}, {"default": scalar}),
     "reciprocal": Form(Reciprocal, _FIELD_AND_KEY, {"default": number}),
-    "fixed": Form(Fixed, {"key": text, "value": scalar}),
+    "fixed": Form(Fixed, {"key": text, "value": scalar}, {"absent": scalar}),
     "restated": Form(Restated, {"key": text, "value": scalar}),
     "implied": Form(Implied, {"field": _decided, "value": _computed}),
+    "agreeing": Form(Agreeing, {"fields": _decided_ones, "spellings": _spellings}),
     "passed": Form(Passed, {"keys": texts}, whole=True),
     "query_groups": Form(query_groups, optional={"absent": or_null(whole)}),
     "rope": Form(_rope, optional={"theta": number, "partial": or_null(number), "scalings": _scalings}),
     "window": Form(_window, optional={"default": or_null(whole)}),
-    "switched_window": Form(attention.SwitchedWindow),
+    "switched_window": Form(attention.SwitchedWindow, optional={"switch": switch, "start": whole}),
+    "windows_rotate": Form(kinds.WindowsRotate, {"window": whole, "pattern": whole}),
     "no_window": Form(attention.NoWindow),
+    "listed_window": Form(_listed_window, optional={"default": or_null(whole)}),
+    "rotated_layers": Form(kinds.RotatedLayers, {"interval": whole}),
     "linear_attention": Form(attention.LinearAttention, {"interval": whole}),
     "dense_layers": Form(experts.DenseLayers),
-    "first_dense": Form(experts.FirstDense, {"default": whole}),
+    "first_dense": Form(experts.FirstDense, {"default": whole}, {"listed": switch}),
     "experts": Form(experts.Experts, {"default": whole}),
     "norm_topk_prob": Form(experts.NormTopkProb, {"default": switch}),
-    "shared_experts": Form(experts.SharedExperts, {"default": whole, "size": whole}),
+    "shared_experts": Form(_shared_experts, {"default": whole, "size": whole}, {"key": text}),
     "expert_groups": Form(experts.ExpertGroups, {"default": _pair}, whole=True),
     "optional_experts": Form(experts.OptionalExperts, {"topk": whole}),
     "depth_scale": Form(DepthScale, {"default": number}, {"key": text}),

@@ -55,6 +55,11 @@ def query_groups(absent: int | None = None) -> Rule:
     return Row("num_query_groups", key, SameAs(heads) if absent is None else IfAbsent(key, absent, heads))
 
 
+def head_dim(absent: int) -> Rule:
+    """Row of `head_dim`, which is `absent` where the key is absent, and follows from other sizes where it is null."""
+    return Row("kv_channels", "head_dim", IfAbsent("head_dim", absent, Quotient("hidden_size", "num_attention_heads")))
+
+
 DERIVED_HEAD_DIM = Row("kv_channels", "head_dim", Quotient("hidden_size", "num_attention_heads"))
 
 FAMILY = Family(

@@ -20,7 +20,7 @@ from .table import Family
 #: that can express it.
 _MODULES = (
     *("llama", "mistral", "qwen", "llama_variants", "mixtures", "gpt2", "starcoder", "phi", "glm", "granite"),
-    *("deepseek", "qwen3_next", "minicpm", "sigmoid"),
+    *("deepseek", "qwen3_next", "minicpm", "sigmoid", "mimo"),
 )
 #: Entry points of this group each load a `Family`, or a function that returns one or several.
 GROUP = "megatron_converters.families"

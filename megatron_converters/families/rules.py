@@ -170,6 +170,32 @@ class Passed:
 
 
 @dataclass(frozen=True)
+class Agreeing:
+    """Several properties that are one switch, off by default, and its keys: each of a list in its spellings, the first of which
+    is written. All keys must say the same."""
+
+    fields: tuple[str, ...]
+    spellings: tuple[tuple[str, ...], ...]
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        return tuple(key for keys in self.spellings for key in keys)
+
+    def read(self, config: Config) -> dict[str, Any]:
+        stated = [[config[key] for key in keys if config.get(key) is not None] or [False] for keys in self.spellings]
+        value = stated[0][0]
+        if any(other != value for values in stated for other in values):
+            shown = ", ".join(f"{key}={config.get(key)!r}" for key in self.keys if key in config)
+            raise ConversionError(
+                f"config.json has {shown}; {' and '.join(keys[0] for keys in self.spellings)} must agree"
+            )
+        return dict.fromkeys(self.fields, value)
+
+    def write(self, spec: ModelSpec) -> dict[str, Any]:
+        return {keys[0]: spec.values.get(self.fields[0]) for keys in self.spellings}
+
+
+@dataclass(frozen=True)
 class Named:
     """A config key whose values have other names in the spec: `names` has the spec's value by the config's.
 

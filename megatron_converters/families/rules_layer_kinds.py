@@ -32,6 +32,24 @@ def widest(spec: ModelSpec) -> int | None:
 
 
 @dataclass(frozen=True)
+class ListedWindow:
+    """A sliding window on the layers that `layer_types` lists, else on all. Null means none; absent, the class's `default`."""
+
+    default: int | None
+    keys: tuple[str, ...] = ("sliding_window", "layer_types")
+
+    def read(self, config: Config) -> dict[str, Any]:
+        window, types = config.get("sliding_window", self.default), layer_types(config)
+        if window is None and SLIDING in types:
+            raise ConversionError(f"config.json has {SLIDING} in layer_types, but its sliding_window is null")
+        layers = layer_count(config)
+        return {"sliding_window": per_layer(windows_of(types, window, layers)) if types else window}
+
+    def write(self, spec: ModelSpec) -> dict[str, Any]:
+        return {"sliding_window": widest(spec), "layer_types": types_of(spec)}
+
+
+@dataclass(frozen=True)
 class RotatedLayers:
     """Layers with rotary embeddings, those with 1 in `no_rope_layers`, and the window, which the others have by default.
 

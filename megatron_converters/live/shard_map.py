@@ -10,7 +10,7 @@ import numpy as np
 
 from ..basics.dtypes import DType
 from ..basics.errors import raise_all
-from ..conversion.composing import Gather, Piece, Planner, Sources, StoredName, as_matrix
+from ..conversion.composing import Gather, Piece, Planner, Sources, StoredName
 from ..conversion.outline import Fill, Outline
 from ..formats.huggingface.target import HFTarget
 from ..model.layouts import RowMap, runs
@@ -171,7 +171,7 @@ class _Mapper:
         return Sources(tuple(pieces))
 
     def _parts(self, fill: Fill, pieces: Sequence[Piece], shape: tuple[int, ...]) -> Iterator[Part]:
-        gathers = self._planner.compose(fill.rows, fill.col, as_matrix(fill.shape)[1], pieces, fill.value, fill.only)
+        gathers = self._planner.compose_fill(fill, pieces)
         stacked = len(shape) > len(fill.shape)
         size = int(np.prod(fill.shape, dtype=np.int64)) * fill.dtype.itemsize
         for gather in gathers:

@@ -12,15 +12,16 @@ from .values import Affine
 class Entry:
     """Names of a slot's parts in a format, in the order of the layout; `{layer}` and `{expert}` stand for numbers.
 
-    `transposed` parts are stored as their transposed matrices. `value` turns stored values into those of the slot. `stacked`
-    parts hold those of all experts along a first axis, so that their names have no number of one. `fused` names the single
-    tensor, in the slot's own layout, that may be there instead: [experts, rows, columns] for all experts of an expert slot, the
-    whole slot otherwise.
+    `transposed` parts are stored as their transposed matrices, `swapped` ones with the halves of their columns the other way round.
+    `value` turns stored values into those of the slot. `stacked` parts hold those of all experts along a first axis, so that their
+    names have no number of one. `fused` names the single tensor, in the slot's own layout, that may be there instead: [experts,
+    rows, columns] for all experts of an expert slot, the whole slot otherwise.
     """
 
     layout: Layout
     names: tuple[str, ...]
     fused: str | None = None
     transposed: bool = False
+    swapped: bool = False
     stacked: bool = False
     value: Affine | None = None

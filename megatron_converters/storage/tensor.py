@@ -35,6 +35,11 @@ class StoredTensor(Sealed):
         """Bytes of the tensor's elements."""
         return math.prod(self.shape) * self.dtype.itemsize
 
+    def columns(self, start: int, stop: int) -> StoredTensor:
+        """View of a range of a matrix's columns."""
+        offset = self.offset + start * self.strides[1] * self.dtype.itemsize
+        return StoredTensor(self.path, offset, self.dtype, (self.shape[0], stop - start), self.strides)
+
     def array(self) -> npt.NDArray[Any]:
         """Read-only view of the mapped file, in the dtype's carrier type. No bytes are read until it is used.
 

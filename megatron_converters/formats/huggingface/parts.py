@@ -21,8 +21,8 @@ class Part(NamedTuple):
     """Part of a slot, of shape `shape`, in the stored tensor `name`: row i of the part is the slot's row `rows[i]`.
 
     `stored_shape` is the shape of the stored tensor. A tensor of fused experts stacks one part per expert along a first axis;
-    `number` is the index of this part there. A `transposed` part is stored as its transposed matrix. `value` turns stored values
-    into the slot's.
+    `number` is the index of this part there. A `transposed` part is stored as its transposed matrix, a `swapped` one with the
+    halves of its columns the other way round. `value` turns stored values into the slot's.
     """
 
     name: str
@@ -30,6 +30,7 @@ class Part(NamedTuple):
     shape: tuple[int, ...]
     stored_shape: tuple[int, ...]
     transposed: bool = False
+    swapped: bool = False
     value: Affine | None = None
     number: int = 0
 
@@ -38,13 +39,23 @@ class Part(NamedTuple):
         """Number of such parts in the stored tensor."""
         return math.prod(self.stored_shape) // max(math.prod(self.shape), 1)
 
+    def views(self, data: Weight) -> list[tuple[int, Weight]]:
+        """Views of this part in the stored tensor, each with the slot's column where it begins."""
+        whole = self.view(data)
+        if not self.swapped or not isinstance(whole, StoredTensor):
+            return [(0, whole)]
+        half = self.shape[1] // 2
+        return [(half, whole.columns(0, half)), (0, whole.columns(half, 2 * half))]
+
     def view(self, data: Weight) -> Weight:
-        """View of this part in the stored tensor."""
-        if self.shape == self.stored_shape and not self.transposed:
+        """View of this part in the stored tensor, its columns as they are there."""
+        if self.shape == self.stored_shape and not (self.transposed or self.swapped):
             return data
         whole = self.stored_parts == 1 and len(self.stored_shape) == len(self.shape)
         if not isinstance(data, StoredTensor):
-            raise ConversionError(f"{self.name} is quantised, and one that is transposed or stacked cannot be decoded")
+            raise ConversionError(
+                f"{self.name} is quantised, and one that is transposed, swapped or stacked cannot be decoded"
+            )
         if not whole:
             offset = data.offset + self.number * data.strides[0] * data.dtype.itemsize
             data = StoredTensor(data.path, offset, data.dtype, data.shape[1:], data.strides[1:])
@@ -102,7 +113,9 @@ class HFNames:
             shape = (rows.size, *rest)
             stored = shape[::-1] if entry.transposed else shape
             stored = (self._spec.num_experts, *stored) if entry.stacked else stored
-            yield _Template(self._template(name, ref), rows, shape, stored, entry.transposed, entry.value)
+            yield _Template(
+                self._template(name, ref), rows, shape, stored, entry.transposed, entry.swapped, entry.value
+            )
 
     def _fused(self, ref: Ref, name: str) -> Iterator[_Template]:
         entry = self._entry(ref)

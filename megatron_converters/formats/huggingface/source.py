@@ -218,19 +218,22 @@ def _match(
     for ref in refs(spec):
         parts = names.parts(ref, fused=names.fused_name(ref) in tensors)
         found = [(part, matcher.take(part.name, ref, part.stored_shape)) for part in parts]
-        pieces[ref] = tuple(_piece(part, data, wrapping) for part, data in found if data is not None)
+        pieces[ref] = tuple(
+            piece for part, data in found if data is not None for piece in _pieces(part, data, wrapping)
+        )
     copies = list(_replicas(spec, names, tensors))
     matcher.strike(part.name for _, part, _ in copies)
     matcher.close(f"is not a tensor of the {spec.family} family with this config.json")
     replicas: dict[Ref, tuple[Piece, ...]] = {}
     for ref, part, note in copies:
-        replicas[ref] = (*replicas.get(ref, ()), _piece(part, tensors[part.name], wrapping, note))
+        replicas[ref] = (*replicas.get(ref, ()), *_pieces(part, tensors[part.name], wrapping, note))
     return pieces, replicas
 
 
-def _piece(part: Part, data: Weight, wrapping: Wrapping, note: str = "") -> Piece:
+def _pieces(part: Part, data: Weight, wrapping: Wrapping, note: str = "") -> Iterator[Piece]:
     name = StoredName(os.path.basename(data.path), wrapping.in_file(part.name), note)
-    return Piece(part.view(data), part.rows, 0, name, part.value)
+    for col, view in part.views(data):
+        yield Piece(view, part.rows, col, name, part.value)
 
 
 def _ghost_note(ghosts: Mapping[str, str]) -> list[str]:

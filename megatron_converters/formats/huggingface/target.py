@@ -191,7 +191,7 @@ class HFTarget:
             file = self._file_names[part.name]
             fill = Fill(file, part.name, dtype, part.shape, part.rows, 0, start, part.transposed)
             fill = self._stored.fill(ref, fill)
-            yield fill._replace(value=composed(fill.value, inverse(part.value)))
+            yield fill._replace(value=composed(fill.value, inverse(part.value)), swapped=part.swapped)
 
     def clear(self, staging: Staging) -> None:
         """Remove an older model's files, those that name others first, so that a mixture of two models never looks complete."""
