@@ -120,6 +120,14 @@ HY_V3 = Family(
     mtp_layer=PREDICTION_LAYER,
 )
 
+#: Attention of Ling 2, with all queries, all keys and all values in one tensor.
+_JOINED_ATTENTION = {
+    **linear("qkv", _ATTENTION + "query_key_value", layout=joined(GROUPED_QKV)),
+    **linear("proj", _ATTENTION + "dense"),
+    **tensor("q_norm", _ATTENTION + "query_layernorm.weight"),
+    **tensor("k_norm", _ATTENTION + "key_layernorm.weight"),
+}
+
 BAILING_MOE_V2 = Family(
     name="bailing_moe_v2",
     model_type="bailing_moe",
@@ -127,12 +135,8 @@ BAILING_MOE_V2 = Family(
     since="0.12",
     proof=Proof.EQUIVALENT,
     tensors={
-        **{**DENSE, **EXPERTS, **_SHARED, **_PREDICTION},
+        **{**DENSE, **_JOINED_ATTENTION, **EXPERTS, **_SHARED, **_PREDICTION},
         **tensor("word_embeddings", "model.word_embeddings.weight"),
-        **linear("qkv", _ATTENTION + "query_key_value", layout=joined(GROUPED_QKV)),
-        **linear("proj", _ATTENTION + "dense"),
-        **tensor("q_norm", _ATTENTION + "query_layernorm.weight"),
-        **tensor("k_norm", _ATTENTION + "key_layernorm.weight"),
         **tensor("expert_bias", MLP + "gate.expert_bias"),
     },
     rules=overridden(

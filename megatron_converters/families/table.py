@@ -67,6 +67,10 @@ class Family:
             if slot not in SLOTS:
                 raise ValueError(f"family {self.name}: {slot!r} is no slot; known are {', '.join(SLOTS)}")
             own, expert = SLOTS[slot].scope, SLOTS[slot].expert
+            if entry.stacked and not expert:
+                raise ValueError(
+                    f"family {self.name}: {slot} is no slot of experts, so that its parts cannot stack theirs"
+                )
             for name in entry.names:
                 layered = "{layer}" in name or BEYOND in name
                 if (own is Scope.LAYER) != layered and own is not Scope.MTP:
