@@ -42,7 +42,8 @@ def window(text: str) -> tuple[int, ...]:
 
 
 #: Options of the parser of Megatron-LM core_v0.16.1, training/arguments.py, and of those that it makes of the fields in
-#: core/transformer/transformer_config.py: attribute, type or constant, default. Those of muP are from core_v0.17.1.
+#: core/transformer/transformer_config.py: attribute, type or constant, default. Those of muP are from core_v0.17.1, and
+#: those of YaRN outside multi-latent attention from core_v0.19.0.
 STOCK: dict[str, tuple[str, Any, Any]] = {
     "--num-layers": ("num_layers", int, None),
     "--hidden-size": ("hidden_size", int, None),
@@ -83,6 +84,10 @@ STOCK: dict[str, tuple[str, Any, Any]] = {
     "--rotary-scaling-factor": ("rotary_scaling_factor", float, 1.0),
     "--mscale": ("mscale", float, 1.0),
     "--mscale-all-dim": ("mscale_all_dim", float, 0.0),
+    "--yarn-original-max-position-embeddings": ("yarn_original_max_position_embeddings", int, None),
+    "--yarn-beta-fast": ("yarn_beta_fast", float, None),
+    "--yarn-beta-slow": ("yarn_beta_slow", float, None),
+    "--no-yarn-correction-range-round-to-int": ("yarn_correction_range_round_to_int", False, None),
     "--experimental-attention-variant": ("experimental_attention_variant", str, None),
     "--linear-attention-freq": ("linear_attention_freq", frequency, None),
     "--linear-conv-kernel-dim": ("linear_conv_kernel_dim", int, 4),

@@ -181,6 +181,31 @@ def test_longrope_has_no_flag_in_megatron(tmp_path: Path) -> None:
         AutoBridge.from_hf_pretrained(folder).to_megatron_provider()
 
 
+@live
+def test_yarn_outside_latent_attention_is_the_provider_s(llama: Path) -> None:
+    config = json.loads((llama / "config.json").read_text())
+    table = {
+        "rope_type": "yarn",
+        "factor": 4.0,
+        "original_max_position_embeddings": 16,
+        "beta_fast": 16,
+        "truncate": False,
+    }
+    (llama / "config.json").write_text(json.dumps({**config, "rope_parameters": None, "rope_scaling": table}))
+    provider = AutoBridge.from_hf_pretrained(llama).to_megatron_provider(load_weights=False)
+    assert provider.position_embedding_type == "yarn"
+    names = (
+        "rotary_scaling_factor",
+        "original_max_position_embeddings",
+        "beta_fast",
+        "beta_slow",
+        "mscale",
+        "mscale_all_dim",
+    )
+    assert [getattr(provider, f"yarn_{name}") for name in names] == [4.0, 16, 16.0, 1.0, 1.0, 0.0]
+    assert provider.yarn_correction_range_round_to_int is False
+
+
 # -- models that are none, or others
 
 

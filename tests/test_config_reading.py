@@ -71,8 +71,10 @@ def configure(path: Path, **fields: Any) -> Path:
 
 LACKING = {
     "bidirectional": ({"is_causal": False}, "attention to later tokens (is_causal false)"),
-    "yarn": ({"rope_scaling": YARN}, "YaRN by 4 outside multi-latent attention"),
-    "yarn, vLLM's factor": ({"rope_scaling": {**YARN, "attn_factor": 0.5}}, "YaRN by 4 outside"),
+    "yarn by 1": (
+        {"rope_scaling": {**YARN, "factor": 1.0, "attention_factor": 2.0}},
+        "YaRN by 1 with an attention factor, 2",
+    ),
     "longrope": ({"rope_scaling": {"type": "longrope", **LONGROPE}}, "LongRoPE: each rotary frequency"),
 }
 

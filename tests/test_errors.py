@@ -276,7 +276,7 @@ def test_an_unknown_architecture_names_the_supported_ones(hf: Path) -> None:
         ({"hidden_act": "gelu"}, ("hidden_act", "gelu", "silu")),
         ({"logit_scale": 0.5}, ("logit_scale", "--ignore-config-fields logit_scale")),
         ({"quantization_config": {"quant_method": "gptq"}}, ("quantization_config",)),
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}, ("YaRN by 4 outside",)),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, ("'yarn' without factor",)),
         ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, ("llama3", "factor")),
         ({"num_attention_heads": 6}, ("6", "4")),
         ({"num_hidden_layers": 0}, ("num_layers",)),

@@ -18,7 +18,7 @@ from megatron_converters.formats.megatron.flags import least_release
 from tests.conversions import different, hf_to_megatron, hf_to_torch_dist, megatron_to_hf
 from tests.helpers import hf_tensors
 from tests.oracle.families import MODELS
-from tests.oracle.families.model import publish
+from tests.oracle.families.model import expected, publish
 from tests.oracle.hf import TOKENS, difference
 from tests.oracle.pool import MegatronPool
 
@@ -35,13 +35,14 @@ def published(hf_model: Folders, tmp_path_factory: pytest.TempPathFactory) -> Fo
 
 @pytest.mark.parametrize("name", MODELS)
 def test_megatron_computes_what_transformers_computes(
-    megatron_pool: MegatronPool, published: Folders, logits: Any, tmp_path: Path, name: str
+    megatron_pool: MegatronPool, hf_model: Folders, published: Folders, logits: Any, tmp_path: Path, name: str
 ) -> None:
     model, folder = MODELS[name], published(name)
     files = hf_to_megatron(folder, tmp_path / "files", **model.whole)
     chunks = hf_to_torch_dist(folder, tmp_path / "chunks", **model.cut)
+    wanted = expected(model, logits(name), hf_model(name))
     for found in (megatron_pool.logits(files, TOKENS), megatron_pool.distributed_logits(chunks, TOKENS)):
-        assert difference(found, logits(name)) < TOLERANCE
+        assert difference(found, wanted) < TOLERANCE
     for source in (files, chunks):
         back = hf_tensors(megatron_to_hf(source, tmp_path / source.name / "hf"))
         assert not model.exact or different(hf_tensors(folder), back) == []

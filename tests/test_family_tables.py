@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from megatron_converters.basics.errors import ConversionError
 from megatron_converters.basics.json_files import read_json
 from megatron_converters.families import FAMILIES
 from megatron_converters.families.config_json import spec_from_config
+from megatron_converters.families.registry import _MODULE_OF, families_in
 from megatron_converters.families.table import Family
 from megatron_converters.formats.huggingface.parts import HFNames
 from megatron_converters.formats.megatron.names import DIALECTS, EXPERTS, STACKED, name_of
@@ -42,7 +44,7 @@ from tests.tiny import tiny_spec
 
 PARTS = {
     **{SAME.name: 1, GATED.name: 2, GROUPED_QKV.name: 3, GROUPED_GATED_QKV.name: 3, DELTA_BY_KEY_HEAD.name: 2},
-    **{joined(layout).name: 1 for layout in (GATED, GROUPED_QKV)},
+    **{joined(layout).name: 1 for layout in (GATED, GROUPED_QKV, GROUPED_INTERLEAVED_QKV)},
     GROUPED_INTERLEAVED_QKV.name: 3,
     **{LATENT_QUERY_HALVES.name: 1, LATENT_KEY_HALVES.name: 1},
 }
@@ -142,9 +144,12 @@ _UNGATED: dict[str, Any] = dict(_BIASES, normalization=LAYER_NORM, gated=False, 
 ASKED: dict[str, list[dict[str, Any]]] = {
     "llama": [_BIASES],
     "mistral": [{}],
+    "ministral": [{}],
+    "ministral3": [{}],
     "qwen2": [dict(qkv_bias=True)],
     "qwen3": [dict(qkv_bias=True, proj_bias=True, qk_norm=EACH_HEAD)],
     **{key: [_BIASES] for key in ("smollm3", "seed_oss", "internlm3", "iquestcoder")},
+    "cwm": [dict(mlp_bias=True)],
     "ernie4_5": [dict(_BIASES, rotary_interleaved=True)],
     "helium": [dict(qkv_bias=True, mlp_bias=True, rotary_interleaved=True)],
     "mimo": [dict(qkv_bias=True, mtp_num_layers=1)],
@@ -197,7 +202,13 @@ ASKED: dict[str, list[dict[str, Any]]] = {
     "solar_open": [_ROUTED | dict(qkv_bias=True, mtp_num_layers=0)],
     "hy_v3": [dict(**_ROUTED, **_MIXED, qkv_bias=True, proj_bias=True, qk_norm=EACH_HEAD)],
     "exaone_moe": [_ROUTED | _MIXED | dict(qk_norm=EACH_HEAD, mtp_num_layers=0)],
-    "bailing_moe_v2": [dict(**_ROUTED, **_MIXED, qkv_bias=True, proj_bias=True, qk_norm=EACH_HEAD)],
+    "bailing_moe": [dict(**_ROUTED, **_MIXED, qkv_bias=True, proj_bias=True, qk_norm=EACH_HEAD)],
+    "internlm2": [dict(qkv_bias=True, proj_bias=True)],
+    "exaone": [{}],
+    "qwen": [dict(qkv_bias=True)],
+    "baichuan": [{}],
+    "baichuan2": [{}],
+    "chatglm": [dict(qkv_bias=True, rotary_interleaved=True)],
 }
 
 
@@ -280,7 +291,15 @@ def test_refs_of_experts_come_expert_by_expert_and_dense_layers_have_none() -> N
 
 
 def test_architectures_and_model_types_are_unique() -> None:
-    for field in ("architecture", "model_type"):
-        values = [getattr(family, field) for family in FAMILIES.values()]
-        assert len(set(values)) == len(values)
+    """Baichuan-7B and Baichuan2 have one model_type, so that config.json must name the class."""
+    for field in ("architectures", "model_types"):
+        values = Counter(value for family in FAMILIES.values() for value in getattr(family, field))
+        assert [value for value, count in values.items() if count > 1] == [*(["baichuan"] * (field == "model_types"))]
     assert all(name == family.name for name, family in FAMILIES.items())
+
+
+def test_the_registry_knows_which_module_has_a_family() -> None:
+    assert list(FAMILIES.built_in) == list(_MODULE_OF)
+    for name, module in _MODULE_OF.items():
+        assert FAMILIES[name] in families_in(module)
+        assert _MODULE_OF[FAMILIES[name].model_type] == module

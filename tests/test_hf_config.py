@@ -80,7 +80,7 @@ WITH_LAYER_NORM = ("gpt2", "starcoder2", "phi")
 WITH_BIASES = ("gpt2", "phi")
 LATENT = ("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "minicpm3")
 #: Families without a class in transformers.
-REMOTE = ("minicpm", "bailing_moe_v2", "mimo")
+REMOTE = ("minicpm", "bailing_moe", "mimo", "internlm2", "exaone", "qwen", "baichuan", "baichuan2", "chatglm")
 NATIVE = [name for name in FAMILIES if name not in REMOTE]
 CHOSEN_BY_SIGMOID = ("glm4_moe", "deepseek_v3", "glm4_moe_lite", "dots1", "solar_open", "hy_v3", "exaone_moe")
 #: Families whose experts are weighted by a softmax over those that are chosen, whatever config.json says.
@@ -155,6 +155,7 @@ def rope_facts(found: Any) -> dict[str, Any]:
         scaling.setdefault("factor", found.max_position_embeddings / rope["original_max_position_embeddings"])
     if rope["rope_type"] == "dynamic":  # a key that transformers adds and does not read
         scaling.pop("original_max_position_embeddings", None)
+    scaling.pop("max_position_embeddings", None)  # which Ministral 3 repeats in its table
     rotated = PerLayer(map(bool, getattr(found, "no_rope_layers", [1]) * found.num_hidden_layers))
     if found.model_type == "exaone_moe":
         rotated = PerLayer(kind == "sliding_attention" for kind in found.layer_types)
@@ -269,6 +270,16 @@ def test_the_class_s_own_default_config_is_read(model_type: str) -> None:
     assert ours(spec_from_config(written)) == facts(default)
 
 
+MINISTRAL3 = {
+    **{
+        "type": "yarn",
+        "rope_type": "yarn",
+        "factor": 16.0,
+        "original_max_position_embeddings": 16384,
+        "rope_theta": 1e6,
+    },
+    **{"beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.2},
+}
 TYPES = ["full_attention", "sliding_attention", "sliding_attention"]
 CASES: dict[str, dict[str, Any]] = {
     "llama 2": {"num_key_value_heads": None, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5},
@@ -527,6 +538,16 @@ def test_both_spellings_of_rope_are_one_spec(kind: str) -> None:
         ),
         ("internlm3", {"qkv_bias": True, "attention_bias": False, "bias": True}, "must agree"),
         ("helium", {"num_key_value_heads": 8, "use_bias": True}, "does not know: use_bias"),
+        ("ministral", {"sliding_window": None, "layer_types": TYPES}, "in layer_types, but its sliding_window is null"),
+        ("ministral3", {"rope_theta": 1e4, "rope_parameters": {"rope_type": "default"}}, "without YaRN or llama_4"),
+        (
+            "ministral3",
+            {"rope_parameters": {"rope_type": "yarn", "factor": 2.0, **YARN_ORIGINAL}},
+            "without YaRN or llama",
+        ),
+        ("ministral3", {"rope_scaling": {**MINISTRAL3, "alpha": 2}}, "does not know: rope_parameters.alpha"),
+        ("llama", {"rope_scaling": MINISTRAL3}, "does not know: rope_scaling.llama_4_scaling_beta"),
+        ("ministral", {"layer_types": TYPES[:2]}, "for each of 3 layers"),
         ("mistral", {"attention_bias": True}, "does not know: attention_bias"),
         ("mistral", {"sliding_window": 0}, "sliding_window is 0"),
         ("qwen2", {"attention_bias": True}, "does not know: attention_bias"),

@@ -40,6 +40,13 @@ from megatron_converters.sharding.stages import PipelineSplit
 from tests.tiny import KINDS, tiny_spec
 
 MOE = {"num_experts": 8, "moe_ffn_hidden_size": 6, "moe_router_topk": 3}
+#: YaRN outside multi-latent attention, as args and as a spec have it.
+YARN: dict[str, Any] = {
+    "position_embedding_type": "yarn",
+    "rotary_scaling_factor": 4.0,
+    "yarn_original_max_position_embeddings": 64,
+}
+PLAIN_YARN: dict[str, Any] = dict(kind="yarn", factor=4.0, original_max_position_embeddings=64)
 LATENT = {
     **{"kv_lora_rank": 6, "q_lora_rank": 4, "qk_head_dim": 4, "qk_pos_emb_head_dim": 2, "v_head_dim": 6},
     **{"mixer": "latent", "kv_channels": 2, "num_query_groups": 4},
@@ -270,7 +277,10 @@ def test_plain_args_leaves_out_what_weights_only_loading_refuses() -> None:
         ({"activation": GELU_TANH, "gated": False}, "the tanh form of GELU in an MLP without biases"),
         ({"causal": False}, "attention to later tokens"),
         ({**LATENT, "causal": False}, "attention to later tokens"),
-        ({"rope_scaling": RopeScaling("yarn", 4.0)}, "YaRN by 4 outside multi-latent attention"),
+        ({"rope_scaling": RopeScaling("yarn", 4.0), "rotary_percent": 0.5}, "YaRN in heads that rotate in part: its"),
+        ({"rope_scaling": RopeScaling("yarn", 4.0), "rotary_interleaved": True}, "YaRN with interleaved rotary"),
+        ({"rope_scaling": RopeScaling("yarn", 4.0), "mtp_num_layers": 1}, "prediction, which --without-mtp leaves out"),
+        ({"rope_scaling": RopeScaling("yarn", 1.0, attention_factor=2.0)}, "YaRN by 1 with an attention factor, 2:"),
         ({**LATENT, "rope_scaling": RopeScaling("linear", 2.0)}, "linear RoPE scaling by 2 in multi-latent attention"),
         ({**LATENT, "rope_scaling": RopeScaling("llama3", 8.0)}, "llama3 RoPE scaling by 8 in multi-latent attention"),
         (
@@ -301,7 +311,12 @@ def test_what_megatron_cannot_express(fields: dict[str, Any], reason: str) -> No
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"position_embedding_type": "yarn"}, "only 'rope', 'learned_absolute' and 'none' are supported"),
+        ({"position_embedding_type": "mrope"}, "only 'rope', 'yarn', 'learned_absolute' and 'none' are supported"),
+        (
+            {"position_embedding_type": "yarn", "multi_latent_attention": True},
+            "only 'rope', 'learned_absolute' and 'none' are supported",
+        ),
+        ({"position_embedding_type": "yarn"}, "position_embedding_type='yarn' without rotary_scaling_factor"),
         ({"position_embedding_type": "relative"}, "position_embedding_type='relative'"),
         ({"normalization": "L2Norm"}, "normalization='L2Norm'; only 'RMSNorm' and 'LayerNorm' are supported"),
         ({"quick_geglu": True}, "quick GELU"),
@@ -416,6 +431,20 @@ def test_args_of_models_that_are_not_supported_are_refused(change: dict[str, Any
             "rope_scaling",
             RopeScaling("yarn", 40.0, original_max_position_embeddings=4096, mscale=0.5),
         ),
+        ({**YARN, "mscale": 1.0, "mscale_all_dim": 0.0}, "rope_scaling", RopeScaling(**PLAIN_YARN)),
+        (
+            {**YARN, "yarn_beta_fast": 16, "yarn_beta_slow": 2, "yarn_correction_range_round_to_int": False},
+            "rope_scaling",
+            RopeScaling(**PLAIN_YARN, beta_fast=16.0, beta_slow=2.0, truncate=False),
+        ),
+        (
+            {**YARN, "mscale": 2.0, "mscale_all_dim": 0.5},
+            "rope_scaling",
+            RopeScaling(**PLAIN_YARN, mscale=2.0, mscale_all_dim=0.5),
+        ),
+        # transformers heeds both mscales or neither.
+        ({**YARN, "mscale": 0.0}, "rope_scaling", RopeScaling(**PLAIN_YARN, attention_factor=1.0)),
+        ({**YARN, "rotary_scaling_factor": 1.0}, "rope_scaling", None),
         (
             {"experimental_attention_variant": "gated_delta_net", "linear_attention_freq": 2, "num_layers": 3},
             "mixer",

@@ -16,7 +16,7 @@ from megatron_converters.formats.huggingface.parts import HFNames
 from megatron_converters.formats.huggingface.source import HFSource
 from megatron_converters.formats.huggingface.target import HFOptions, HFTarget
 from megatron_converters.model.slots import refs
-from tests.conversions import different, hf_to_megatron, hf_to_torch_dist, megatron_to_hf, run
+from tests.conversions import different, hf_to_megatron, hf_to_torch_dist, megatron_to_hf, reshard, run
 from tests.helpers import hf_tensors, rank_content, succeeded, verb
 from tests.live_process import live
 from tests.tiny import tiny_spec
@@ -58,6 +58,9 @@ def test_embedding_comes_first_in_megatron(mimo: Path, tmp_path: Path) -> None:
 def test_so_it_does_in_a_distributed_checkpoint(mimo: Path, tmp_path: Path) -> None:
     hf_to_torch_dist(mimo, tmp_path / "chunks", tp=2)
     own = hf_tensors(mimo)
+    hidden, embedding = own[f"{LAYER}input_proj.weight"].split(SIZE, dim=1)
+    model = rank_content(reshard(tmp_path / "chunks", tmp_path / "files", tp=1))["model"]
+    assert torch.equal(model["mtp.layers.0.eh_proj.weight"], torch.cat([embedding, hidden], dim=1))
     assert different(hf_tensors(megatron_to_hf(tmp_path / "chunks", tmp_path / "back")), own) == []
 
 

@@ -18,8 +18,8 @@ from ..conversion.endpoint import Source
 from ..families import FAMILIES
 from ..families.config_json import spec_from_config
 from ..formats.hub import resolve
+from ..formats.huggingface.options import FUSED, SEPARATE
 from ..formats.huggingface.source import HFSource
-from ..formats.huggingface.target import FUSED, SEPARATE
 from ..live.log import LOG
 from ..model.slots import refs
 from ..model.spec import ModelSpec

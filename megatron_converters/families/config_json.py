@@ -35,19 +35,17 @@ def family_from_config(config: Mapping[str, Any]) -> Family:
     A wrapper's name counts as none. A class of another family may be that of a model_type, too (InternLM3 is a Llama there).
     """
     model_type, architectures = config.get("model_type"), _architectures(config)
-    own = [family for family in FAMILIES.values() if family.architecture in architectures]
-    also = [
-        family
-        for family in FAMILIES.values()
-        if family.architecture not in architectures and not {*family.aliases}.isdisjoint(architectures)
-    ]
-    candidates = [*own, *also] if architectures else [*FAMILIES.values()]
-    agreed = [family for family in candidates if model_type in (family.model_type, *family.aliases)]
-    if architectures and model_type is None:
-        agreed = own or also
+    agreed = [] if len(architectures) > 1 else _named(model_type, architectures, FAMILIES.likely(model_type))
+    agreed = agreed or _named(model_type, architectures, FAMILIES.values())
     if len(agreed) == 1:
         return agreed[0]
-    if architectures and candidates:  # transformers goes by model_type, other programs by architectures
+    if agreed and not architectures:
+        classes = " or ".join(family.architecture for family in agreed)
+        raise ConversionError(
+            f"config.json has model_type={model_type!r} and no architectures; add which class it is: {classes}"
+        )
+    # transformers goes by model_type, other programs by architectures
+    if any({*family.architectures} & {*architectures} for family in FAMILIES.values()):
         raise ConversionError(
             f"config.json has architectures={architectures!r} and model_type={model_type!r}, which name different "
             "models; correct the one that is wrong"
@@ -61,6 +59,17 @@ def family_from_config(config: Mapping[str, Any]) -> Family:
         f"config.json names {named}, which is not supported; supported are {known}, and those of a family file, which "
         "--family-file FILE names, or of an installed plug-in"
     )
+
+
+def _named(model_type: Any, architectures: list[str], families: Iterable[Family]) -> list[Family]:
+    """Families that both names are of; a name that is not there is any family's, a class alone that of its own family."""
+    given = {*architectures}
+    return [
+        family
+        for family in families
+        if (model_type in family.model_types and (not given or {*family.architectures, family.computed_by} & given))
+        or (model_type is None and {*family.architectures} & given)
+    ]
 
 
 def _architectures(config: Mapping[str, Any]) -> list[str]:

@@ -39,6 +39,8 @@ _ENTRY_KEYS: Mapping[str, Check] = {
     "layout": checks.text,
     "transposed": checks.switch,
     "stacked": checks.switch,
+    "swapped": checks.switch,
+    "unit_rows": checks.switch,
     "fused": checks.or_null(checks.template),
     "scale": checks.number,
     "shift": checks.number,
@@ -83,6 +85,7 @@ def _family(values: Mapping[str, Any], base: Family | None, place: Place) -> Fam
     own: dict[str, Any] = {key: checks.text(values[key], place.at(key)) for key in _NAMES}
     own["aliases"] = checks.texts(values["aliases"], place.at("aliases")) if "aliases" in values else ()
     own |= {key: check(values[key], place.at(key)) for key, check in _FIELDS.items() if key in values}
+    own["further_architectures"] = ()
     own["tensors"] = _tensors(values.get("tensors", {}), base, place.at("tensors"))
     own["rules"] = read_rules(values.get("rules", []), place.at("rules"), () if base is None else base.rules)
     if "replicas" in values:

@@ -13,7 +13,9 @@ from . import rules_layer_kinds as kinds
 from .defaults import Product, Quotient, SameAs
 from .llama import query_groups
 from .place import Check, Place, chosen, listed, mapping, number, only, or_null, scalar, switch, text, texts, whole
-from .rules import Agreeing, Fixed, Implied, Named, Passed, Reciprocal, Restated, Row, Rule, overridden
+from .rules import Agreeing, Fixed, Implied, Multiple, Named, Passed, Reciprocal, Restated, Row, Rule, overridden
+from .rules_remote import BaichuanRelease, RopeRatio
+from .rules_scaled_queries import ScaledQueries
 from .rules_scales import DepthScale, WidthScale
 
 #: Properties that a rule may decide; the others are decided elsewhere.
@@ -103,8 +105,8 @@ def _shared_experts(default: int, size: int, key: str = "n_shared_experts") -> R
     return experts.SharedExperts(default, size, (key,))
 
 
-def _listed_window(default: int | None = None) -> Rule:
-    return kinds.ListedWindow(default)
+def _listed_window(default: int | None = None, full: int = 0) -> Rule:
+    return kinds.ListedWindow(default, full)
 
 
 FUNCTIONS: Mapping[str, Form] = {
@@ -117,6 +119,7 @@ RULES: Mapping[str, Form] = {
     "row": Form(Row, _FIELD_AND_KEY, {"default": _computed}),
     "named": Form(Named, {**_FIELD_AND_KEY, "names": _names}, {"default": scalar}),
     "reciprocal": Form(Reciprocal, _FIELD_AND_KEY, {"default": number}),
+    "multiple": Form(Multiple, {**_FIELD_AND_KEY, "factor": whole}),
     "fixed": Form(Fixed, {"key": text, "value": scalar}, {"absent": scalar}),
     "restated": Form(Restated, {"key": text, "value": scalar}),
     "implied": Form(Implied, {"field": _decided, "value": _computed}),
@@ -124,11 +127,12 @@ RULES: Mapping[str, Form] = {
     "passed": Form(Passed, {"keys": texts}, whole=True),
     "query_groups": Form(query_groups, optional={"absent": or_null(whole)}),
     "rope": Form(_rope, optional={"theta": number, "partial": or_null(number), "scalings": _scalings}),
+    "scaled_queries": Form(ScaledQueries),
     "window": Form(_window, optional={"default": or_null(whole)}),
     "switched_window": Form(attention.SwitchedWindow, optional={"switch": switch, "start": whole}),
     "windows_rotate": Form(kinds.WindowsRotate, {"window": whole, "pattern": whole}),
     "no_window": Form(attention.NoWindow),
-    "listed_window": Form(_listed_window, optional={"default": or_null(whole)}),
+    "listed_window": Form(_listed_window, optional={"default": or_null(whole), "full": whole}),
     "rotated_layers": Form(kinds.RotatedLayers, {"interval": whole}),
     "linear_attention": Form(attention.LinearAttention, {"interval": whole}),
     "dense_layers": Form(experts.DenseLayers),
@@ -140,6 +144,8 @@ RULES: Mapping[str, Form] = {
     "optional_experts": Form(experts.OptionalExperts, {"topk": whole}),
     "depth_scale": Form(DepthScale, {"default": number}, {"key": text}),
     "width_scale": Form(WidthScale, {"default": number}, {"key": text}),
+    "rope_ratio": Form(RopeRatio),
+    "baichuan_release": Form(BaichuanRelease, {"normed_head": switch}),
 }
 
 

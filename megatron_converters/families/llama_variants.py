@@ -1,6 +1,6 @@
-"""Llamas with a rule or two of their own: SmolLM3, Seed-OSS, InternLM3, IQuest-Coder, ERNIE-4.5 (dense) and Helium.
+"""Llamas with a rule or two of their own: SmolLM3, Seed-OSS, InternLM3, IQuest-Coder, CWM, ERNIE-4.5 (dense) and Helium.
 
-Names and defaults: transformers 5.23, models/smollm3, seed_oss, internlm3, iquestcoder, ernie4_5 and helium.
+Names and defaults: transformers 5.23, models/smollm3, seed_oss, internlm3, iquestcoder, cwm, ernie4_5 and helium.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ from ..model.layouts import GROUPED_INTERLEAVED_QKV
 from .entries import implied, linear
 from .llama import ATTENTION, DENSE, MLP_BIAS, PROJ_BIAS, head_dim, query_groups
 from .llama import FAMILY as LLAMA
-from .rules import Agreeing, Row, overridden
+from .rules import Agreeing, Passed, Row, overridden
 from .rules_attention import Rope
-from .rules_layer_kinds import RotatedLayers
+from .rules_layer_kinds import ListedWindow, RotatedLayers
 from .table import Family, Proof
 
 SMOLLM3 = Family(
@@ -27,6 +27,7 @@ SMOLLM3 = Family(
             query_groups(absent=4),
             Rope(2e6),
             RotatedLayers(interval=4),
+            Passed(("max_window_layers",)),  # Qwen's, in the published file
             Row("max_position_embeddings", "max_position_embeddings", 32768),
             Row("tied", "tie_word_embeddings", True),
         ],
@@ -59,7 +60,7 @@ INTERNLM3 = Family(
     name="internlm3",
     model_type="internlm3",
     architecture="InternLM3ForCausalLM",
-    aliases=("LlamaForCausalLM",),
+    computed_by=LLAMA.architecture,
     since="0.8",
     proof=Proof.LOGITS,
     tensors=LLAMA.tensors,
@@ -78,12 +79,36 @@ IQUESTCODER = Family(
     name="iquestcoder",
     model_type="iquestcoder",
     architecture="IQuestCoderForCausalLM",
-    aliases=("LlamaForCausalLM",),
+    computed_by=LLAMA.architecture,
     since="0.8",
     proof=Proof.LOGITS,
     tensors=LLAMA.tensors,
     rules=overridden(
         _OF_128, [query_groups(absent=8), Row("max_position_embeddings", "max_position_embeddings", 131072)]
+    ),
+)
+
+#: What the class takes where config.json has no table.
+_LLAMA3 = {
+    **{"rope_type": "llama3", "rope_theta": 1e6, "factor": 16.0, "original_max_position_embeddings": 8192},
+    **{"high_freq_factor": 4.0, "low_freq_factor": 1.0},
+}
+
+CWM = Family(
+    name="cwm",
+    model_type="cwm",
+    architecture="CwmForCausalLM",
+    since="0.15",
+    proof=Proof.LOGITS,
+    tensors={**DENSE, **MLP_BIAS},
+    rules=overridden(
+        [rule for rule in _OF_128 if rule.keys != ("attention_bias",)],
+        [
+            query_groups(absent=8),
+            Rope(1e6, absent=(*_LLAMA3.items(),)),
+            ListedWindow(default=8192, full=4),
+            Row("max_position_embeddings", "max_position_embeddings", 131072),
+        ],
     ),
 )
 
@@ -98,7 +123,7 @@ ERNIE4_5 = Family(
     name="ernie4_5",
     model_type="ernie4_5",
     architecture="Ernie4_5ForCausalLM",
-    aliases=("Ernie4_5_ForCausalLM",),
+    further_architectures=("Ernie4_5_ForCausalLM",),
     since="0.8",
     proof=Proof.LOGITS,
     tensors={**_INTERLEAVED, **PROJ_BIAS},

@@ -1,10 +1,15 @@
-"""Mistral (transformers MistralForCausalLM): Llama's tensors and a sliding window."""
+"""Mistral, Ministral and Ministral 3 (transformers MistralForCausalLM, MinistralForCausalLM, Ministral3ForCausalLM).
+
+They have Llama's tensors, and a sliding window on all layers, on some, or on none.
+"""
 
 from __future__ import annotations
 
-from .llama import DENSE, DERIVED_HEAD_DIM, SIZES, query_groups
-from .rules import Row
+from .llama import DENSE, DERIVED_HEAD_DIM, SIZES, head_dim, query_groups
+from .rules import Row, overridden
 from .rules_attention import Rope, Window
+from .rules_layer_kinds import ListedWindow
+from .rules_scaled_queries import ScaledQueries
 from .table import Family, Proof
 
 FAMILY = Family(
@@ -21,5 +26,40 @@ FAMILY = Family(
         Rope(),
         Window(default=4096),
         Row("max_position_embeddings", "max_position_embeddings", 4096 * 32),
+    ),
+)
+
+MINISTRAL = Family(
+    name="ministral",
+    model_type="ministral",
+    architecture="MinistralForCausalLM",
+    since="0.15",
+    proof=Proof.LOGITS,
+    tensors=DENSE,
+    rules=overridden(FAMILY.rules, [ListedWindow(default=4096)]),
+)
+
+#: What the class takes where config.json has no table.
+_YARN = {
+    **{"rope_type": "yarn", "rope_theta": 1e6, "factor": 16.0, "original_max_position_embeddings": 16384},
+    **{"beta_fast": 32.0, "beta_slow": 1.0, "mscale_all_dim": 1.0, "mscale": 1.0, "llama_4_scaling_beta": 0.1},
+}
+
+MINISTRAL3 = Family(
+    name="ministral3",
+    model_type="ministral3",
+    architecture="Ministral3ForCausalLM",
+    since="0.19",
+    proof=Proof.LOGITS,
+    tensors=DENSE,
+    rules=overridden(
+        FAMILY.rules,
+        [
+            head_dim(absent=128),
+            ScaledQueries(absent=(*_YARN.items(),)),
+            Window(default=None),
+            Row("norm_epsilon", "rms_norm_eps", 1e-5),
+            Row("max_position_embeddings", "max_position_embeddings", 262144),
+        ],
     ),
 )

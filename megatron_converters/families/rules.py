@@ -89,25 +89,22 @@ class Row:
 class Fixed:
     """A config key that must have one value, because Megatron's model supports no other.
 
-    It may be absent, unless its class then takes another value, which `absent` says.
+    `absent` is what the absence of the key means, where the architecture's class has another default.
     """
 
     key: str
     value: Any
-    absent: Any = REQUIRED
+    absent: Any = None
 
     @property
     def keys(self) -> tuple[str, ...]:
         return (self.key,)
 
     def read(self, config: Config) -> dict[str, Any]:
-        if self.absent is not REQUIRED and self.key not in config:
-            raise ConversionError(
-                f"config.json has no {self.key}, whose default is {self.absent!r}; only {self.value!r} can be converted"
-            )
-        value = config.get(self.key, self.value)
+        value = config.get(self.key, self.value if self.absent is None else self.absent)
         if value != self.value:
-            raise ConversionError(f"config.json has {self.key}={value!r}; only {self.value!r} can be converted")
+            given = f"{self.key}={value!r}" if self.key in config else f"no {self.key}, which means {value!r}"
+            raise ConversionError(f"config.json has {given}; only {self.value!r} can be converted")
         return {}
 
     def write(self, _: ModelSpec) -> dict[str, Any]:
@@ -223,6 +220,29 @@ class Named:
     def write(self, spec: ModelSpec) -> dict[str, Any]:
         held = spec.values.get(self.field)
         return {self.key: next((name for name, meaning in self.names.items() if meaning == held), held)}
+
+
+@dataclass(frozen=True)
+class Multiple:
+    """A config key that is a whole multiple of a property."""
+
+    field: str
+    key: str
+    factor: int
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        return (self.key,)
+
+    def read(self, config: Config) -> dict[str, Any]:
+        value = config.get(self.key)
+        if not is_whole(value) or value % self.factor:
+            raise ConversionError(f"config.json has {self.key}={value!r}; it must be a multiple of {self.factor}")
+        return {self.field: value // self.factor}
+
+    def write(self, spec: ModelSpec) -> dict[str, Any]:
+        value = spec.values.get(self.field)
+        return {self.key: value * self.factor if is_whole(value) else None}
 
 
 @dataclass(frozen=True)

@@ -35,14 +35,17 @@ class Rope:
 
     Written in the older spelling, which both read. `partial` is the default of `partial_rotary_factor`, None where the
     architecture rotates whole heads. `scalings` are the kinds of scaling that the architecture's class computes, besides none;
-    which of them Megatron-LM can express is another question. `original` is the default of `original_max_position_embeddings`,
-    where the class has this key outside of the scaling, and then heeds no other.
+    which of them Megatron-LM can express is another question. `original` is the default of
+    `original_max_position_embeddings`, where the class has this key outside of the scaling, and then heeds no other. `kind_keys`
+    name the kind of scaling. `absent` is the table that the class takes where config.json has none, as pairs.
     """
 
     default_theta: float = 10000.0
     partial: float | None = None
     scalings: tuple[str, ...] = (LINEAR, LLAMA3, YARN, LONGROPE, DYNAMIC)
     original: int | None = None
+    kind_keys: tuple[str, ...] = ("rope_type", "type")
+    absent: tuple[tuple[str, Any], ...] = ()
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -50,7 +53,7 @@ class Rope:
         return ("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor", *own)
 
     def read(self, config: Config) -> dict[str, Any]:
-        _, table = _table(config)
+        table = self._given(config)
         if not isinstance(table, dict):
             raise ConversionError(f"config.json has {table!r} for its rotary embeddings; it must be an object or null")
         if any(isinstance(value, dict) for value in table.values()):
@@ -59,6 +62,10 @@ class Rope:
         scaling = self._scaling(_kind(table), table, config)
         found = {"rotary_base": number(theta, "rope_theta"), "rope_scaling": scaling}
         return {**found, **self._percent(table, config)}
+
+    def _given(self, config: Config) -> Any:
+        """Table of config.json, or the class's."""
+        return _table(config)[1] or dict(self.absent)
 
     def unread(self, config: Config) -> list[str]:
         """Fields of the scaling that its kind does not know; none where `read` refuses the whole."""
@@ -99,7 +106,9 @@ class Rope:
     def write(self, spec: ModelSpec) -> dict[str, Any]:
         theta = number(spec.values.get("rotary_base"), "rotary_base")
         base = int(theta) if float(theta).is_integer() else theta
-        scaling = written_scaling(spec.values["rope_scaling"])
+        scaling = written_scaling(spec.values["rope_scaling"], self.kind_keys)
+        if scaling is None and self.absent:  # the class would take its own table
+            scaling = {"rope_type": "default"}
         written: dict[str, Any] = {"rope_theta": base, "rope_scaling": scaling}
         if self.original is not None and scaling is not None and _ORIGINAL in scaling:
             written[_ORIGINAL] = scaling[_ORIGINAL]
@@ -175,8 +184,10 @@ def _extension(original: int, config: Config) -> float:
     return number(longest, "max_position_embeddings") / check_size(original, "original_max_position_embeddings")
 
 
-def written_scaling(scaling: RopeScaling | None) -> dict[str, Any] | None:
-    """Scaling as config.json has it; None for none."""
+def written_scaling(
+    scaling: RopeScaling | None, kind_keys: tuple[str, ...] = ("rope_type", "type")
+) -> dict[str, Any] | None:
+    """Scaling as config.json has it; None for none. `kind_keys` name its kind."""
     if scaling is None:
         return None
     required, optional = _SCALING_KEYS[scaling.kind]
@@ -185,7 +196,8 @@ def written_scaling(scaling: RopeScaling | None) -> dict[str, Any] | None:
     if not scaling.truncate:  # the default is left out, since older programs do not know the key
         values["truncate"] = False
     # transformers 4 knows these two under their older key, too
-    return {"rope_type": scaling.kind, **({} if scaling.kind == LLAMA3 else {"type": scaling.kind}), **values}
+    named = {key: scaling.kind for key in kind_keys if scaling.kind != LLAMA3 or key != "type"}
+    return {**named, **values}
 
 
 @dataclass(frozen=True)

@@ -33,17 +33,23 @@ def widest(spec: ModelSpec) -> int | None:
 
 @dataclass(frozen=True)
 class ListedWindow:
-    """A sliding window on the layers that `layer_types` lists, else on all. Null means none; absent, the class's `default`."""
+    """A sliding window on the layers that `layer_types` lists, else on all but every `full`-th, beginning with the first.
+
+    0 is on all. Null means no window; absent, the class's `default`.
+    """
 
     default: int | None
+    full: int = 0
     keys: tuple[str, ...] = ("sliding_window", "layer_types")
 
     def read(self, config: Config) -> dict[str, Any]:
-        window, types = config.get("sliding_window", self.default), layer_types(config)
+        window, types, layers = config.get("sliding_window", self.default), layer_types(config), layer_count(config)
         if window is None and SLIDING in types:
             raise ConversionError(f"config.json has {SLIDING} in layer_types, but its sliding_window is null")
-        layers = layer_count(config)
-        return {"sliding_window": per_layer(windows_of(types, window, layers)) if types else window}
+        if window is None or not (types or self.full):
+            return {"sliding_window": window}
+        types = types or [SLIDING if layer % self.full else FULL for layer in range(layers)]
+        return {"sliding_window": per_layer(windows_of(types, window, layers))}
 
     def write(self, spec: ModelSpec) -> dict[str, Any]:
         return {"sliding_window": widest(spec), "layer_types": types_of(spec)}
@@ -65,7 +71,7 @@ class RotatedLayers:
     def read(self, config: Config) -> dict[str, Any]:
         rotated, types = self._rotated(config), layer_types(config)
         window = config.get("sliding_window")
-        if not config.get("use_sliding_window") or not is_whole(window):
+        if not config.get("use_sliding_window") or window is None:
             if SLIDING in types:
                 raise ConversionError(
                     f"config.json has {SLIDING} in layer_types, but no sliding_window that use_sliding_window switches on; "
@@ -80,7 +86,7 @@ class RotatedLayers:
         interval = config.get("no_rope_layer_interval", self.interval)
         if listed is None and is_whole(interval) and interval > 1:
             return [bool((layer + 1) % interval) for layer in range(layers)]
-        if not isinstance(listed, list) or len(listed) < layers or not {*listed} <= {0, 1}:
+        if not isinstance(listed, list) or len(listed) < layers or not all(has in (0, 1) for has in listed):
             raise ConversionError(
                 f"config.json has no_rope_layers={listed!r} and no_rope_layer_interval={interval!r}; the first must have 1 (with "
                 f"rotary embeddings) or 0 for each of {layers} layers, or be absent and the second a number above 1"

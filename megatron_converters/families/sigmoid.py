@@ -129,7 +129,7 @@ _JOINED_ATTENTION = {
 }
 
 BAILING_MOE_V2 = Family(
-    name="bailing_moe_v2",
+    name="bailing_moe",
     model_type="bailing_moe",
     architecture="BailingMoeV2ForCausalLM",
     since="0.12",
@@ -197,7 +197,7 @@ EXAONE_MOE = Family(
             *_NO_PREDICTION,
         ],
     ),
-    aliases=("ExaoneMoEForCausalLM",),
+    further_architectures=("ExaoneMoEForCausalLM",),
     unheld_prediction=(
         "mtp.",
         "their layer has an MLP, and Megatron-LM makes it like the model's last, a mixture of experts",

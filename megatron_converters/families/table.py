@@ -28,10 +28,11 @@ class Family:
 
     `mtp_layer` is the beginning of names in layers of multi-token prediction, in place of `layer`; `{beyond}` stands for the
     number of such a layer counted after the model's, `{layer}` for one from 0. `replicas` are further names of slots that such
-    layers repeat. `optional_prefix` is the base model's prefix where files are published without it. `aliases` are further
-    values of `model_type` in config.json, or of `architectures`. `since` is the first release of Megatron-LM whose arguments can
-    say such a model, the one that needs least of them; empty where none can, or where nobody has said it, and `proof` is None in
-    the second case alone.
+    layers repeat. `optional_prefix` is the base model's prefix where files are published without it. `aliases` and
+    `further_architectures` are further values of `model_type` and `architectures` in config.json; `computed_by` is the class of
+    another family that transformers has for this one, too, and writes there. `since` is the first release of
+    Megatron-LM whose arguments can say such a model, the one that needs least of them; empty where none can, or where nobody has
+    said it, and `proof` is None in the second case alone.
     """
 
     name: str
@@ -44,6 +45,8 @@ class Family:
     replicas: Mapping[str, str] = field(default_factory=dict)
     optional_prefix: str = ""
     aliases: tuple[str, ...] = ()
+    further_architectures: tuple[str, ...] = ()
+    computed_by: str = ""
     #: Where files have layers of multi-token prediction that no release of Megatron-LM can hold: how their names begin, and why.
     unheld_prediction: tuple[str, str] = ("", "")
     #: Notes for the user on keys of config.json that decide nothing, where they are set.
@@ -52,6 +55,16 @@ class Family:
     ignored_suffixes: tuple[str, ...] = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached")
     since: str = field(default="", compare=False)
     proof: Proof | None = field(default=None, compare=False)
+
+    @property
+    def model_types(self) -> tuple[str, ...]:
+        """Every value of `model_type` that names it."""
+        return (self.model_type, *self.aliases)
+
+    @property
+    def architectures(self) -> tuple[str, ...]:
+        """Every name of its class in `architectures`."""
+        return (self.architecture, *self.further_architectures)
 
     @property
     def base_prefix(self) -> str:

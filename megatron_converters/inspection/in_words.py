@@ -13,9 +13,9 @@ from ..assets import capacity_bins
 from ..basics.quantities import count, size
 from ..conversion.dry_run import Forecast
 from ..families import FAMILIES
-from ..formats.detect import HF, MEGATRON, META, MINDSPORE, WEIGHTS
-from ..formats.megatron.conventions import FLAGS, FOLD, RAW
+from ..formats.kinds import HF, MEGATRON, META, MINDSPORE, WEIGHTS
 from ..formats.megatron.distributed_folder import LOADED_AT_ANY_SIZES
+from ..formats.megatron.options import FLAGS, FOLD, RAW
 from ..model.layers import (
     ALL_HEADS,
     EACH_HEAD,
@@ -26,7 +26,6 @@ from ..model.layers import (
     Latent,
     Mixer,
     Mixture,
-    RopeScaling,
 )
 from ..model.spec import ModelSpec, Multipliers, PerLayer
 from ..sharding.ranks import Parallel
@@ -189,7 +188,7 @@ def _model(spec: ModelSpec) -> Iterator[tuple[str, str]]:
     yield "positions", str(spec.max_position_embeddings)
     if spec.values.get("rope"):
         yield "rotary base", f"{spec.values['rotary_base']:,.15g}".replace(",", "")
-        yield "rotary scaling", _scaling(spec.values["rope_scaling"])
+        yield "rotary scaling", str(spec.values["rope_scaling"] or "none")
         if plain := [layer for layer, has in enumerate(spec.in_layers("rope")) if has is False]:
             yield "without rotary embeddings", runs("layer", plain)
     yield "sliding window", _window(spec)
@@ -244,21 +243,6 @@ def _biases(spec: ModelSpec) -> str:
     biases = {"query, key and value": "qkv_bias", "attention output": "proj_bias", "MLP": "mlp_bias"}
     biases |= {"output layer": "head_bias"}
     return ", ".join(words for words, name in biases.items() if spec.values.get(name)) or "none"
-
-
-def _scaling(scaling: RopeScaling | None) -> str:
-    if scaling is None:
-        return "none"
-    if scaling.kind == "linear":
-        return f"linear, factor {scaling.factor:g}"
-    ends = (
-        f"low {scaling.low_freq_factor:g}, high {scaling.high_freq_factor:g}"
-        if scaling.kind == "llama3"
-        else f"fast {scaling.beta_fast:g}, slow {scaling.beta_slow:g}"
-    )
-    return (
-        f"{scaling.kind}, factor {scaling.factor:g}, {ends}, from {scaling.original_max_position_embeddings} positions"
-    )
 
 
 def _window(spec: ModelSpec) -> str:

@@ -8,12 +8,22 @@ from typing import Any
 from ..basics.errors import ConversionError, raise_all
 from ..formats.megatron.argument import Build, Group, is_latent
 from ..formats.megatron.arguments import ARGUMENTS
+from ..formats.megatron.rows_positions import YARN
+from ..formats.megatron.rows_yarn import has_yarn
 
 #: Field that later releases lack; they behave as if it were False.
 _ONLY_IN_0_16 = "moe_use_legacy_grouped_gemm"
 #: Fields of the config of multi-latent attention that other models have no field for, and those that no flag sets in any release.
 _LATENT_TOO = ("multi_latent_attention", "rotary_base", "rotary_percent")
 _FLAGLESS = ("beta_fast", "beta_slow", "original_max_position_embeddings")
+#: When arguments are written that only the config of multi-latent attention has fields for.
+_OF_LATENT = (is_latent, has_yarn)
+#: Attributes from which other attention takes YaRN, by the argument (0.19, `_apply_yarn_config_from_args`).
+_YARN_FIELDS = {
+    **{name: f"yarn_{name}" for name in ("rotary_scaling_factor", "mscale", "mscale_all_dim")},
+    **{f"yarn_{name}": f"yarn_{name}" for name in ("original_max_position_embeddings", "beta_fast", "beta_slow")},
+    "yarn_correction_range_round_to_int": "yarn_correction_range_round_to_int",
+}
 _EXPERTS = (Group.EXPERTS, Group.EXPERT_LAYOUT, Group.ROUTER)
 _ROWS = {row.attribute: row for row in ARGUMENTS}
 _PASSED = (Build.CONFIG, Build.OPTIONAL, Build.ENGINE)
@@ -24,7 +34,7 @@ def _names(builds: Collection[Build], *, experts: bool, latent: bool) -> list[st
     return [
         row.attribute
         for row in ARGUMENTS
-        if row.build in builds and (experts or row.group not in _EXPERTS) and (latent or row.written is not is_latent)
+        if row.build in builds and (experts or row.group not in _EXPERTS) and (latent or row.written not in _OF_LATENT)
     ]
 
 
@@ -57,6 +67,8 @@ def provider_fields(args: Mapping[str, Any]) -> dict[str, Any]:
         del fields["rope_type"]
     if args.get("num_experts"):
         fields |= {"num_moe_experts": args["num_experts"]}
+    if args["position_embedding_type"] == YARN:
+        fields |= {field: args[name] for name, field in _YARN_FIELDS.items() if args.get(name) is not None}
     return fields | dict(
         gated_linear_unit=args["swiglu"],
         num_query_groups=args["num_query_groups"] if args["group_query_attention"] else None,

@@ -28,7 +28,7 @@ from .parallel_block import GPTModelWithHeadBias
 from .process_group import ensure_parallel
 
 #: Kinds of position embeddings that are built here. Latent attention has a rotary one of its own, whatever the kind.
-_POSITIONS = ("rope", "learned_absolute", "none")
+_POSITIONS = ("rope", "yarn", "learned_absolute", "none")
 #: Config fields for a CPU; none of them changes what the model computes.
 ON_CPU: dict[str, Any] = dict(
     use_cpu_initialization=True,
@@ -122,6 +122,14 @@ class ProviderFields:
     rope_scaling: bool = False
     rope_scaling_factor: float = 8.0
     seq_len_interpolation_factor: float | None = None
+    #: YaRN outside multi-latent attention (`position_embedding_type` yarn); a factor of 1 is none.
+    yarn_rotary_scaling_factor: float = 1.0
+    yarn_original_max_position_embeddings: int = 4096
+    yarn_beta_fast: float = 32.0
+    yarn_beta_slow: float = 1.0
+    yarn_mscale: float = 1.0
+    yarn_mscale_all_dim: float = 0.0
+    yarn_correction_range_round_to_int: bool = True
     #: Rows of the embedding are padded to a multiple of this times the tensor-parallel size, unless `should_pad_vocab` is False.
     make_vocab_size_divisible_by: int = 128
     should_pad_vocab: bool = True

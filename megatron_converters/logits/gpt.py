@@ -7,7 +7,7 @@ from argparse import Namespace
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.models.common.embeddings import RotaryEmbedding, YarnRotaryEmbedding
 from megatron.core.models.gpt import GPTModel
 
 from ..basics.errors import ConversionError
@@ -58,7 +58,8 @@ def _run(model: GPTModel, tokens: torch.Tensor) -> torch.Tensor | None:
         model.set_input_tensor(hidden)
     with torch.no_grad(), cuda_is_cpu():
         out: torch.Tensor = model(tokens, torch.arange(length).expand(batch, -1), attention_mask=None)
-    RotaryEmbedding.forward.cache_clear()  # else its cache keeps every model of the process alive
+    for embedding in (RotaryEmbedding, YarnRotaryEmbedding):
+        embedding.forward.cache_clear()  # else its cache keeps every model of the process alive
     if model.post_process:
         return out
     dist.send(out.contiguous(), parallel_state.get_pipeline_model_parallel_next_rank())

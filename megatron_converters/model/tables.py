@@ -14,8 +14,9 @@ class Entry:
 
     `transposed` parts are stored as their transposed matrices, `swapped` ones with the halves of their columns the other way round.
     `value` turns stored values into those of the slot. `stacked` parts hold those of all experts along a first axis, so that their
-    names have no number of one. `fused` names the single tensor, in the slot's own layout, that may be there instead: [experts,
-    rows, columns] for all experts of an expert slot, the whole slot otherwise.
+    names have no number of one. Rows of a part with `unit_rows` are divided by their lengths as they are read, and stored as they
+    are. `fused` names the single tensor, in the slot's own layout, that may be there instead: [experts, rows, columns] for all
+    experts of an expert slot, the whole slot otherwise.
     """
 
     layout: Layout
@@ -25,3 +26,4 @@ class Entry:
     swapped: bool = False
     stacked: bool = False
     value: Affine | None = None
+    unit_rows: bool = False

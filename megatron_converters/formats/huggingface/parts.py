@@ -14,6 +14,7 @@ from ...model.spec import ModelSpec
 from ...model.tables import Entry
 from ...model.values import Affine
 from ...storage.tensor import StoredTensor
+from ...storage.unit_rows import UnitRows
 from .quantised import Weight
 
 
@@ -22,7 +23,8 @@ class Part(NamedTuple):
 
     `stored_shape` is the shape of the stored tensor. A tensor of fused experts stacks one part per expert along a first axis;
     `number` is the index of this part there. A `transposed` part is stored as its transposed matrix, a `swapped` one with the
-    halves of its columns the other way round. `value` turns stored values into the slot's.
+    halves of its columns the other way round. `value` turns stored values into the slot's; rows that are to be `unit_rows` are
+    divided by their lengths.
     """
 
     name: str
@@ -32,6 +34,7 @@ class Part(NamedTuple):
     transposed: bool = False
     swapped: bool = False
     value: Affine | None = None
+    unit_rows: bool = False
     number: int = 0
 
     @property
@@ -39,13 +42,20 @@ class Part(NamedTuple):
         """Number of such parts in the stored tensor."""
         return math.prod(self.stored_shape) // max(math.prod(self.shape), 1)
 
-    def views(self, data: Weight) -> list[tuple[int, Weight]]:
-        """Views of this part in the stored tensor, each with the slot's column where it begins."""
-        whole = self.view(data)
-        if not self.swapped or not isinstance(whole, StoredTensor):
-            return [(0, whole)]
+    def read(self, data: Weight) -> list[tuple[int, Weight | UnitRows]]:
+        """This part of the stored tensor in views, each with the slot's column where it begins; computed for rows of length 1."""
+        view = self.view(data)
+        if not (self.unit_rows or self.swapped):
+            return [(0, view)]
+        if not isinstance(view, StoredTensor):
+            raise ConversionError(
+                f"{self.name} is quantised, and one whose rows are divided by their lengths, or whose halves are swapped, "
+                "cannot be decoded"
+            )
+        if self.unit_rows:
+            return [(0, UnitRows(self.name, view))]
         half = self.shape[1] // 2
-        return [(half, whole.columns(0, half)), (0, whole.columns(half, 2 * half))]
+        return [(half, view.columns(0, half)), (0, view.columns(half, 2 * half))]
 
     def view(self, data: Weight) -> Weight:
         """View of this part in the stored tensor, its columns as they are there."""
@@ -113,9 +123,9 @@ class HFNames:
             shape = (rows.size, *rest)
             stored = shape[::-1] if entry.transposed else shape
             stored = (self._spec.num_experts, *stored) if entry.stacked else stored
-            yield _Template(
-                self._template(name, ref), rows, shape, stored, entry.transposed, entry.swapped, entry.value
-            )
+            name = self._template(name, ref)
+            how = entry.transposed, entry.swapped, entry.value, entry.unit_rows
+            yield _Template(name, rows, shape, stored, *how)
 
     def _fused(self, ref: Ref, name: str) -> Iterator[_Template]:
         entry = self._entry(ref)

@@ -30,12 +30,12 @@ from ...families.quantisation import unquantised
 from ...families.table import Family
 from ...model.slots import MTP, SLOTS, Ref, refs
 from ...model.spec import ModelSpec
+from ...storage.unit_rows import UnitRows
 from .parts import HFNames, Part
 from .quantised import Weight, decoded, decoded_note
-from .weight_files import WeightFiles, ghost_line, read_file, read_weights
+from .weight_files import ADAPTER, WeightFiles, ghost_line, read_file, read_weights
 from .wrapping import Wrapping, refuse_adapters, wrapping_of
 
-ADAPTER = "adapter_config.json"
 _CONFIG = "config.json"
 _ZERO_BIAS_NOTE = (
     "the output biases of attention are 0 everywhere: left out, since the model is the same without; a Hugging Face folder that is "
@@ -114,6 +114,7 @@ class HFSource:
                 *([_ZERO_BIAS_NOTE] if zero else []),
                 *dropped.notes,
                 *decoded_note(tensors),
+                *_unit_notes(self._pieces),
                 *_dtype_note(config, self.spec),
                 *dtype_notes,
                 *config_notes(config),
@@ -232,8 +233,18 @@ def _match(
 
 def _pieces(part: Part, data: Weight, wrapping: Wrapping, note: str = "") -> Iterator[Piece]:
     name = StoredName(os.path.basename(data.path), wrapping.in_file(part.name), note)
-    for col, view in part.views(data):
+    for col, view in part.read(data):
         yield Piece(view, part.rows, col, name, part.value)
+
+
+def _unit_notes(pieces: Mapping[Ref, tuple[Piece, ...]]) -> list[str]:
+    """Note on each tensor whose rows are divided by their lengths."""
+    return [
+        f"{piece.name.tensor}: {piece.data.computed}, as the model's own code does when it runs; its lengths are not kept"
+        for parts in pieces.values()
+        for piece in parts
+        if isinstance(piece.data, UnitRows)
+    ]
 
 
 def _ghost_note(ghosts: Mapping[str, str]) -> list[str]:

@@ -78,9 +78,10 @@ class Flag:
     """Flag of `pretrain_gpt.py` that sets an argument.
 
     `words` turns the value into the words after the flag, or None to leave the flag out; it is also left out for the value
-    `default`, which Megatron-LM uses anyway, and if the attribute `needs` is false. `restored` is whether the flag is unnecessary
-    for loading: `--use-checkpoint-args` restores the attribute in every release from 0.8 on (0.10 for experts), or a loaded model
-    does not need it; parallel sizes are never restored. `since` and `until` are the first and last release that know the flag.
+    `default`, which Megatron-LM uses anyway, and if none of the attributes `needs` is true. `restored` is whether the flag is
+    unnecessary for loading: `--use-checkpoint-args` restores the attribute in every release from 0.8 on (0.10 for experts), or a
+    loaded model does not need it; parallel sizes are never restored. `since` and `until` are the first and last release that know
+    the flag.
     Releases before `effective_since` parse the flag but ignore it when they build the model; `instead` says what to do there.
     Those before `since` do what the value `implied` says without the flag. `runs_since` is the first release that was seen to run
     such a model (tests/test_releases.py), where the flag is older. `built_as` is the value with which the `pretrain_gpt.py` of
@@ -91,7 +92,7 @@ class Flag:
     words: Callable[[Any], tuple[str, ...] | None]
     restored: bool = True
     default: Any = None
-    needs: str = ""
+    needs: tuple[str, ...] = ()
     since: str = ""
     until: str = ""
     effective_since: str = ""
@@ -99,6 +100,10 @@ class Flag:
     implied: Any = None
     runs_since: str = ""
     built_as: Any = None
+
+    def matters(self, args: Args) -> bool:
+        """Whether args have what the flag is about."""
+        return not self.needs or any(args.get(name) for name in self.needs)
 
 
 def one(value: Any) -> tuple[str, ...] | None:
@@ -187,7 +192,7 @@ class Argument:
     def shown(self, args: Args) -> str | None:
         """Flag with its value, quoted for a shell; None where `args` do not need it."""
         flag, value = self.flag, args.get(self.attribute)
-        if flag is None or (flag.needs and not args.get(flag.needs)) or value in self.neutral:
+        if flag is None or not flag.matters(args) or value in self.neutral:
             return None
         if value is not None and value == flag.default:
             return None

@@ -17,7 +17,8 @@ from ...model.slots import Precision, Ref, refs
 from ...model.spec import ModelSpec, PerLayer
 from ...sharding.ranks import Parallel
 from .argument import Args, Argument, Build, Context, Group
-from .conventions import FOLD, FOLDED, HALVES, RAW, Conventions, conventions
+from .conventions import FOLDED, HALVES, Conventions, conventions
+from .options import FOLD, RAW
 from .rows_attention import GATED_DELTA, LATENT, MUP, PREDICTION
 from .rows_experts import EXPERTS, check_balancing, is_sinkhorn, wide_router
 from .rows_layout import LAYOUT, LOADING
@@ -25,6 +26,7 @@ from .rows_mindspeed import MINDSPEED
 from .rows_model import BLOCKS, SEQ_LENGTH, SIZES, TRAINING
 from .rows_positions import POSITIONS
 from .rows_swift import SWIFT
+from .rows_yarn import YARN_ROWS
 
 #: Every argument that is written, read or refused, in the order in which flags are shown.
 ARGUMENTS: tuple[Argument, ...] = (
@@ -33,6 +35,7 @@ ARGUMENTS: tuple[Argument, ...] = (
     *POSITIONS,
     *BLOCKS,
     *LATENT,
+    *YARN_ROWS,
     *GATED_DELTA,
     *MUP,
     *MINDSPEED,

@@ -21,6 +21,7 @@ _RENAMED = {
     "seq_len_interpolation_factor": "rotary_seq_len_interpolation_factor",
     "rope_scaling": "use_rope_scaling",
     "seq_length": "max_position_embeddings",
+    **{f"yarn_{name}": name for name in ("rotary_scaling_factor", "mscale", "mscale_all_dim")},
     **{row.config: row.attribute for row in ARGUMENTS if row.config},
 }
 #: NeMo's names of llama3 RoPE scaling, and MindSpeed-LLM's, whose program has no constants built in either.

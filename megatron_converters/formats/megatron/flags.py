@@ -100,6 +100,12 @@ def flag_warnings(spec: ModelSpec, shown: Iterable[str], tp: int = 1) -> list[st
             "warning: dynamic RoPE scaling: Megatron-LM has none; it computes the same up to the model's "
             f"{spec.max_position_embeddings} positions, and another model beyond"
         )
+    yarn = scaling_of(spec, "yarn")
+    if yarn is not None and yarn.llama_4_scaling_beta:
+        warnings.append(
+            f"warning: queries are scaled (llama_4_scaling_beta {yarn.llama_4_scaling_beta:g}): Megatron-LM has no such scale; it "
+            f"computes the same up to {yarn.original_max_position_embeddings} positions, and another model beyond"
+        )
     return warnings
 
 

@@ -40,8 +40,7 @@ _UPSTREAM = frozenset(
     moe_grad_scale_func mrope_section mtp_grad_scale_func mtp_loss_scaling_factor mup_width_mult no_persist_layer_norm
     no_rope_fusion offset_sampling_seed_by_dp_rank persist_layer_norm renormalize_blend_weights retriever_score_scaling
     throughput_window_size use_flashinfer_fused_rope use_te_activation_func
-    yarn_beta_fast yarn_beta_slow yarn_correction_range_round_to_int
-    yarn_mscale yarn_mscale_all_dim yarn_original_max_position_embeddings yarn_rotary_scaling_factor
+    yarn_mscale yarn_mscale_all_dim yarn_rotary_scaling_factor
     """.split()
 )
 #: Value that matters to no model, whatever it is.

@@ -10,14 +10,11 @@ from collections.abc import Callable
 from typing import Any
 
 from ...basics.errors import ConversionError
-from ...model.layers import RopeScaling, number
+from ...model.layers import number
 from ...model.spec import ModelSpec, Multipliers, PerLayer
 from .argument import Args, Argument, Build, Context, Properties, flag, frequency, is_latent, only, switch
-from .rows_positions import scaling_of
 
 _GATED_DELTA = "gated_delta_net"
-#: YaRN of multi-latent attention in Megatron-LM, which no flag sets (core/transformer/transformer_config.py).
-_BETA_FAST, _BETA_SLOW, _ORIGINAL = 32.0, 1.0, 4096
 _LATENT_DEFAULTS = {"kv_lora_rank": 32, "qk_head_dim": 128, "qk_pos_emb_head_dim": 64, "v_head_dim": 128}
 
 
@@ -32,82 +29,8 @@ def _latent(name: str) -> Argument:
         lambda context: context.value(name),
         read,
         written=is_latent,
-        flag=flag("--" + name.replace("_", "-"), lost=True, since="0.12", needs="multi_latent_attention"),
+        flag=flag("--" + name.replace("_", "-"), lost=True, since="0.12", needs=("multi_latent_attention",)),
         build=Build.CONFIG,
-    )
-
-
-def _yarn(context: Context) -> RopeScaling | None:
-    return scaling_of(context.spec, "yarn")
-
-
-def _rope_type(context: Context) -> str:
-    return "rope" if _yarn(context) is None else "yarn"
-
-
-def _of_yarn(field: str, plain: float) -> Callable[[Context], Any]:
-    """Writer of a field of YaRN for multi-latent attention, with the value that plain rotary embeddings take."""
-
-    def write(context: Context) -> Any:
-        scaling = _yarn(context)
-        return plain if scaling is None else getattr(scaling, field)
-
-    return write
-
-
-def _read_yarn(args: Args) -> Properties:
-    """Rotary embeddings of multi-latent attention: YaRN unless `rope_type` says otherwise; a factor of 1 changes nothing.
-
-    Args of Megatron-LM have no attribute for the betas and the original positions; a recorded configuration of a model has.
-    """
-    if not args.get("multi_latent_attention"):
-        return {}
-    factor = number(args.get("rotary_scaling_factor") or 1.0, "rotary_scaling_factor")
-    if args.get("rope_type") == "rope" or factor == 1.0:
-        return {"rope_scaling": None}
-    every = args.get("mscale_all_dim")
-    return {
-        "rope_scaling": RopeScaling(
-            "yarn",
-            factor,
-            original_max_position_embeddings=int(_constant(args, "original_max_position_embeddings", _ORIGINAL)),
-            beta_fast=_constant(args, "beta_fast", _BETA_FAST),
-            beta_slow=_constant(args, "beta_slow", _BETA_SLOW),
-            mscale=number(1.0 if args.get("mscale") is None else args["mscale"], "mscale"),
-            mscale_all_dim=number(0.0 if every is None else every, "mscale_all_dim"),
-        )
-    }
-
-
-def _constant(args: Args, name: str, built_in: float) -> float:
-    value = args.get(name)
-    return number(built_in if value is None else value, name)
-
-
-def _latent_scaling_limit(spec: ModelSpec) -> str:
-    """Scaling that multi-latent attention does not heed: its embedding is built without (`MultiLatentAttention.__init__`)."""
-    found = next(filter(None, (scaling_of(spec, kind) for kind in ("linear", "llama3"))), None)
-    if found is None or not is_latent(spec):
-        return ""
-    return f"{found.kind} RoPE scaling by {found.factor:g} in multi-latent attention, which knows YaRN alone"
-
-
-def _yarn_limit(spec: ModelSpec) -> str:
-    scaling = scaling_of(spec, "yarn")
-    if scaling is None:
-        return _latent_scaling_limit(spec)
-    if not is_latent(spec):
-        return f"YaRN by {scaling.factor:g} outside multi-latent attention, which is not supported yet"
-    if scaling.attention_factor is not None:
-        return f"YaRN with an attention factor of its own, {scaling.attention_factor:g}, in multi-latent attention"
-    if not scaling.truncate:
-        return "YaRN without truncation in multi-latent attention"
-    held = scaling.beta_fast, scaling.beta_slow, scaling.original_max_position_embeddings
-    if held == (_BETA_FAST, _BETA_SLOW, _ORIGINAL):
-        return ""
-    return (
-        f"YaRN with beta_fast, beta_slow and original_max_position_embeddings of {held[0]:g}, {held[1]:g} and {held[2]}: "
-        f"Megatron-LM has {_BETA_FAST:g}, {_BETA_SLOW:g} and {_ORIGINAL} built in for multi-latent attention"
     )
 
 
@@ -122,29 +45,6 @@ LATENT = (
     ),
     _latent("q_lora_rank"),
     *map(_latent, _LATENT_DEFAULTS),
-    Argument(
-        "rope_type",
-        _rope_type,
-        _read_yarn,
-        written=is_latent,
-        limit=_yarn_limit,
-        flag=flag("--rope-type", lost=True, since="0.14", implied="rope"),
-        build=Build.CONFIG,
-    ),
-    *(
-        Argument(
-            attribute,
-            _of_yarn(field, plain),
-            written=is_latent,
-            flag=flag("--" + attribute.replace("_", "-"), lost=True, since="0.12", needs="multi_latent_attention"),
-            build=Build.CONFIG,
-        )
-        for attribute, field, plain in (
-            ("rotary_scaling_factor", "factor", 1.0),
-            ("mscale", "mscale", 1.0),
-            ("mscale_all_dim", "mscale_all_dim", 0.0),
-        )
-    ),
     only("mla_down_proj_fusion", False, "down projections that are stored as one", optional=True),
 )
 
@@ -243,7 +143,7 @@ GATED_DELTA = (
 
 def _mup(name: str, write: Callable[[Context], Any], since: str = "0.17") -> Argument:
     """Multiplier of muP, which only models with multipliers have."""
-    shown = flag("--" + name.replace("_", "-"), lost=True, since=since, needs="use_mup")
+    shown = flag("--" + name.replace("_", "-"), lost=True, since=since, needs=("use_mup",))
     return Argument(name, write, written=uses_mup, flag=shown, build=Build.REFUSED)
 
 

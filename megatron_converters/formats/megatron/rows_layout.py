@@ -55,7 +55,7 @@ LAYOUT = (
         _lost("--tensor-model-parallel-size"),
         build=Build.CONFIG,
     ),
-    _layout("sequence_parallel", _trains_sequences, _lost("--sequence-parallel", switch, needs="num_experts")),
+    _layout("sequence_parallel", _trains_sequences, _lost("--sequence-parallel", switch, needs=("num_experts",))),
     _layout(
         "pipeline_model_parallel_size",
         lambda c: c.parallel.pp,

@@ -188,7 +188,7 @@ SIZES = (
         "num_query_groups",
         _groups,
         _read_groups,
-        flag=flag("--num-query-groups", needs="group_query_attention"),
+        flag=flag("--num-query-groups", needs=("group_query_attention",)),
         build=Build.MODEL,
     ),
     Argument(

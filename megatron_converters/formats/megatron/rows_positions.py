@@ -23,6 +23,7 @@ from .argument import (
     Properties,
     flag,
     frequency,
+    is_latent,
     joined,
     said,
     switch,
@@ -30,7 +31,8 @@ from .argument import (
 
 #: Constants built into Megatron-LM's llama3 RoPE scaling (core/models/common/embeddings/rotary_pos_embedding.py).
 MEGATRON_LLAMA3 = RopeScaling("llama3", 8.0, 1.0, 4.0, 8192)
-ROPE, LEARNED, NO_POSITIONS = "rope", "learned_absolute", "none"
+ROPE, YARN, LEARNED, NO_POSITIONS = "rope", "yarn", "learned_absolute", "none"
+_KINDS = (ROPE, YARN, LEARNED, NO_POSITIONS)
 
 
 def whole(value: Any) -> Any:
@@ -44,27 +46,36 @@ def scaling_of(spec: ModelSpec, kind: str) -> RopeScaling | None:
     return scaling if isinstance(scaling, RopeScaling) and scaling.kind == kind else None
 
 
+def plain_yarn(spec: ModelSpec) -> RopeScaling | None:
+    """YaRN outside multi-latent attention, which has it in another way."""
+    return None if is_latent(spec) else scaling_of(spec, YARN)
+
+
 # -- positions
 
 
 def _positions(context: Context) -> str:
     if context.spec.learned_positions:
         return LEARNED
-    return ROPE if any(context.per_layer("rope")) else NO_POSITIONS
+    if not any(context.per_layer("rope")):
+        return NO_POSITIONS
+    return ROPE if plain_yarn(context.spec) is None else YARN
 
 
 def _read_positions(args: Args) -> Properties:
     kind = args.get("position_embedding_type", ROPE)
     if args.get("use_rotary_position_embeddings"):  # the older spelling
         kind = ROPE
-    if kind not in (ROPE, LEARNED, NO_POSITIONS):
+    latent = bool(args.get("multi_latent_attention"))  # whose YaRN is no kind of position embeddings
+    if kind not in _KINDS or (kind == YARN and latent):
+        *others, last = (repr(each) for each in _KINDS if not (each == YARN and latent))
         raise ConversionError(
-            f"the checkpoint's args have position_embedding_type={kind!r}; only {ROPE!r}, {LEARNED!r} and {NO_POSITIONS!r} "
-            "are supported"
+            f"the checkpoint's args have position_embedding_type={kind!r}; only {', '.join(others)} and {last} are supported"
         )
-    skipped = _without_rope(args) if kind == ROPE else ()
+    rotates = kind in (ROPE, YARN)
+    skipped = _without_rope(args) if rotates else ()
     layers = args["num_layers"]
-    rope: Any = kind == ROPE
+    rope: Any = rotates
     if skipped:
         rope = PerLayer(layer not in skipped for layer in range(layers))
     return {"learned_positions": kind == LEARNED, "rope": rope}
@@ -302,7 +313,7 @@ POSITIONS = (
             lost=True,
             default=MEGATRON_LLAMA3.factor,
             since="0.11",
-            needs="use_rope_scaling",
+            needs=("use_rope_scaling",),
             built_as=MEGATRON_LLAMA3.factor,
             instead=_LLAMA3_FACTOR,
         ),

@@ -90,7 +90,7 @@ def _unheeded(args: Args) -> Iterator[tuple[Argument, Any, str]]:
     """Arguments that some releases accept and build the model without: row, value that they build with, last such release."""
     for row in ARGUMENTS:
         flag, value = row.flag, args.get(row.attribute)
-        if flag is None or value is None or (flag.needs and not args.get(flag.needs)):
+        if flag is None or value is None or not flag.matters(args):
             continue
         if flag.effective_since and not row.is_usual(value):
             yield row, row.absent, previous(flag.effective_since)
