@@ -453,6 +453,24 @@ tensors:
         mc.inspect(folder)
 
 
+def test_a_family_file_says_that_experts_are_stacked(tmp_path: Path) -> None:
+    """Granite's experts, in a file on a Mixtral: each tensor has a layer's."""
+    module = "model.layers.{layer}.block_sparse_moe."
+    lines = [
+        f"  {slot}: {{names: '{module}{name}.weight', layout: same, stacked: true, fused: '{module}experts.{fused}'}}"
+        for slot, name, fused in (
+            ("expert_fc1", "input_linear", "gate_up_proj"),
+            ("expert_fc2", "output_linear", "down_proj"),
+        )
+    ]
+    own = "name: stacked\nmodel_type: stacked\narchitecture: StackedForCausalLM\nbase: mixtral\ntensors:\n"
+    (tmp_path / "family.yaml").write_text(own + "\n".join(lines) + "\n")
+    found = read_family_file(tmp_path / "family.yaml").family.tensors
+    assert [found[slot] for slot in ("expert_fc1", "expert_fc2")] == [
+        FAMILIES["granitemoe"].tensors[slot] for slot in ("expert_fc1", "expert_fc2")
+    ]
+
+
 def test_a_family_file_that_is_not_used_is_said(file: Path, tmp_path: Path) -> None:
     folder = make_model("llama2", tmp_path / "hf")
     notes = mc.inspect(folder, read=mc.ReadOptions(family_file=file))["notes"]
@@ -538,7 +556,7 @@ def test_every_rule_class_of_the_package_has_a_name_in_files() -> None:
     made = {type(rule) for family in FAMILIES.built_in.values() for rule in family.rules}
     values: dict[str, Any] = {"field": "tied", "key": "a", "keys": ("a",), "names": {}, "value": 1, "default": 1}
     values |= {"interval": 1, "size": 1, "topk": 1, "fields": ("tied",), "spellings": (("a",),)}
-    values |= {"factor": 2, "normed_head": True, "heads": "b", "other": "b"}
+    values |= {"factor": 2, "normed_head": True, "window": 1, "pattern": 1, "heads": "b", "other": "b"}
     given = {type(form.make(**{name: values[name] for name in form.required})): name for name, form in RULES.items()}
     assert made <= given.keys()
 
@@ -604,6 +622,10 @@ BASED = HEAD + "base: llama\n"
         ),
         (BASED + "tensors: {proj: {scale: 0}}\n", "tensors: proj: a tensor cannot be multiplied by 0"),
         (BASED + "tensors: {proj: {transposed: 1}}\n", "tensors: proj: transposed: 1 is neither true nor false"),
+        (
+            BASED + "tensors: {proj: {stacked: true}}\n",
+            "proj is no slot of experts, so that its parts cannot stack theirs",
+        ),
         (BASED + "rules: {row: [a, b]}\n", "rules: {'row': ['a', 'b']} is no list"),
         (BASED + "rules: [{rwo: [a, b]}]\n", "rules: 1: there is no rule 'rwo'; known are row, named"),
         (BASED + "rules: [row]\n", "rules: 1: 'row' is no mapping"),

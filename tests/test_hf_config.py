@@ -53,6 +53,7 @@ OWN_SIZES: dict[str, dict[str, Any]] = {
     "gpt_bigcode": {"vocab_size": 32, "n_embd": 64, "n_inner": 96, "n_layer": 3, "n_head": 32},
     "opt": {**{name: size for name, size in SIZES.items() if name != "intermediate_size"}, "ffn_dim": 96},
     "deepseek_v2": {**SIZES, "num_experts_per_tok": 4},
+    "dots1": {**SIZES, "num_experts_per_tok": 4, "n_routed_experts": 8, "norm_topk_prob": True},
     "helium": {**SIZES, "num_attention_heads": 40},  # its default are 20 groups
     "qwen3_next": {**SIZES, "num_hidden_layers": 4},  # the fourth is the first with full attention
 }
@@ -93,11 +94,15 @@ WITH_BIASES = ("gpt2", "gpt_bigcode", "phi", "persimmon")
 WITH_MLP_BIASES = (*WITH_BIASES, "gpt_neox")
 #: Families that may have biases of one kind, where Megatron-LM's others are 0.
 FILLED = ("olmo", "nemotron", "arcee", "jais2", "gpt_neox")
-LATENT = ("deepseek_v2", "deepseek_v3", "minicpm3")
+LATENT = ("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "minicpm3")
 #: Families without a class in transformers.
-REMOTE = ("minicpm", "mimo", "internlm2", "exaone", "qwen", "baichuan", "baichuan2", "chatglm")
+REMOTE = ("minicpm", "bailing_moe", "mimo", "internlm2", "exaone", "qwen", "baichuan", "baichuan2", "chatglm")
 NATIVE = [name for name in FAMILIES if name not in REMOTE]
-CHOSEN_BY_SIGMOID = ("glm4_moe", "deepseek_v3")
+CHOSEN_BY_SIGMOID = ("glm4_moe", "deepseek_v3", "glm4_moe_lite", "dots1", "solar_open", "hy_v3", "exaone_moe")
+#: Families whose experts are weighted by a softmax over those that are chosen, whatever config.json says.
+CHOSEN_FIRST = ("mixtral", "granitemoe", "granitemoeshared")
+#: Families whose classes have no bias in the output of attention.
+WITHOUT_OUTPUT_BIAS = ("glm", "glm4_moe", "solar_open", "helium")
 
 
 def facts(found: Any) -> dict[str, Any]:
@@ -111,7 +116,8 @@ def facts(found: Any) -> dict[str, Any]:
     return {
         "num_layers": found.num_hidden_layers,
         "hidden_size": found.hidden_size,
-        "ffn_hidden_size": first(found, ("intermediate_size", "ffn_dim", "n_inner"), None) or 4 * found.hidden_size,
+        "ffn_hidden_size": first(found, ("intermediate_size", "ffn_dim", "n_inner", "moe_intermediate_size"), None)
+        or 4 * found.hidden_size,
         "vocab_size": found.vocab_size,
         "max_position_embeddings": found.max_position_embeddings,
         "norm_epsilon": first(found, epsilons, 1e-5),  # OlmoLayerNorm, and the default of torch's in OPT
@@ -171,6 +177,8 @@ def rope_facts(found: Any) -> dict[str, Any]:
         scaling.pop("original_max_position_embeddings", None)
     scaling.pop("max_position_embeddings", None)  # which Ministral 3 repeats in its table
     rotated = PerLayer(map(bool, getattr(found, "no_rope_layers", [1]) * found.num_hidden_layers))
+    if found.model_type == "exaone_moe":
+        rotated = PerLayer(kind == "sliding_attention" for kind in found.layer_types)
     return {
         "rope": one_or_per_layer(PerLayer(rotated[: found.num_hidden_layers])),
         "rotary_base": rope["rope_theta"],
@@ -206,7 +214,8 @@ def attention_facts(found: Any) -> dict[str, Any]:
     if kind in FILLED:
         bias = bias or first(found, ("mlp_bias",), kind in WITH_MLP_BIASES)
     # OlmoeAttention's norms have the size of all heads.
-    norms = {**dict.fromkeys(("qwen3", "qwen3_moe", "qwen3_next"), EACH_HEAD), "olmoe": ALL_HEADS}
+    with_norms = ("qwen3", "qwen3_moe", "qwen3_next", "dots1", "hy_v3", "exaone_moe")
+    norms = {**dict.fromkeys(with_norms, EACH_HEAD), "olmoe": ALL_HEADS}
     own_norms = EACH_HEAD if first(found, ("use_qk_norm", "qk_layernorm"), False) else ""
     return {
         "mixer": one_or_per_layer(
@@ -217,7 +226,7 @@ def attention_facts(found: Any) -> dict[str, Any]:
         "kv_channels": getattr(found, "head_dim", None) or found.hidden_size // found.num_attention_heads,
         "qkv_bias": kind == "qwen2" or bias or first(found, ("qkv_bias", "use_qkv_bias"), False),
         # The classes of some have none there, and one has a key of its own.
-        "proj_bias": getattr(found, "attention_out_bias", bias and kind not in ("glm", "glm4_moe", "helium")),
+        "proj_bias": getattr(found, "attention_out_bias", bias and kind not in WITHOUT_OUTPUT_BIAS),
         "qk_norm": norms.get(kind, own_norms),
         "sliding_window": one_or_per_layer(windows),
         "attention_output_gate": kind == "qwen3_next",
@@ -233,25 +242,31 @@ def one_or_per_layer(values: PerLayer) -> Any:
 def expert_facts(found: Any) -> dict[str, Any]:
     """The same of experts; which layers have them is the condition in each decoder layer's `__init__`."""
     kind = found.model_type
-    count = getattr(found, "n_routed_experts", None) or getattr(found, "num_experts", None)
+    keys = ("n_routed_experts", "num_experts", "num_local_experts")
+    count = next((value for key in keys if (value := getattr(found, key, None))), None)
     if not count:
         return {"feed": "mlp"}
     step, listed = getattr(found, "decoder_sparse_step", 1), getattr(found, "mlp_only_layers", [])
     first = getattr(found, "first_k_dense_replace", 0)
     layers = range(found.num_hidden_layers)
     sparse = [layer for layer in layers if layer >= first and layer not in listed and (layer + 1) % step == 0]
+    if types := getattr(found, "mlp_layer_types", None):
+        sparse = [layer for layer in layers if types[layer] == "sparse"]
     sigmoid = kind in CHOSEN_BY_SIGMOID
-    grouped = sigmoid and found.n_group > 1
-    shared = getattr(found, "n_shared_experts", 0) * getattr(found, "moe_intermediate_size", 0)
+    grouped = sigmoid and getattr(found, "n_group", 1) > 1
+    number = getattr(found, "n_shared_experts", getattr(found, "num_shared_experts", 0)) or 0
+    shared = getattr(found, "shared_intermediate_size", number * getattr(found, "moe_intermediate_size", 0))
     return {
         "feed": one_or_per_layer(PerLayer("moe" if layer in sparse else "mlp" for layer in layers)),
         "num_experts": count,
-        "moe_ffn_hidden_size": getattr(found, "moe_intermediate_size", found.intermediate_size),
+        "moe_ffn_hidden_size": getattr(found, "moe_intermediate_size", None) or found.intermediate_size,
         "moe_router_topk": found.num_experts_per_tok,
-        "moe_router_pre_softmax": not sigmoid and kind != "mixtral" and not found.norm_topk_prob,
+        "moe_router_pre_softmax": not sigmoid and kind not in CHOSEN_FIRST and not found.norm_topk_prob,
         "moe_router_score_function": "sigmoid" if sigmoid else "softmax",
         "moe_router_enable_expert_bias": sigmoid,
-        "moe_router_topk_scaling_factor": getattr(found, "routed_scaling_factor", 1.0),
+        "moe_router_topk_scaling_factor": getattr(
+            found, "router_scaling_factor", getattr(found, "routed_scaling_factor", 1.0)
+        ),
         "moe_router_num_groups": found.n_group if grouped else None,
         "moe_router_group_topk": found.topk_group if grouped else None,
         "moe_aux_loss_coeff": getattr(found, "router_aux_loss_coef", 0.0),
@@ -271,8 +286,9 @@ def test_absent_keys_mean_what_they_mean_to_transformers(model_type: str) -> Non
 
 @pytest.mark.parametrize("model_type", NATIVE)
 def test_the_class_s_own_default_config_is_read(model_type: str) -> None:
-    # transformers' own default number of chosen experts is none for DeepSeek-V2.
-    default = theirs({"model_type": model_type, **({"num_experts_per_tok": 4} if model_type == "deepseek_v2" else {})})
+    # transformers' own default number of chosen experts is none for DeepSeek-V2 and dots.llm1.
+    own = {key: value for key, value in OWN_SIZES.get(model_type, {}).items() if key not in SIZES}
+    default = theirs({"model_type": model_type, **(own if "num_experts_per_tok" in own else {})})
     written = {**default.to_dict(), "architectures": [FAMILIES[model_type].architecture]}
     assert ours(spec_from_config(written)) == facts(default)
 
@@ -452,6 +468,17 @@ ALL_CASES = [
     ("glm4_moe", "groups and norms", {"n_group": 4, "topk_group": 2, "use_qk_norm": True, "n_shared_experts": 2}),
     ("deepseek_v2", "whole queries", {"q_lora_rank": None, "n_shared_experts": 2, "first_k_dense_replace": 1}),
     ("deepseek_v3", "small", {"n_routed_experts": 16, "n_group": 4, "topk_group": 2, "first_k_dense_replace": 3}),
+    ("glm4_moe_lite", "whole queries", {"q_lora_rank": None, "mlp_layer_types": ["sparse", "dense", "sparse"]}),
+    ("dots1", "window", {"sliding_window": 16, "max_window_layers": 1, "n_shared_experts": 2, "attention_bias": True}),
+    ("dots1", "layer types", {"sliding_window": 16, "layer_types": TYPES, "first_k_dense_replace": 2}),
+    ("dots1", "a switch that the class does not read", {"sliding_window": 16, "use_sliding_window": True}),
+    ("solar_open", "groups", {"n_group": 4, "topk_group": 2, "attention_bias": True, "head_dim": 24}),
+    ("hy_v3", "own order", {"mlp_layer_types": ["sparse", "dense", "sparse"], "num_shared_experts": 2}),
+    ("hy_v3", "biases", {"attention_bias": True, "router_scaling_factor": 1.0}),
+    ("exaone_moe", "interval", {"sliding_window_pattern": 2, "sliding_window": 16, "first_k_dense_replace": 2}),
+    ("exaone_moe", "layer types", {"layer_types": TYPES, "num_shared_experts": 2, "head_dim": 24}),
+    ("granitemoe", "multipliers", {"embedding_multiplier": 12.0, "logits_scaling": 6.0, "residual_multiplier": 0.22}),
+    ("granitemoeshared", "sizes", {"shared_intermediate_size": 40, "attention_bias": True, "num_local_experts": 16}),
     ("qwen3_next", "own order", {"layer_types": ["full_attention", *["linear_attention"] * 2, "full_attention"]}),
     ("olmoe", "1B-7B", {"clip_qkv": None, "norm_topk_prob": False, "rope_theta": 10000.0, "rope_scaling": None}),
     ("olmoe", "normed choice", {"norm_topk_prob": True, "num_experts": 16, "num_experts_per_tok": 3}),

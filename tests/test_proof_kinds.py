@@ -22,9 +22,11 @@ from megatron_converters.formats.megatron.rank_files_target import MegatronTarge
 from megatron_converters.formats.megatron.reading import MegatronReadOptions
 from megatron_converters.formats.megatron.writing import MegatronOptions
 from tests.conversions import different, hf_to_megatron, hf_to_torch_dist, megatron_to_hf, reshard, run
-from tests.helpers import hf_tensors
+from tests.helpers import hf_tensors, refused, verb
 from tests.oracle import by_hand_kinds, checkpoint
 from tests.oracle.errors import OracleError
+from tests.oracle.families import MODELS
+from tests.oracle.families.model import publish
 from tests.oracle.hf import TOKENS, difference, hf_logits
 from tests.oracle.hf_kinds import KINDS
 from tests.oracle.pool import MegatronPool
@@ -33,7 +35,7 @@ from tests.oracle.pool import MegatronPool
 TOLERANCE = 1e-5
 #: Families that megatron-core builds with Transformer Engine's layers alone.
 WITH_ENGINE = ("qwen3-next",)
-WITH_EXPERTS = ("glm4-moe", "deepseek-v2-lite", "deepseek-v3", "deepseek-v3-yarn", *WITH_ENGINE)
+WITH_EXPERTS = tuple(name for name, model in MODELS.items() if model.has_experts)
 Models = Callable[..., Path]
 
 
@@ -98,7 +100,7 @@ def args_of(root: Path) -> Any:
     return torch.load(first, weights_only=False)["args"]
 
 
-@pytest.mark.parametrize("family", ["granite", "granite-untied"])
+@pytest.mark.parametrize("family", ["granite", "granite-untied", "granitemoe-shared"])
 def test_multipliers_are_folded_into_weights_for_releases_without_mup(
     megatron_pool: MegatronPool, hf_model: Models, logits: Any, tmp_path: Path, family: str
 ) -> None:
@@ -130,9 +132,13 @@ def test_mup_is_refused_where_there_is_none(hf_model: Models, tmp_path: Path) ->
 
 # -- multi-token prediction
 
+_BEYOND = "model.layers.4."
+_DEEPSEEK = (_BEYOND + "{}.weight", ("enorm", "hnorm", "eh_proj", "shared_head.norm"), _BEYOND)
+_FINAL = (_BEYOND + "{}.weight", ("enorm", "hnorm", "eh_proj", "final_layernorm"), _BEYOND)
+_PREDICTING_ALIKE = {"glm4-moe-lite": _DEEPSEEK, "hy-v3": _FINAL, "bailing-moe-v2": _FINAL}
 _PREDICTING = {
-    "glm4-moe": ("model.layers.4.{}.weight", ("enorm", "hnorm", "eh_proj", "shared_head.norm"), "model.layers.4."),
-    "deepseek-v3": ("model.layers.4.{}.weight", ("enorm", "hnorm", "eh_proj", "shared_head.norm"), "model.layers.4."),
+    "glm4-moe": _DEEPSEEK,
+    "deepseek-v3": _DEEPSEEK,
     "qwen3-next": (
         "mtp.{}.weight",
         ("pre_fc_norm_embedding", "pre_fc_norm_hidden", "fc", "norm"),
@@ -143,20 +149,20 @@ _PREDICTING = {
 
 def with_prediction(family: str, hf_model: Models, folder: Path) -> Path:
     """The family's model with one layer of multi-token prediction, under the names of published files."""
-    plain = hf_model(family)
-    tensors, template_names = hf_tensors(plain), _PREDICTING[family]
-    template, names, layer = template_names
+    plain = publish(MODELS[family], hf_model(family), folder.with_name("plain"))
+    tensors = hf_tensors(plain)
+    template, names, layer = {**_PREDICTING, **_PREDICTING_ALIKE}[family]
     generator = torch.Generator().manual_seed(5)
 
     def like(tensor: torch.Tensor) -> torch.Tensor:
         return 0.1 * torch.randn(tensor.shape, generator=generator)
 
     norm = tensors["model.norm.weight"]
-    wide = torch.cat([tensors["model.layers.3.self_attn.o_proj.weight"][:, :1].expand(-1, 64)] * 2, dim=1)
+    wide = norm.new_empty(64, 128)
     new = {template.format(name): like(wide if name in ("eh_proj", "fc") else norm) for name in names}
     old = "model.layers.3."
     new |= {layer + key.removeprefix(old): like(value) for key, value in tensors.items() if key.startswith(old)}
-    if family != "qwen3-next":
+    if "shared_head.norm" in names:
         new["model.layers.4.embed_tokens.weight"] = tensors["model.embed_tokens.weight"].clone()
         new["model.layers.4.shared_head.head.weight"] = tensors["lm_head.weight"].clone()
     folder.mkdir()
@@ -187,6 +193,42 @@ def test_layers_of_multi_token_prediction_go_both_ways(
     assert any(key.startswith("mtp.layers.0.mtp_model_layer.self_attention.") for key in last)
     assert last["mtp.layers.0.eh_proj.weight"].shape == (32, 128)
     assert different(hf_tensors(folder), hf_tensors(megatron_to_hf(newest, tmp_path / "again"))) == []
+
+
+@pytest.mark.parametrize("family", _PREDICTING_ALIKE)
+def test_layers_of_multi_token_prediction_of_others_go_both_ways(
+    megatron_pool: MegatronPool, hf_model: Models, logits: Any, tmp_path: Path, family: str
+) -> None:
+    folder = with_prediction(family, hf_model, tmp_path / "hf")
+    files = hf_to_megatron(folder, tmp_path / "files", **cut(family), megatron_version="0.16")
+    found = megatron_pool.logits(files, TOKENS)  # strict: its layer is loaded, too
+    assert difference(found, logits(family)) < TOLERANCE
+    state = torch.load(sorted(files.glob("iter_0000001/*_001*/*.pt"))[0], weights_only=False)["model"]
+    tensors = hf_tensors(folder)
+    for ours, theirs in zip(("enorm", "hnorm", "final_layernorm"), ("enorm", "hnorm", _LAST[family]), strict=True):
+        assert torch.equal(state[f"mtp.layers.0.{ours}.weight"], tensors[f"{_BEYOND}{theirs}.weight"])
+    assert torch.equal(state["mtp.layers.0.eh_proj.weight"], tensors[f"{_BEYOND}eh_proj.weight"][:32])
+    assert different(tensors, hf_tensors(megatron_to_hf(files, tmp_path / "back"))) == []
+
+
+#: Names of the last norm.
+_LAST = {family: names[-1] for family, (_, names, _) in _PREDICTING_ALIKE.items()}
+
+
+def test_layers_that_megatron_cannot_hold_are_refused_or_left_out(hf_model: Models, tmp_path: Path) -> None:
+    """In EXAONE-MoE the layer of multi-token prediction has an MLP, and not experts as the model's last layer."""
+    plain, folder = hf_model("exaone-moe"), tmp_path / "hf"
+    tensors = hf_tensors(plain)
+    folder.mkdir()
+    more = {f"mtp.{name}.weight": torch.ones(64, 64) for name in ("fc", "norm", "layers.0.mlp.up_proj")}
+    save_file({**tensors, **more}, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((plain / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "num_nextn_predict_layers": 1}))
+    refused(verb("plan", folder, tmp_path / "out"), r"3 tensors of multi-token prediction (mtp.*)", "--without-mtp")
+    source = HFSource(folder, without_mtp=True)
+    assert "multi-token prediction: left out, 3 tensors, as --without-mtp says" in source.origin.notes
+    run(source, HFTarget(tmp_path / "back", HFOptions()))
+    assert different(tensors, hf_tensors(tmp_path / "back")) == []
 
 
 @pytest.mark.parametrize("family", ["deepseek-v3", "qwen3-next"])

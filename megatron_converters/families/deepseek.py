@@ -1,8 +1,8 @@
-"""DeepSeek-V2-Lite (transformers DeepseekV2ForCausalLM), DeepSeek-V3, R1 and V3.1 (DeepseekV3ForCausalLM): multi-latent attention.
+"""Multi-latent attention: DeepSeek-V2-Lite, DeepSeek-V3, R1 and V3.1, Moonlight, Kimi-K2, and GLM-4.7-Flash.
 
-Names and defaults: transformers 5.23, models/deepseek_v2 and models/deepseek_v3. The rows that rotate are neighbours, and
-Megatron-LM's multi-latent attention takes them as they are. Both norm their latents with an epsilon of
-1e-6, whatever config.json says.
+Names and defaults: transformers 5.23, models/deepseek_v2, models/deepseek_v3 (of all others but the last) and models/glm4_moe_lite,
+which is DeepSeek-V3 with other sizes. The rows that rotate are neighbours, and Megatron-LM's multi-latent attention takes them as
+they are. All norm their latents with an epsilon of 1e-6, whatever config.json says.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from .defaults import IfAbsent
 from .entries import implied, tensor
 from .llama import ATTENTION, DENSE, MLP, SIZES
 from .mixtures import EXPERTS, PREDICTION, PREDICTION_LAYER, PREDICTION_REPLICAS, shared_experts
-from .rules import Fixed, Passed, Row
+from .rules import Fixed, Passed, Row, overridden
 from .rules_attention import Rope
 from .rules_experts import ExpertGroups, FirstDense, SharedExperts
 from .table import Family, Proof
@@ -92,6 +92,35 @@ DEEPSEEK_V3 = Family(
         *implied(moe_router_score_function=SIGMOID, moe_router_enable_expert_bias=True),
     ),
     aliases=("kimi_k2",),
+    mtp_layer=PREDICTION_LAYER,
+    replicas=PREDICTION_REPLICAS,
+)
+
+GLM4_MOE_LITE = Family(
+    name="glm4_moe_lite",
+    model_type="glm4_moe_lite",
+    architecture="Glm4MoeLiteForCausalLM",
+    since="0.12",
+    proof=Proof.LOGITS,
+    tensors=DEEPSEEK_V3.tensors,
+    rules=overridden(
+        DEEPSEEK_V3.rules,
+        [
+            Row("norm_epsilon", "rms_norm_eps", 1e-5),
+            Row("max_position_embeddings", "max_position_embeddings", 202752),
+            Row("q_lora_rank", "q_lora_rank", IfAbsent("q_lora_rank", 768)),
+            Row("qk_head_dim", "qk_nope_head_dim", 192),
+            Row("v_head_dim", "v_head_dim", 256),
+            Row("num_experts", "n_routed_experts", 64),
+            Row("moe_router_topk", "num_experts_per_tok", 4),
+            Row("moe_ffn_hidden_size", "moe_intermediate_size", 1536),
+            Row("moe_router_topk_scaling_factor", "routed_scaling_factor", 1.8),
+            FirstDense(1, listed=True),
+            SharedExperts(1, 1536),
+            ExpertGroups((1, 1)),
+            Row("mtp_num_layers", "num_nextn_predict_layers", 0),
+        ],
+    ),
     mtp_layer=PREDICTION_LAYER,
     replicas=PREDICTION_REPLICAS,
 )

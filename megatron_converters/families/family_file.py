@@ -38,6 +38,7 @@ _ENTRY_KEYS: Mapping[str, Check] = {
     "names": checks.templates,
     "layout": checks.text,
     "transposed": checks.switch,
+    "stacked": checks.switch,
     "swapped": checks.switch,
     "unit_rows": checks.switch,
     "fused": checks.or_null(checks.template),

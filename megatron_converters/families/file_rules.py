@@ -115,6 +115,10 @@ def _window(default: int | None = None) -> Rule:
     return attention.Window(default)
 
 
+def _shared_experts(default: int, size: int, key: str = "n_shared_experts") -> Rule:
+    return experts.SharedExperts(default, size, (key,))
+
+
 def _listed_window(default: int | None = None, full: int = 0) -> Rule:
     return kinds.ListedWindow(default, full)
 
@@ -142,16 +146,17 @@ RULES: Mapping[str, Form] = {
     "scaled_queries": Form(ScaledQueries),
     "multi_query": Form(attention.MultiQuery, {"heads": text}, {"default": switch}),
     "window": Form(_window, optional={"default": or_null(whole)}),
-    "switched_window": Form(attention.SwitchedWindow),
+    "switched_window": Form(attention.SwitchedWindow, optional={"switch": switch, "start": whole}),
+    "windows_rotate": Form(kinds.WindowsRotate, {"window": whole, "pattern": whole}),
     "no_window": Form(attention.NoWindow),
     "listed_window": Form(_listed_window, optional={"default": or_null(whole), "full": whole}),
     "rotated_layers": Form(kinds.RotatedLayers, {"interval": whole}),
     "linear_attention": Form(attention.LinearAttention, {"interval": whole}),
     "dense_layers": Form(experts.DenseLayers),
-    "first_dense": Form(experts.FirstDense, {"default": whole}),
+    "first_dense": Form(experts.FirstDense, {"default": whole}, {"listed": switch}),
     "experts": Form(experts.Experts, {"default": whole}),
     "norm_topk_prob": Form(experts.NormTopkProb, {"default": switch}),
-    "shared_experts": Form(experts.SharedExperts, {"default": whole, "size": whole}),
+    "shared_experts": Form(_shared_experts, {"default": whole, "size": whole}, {"key": text}),
     "expert_groups": Form(experts.ExpertGroups, {"default": _pair}, whole=True),
     "optional_experts": Form(experts.OptionalExperts, {"topk": whole}),
     "depth_scale": Form(DepthScale, {"default": number}, {"key": text}),

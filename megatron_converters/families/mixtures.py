@@ -17,7 +17,8 @@ _EXPERT = MLP + "experts.{expert}."
 #: Names in files that transformers 5 saved as it holds the tensors in memory.
 _FUSED_FC1, _FUSED_FC2 = MLP + "experts.gate_up_proj", MLP + "experts.down_proj"
 
-_ATTENTION = {name: entry for name, entry in DENSE.items() if name not in ("fc1", "fc2")}
+#: A Llama's tensors but for those of its MLP.
+WITHOUT_MLP = {name: entry for name, entry in DENSE.items() if name not in ("fc1", "fc2")}
 EXPERTS = {
     "router": Entry(SAME, (MLP + "gate.weight",)),
     "expert_fc1": Entry(GATED, (_EXPERT + "gate_proj.weight", _EXPERT + "up_proj.weight"), _FUSED_FC1),
@@ -56,7 +57,7 @@ MIXTRAL = Family(
     since="0.11",
     proof=Proof.LOGITS,
     tensors={
-        **_ATTENTION,
+        **WITHOUT_MLP,
         "router": Entry(SAME, (_MIXTRAL + "gate.weight",), MLP + "gate.weight"),
         "expert_fc1": Entry(
             GATED, (_MIXTRAL + "experts.{expert}.w1.weight", _MIXTRAL + "experts.{expert}.w3.weight"), _FUSED_FC1
@@ -96,7 +97,7 @@ QWEN2_MOE = Family(
     since="0.16",
     proof=Proof.LOGITS,
     tensors={
-        **_ATTENTION,
+        **WITHOUT_MLP,
         **QKV_BIAS,
         **_DENSE_MLP,
         **EXPERTS,
@@ -122,7 +123,7 @@ QWEN3_MOE = Family(
     architecture="Qwen3MoeForCausalLM",
     since="0.11",
     proof=Proof.LOGITS,
-    tensors={**_ATTENTION, **QKV_BIAS, **PROJ_BIAS, **QK_NORM, **_DENSE_MLP, **EXPERTS},
+    tensors={**WITHOUT_MLP, **QKV_BIAS, **PROJ_BIAS, **QK_NORM, **_DENSE_MLP, **EXPERTS},
     rules=(
         *SIZES,
         query_groups(absent=4),
@@ -143,7 +144,7 @@ OLMOE = Family(
     model_type="olmoe",
     architecture="OlmoeForCausalLM",
     proof=Proof.LOGITS,
-    tensors={**_ATTENTION, **QKV_BIAS, **PROJ_BIAS, **QK_NORM, **EXPERTS},
+    tensors={**WITHOUT_MLP, **QKV_BIAS, **PROJ_BIAS, **QK_NORM, **EXPERTS},
     rules=(
         *SIZES,
         query_groups(),

@@ -118,10 +118,14 @@ class Fixed:
 
 @dataclass(frozen=True)
 class Restated:
-    """A config key that says what the architecture does anyway, in files of some programs: it may be absent; it is not written."""
+    """A config key that says what the architecture does anyway, in files of some programs: it may be absent; it is not written.
+
+    `others` are values that mean the same.
+    """
 
     key: str
     value: Any
+    others: tuple[Any, ...] = ()
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -129,7 +133,7 @@ class Restated:
 
     def read(self, config: Config) -> dict[str, Any]:
         value = config.get(self.key)
-        if value not in (None, self.value):
+        if value not in (None, self.value, *self.others):
             raise ConversionError(
                 f"config.json has {self.key}={value!r}; the architecture has {self.value!r}, and only that can be converted"
             )

@@ -285,14 +285,20 @@ def layer_types(config: Config) -> list[str]:
 
 @dataclass(frozen=True)
 class SwitchedWindow:
-    """Qwen's window: off unless `use_sliding_window`, and only from layer `max_window_layers` on, or as `layer_types` says."""
+    """Qwen's window: off unless `use_sliding_window`, and only from layer `max_window_layers` on, or as `layer_types` says.
 
+    `switch` is false for classes that do not read the first key. `start` is the default of the second.
+    """
+
+    switch: bool = True
+    start: int = 28
     keys: tuple[str, ...] = ("use_sliding_window", "sliding_window", "max_window_layers", "layer_types")
 
     def read(self, config: Config) -> dict[str, Any]:
         layers = config.get("num_hidden_layers", 0)
-        window = config.get("sliding_window", 4096) if config.get("use_sliding_window") else None
-        start = config.get("max_window_layers", 28) if window is not None else 0
+        on = config.get("use_sliding_window") or not self.switch
+        window = config.get("sliding_window", 4096) if on else None
+        start = config.get("max_window_layers", self.start) if window is not None else 0
         if not is_whole(start) or not is_whole(layers):
             raise ConversionError(
                 f"config.json has max_window_layers={start!r} of {layers!r} layers; they must be numbers"
@@ -313,7 +319,7 @@ class SwitchedWindow:
         found = {window for window in windows if window is not None}
         start = next((layer for layer, window in enumerate(windows) if window is not None), spec.num_layers)
         written = {
-            "use_sliding_window": bool(found),
+            **({"use_sliding_window": bool(found)} if self.switch else {}),
             "sliding_window": max(found, default=None),
             "max_window_layers": start,
         }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from ..basics.errors import ConversionError
 from ..model.layers import is_whole
@@ -37,9 +37,13 @@ _SPARSE = {"dense": "mlp", "sparse": "moe"}
 
 @dataclass(frozen=True)
 class FirstDense:
-    """Layers without experts at the beginning: their number, or as `mlp_layer_types` (transformers 5) lists them."""
+    """Layers without experts at the beginning: their number, or as `mlp_layer_types` (transformers 5) lists them.
+
+    Where a class reads the list alone (`listed`), it is written, too.
+    """
 
     default: int
+    listed: bool = False
     keys: tuple[str, ...] = ("first_k_dense_replace", "mlp_layer_types", "moe_layer_freq")
 
     def read(self, config: Config) -> dict[str, Any]:
@@ -60,7 +64,10 @@ class FirstDense:
         return {"feed": per_layer([_SPARSE[kind] for kind in types])} if types else {}
 
     def write(self, spec: ModelSpec) -> dict[str, Any]:
-        return {"first_k_dense_replace": [*spec.in_layers("feed"), "moe"].index("moe")}
+        feeds = spec.in_layers("feed")
+        written: dict[str, Any] = {"first_k_dense_replace": [*feeds, "moe"].index("moe")}
+        kinds = {feed: kind for kind, feed in _SPARSE.items()}
+        return written | ({"mlp_layer_types": [kinds.get(feed, feed) for feed in feeds]} if self.listed else {})
 
 
 @dataclass(frozen=True)
@@ -69,6 +76,8 @@ class Experts:
 
     default: int
     keys: tuple[str, ...] = ("num_experts", "num_local_experts")
+    #: Property that it decides.
+    field: ClassVar[str] = "num_experts"
 
     def read(self, config: Config) -> dict[str, Any]:
         found = [config[key] for key in self.keys if config.get(key) is not None]
@@ -156,27 +165,29 @@ class NormTopkProb:
 class SharedExperts:
     """Number of shared experts, each of `moe_intermediate_size`, which Megatron-LM and transformers compute as one.
 
-    `size` is the class's default of that.
+    `size` is the class's default of that; the key has the number.
     """
 
     default: int
     size: int
     keys: tuple[str, ...] = ("n_shared_experts",)
+    #: Property that it decides.
+    field: ClassVar[str] = "shared_ffn_hidden_size"
 
     def read(self, config: Config) -> dict[str, Any]:
-        count = config.get("n_shared_experts", self.default) or 0
+        count = config.get(self.keys[0], self.default) or 0
         size = config.get("moe_intermediate_size", self.size)
         if not is_whole(count) or not is_whole(size) or count < 0:
             raise ConversionError(
-                f"config.json has n_shared_experts={count!r} and moe_intermediate_size={size!r}; they must be whole numbers"
+                f"config.json has {self.keys[0]}={count!r} and moe_intermediate_size={size!r}; they must be whole numbers"
             )
         return {"shared_ffn_hidden_size": count * size}
 
     def write(self, spec: ModelSpec) -> dict[str, Any]:
         size, shared = spec.values.get("moe_ffn_hidden_size"), spec.values.get("shared_ffn_hidden_size")
         if is_whole(size) and is_whole(shared) and shared % size == 0:
-            return {"n_shared_experts": shared // size}
-        return {"n_shared_experts": shared}  # reads back as another size
+            return {self.keys[0]: shared // size}
+        return {self.keys[0]: shared}  # reads back as another size
 
 
 @dataclass(frozen=True)

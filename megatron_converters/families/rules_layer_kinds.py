@@ -105,3 +105,36 @@ class RotatedLayers:
             "sliding_window": window,
             "layer_types": types_of(spec),
         }
+
+
+@dataclass(frozen=True)
+class WindowsRotate:
+    """Layers with a sliding window, which alone have rotary embeddings: as `layer_types` says, else all but every N-th.
+
+    transformers 5.23, models/exaone_moe. `window` and `pattern` are defaults of the other two keys.
+    """
+
+    window: int
+    pattern: int
+    keys: tuple[str, ...] = ("layer_types", "sliding_window", "sliding_window_pattern")
+
+    def read(self, config: Config) -> dict[str, Any]:
+        window = config.get("sliding_window", self.window)
+        interval = config.get("sliding_window_pattern", self.pattern)
+        layers, types = layer_count(config), layer_types(config)
+        if not is_whole(window) or not (types or (is_whole(interval) and interval > 0)):
+            raise ConversionError(
+                f"config.json has sliding_window={window!r} and sliding_window_pattern={interval!r}; they must be numbers above 0, "
+                "the second unless layer_types lists the layers"
+            )
+        types = types or [SLIDING if (layer + 1) % interval else FULL for layer in range(layers)]
+        windows = windows_of(types, window, layers)
+        if types and SLIDING not in types:
+            raise ConversionError(
+                f"config.json has {FULL} in all layers and a sliding_window; programs differ in whether such a model has rotary "
+                "embeddings at all, so it cannot be converted"
+            )
+        return {"rope": per_layer([kind == SLIDING for kind in types]), "sliding_window": per_layer(windows)}
+
+    def write(self, spec: ModelSpec) -> dict[str, Any]:
+        return {"layer_types": types_of(spec), "sliding_window": widest(spec)}

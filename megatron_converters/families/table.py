@@ -49,6 +49,8 @@ class Family:
     aliases: tuple[str, ...] = ()
     further_architectures: tuple[str, ...] = ()
     computed_by: str = ""
+    #: Where files have layers of multi-token prediction that no release of Megatron-LM can hold: how their names begin, and why.
+    unheld_prediction: tuple[str, str] = ("", "")
     #: Notes for the user on keys of config.json that decide nothing, where they are set.
     remarks: Mapping[str, str] = field(default_factory=dict)
     #: Suffixes of names of tensors that files may hold although they are not weights.
@@ -80,9 +82,13 @@ class Family:
             if slot not in SLOTS:
                 raise ValueError(f"family {self.name}: {slot!r} is no slot; known are {', '.join(SLOTS)}")
             own, expert = SLOTS[slot].scope, SLOTS[slot].expert
+            if entry.stacked and not expert:
+                raise ValueError(
+                    f"family {self.name}: {slot} is no slot of experts, so that its parts cannot stack theirs"
+                )
             for name in entry.names:
                 layered = "{layer}" in name or BEYOND in name
                 if (own is Scope.LAYER) != layered and own is not Scope.MTP:
                     raise ValueError(f"family {self.name}: the names of {slot} and its scope disagree about {{layer}}")
-                if ("{expert}" in name) != expert:
+                if ("{expert}" in name) != (expert and not entry.stacked):
                     raise ValueError(f"family {self.name}: the names of {slot} and its scope disagree about {{expert}}")

@@ -38,7 +38,8 @@ class ReadOptions:
     inferred where nothing names the model's. For a Hugging Face folder, `untie` keeps a stored lm_head although config.json ties
     it; a file of weights has `hf_config`, too. `ignore_config_fields` names unknown fields that do not matter, of config.json (also
     that of a reference) or of params.json.
-    `without_mtp` leaves out layers of multi-token prediction. `mup` ("flags", "fold" or "raw") says where a checkpoint has its
+    `without_mtp` leaves out layers of multi-token prediction, and `backfill_from` names a model of which they are taken if a
+    training run has dropped them. `mup` ("flags", "fold" or "raw") says where a checkpoint has its
     model's multipliers, if its args do not. `trained_by` is the release of Megatron-LM ("0.16") that trained it, which may have
     ignored some of its args, or "args" for a program that heeds all. `prefer_args` takes only the family, names and tokenizer
     from `hf_config`, and `ignore_args` names arguments of other programs that change nothing. `source_margs_file` is a
@@ -55,6 +56,7 @@ class ReadOptions:
     true_vocab_size: int | None = None
     untie: bool = False
     without_mtp: bool = False
+    backfill_from: str | os.PathLike[str] | None = None
     mup: str | None = None
     trained_by: str | None = None
     prefer_args: bool = False
@@ -107,6 +109,11 @@ def open_source(path: str | os.PathLike[str], options: ReadOptions = AS_FOUND) -
         notes = [*notes, *reference.notes]
     with family_of(options.family_file):
         source = _OPENERS[found](found_path, options)
+        if options.backfill_from is not None:
+            from .backfill import Backfilled
+
+            given = ReadOptions(download=options.download, ignore_config_fields=options.ignore_config_fields)
+            source = Backfilled(source, open_source(options.backfill_from, given).source)
         _note_unused_family(source, options)
     source.origin.say_first(notes)
     if margs is not None:

@@ -133,9 +133,10 @@ class Survey:
         """Layout of the stored experts; None for a dense model."""
         first = self._first(_EXPERT)
         if first is not None and self.kind in (HF, WEIGHTS):
-            fused = HFNames(FAMILIES[self.spec.family], self.spec).fused_name(first.ref)
+            family = FAMILIES[self.spec.family]
+            fused = HFNames(family, self.spec).fused_name(first.ref)
             same_end = fused and first.name.rpartition(".")[2] == fused.rpartition(".")[2]  # prefixes may differ
-            return FUSED if same_end else SEPARATE
+            return FUSED if same_end or family.tensors[_EXPERT].stacked else SEPARATE
         return self._matching_table(first, EXPERTS)
 
     def _first(self, slot: str) -> Holding | None:

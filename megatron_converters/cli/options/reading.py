@@ -42,11 +42,12 @@ _OF_CHECKPOINTS = (
         "--prefer-args",
         "--true-vocab-size",
         "--without-mtp",
+        "--backfill-from",
     ),
     *("--mup", "--trained-by", "--ignore-args", "--ignore-tensors"),
 )
 _OF_MINDSPORE = ("--mf-mlp-layout", "--mf-qkv-layout", "--mf-version", "--mf-config", "--ignore-tensors")
-_OF_FOLDERS = ("--untie", "--ignore-config-fields", "--without-mtp", "--ignore-tensors")
+_OF_FOLDERS = ("--untie", "--ignore-config-fields", "--without-mtp", "--backfill-from", "--ignore-tensors")
 
 
 def read_options(args: argparse.Namespace, source_format: str | None = None) -> ReadOptions:
@@ -67,6 +68,7 @@ def read_options(args: argparse.Namespace, source_format: str | None = None) -> 
         prefer_args=bool(given("prefer_args")),
         ignore_args=comma_separated(given("ignore_args")),
         without_mtp=bool(given("without_mtp")),
+        backfill_from=given("backfill_from"),
         ignore_tensors=patterns(given("ignore_tensors")),
         mup=given("mup"),
         mf_mlp_layout=given("mf_mlp_layout"),

@@ -48,6 +48,12 @@ _DECLARED: dict[str, dict[str, Any]] = {
     "--without-mtp": dict(
         action="store_true", help="Leave out layers of multi-token prediction, which training and logits do not need."
     ),
+    "--backfill-from": dict(
+        metavar="DIR",
+        default=None,
+        help="Take layers of multi-token prediction from this model, where training has dropped them; the manifest lists each "
+        "tensor.",
+    ),
     "--mup": dict(
         choices=(FLAGS, FOLD, RAW),
         default=None,

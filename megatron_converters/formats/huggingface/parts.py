@@ -106,10 +106,14 @@ class HFNames:
 
     def parts(self, ref: Ref, *, fused: bool) -> list[Part]:
         """Parts of a ref; `fused` selects the fused tensor of transformers 5 where the slot has one."""
-        key = ref.slot, ref.kind_number(self._spec), ref.stack, fused and self.fused_name(ref) != ""
+        if self.constant(ref) is not None:
+            return []
+        entry = self._entry(ref)
+        whole = entry.fused if fused and entry.fused is not None else ""
+        key = ref.slot, ref.kind_number(self._spec), ref.stack, whole != ""
         if key not in self._templates:
-            self._templates[key] = tuple(self._separate(ref) if not key[-1] else self._fused(ref))
-        number = (ref.expert or 0) if key[-1] else 0
+            self._templates[key] = tuple(self._fused(ref, whole) if whole else self._separate(ref))
+        number = (ref.expert or 0) if whole or entry.stacked else 0
         return [Part(self._name(template.name, ref), *template[1:-1], number) for template in self._templates[key]]
 
     def names(self, ref: Ref) -> tuple[str, ...]:
@@ -135,8 +139,6 @@ class HFNames:
         return [self._numbered(template, layer, None) for layer in range(len(self._spec.mtp))]
 
     def _separate(self, ref: Ref) -> Iterator[_Template]:
-        if self.constant(ref) is not None:
-            return
         entry, rest = self._entry(ref), ref.shape(self._spec)[1:]
         maps = row_maps(entry.layout, ref.slot, self._spec, ref.kind(self._spec))
         if len(maps) != len(entry.names):
@@ -147,16 +149,17 @@ class HFNames:
         for name, rows in zip(entry.names, maps, strict=True):
             shape = (rows.size, *rest)
             stored = shape[::-1] if entry.transposed else shape
+            stored = (self._spec.num_experts, *stored) if entry.stacked else stored
             name = self._template(name, ref)
             how = entry.transposed, entry.swapped, entry.value, entry.unit_rows
             yield _Template(name, rows, shape, stored, *how)
 
-    def _fused(self, ref: Ref) -> Iterator[_Template]:
+    def _fused(self, ref: Ref, name: str) -> Iterator[_Template]:
         entry = self._entry(ref)
         (rows,) = row_maps(SAME, ref.slot, self._spec, ref.kind(self._spec))
         shape = ref.shape(self._spec)
         stored = (self._spec.num_experts, *shape) if ref.slot.expert else shape
-        yield _Template(self._template(entry.fused or "", ref), rows, shape, stored, value=entry.value)
+        yield _Template(self._template(name, ref), rows, shape, stored, value=entry.value)
 
     def _template(self, name: str, ref: Ref) -> str:
         """Name template of a part in the ref's stack of layers."""

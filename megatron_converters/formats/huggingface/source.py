@@ -168,6 +168,19 @@ def _prediction_layers(
 
     transformers drops these layers when it saves a model, but leaves their number in config.json.
     """
+    prefix, reason = family.unheld_prediction
+    unheld = {name for name in tensors if prefix and name.startswith(prefix)}
+    if unheld and not without:
+        raise ConversionError(
+            f"the files have {count(len(unheld), 'tensor')} of multi-token prediction ({prefix}*), which cannot be converted: "
+            f"{reason}; pass --without-mtp to leave them out"
+        )
+    if unheld:
+        return (
+            spec,
+            unheld,
+            [f"multi-token prediction: left out, {count(len(unheld), 'tensor')}, as --without-mtp says"],
+        )
     if not spec.mtp:
         return spec, set(), []
     names = HFNames(family, spec)
