@@ -134,7 +134,7 @@ def facts(found: Any) -> dict[str, Any]:
         "activation": ACTIVATIONS.get(activation, activation),
         "gated": kind not in UNGATED,
         "initializer_range": first(found, ("initializer_range", "init_std"), None),
-        "attention_dropout": first(found, ("attn_pdrop", "attention_dropout"), None),
+        "attention_dropout": first(found, ("attn_pdrop", "attention_dropout"), 0.0),
         **(minicpm_facts(found) if found.model_type == "minicpm3" else multiplier_facts(found)),
         **(latent_facts(found) if found.model_type in LATENT else attention_facts(found)),
         **rope_facts(found),

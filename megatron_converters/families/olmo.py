@@ -34,7 +34,7 @@ OLMO = Family(
         (
             *implied(normalization=LAYER_NORM, norm_epsilon=1e-5),
             Biases(mlp_key=""),
-            Fixed("clip_qkv", None, "Megatron-LM does not clip queries, keys and values"),
+            Fixed("clip_qkv", None, why="Megatron-LM does not clip queries, keys and values"),
         ),
     ),
 )

@@ -40,10 +40,10 @@ OPT = Family(
     rules=overridden(
         [rule for rule in SIZES if rule.keys != ("hidden_act",)],
         (
-            Fixed("do_layer_norm_before", True, "Megatron-LM has no norms after its blocks"),
+            Fixed("do_layer_norm_before", True, why="Megatron-LM has no norms after its blocks"),
             Fixed("word_embed_proj_dim", SameAs("hidden_size"), "Megatron-LM has no projections of embeddings"),
             Fixed("layer_norm_elementwise_affine", True),
-            Fixed("_remove_final_layer_norm", False, "Megatron-LM has a norm before the head"),
+            Fixed("_remove_final_layer_norm", False, why="Megatron-LM has a norm before the head"),
             Row("ffn_hidden_size", "ffn_dim", 3072),
             Row("max_position_embeddings", "max_position_embeddings", 2048),
             Row("initializer_range", "init_std", 0.02),

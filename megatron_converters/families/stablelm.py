@@ -29,8 +29,8 @@ STABLELM = Family(
         Row("max_position_embeddings", "max_position_embeddings", 4096),
         Row("qkv_bias", "use_qkv_bias", False),
         *implied(normalization=LAYER_NORM),
-        Fixed("use_parallel_residual", False, "Megatron-LM has no attention and MLP in parallel"),
-        Fixed("qk_layernorm", False, "Megatron-LM has one norm for all heads, and not one for each"),
+        Fixed("use_parallel_residual", False, why="Megatron-LM has no attention and MLP in parallel"),
+        Fixed("qk_layernorm", False, why="Megatron-LM has one norm for all heads, and not one for each"),
         Passed(("hidden_dropout",)),
     ),
 )
