@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from .basics.errors import ConversionError, UsageError, raise_all
 from .comparison.manifest_check import check_output, find_output
@@ -27,7 +27,7 @@ from .conversion.estimate import measure
 from .conversion.journal import read_manifest
 from .conversion.progress import Progress, Silent
 from .conversion.run import convert as run_conversion
-from .families import FAMILIES, register_family
+from .families import register_family
 from .families.scope import family_of
 from .formats.hub import located
 from .formats.huggingface.target import HFOptions
@@ -36,8 +36,10 @@ from .formats.megatron.flags import all_flags, flag_warnings
 from .formats.megatron.writing import CheckpointTarget, MegatronOptions
 from .formats.mindspore.target import MindSporeOptions
 from .formats.reading import AS_FOUND, ReadOptions, open_source, refuse_unused
+from .inspection import supported
 from .inspection.in_json import as_json
 from .inspection.inventory import survey
+from .inspection.supported import Family
 from .inspection.training_flags import arguments
 from .request import Job, Request
 from .sharding.stages import PipelineSplit
@@ -142,14 +144,6 @@ class TrainingFlags:
     flags: tuple[str, ...]
     arguments: dict[str, Any]
     notes: tuple[str, ...]
-
-
-class Family(NamedTuple):
-    """Model family, by the names that Hugging Face's config.json has for it."""
-
-    name: str
-    model_type: str
-    architecture: str
 
 
 def convert(
@@ -307,9 +301,10 @@ def _training_flags(src: Folder, allow_inexpressible: bool, read: ReadOptions) -
     return TrainingFlags(tuple(flags), values, tuple(notes))
 
 
-def supported_families() -> tuple[Family, ...]:
-    """Every family that can be converted."""
-    return tuple(Family(family.name, family.model_type, family.architecture) for family in FAMILIES.values())
+def supported_families(family_file: str | os.PathLike[str] | None = None) -> tuple[Family, ...]:
+    """Every family that can be converted, with what is known of it; with `family_file` also the one of this file."""
+    with family_of(family_file):
+        return supported.supported_families()
 
 
 def _with(read: ReadOptions, download: bool) -> ReadOptions:

@@ -55,6 +55,8 @@ MIXTRAL = Family(
     architecture="MixtralForCausalLM",
     since="0.11",
     proof=Proof.LOGITS,
+    models="Mixtral",
+    covers="experts, sliding window",
     tensors={
         **_ATTENTION,
         "router": Entry(SAME, (_MIXTRAL + "gate.weight",), MLP + "gate.weight"),
@@ -95,6 +97,8 @@ QWEN2_MOE = Family(
     architecture="Qwen2MoeForCausalLM",
     since="0.16",
     proof=Proof.LOGITS,
+    models="Qwen2-MoE",
+    covers="shared expert with its gate, dense layers",
     tensors={
         **_ATTENTION,
         **QKV_BIAS,
@@ -122,6 +126,8 @@ QWEN3_MOE = Family(
     architecture="Qwen3MoeForCausalLM",
     since="0.11",
     proof=Proof.LOGITS,
+    models="Qwen3-MoE",
+    covers="query and key norms, dense layers",
     tensors={**_ATTENTION, **QKV_BIAS, **PROJ_BIAS, **QK_NORM, **_DENSE_MLP, **EXPERTS},
     rules=(
         *SIZES,
@@ -143,6 +149,8 @@ OLMOE = Family(
     model_type="olmoe",
     architecture="OlmoeForCausalLM",
     proof=Proof.LOGITS,
+    models="OLMoE",
+    covers="with `--allow-inexpressible`: its norms span all heads, which Megatron-LM has no argument for",
     tensors={**_ATTENTION, **QKV_BIAS, **PROJ_BIAS, **QK_NORM, **EXPERTS},
     rules=(
         *SIZES,

@@ -19,6 +19,8 @@ STARCODER2 = Family(
     architecture="Starcoder2ForCausalLM",
     since="0.15",
     proof=Proof.LOGITS,
+    models="StarCoder2",
+    covers="LayerNorm with biases, MLP without a gate, sliding window",
     tensors={
         **tensor("word_embeddings", "model.embed_tokens.weight"),
         **linear("input_norm", LAYER + "input_layernorm"),

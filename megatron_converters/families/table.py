@@ -31,6 +31,7 @@ class Family:
     layers repeat. `optional_prefix` is the base model's prefix where files are published without it. `aliases` are further
     values of `model_type` in config.json. `since` is the first release of Megatron-LM whose arguments can say such a model, the one
     that needs least of them; empty where none can, or where nobody has said it, and `proof` is None in the second case alone.
+    `models` are published models of this architecture, and `covers` is what of them is converted, both in Markdown for people.
     """
 
     name: str
@@ -49,6 +50,8 @@ class Family:
     ignored_suffixes: tuple[str, ...] = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached")
     since: str = field(default="", compare=False)
     proof: Proof | None = field(default=None, compare=False)
+    models: str = field(default="", compare=False)
+    covers: str = field(default="", compare=False)
 
     @property
     def base_prefix(self) -> str:

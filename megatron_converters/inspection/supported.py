@@ -1,0 +1,89 @@
+"""What is supported: the facts of every family, for `families`, the API and docs/models.md."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from ..basics.errors import ConversionError
+from ..families import FAMILIES
+from ..families.config_json import spec_from_config
+from ..families.table import Family as Table
+from ..families.table import Proof
+from ..families.typical import required_config
+from ..formats.detect import HF, MEGATRON, META, MINDSPORE
+from ..formats.meta.params import LLAMA, MISTRAL
+from ..formats.mindspore.limits import without_place
+from ..model.spec import ModelSpec
+
+#: Proof of a family whose table says none, and of those from outside this package, which may have copied another's table.
+NOT_STATED = "not stated"
+#: Proofs by what they are in words: their names in tables.
+PROOFS = {**{proof.value: proof.name.lower() for proof in Proof}, NOT_STATED: NOT_STATED}
+
+
+class Family(NamedTuple):
+    """Model family, by the names that Hugging Face's config.json has for it.
+
+    `aliases` are further values of model_type. `kind` is dense, MoE, MLA or hybrid, or several of these. `formats` are values of
+    `--from`; "meta" is only read. `since` is the least release of Megatron-LM that has arguments for such a model, None if no
+    release has, or nobody has said it. `proof` says how the table was proven, `models` which published models are of this class,
+    and `covers` what is converted of them.
+    """
+
+    name: str
+    model_type: str
+    architecture: str
+    aliases: tuple[str, ...]
+    kind: str
+    formats: tuple[str, ...]
+    since: str | None
+    proof: str
+    models: str
+    covers: str
+
+
+def supported_families() -> tuple[Family, ...]:
+    """Every family that can be converted, also those from outside this package, with what is known of it."""
+    return tuple(_facts(name, table) for name, table in FAMILIES.items())
+
+
+def _facts(name: str, table: Table) -> Family:
+    typical, own = _typical(table), FAMILIES.built_in.get(name) is table
+    return Family(
+        *(table.name, table.model_type, table.architecture, table.aliases),
+        kind=", ".join(_kinds(table, typical)),
+        formats=tuple(_formats(name, typical)),
+        since=table.since or None if own else None,
+        proof=table.proof.value if own and table.proof is not None else NOT_STATED,
+        models=table.models,
+        covers=table.covers,
+    )
+
+
+def _typical(table: Table) -> ModelSpec | None:
+    """Spec of a typical model; None if a required key of the family's has no usual size."""
+    try:
+        return spec_from_config(required_config(table))
+    except ConversionError:
+        return None
+
+
+def _kinds(table: Table, typical: ModelSpec | None) -> Iterator[str]:
+    """Kinds of layers that the table has tensors for; of a family that may do without experts, both."""
+    slots = table.tensors
+    hybrid, latent = any(slot.startswith("delta_") for slot in slots), "kv_down" in slots
+    if hybrid or latent:
+        yield "hybrid" if hybrid else "MLA"
+    elif "router" not in slots or (typical is not None and not typical.num_experts):
+        yield "dense"
+    if "router" in slots:
+        yield "MoE"
+
+
+def _formats(name: str, typical: ModelSpec | None) -> Iterator[str]:
+    yield from (HF, MEGATRON)
+    if name in (LLAMA, MISTRAL):
+        yield META
+    if typical is not None and not any(without_place(typical)):
+        yield MINDSPORE
