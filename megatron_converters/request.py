@@ -12,6 +12,7 @@ from .basics.dtypes import DType, dtype_named
 from .basics.errors import UsageError
 from .basics.folders import new_folder
 from .conversion.endpoint import Source, Target
+from .formats.backfilling import Backfilled
 from .formats.detect import HF, MEGATRON, MINDSPORE
 from .formats.hub import located
 from .formats.huggingface.target import HFOptions
@@ -95,6 +96,8 @@ class Request:
             source.origin.notes += fetch_tokenizer(named, explicit=options.tokenizer is not None)
         target = open_target(self.dst, dataclasses.replace(options, overwrite=overwrite))
         dtype = None if self.dtype is None else dtype_named(self.dtype)
+        if dtype is None and isinstance(source, Backfilled):
+            source.refuse_two_dtypes()
         _warn_of_widening(source, dtype)
         return Job(source_format, source, chosen, target, dtype)
 

@@ -17,6 +17,7 @@ from ..basics.folders import existing_folder
 from ..conversion.endpoint import Source
 from ..families import FAMILIES
 from ..families.scope import family_of
+from .backfilling import Backfilled
 from .detect import FORMATS, HF, MEGATRON, META, MINDSPORE, WEIGHTS, format_of, refuse_part
 from .hub import located
 from .huggingface.source import HFSource
@@ -40,7 +41,8 @@ class ReadOptions:
     inferred where nothing names the model's. For a Hugging Face folder, `untie` keeps a stored lm_head although config.json ties
     it; a file of weights has `hf_config`, too. `ignore_config_fields` names unknown fields that do not matter, of config.json (also
     that of a reference) or of params.json.
-    `without_mtp` leaves out layers of multi-token prediction. `mup` ("flags", "fold" or "raw") says where a checkpoint has its
+    `without_mtp` leaves out layers of multi-token prediction, `backfill_from` is the Hugging Face folder from which they are taken
+    where training ran without them. `mup` ("flags", "fold" or "raw") says where a checkpoint has its
     model's multipliers, if its args do not. `trained_by` is the release of Megatron-LM ("0.16") that trained it, which may have
     ignored some of its args, or "args" for a program that heeds all. `prefer_args` takes only the family, names and tokenizer
     from `hf_config`, and `ignore_args` names arguments of other programs that change nothing. `source_margs_file` is a
@@ -57,6 +59,7 @@ class ReadOptions:
     true_vocab_size: int | None = None
     untie: bool = False
     without_mtp: bool = False
+    backfill_from: str | os.PathLike[str] | None = None
     mup: str | None = None
     trained_by: str | None = None
     prefer_args: bool = False
@@ -108,7 +111,7 @@ def open_source(path: str | os.PathLike[str], options: ReadOptions = AS_FOUND) -
         options = dataclasses.replace(options, hf_config=reference.folder)
         notes = [*notes, *reference.notes]
     with family_of(options.family_file):
-        source = _OPENERS[found](found_path, options)
+        source = _backfilled(_OPENERS[found](found_path, options), options)
         _note_unused_family(source, options)
     source.origin.say_first(notes)
     if margs is not None:
@@ -118,6 +121,25 @@ def open_source(path: str | os.PathLike[str], options: ReadOptions = AS_FOUND) -
             line = f"warning: {options.source_margs_file} is of another model ({'; '.join(foreign)}), of which only training"
             source.origin.tell_at_once(f"{line} arguments are taken over")
     return Opened(found, source)
+
+
+def _backfilled(source: Source, options: ReadOptions) -> Source:
+    """The source, with what training ran without from another folder if one is named."""
+    if options.backfill_from is None:
+        return source
+    if options.without_mtp:
+        raise UsageError(
+            "--backfill-from takes layers of multi-token prediction from a folder, and --without-mtp leaves them out; give only "
+            "one of them"
+        )
+    folder, notes = located(options.backfill_from, download=options.download)
+    other = HFSource(
+        existing_folder(folder),
+        ignored_config=options.ignore_config_fields,
+        ignored_tensors=options.ignore_tensors,
+    )
+    source.origin.say_first(notes)
+    return Backfilled(source, other, folder)
 
 
 def refuse_unused(formats: Collection[str], options: ReadOptions) -> None:
@@ -187,6 +209,7 @@ def megatron_options(options: ReadOptions) -> MegatronReadOptions:
         _reference(options),
         options.true_vocab_size,
         without_mtp=options.without_mtp,
+        backfilled=options.backfill_from is not None,
         mup=options.mup,
         missing_args=options.missing_args,
         families=options.families,
@@ -254,6 +277,7 @@ _FORMAT_OF_OPTION = {
     "missing_args": {MEGATRON},
     "families": {MEGATRON},
     "untie": {HF, WEIGHTS},
+    "backfill_from": {HF, WEIGHTS, MEGATRON},
     **{name: {MINDSPORE} for name in ("mf_mlp_layout", "mf_qkv_layout", "mf_version", "mf_config", "typed")},
 }
 _NAMES = {

@@ -68,6 +68,7 @@ def read_options(args: argparse.Namespace, source_format: str | None = None) -> 
         prefer_args=bool(given("prefer_args")),
         ignore_args=comma_separated(given("ignore_args")),
         without_mtp=bool(given("without_mtp")),
+        backfill_from=given("backfill_from"),
         ignore_tensors=patterns(given("ignore_tensors")),
         mup=given("mup"),
         mf_mlp_layout=given("mf_mlp_layout"),

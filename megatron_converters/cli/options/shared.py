@@ -48,6 +48,12 @@ _DECLARED: dict[str, dict[str, Any]] = {
     "--without-mtp": dict(
         action="store_true", help="Leave out layers of multi-token prediction, which training and logits do not need."
     ),
+    "--backfill-from": dict(
+        metavar="DIR",
+        default=None,
+        help="Hugging Face folder that the training began with: layers of multi-token prediction, which it ran without, are taken "
+        "from there. Nothing else is, and each tensor is listed in the manifest.",
+    ),
     "--mup": dict(
         choices=(FLAGS, FOLD, RAW),
         default=None,

@@ -1,0 +1,48 @@
+"""Layers of multi-token prediction, which transformers does not save, under the names of published files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from tests.helpers import hf_tensors
+
+#: By model: names of the tensors that only such a layer has, and the beginning of the names of its others.
+PREDICTING = {
+    "glm4-moe": ("model.layers.4.{}.weight", ("enorm", "hnorm", "eh_proj", "shared_head.norm"), "model.layers.4."),
+    "deepseek-v3": ("model.layers.4.{}.weight", ("enorm", "hnorm", "eh_proj", "shared_head.norm"), "model.layers.4."),
+    "qwen3-next": (
+        "mtp.{}.weight",
+        ("pre_fc_norm_embedding", "pre_fc_norm_hidden", "fc", "norm"),
+        "mtp.layers.0.",
+    ),
+}
+
+
+def with_prediction(family: str, hf_model: Callable[..., Path], folder: Path) -> Path:
+    """The family's model with one layer of multi-token prediction, under the names of published files."""
+    plain = hf_model(family)
+    tensors, template_names = hf_tensors(plain), PREDICTING[family]
+    template, names, layer = template_names
+    generator = torch.Generator().manual_seed(5)
+
+    def like(tensor: torch.Tensor) -> torch.Tensor:
+        return 0.1 * torch.randn(tensor.shape, generator=generator)
+
+    norm = tensors["model.norm.weight"]
+    wide = torch.cat([tensors["model.layers.3.self_attn.o_proj.weight"][:, :1].expand(-1, 64)] * 2, dim=1)
+    new = {template.format(name): like(wide if name in ("eh_proj", "fc") else norm) for name in names}
+    old = "model.layers.3."
+    new |= {layer + key.removeprefix(old): like(value) for key, value in tensors.items() if key.startswith(old)}
+    if family != "qwen3-next":
+        new["model.layers.4.embed_tokens.weight"] = tensors["model.embed_tokens.weight"].clone()
+        new["model.layers.4.shared_head.head.weight"] = tensors["lm_head.weight"].clone()
+    folder.mkdir()
+    save_file({**tensors, **new}, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((plain / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "num_nextn_predict_layers": 1}))
+    return folder
