@@ -112,7 +112,7 @@ QWEN2_MOE = Family(
         DERIVED_HEAD_DIM,
         *_QWEN_ROWS,
         Row("qkv_bias", "qkv_bias", True),
-        Experts(60),
+        Row("num_experts", "num_experts", 60),  # the one class of Qwen's that does not know it as num_local_experts
         Row("moe_router_topk", "num_experts_per_tok", 4),
         Row("moe_ffn_hidden_size", "moe_intermediate_size", 1408),
         Row("shared_ffn_hidden_size", "shared_expert_intermediate_size", 5632),
