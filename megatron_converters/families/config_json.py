@@ -8,9 +8,10 @@ from typing import Any
 
 from ..basics.dtypes import DType, dtype_named
 from ..basics.errors import ConversionError, UnknownArchitecture, one_line
-from ..model.spec import ModelSpec, PerLayer
+from ..model.spec import ModelSpec, Multipliers, PerLayer
 from . import FAMILIES, quantisation
 from .harmless import CONFIG, harmless_warnings, refuse_unknown, unknown_fields
+from .heads import BASE_NOTE, class_names, class_of, num_labels_of, refused_head, relabelled, with_head, written_labels
 from .rules import Nested, Rule
 from .rules_attention import FULL, Causal, layer_types
 from .table import Family
@@ -35,7 +36,11 @@ def family_from_config(config: Mapping[str, Any]) -> Family:
     A wrapper's name counts as none.
     """
     model_type, architectures = config.get("model_type"), _architectures(config)
-    candidates = [family for family in FAMILIES.values() if family.architecture in architectures or not architectures]
+    candidates = [
+        family
+        for family in FAMILIES.values()
+        if not architectures or not {*class_names(family)}.isdisjoint(architectures)
+    ]
     agreed = [
         family
         for family in candidates
@@ -49,6 +54,7 @@ def family_from_config(config: Mapping[str, Any]) -> Family:
             "models; correct the one that is wrong"
         )
     reasons = [reason for name, reason in _REFUSED.items() if name in architectures or name == model_type]
+    reasons += filter(None, (refused_head(family, architectures) for family in FAMILIES.values()))
     if reasons:
         raise ConversionError(f"config.json names {one_line(', '.join(architectures) or model_type)}, {reasons[0]}")
     named = one_line(", ".join(architectures) or model_type or "no architecture")
@@ -79,7 +85,14 @@ def spec_from_config(config: Mapping[str, Any], ignored: Iterable[str] = ()) -> 
     for rule in _rules(family):
         fields.update(rule.read(config))
     dtype = dtype_named(config.get("torch_dtype") or config.get("dtype") or "float32")
-    return ModelSpec.of(family=family.name, dtype=dtype, **fields)
+    labels = num_labels_of(config, family, _architectures(config))
+    spec = ModelSpec.of(family=family.name, dtype=dtype, **with_head(fields, labels), num_labels=labels)
+    if labels is not None and spec.multipliers != Multipliers():
+        raise ConversionError(
+            f"config.json names {class_of(family, labels)}, and multipliers are converted for language models alone; of this "
+            f"family, only {family.architecture} is converted"
+        )
+    return spec
 
 
 def _rules(family: Family) -> tuple[Rule, ...]:
@@ -102,6 +115,7 @@ def config_notes(config: Mapping[str, Any]) -> list[str]:
     family = family_from_config(config)
     notes = [*harmless_warnings("config.json", config, CONFIG)]
     notes += [note for key, note in family.remarks.items() if config.get(key)]
+    notes += [BASE_NOTE] if num_labels_of(config, family, _architectures(config)) == 0 else []
     auto_map = config.get("auto_map")
     listed = auto_map.items() if isinstance(auto_map, Mapping) else ()
     code = dict.fromkeys(one_line(value) for key, value in listed if key.startswith("AutoModel"))
@@ -116,7 +130,11 @@ def config_notes(config: Mapping[str, Any]) -> list[str]:
 def config_from_spec(spec: ModelSpec) -> dict[str, Any]:
     """Complete config.json object for the spec. Raises `ConversionError` naming the fields that the family cannot express."""
     family = FAMILIES[spec.family]
-    config: dict[str, Any] = {"architectures": [family.architecture], "model_type": family.model_type}
+    config: dict[str, Any] = {
+        "architectures": [class_of(family, spec.num_labels)],
+        "model_type": family.model_type,
+        **written_labels(spec.num_labels),
+    }
     for rule in _rules(family):
         for key, value in rule.write(spec).items():
             config.setdefault(key, _of_all(value))
@@ -199,13 +217,15 @@ def config_for(
     family = FAMILIES[spec.family]
     config = dict(base)
     for rule in _rules(family):
-        if rule.read(base) != {name: spec.values.get(name) for name in rule.read(base)}:
+        read = with_head(rule.read(base), spec.num_labels)
+        if read != {name: spec.values.get(name) for name in read}:
             config = {key: value for key, value in config.items() if key not in rule.keys}
             config.update({key: written[key] for key in rule.write(spec)})
     complete = "auto_map" in base and not missing_code(base, code)
     if not (complete and family_from_config(base).name == family.name):
         config.pop("auto_map", None)  # names code that does not travel; the class is transformers' own
-        config.update(architectures=[family.architecture], model_type=family.model_type)
+        config.update(architectures=[class_of(family, spec.num_labels)], model_type=family.model_type)
+    config = relabelled(config, spec.num_labels)
     config = quantisation.unquantised(config)  # weights are written as they are
     dtype_key = "dtype" if "dtype" in base else "torch_dtype"
     config[dtype_key] = spec.dtype.name

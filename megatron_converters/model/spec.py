@@ -90,6 +90,8 @@ class ModelSpec:
     tied: bool = False
     #: Bias of the output layer, also where its weight is that of the embeddings.
     head_bias: bool = False
+    #: Rows of a classifier's head, which takes the place of the output layer; 0 for a base model without any; None for neither.
+    num_labels: int | None = None
     initializer_range: float = 0.02
     attention_dropout: float = 0.0
 
@@ -102,6 +104,8 @@ class ModelSpec:
             )
         for name in ("initializer_range", "attention_dropout"):
             number(getattr(self, name), name)
+        if self.num_labels not in (None, 0):
+            check_sizes(self, ("num_labels",))
         check_switches(self, ("tied", "learned_positions", "causal", "head_bias"))
         counts = {kind.feed.num_experts for kind in self.kinds if isinstance(kind.feed, Mixture)}
         if len(counts) > 1:
@@ -175,7 +179,7 @@ class ModelSpec:
 
 
 _SHARED = ("family", "dtype", "hidden_size", "vocab_size", "max_position_embeddings")
-_OPTIONAL = ("learned_positions", "causal", "tied", "head_bias", "initializer_range", "attention_dropout")
+_OPTIONAL = ("learned_positions", "causal", "tied", "head_bias", "num_labels", "initializer_range", "attention_dropout")
 
 
 def names(record: type[Any]) -> list[str]:
