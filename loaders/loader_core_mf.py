@@ -7,7 +7,8 @@ from functools import partial
 from typing import Any
 
 from megatron_converters.cli.options.mindspore import add_mindspore_loader_arguments, open_mindspore_loader
-from megatron_converters.cli.plugins import add_common_arguments, run_loader
+from megatron_converters.cli.options.shared import add_common_arguments
+from megatron_converters.cli.plugins import run_loader
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,6 +1,7 @@
 """Python API: what the command lines do, as functions that return values, print nothing and raise `ConversionError`.
 
-Importing it imports numpy; torch is imported only where values change type or logits are compared.
+Importing it imports numpy; torch is imported only where values change type or logits are compared. What one function alone
+needs is imported when it is called.
 """
 
 from __future__ import annotations
@@ -8,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import shlex
-import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -16,31 +16,20 @@ from pathlib import Path
 from typing import Any
 
 from .basics.errors import ConversionError, UsageError, raise_all
-from .comparison.manifest_check import check_output, find_output
-from .comparison.report import check_json, difference_json, findings, open_pair, verification_json
-from .comparison.settings import settings_differences
-from .comparison.tensors import Rules, compare
-from .conversion import crew_local
 from .conversion.crew import ALONE, Crew
 from .conversion.dry_run import Forecast, forecast
-from .conversion.estimate import measure
 from .conversion.journal import read_manifest
-from .conversion.progress import Progress, Silent
+from .conversion.progress import Progress, Reported, Silent
 from .conversion.run import convert as run_conversion
 from .families import register_family
+from .families.facts import Family
 from .families.scope import family_of
 from .formats.hub import located
-from .formats.huggingface.target import HFOptions
-from .formats.megatron.arguments import inexpressible
-from .formats.megatron.flags import all_flags, flag_warnings
-from .formats.megatron.writing import CheckpointTarget, MegatronOptions
-from .formats.mindspore.target import MindSporeOptions
+from .formats.huggingface.options import HFOptions
+from .formats.kinds import MEGATRON
+from .formats.megatron.options import MegatronOptions
+from .formats.mindspore.options import MindSporeOptions
 from .formats.reading import AS_FOUND, ReadOptions, open_source, refuse_unused
-from .inspection import supported
-from .inspection.in_json import as_json
-from .inspection.inventory import survey
-from .inspection.supported import Family
-from .inspection.training_flags import arguments
 from .request import Job, Request
 from .sharding.stages import PipelineSplit
 
@@ -179,10 +168,12 @@ def convert(
     )
 
     def lead(crew: Crew) -> Result:
-        return _convert(crew, request, restart, Silent() if progress is None else _Reported(progress))
+        return _convert(crew, request, restart, Silent() if progress is None else Reported(progress))
 
     if workers == 1:
         return lead(ALONE)
+    from .conversion import crew_local
+
     request = request.located()
     return crew_local.run(workers, _assist, (request, restart), lead)
 
@@ -216,12 +207,17 @@ def plan(
         job = _request(src, dst, to, (tp, pp, ep, etp), dtype, overwrite, read, megatron, hf, mindspore).open()
         result = forecast(job.source, job.target, job.dtype, workers)
         if measured:
+            from .conversion.estimate import measure
+
             measure(result, job.source, job.target.save_dir, workers)
     return result
 
 
 def inspect(src: Folder, *, read: ReadOptions = AS_FOUND, download: bool = False) -> dict[str, Any]:
     """What a folder of any format holds, from headers alone: the JSON of `inspect --json`, sizes in bytes."""
+    from .inspection.in_json import as_json
+    from .inspection.inventory import survey
+
     read = _with(read, download)
     with family_of(read.family_file):
         return as_json(survey(*_open(src, read)))
@@ -243,8 +239,13 @@ def verify(
     With `as_cast`: whether `b` is `a` rounded to the dtypes of `b`, bit for bit. Without `b`: whether the output `a` is as its
     manifest says.
     """
+    from .comparison.report import check_json, findings, open_pair, verification_json
+    from .comparison.tensors import Rules, compare
+
     read = _with(read, download)
     if b is None:
+        from .comparison.manifest_check import check_output, find_output
+
         place = located(a, download=read.download).folder
         checked = check_output(find_output(place, read.ckpt_dir_name), Silent())
         return Verification(not checked.faults, tuple(map(str, checked.faults)), check_json(checked))
@@ -264,6 +265,10 @@ def diff(
     download: bool = False,
 ) -> Difference:
     """What differs between two folders of any formats: settings, training arguments, and each tensor by how much."""
+    from .comparison.report import difference_json, open_pair
+    from .comparison.settings import settings_differences
+    from .comparison.tensors import Rules, compare
+
     read = _with(read, download)
     with family_of(read.family_file):
         pair = open_pair(a, b, read, read_b_format)
@@ -286,6 +291,11 @@ def training_flags(
 
 
 def _training_flags(src: Folder, allow_inexpressible: bool, read: ReadOptions) -> TrainingFlags:
+    from .formats.megatron.arguments import inexpressible
+    from .formats.megatron.flags import all_flags, flag_warnings
+    from .inspection.inventory import survey
+    from .inspection.training_flags import arguments
+
     kind, source = _open(src, read)
     reasons = inexpressible(source.spec)
     if not allow_inexpressible:
@@ -303,6 +313,8 @@ def _training_flags(src: Folder, allow_inexpressible: bool, read: ReadOptions) -
 
 def supported_families(family_file: str | os.PathLike[str] | None = None) -> tuple[Family, ...]:
     """Every family that can be converted, with what is known of it; with `family_file` also the one of this file."""
+    from .inspection import supported
+
     with family_of(family_file):
         return supported.supported_families()
 
@@ -354,37 +366,22 @@ def result_of(job: Job, lines: Sequence[str], seconds: float) -> Result:
     """Result of a finished conversion, from the lines that it has for the user."""
     warnings = [line.removeprefix(_WARNING) for line in lines if line.startswith(_WARNING)]
     notes = [line for line in lines if not line.startswith((_WARNING, "pretrain_gpt.py needs"))]
-    flags = job.target.flags if isinstance(job.target, CheckpointTarget) else []
     origin, target = job.source.origin, job.target
     source = {"path": origin.described, "format": job.source_format, "family": job.source.spec.family}
-    texts = (tuple(flags), tuple(notes), tuple(warnings))
+    texts = (tuple(_flags(job)), tuple(notes), tuple(warnings))
     return Result(target.output, *texts, target.manifest, source, job.target_format, seconds)
+
+
+def _flags(job: Job) -> list[str]:
+    """What pretrain_gpt.py needs to load a checkpoint."""
+    if job.target_format != MEGATRON:
+        return []
+    from .formats.megatron.writing import CheckpointTarget
+
+    return job.target.flags if isinstance(job.target, CheckpointTarget) else []
 
 
 def _assist(crew: Crew, work: tuple[Request, bool]) -> None:
     """In another process: its share of a conversion."""
     request, restart = work
     _convert(crew, request, restart, Silent())
-
-
-class _Reported:
-    """Progress that is passed on to a caller."""
-
-    def __init__(self, on_progress: OnProgress) -> None:
-        self._on_progress = on_progress
-        self._lock = threading.Lock()
-        self._done = self._total = 0
-
-    def start(self, total: int) -> None:
-        """Begin to count towards `total` bytes."""
-        self._done, self._total = 0, total
-        self._on_progress(0, total)
-
-    def __call__(self, count: int) -> None:
-        """Add bytes; called from several threads."""
-        with self._lock:
-            self._done += count
-            self._on_progress(self._done, self._total)
-
-    def stop(self) -> None:
-        """Nothing: the last call has told the last figure."""

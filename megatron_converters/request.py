@@ -7,26 +7,18 @@ import os
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from .assets.tokenizer import fetch_tokenizer
 from .basics.dtypes import DType, dtype_named
 from .basics.errors import UsageError
 from .basics.folders import new_folder
 from .conversion.endpoint import Source, Target
-from .formats.backfilling import Backfilled
-from .formats.detect import HF, MEGATRON, MINDSPORE
 from .formats.hub import located
-from .formats.huggingface.target import HFOptions
-from .formats.megatron.writing import MegatronOptions
-from .formats.mindspore.target import MindSporeOptions
+from .formats.huggingface.options import HFOptions
+from .formats.kinds import HF, MEGATRON, MINDSPORE, TARGETS
+from .formats.megatron.options import MegatronOptions
+from .formats.mindspore.options import MindSporeOptions
 from .formats.reading import AS_FOUND, ReadOptions, open_source, refuse_unused
 from .formats.writing import TargetOptions, open_target
 
-#: Formats that can be written, in words.
-TARGETS = {
-    HF: "a Hugging Face folder",
-    MEGATRON: "a Megatron-LM checkpoint",
-    MINDSPORE: "weights of MindSpore Transformers",
-}
 #: Options of each format that can be written.
 _OPTIONS: dict[str, type[TargetOptions]] = {HF: HFOptions, MEGATRON: MegatronOptions, MINDSPORE: MindSporeOptions}
 
@@ -92,12 +84,16 @@ class Request:
                 f"{self.src} lies in {self.dst}, where --overwrite could replace it; choose another folder to write to"
             )
         if self.read.download and chosen != MEGATRON:
+            from .assets.tokenizer import fetch_tokenizer
+
             named = options.tokenizer or source.origin.tokenizer
             source.origin.notes += fetch_tokenizer(named, explicit=options.tokenizer is not None)
         target = open_target(self.dst, dataclasses.replace(options, overwrite=overwrite))
         dtype = None if self.dtype is None else dtype_named(self.dtype)
-        if dtype is None and isinstance(source, Backfilled):
-            source.refuse_two_dtypes()
+        if self.read.backfill_from is not None and dtype is None:
+            from .formats.backfilling import refuse_two_dtypes
+
+            refuse_two_dtypes(source)
         _warn_of_widening(source, dtype)
         return Job(source_format, source, chosen, target, dtype)
 

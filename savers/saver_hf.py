@@ -6,8 +6,9 @@ import argparse
 from functools import partial
 from typing import Any
 
+from megatron_converters.cli.options.shared import add_common_arguments
 from megatron_converters.cli.options.writing import add_hf_target_arguments, open_hf_target
-from megatron_converters.cli.plugins import add_common_arguments, run_saver
+from megatron_converters.cli.plugins import run_saver
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from megatron_converters.inspection.supported import Family
+    from megatron_converters.families.facts import Family
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs/models.md"
@@ -40,8 +40,8 @@ def table() -> str:
 
 
 def _row(family: Family) -> str:
+    from megatron_converters.families.facts import PROOFS
     from megatron_converters.families.table import Proof
-    from megatron_converters.inspection.supported import PROOFS
 
     remote = " (remote code)" if family.proof == Proof.EQUIVALENT.value else ""
     named = f"`{family.architecture}`{remote}"
@@ -50,8 +50,8 @@ def _row(family: Family) -> str:
 
 
 def _meanings() -> Iterator[str]:
+    from megatron_converters.families.facts import PROOFS
     from megatron_converters.families.table import Proof
-    from megatron_converters.inspection.supported import PROOFS
 
     yield "Megatron-LM: the least release that has arguments for such a model, – if none has."
     yield f"Proof: {'; '.join(f'{PROOFS[proof.value]}: {proof.value}' for proof in Proof)}."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import signal
 import subprocess
@@ -154,6 +155,17 @@ def same_tensors(ours: Mapping[str, torch.Tensor], theirs: Mapping[str, torch.Te
     for name, tensor in ours.items():
         assert tensor.dtype == theirs[name].dtype, name
         assert torch.equal(tensor, theirs[name]), name
+
+
+def config_of(folder: Path) -> dict[str, Any]:
+    """What a folder's config.json says."""
+    found: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    return found
+
+
+def edit_config(folder: Path, **changes: Any) -> None:
+    """Change values in a folder's config.json."""
+    (folder / "config.json").write_text(json.dumps({**config_of(folder), **changes}))
 
 
 def file_bytes(folder: Path) -> dict[str, bytes]:

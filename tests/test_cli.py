@@ -23,6 +23,7 @@ from tests.helpers import (
     ROOT,
     TRACKER,
     args_of,
+    config_of,
     convert,
     convert_back,
     hf_tensors,
@@ -301,11 +302,6 @@ def test_files_are_sound_archives(megatron_model: MegatronModel) -> None:
             assert archive.testzip() is None
     if shutil.which("unzip"):
         assert subprocess.run(["unzip", "-tq", files[0]], capture_output=True).returncode == 0
-
-
-def config_of(folder: Path) -> dict[str, object]:
-    result: dict[str, object] = json.loads((folder / "config.json").read_text())
-    return result
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))

@@ -13,7 +13,17 @@ from safetensors.torch import save_file
 
 from megatron_converters import ReadOptions, inspect, logits
 from megatron_converters.basics.errors import ConversionError
-from tests.helpers import args_of, convert, convert_back, nothing_complete, refused, succeeded, tp_pp_converter, verb
+from tests.helpers import (
+    args_of,
+    config_of,
+    convert,
+    convert_back,
+    nothing_complete,
+    refused,
+    succeeded,
+    tp_pp_converter,
+    verb,
+)
 
 HEADS, GROUPS, SIZE, HEAD, ROWS, MLP = 2, 1, 8, 4, 6, 8
 CONFIG: dict[str, Any] = dict(
@@ -54,11 +64,6 @@ def folder(path: Path, changed: dict[str, torch.Tensor] | None = None, **fields:
 def configure(path: Path, **fields: Any) -> Path:
     (path / "config.json").write_text(json.dumps({**CONFIG, **fields}))
     return path
-
-
-def config_of(path: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((path / "config.json").read_text())
-    return found
 
 
 # --- models that Megatron-LM lacks

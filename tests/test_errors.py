@@ -32,6 +32,7 @@ from tests.helpers import (
     args_of,
     convert,
     convert_back,
+    edit_config,
     edit_rank,
     hf_tensors,
     nothing_complete,
@@ -92,11 +93,6 @@ def edit_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], objec
     tensors = load_file(path)
     change(tensors)
     save_file(tensors, path, {"format": "pt"})
-
-
-def edit_config(folder: Path, **changes: Any) -> None:
-    path = folder / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
 def edit_model(meg: Path, rank: str, change: Callable[[dict[str, Any]], object]) -> None:

@@ -13,6 +13,7 @@ from megatron_converters.basics.errors import ConversionError
 from megatron_converters.basics.json_files import read_json
 from megatron_converters.families import FAMILIES
 from megatron_converters.families.config_json import spec_from_config
+from megatron_converters.families.registry import _MODULE_OF, families_in
 from megatron_converters.families.table import Family
 from megatron_converters.formats.huggingface.parts import HFNames
 from megatron_converters.formats.megatron.names import DIALECTS, EXPERTS, STACKED, name_of
@@ -267,3 +268,10 @@ def test_architectures_and_model_types_are_unique() -> None:
         values = [getattr(family, field) for family in FAMILIES.values()]
         assert len(set(values)) == len(values)
     assert all(name == family.name for name, family in FAMILIES.items())
+
+
+def test_the_registry_knows_which_module_has_a_family() -> None:
+    assert list(FAMILIES.built_in) == list(_MODULE_OF)
+    for name, module in _MODULE_OF.items():
+        assert FAMILIES[name] in families_in(module)
+        assert FAMILIES[name].model_type == name

@@ -26,7 +26,7 @@ from megatron_converters.model.values import Affine
 from megatron_converters.storage import decoding, safetensors
 from megatron_converters.storage.decoding import ScaledBlocks
 from tests.conversions import hf_to_megatron, hf_to_torch_dist, megatron_to_hf
-from tests.helpers import ROOT, convert, hf_tensors, rank_content, refused, same_tensors, succeeded, verb
+from tests.helpers import ROOT, convert, edit_config, hf_tensors, rank_content, refused, same_tensors, succeeded, verb
 from tests.oracle.hf import make_model
 
 FP8, E8M0 = torch.float8_e4m3fn, torch.float8_e8m0fnu
@@ -259,11 +259,6 @@ def quantise(plain: Path, folder: Path, scale_dtype: torch.dtype = torch.float32
         save_file(content, path / "model.safetensors", {"format": "pt"})
     edit_config(folder, quantization_config=QUANTISATION)
     return folder
-
-
-def edit_config(folder: Path, **changes: Any) -> None:
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, **changes}))
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.helpers import (
     args_of,
+    config_of,
     convert,
     convert_back,
     edit_rank,
@@ -37,11 +38,6 @@ def round_trip(source: Path, tmp_path: Path, *options: Any, forward: tuple[Any, 
     succeeded(convert("--load-dir", source, "--save-dir", meg, "--target-tensor-parallel-size", 2, *forward))
     succeeded(convert_back("--load-path", meg, "--save-path", back, *options))
     return back
-
-
-def config_of(folder: Path) -> dict[str, Any]:
-    result: dict[str, Any] = json.loads((folder / "config.json").read_text())
-    return result
 
 
 # --- what is written

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from megatron_converters.formats.huggingface.source import HFSource
 from tests.conversions import hf_to_megatron, hf_to_torch_dist, megatron_to_hf
-from tests.helpers import edit_rank, hf_tensors, rank_content, refused, same_tensors, succeeded, verb
+from tests.helpers import edit_config, edit_rank, hf_tensors, rank_content, refused, same_tensors, succeeded, verb
 from tests.oracle.hf import hf_logits, sample_tokens
 
 HFModel = Callable[..., Path]
@@ -35,11 +35,6 @@ def stored(source: Path, folder: Path, tensors: Tensors) -> Path:
 
 def renamed(source: Path, folder: Path, name_of: Callable[[str], str]) -> Path:
     return stored(source, folder, {name_of(name): tensor for name, tensor in hf_tensors(source).items()})
-
-
-def edit_config(folder: Path, **changes: Any) -> None:
-    path = folder / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
 def notes_of(folder: Path, **options: Any) -> str:

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from megatron_converters.basics.errors import ConversionError, UsageError
-from megatron_converters.formats.mindspore.files import is_mindspore, read_weight_files
+from megatron_converters.formats.mindspore.files import read_weight_files
 from megatron_converters.formats.mindspore.nonweights import group_of
+from megatron_converters.formats.mindspore.recognising import is_mindspore
 from megatron_converters.formats.mindspore.tensors import Placed, assembled
 
 from .mindspore_bytes import array, ckpt, joined, metadata, record, refused, same, save, with_header

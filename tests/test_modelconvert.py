@@ -257,19 +257,6 @@ def test_debug_output(hf_model: HFModel, place: Path) -> None:
     )
 
 
-def test_help_imports_neither_torch_nor_numpy() -> None:
-    code = (
-        "import sys\nfrom model_converter_tool.cli.main import main\n"
-        "try: main(sys.argv[1:])\nexcept SystemExit as end: assert end.code == 0, end\n"
-        "sys.exit(str({'torch', 'numpy', 'transformers', 'huggingface_hub'} & sys.modules.keys() or '') or None)"
-    )
-    for command in ((), ("convert",), ("batch",), ("inspect",), ("check",), ("history",), ("config",)):
-        done = subprocess.run(
-            [sys.executable, "-c", code, *command, "--help"], cwd=ROOT, capture_output=True, text=True
-        )
-        assert done.returncode == 0 and "modelconvert" in done.stdout, done
-
-
 def test_looking(hf_model: HFModel, place: Path) -> None:
     succeeded(run("convert", hf_model("llama2"), "hf2megatron", "-o", "out"))
     assert "Megatron-LM, llama" in succeeded(run("inspect", "out")).out

@@ -23,6 +23,7 @@ from tests.helpers import (
     ROOT,
     Run,
     args_of,
+    config_of,
     convert_back,
     finished,
     hf_tensors,
@@ -139,11 +140,6 @@ def stock(
     if anew or script.read_text() != CONVERT:
         return finished(start(script, *common, *options, cwd=tools.parent))
     return forked_script(script, *common, *options, cwd=tools.parent)
-
-
-def config_of(folder: Path) -> dict[str, Any]:
-    result: dict[str, Any] = json.loads((folder / "config.json").read_text())
-    return result
 
 
 def packed(tensors: dict[str, torch.Tensor], prefix: str, kind: str, config: dict[str, Any]) -> torch.Tensor:

@@ -13,7 +13,6 @@ from ..basics.errors import ConversionError, UsageError, one_line, reason_of
 from ..basics.json_files import read_json, write_json
 from ..storage import hub_cache, hub_lookup
 from ..storage.hub_access import is_hub_id
-from . import tokenizer_rebuild
 
 #: Files of which a tokenizer may consist.
 FILES = (
@@ -276,6 +275,8 @@ def _write_file(path: Path, out_dir: Path, vocab_size: int, model_type: str | No
         shutil.copyfile(path, out_dir / "tokenizer.json")
         write_json(out_dir / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"})
         return [f"copied the tokenizer {path} ({size} tokens); it names no begin and end tokens"]
+    from . import tokenizer_rebuild
+
     if tokenizer_rebuild.is_tiktoken(first_bytes):
         rebuilt = tokenizer_rebuild.from_tiktoken(path, model_type, instruct)
     else:
@@ -289,6 +290,8 @@ def _write_file(path: Path, out_dir: Path, vocab_size: int, model_type: str | No
 
 def is_tiktoken_file(path: Path) -> bool:
     """Whether a file holds tiktoken's ranks, as Llama 3's tokenizer.model does; `ConversionError` if it cannot be read."""
+    from . import tokenizer_rebuild
+
     return tokenizer_rebuild.is_tiktoken(_first_bytes(path))
 
 

@@ -6,6 +6,7 @@ at a time, and leaves to numpy only the few elements to which that does not appl
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -27,6 +28,21 @@ _EXPONENTS = {"float64": 0x7FF << 52, "float32": 0x7F800000, "float16": 0x7C00, 
 _BFLOAT16_NAN = 0x7FC0
 _FRACTION_BITS = 23  # of a float32
 _SMALLEST_POWER = 1 << 22  # bits of 2**-127, which has no bit of a float32's exponent set
+
+
+class _Scratch(threading.local):
+    """Memory of a thread for a block's intermediate results: to get it from the system each time costs more than the arithmetic."""
+
+    def __init__(self) -> None:
+        self._parts = [np.empty(_BLOCK * size, np.uint8) for size in (4, 4, 1)]
+
+    def like(self, block: Array, dtype: npt.DTypeLike, part: int = 0) -> Array:
+        """Array of a block's shape, uninitialised; the same one at the next call for this part."""
+        dtype = np.dtype(dtype)
+        return self._parts[part][: block.size * dtype.itemsize].view(dtype).reshape(block.shape)
+
+
+_SCRATCH = _Scratch()
 
 
 def cast(source: Array, source_dtype: DType, target: Array, target_dtype: DType) -> bool:
@@ -58,11 +74,12 @@ def _cast_block(source: Array, source_dtype: DType, target: Array, target_dtype:
         return _stays_finite(source, source_dtype, target, target_dtype)
     way.compute(source, target)
     others = way.others(source)
-    if others is None:
+    if not others.any():
         return True
-    few = source[others]
+    where = np.unravel_index(np.flatnonzero(others), others.shape)  # faster than by the mask itself, twice
+    few = source[where]
     result = rounded(floats(few, source_dtype), target_dtype)
-    target[others] = result
+    target[where] = result
     return _stays_finite(few, source_dtype, result, target_dtype)
 
 
@@ -73,34 +90,34 @@ def _stays_finite(source: Array, source_dtype: DType, target: Array, target_dtyp
 
 
 class _Way(NamedTuple):
-    """Arithmetic from the bits of one type to those of another: `compute(source, target)`.
+    """Arithmetic from the bits of one type to those of another: `compute(source, target)`, for a block.
 
-    It is right for magnitudes, as bits, from `low` to below `end`.
+    It is right for magnitudes, as bits, from `low` to below `end`; for all where that is None.
     """
 
     compute: Callable[[Array, Array], None]
     low: int
-    end: int
+    end: int | None
 
-    def others(self, source: Array) -> npt.NDArray[np.bool_] | None:
-        """Where the arithmetic is not right; None if nowhere."""
-        if self.low == 0:
-            return None if below(source, self.end) else _magnitudes(source) >= self.end
-        doubled = source << 1  # without the sign
-        doubled -= doubled.dtype.type(2 * self.low)  # what is lower wraps around to large numbers
-        found: npt.NDArray[np.bool_] = doubled >= doubled.dtype.type(2 * (self.end - self.low))
-        return found if found.any() else None
+    def others(self, source: Array) -> npt.NDArray[np.bool_]:
+        """Where the arithmetic is not right; empty if nowhere."""
+        if self.end is None or (self.low == 0 and below(source, self.end)):
+            return _NOWHERE
+        sign = 1 << (8 * source.itemsize - 1)
+        magnitudes = np.bitwise_and(source, sign - 1, out=_SCRATCH.like(source, source.dtype))
+        found = np.less(magnitudes, self.low, out=_SCRATCH.like(source, np.bool_, 2))
+        if int(magnitudes.max(initial=0)) >= self.end:
+            found |= magnitudes >= self.end
+        return found
+
+
+_NOWHERE = np.zeros(0, np.bool_)
 
 
 def below(bits: Array, end: int) -> bool:
     """Whether all magnitudes of a carrier array are below `end`: of the positive numbers, and of the others, the largest is."""
     sign = 1 << (8 * bits.itemsize - 1)
     return int(bits.view(f"i{bits.itemsize}").max(initial=0)) < end and int(bits.max(initial=0)) < (sign | end)
-
-
-def _magnitudes(bits: Array) -> Array:
-    found: Array = bits & bits.dtype.type((1 << (8 * bits.itemsize - 1)) - 1)
-    return found
 
 
 def _bfloat16_to_float32(source: Array, target: Array) -> None:
@@ -111,12 +128,12 @@ def _bfloat16_to_float32(source: Array, target: Array) -> None:
 
 def _float32_to_bfloat16(source: Array, target: Array) -> None:
     """Half of the last place is added, less one where the last place is even, and the lower half dropped."""
-    upper = source >> 16
-    upper &= 1
-    upper += source
-    upper += 0x7FFF
-    upper >>= 16
-    np.copyto(target, upper, casting="unsafe")
+    bits = np.right_shift(source, 16, out=_SCRATCH.like(source, np.uint32))
+    bits &= 1
+    bits += source
+    bits += 0x7FFF
+    bits >>= 16
+    np.copyto(target, bits, casting="unsafe")
 
 
 def _float16_to_float32(source: Array, target: Array) -> None:
@@ -130,43 +147,41 @@ def _float16_to_float32(source: Array, target: Array) -> None:
 
 def _float32_to_float16(source: Array, target: Array) -> None:
     """The same in the other direction, rounded as `_float32_to_bfloat16` does it."""
-    bits = source >> 13
+    bits = np.right_shift(source, 13, out=_SCRATCH.like(source, np.uint32))
     bits &= 1
     bits += source
-    bits += (1 << 32) + 0x0FFF - (112 << 23) & 0xFFFFFFFF
-    signs = source >> 16
-    signs &= 0x8000
-    bits >>= 13
-    bits &= 0x7FFF
-    bits |= signs
+    bits += 0x0FFF - (112 << 23) & 0xFFFFFFFF
+    bits <<= 3  # exponent and fraction to their place below the sign
+    bits |= np.bitwise_and(source, 0x80000000, out=_SCRATCH.like(source, np.uint32, 1))
+    bits >>= 16
     np.copyto(target, bits, casting="unsafe")
 
 
 def _bfloat16_to_float16(source: Array, target: Array) -> None:
     """Three bits more of fraction, and a bias of 15 instead of 127; what goes beyond 16 bits is dropped."""
-    bits = source << 3
+    bits = np.left_shift(source, 3, out=_SCRATCH.like(source, np.uint16))
     bits -= 112 << 10 & 0xFFFF
     bits &= 0x7FFF
-    bits |= source & 0x8000
+    bits |= np.bitwise_and(source, 0x8000, out=_SCRATCH.like(source, np.uint16, 1))
     target[...] = bits
 
 
 def _float16_to_bfloat16(source: Array, target: Array) -> None:
     """Three bits less of fraction, rounded as `_float32_to_bfloat16` does it."""
-    magnitudes = source & 0x7FFF
-    bits = magnitudes >> 3
+    magnitudes = np.bitwise_and(source, 0x7FFF, out=_SCRATCH.like(source, np.uint16, 1))
+    bits = np.right_shift(magnitudes, 3, out=_SCRATCH.like(source, np.uint16))
     bits &= 1
     bits += magnitudes
     bits += 3
     bits >>= 3
     bits += 112 << 7
-    bits |= source & 0x8000
+    bits |= np.bitwise_and(source, 0x8000, out=magnitudes)
     target[...] = bits
 
 
 #: Magnitudes, as bits: the smallest normal number of float16 in each type, and the first that rounds to its infinity.
 _WAYS = {
-    ("bfloat16", "float32"): _Way(_bfloat16_to_float32, 0, 1 << 15),
+    ("bfloat16", "float32"): _Way(_bfloat16_to_float32, 0, None),
     ("float32", "bfloat16"): _Way(_float32_to_bfloat16, 0, 0x7F7F8000),
     ("float16", "float32"): _Way(_float16_to_float32, 0x0400, 0x7C00),
     ("float32", "float16"): _Way(_float32_to_float16, 113 << 23, 0x477FF000),
@@ -194,7 +209,9 @@ def rounded(values: Array, dtype: DType) -> Array:
         single = _to_odd(values) if values.dtype == np.float64 else np.ascontiguousarray(values, np.float32)
     result = np.empty(single.shape, dtype.carrier)
     bits = single.view(np.uint32)
-    _float32_to_bfloat16(bits, result)
+    for start in range(0, bits.size, _BLOCK):
+        part = slice(start, start + _BLOCK)
+        _float32_to_bfloat16(bits.reshape(-1)[part], result.reshape(-1)[part])
     if not below(bits, _EXPONENTS["float32"] + 1):  # the sum could carry the bits of a NaN into those of a number
         result[np.isnan(single)] = _BFLOAT16_NAN
     return result

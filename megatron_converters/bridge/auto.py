@@ -9,7 +9,7 @@ from typing import Any
 
 from ..basics.errors import ConversionError
 from ..conversion.endpoint import Source
-from ..formats.huggingface.target import HFOptions
+from ..formats.huggingface.options import HFOptions
 from ..live.export import BUCKET_BYTES, WeightDistributionMode
 from ..live.layout import planned
 from ..live.shard_map import ShardMap

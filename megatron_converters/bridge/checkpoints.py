@@ -12,10 +12,11 @@ from ..conversion.endpoint import Source
 from ..conversion.progress import make_progress
 from ..conversion.run import convert
 from ..families.config_json import config_from_spec
-from ..formats.huggingface.target import HFOptions, HFTarget
+from ..formats.huggingface.options import HFOptions
+from ..formats.huggingface.target import HFTarget
 from ..formats.megatron.locating import checkpoint_directory
+from ..formats.megatron.options import MegatronOptions
 from ..formats.megatron.run_config import RUN_CONFIG
-from ..formats.megatron.writing import MegatronOptions
 from ..formats.reading import ReadOptions, open_source
 from ..live.log import LOG
 from .pretrained import Location, Pretrained

@@ -19,8 +19,8 @@ from ..families import FAMILIES
 from ..families.config_json import spec_from_config
 from ..families.heads import class_of
 from ..formats.hub import resolve
+from ..formats.huggingface.options import FUSED, SEPARATE
 from ..formats.huggingface.source import HFSource
-from ..formats.huggingface.target import FUSED, SEPARATE
 from ..live.log import LOG
 from ..model.slots import refs
 from ..model.spec import ModelSpec

@@ -9,9 +9,9 @@ import yaml
 
 from ..basics.dtypes import DType
 from ..basics.yaml_files import read_yaml
+from ..formats.megatron.options import MegatronOptions
 from ..formats.megatron.run_config import RUN_CONFIG
 from ..formats.megatron.torch_dist_target import TorchDistTarget
-from ..formats.megatron.writing import MegatronOptions
 from ..live.buildable_args import activation, provider_fields
 
 #: Class that reads the fields of a model's section, by whether the model has multi-latent attention.

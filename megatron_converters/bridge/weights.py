@@ -18,7 +18,8 @@ from ..conversion.crew import ALONE, Crew
 from ..conversion.endpoint import Target
 from ..conversion.progress import Progress, Silent, make_progress
 from ..conversion.run import convert
-from ..formats.huggingface.target import HFOptions, HFTarget
+from ..formats.huggingface.options import HFOptions
+from ..formats.huggingface.target import HFTarget
 from ..formats.huggingface.weights_target import WeightsTarget
 from ..live.export import ExportOptions, Order, WeightDistributionMode, export
 from ..live.layout import LiveLayout

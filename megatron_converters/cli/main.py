@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import sys
 import types
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from .. import __version__
 from ..basics.exit_codes import ANY, EXIT_CODES
 from ..conversion.crew_cluster import is_first_process
 from .console import exit_on_error, prepare_process
+from .numpy_threads import import_numpy
 from .parser import Parser
 
 PROG = "megatron-converters"
@@ -81,15 +83,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     codes = EXIT_CODES.get(arguments[0], ANY) if arguments else ANY
     with exit_on_error(PROG, codes, as_json="--json" in arguments and is_first_process()):
         args = parser_of(arguments[:1]).parse_args(arguments)
-        from ..families.scope import family_of
-
-        with family_of(getattr(args, "family_file", None)):
-            code = _module(args.verb).run(args)
+        code = _run(args)
     raise SystemExit(code)
 
 
+def _run(args: argparse.Namespace) -> int:
+    """Run the verb, with the family file that it is given where it reads models; returns its exit code."""
+    run: Callable[[argparse.Namespace], int] = _module(args.verb).run
+    if not hasattr(args, "family_file"):
+        return run(args)
+    import_numpy()
+    from ..families.scope import family_of
+
+    with family_of(args.family_file):
+        return run(args)
+
+
 def parser_of(verbs: Sequence[str]) -> Parser:
-    """Parser of the command, with the options of these verbs alone, whose modules it imports."""
+    """Parser of the command and of these verbs, whose modules it imports; where they are none, of all verbs without options."""
     parser = Parser(
         prog=PROG,
         description="Move language models between Hugging Face and Megatron-LM checkpoints, on a CPU, without building a model.",
@@ -97,12 +108,14 @@ def parser_of(verbs: Sequence[str]) -> Parser:
     )
     parser.add_argument("--version", action="version", version=f"{PROG} {__version__}")
     subparsers = parser.add_subparsers(dest="verb", required=True, metavar="VERB", parser_class=Parser)
-    for name, verb in VERBS.items():
+    named = [name for name in VERBS if name in verbs]
+    for name in named or VERBS:
+        verb = VERBS[name]
         examples = [f"{PROG} {line}" for line in verb.examples]
         usage = f"{PROG} {name} {verb.operands} [options]"  # not a screen full of options before each error
         epilog, line = str(EXIT_CODES[name]), verb.line
         sub = subparsers.add_parser(name, help=line, description=line, usage=usage, epilog=epilog, examples=examples)
-        if name in verbs:
+        if named:
             _module(name).add_arguments(sub)
     return parser
 

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Sequence
 
-from ..basics.dtypes import dtype_named
 from ..basics.exit_codes import EXIT_CODES
-from ..conversion.progress import make_progress
-from ..conversion.run import convert
-from ..families.scope import family_of
 from .console import exit_on_error, prepare_process, program, report
+from .numpy_threads import import_numpy
 from .options.reading import add_checkpoint_arguments, open_checkpoint
+from .options.shared import add_common_arguments
 from .options.values import DTYPES, dtype_word
 from .options.writing import add_hf_target_arguments, open_hf_target
 from .parser import Parser
-from .plugins import add_common_arguments
 
 #: Name of the command where the package is installed.
 _COMMAND = "megatron-convert-mlm-to-hf"
@@ -27,14 +25,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     prepare_process()
     with exit_on_error(program("convert_mlm_to_hf_checkpoint", _COMMAND), EXIT_CODES[_PROG]):
         args = parser().parse_args(sys.argv[1:] if argv is None else argv)
-        dtype = dtype_named(args.target_params_dtype) if args.target_params_dtype else None
-        with family_of(args.family_file):
-            source = open_checkpoint(args)
-            parallel = source.origin.parallel
-            sizes = "" if parallel is None else f", tp={parallel.tp}, pp={parallel.pp}"
-            report(args, f"loading {source.origin.described} ({source.spec.family}{sizes})")
-            for line in convert(source, open_hf_target(args), dtype, make_progress(args.quiet), restart=args.restart):
-                report(args, line)
+        import_numpy()
+        _convert(args)
+
+
+def _convert(args: argparse.Namespace) -> None:
+    from ..basics.dtypes import dtype_named
+    from ..conversion.progress import make_progress
+    from ..conversion.run import convert
+    from ..families.scope import family_of
+
+    dtype = dtype_named(args.target_params_dtype) if args.target_params_dtype else None
+    with family_of(args.family_file):
+        source = open_checkpoint(args)
+        parallel = source.origin.parallel
+        sizes = "" if parallel is None else f", tp={parallel.tp}, pp={parallel.pp}"
+        report(args, f"loading {source.origin.described} ({source.spec.family}{sizes})")
+        for line in convert(source, open_hf_target(args), dtype, make_progress(args.quiet), restart=args.restart):
+            report(args, line)
 
 
 def parser() -> Parser:

@@ -19,9 +19,9 @@ from typing import Any
 
 from ..basics.errors import ConversionError, UsageError
 from ..basics.exit_codes import EXIT_CODES
-from ..formats.queue.channel import check_exit
-from ..formats.queue.messages import DONE
+from ..formats.queue.channel import DONE, check_exit
 from .console import exit_on_error, prepare_process, program
+from .numpy_threads import import_numpy
 from .options.spellings import did_you_mean
 from .parser import Parser
 
@@ -56,6 +56,8 @@ def _main(argv: Sequence[str]) -> None:
     known, _ = names.parse_known_args(argv)
     loader, saver = load_plugin("loader", known.loader), load_plugin("saver", known.saver)
     args = parser(loader, saver).parse_args(argv)
+    import_numpy()  # before a process is forked, which would import all of it again
+    importlib.import_module(f"{__package__}.transfer")
     context = multiprocessing.get_context(args.start_method)
     queue = make_queue(context, args.max_queue_size)
     process = context.Process(target=saver.save_checkpoint, args=(queue, args), name="saver")

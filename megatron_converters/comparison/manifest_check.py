@@ -20,9 +20,8 @@ from ..conversion.copying import default_lanes
 from ..conversion.journal import MANIFEST, manifest_of, read_manifest
 from ..conversion.progress import Progress
 from ..formats.detect import refuse_part
-from ..formats.megatron.locating import checkpoint_directory
-from ..formats.megatron.writing import TRACKER
-from ..storage import dcp, safetensors, torch_zip
+from ..formats.megatron.locating import TRACKER, checkpoint_directory
+from ..storage import dcp, marks, safetensors, torch_zip
 from ..storage.checksum import blocks, digest, file_crc32
 from ..storage.dcp_layout import chunk_name
 from ..storage.tensor import StoredTensor, contiguous_strides
@@ -135,7 +134,7 @@ def check_output(output: Path, progress: Progress) -> Checked:
         file_faults, file_tasks = _check_file(file)
         faults += file_faults
         tasks += file_tasks
-    if (folder / dcp.METADATA).exists() and any(fault.file == dcp.METADATA for fault in faults):
+    if (folder / marks.METADATA).exists() and any(fault.file == marks.METADATA for fault in faults):
         faults += _index_faults(folder, files)
     faults += _check_tensors(tasks, progress)
     order = {(file.name, tensor): number for file in files for number, tensor in enumerate(("", *file.tensors))}
@@ -299,7 +298,7 @@ def _index_faults(folder: Path, files: Iterable[_FileEntry]) -> Iterator[Fault]:
     try:
         index = dcp.read_index(folder)
     except ConversionError as error:
-        yield Fault(dcp.METADATA, "", (), _unreadable(error))
+        yield Fault(marks.METADATA, "", (), _unreadable(error))
         return
     unmatched = {name: (file, tensor) for file in files for name, tensor in file.tensors.items()}
     for key, tensor in index.tensors.items():
@@ -307,18 +306,19 @@ def _index_faults(folder: Path, files: Iterable[_FileEntry]) -> Iterator[Fault]:
         for chunk in tensor.chunks:
             name = chunk_name(key, chunk.offsets)
             if name not in unmatched:
-                yield Fault(dcp.METADATA, name, (), f"is not listed in {MANIFEST}")
+                yield Fault(marks.METADATA, name, (), f"is not listed in {MANIFEST}")
                 continue
             file, recorded = unmatched.pop(name)
             yield from (
-                Fault(dcp.METADATA, name, recorded.holds, text) for text in _chunk_faults(chunk, tensor, file, recorded)
+                Fault(marks.METADATA, name, recorded.holds, text)
+                for text in _chunk_faults(chunk, tensor, file, recorded)
             )
             if recorded.shape is not None:
                 ends.append([offset + size for offset, size in zip(chunk.offsets, recorded.shape, strict=False)])
         whole = tuple(map(max, zip(*ends, strict=False)))
         if len(ends) == len(tensor.chunks) and whole != tensor.shape:
-            yield Fault(dcp.METADATA, key, (), _shape_text(tensor.shape, whole))
-    yield from (Fault(dcp.METADATA, name, recorded.holds, "is missing") for name, (_, recorded) in unmatched.items())
+            yield Fault(marks.METADATA, key, (), _shape_text(tensor.shape, whole))
+    yield from (Fault(marks.METADATA, name, recorded.holds, "is missing") for name, (_, recorded) in unmatched.items())
 
 
 def _chunk_faults(

@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..conversion.endpoint import Source
 from ..formats.reading import ReadOptions, open_source, refuse_unused
-from .manifest_check import Checked
 from .tensors import Compared, Comparison, Rules
+
+if TYPE_CHECKING:
+    from .manifest_check import Checked
 
 #: Tensors that one line lists by name at most.
 _MAX_NAMES = 3

@@ -10,7 +10,8 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from functools import lru_cache
+from itertools import islice, pairwise
 from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
 
 import numpy as np
@@ -18,7 +19,7 @@ import numpy.typing as npt
 
 from ..basics.dtypes import DType
 from ..basics.errors import ConversionError
-from ..model.layouts import RowMap
+from ..model.layouts import RowMap, runs
 from ..model.slots import Ref
 from ..model.spec import ModelSpec
 from ..model.values import Affine
@@ -60,6 +61,7 @@ class Reader(Protocol):
         ...
 
 
+@lru_cache(maxsize=1024)
 def as_matrix(shape: tuple[int, ...]) -> tuple[int, int]:
     """Shape as (rows, columns), which are the product of all further dimensions; a vector has one column."""
     return shape[0], math.prod(shape[1:])
@@ -138,26 +140,52 @@ class Sources:
         return self.pieces[0].data.dtype
 
 
-@dataclass(frozen=True, eq=False)
-class Gather:
-    """Share of a target that one piece provides: source row of each target row (-1: none), and matching column ranges.
+#: Maximum number of runs of a chunk that is gathered run by run; one with more is gathered by index.
+_MAX_RUNS = 32
+
+
+class Lookup:
+    """Source row of each target row (-1: none). Layers share look-ups, so the runs of one are found once."""
+
+    __slots__ = ("_runs", "rows")
+
+    def __init__(self, rows: RowMap) -> None:
+        self.rows = rows
+        self._runs: dict[tuple[int, int], tuple[tuple[int, int, int], ...] | None] = {}
+
+    def runs(self, start: int, stop: int) -> tuple[tuple[int, int, int], ...] | None:
+        """Runs of the target's rows `start` to `stop` as (row after `start`, source row, length); None for more than 32."""
+        key = start, stop
+        if key not in self._runs:
+            found = tuple(islice(runs(self.rows[start:stop]), _MAX_RUNS + 1))
+            self._runs[key] = found if len(found) <= _MAX_RUNS else None
+        return self._runs[key]
+
+
+class Gather(NamedTuple):
+    """Share of a target that one piece provides: source row of each target row, and matching column ranges.
 
     The target's elements are `value` of the slot's.
     """
 
     source: Piece
-    rows: RowMap
+    lookup: Lookup
     source_cols: slice
     target_cols: slice
     whole_width: bool
     value: Affine | None = None
+
+    @property
+    def rows(self) -> RowMap:
+        """Source row of each target row, -1 for none."""
+        return self.lookup.rows
 
     def divided(self, mask: Mask) -> Iterator[Gather]:
         """Gather of the target's rows where the mask is true, then one of the others with values as the slot has them."""
         for chosen, value in ((mask, self.value), (~mask, None)):
             rows = np.where(chosen, self.rows, -1)
             if (rows >= 0).any():
-                yield Gather(self.source, rows, self.source_cols, self.target_cols, self.whole_width, value)
+                yield self._replace(lookup=Lookup(rows), value=value)
 
 
 #: Whether each row of a target is meant.
@@ -216,7 +244,7 @@ class Planner:
             gathers += [gather] if only is None or value is None else gather.divided(only)
         return gathers
 
-    def _look_up(self, wanted: RowMap, stored: RowMap) -> RowMap | None:
+    def _look_up(self, wanted: RowMap, stored: RowMap) -> Lookup | None:
         """Stored row of each wanted row of the slot, -1 where it is not stored; None if none is."""
         key = (id(wanted), id(stored))
         if key not in self._lookups:
@@ -227,8 +255,8 @@ class Planner:
             found = table[wanted]
             if len(self._lookups) > _MAX_LOOKUPS:
                 self._lookups.clear()
-            self._lookups[key] = (found if bool((found >= 0).any()) else None, wanted, stored)
-        result: RowMap | None = self._lookups[key][0]
+            self._lookups[key] = (Lookup(found) if bool((found >= 0).any()) else None, wanted, stored)
+        result: Lookup | None = self._lookups[key][0]
         return result
 
 

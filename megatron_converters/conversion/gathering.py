@@ -5,9 +5,7 @@ On the way elements may be decoded (`Reader`), computed (`Affine`) and cast; non
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,15 +13,13 @@ import numpy.typing as npt
 
 from ..basics.dtypes import DType
 from ..basics.errors import ConversionError
-from ..model.layouts import RowMap, runs
+from ..model.layouts import RowMap
 from ..model.values import Affine, composed
 from .composing import Gather, Piece, Planner, as_matrix
 from .computing import Computation
 
 #: Bytes of a chunk: large enough to amortise calls, small enough to stay in a core's cache.
 CHUNK_BYTES = 1 << 20
-#: Maximum number of runs of a chunk that is gathered run by run; one with more is gathered by index.
-_MAX_RUNS = 32
 
 Array = npt.NDArray[Any]
 
@@ -48,11 +44,12 @@ def gather_chunks(
     rows, cols = shape
     step = max(1, CHUNK_BYTES // (cols * dtype.itemsize))
     supplies = [_supply(gather, dtype, value) for gather in gathers]
-    buffer = np.empty((min(step, rows), cols), dtype.carrier)
+    buffer: Array | None = None
     for start in range(0, rows, step):
         stop = min(start + step, rows)
         direct = _direct(supplies, start, stop)
         if direct is None:
+            buffer = np.empty((min(step, rows), cols), dtype.carrier) if buffer is None else buffer
             direct = buffer[: stop - start]
             copied = sum(supply.copy_rows(direct, start, stop, lost) for supply in supplies)
             expected = cols * (stop - start if wanted is None else int(np.count_nonzero(wanted[start:stop] >= 0)))
@@ -90,8 +87,7 @@ def _columns(gather: Gather, start: int, stop: int) -> Iterator[Gather]:
     left, right = max(start, gather.target_cols.start), min(stop, gather.target_cols.stop)
     if left < right:
         shift = gather.source_cols.start - gather.target_cols.start
-        yield dataclasses.replace(
-            gather,
+        yield gather._replace(
             source_cols=slice(left + shift, right + shift),
             target_cols=slice(left - start, right - start),
             whole_width=False,
@@ -107,11 +103,11 @@ class _Supply(NamedTuple):
 
     def copy_rows(self, target: Array, start: int, stop: int, lost: Callable[[int], None] | None) -> int:
         """Copy rows `start` to `stop` of the target into `target`, which holds these; returns the number of elements copied."""
-        wanted = self.gather.rows[start:stop]
         target = target[:, self.gather.target_cols]
         width = int(target.shape[1])
-        found = list(islice(runs(wanted), _MAX_RUNS + 1))
-        if len(found) > _MAX_RUNS:
+        found = self.gather.lookup.runs(start, stop)
+        if found is None:
+            wanted = self.gather.rows[start:stop]
             chosen = wanted >= 0
             elements = np.empty((int(np.count_nonzero(chosen)), width), target.dtype)
             self._compute(wanted[chosen], elements, lost)
@@ -141,16 +137,14 @@ def _direct(supplies: Sequence[_Supply], start: int, stop: int) -> Array | None:
     if len(supplies) != 1:
         return None
     gather, computation, source = supplies[0]
-    wanted = gather.rows[start:stop]
-    if source is None or not gather.whole_width or not computation.copies or not _is_run(wanted):
+    if source is None or not gather.whole_width or not computation.copies:
         return None
-    view = source[wanted[0] : wanted[0] + wanted.size]
+    found = gather.lookup.runs(start, stop)
+    if not found or found[0][2] != stop - start:
+        return None
+    first = found[0][1]
+    view = source[first : first + stop - start]
     return view if view.flags.c_contiguous else None
-
-
-def _is_run(wanted: RowMap) -> bool:
-    first, last = int(wanted[0]), int(wanted[-1])
-    return first >= 0 and last - first == wanted.size - 1 and next(runs(wanted))[2] == wanted.size
 
 
 def materialise(planner: Planner, pieces: Sequence[Piece], shape: tuple[int, ...], dtype: DType) -> Array:

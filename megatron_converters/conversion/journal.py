@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 import threading
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -23,7 +22,7 @@ import numpy as np
 from .. import __version__
 from ..assets.origin import Origin
 from ..basics.errors import ConversionError, raise_all, reason_of
-from ..basics.json_values import differences, finite
+from ..basics.json_values import differences, finite, indented
 from ..basics.quantities import count
 from ..model.layouts import RowMap
 from ..model.slots import Ref
@@ -93,15 +92,19 @@ class Provenance:
         entries = self._files.setdefault(fill.file, {})
         entry = entries.setdefault(fill.name, {"holds": [], "from": {}, "dtype": str(fill.dtype)})
         entry["holds"].append(str(ref))
+        origins, casts = entry["from"], set()
         for gather in gathers:
-            name, *others = map(str, gather.source.names)
-            part, known = self._range_text(gather), entry["from"].get(name)
-            entry["from"][name] = part if known is None else f"{known}; {part}"
-            entry["from"].update(dict.fromkeys(others, f"with {gather.source.name.tensor}"))
-            self._add_computed(entry, Computation.of(gather.source, fill.dtype, gather.value).described())
-        dtypes = {str(gather.source.data.dtype) for gather in gathers} - {str(fill.dtype)}
-        if dtypes:
-            entry["cast from"] = sorted(dtypes)
+            piece = gather.source
+            name, *others = map(str, piece.names)
+            part, known = self._range_text(gather), origins.get(name)
+            origins[name] = part if known is None else f"{known}; {part}"
+            origins.update(dict.fromkeys(others, f"with {piece.name.tensor}"))
+            if gather.value is not None or not piece.is_stored:
+                self._add_computed(entry, Computation.of(piece, fill.dtype, gather.value).described())
+            if piece.data.dtype is not fill.dtype:
+                casts.add(str(piece.data.dtype))
+        if casts:
+            entry["cast from"] = sorted(casts)
         if fill.transposed:
             entry["transposed"] = True
         if fill.padding:
@@ -175,7 +178,7 @@ class Journal:
 
     def take(self) -> str:
         """Claim the folder for this run, against any other that may still be writing; returns its session mark."""
-        mark = secrets.token_hex(8)
+        mark = os.urandom(8).hex()
         write_text(self.folder / _SESSION, mark)
         return mark
 
@@ -188,7 +191,9 @@ class Journal:
 
     def finish(self, file: str, nbytes: int, outside: str, tensors: Mapping[str, Any]) -> None:
         """Record a file that is complete on disk; `outside` is the digest of its bytes outside the tensors."""
-        _write(self._entry(file), {"file": file, "bytes": nbytes, "outside": outside, "tensors": tensors})
+        path = self._entry(file)
+        path.parent.mkdir(exist_ok=True)
+        write_text(path, json.dumps({"file": file, "bytes": nbytes, "outside": outside, "tensors": tensors}))
 
     def finished(self) -> dict[str, dict[str, Any]]:
         """Records of finished files, by path."""
@@ -380,8 +385,7 @@ def size_of(path: Path) -> int:
 
 
 def _write(path: Path, value: Any) -> None:
-    path.parent.mkdir(exist_ok=True)
-    write_text(path, json.dumps(value, indent=1) + "\n")  # in ASCII, since a path may not be valid UTF-8
+    write_text(path, indented(value) + "\n")  # in ASCII, since a path may not be valid UTF-8
 
 
 def _read(path: Path) -> dict[str, Any] | None:

@@ -12,7 +12,6 @@ import numpy.typing as npt
 from ..basics.dtypes import DType
 from ..model.layouts import RowMap
 from ..model.values import Affine
-from ..storage.checksum import digest
 from ..storage.output_file import FileLayout
 from ..storage.tensor import MemoryTensor, StoredTensor
 
@@ -61,10 +60,3 @@ class Outline:
     def tensor_bytes(self, file: str) -> int:
         """Size of one file's tensors, in bytes."""
         return sum(nbytes for _, nbytes in self.files[file].regions.values())
-
-    def outside(self, file: str, checksums: Mapping[str, int]) -> str:
-        """Digest of a finished file's bytes outside its tensors, in file order; `checksums` has the tensors' CRC-32s by name.
-
-        Unlike a layout's `structure`, it can be computed from the file, since a zip's directory repeats its tensors' checksums.
-        """
-        return digest(data for _, data in sorted(self.files[file].finish(checksums)))

@@ -1,10 +1,11 @@
-"""Progress in bytes: a bar on a terminal, plain lines elsewhere, nothing when quiet."""
+"""Progress in bytes: a bar on a terminal, plain lines elsewhere, nothing when quiet, or calls of a caller's function."""
 
 from __future__ import annotations
 
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, Protocol, TextIO
 
@@ -121,3 +122,26 @@ def make_progress(quiet: bool, doing: str = "copying", done: str = "copied") -> 
     except ImportError:  # tqdm is a convenience; weights move without it
         return Lines(sys.stderr, done)
     return Bar(tqdm, doing)
+
+
+class Reported:
+    """Progress that is passed on to a caller."""
+
+    def __init__(self, on_progress: Callable[[int, int], None]) -> None:
+        self._on_progress = on_progress
+        self._lock = threading.Lock()
+        self._done = self._total = 0
+
+    def start(self, total: int) -> None:
+        """Begin to count towards `total` bytes."""
+        self._done, self._total = 0, total
+        self._on_progress(0, total)
+
+    def __call__(self, count: int) -> None:
+        """Add bytes; called from several threads."""
+        with self._lock:
+            self._done += count
+            self._on_progress(self._done, self._total)
+
+    def stop(self) -> None:
+        """Nothing: the last call has told the last figure."""

@@ -246,7 +246,7 @@ class _Run:
         if session != self._session:  # this process is what is left of a run that another one continues
             cause = "someone has removed" if session is None else "another run has taken over"
             raise Stopped(f"{cause} {self._staging.path}")
-        self._journal.finish(path, file.nbytes, self._outline.outside(path, checksums), tensors)
+        self._journal.finish(path, file.nbytes, file.outside, tensors)
 
     def _go_on(self) -> None:
         """Raise if the run has failed meanwhile: a large file takes long to reach the disk."""
@@ -255,8 +255,8 @@ class _Run:
 
     def _end(self, done: set[str]) -> list[str]:
         """Show the result, once every file is finished."""
+        finished = self._await(self._finished, lambda found: done <= found.keys())
         if not self._journal.complete:
-            finished = self._await(self._finished, lambda found: done <= found.keys())
             lost = sorted(self._outline.files.keys() - finished.keys())
             if lost:
                 raise ConversionError(f"{', '.join(lost)} should be finished and are not; run the same command again")
@@ -267,7 +267,7 @@ class _Run:
         if not self._journal.cleared:
             self._target.clear(self._staging)
             self._journal.mark_cleared()
-        lines = [*self._target.show(self._staging), *lost_lines(self._journal.finished())]
+        lines = [*self._target.show(self._staging), *lost_lines(finished)]
         self._shown = True
         self._staging.discard()
         return lines

@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-import secrets
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -134,7 +133,7 @@ class Staging:
     def _set_state_aside(self) -> None:
         """Rename the state in one step, so that a kill while the rest is removed leaves no partly valid state."""
         with suppress(FileNotFoundError):
-            os.replace(self.state, self.path / f"forgotten-{secrets.token_hex(4)}")
+            os.replace(self.state, self.path / f"forgotten-{os.urandom(4).hex()}")
 
     def _unlock(self) -> None:
         fd, self._lock_fd = self._lock_fd, -1

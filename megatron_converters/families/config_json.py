@@ -36,19 +36,12 @@ def family_from_config(config: Mapping[str, Any]) -> Family:
     A wrapper's name counts as none.
     """
     model_type, architectures = config.get("model_type"), _architectures(config)
-    candidates = [
-        family
-        for family in FAMILIES.values()
-        if not architectures or not {*class_names(family)}.isdisjoint(architectures)
-    ]
-    agreed = [
-        family
-        for family in candidates
-        if model_type in (family.model_type, *family.aliases) or (architectures and model_type is None)
-    ]
+    agreed = [] if len(architectures) > 1 else _named(model_type, architectures, FAMILIES.likely(model_type))
+    agreed = agreed or _named(model_type, architectures, FAMILIES.values())
     if len(agreed) == 1:
         return agreed[0]
-    if architectures and candidates:  # transformers goes by model_type, other programs by architectures
+    # transformers goes by model_type, other programs by architectures
+    if any(not {*class_names(family)}.isdisjoint(architectures) for family in FAMILIES.values()):
         raise ConversionError(
             f"config.json has architectures={architectures!r} and model_type={model_type!r}, which name different "
             "models; correct the one that is wrong"
@@ -63,6 +56,16 @@ def family_from_config(config: Mapping[str, Any]) -> Family:
         f"config.json names {named}, which is not supported; supported are {known}, and those of a family file, which "
         "--family-file FILE names, or of an installed plug-in"
     )
+
+
+def _named(model_type: Any, architectures: list[str], families: Iterable[Family]) -> list[Family]:
+    """Families that both names are of; a name that is not there is any family's."""
+    return [
+        family
+        for family in families
+        if (not architectures or not {*class_names(family)}.isdisjoint(architectures))
+        and (model_type in (family.model_type, *family.aliases) or (architectures and model_type is None))
+    ]
 
 
 def _architectures(config: Mapping[str, Any]) -> list[str]:

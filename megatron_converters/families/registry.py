@@ -3,25 +3,36 @@
 from __future__ import annotations
 
 import importlib
-import pickle
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cached_property
-from importlib import metadata
-from multiprocessing.reduction import ForkingPickler
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from ..basics.errors import ConversionError, UsageError, one_line
 from .table import Family
 
-#: Modules of this folder whose families can be converted. In matching order: a checkpoint that names no family gets the first one
-#: that can express it.
-_MODULES = (
-    *("llama", "mistral", "qwen", "mixtures", "gpt2", "starcoder", "phi", "glm", "granite"),
-    *("deepseek", "qwen3_next", "minicpm"),
-)
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
+
+#: Modules of this folder, and the families in each, which are their model types, too: of these the one that a model needs is
+#: imported alone. In matching order: a checkpoint that names no family gets the first one that can express it.
+_MODULES = {
+    "llama": ("llama",),
+    "mistral": ("mistral",),
+    "qwen": ("qwen2", "qwen3"),
+    "mixtures": ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe"),
+    "gpt2": ("gpt2",),
+    "starcoder": ("starcoder2",),
+    "phi": ("phi", "phi3"),
+    "glm": ("glm", "glm4_moe"),
+    "granite": ("granite",),
+    "deepseek": ("deepseek_v2", "deepseek_v3"),
+    "qwen3_next": ("qwen3_next",),
+    "minicpm": ("minicpm", "minicpm3"),
+}
+_MODULE_OF = {family: module for module, families in _MODULES.items() for family in families}
 #: Entry points of this group each load a `Family`, or a function that returns one or several.
 GROUP = "megatron_converters.families"
 
@@ -59,9 +70,21 @@ class Families(Mapping[str, Family]):
     @cached_property
     def built_in(self) -> Mapping[str, Family]:
         """Families of this package, in matching order."""
-        modules = [importlib.import_module(f"{__package__}.{name}") for name in _MODULES]
-        found = [value for module in modules for value in vars(module).values() if isinstance(value, Family)]
-        return {family.name: family for family in found}
+        return {family.name: family for name in _MODULES for family in families_in(name)}
+
+    def likely(self, model_type: object) -> list[Family]:
+        """Families among which a model type is looked for first: the package's own of that name, or else all but plug-ins.
+
+        No other family may have the names of these.
+        """
+        file = self.file
+        if file is None and isinstance(model_type, str) and model_type in _MODULE_OF:
+            return [self[model_type]]
+        known = {**self.built_in, **self._registered}
+        if file is None:
+            return list(known.values())
+        hidden = (file.family.name, file.replaces)
+        return [file.family, *(family for name, family in known.items() if name not in hidden)]
 
     @property
     def file(self) -> FromFile | None:
@@ -74,8 +97,9 @@ class Families(Mapping[str, Family]):
             if name == file.family.name:
                 return file.family
             raise KeyError(name)
-        known = {**self.built_in, **self._registered}
-        return known[name] if name in known else {**self._received, **self._plug_ins()}[name]
+        if name in _MODULE_OF:
+            return next(family for family in families_in(_MODULE_OF[name]) if family.name == name)
+        return self._registered[name] if name in self._registered else {**self._received, **self._plug_ins()}[name]
 
     def __iter__(self) -> Iterator[str]:
         file = self.file
@@ -121,6 +145,8 @@ class Families(Mapping[str, Family]):
         Those built in are imported now: Python ends a process by SIGINT, whatever handles the exception, if Ctrl-C comes while
         an import makes a dataclass.
         """
+        from multiprocessing.reduction import ForkingPickler
+
         _ = self.built_in
         known = {**self._received, **self._registered}
         sent = {name: family for name, family in known.items() if _can_be_sent(family)}
@@ -129,6 +155,9 @@ class Families(Mapping[str, Family]):
 
     def unpack(self, packed: Packed) -> None:
         """Take over families that another process has packed; raises `ConversionError` for one that could not be sent."""
+        import pickle
+        from multiprocessing.reduction import ForkingPickler
+
         try:
             families: dict[str, Family] = ForkingPickler.loads(packed.families)
         except (AttributeError, ImportError, pickle.UnpicklingError) as error:
@@ -156,6 +185,12 @@ class Families(Mapping[str, Family]):
             return self._plugged
 
 
+def families_in(module: str) -> list[Family]:
+    """Families of a module of this folder."""
+    values = vars(importlib.import_module(f"{__package__}.{module}")).values()
+    return [value for value in values if isinstance(value, Family)]
+
+
 _REMEDY = (
     "define them at the top of a module and register the family there, make it an entry point of the group "
     f"{GROUP}, or write a family file (--family-file)"
@@ -179,6 +214,9 @@ def clash(family: Family, known: Iterable[Family]) -> str:
 
 
 def _can_be_sent(family: Family) -> bool:
+    import pickle
+    from multiprocessing.reduction import ForkingPickler
+
     try:
         ForkingPickler.dumps(family)
     except (AttributeError, TypeError, pickle.PicklingError):
@@ -187,6 +225,8 @@ def _can_be_sent(family: Family) -> bool:
 
 
 def _load_all(known: Mapping[str, Family]) -> dict[str, Family]:
+    from importlib import metadata  # which takes longer than all families of this package
+
     found: dict[str, Family] = {}
     for entry in sorted(metadata.entry_points(group=GROUP), key=lambda entry: (entry.name, entry.value)):
         for family in _loaded(entry):
@@ -199,7 +239,7 @@ def _load_all(known: Mapping[str, Family]) -> dict[str, Family]:
     return found
 
 
-def _loaded(entry: metadata.EntryPoint) -> list[Family]:
+def _loaded(entry: EntryPoint) -> list[Family]:
     try:
         value = entry.load()
         value = value() if callable(value) else value
@@ -216,7 +256,7 @@ def _loaded(entry: metadata.EntryPoint) -> list[Family]:
     return families
 
 
-def _described(entry: metadata.EntryPoint) -> str:
+def _described(entry: EntryPoint) -> str:
     where = "an unknown distribution" if entry.dist is None else f"{entry.dist.name} {entry.dist.version}"
     return f"the entry point {entry.name} ({entry.value}) of {where}"
 

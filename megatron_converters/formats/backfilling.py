@@ -59,14 +59,13 @@ class Backfilled:
             "--backfill-from says, since the source was trained without; they are as they were before this training"
         ]
 
-    def refuse_two_dtypes(self) -> None:
-        """Raise `UsageError` if the layers are of another dtype than the model, which a dtype to write would make one."""
+    @property
+    def two_dtypes(self) -> str:
+        """In words, that the layers are of another dtype than the model; empty if they are not."""
         own, theirs = self._source.spec.dtype, self._other.spec.dtype
-        if own != theirs:
-            raise UsageError(
-                f"--backfill-from {self._folder}: its weights are {theirs}, and those of {self._source.origin.described} {own}; "
-                "say with --dtype in which type all are to be written"
-            )
+        if own == theirs:
+            return ""
+        return f"--backfill-from {self._folder}: its weights are {theirs}, and those of {self.origin.described} {own}"
 
     def dtype_of(self, ref: Ref) -> DType:
         """Dtype of a ref where it is stored."""
@@ -92,3 +91,9 @@ class Backfilled:
 
     def _named(self, piece: Piece) -> Piece:
         return dataclasses.replace(piece, name=piece.name._replace(file=self._path(piece.name.file)))
+
+
+def refuse_two_dtypes(source: Source) -> None:
+    """Raise `UsageError` for a source of two dtypes, which a dtype to write would make one."""
+    if isinstance(source, Backfilled) and source.two_dtypes:
+        raise UsageError(f"{source.two_dtypes}; say with --dtype in which type all are to be written")

@@ -9,12 +9,10 @@ from pathlib import Path
 from ..basics.errors import UsageError
 from ..conversion.staging import unfinished_in
 from ..storage import marks
+from .kinds import HF, MEGATRON, META, MINDSPORE, WEIGHTS
 from .megatron.locating import is_one_rank, is_part, listing, look_inside
-from .mindspore.files import is_mindspore
+from .mindspore.recognising import is_mindspore
 
-HF, META, MEGATRON, MINDSPORE = "hf", "meta", "megatron", "mindspore"
-#: A file of weights under Hugging Face's names, without a configuration.
-WEIGHTS = "weights"
 #: Name patterns by format; one match marks a folder as of that format.
 _PATTERNS = {
     HF: ("config.json", "*.safetensors", "pytorch_model*.bin"),
@@ -23,7 +21,6 @@ _PATTERNS = {
 }
 #: The same of the format that a look into files tells, for messages.
 _MARKS = {MINDSPORE: (*marks.MINDSPORE, "rank_*", "*.ckpt")}
-FORMATS = (*_PATTERNS, MINDSPORE)
 #: Weights of a whole model as Mistral's own programs have them. Its repositories hold them beside those of transformers.
 _CONSOLIDATED = "consolidated*.safetensors"
 

@@ -17,8 +17,7 @@ from ..conversion.journal import MANIFEST
 from ..storage import hub_cache, hub_lookup
 from ..storage.hub_access import is_hub_id
 from ..storage.hub_cache import Choice, IndexFile, Snapshot
-from .huggingface.source import ADAPTER
-from .huggingface.weight_files import SINGLE_FILES, weight_map
+from .huggingface.weight_files import ADAPTER, SINGLE_FILES, weight_map
 
 #: Files beside the weights and the tokenizer. The code of a model is carried along, and never run.
 _BESIDE = ("generation_config.json", "*.py")

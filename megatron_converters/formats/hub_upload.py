@@ -14,8 +14,7 @@ from ..basics.json_files import read_json
 from ..conversion.journal import MANIFEST
 from ..conversion.staging import unfinished_in
 from ..storage.hub_access import Model, address, in_one_sentence, library, reason
-from .huggingface.source import ADAPTER
-from .huggingface.weight_files import SINGLE_FILES, ghost_line, read_weights
+from .huggingface.weight_files import ADAPTER, SINGLE_FILES, ghost_line, read_weights
 
 #: Starts of names, of files or of folders above them, that are not uploaded: hidden ones and Python's caches.
 _LEFT_OUT = (".", "__pycache__")

@@ -1,33 +1,30 @@
-"""Opening of sources of any format, which is detected; options supplement what the folder says."""
+"""Opening of sources of any format, which is detected; options supplement what the folder says.
+
+What reads a format is imported when a source of it is opened.
+"""
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import os
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..assets import capacity_bins
-from ..assets.origin import Origin
-from ..assets.training_args import named_margs
 from ..basics.errors import UsageError
 from ..basics.folders import existing_folder
-from ..conversion.endpoint import Source
 from ..families import FAMILIES
 from ..families.scope import family_of
-from .backfilling import Backfilled
-from .detect import FORMATS, HF, MEGATRON, META, MINDSPORE, WEIGHTS, format_of, refuse_part
+from .detect import format_of, refuse_part
 from .hub import located
-from .huggingface.source import HFSource
-from .megatron.arguments import other_model
-from .megatron.opening import open_megatron
-from .megatron.reading import MegatronReadOptions
-from .megatron.trained_by import program
-from .meta.source import MetaSource
-from .mindspore.describing import MindSporeReadOptions
-from .mindspore.source import MindSporeSource
+from .kinds import FORMATS, HF, MEGATRON, META, MINDSPORE, WEIGHTS
+
+if TYPE_CHECKING:
+    from ..assets.origin import Origin
+    from ..conversion.endpoint import Source
+    from .megatron.reading import MegatronReadOptions
 
 
 @dataclass(frozen=True)
@@ -98,7 +95,7 @@ def open_source(path: str | os.PathLike[str], options: ReadOptions = AS_FOUND) -
     describes. What uses a source of a family file must do so in the scope of that (`families/scope.py`).
     """
     found_path, notes = located(path, download=options.download)
-    margs = None if options.source_margs_file is None else named_margs(Path(options.source_margs_file))
+    margs = None if options.source_margs_file is None else _training_args(Path(options.source_margs_file))
     if options.format not in (None, *FORMATS):
         raise UsageError(f"format {options.format!r} is not one of {', '.join(FORMATS)}")
     found = options.format or format_of(found_path)
@@ -115,11 +112,7 @@ def open_source(path: str | os.PathLike[str], options: ReadOptions = AS_FOUND) -
         _note_unused_family(source, options)
     source.origin.say_first(notes)
     if margs is not None:
-        source.origin.margs = margs
-        foreign = other_model(source.spec, margs, source.origin.hf_config)
-        if foreign:
-            line = f"warning: {options.source_margs_file} is of another model ({'; '.join(foreign)}), of which only training"
-            source.origin.tell_at_once(f"{line} arguments are taken over")
+        _take_over(margs, source, options)
     return Opened(found, source)
 
 
@@ -132,6 +125,9 @@ def _backfilled(source: Source, options: ReadOptions) -> Source:
             "--backfill-from takes layers of multi-token prediction from a folder, and --without-mtp leaves them out; give only "
             "one of them"
         )
+    from .backfilling import Backfilled
+    from .huggingface.source import HFSource
+
     folder, notes = located(options.backfill_from, download=options.download)
     other = HFSource(
         existing_folder(folder),
@@ -140,6 +136,25 @@ def _backfilled(source: Source, options: ReadOptions) -> Source:
     )
     source.origin.say_first(notes)
     return Backfilled(source, other, folder)
+
+
+def _training_args(path: Path) -> argparse.Namespace:
+    from ..assets.training_args import named_margs
+
+    return named_margs(path)
+
+
+def _take_over(margs: argparse.Namespace, source: Source, options: ReadOptions) -> None:
+    """Let the source have these training arguments; warns if they are of another model."""
+    from .megatron.arguments import other_model
+
+    source.origin.margs = margs
+    foreign = other_model(source.spec, margs, source.origin.hf_config)
+    if foreign:
+        line = (
+            f"warning: {options.source_margs_file} is of another model ({'; '.join(foreign)}), of which only training"
+        )
+        source.origin.tell_at_once(f"{line} arguments are taken over")
 
 
 def refuse_unused(formats: Collection[str], options: ReadOptions) -> None:
@@ -171,6 +186,8 @@ def _note_unused_family(source: Source, options: ReadOptions) -> None:
 
 
 def _open_hf(path: Path, options: ReadOptions) -> Source:
+    from .huggingface.source import HFSource
+
     return _checked(
         HFSource(
             path,
@@ -186,6 +203,8 @@ def _open_hf(path: Path, options: ReadOptions) -> Source:
 
 
 def _open_meta(folder: Path, options: ReadOptions) -> Source:
+    from .meta.source import MetaSource
+
     source = MetaSource(
         existing_folder(folder),
         ignored_params=options.ignore_config_fields,
@@ -195,11 +214,16 @@ def _open_meta(folder: Path, options: ReadOptions) -> Source:
 
 
 def _open_megatron(folder: Path, options: ReadOptions) -> Source:
+    from .megatron.opening import open_megatron
+
     return open_megatron(existing_folder(folder), megatron_options(options))
 
 
 def megatron_options(options: ReadOptions) -> MegatronReadOptions:
     """Options of a Megatron-LM checkpoint."""
+    from .megatron.reading import MegatronReadOptions
+    from .megatron.trained_by import program
+
     if options.prefer_args and options.hf_config is None:
         raise UsageError(
             "--prefer-args is for reading beside a reference model; give one with --hf-config DIR, or leave it out"
@@ -222,6 +246,9 @@ def megatron_options(options: ReadOptions) -> MegatronReadOptions:
 
 
 def _open_mindspore(path: Path, options: ReadOptions) -> Source:
+    from .mindspore.describing import MindSporeReadOptions
+    from .mindspore.source import MindSporeSource
+
     return MindSporeSource(
         path,
         MindSporeReadOptions(
@@ -248,11 +275,14 @@ def _checked(source: Source, folder: Path, options: ReadOptions) -> Source:
     given, known = options.true_vocab_size, source.spec.vocab_size
     if given not in (None, known):
         raise UsageError(f"--true-vocab-size {given} disagrees with vocab_size {known} of config.json")
-    _add_capacity_bins(source.origin, folder / capacity_bins.FILE, options.capacity_bins)
+    _add_capacity_bins(source.origin, folder, options.capacity_bins)
     return source
 
 
-def _add_capacity_bins(origin: Origin, path: Path, wanted: bool) -> None:
+def _add_capacity_bins(origin: Origin, folder: Path, wanted: bool) -> None:
+    from ..assets import capacity_bins
+
+    path = folder / capacity_bins.FILE
     if wanted:
         origin.capacity_bins = capacity_bins.read(path)
     elif path.exists():

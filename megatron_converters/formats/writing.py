@@ -1,26 +1,28 @@
-"""Opening of targets; the type of the options decides the format."""
+"""Opening of targets; the type of the options decides the format, whose module is imported when it is opened."""
 
 from __future__ import annotations
 
+import importlib
 import os
+from typing import TYPE_CHECKING
 
 from ..basics.errors import UsageError
 from ..basics.folders import new_folder
-from ..conversion.endpoint import Target
-from .huggingface.single_file import SingleFileTarget
-from .huggingface.target import HFOptions, HFTarget
-from .megatron.flat_target import FlatTarget
-from .megatron.rank_files_target import MegatronTarget
-from .megatron.torch_dist_target import TorchDistTarget
-from .megatron.writing import CheckpointTarget, MegatronOptions
-from .mindspore.target import MindSporeOptions, MindSporeTarget
+from .huggingface.options import HFOptions
+from .megatron.options import MODEL_PT, TORCH, TORCH_DIST, MegatronOptions
+from .mindspore.options import MindSporeOptions
+
+if TYPE_CHECKING:
+    from ..conversion.endpoint import Target
 
 #: Options of all formats.
 TargetOptions = HFOptions | MegatronOptions | MindSporeOptions
 
-#: Targets by the name of their format (`--ckpt-format`).
-CHECKPOINTS: dict[str, type[CheckpointTarget]] = {
-    kind.format: kind for kind in (MegatronTarget, TorchDistTarget, FlatTarget)
+#: Modules and classes of targets by the name of their format (`--ckpt-format`).
+_CHECKPOINTS = {
+    TORCH: (".megatron.rank_files_target", "MegatronTarget"),
+    TORCH_DIST: (".megatron.torch_dist_target", "TorchDistTarget"),
+    MODEL_PT: (".megatron.flat_target", "FlatTarget"),
 }
 
 
@@ -28,9 +30,17 @@ def open_target(path: str | os.PathLike[str], options: TargetOptions) -> Target:
     """Target for a folder, or a single file, which is not touched yet."""
     folder = new_folder(path)
     if isinstance(options, HFOptions):
-        return (SingleFileTarget if options.single_file else HFTarget)(folder, options)
-    if isinstance(options, MindSporeOptions):
-        return MindSporeTarget(folder, options)
-    if options.ckpt_format not in CHECKPOINTS:
-        raise UsageError(f"ckpt_format {options.ckpt_format!r} is not one of {', '.join(CHECKPOINTS)}")
-    return CHECKPOINTS[options.ckpt_format](folder, options)
+        name = (
+            (".huggingface.single_file", "SingleFileTarget")
+            if options.single_file
+            else (".huggingface.target", "HFTarget")
+        )
+    elif isinstance(options, MindSporeOptions):
+        name = (".mindspore.target", "MindSporeTarget")
+    elif options.ckpt_format in _CHECKPOINTS:
+        name = _CHECKPOINTS[options.ckpt_format]
+    else:
+        raise UsageError(f"ckpt_format {options.ckpt_format!r} is not one of {', '.join(_CHECKPOINTS)}")
+    module, kind = name
+    target: Target = getattr(importlib.import_module(module, __package__), kind)(folder, options)
+    return target

@@ -13,9 +13,9 @@ from ..assets import capacity_bins
 from ..basics.quantities import count, size
 from ..conversion.dry_run import Forecast
 from ..families import FAMILIES
-from ..formats.detect import HF, MEGATRON, META, MINDSPORE, WEIGHTS
-from ..formats.megatron.conventions import FLAGS, FOLD, RAW
+from ..formats.kinds import HF, MEGATRON, META, MINDSPORE, WEIGHTS
 from ..formats.megatron.distributed_folder import LOADED_AT_ANY_SIZES
+from ..formats.megatron.options import FLAGS, FOLD, RAW
 from ..model.layers import (
     ALL_HEADS,
     EACH_HEAD,

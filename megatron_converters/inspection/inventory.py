@@ -17,9 +17,9 @@ from ..basics.dtypes import DType
 from ..conversion.composing import Piece
 from ..conversion.endpoint import Source
 from ..families import FAMILIES
-from ..formats.detect import HF, WEIGHTS
+from ..formats.huggingface.options import FUSED, SEPARATE
 from ..formats.huggingface.parts import HFNames
-from ..formats.huggingface.target import FUSED, SEPARATE
+from ..formats.kinds import HF, WEIGHTS
 from ..formats.megatron.names import DIALECTS, EXPERTS, Name, name_of
 from ..model.layers import Mixture
 from ..model.slots import DECODER, Ref, refs

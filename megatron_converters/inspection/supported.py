@@ -3,44 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 from ..basics.errors import ConversionError
 from ..families import FAMILIES
 from ..families.config_json import spec_from_config
+from ..families.facts import NOT_STATED, Family
 from ..families.table import Family as Table
-from ..families.table import Proof
 from ..families.typical import required_config
-from ..formats.detect import HF, MEGATRON, META, MINDSPORE
+from ..formats.kinds import HF, MEGATRON, META, MINDSPORE
 from ..formats.meta.params import LLAMA, MISTRAL
 from ..formats.mindspore.limits import without_place
 from ..model.spec import ModelSpec
-
-#: Proof of a family whose table says none, and of those from outside this package, which may have copied another's table.
-NOT_STATED = "not stated"
-#: Proofs by what they are in words: their names in tables.
-PROOFS = {**{proof.value: proof.name.lower() for proof in Proof}, NOT_STATED: NOT_STATED}
-
-
-class Family(NamedTuple):
-    """Model family, by the names that Hugging Face's config.json has for it.
-
-    `aliases` are further values of model_type. `kind` is dense, MoE, MLA or hybrid, or several of these. `formats` are values of
-    `--from`; "meta" is only read. `since` is the least release of Megatron-LM that has arguments for such a model, None if no
-    release has, or nobody has said it. `proof` says how the table was proven, `models` which published models are of this class,
-    and `covers` what is converted of them.
-    """
-
-    name: str
-    model_type: str
-    architecture: str
-    aliases: tuple[str, ...]
-    kind: str
-    formats: tuple[str, ...]
-    since: str | None
-    proof: str
-    models: str
-    covers: str
 
 
 def supported_families() -> tuple[Family, ...]:

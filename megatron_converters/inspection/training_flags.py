@@ -11,7 +11,7 @@ from ..assets.tokenizer import is_tiktoken_file
 from ..assets.training_args import inheritable
 from ..basics.dtypes import DType
 from ..conversion.endpoint import Source
-from ..formats.detect import MEGATRON
+from ..formats.kinds import MEGATRON
 from ..formats.megatron.argument import Context, Group
 from ..formats.megatron.arguments import (
     plain_args,
@@ -22,7 +22,8 @@ from ..formats.megatron.arguments import (
     written_args,
 )
 from ..formats.megatron.conventions import conventions, conventions_of
-from ..formats.megatron.writing import DEFAULT_DIVISOR, TRACKER
+from ..formats.megatron.locating import TRACKER
+from ..formats.megatron.writing import DEFAULT_DIVISOR
 from ..model.spec import ModelSpec
 from ..sharding.ranks import Parallel, padded_vocab
 from .inventory import Survey

@@ -14,8 +14,9 @@ from ..basics.errors import ConversionError, UsageError
 from ..conversion.composing import Piece
 from ..conversion.outline import Fill
 from ..conversion.stored_model import has_multipliers
-from ..formats.megatron.conventions import FOLD, Conventions, conventions
+from ..formats.megatron.conventions import Conventions, conventions
 from ..formats.megatron.names import DIALECTS
+from ..formats.megatron.options import FOLD
 from ..formats.megatron.rank_tensors import RankTensors
 from ..formats.megatron.releases import NEWEST, parse
 from ..model.slots import Ref

@@ -12,7 +12,8 @@ import torch
 from ..basics.dtypes import BY_NAME, DType
 from ..basics.errors import ConversionError
 from ..conversion.accounting import gaps_and_overlaps
-from ..formats.megatron.names import EXTRA_STATE_SUFFIX, STACKED
+from ..formats.megatron.names import EXTRA_STATE_SUFFIX
+from ..formats.megatron.options import STACKED
 from ..formats.megatron.rank_files import STACKED_SUFFIXES
 from ..model.slots import refs
 from .layout import Key, LiveLayout, Naming

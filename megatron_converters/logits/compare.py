@@ -9,7 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ..basics.errors import ConversionError, UsageError
-from ..formats.detect import HF, MEGATRON, format_of
+from ..formats.detect import format_of
+from ..formats.kinds import HF, MEGATRON
 from ..formats.megatron.reading import MegatronReadOptions
 from . import memory
 from .hf import HFModel

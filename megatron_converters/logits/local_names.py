@@ -10,7 +10,8 @@ from collections.abc import Iterator
 import torch
 
 from ..assets.capacity_bins import CAPACITY_BINS
-from ..formats.megatron.names import EXPERTS, EXTRA_STATE_SUFFIX, LOCAL, STACKED, keys, name_of
+from ..formats.megatron.names import EXPERTS, EXTRA_STATE_SUFFIX, LOCAL, keys, name_of
+from ..formats.megatron.options import STACKED
 from ..model.slots import SLOTS, Shard, refs
 from ..model.spec import ModelSpec
 from ..sharding.ranks import Parallel, Rank, locations

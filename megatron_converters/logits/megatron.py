@@ -19,10 +19,10 @@ from ..basics.errors import ConversionError, raise_all
 from ..basics.packages import need
 from ..formats.megatron.argument import Context, Group
 from ..formats.megatron.arguments import inexpressible, model_args, plain_args, written_args
-from ..formats.megatron.conventions import RAW
 from ..formats.megatron.distributed_folder import TORCH_DIST
 from ..formats.megatron.locating import checkpoint_directory
 from ..formats.megatron.opening import open_megatron
+from ..formats.megatron.options import RAW
 from ..formats.megatron.rank_files_source import RankFilesSource
 from ..formats.megatron.reading import MegatronReadOptions
 from ..formats.megatron.torch_dist_source import TorchDistSource

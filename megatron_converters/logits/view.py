@@ -22,7 +22,7 @@ from ..formats.megatron.names import GATE_AND_UP, LOCAL_ENDS
 from ..formats.megatron.torch_dist_source import TorchDistSource
 from ..formats.megatron.torch_dist_target import FORMAT
 from ..model.slots import refs
-from ..storage import dcp, dcp_layout, torch_zip
+from ..storage import dcp, dcp_layout, marks, torch_zip
 from ..storage.dcp import ChunkedTensor
 from ..storage.dcp_layout import NewChunk, Placed
 
@@ -40,7 +40,7 @@ def write(source: TorchDistSource, folder: Path) -> None:
         planner.check_cover(ref, source.spec, source.read(ref))
     folder.mkdir()
     links = _link({chunk.item.path for tensor in source.weights.values() for chunk in tensor.chunks}, folder)
-    dcp_layout.index(list(_placed_chunks(source.weights, links))).create(folder / dcp.METADATA).close()
+    dcp_layout.index(list(_placed_chunks(source.weights, links))).create(folder / marks.METADATA).close()
     torch_zip.layout(COMMON_FILE, {}).create(folder / COMMON_FILE).close()
     (folder / FORMAT_FILE).write_text(json.dumps(FORMAT), encoding="utf-8")
 

@@ -70,7 +70,7 @@ class Archive:
             )
         if f"{self._folder}/{PICKLE}" not in self._infos:
             raise ConversionError(f"{self.where} is a zip file without {PICKLE}, so torch.save did not write it")
-        order = self.content(BYTE_ORDER) if f"{self._folder}/{BYTE_ORDER}" in self._infos else b"little"
+        order = self.content(BYTE_ORDER) if self.has(BYTE_ORDER) else b"little"
         if order != b"little":
             raise ConversionError(
                 f"{self.where} was written on a big-endian machine; save it again on a little-endian one"
@@ -78,7 +78,10 @@ class Archive:
 
     def _directory(self) -> list[zipfile.ZipInfo]:
         try:
-            return zipfile.ZipFile(cast(BinaryIO, self._window)).infolist()
+            archive = zipfile.ZipFile(cast(BinaryIO, self._window))
+            #: Offset of the directory from the start of the archive.
+            self.directory_start = archive.start_dir
+            return archive.infolist()
         except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error, OSError) as error:
             start = self._bytes(0, len(_LEGACY_START))
             if start.startswith(_LOCAL_SIGNATURE):
@@ -92,6 +95,15 @@ class Archive:
     def _bytes(self, offset: int, nbytes: int) -> bytes:
         self._window.seek(offset)
         return self._window.read(nbytes)
+
+    @property
+    def count(self) -> int:
+        """Number of records."""
+        return len(self._infos)
+
+    def has(self, name: str) -> bool:
+        """Whether it has a record of this name."""
+        return f"{self._folder}/{name}" in self._infos
 
     def span(self, name: str) -> tuple[int, int]:
         """Offset of a record's data in the file, and its size in bytes."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,11 @@ from typing import Any
 from ..basics.dtypes import DType
 from ..basics.errors import ConversionError, one_line, raise_all, reason_of
 from . import pickle_reader, torch_zip
+from .marks import METADATA
 from .opening import is_name, open_source
 from .pickle_reader import StandIn
 from .tensor import StoredTensor
 
-METADATA = ".metadata"
 #: More bytes or elements than any file has.
 _TOO_LARGE = 1 << 63
 
@@ -88,9 +88,12 @@ def read_index(folder: Path) -> Index:
     return reader.index
 
 
-def stored(chunk: Chunk, dtype: DType) -> StoredTensor:
-    """Data of a chunk in its file; raises `ConversionError` if its shape or dtype is not the index's."""
-    found = torch_zip.read_embedded(chunk.item.path, chunk.item.start, chunk.item.nbytes)
+def stored(chunk: Chunk, dtype: DType, read: Callable[[str, int, int], Any] = torch_zip.read_embedded) -> StoredTensor:
+    """Data of a chunk in its file; raises `ConversionError` if its shape or dtype is not the index's.
+
+    `read` reads an archive inside a file; `EmbeddedTensors` has one for many of the same structure.
+    """
+    found = read(chunk.item.path, chunk.item.start, chunk.item.nbytes)
     if not isinstance(found, StoredTensor) or found.shape != chunk.sizes or found.dtype != dtype:
         held = f"{found.dtype} {list(found.shape)}" if isinstance(found, StoredTensor) else type(found).__name__
         raise ConversionError(
@@ -128,6 +131,7 @@ class _Reader:
         return iter(self._items.values())
 
     def _read_places(self, places: Mapping[Any, Any]) -> Iterator[tuple[tuple[str, Any], Item]]:
+        paths: dict[str, str] = {}
         for index, info in places.items():
             key, offset = self._fields(index, "fqn", "offset", optional=True)
             self._check_name(key)
@@ -139,8 +143,10 @@ class _Reader:
                 )
             if not is_name(path) or os.path.basename(path) != path or path in ("", ".", ".."):
                 raise self._damaged(f"{key} is placed in {one_line(path)}, which is not a file in the folder")
+            if path not in paths:  # a few files hold all items
+                paths[path] = str(self._folder / path)
             start, nbytes = self._numbers((start, nbytes), key)
-            yield (key, offset), Item(str(self._folder / path), start, nbytes)
+            yield (key, offset), Item(paths[path], start, nbytes)
 
     def _tensor(self, key: str, entry: Any) -> ChunkedTensor:
         properties, size, chunks = self._fields(entry, "properties", "size", "chunks")

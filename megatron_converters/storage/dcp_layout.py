@@ -63,41 +63,72 @@ class Placed(NamedTuple):
 
 def lay_out(file: str, items: Sequence[NewChunk | NewObject]) -> tuple[FileLayout, list[Placed]]:
     """Layout of a file of these items in this order, and the place of each."""
-    placed, parts = [], []
+    placed: list[Placed] = []
+    archives: list[_Archive] = []
     regions: dict[str, tuple[int, int]] = {}
     shapes: dict[str, tuple[int, ...]] = {}
+    numbers: dict[str, int] = {}
     end = 0
     for item in items:
         start = end + -end % ALIGNMENT
-        name, archive = None, _empty_archive()
+        archive = _archive(item.dtype, item.sizes) if isinstance(item, NewChunk) else _archive()
         if isinstance(item, NewChunk):
-            name, archive = item.name, _tensor_archive(item.dtype, item.sizes)
-            offset, nbytes = archive.regions[_ARCHIVE]
-            regions[name], shapes[name] = (start + offset, nbytes), item.sizes
-        placed.append(Placed(item, file, start, archive.nbytes))
-        parts.append((start, archive, name))
-        end = start + archive.nbytes
+            name = item.name
+            regions[name], shapes[name] = (start + len(archive.head), archive.tensor_nbytes), item.sizes
+            numbers[name] = len(placed)
+        end = start + archive.layout.nbytes
+        placed.append(Placed(item, file, start, archive.layout.nbytes))
+        archives.append(archive)
+
+    def until_tensor(number: int, end: int) -> Iterator[bytes]:
+        """Bytes from `end` up to the next tensor of the archives from this number on."""
+        for index in range(number, len(placed)):
+            start = placed[index].start
+            yield bytes(start - end)
+            yield archives[index].head
+            if archives[index].layout.regions:
+                return
+            end = start + placed[index].nbytes
+
+    def trailer(name: str, crc: int) -> bytes:
+        number = numbers[name]
+        end = placed[number].start + placed[number].nbytes
+        return b"".join((archives[number].tail(crc), *until_tensor(number + 1, end)))
 
     def finish(crcs: Mapping[str, int]) -> Writes:
-        end = 0
-        for start, archive, name in parts:
-            yield end, bytes(start - end)
-            for offset, data in archive.finish({} if name is None else {_ARCHIVE: crcs[name]}):
-                yield start + offset, data
-            end = start + archive.nbytes
+        yield 0, b"".join(until_tensor(0, 0))
+        for name, (offset, nbytes) in regions.items():
+            yield offset + nbytes, trailer(name, crcs[name])
 
-    structure = digest(archive.structure.encode() for _, archive, _ in parts)
-    return FileLayout(end, regions, finish, structure, shapes=shapes), placed
+    structure = digest(archive.layout.structure.encode() for archive in archives)
+    return FileLayout(end, regions, finish, structure, shapes=shapes, trailer=trailer), placed
+
+
+class _Archive(NamedTuple):
+    """Embedded archive of a tensor, or of an empty object: `head` are the bytes before the tensor, or all."""
+
+    layout: FileLayout
+    head: bytes
+
+    @property
+    def tensor_nbytes(self) -> int:
+        """Size of the tensor in bytes."""
+        return self.layout.regions[_ARCHIVE][1]
+
+    def tail(self, crc: int) -> bytes:
+        """Bytes after the tensor, which has this CRC-32."""
+        _, *rest = sorted(self.layout.finish({_ARCHIVE: crc}))
+        return b"".join(data for _, data in rest)
 
 
 @lru_cache(maxsize=1024)
-def _tensor_archive(dtype: DType, sizes: tuple[int, ...]) -> FileLayout:
-    return torch_zip.layout(_ARCHIVE, NewTensor(_ARCHIVE, dtype, sizes))
-
-
-@lru_cache(maxsize=1)
-def _empty_archive() -> FileLayout:
-    return torch_zip.layout(_ARCHIVE, [None])
+def _archive(dtype: DType | None = None, sizes: tuple[int, ...] = ()) -> _Archive:
+    """Archive of a tensor; without a dtype that of an empty object."""
+    layout = torch_zip.layout(_ARCHIVE, [None] if dtype is None else NewTensor(_ARCHIVE, dtype, sizes))
+    rest = sorted(layout.finish({_ARCHIVE: 0}))
+    if dtype is None:
+        return _Archive(layout, b"".join(data for _, data in rest))
+    return _Archive(layout, rest[0][1])
 
 
 def index(placed: Sequence[Placed]) -> FileLayout:

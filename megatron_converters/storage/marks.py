@@ -9,6 +9,8 @@ from pathlib import Path
 
 from ..basics.errors import ConversionError
 
+#: Index of a distributed checkpoint.
+METADATA = ".metadata"
 #: Patterns of names, by format.
 HF = (
     "config.json",
@@ -18,7 +20,7 @@ HF = (
     "consolidated*.safetensors",
 )
 META = ("consolidated.*.pth",)
-RANKS = ("latest_checkpointed_iteration.txt", "mp_rank_*", ".metadata")
+RANKS = ("latest_checkpointed_iteration.txt", "mp_rank_*", METADATA)
 MODEL_PT = ("model.pt",)
 MINDSPORE = ("param_name_map.json",)
 #: Formats that no source reads: patterns of names, what they are, and the remedy. Names: deepspeed 0.15 runtime/engine.py, verl 0.7

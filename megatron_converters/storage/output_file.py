@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 
 from ..basics.errors import ConversionError, DiskError, raise_all, reason_of
@@ -17,6 +18,7 @@ from .flushing import flush
 
 #: (offset in the file, content) of each write.
 Writes = Iterable[tuple[int, bytes]]
+_BYTE = np.dtype(np.uint8)
 #: Writeback to disk starts after this many bytes: it then overlaps with copying, and the flush at the end is short.
 _WRITEBACK_BYTES = 64 << 20
 
@@ -27,6 +29,8 @@ class FileLayout:
 
     `regions` gives the (offset, bytes) of each tensor; `finish` takes the CRC-32 of each tensor and gives the rest of the
     file as (offset, content), which is written last, so that a file left by a killed run never reads as a complete one.
+    `trailer` gives, by name and CRC-32, the bytes between a tensor and the next one, where they follow from these, as in `finish`.
+    They are written with the tensor, since a page that the disk has taken already would have to be read and written again.
     `structure` is a digest of all that decides that rest, except the checksums: names, shapes, dtypes, arguments.
     `parts` gives the number of equal, consecutive parts of tensors whose parts are filled independently.
     `shapes` gives the shape of each tensor as stored in the file.
@@ -38,6 +42,7 @@ class FileLayout:
     structure: str
     parts: Mapping[str, int] = field(default_factory=dict)
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    trailer: Callable[[str, int], bytes] = lambda name, crc: b""
 
     def create(self, path: str | os.PathLike[str]) -> OutputFile:
         """Create the file at its full size, to be filled; replaces an existing one."""
@@ -49,7 +54,7 @@ def fixed(content: bytes) -> FileLayout:
     return FileLayout(len(content), {}, lambda _: [(0, content)], digest([content]))
 
 
-@dataclass
+@dataclass(slots=True)
 class _Part:
     """Part of a tensor; `offset` counts bytes from the start of the file, `start` from that of the tensor."""
 
@@ -69,20 +74,24 @@ class OutputFile:
         self._layout = layout
         self._tensors = {name: _parts(*region, layout.parts.get(name, 1)) for name, region in layout.regions.items()}
         self._open_parts = sum(part.nbytes > 0 for parts in self._tensors.values() for part in parts)
+        #: Ends of the tensors that have their trailers.
+        self._trailed: set[int] = set()
         self._state_lock = threading.Lock()
         # Without it the system makes the writers of one file spin while they wait; blocked threads leave the CPU to others.
         self._write_lock = threading.Lock()
         self._claimed = False
         self._pending = (self.nbytes, 0, 0)  # first offset, end and bytes written since the last writeback
         self._fd = -1
+        #: Digest of the bytes outside the tensors, in file order, once the file is complete. Unlike a layout's `structure`, it can
+        #: be computed from the file, since a zip's directory repeats its tensors' checksums.
+        self.outside = ""
         try:
-            with self._disk_errors("the file"):
-                self._fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
-                os.ftruncate(self._fd, self.nbytes)
-        except ConversionError:
+            self._fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+            os.ftruncate(self._fd, self.nbytes)
+        except OSError as error:
             if self._fd >= 0:
                 self.discard()
-            raise
+            raise self._disk_error("the file", error) from error
 
     def write(self, name: str, start: int, data: memoryview | npt.NDArray[Any]) -> None:
         """Write C-contiguous `data` at byte `start` of the tensor `name`.
@@ -103,16 +112,29 @@ class OutputFile:
                 f"{part.start + part.filled} bytes written before, or exceed its {part.start + part.nbytes}"
             )
         # Viewed as bytes: numpy exports no buffer of unaligned elements, which embedded archives contain.
-        view = data.cast("B") if isinstance(data, memoryview) else data.reshape(-1).view("u1").data
-        with self._disk_errors(name):
-            with self._write_lock:
-                self._pwrite(view, part.offset + part.filled)
-            self._start_writeback(part.offset + part.filled, len(view))
+        view = data.cast("B") if isinstance(data, memoryview) else data.reshape(-1).view(_BYTE).data
+        offset = part.offset + part.filled
         part.crc = crc32(view, part.crc)
         part.filled += data.nbytes
-        if part.filled == part.nbytes:
+        complete = part.filled == part.nbytes
+        # The parts of a tensor may be completed at the same time.
+        trailer = self._layout.trailer(name, part.crc) if complete and len(parts) == 1 else b""
+        try:
+            with self._write_lock:
+                self._pwrite(view, offset)
+                if trailer:
+                    self._pwrite(memoryview(trailer), offset + data.nbytes)
+                span = self._pending_span(offset, data.nbytes)
+            if span is not None:
+                # On Linux this starts to write dirty pages without waiting; pages that are being written stay in memory.
+                os.posix_fadvise(self._fd, *span, os.POSIX_FADV_DONTNEED)
+        except OSError as error:
+            raise self._disk_error(name, error) from error
+        if complete:
             with self._state_lock:
                 self._open_parts -= 1
+                if trailer:
+                    self._trailed.add(offset + data.nbytes)
 
     @property
     def closed(self) -> bool:
@@ -146,12 +168,17 @@ class OutputFile:
                 if any(part.filled != part.nbytes for part in parts)
             ),
         )
-        with self._disk_errors("its directory"):
-            for offset, data in self._layout.finish(self.checksums()):
-                self._pwrite(memoryview(data), offset)
+        try:
+            rest = sorted(self._layout.finish(self.checksums()))
+            for offset, data in rest:
+                if offset not in self._trailed:
+                    self._pwrite(memoryview(data), offset)
+            self.outside = digest(data for _, data in rest)
             flush(self._fd, self.nbytes, go_on)
             fd, self._fd = self._fd, -1
             os.close(fd)
+        except OSError as error:
+            raise self._disk_error("its directory", error) from error
 
     def discard(self) -> None:
         """Close and delete the file; it may be gone already."""
@@ -167,23 +194,16 @@ class OutputFile:
         while done < len(view):
             done += os.pwrite(self._fd, view[done:], offset + done)
 
-    def _start_writeback(self, offset: int, nbytes: int) -> None:
-        """Start writeback to disk after every `_WRITEBACK_BYTES`."""
-        with self._state_lock:
-            first, end, count = self._pending
-            first, end, count = min(first, offset), max(end, offset + nbytes), count + nbytes
-            full = count >= _WRITEBACK_BYTES
-            self._pending = (self.nbytes, 0, 0) if full else (first, end, count)
-        if full and hasattr(os, "posix_fadvise"):
-            # On Linux this starts to write dirty pages without waiting; pages that are being written stay in memory.
-            os.posix_fadvise(self._fd, first, end - first, os.POSIX_FADV_DONTNEED)
+    def _pending_span(self, offset: int, nbytes: int) -> tuple[int, int] | None:
+        """First offset and bytes of what is to go to the disk now: something after every `_WRITEBACK_BYTES`, else None."""
+        first, end, count = self._pending
+        first, end, count = min(first, offset), max(end, offset + nbytes), count + nbytes
+        full = count >= _WRITEBACK_BYTES
+        self._pending = (self.nbytes, 0, 0) if full else (first, end, count)
+        return (first, end - first) if full and hasattr(os, "posix_fadvise") else None
 
-    @contextmanager
-    def _disk_errors(self, what: str) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise DiskError(f"cannot write {what} to {self.path}: {reason_of(error)}") from error
+    def _disk_error(self, what: str, error: OSError) -> DiskError:
+        return DiskError(f"cannot write {what} to {self.path}: {reason_of(error)}")
 
 
 def _parts(offset: int, nbytes: int, count: int) -> list[_Part]:

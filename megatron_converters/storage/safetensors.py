@@ -43,15 +43,16 @@ def read(path: str | os.PathLike[str]) -> SafetensorsFile:
     Raises `ConversionError` if the file is truncated or too long, or if its header contradicts itself or the file.
     """
     path = os.fspath(path)
-    with open_source(path) as file:
-        size = file_size(file)
-        header, data_start = _read_header(path, file, size)
-    metadata = header.pop(_METADATA, {})
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise ConversionError(f"{path}: {_METADATA} of the header is not a map of strings")
+    header, data_start, size = _header_of(path)
+    metadata = _metadata_in(header, path)
     tensors = {name: _stored_tensor(path, data_start, name, entry) for name, entry in header.items()}
     _check_extent(path, tensors, data_start, size)
     return SafetensorsFile(tensors, metadata)
+
+
+def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
+    """Read a file's metadata alone, without looking at what the header says of tensors; raises `ConversionError` as `read`."""
+    return _metadata_in(_header_of(os.fspath(path))[0], os.fspath(path))
 
 
 def layout(tensors: Mapping[str, tuple[DType, tuple[int, ...]]], metadata: Mapping[str, str]) -> FileLayout:
@@ -86,6 +87,21 @@ def lay_out(
 ) -> OutputFile:
     """Create the file that `layout` describes, to be filled in place."""
     return layout(tensors, metadata).create(path)
+
+
+def _header_of(path: str) -> tuple[dict[str, Any], int, int]:
+    """Header of a file, where its data starts, and its size."""
+    with open_source(path) as file:
+        size = file_size(file)
+        return *_read_header(path, file, size), size
+
+
+def _metadata_in(header: dict[str, Any], path: str) -> dict[str, str]:
+    """Take the metadata out of a header."""
+    metadata = header.pop(_METADATA, {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise ConversionError(f"{path}: {_METADATA} of the header is not a map of strings")
+    return metadata
 
 
 def _read_header(path: str, file: BinaryIO, size: int) -> tuple[dict[str, Any], int]:

@@ -42,7 +42,7 @@ class StoredTensor(Sealed):
         """
         if 0 in self.shape:
             return np.empty(self.shape, self.dtype.carrier)
-        strides = tuple(step * self.dtype.itemsize for step in self.strides)
+        strides = _byte_strides(self.strides, self.dtype.itemsize)
         try:
             return np.ndarray(self.shape, self.dtype.carrier, mapped(self.path), self.offset, strides)
         except (TypeError, ValueError) as error:  # it ends beyond the mapping, or the file is empty
@@ -95,6 +95,11 @@ def as_torch(data: StoredTensor) -> Any:
 
 
 @lru_cache(maxsize=1024)
+def _byte_strides(strides: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
+    return tuple(step * itemsize for step in strides)
+
+
+@lru_cache(maxsize=1024)
 def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     """Row-major strides, in elements, of a tensor of `shape`."""
     strides: list[int] = []
@@ -117,15 +122,15 @@ def release_mappings() -> None:
 def mapped(path: str) -> mmap.mmap:
     """Read-only mapping of a file, made once per process and again if the file was replaced or changed."""
     try:
-        fd = os.open(path, os.O_RDONLY)
+        known = _MAPPINGS.get(path)
+        if known is None or known[0] != _identity(os.stat(path)):
+            with open(path, "rb", buffering=0) as file:
+                identity = _identity(os.fstat(file.fileno()))
+                known = _MAPPINGS[path] = identity, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        return known[1]
     except OSError as error:
         raise ConversionError(f"cannot open {path}: {reason_of(error)}") from error
-    try:
-        status = os.fstat(fd)
-        identity = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
-        known = _MAPPINGS.get(path)
-        if known is None or known[0] != identity:
-            known = _MAPPINGS[path] = identity, mmap.mmap(fd, 0, access=mmap.ACCESS_READ)
-        return known[1]
-    finally:
-        os.close(fd)
+
+
+def _identity(status: os.stat_result) -> tuple[int, ...]:
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns

@@ -62,6 +62,7 @@ def layout(path: str | os.PathLike[str], tree: Any) -> FileLayout:
     folder = os.path.basename(os.fspath(path)).partition(".")[0] or "archive"
     data, tensors = dumps(tree)
     tensor_by_record = {f"{folder}/data/{number}": tensor for number, tensor in enumerate(tensors)}
+    records = {tensor.name: name for name, tensor in tensor_by_record.items()}
     id_record = f"{folder}/{_SERIALIZATION_ID}"
     archive = ZipLayout(
         [
@@ -91,7 +92,14 @@ def layout(path: str | os.PathLike[str], tree: Any) -> FileLayout:
         for name, tensor in tensor_by_record.items()
     }
     shapes = {tensor.name: tensor.shape for tensor in tensors}
-    return FileLayout(archive.nbytes, regions, finish, digest([folder.encode(), data]), shapes=shapes)
+    return FileLayout(
+        archive.nbytes,
+        regions,
+        finish,
+        digest([folder.encode(), data]),
+        shapes=shapes,
+        trailer=lambda name, crc: archive.after(records[name], crc),
+    )
 
 
 def lay_out(path: str | os.PathLike[str], tree: Any) -> OutputFile:

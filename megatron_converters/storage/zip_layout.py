@@ -13,6 +13,7 @@ import struct
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from .output_file import Writes
 
@@ -60,29 +61,51 @@ class ZipLayout:
             self.offsets[record.name] = placed.data_offset
             self._placed.append(placed)
             end = placed.end
+        #: Numbers of the records to be filled in, by name.
+        self._hollow = {record.name: number for number, record in enumerate(records) if record.data is None}
+        #: Bytes between records to be filled in, by the number of the first record there. Files of one structure share them.
+        self._fixed: dict[int, bytes] = {}
         self._directory_offset = end
         self._directory_nbytes = sum(_CENTRAL.size + len(placed.name) + len(placed.zip64) for placed in self._placed)
         self.nbytes = end + self._directory_nbytes + _END64.size + _LOCATOR64.size + _END.size
 
     def writes(self, crcs: Mapping[str, int]) -> Writes:
         """All bytes of the archive except the records to be filled in, whose CRC-32 `crcs` gives by record name."""
-        record_crcs = [
-            crcs[placed.record.name] if placed.record.data is None else zlib.crc32(placed.record.data)
+        offset, run = 0, self._until_hollow(0)
+        for name, number in self._hollow.items():
+            yield offset, run
+            offset, run = self._placed[number].data_end, self.after(name, crcs[name])
+        yield offset, run + self._end(crcs)
+
+    def after(self, name: str, crc: int) -> bytes:
+        """Bytes between a record to be filled in, whose CRC-32 this is, and the next one, or the directory."""
+        number = self._hollow[name]
+        return self._placed[number].descriptor(crc) + self._until_hollow(number + 1)
+
+    def _until_hollow(self, number: int) -> bytes:
+        """Bytes from a record on up to the content of the next one to be filled in, or the directory."""
+        known = self._fixed.get(number)
+        if known is None:
+            found = []
+            for index in range(number, len(self._placed)):
+                placed = self._placed[index]
+                data = placed.record.data
+                found.append(placed.local_header())
+                if data is None:
+                    break
+                found += (data, placed.descriptor(placed.crc))
+            known = self._fixed[number] = b"".join(found)
+        return known
+
+    def _end(self, crcs: Mapping[str, int]) -> bytes:
+        """Directory and end records."""
+        entries = [
+            placed.central_header(crcs[placed.record.name]) if placed.record.data is None else placed.fixed_header
             for placed in self._placed
         ]
-        start, run = 0, bytearray()
-        for placed, crc in zip(self._placed, record_crcs, strict=True):
-            run += placed.local_header()
-            if placed.record.data is None:
-                yield start, bytes(run)
-                start, run = placed.data_offset + placed.record.nbytes, bytearray()
-            else:
-                run += placed.record.data
-            run += placed.descriptor(crc)
-        for placed, crc in zip(self._placed, record_crcs, strict=True):
-            run += placed.central_header(crc)
-        yield start, bytes(run + self._end_records())
+        return b"".join((*entries, self._end_records))
 
+    @cached_property
     def _end_records(self) -> bytes:
         count, nbytes, offset = len(self._placed), self._directory_nbytes, self._directory_offset
         end64 = _END64.pack(b"PK\6\6", _END64.size - 12, _MADE_BY, _NEEDED, 0, 0, count, count, nbytes, offset)
@@ -93,18 +116,29 @@ class ZipLayout:
 
 
 class _Placed:
-    """A record at its place in the archive: `offset` of its local header, `data_offset`, `end` of its descriptor."""
+    """A record at its place in the archive: `offset` of its local header, `data_offset` to `data_end`, `end` of its descriptor.
+
+    Where its content is known, `crc` is the CRC-32 of that, and `fixed_header` its entry in the directory.
+    """
+
+    __slots__ = (
+        *("_descriptor", "_flags", "crc", "data_end", "data_offset", "end", "fixed_header", "name", "offset"),
+        *("record", "zip64"),
+    )
 
     def __init__(self, record: Record, name: bytes, offset: int) -> None:
         self.record = record
         self.name = name
         self.offset = offset
+        self.crc = zlib.crc32(record.data or b"")
         self.zip64 = _zip64_extra(record.nbytes, record.nbytes, offset)
         unpadded = offset + _LOCAL.size + len(name) + len(self.zip64) + _EXTRA.size
         self.data_offset = unpadded + -unpadded % ALIGNMENT
         self._flags = _FLAG_UTF8 | (_FLAG_DESCRIPTOR if record.nbytes else 0)
         self._descriptor = _DESCRIPTOR64 if self.zip64 else _DESCRIPTOR
-        self.end = self.data_offset + record.nbytes + (self._descriptor.size if record.nbytes else 0)
+        self.data_end = self.data_offset + record.nbytes
+        self.end = self.data_end + (self._descriptor.size if record.nbytes else 0)
+        self.fixed_header = b"" if record.data is None else self.central_header(self.crc)
 
     def local_header(self) -> bytes:
         extra_nbytes = self.data_offset - self.offset - _LOCAL.size - len(self.name)

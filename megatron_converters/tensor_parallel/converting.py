@@ -13,13 +13,13 @@ from ..api import Result, run_job
 from ..basics.errors import InvalidConfiguration, Unclear, UsageError
 from ..basics.folders import existing_folder
 from ..conversion.progress import Progress, Silent
-from ..formats.detect import HF, MEGATRON
-from ..formats.huggingface.target import HFOptions
+from ..formats.huggingface.options import HFOptions
+from ..formats.kinds import HF, MEGATRON
 from ..formats.megatron.arguments import lacks_sizes
 from ..formats.megatron.detecting import Detected, detect
 from ..formats.megatron.flat_metadata import METADATA_FILE
+from ..formats.megatron.options import MegatronOptions
 from ..formats.megatron.shape_args import PLACEHOLDERS, shape_args, size_args
-from ..formats.megatron.writing import MegatronOptions
 from ..formats.reading import ReadOptions
 from ..request import Job, Request
 from .numbers import UNSAID, Numbers, check_detected, check_spec, heads_of

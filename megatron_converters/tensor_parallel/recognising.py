@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 from ..basics.errors import ConversionError
 from ..basics.json_files import read_json
 from ..families.config_json import family_from_config, spec_from_config
-from ..formats.detect import MEGATRON, format_of
+from ..formats.detect import format_of
 from ..formats.hub import located
+from ..formats.kinds import MEGATRON
 from ..formats.megatron.detecting import Detected, detect
 from .presets import LLAMA, MINICPM, PRESETS, RELEASES, VOCABULARIES, Release
 

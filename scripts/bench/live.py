@@ -20,7 +20,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bench import copies, make_model, measure, median_and_range, remove
+from inputs import PROGRAMS
+from measuring import measure, remove, size_of
+from pairs import flushed_copy, median_and_range
 from same_tensors import check_same
 
 _HERE = Path(__file__).resolve().parent
@@ -83,11 +85,10 @@ class Round(NamedTuple):
 
 def run_round(folder: Path, sides: dict[str, Side], check: bool) -> Round:
     """Run everything once."""
-    hf, out = folder / "hf", folder / "out"
-    copied = copies("HF", hf, folder / "cp")["cp of HF, flushed"]
-    remove(copied.output)
-    copy = measure(copied.command).wall
-    remove(copied.output)
+    hf, out, copied = folder / "hf", folder / "out", folder / "cp"
+    remove(copied)
+    copy = measure(flushed_copy(hf, copied)).wall
+    remove(copied)
     build = _run([sys.executable, str(_HERE / "build_gpt.py"), str(hf)], folder)
     seen = {}
     for name, side in sides.items():
@@ -170,13 +171,16 @@ def main() -> None:
     parser.add_argument("--peer-python", help="python of an environment that has mbridge")
     args = parser.parse_args()
     folder = args.folder.absolute()
-    make_model(folder / "hf", args.layers, args.hidden)
+    if not (folder / "hf" / "config.json").exists():
+        subprocess.run(
+            [*PROGRAMS["make_model"], str(folder / "hf"), str(args.layers), str(args.hidden), "0"], check=True
+        )
     sides = {_OURS: Side([sys.executable, str(_HERE / "ours_bridge.py")])}
     if args.peer_python:
         peer = [args.peer_python, str(_HERE / "peer_mbridge.py")]
         sides |= {_PEER: Side(peer), _PEER_UNINITIALISED: Side(peer, ("import",), ("--uninitialised",))}
     rounds = [run_round(folder, sides, check=not number) for number in range(args.runs + 1)][1:]
-    size = sum(path.stat().st_size for path in (folder / "hf").iterdir())
+    size = size_of(folder / "hf")
     print(
         f"{size / 1e9:.2f} GB ({size / 2**20:.0f} MiB), {args.runs} runs, median (minimum-maximum); "
         "anonymous and resident memory are peaks\n"

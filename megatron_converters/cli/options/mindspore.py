@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ...basics.dtypes import dtype_named
 from ...basics.errors import UsageError
-from ...conversion.endpoint import Source
-from ...conversion.progress import Silent
-from ...conversion.run import convert
-from ...formats.detect import MINDSPORE
-from ...formats.megatron.writing import MegatronOptions
+from ...formats.kinds import MINDSPORE
 from ...formats.mindspore.typed import TYPED
-from ...formats.reading import open_source
-from ...formats.writing import open_target
-from ...model.slots import SLOTS, Ref
 from .reading import add_mindspore_arguments, add_typed, read_options
 from .shared import add_argument, add_shared
 from .values import DTYPES, dtype_word, positive
+
+if TYPE_CHECKING:
+    from ...conversion.endpoint import Source
 
 _SOURCE = "source"
 _LEARNED, _ROPE = "learned_absolute", "rope"
@@ -99,6 +94,8 @@ def open_mindspore_loader(args: argparse.Namespace) -> Source:
 
 
 def _open(args: argparse.Namespace) -> Source:
+    from ...formats.reading import open_source
+
     return open_source(args.load_dir, read_options(args, MINDSPORE)).source
 
 
@@ -113,6 +110,8 @@ def _dtype(args: argparse.Namespace) -> str | None:
 
 def _check_padding(source: Source, typed: int | None) -> None:
     """Raise unless the typed number of rows of embeddings is theirs."""
+    from ...model.slots import SLOTS, Ref
+
     rows = sum(piece.data.shape[0] for piece in source.read(Ref(SLOTS["word_embeddings"])).pieces)
     if typed not in (None, rows):
         raise UsageError(
@@ -122,6 +121,12 @@ def _check_padding(source: Source, typed: int | None) -> None:
 
 def _write_intermediate(args: argparse.Namespace) -> None:
     """Write a whole checkpoint of one rank, as the original loader does on its way."""
+    from ...basics.dtypes import dtype_named
+    from ...conversion.progress import Silent
+    from ...conversion.run import convert
+    from ...formats.megatron.options import MegatronOptions
+    from ...formats.writing import open_target
+
     options = MegatronOptions(tp=1, pp=1, impl="local", overwrite=args.overwrite)
     dtype = None if args.dtype is None else dtype_named(args.dtype)
     convert(_open(args), open_target(args.ms2torch_ckpt_path, options), dtype, Silent())

@@ -1,24 +1,22 @@
-"""Options of what reads a model, and the source that they mean."""
+"""Options of what reads a model, and the source that they mean. Help declares them, so what reads is imported where it is used."""
 
 from __future__ import annotations
 
 import argparse
 import re
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ...assets.tokenizer import check_named, fetch_tokenizer
 from ...basics.errors import UsageError
-from ...basics.folders import existing_path
-from ...basics.json_files import read_json
-from ...conversion.endpoint import Source
-from ...formats.detect import FORMATS, HF, MEGATRON
+from ...formats.kinds import FORMATS, HF, MEGATRON
 from ...formats.mindspore.typed import TYPED, Typed
-from ...formats.reading import Opened, ReadOptions, open_source, refuse_unread_fields, refuse_unused
-from ...inspection.inventory import count_parameters
-from ...model.spec import ModelSpec
 from .shared import add_argument, add_shared
 from .values import comma_separated, patterns, positive
+
+if TYPE_CHECKING:
+    from ...conversion.endpoint import Source
+    from ...formats.reading import Opened, ReadOptions
+    from ...model.spec import ModelSpec
 
 #: Families that a stock --model-size name may mean, by how it begins.
 _MODEL_SIZES = {
@@ -53,6 +51,7 @@ _OF_FOLDERS = ("--untie", "--ignore-config-fields", "--without-mtp", "--ignore-t
 
 def read_options(args: argparse.Namespace, source_format: str | None = None) -> ReadOptions:
     """What the options say of a source; those that the command does not have are unset."""
+    from ...formats.reading import ReadOptions
 
     def given(name: str) -> Any:
         return getattr(args, name, None)
@@ -115,6 +114,8 @@ def add_typed(parser: Any, rows: Iterable[Typed], *, defaults: bool = False) -> 
 
 def open_any(path: str, args: argparse.Namespace) -> Opened:
     """The folder that a verb reads alone; an option that its format does not heed is refused."""
+    from ...formats.reading import open_source, refuse_unused
+
     options = read_options(args)
     opened = open_source(path, options)
     refuse_unused([opened.format], options)
@@ -149,6 +150,9 @@ def add_hf_source_arguments(parser: Any) -> None:
 
 def open_hf_source(args: argparse.Namespace) -> Source:
     """The Hugging Face or Meta folder of --load-dir, checked against the options that repeat what it says."""
+    from ...assets.tokenizer import check_named
+    from ...formats.reading import open_source
+
     check_named(args.tokenizer_model)
     source = open_source(args.load_dir, read_options(args, args.checkpoint_type)).source
     family = source.spec.family
@@ -179,6 +183,8 @@ def _size_warning(name: str | None, spec: ModelSpec) -> list[str]:
     found = _SIZE.search(name or "")
     if found is None:
         return []
+    from ...inspection.inventory import count_parameters
+
     said, total = float(found["each"]) * int(found["experts"] or 1) * 1e9, count_parameters(spec).total
     if total / _SIZE_TOLERANCE < said < total * _SIZE_TOLERANCE:
         return []
@@ -214,6 +220,9 @@ def add_core_loader_arguments(parser: Any) -> None:
 
 def open_checkpoint(args: argparse.Namespace) -> Source:
     """The checkpoint of --load-dir, of whatever format; with --download, the tokenizer that it names is fetched, too."""
+    from ...assets.tokenizer import fetch_tokenizer
+    from ...formats.reading import open_source, refuse_unread_fields
+
     options = read_options(args, MEGATRON)
     refuse_unread_fields([MEGATRON], options)
     source = open_source(args.load_dir, options).source
@@ -225,6 +234,9 @@ def open_checkpoint(args: argparse.Namespace) -> Source:
 def open_core_loader(args: argparse.Namespace) -> Source:
     """The checkpoint of --load-dir, with what the loader's further options say."""
     if args.vocab_file is not None:
+        from ...basics.folders import existing_path
+        from ...basics.json_files import read_json
+
         vocab = len(read_json(existing_path(args.vocab_file)))
         if args.true_vocab_size not in (None, vocab):
             raise UsageError(

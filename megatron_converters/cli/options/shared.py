@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from ...formats.megatron.conventions import FLAGS, FOLD, RAW
-from ...formats.mindspore.names import CONTIGUOUS, GROUPED, INTERLEAVED
+from ...formats.megatron.options import FLAGS, FOLD, RAW
+from ...formats.mindspore.options import CONTIGUOUS, GROUPED, INTERLEAVED
 from .values import DTYPES, IMPLS, dtype_word, positive
 
 #: By flag, what `add_argument` takes beside it.
@@ -162,3 +162,15 @@ def add_argument(parser: Any, *names: str, **options: Any) -> None:
     except argparse.ArgumentError as error:
         if "conflicting option" not in str(error):
             raise
+
+
+def add_common_arguments(parser: Any) -> None:
+    """Add the options of loaders and savers that stock convert.py lacks."""
+    add_shared(parser, "--quiet", "--overwrite", "--restart", "--family-file", "--download")
+    add_argument(
+        parser,
+        "--megatron-path",
+        metavar="DIR",
+        default=None,
+        help="Accepted for compatibility; not needed, since Megatron-LM is never imported.",
+    )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -107,9 +106,11 @@ _CUTOFF = 0.6
 
 def did_you_mean(word: str, known: Iterable[str], table: dict[str, str] | None = None) -> str:
     """End of a message that suggests what is meant by a word; empty where nothing is like it."""
+    from difflib import get_close_matches
+
     words = list(known)
     meant = (table or {}).get(word.lower())
-    found = [meant] if meant in words else difflib.get_close_matches(word, words, n=2, cutoff=_CUTOFF)
+    found = [meant] if meant in words else get_close_matches(word, words, n=2, cutoff=_CUTOFF)
     return f"; did you mean {' or '.join(found)}?" if found else ""
 
 

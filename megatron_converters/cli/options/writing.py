@@ -1,22 +1,31 @@
-"""Options of everything that writes a model, and the target that they mean."""
+"""Options of everything that writes a model, and the target that they mean. Help declares them without what writes."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Collection, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ...assets.tokenizer import fetch_tokenizer
 from ...basics.errors import UsageError
-from ...conversion.endpoint import Target
-from ...formats.huggingface.target import FUSED, SEPARATE, HFOptions
-from ...formats.megatron.names import EXPERTS
-from ...formats.megatron.writing import MegatronOptions
-from ...formats.mindspore.target import MindSporeOptions
-from ...formats.writing import CHECKPOINTS, open_target
+from ...formats.huggingface.options import FUSED, SEPARATE, HFOptions
+from ...formats.megatron.options import (
+    CKPT_FORMATS,
+    DYNAMIC,
+    EXPERT_LAYOUTS,
+    GROUPED,
+    SEQUENTIAL,
+    STACKED,
+    TORCH,
+    MegatronOptions,
+)
+from ...formats.mindspore.options import MindSporeOptions
 from ...sharding.stages import PipelineSplit
 from .shared import add_argument, add_shared
 from .values import IMPLS, byte_size, positive
+
+if TYPE_CHECKING:
+    from ...conversion.endpoint import Target
+    from ...formats.writing import TargetOptions
 
 
 def add_megatron_target_arguments(parser: Any) -> None:
@@ -69,7 +78,7 @@ def add_megatron_target_arguments(parser: Any) -> None:
         help="Pad the vocabulary so that runs of tensor-parallel size N can load it, too: Megatron-LM takes its padded size from "
         "the checkpoint, and every tensor-parallel size must divide it.",
     )
-    add_expert_layout_argument(parser, tuple(EXPERTS))
+    add_expert_layout_argument(parser, EXPERT_LAYOUTS)
     add_argument(
         parser,
         "--saver-transformer-impl",
@@ -125,8 +134,8 @@ def add_megatron_target_arguments(parser: Any) -> None:
     add_argument(
         parser,
         "--ckpt-format",
-        choices=sorted(CHECKPOINTS),
-        default="torch",
+        choices=sorted(CKPT_FORMATS),
+        default=TORCH,
         help="Format of the checkpoint: a file for each rank (torch, the default), chunks that any sizes load (torch_dist), or the "
         "state dict of the whole model in model.pt, described by metadata.json (model_pt).",
     )
@@ -150,10 +159,10 @@ def add_megatron_target_arguments(parser: Any) -> None:
 
 #: How experts can be stored, in the words of help; the first of each format is its default.
 _EXPERT_LAYOUTS = {
-    "grouped": "grouped weights (with transformer_engine)",
-    "sequential": "one module for each expert (with local)",
-    "stacked": "weight1 and weight2 of older Megatron-LM",
-    "dynamic": "Habana's",
+    GROUPED: "grouped weights (with transformer_engine)",
+    SEQUENTIAL: "one module for each expert (with local)",
+    STACKED: "weight1 and weight2 of older Megatron-LM",
+    DYNAMIC: "Habana's",
     SEPARATE: "separate tensors, as published models have",
     FUSED: "3-D tensors, as transformers 5 holds them in memory",
 }
@@ -190,7 +199,7 @@ def megatron_options(args: argparse.Namespace) -> MegatronOptions:
         pp=args.target_pipeline_parallel_size,
         ep=args.target_expert_parallel_size,
         etp=args.target_expert_tensor_parallel_size,
-        expert_layout=_expert_layout(args, EXPERTS, "a Megatron-LM checkpoint"),
+        expert_layout=_expert_layout(args, EXPERT_LAYOUTS, "a Megatron-LM checkpoint"),
         split=split,
         impl=args.saver_transformer_impl,
         divisor=getattr(args, "make_vocab_size_divisible_by", None),
@@ -208,7 +217,7 @@ def megatron_options(args: argparse.Namespace) -> MegatronOptions:
 
 def open_megatron_target(args: argparse.Namespace) -> Target:
     """The checkpoint to write in --save-dir."""
-    return open_target(args.save_dir, megatron_options(args))
+    return _open(args, megatron_options(args))
 
 
 #: Largest file by default: as huggingface_hub has it, and as mindspore.unified_safetensors does.
@@ -317,5 +326,13 @@ def open_mindspore_target(args: argparse.Namespace) -> Target:
 
 def _open_with_tokenizer(args: argparse.Namespace, options: HFOptions | MindSporeOptions) -> Target:
     if args.download:
+        from ...assets.tokenizer import fetch_tokenizer
+
         fetch_tokenizer(args.tokenizer_model, explicit=True)
+    return _open(args, options)
+
+
+def _open(args: argparse.Namespace, options: TargetOptions) -> Target:
+    from ...formats.writing import open_target
+
     return open_target(args.save_dir, options)

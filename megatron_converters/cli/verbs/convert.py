@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import argparse
 import time
+from typing import TYPE_CHECKING
 
 from ...basics.errors import ConversionError, UsageError
-from ...conversion import crew_local
 from ...conversion.crew import ALONE, Crew
 from ...conversion.crew_cluster import crew_of_environment
-from ...conversion.progress import Progress, Silent, make_progress
-from ...conversion.run import convert
-from ...families.scope import family_of
-from ...request import Job, Request
 from ..console import put_json, report
 from ..interrupts import end_soon
+from ..numpy_threads import single_threaded_blas
 from ..options.shared import add_shared
 from ..options.values import positive
 from .job import add_job_arguments, request_of
+
+if TYPE_CHECKING:
+    from ...request import Job, Request
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,11 +47,7 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError("--workers is for one machine; under torchrun or srun, let them start more processes")
     try:
         asked = args, request_of(args)
-        job, lines = (
-            crew_local.run(args.workers, work, asked, lambda led: work(led, asked), end_soon)
-            if args.workers > 1
-            else work(crew, asked)
-        )
+        job, lines = work(crew, asked) if args.workers == 1 else _work_with_others(asked)
     finally:
         crew.close()
     if crew.rank == 0:
@@ -60,6 +56,13 @@ def run(args: argparse.Namespace) -> int:
         if args.json:
             _put_result(job, lines, time.monotonic() - begun)
     return 0
+
+
+def _work_with_others(asked: tuple[argparse.Namespace, Request]) -> tuple[Job, list[str]]:
+    from ...conversion import crew_local  # which imports multiprocessing
+
+    with single_threaded_blas():
+        return crew_local.run(asked[0].workers, work, asked, lambda led: work(led, asked), end_soon)
 
 
 def _put_result(job: Job, lines: list[str], seconds: float) -> None:
@@ -74,12 +77,17 @@ def _put_result(job: Job, lines: list[str], seconds: float) -> None:
 
 def work(crew: Crew, asked: tuple[argparse.Namespace, Request]) -> tuple[Job, list[str]]:
     """Do one process's part; returns the conversion, and lines for the user."""
+    from ...families.scope import family_of
+
     args, request = asked
     with family_of(args.family_file):  # which another process does not have yet
         return _work(crew, args, request)
 
 
 def _work(crew: Crew, args: argparse.Namespace, request: Request) -> tuple[Job, list[str]]:
+    from ...conversion.progress import Progress, Silent, make_progress
+    from ...conversion.run import convert
+
     job = request.open()
     if crew.rank == 0:
         origin, spec = job.source.origin, job.source.spec

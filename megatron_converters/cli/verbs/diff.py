@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
-from ...comparison.report import difference_json, of_whole_tensors, ranked
-from ...comparison.settings import settings_differences
-from ...comparison.tensors import Compared, Comparison, Rules, compare
-from ...conversion.progress import make_progress
 from ..console import put_json, say
 from ..options.values import natural
 from .pair import add_pair_arguments, pair_of
+
+if TYPE_CHECKING:
+    from ...comparison.tensors import Compared, Comparison
 
 _DEFAULT_TOP = 20
 _HEADINGS = ("relative", "||A-B||", "||A||", "max |A-B|", "differing", "elements", "tensor")
@@ -34,6 +34,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Compare; 0 if nothing differs."""
+    from ...comparison.report import difference_json
+    from ...comparison.settings import settings_differences
+    from ...comparison.tensors import Rules, compare
+    from ...conversion.progress import make_progress
+
     pair = pair_of(args)
     settings = settings_differences(*pair.sources)
     comparison = compare(*pair.sources, Rules(norms=True), make_progress(args.quiet, "comparing", "compared"))
@@ -48,6 +53,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _report(args: argparse.Namespace, settings: dict[str, list[str]], comparison: Comparison) -> Iterator[str]:
+    from ...comparison.report import of_whole_tensors, ranked
+
     for kind, found in settings.items():
         for difference in found:
             yield f"{kind}: {difference}"

@@ -7,12 +7,14 @@ import itertools
 import shutil
 import textwrap
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
-from ...families.table import Proof
-from ...formats.detect import HF, MEGATRON, META
-from ...inspection.supported import PROOFS, Family, supported_families
+from ...formats.kinds import HF, MEGATRON, META
 from ..console import put, put_json
 from ..options.shared import add_shared
+
+if TYPE_CHECKING:
+    from ...families.facts import Family
 
 _HEADINGS = ("family", "class", "kind", "also", "since", "proof")
 #: Formats that can hold every family.
@@ -27,6 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the families; 0."""
+    from ...inspection.supported import supported_families
+
     families = supported_families()
     if args.json:
         put_json({"families": [family._asdict() for family in families]})
@@ -36,6 +40,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _row(family: Family) -> tuple[str, ...]:
+    from ...families.facts import PROOFS
+
     names = dict.fromkeys((family.name, family.model_type, *family.aliases))
     also = " ".join(name for name in family.formats if name not in _USUAL)
     return (" ".join(names), family.architecture, family.kind, also, family.since or "-", PROOFS[family.proof])
@@ -57,6 +63,9 @@ def _table(rows: Sequence[tuple[str, ...]]) -> Iterator[str]:
 
 
 def _meanings() -> Iterator[str]:
+    from ...families.facts import PROOFS
+    from ...families.table import Proof
+
     yield f"also: formats besides {' and '.join(_USUAL)}, which can hold all; {META} is only read"
     yield "since: least release of Megatron-LM that has arguments for such a model; - if none has, or it is not stated"
     yield from (f"{PROOFS[proof.value]}: {proof.value}" for proof in Proof)

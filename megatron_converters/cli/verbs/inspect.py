@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import argparse
 
-from ...inspection.in_json import as_json
-from ...inspection.in_words import lines
-from ...inspection.inventory import survey
-from ...inspection.shard_map.page import page
 from ..console import put, put_json
 from ..html_page import page_path, write_page
 from ..options.reading import add_reading_arguments, open_any
@@ -29,13 +25,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Look at the folder; 0 if it can be read."""
+    from ...inspection.inventory import survey
+
     target = page_path(args.html)
     kind, source = open_any(args.folder, args)
     found = survey(kind, source)
     if args.json:
+        from ...inspection.in_json import as_json
+
         put_json(as_json(found))
     else:
+        from ...inspection.in_words import lines
+
         put("\n".join(lines(found)))
     if target is not None:
+        from ...inspection.shard_map.page import page
+
         write_page(target, page(found))
     return 0

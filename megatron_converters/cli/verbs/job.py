@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from typing import Any
+from functools import cache
+from typing import TYPE_CHECKING, Any
 
 from ...basics.errors import UsageError
-from ...formats.detect import HF, MEGATRON, MINDSPORE, format_of
-from ...formats.hub import located
-from ...formats.huggingface.target import FUSED, SEPARATE
-from ...formats.megatron.names import EXPERTS
-from ...formats.reading import ReadOptions
-from ...request import TARGETS, Request, target_format
+from ...formats.huggingface.options import FUSED, SEPARATE
+from ...formats.kinds import FORMATS, HF, MEGATRON, MINDSPORE, TARGETS
+from ...formats.megatron.options import EXPERT_LAYOUTS
 from ..options.reading import add_reading_arguments, read_options
 from ..options.shared import add_shared
 from ..options.writing import (
@@ -24,6 +22,10 @@ from ..options.writing import (
     megatron_options,
     mindspore_options,
 )
+
+if TYPE_CHECKING:
+    from ...formats.reading import ReadOptions
+    from ...request import Request
 
 
 def add_job_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,7 +40,7 @@ def add_job_arguments(parser: argparse.ArgumentParser) -> None:
         "checkpoints is given.",
     )
     add_reading_arguments(parser)
-    add_expert_layout_argument(parser, (*EXPERTS, SEPARATE, FUSED))
+    add_expert_layout_argument(parser, (*EXPERT_LAYOUTS, SEPARATE, FUSED))
     add_shared(parser, "--backfill-from", "--dtype", "--tokenizer-model", "--overwrite")
     for declare in _DECLARING.values():
         declare(parser)
@@ -61,6 +63,7 @@ _OF_ALL = ("expert_layout", "tokenizer_model", "mup")
 _OF_BOTH_SIDES = {MEGATRON: ("mup",), MINDSPORE: ("mf_mlp_layout", "mf_qkv_layout")}
 
 
+@cache
 def _defaults() -> dict[str, dict[str, Any]]:
     """Options that not every format has, with their defaults, by format. In the parser itself None means "not given"."""
     found = {}
@@ -74,9 +77,13 @@ def _defaults() -> dict[str, dict[str, Any]]:
 
 def request_of(args: argparse.Namespace) -> Request:
     """The conversion that the options ask for."""
+    from ...formats.detect import format_of
+    from ...formats.hub import located
+    from ...request import Request, target_format
+
     defaults = _defaults()
     given = {name: [key for key in own if getattr(args, key) is not None] for name, own in defaults.items()}
-    asks = bool(given[MEGATRON]) or args.expert_layout in EXPERTS
+    asks = bool(given[MEGATRON]) or args.expert_layout in EXPERT_LAYOUTS
     place, notes = located(args.load_dir, download=args.download)
     source_format = args.source_format or format_of(place)
     chosen = args.to or target_format(source_format, None, asks)
@@ -109,4 +116,5 @@ def _reading(args: argparse.Namespace, source_format: str, chosen: str) -> ReadO
     """How to read the source. An option that both sides may heed means the target where the source is of another format."""
     of_target = _OF_BOTH_SIDES.get(chosen, ()) if source_format != chosen else ()
     unset: dict[str, Any] = dict.fromkeys(of_target)
-    return dataclasses.replace(read_options(args), **unset)
+    known = source_format if source_format in FORMATS else None  # a file of weights is of none
+    return dataclasses.replace(read_options(args, known), **unset)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
 
-from ...comparison.report import Pair, open_pair
-from ...formats.detect import FORMATS
+from ...formats.kinds import FORMATS
 from ..console import say
 from ..options.reading import add_reading_arguments, read_options
 from ..options.shared import add_shared
+
+if TYPE_CHECKING:
+    from ...comparison.report import Pair
 
 
 def add_pair_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,6 +25,8 @@ def add_pair_arguments(parser: argparse.ArgumentParser) -> None:
 
 def pair_of(args: argparse.Namespace) -> Pair:
     """Open A and B; prints what they are, and their notes, unless JSON is wanted."""
+    from ...comparison.report import open_pair
+
     pair = open_pair(args.a, args.b, read_options(args), args.b_format)
     if not args.json:
         for name, found, source in zip("AB", pair.formats, pair.sources, strict=True):

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 from ...basics.quantities import count, duration, size
-from ...conversion.dry_run import FilePlan, Forecast, forecast
-from ...conversion.estimate import measure
-from ...inspection.inventory import survey
-from ...inspection.planned import planned
-from ...inspection.shard_map.page import conversion_page
-from ...request import Job
 from ..console import put, put_json
 from ..html_page import page_path, write_page
 from ..options.shared import add_shared
 from ..options.values import positive
 from .job import add_job_arguments, request_of
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from ...conversion.dry_run import FilePlan, Forecast
+    from ...request import Job
 
 #: Kinds of files that are listed.
 _SHOWN_FILES = 32
@@ -40,6 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the plan, also for `convert --dry-run`; 0 if the conversion is possible, 1 if something is in its way."""
+    from ...conversion.dry_run import forecast
+    from ...conversion.estimate import measure
+
     page = page_path(getattr(args, "html", None))
     job = request_of(args).open()
     result = forecast(job.source, job.target, job.dtype, args.workers)
@@ -50,10 +54,18 @@ def run(args: argparse.Namespace) -> int:
     else:
         put("\n".join(_lines(job, result)))
     if page is not None:
-        source = survey(job.source_format, job.source)
-        target = planned(job.target_format, job.source.spec, job.target, result)
-        write_page(page, conversion_page(source, target, result))
+        _write_page(page, job, result)
     return 0 if result.left <= result.free and not result.obstacle else 1
+
+
+def _write_page(page: Path, job: Job, result: Forecast) -> None:
+    from ...inspection.inventory import survey
+    from ...inspection.planned import planned
+    from ...inspection.shard_map.page import conversion_page
+
+    source = survey(job.source_format, job.source)
+    target = planned(job.target_format, job.source.spec, job.target, result)
+    write_page(page, conversion_page(source, target, result))
 
 
 def _lines(job: Job, result: Forecast) -> Iterator[str]:

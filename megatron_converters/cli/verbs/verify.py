@@ -10,20 +10,18 @@ import math
 import time
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ...basics.errors import UsageError
-from ...basics.folders import existing_folder
 from ...basics.quantities import count, duration, size
-from ...comparison.manifest_check import Checked, check_output, find_output
-from ...comparison.report import check_json, findings, verification_json
-from ...comparison.tensors import Comparison, Rules, compare
-from ...conversion.progress import make_progress
-from ...formats.hub import located
-from ...formats.reading import megatron_options
 from ..console import put_json, say
 from ..options.reading import read_options
 from ..options.values import natural
 from .pair import add_pair_arguments, pair_of
+
+if TYPE_CHECKING:
+    from ...comparison.manifest_check import Checked
+    from ...comparison.tensors import Comparison, Rules
 
 _DEFAULT_LIMIT = 50
 #: What decides the tokens of a comparison of logits.
@@ -101,6 +99,7 @@ def _refuse(args: argparse.Namespace, names: Iterable[str], why: str) -> None:
 
 
 def _verify_logits(args: argparse.Namespace) -> int:
+    from ...formats.reading import megatron_options
     from ...logits import compare_logits
     from ...logits.compare import TOLERANCE
 
@@ -126,6 +125,9 @@ def _verify_logits(args: argparse.Namespace) -> int:
 
 def _folder(args: argparse.Namespace, name: str, *, config_only: bool = False) -> Path:
     """The folder that a name means; prints notes on it unless JSON is wanted."""
+    from ...basics.folders import existing_folder
+    from ...formats.hub import located
+
     folder, notes = located(name, config_only=config_only, download=args.download)
     for note in [] if args.json else notes:
         say(args, note)
@@ -133,6 +135,10 @@ def _folder(args: argparse.Namespace, name: str, *, config_only: bool = False) -
 
 
 def _verify_pair(args: argparse.Namespace) -> int:
+    from ...comparison.report import findings, verification_json
+    from ...comparison.tensors import Rules, compare
+    from ...conversion.progress import make_progress
+
     rules = Rules(tolerance=args.tolerance or 0.0, ignore_dtype=args.ignore_dtype, as_cast=args.as_cast)
     pair = pair_of(args)
     begun = time.monotonic()
@@ -148,6 +154,11 @@ def _verify_pair(args: argparse.Namespace) -> int:
 
 
 def _verify_output(args: argparse.Namespace) -> int:
+    from ...comparison.manifest_check import check_output, find_output
+    from ...comparison.report import check_json
+    from ...conversion.progress import make_progress
+    from ...formats.hub import located
+
     begun = time.monotonic()
     where = find_output(located(args.a, download=args.download).folder, args.ckpt_dir_name)
     checked = check_output(where, make_progress(args.quiet, "checking", "checked"))

@@ -14,7 +14,8 @@ from ...conversion.staging import Staging
 from ...storage import torch_zip
 from ...storage.output_file import FileLayout
 from ...storage.shards import Stored, parts_of
-from .target import HFOptions, HFTarget
+from .options import HFOptions
+from .target import HFTarget
 
 
 class SingleFileTarget(HFTarget):

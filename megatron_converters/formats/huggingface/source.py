@@ -33,10 +33,9 @@ from ...model.slots import MTP, SLOTS, Ref, refs
 from ...model.spec import ModelSpec
 from .parts import HFNames, Part
 from .quantised import Weight, decoded, decoded_note
-from .weight_files import WeightFiles, ghost_line, read_file, read_weights
+from .weight_files import ADAPTER, WeightFiles, ghost_line, read_file, read_weights
 from .wrapping import Wrapping, refuse_adapters, wrapping_of
 
-ADAPTER = "adapter_config.json"
 _CONFIG = "config.json"
 _ZERO_BIAS_NOTE = (
     "the output biases of attention are 0 everywhere: left out, since the model is the same without; a Hugging Face folder that is "

@@ -6,7 +6,6 @@ import dataclasses
 import math
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,12 +40,11 @@ from ...storage import marks
 from ...storage.output_file import FileLayout
 from ...storage.shards import Stored, layout, split
 from ...storage.tensor import MemoryTensor, zeros
+from .options import FUSED, HFOptions
 from .other_family import origin_elsewhere, stored_as
 from .parts import HFNames, Part
 from .zero_bias import with_zero_bias
 
-#: Expert layouts: separate tensors for each expert, as in published models, or fused ones, as transformers 5 has in memory.
-SEPARATE, FUSED = "separate", "fused"
 _INDEX = "model.safetensors.index.json"
 #: Files moved last: no reader takes a folder without them for a model.
 _MOVED_LAST = (_INDEX, "config.json")
@@ -60,23 +58,6 @@ _MODEL_PATTERNS = (
     "pytorch_model*.bin",
 )
 _LLAMA2_VOCABULARY, _LLAMA3_VOCABULARY = 32000, 128256
-
-
-@dataclass(frozen=True)
-class HFOptions:
-    """Options for writing the folder: `max_shard_size` is in bytes, `tokenizer` a path that the user gave."""
-
-    max_shard_size: int = 5 * 10**9
-    overwrite: bool = False
-    tokenizer: str | None = None
-    instruct: bool = False
-    source_model_type: str | None = None
-    expert_layout: str = SEPARATE
-    save_capacity_bins: bool = False
-    #: Family to write the model as, such as "llama": with multipliers in its weights, where that has none. None keeps its own.
-    as_family: str | None = None
-    #: Write the weights alone, as one file of `torch.save`; the path then names that file.
-    single_file: bool = False
 
 
 def named_shards(tensors: list[Stored], limit: int) -> dict[str, list[Stored]]:

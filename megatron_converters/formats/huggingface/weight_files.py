@@ -25,6 +25,8 @@ _SHOWN_NAMES = 40
 _SHARD = re.compile(r"(?P<start>.+-)(?P<number>\d+)-of-(?P<total>\d+)(?P<end>\.safetensors|\.bin)")
 _WEIGHTS = ("*.safetensors", "*.bin")
 _CONFIG = "config.json"
+#: Configuration of an adapter, of which another model is the base.
+ADAPTER = "adapter_config.json"
 #: Weights as Mistral's and Meta's own programs name them, of which transformers reads none.
 _OWN = "consolidated"
 _CONSOLIDATED = f"{_OWN}*.safetensors"

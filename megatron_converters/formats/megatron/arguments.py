@@ -17,7 +17,8 @@ from ...model.slots import Precision, Ref, refs
 from ...model.spec import ModelSpec, PerLayer
 from ...sharding.ranks import Parallel
 from .argument import Args, Argument, Build, Context, Group
-from .conventions import FOLD, FOLDED, HALVES, RAW, Conventions, conventions
+from .conventions import FOLDED, HALVES, Conventions, conventions
+from .options import FOLD, RAW
 from .rows_attention import GATED_DELTA, LATENT, MUP, PREDICTION
 from .rows_experts import EXPERTS, check_balancing, is_sinkhorn, wide_router
 from .rows_layout import LAYOUT, LOADING

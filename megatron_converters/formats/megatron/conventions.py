@@ -25,6 +25,7 @@ from ...conversion.stored_model import (
 from ...model.slots import Shard
 from ...model.spec import ModelSpec, Multipliers
 from .names import MTP_MODULES
+from .options import FLAGS, FOLD, RAW
 from .releases import NEWEST, before
 from .rows_positions import scaling_of
 
@@ -38,8 +39,6 @@ MTP_MODEL_LAYER = "0.17"
 _INTERLEAVED = "0.14"
 #: Release from which muP's multipliers can be set.
 _MUP = "0.17"
-#: Where multipliers are: in arguments of muP, in weights, or in MindSpeed-LLM's arguments.
-FLAGS, FOLD, RAW = "flags", "fold", "raw"
 #: Attributes of `args`, this project's own, that record what is stored otherwise than in Hugging Face's files.
 FOLDED, HALVES = "multipliers_folded", "rotary_halves"
 

@@ -22,6 +22,7 @@ from ...storage import dcp
 from ...storage.opening import is_name
 from ...storage.tensor import StoredTensor
 from .locating import (
+    MODEL_FILE,
     RANK,
     RANK_FILE,
     checkpoint_directory,
@@ -33,7 +34,6 @@ from .locating import (
 from .names import EMBEDDINGS
 from .rank_files import read_file
 from .reading import args_in
-from .writing import MODEL_FILE
 
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 _MODEL = re.compile(r"model\d*")

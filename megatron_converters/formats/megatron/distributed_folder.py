@@ -15,7 +15,7 @@ from typing import Any
 from ...basics.errors import ConversionError
 from ...basics.json_files import read_json
 from ...conversion.left_out import LeftOut
-from ...storage import dcp, torch_zip
+from ...storage import dcp, marks, torch_zip
 from ...storage.dcp import ChunkedTensor
 from .locating import COMMON_FILE, FORMAT_FILE, refuse_without_index
 from .names import EXTRA_STATE_SUFFIX
@@ -88,7 +88,7 @@ def read_folder(directory: Path, ignored: LeftOut) -> DistributedFolder:
         )
     found = FSDP_DTENSOR if prefix.startswith(_FSDP) else TORCH_DCP
     common = _read_objects(index)
-    return DistributedFolder(directory, found, index, common, directory / dcp.METADATA, prefix, tensors)
+    return DistributedFolder(directory, found, index, common, directory / marks.METADATA, prefix, tensors)
 
 
 def _check_format(directory: Path) -> None:
@@ -112,7 +112,7 @@ def _read_common(directory: Path, index: dcp.Index) -> tuple[Mapping[str, Any], 
         common = content[0] if isinstance(content, list) and len(content) == 1 else content
     else:
         raise ConversionError(
-            f"{path} is missing, and {dcp.METADATA} has no {_COMMON_OBJECT} in its place; copy the checkpoint again"
+            f"{path} is missing, and {marks.METADATA} has no {_COMMON_OBJECT} in its place; copy the checkpoint again"
         )
     if not isinstance(common, dict):
         raise ConversionError(f"{where} holds a {type(common).__name__}, not a checkpoint's common state")

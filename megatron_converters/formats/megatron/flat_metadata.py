@@ -18,8 +18,8 @@ from ...families import FAMILIES
 from ...families.rules_attention import written_scaling
 from ...model.spec import ModelSpec
 from .arguments import model_args
+from .locating import MODEL_FILE
 from .reading import args_in
-from .writing import MODEL_FILE
 
 METADATA_FILE = "metadata.json"
 #: Name and version of what this project adds to the keys of the original.

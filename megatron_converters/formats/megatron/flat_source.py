@@ -12,7 +12,8 @@ from ...conversion.left_out import LeftOut
 from ...sharding.ranks import Parallel
 from ...storage import torch_zip
 from .flat_metadata import METADATA_FILE, args_of, check_metadata, describe, read_metadata, refuse_undescribed
-from .locating import checkpoint_directory
+from .locating import MODEL_FILE, checkpoint_directory
+from .options import MODEL_PT
 from .rank_files import RankFile, RankFiles, tensors_of, wrapper_of
 from .rank_files_source import RankFilesSource
 from .reading import (
@@ -23,9 +24,7 @@ from .reading import (
     skipped_entries,
     supplemented,
 )
-from .writing import MODEL_FILE
 
-FORMAT = "model_pt"
 #: Entry of a rank's file that holds the model.
 _MODEL = "model"
 #: Sizes of what is not cut.
@@ -65,7 +64,7 @@ def _read(folder: Path, metadata: Mapping[str, Any] | None, options: MegatronRea
     ignored = LeftOut(options.ignore_tensors)
     wrapper = wrapper_of(held, _UNCUT, path, ignored)
     return RankFiles(
-        format=FORMAT,
+        format=MODEL_PT,
         folder=folder,
         args=args or argparse.Namespace(),
         iteration=getattr(args, "iteration", None),

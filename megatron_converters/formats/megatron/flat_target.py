@@ -20,9 +20,10 @@ from ...sharding.stages import EVEN
 from ...storage import marks
 from .flags import model_flags
 from .flat_metadata import METADATA_FILE, complete, describe
-from .flat_source import FORMAT
+from .locating import MODEL_FILE
+from .options import MODEL_PT
 from .rank_files_target import MegatronTarget
-from .writing import FLAGS_FILE, MODEL_FILE
+from .writing import FLAGS_FILE
 
 #: What a finished output consists of; the first makes it a model, so it is removed first and moved last.
 _NAMES = (METADATA_FILE, MODEL_FILE, FLAGS_FILE, MANIFEST, CODE_FOLDER)
@@ -32,7 +33,7 @@ _REMEDY = "leave it out, or write a file for each rank with --ckpt-format torch"
 class FlatTarget(MegatronTarget):
     """Whole model in `save_dir` itself, as the rank file of TP1 and PP1 has it, without what that file has besides."""
 
-    format = FORMAT
+    format = MODEL_PT
     default_impl = "local"
 
     @property

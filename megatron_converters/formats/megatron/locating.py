@@ -14,9 +14,11 @@ from pathlib import Path
 
 from ...basics.errors import ConversionError, one_line, reason_of
 from ...basics.quantities import few
-from ...storage import dcp, marks
-from .writing import MODEL_FILE, TRACKER
+from ...storage import marks
 
+TRACKER = "latest_checkpointed_iteration.txt"
+#: File that holds the state dict of a whole model; `metadata.json` beside it describes the model.
+MODEL_FILE = "model.pt"
 #: File that describes the format of a distributed checkpoint (core/dist_checkpointing/core.py).
 FORMAT_FILE = "metadata.json"
 #: Name of a rank's folder in the `torch` format.
@@ -57,12 +59,12 @@ def is_checkpoint(directory: Path) -> bool:
 
 def is_distributed(directory: Path) -> bool:
     """Whether an iteration's folder is a distributed checkpoint: of the `torch_dist` format, or another with an index file."""
-    return any((directory / name).exists() for name in (dcp.METADATA, FORMAT_FILE)) and not has_model_file(directory)
+    return any((directory / name).exists() for name in (marks.METADATA, FORMAT_FILE)) and not has_model_file(directory)
 
 
 def has_model_file(directory: Path) -> bool:
     """Whether a folder holds a whole model in one file."""
-    return (directory / MODEL_FILE).exists() and not (directory / dcp.METADATA).exists()
+    return (directory / MODEL_FILE).exists() and not (directory / marks.METADATA).exists()
 
 
 def is_part(folder: Path) -> bool:
@@ -85,7 +87,7 @@ def is_one_rank(folder: Path) -> bool:
 
 def refuse_without_index(directory: Path) -> None:
     """Raise if a distributed checkpoint has lost its index, whose name `cp DIR/*` passes over."""
-    if not (directory / dcp.METADATA).exists():
+    if not (directory / marks.METADATA).exists():
         raise ConversionError(f"{directory} {_LOST_INDEX}")
 
 
@@ -195,15 +197,15 @@ def _state(folder: Path) -> str:
         return "is empty; copy the checkpoint again"
     inside = look_inside(folder)
     what = (
-        f"is not a Megatron-LM checkpoint: it has neither {TRACKER} nor mp_rank_* folders nor a {dcp.METADATA} or {MODEL_FILE} "
+        f"is not a Megatron-LM checkpoint: it has neither {TRACKER} nor mp_rank_* folders nor a {marks.METADATA} or {MODEL_FILE} "
         "file"
     )
     return f"{what}; {inside}" if inside else what
 
 
 _LOST_INDEX = (
-    f"has no {dcp.METADATA}, the index without which its {_CHUNKS} files cannot be read: copy that file, too (`cp DIR/*` leaves it "
-    "out, since its name begins with a dot); if it is not where the checkpoint was saved either, the saving was cut off"
+    f"has no {marks.METADATA}, the index without which its {_CHUNKS} files cannot be read: copy that file, too (`cp DIR/*` leaves "
+    "it out, since its name begins with a dot); if it is not where the checkpoint was saved either, the saving was cut off"
 )
 
 
@@ -223,9 +225,9 @@ def _choice(folder: Path) -> str:
 def _fault(directory: Path) -> str:
     """Fault of an iteration's folder that its names tell; no text if there is none."""
     directory = _weights_of(directory)
-    if is_checkpoint(directory) and (not is_distributed(directory) or (directory / dcp.METADATA).exists()):
+    if is_checkpoint(directory) and (not is_distributed(directory) or (directory / marks.METADATA).exists()):
         return ""
-    return "empty" if not _names_in(directory) else f"without {dcp.METADATA} or mp_rank_* folders"
+    return "empty" if not _names_in(directory) else f"without {marks.METADATA} or mp_rank_* folders"
 
 
 def _named(names: Collection[str]) -> str:

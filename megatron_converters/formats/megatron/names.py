@@ -14,6 +14,7 @@ from typing import NamedTuple
 from ...model.layers import Attention, BlockExperts, GatedDelta, Latent, Layer, Mixture, Mlp
 from ...model.slots import DECODER, SLOTS, Slot
 from ...model.spec import ModelSpec
+from .options import DYNAMIC, GROUPED, SEQUENTIAL, STACKED
 
 _LAYER = "decoder.layers.{layer}."
 _ATTENTION = _LAYER + "self_attention."
@@ -109,21 +110,20 @@ TRANSFORMER_ENGINE: dict[str, Name] = {
 }
 DIALECTS = {"local": LOCAL, "transformer_engine": TRANSFORMER_ENGINE}
 
-#: Layout of Megatron-LM's older grouped experts (`GroupedMLP` up to core_v0.18): one tensor for all experts of a rank, which holds
-#: their transposed matrices one after the other, with the shapes [hidden, experts * rows] and [experts * columns, hidden].
-STACKED = "stacked"
 #: Names of experts by layout: `{expert}` is the number on the rank, `{global_expert}` the number in the model. Sequential and
-#: grouped are Megatron-LM's (core/transformer/moe/experts.py), dynamic is Habana's.
+#: grouped are Megatron-LM's (core/transformer/moe/experts.py), dynamic is Habana's. Stacked is that of Megatron-LM's older grouped
+#: experts (`GroupedMLP` up to core_v0.18): one tensor for all experts of a rank, which holds their transposed matrices one after
+#: the other, with the shapes [hidden, experts * rows] and [experts * columns, hidden].
 EXPERTS = {
-    "sequential": {
+    SEQUENTIAL: {
         "expert_fc1": _MLP + "experts.local_experts.{expert}.linear_fc1.weight",
         "expert_fc2": _MLP + "experts.local_experts.{expert}.linear_fc2.weight",
     },
-    "grouped": {
+    GROUPED: {
         "expert_fc1": _MLP + "experts.linear_fc1.weight{expert}",
         "expert_fc2": _MLP + "experts.linear_fc2.weight{expert}",
     },
-    "dynamic": {
+    DYNAMIC: {
         "expert_fc1": _MLP + "experts.local_expert_{global_expert}_linear_fc1_weight",
         "expert_fc2": _MLP + "experts.local_expert_{global_expert}_linear_fc2_weight",
     },

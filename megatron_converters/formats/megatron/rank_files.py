@@ -22,7 +22,8 @@ from ...storage.tensor import StoredTensor
 from .arguments import rank_invariants
 from .foreign_args import foreign
 from .locating import RANK, RANK_FILE, listing
-from .names import EXPERTS, EXTRA_STATE_SUFFIX, STACKED
+from .names import EXPERTS, EXTRA_STATE_SUFFIX
+from .options import STACKED
 from .reading import MegatronReadOptions, args_in, parallel_of, skipped_entries, supplemented
 from .run_config import Record, recorded_beside
 from .trained_by import VOCABULARY

@@ -26,6 +26,7 @@ from ...storage.tensor import StoredTensor
 from .conventions import CUT_DOWN_PROJECTIONS, MTP_MODEL_LAYER, WHOLE_DOWN_PROJECTIONS
 from .locating import RANK_FILE
 from .names import EXTRA_STATE_SUFFIX, LAST_EXTRA_STATE, MTP_MODULES, extra_state
+from .options import TORCH
 from .rank_tensors import RankTensors
 from .releases import previous
 from .writing import CheckpointTarget, sizes
@@ -45,7 +46,7 @@ _Group = dict[str, _Stored]
 class MegatronTarget(CheckpointTarget):
     """Checkpoint of the `torch` format: one file per rank."""
 
-    format = "torch"
+    format = TORCH
 
     def _lay_out(self) -> tuple[dict[str, FileLayout], dict[str, dict[str, StoredTensor]]]:
         parallel = self._parallel

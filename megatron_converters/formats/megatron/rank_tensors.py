@@ -9,7 +9,8 @@ from ...model.slots import Ref, Shard
 from ...model.spec import ModelSpec
 from ...sharding.placement import Location, Placement
 from ...sharding.ranks import Parallel
-from .names import DIALECTS, EXPERTS, MTP_MODULES, STACKED, name_of
+from .names import DIALECTS, EXPERTS, MTP_MODULES, name_of
+from .options import STACKED
 
 
 class Place(NamedTuple):

@@ -23,7 +23,7 @@ from .argument import (
     only,
     switch,
 )
-from .names import STACKED
+from .options import STACKED
 
 #: Load balancing that differs in training only if several experts are chosen: their weights are then the softmax over all experts
 #: (core/transformer/moe/router.py).

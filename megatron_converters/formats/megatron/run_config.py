@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 from ...basics.errors import Unclear
 from ...basics.json_files import read_json
-from ...basics.yaml_files import read_yaml
 from .argument import Args
 from .arguments import ATTRIBUTES
 from .config_fields import args_of_fields, value_of_text
@@ -38,6 +37,8 @@ _ROTARY = "rotary_base"
 
 
 def _yaml(path: Path) -> dict[str, Any]:
+    from ...basics.yaml_files import read_yaml  # which imports yaml
+
     return read_yaml(path, aliases=True)
 
 

@@ -27,8 +27,9 @@ from ...model.layouts import RowMap, interned
 from ...model.slots import Ref, refs
 from ...model.spec import ModelSpec
 from ...sharding.ranks import Parallel, parallel_for
-from ...storage import dcp
+from ...storage import dcp, marks
 from ...storage.dcp import Chunk, ChunkedTensor
+from ...storage.embedded import EmbeddedTensors
 from ...storage.tensor import StoredTensor
 from . import training_state
 from .conventions import conventions_of
@@ -92,6 +93,7 @@ class TorchDistSource:
         self.conventions = conventions_of(vars(args), self.spec, options.mup)
         self._slices = self._match(args)
         self._chunks: dict[str, _Chunks] = {}
+        self._archives = EmbeddedTensors()
         self.spec, dtype_notes = with_main_dtype(self.spec, self.dtype_of)
         notes += [*bias_notes, *self._left_out.notes, *dtype_notes]
         self.spec, left_out_notes = without_prediction(self.spec, options.without_mtp)
@@ -112,7 +114,7 @@ class TorchDistSource:
             common.get("iteration"),
             [
                 self._folder.common_file,
-                self._dir / dcp.METADATA,
+                self._dir / marks.METADATA,
                 *index.files,
                 *([] if record is None else [record.path]),
             ],
@@ -189,9 +191,8 @@ class TorchDistSource:
         limit = self.spec.vocab_size if ref.slot.vocab else ref.shape(self.spec)[0]
         axes = len(part.index)
         for chunk in chunks.at(part.index):
-            data = _subtensor(
-                dcp.stored(chunk, chunks.tensor.dtype), [i - o for i, o in zip(part.index, chunk.offsets, strict=False)]
-            )
+            whole = dcp.stored(chunk, chunks.tensor.dtype, self._archives.read)
+            data = _subtensor(whole, [i - o for i, o in zip(part.index, chunk.offsets, strict=False)])
             row, *col = chunk.offsets[axes:]
             rows = _rows(part.first_row + row, data.shape[0], limit)
             if any(col[1:]):

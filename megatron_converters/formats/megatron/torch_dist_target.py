@@ -25,7 +25,7 @@ from ...model.layouts import RowMap, interned
 from ...model.slots import DECODER, MTP, Ref, Slot, refs
 from ...sharding.placement import Placement, Share
 from ...sharding.ranks import Rank, boxes
-from ...storage import dcp, dcp_layout, torch_zip
+from ...storage import dcp_layout, marks, torch_zip
 from ...storage.dcp_layout import NewChunk, NewObject, Placed
 from ...storage.output_file import FileLayout
 from ...storage.tensor import StoredTensor
@@ -41,6 +41,7 @@ from .names import (
     split_parts,
     stacks_layers,
 )
+from .options import TORCH_DIST
 from .writing import CheckpointTarget, sizes
 
 #: Keys of slots by implementation.
@@ -80,7 +81,7 @@ class _Box(NamedTuple):
 class TorchDistTarget(CheckpointTarget):
     """Checkpoint of the `torch_dist` format."""
 
-    format = "torch_dist"
+    format = TORCH_DIST
     directories = False
 
     def _lay_out(self) -> tuple[dict[str, FileLayout], dict[str, dict[str, StoredTensor]]]:
@@ -101,7 +102,7 @@ class TorchDistTarget(CheckpointTarget):
         self._chunks = [entry.item for entry in placed if isinstance(entry.item, NewChunk)]
         common = {**self._tree({}), "content_metadata": dict(_CONTENT_METADATA)}
         files[COMMON_FILE] = torch_zip.layout(COMMON_FILE, common)
-        files[dcp.METADATA] = dcp_layout.index(placed)
+        files[marks.METADATA] = dcp_layout.index(placed)
         return files, {}
 
     def _choose_bins(self) -> None:

@@ -12,7 +12,6 @@ import os
 import shlex
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -34,7 +33,7 @@ from ...model.layers import is_whole
 from ...model.slots import Precision, Ref
 from ...model.spec import ModelSpec
 from ...sharding.ranks import Parallel, kept_etp, padded_vocab, parallel_for
-from ...sharding.stages import EVEN, PipelineSplit
+from ...sharding.stages import EVEN
 from ...storage import marks
 from ...storage.output_file import FileLayout
 from ...storage.tensor import StoredTensor
@@ -50,14 +49,13 @@ from .arguments import (
     training_args,
     written_args,
 )
-from .conventions import FLAGS, FOLD, RAW, conventions
+from .conventions import conventions
 from .flags import as_shell, flag_warnings, flags, least_release, unknown_flags
+from .locating import TRACKER
+from .options import FLAGS, FOLD, RAW, MegatronOptions
 from .releases import NEWEST, parse
 from .rounding import rounding_warnings
 
-TRACKER = "latest_checkpointed_iteration.txt"
-#: File that holds the state dict of a whole model; `metadata.json` beside it describes the model.
-MODEL_FILE = "model.pt"
 #: Attribute of args for the digest of the family file that describes the recorded configuration's family.
 FAMILY_FILE = "hf_family_file"
 FLAGS_FILE = "pretrain_gpt_flags.txt"
@@ -74,37 +72,6 @@ _MUP_REMARKS: Mapping[str | None, tuple[str, ...]] = {
     ),
 }
 _FLOAT32 = dtype_named("float32")
-
-
-@dataclass(frozen=True)
-class MegatronOptions:
-    """Options for cutting and naming the checkpoint. Sizes that are None default to the source's, or 1."""
-
-    tp: int | None = None
-    pp: int | None = None
-    ep: int | None = None
-    etp: int | None = None
-    split: PipelineSplit = EVEN
-    #: Key of `names.EXPERTS`; None selects the layout that current Megatron-LM trains fastest.
-    expert_layout: str | None = None
-    #: Key of `names.DIALECTS`; None selects the format's default.
-    impl: str | None = None
-    divisor: int | None = None
-    #: A further tensor-parallel size that the padded vocabulary is to allow.
-    pad_vocab_for_tp: int | None = None
-    release: bool = False
-    overwrite: bool = False
-    allow_inexpressible: bool = False
-    load_capacity_bins: bool = False
-    tokenizer: str | None = None
-    #: "torch" (one file per rank) and "torch_dist" (chunks that runs of any sizes load) are Megatron-LM's formats; "model_pt" is
-    #: the state dict of a whole model in one file, with metadata.json.
-    ckpt_format: str = "torch"
-    #: Release that is to read the checkpoint, such as "0.16"; None takes the newest that is known.
-    megatron_version: str | None = None
-    #: Where a model's multipliers go: "flags" of muP, "fold" into weights, or "raw", to arguments of MindSpeed-LLM. None takes
-    #: flags where the release has them and they suffice.
-    mup: str | None = None
 
 
 class CheckpointTarget(ABC):

@@ -11,12 +11,11 @@ from typing import Any
 from ...basics.dtypes import DType
 from ...basics.errors import ConversionError, UsageError
 from ...basics.json_files import read_json
-from ...basics.yaml_files import read_yaml
 from ...conversion.zero_bias import SLOT as OUTPUT_BIAS
 from ...conversion.zero_bias import without_absent
 from ...families.config_json import config_notes, infer_family, spec_from_config
 from ...model.spec import ModelSpec
-from .names import CONTIGUOUS, GROUPED, INTERLEAVED
+from .options import CONTIGUOUS, GROUPED, INTERLEAVED
 from .shapes import Shapes
 from .typed import ASSUMED, check_sizes, switch_notes
 from .yaml_reading import layouts_of, properties_of
@@ -86,6 +85,8 @@ def _configuration(root: Path, options: MindSporeReadOptions) -> dict[str, Any] 
 
 def _yaml(root: Path, options: MindSporeReadOptions) -> dict[str, Any] | None:
     """MindFormers' YAML: the one that the user names, or the only one beside the weights."""
+    from ...basics.yaml_files import read_yaml  # which imports yaml
+
     if options.yaml is not None:
         return read_yaml(options.yaml, aliases=True)
     beside = sorted(path for path in root.iterdir() if path.suffix in _YAML_SUFFIXES)

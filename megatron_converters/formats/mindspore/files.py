@@ -13,20 +13,27 @@ from pathlib import Path
 from ...basics.casting import values
 from ...basics.errors import ConversionError, UsageError, reason_of
 from ...basics.folders import existing_path
-from ...storage import safetensors
-from .iterations import is_iteration, is_one_of_several, is_root, read_iteration, read_root
-from .parts import MAP, other_parts, read_parts
-from .ranks import is_strategy, rank_folders, read_ranks, siblings_of, weights_in
+from .iterations import read_iteration, read_root
+from .parts import other_parts, read_parts
+from .ranks import read_ranks, siblings_of
+from .recognising import (
+    CKPT,
+    SAFETENSORS,
+    holds_weights,
+    is_iteration,
+    is_one_of_several,
+    is_root,
+    rank_folders,
+    weights_in,
+)
 from .tensors import Slice, Tensor, WeightFiles
-from .weight_file import CKPT, SAFETENSORS, read_file
+from .weight_file import read_file
 
-__all__ = ["Slice", "Tensor", "WeightFiles", "is_mindspore", "read_weight_files"]
+__all__ = ["Slice", "Tensor", "WeightFiles", "read_weight_files"]
 
 #: Which slot of the stacked weights each expert has; identity unless experts were relocated (mindformers 1.9.0 and later).
 _EXPERT_ORDER, _ORDER_GROUP = "expert_mapping", "expert order"
 _MOST_EXPERTS = 1 << 16
-#: First byte of a .ckpt file that is not encrypted: field 1, a message.
-_FIELD_1 = b"\n"
 
 
 def read_weight_files(path: Path, strategy: Path | None = None) -> WeightFiles:
@@ -41,45 +48,6 @@ def read_weight_files(path: Path, strategy: Path | None = None) -> WeightFiles:
     except OSError as error:
         raise ConversionError(f"cannot look at {error.filename or path}: {reason_of(error)}") from error
     return _without_expert_order(found)
-
-
-#: Parts of Hugging Face's names, which MindSpore Transformers' never have: other libraries on mindspore save those with its mark.
-_FOREIGN = (".self_attn.", "embed_tokens.", "transformer.h.")
-
-
-def is_mindspore(path: Path) -> bool:
-    """Whether a path looks like weights of MindSpore: by names, and by the header of one file."""
-    try:
-        return _is_file(path) if path.is_file() else path.is_dir() and _is_folder(path)
-    except (ConversionError, OSError):
-        return False
-
-
-def _is_file(path: Path) -> bool:
-    if path.suffix == CKPT:  # a name that others use, too
-        with open(path, "rb") as file:
-            return not is_strategy(path) and file.read(1) == _FIELD_1
-    return (
-        path.suffix == SAFETENSORS and safetensors.read(path).metadata.get("format") == "ms" and not _is_foreign(path)
-    )
-
-
-def _is_foreign(path: Path) -> bool:
-    """Whether a file of safetensors has Hugging Face's names; not if it is damaged, which reading it says."""
-    try:
-        names = safetensors.read(path).tensors
-    except ConversionError:
-        return False
-    return any(part in name for name in names for part in _FOREIGN)
-
-
-def _is_folder(path: Path) -> bool:
-    if is_root(path) or is_iteration(path) or any(map(weights_in, rank_folders(path).values())):
-        return True
-    files = weights_in(path)
-    if (path / MAP).exists():
-        return not (files and files[0].suffix == SAFETENSORS and _is_foreign(files[0]))
-    return bool(files) and _is_file(files[0])
 
 
 def _one_file(path: Path) -> WeightFiles:
@@ -111,7 +79,7 @@ def _folder(path: Path, strategy: Path | None) -> WeightFiles:
     if len({file.suffix for file in files}) > 1:
         raise UsageError(f"{path} holds both {SAFETENSORS} and {CKPT} files; give one of them, or a folder of one kind")
     if not files:
-        inner = ", ".join(sorted(entry.name for entry in path.iterdir() if entry.is_dir() and _is_folder(entry)))
+        inner = ", ".join(sorted(entry.name for entry in path.iterdir() if entry.is_dir() and holds_weights(entry)))
         raise UsageError(
             f"{path} holds no weights of MindSpore{f'; give one of its folders: {inner}' if inner else ''}"
         )

@@ -16,12 +16,10 @@ from ...basics.errors import ConversionError, one_line, raise_all, reason_of
 from ...basics.json_files import read_json
 from ...storage.opening import is_name
 from .nonweights import OPTIMIZER, group_of
+from .recognising import ITERATION_FILE, METADATA, SAFETENSORS, TRACKER
 from .tensors import Placed, Tensor, WeightFiles, assembled
-from .weight_file import SAFETENSORS, FileContent, read_file
+from .weight_file import FileContent, read_file
 
-TRACKER, METADATA = "latest_checkpointed_iteration.txt", "metadata.json"
-_ITERATION = re.compile(r"iteration_[0-9]{8,18}")
-_FILE = re.compile(r"(?:.+-)?(model|opt)-([0-9]{7,18})-([0-9]{7,18})\.safetensors")
 #: Key of a slice: Python's text of (name, (index,)), where the index may be a number of numpy's.
 _SLICE = re.compile(r"\((['\"])(?P<name>[^'\"\\]+)\1, \((?:np\.int64\()?(?P<index>[0-9]{1,18})\)?,\)\)")
 _FORM = "checkpoint 2.0"
@@ -29,22 +27,6 @@ _TOO_LARGE = 1 << 63
 
 #: Files that hold a slice, by the slice's index.
 _Places = Mapping[int, list[str]]
-
-
-def is_root(folder: Path) -> bool:
-    """Whether a folder holds iterations, and not those of Megatron-LM, whose tracker has the same name."""
-    return (folder / TRACKER).is_file() and any(_ITERATION.fullmatch(path.name) for path in folder.iterdir())
-
-
-def is_iteration(folder: Path) -> bool:
-    """Whether a folder is one iteration."""
-    return any(_FILE.fullmatch(path.name) for path in folder.iterdir())
-
-
-def is_one_of_several(path: Path) -> bool:
-    """Whether a file is one of an iteration's, so that it may hold slices only."""
-    match = _FILE.fullmatch(path.name)
-    return match is not None and (int(match[3]) > 1 or (path.parent / METADATA).exists())
 
 
 def read_root(folder: Path) -> WeightFiles:
@@ -69,7 +51,7 @@ def read_iteration(folder: Path) -> WeightFiles:
     """Read the model files of one iteration, in slices where metadata.json describes them."""
     kinds = defaultdict(list)
     for path in sorted(folder.glob(f"*{SAFETENSORS}")):
-        match = _FILE.fullmatch(path.name)
+        match = ITERATION_FILE.fullmatch(path.name)
         if match is None:
             raise ConversionError(f"{path} is not named as a file of this checkpoint; move it elsewhere")
         kinds[match[1]].append(path)
@@ -91,7 +73,7 @@ def read_iteration(folder: Path) -> WeightFiles:
 def _undescribed(folder: Path, contents: Mapping[str, FileContent]) -> dict[str, Tensor]:
     """Whole tensors; all files that their names count must be there, and a name in two of them would be a slice."""
     numbered: dict[tuple[str, int], set[int]] = defaultdict(set)
-    for match in (_FILE.fullmatch(name) for name in contents):
+    for match in (ITERATION_FILE.fullmatch(name) for name in contents):
         if match is not None:
             numbered[match.string[: match.start(2)], int(match[3])].add(int(match[2]))
     if len(numbered) > 1 or any(
@@ -158,7 +140,7 @@ def _file_name(entry: Any) -> str:
 
 
 def _only_optimizer(places: _Places) -> bool:
-    matches = [_FILE.fullmatch(file) for files in places.values() for file in files]
+    matches = [ITERATION_FILE.fullmatch(file) for files in places.values() for file in files]
     return bool(matches) and all(match is not None and match[1] == "opt" for match in matches)
 
 

@@ -14,9 +14,9 @@ from ...model.layouts import ALTERNATING, GATED, GROUPED_QKV, SAME, Layout, join
 from ...model.slots import DECODER, Ref, Scope
 from ...model.spec import ModelSpec
 from ...model.tables import Entry
+from .options import CONTIGUOUS, GROUPED, INTERLEAVED
 
-#: Orders of rows of a gated MLP's first linear, and of queries, keys and values. Neither names nor shapes tell them.
-INTERLEAVED, CONTIGUOUS, GROUPED = "interleaved", "contiguous", "grouped"
+#: Layouts by the order of rows that they have.
 MLP_LAYOUTS: Mapping[str, Layout] = {INTERLEAVED: ALTERNATING, CONTIGUOUS: SAME}
 QKV_LAYOUTS: Mapping[str, Layout] = {GROUPED: SAME, CONTIGUOUS: joined(GROUPED_QKV)}
 #: Prefix that some models put before all names.

@@ -9,10 +9,10 @@ from ...basics.errors import ConversionError, one_line, raise_all
 from ...basics.json_files import read_json
 from ...storage.opening import is_name
 from .nonweights import RUN_STATE
+from .recognising import MAP
 from .tensors import Tensor, WeightFiles
 from .weight_file import FileContent, read_file
 
-MAP = "param_name_map.json"
 #: File of `mindspore.unified_safetensors` for what the strategy does not name: steps, epochs, scalars of an optimizer.
 _HYPER = "hyper_param.safetensors"
 

@@ -12,43 +12,22 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ...basics.errors import ConversionError, one_line
+from .recognising import CKPT, RANK, SAFETENSORS, is_strategy, rank_folders, weights_in
 from .strategy import Layout, Stage
 from .strategy import read as read_strategy
 from .tensors import Placed, Tensor, WeightFiles, assembled
-from .weight_file import CKPT, SAFETENSORS, FileContent, read_file
+from .weight_file import FileContent, read_file
 
-_RANK = re.compile(r"rank_([0-9]{1,7})")
 #: End of a file's name: epoch and step within it.
 _STEP = re.compile(r"-([0-9]{1,18})_([0-9]{1,18})$")
-_STRATEGY = re.compile(r".*strategy.*\.(ckpt|json)")
 #: Folders that may hold the strategy, from the folder of the ranks.
 _STRATEGY_FOLDERS = (".", "strategy", "../strategy", "../merged_strategy", "..")
 _WAY = "merge the ranks with mindspore.unified_safetensors, or give the run's strategy files (ckpt_strategy*.ckpt)"
 
 
-def rank_folders(folder: Path) -> dict[int, Path]:
-    """Folders of ranks in a folder, by rank."""
-    matches = ((_RANK.fullmatch(path.name), path) for path in folder.iterdir() if path.is_dir())
-    return dict(sorted((int(match[1]), path) for match, path in matches if match))
-
-
-def is_strategy(path: Path) -> bool:
-    """Whether a file is named as a strategy, not as weights."""
-    return _STRATEGY.fullmatch(path.name) is not None
-
-
-def weights_in(folder: Path) -> list[Path]:
-    """Files of weights in a folder, sorted by name."""
-    return sorted(
-        path
-        for path in folder.iterdir()
-        if path.suffix in (SAFETENSORS, CKPT) and path.is_file() and not is_strategy(path)
-    )
-
-
 def siblings_of(folder: Path) -> Path | None:
     """Folder to read instead of one rank's, which may hold slices only; None if the folder is no rank's, or the only one."""
-    if _RANK.fullmatch(folder.resolve().name) is None:
+    if RANK.fullmatch(folder.resolve().name) is None:
         return None
     parent = folder.resolve().parent
     return parent if len(rank_folders(parent)) > 1 or _strategy_files(parent, None) else None

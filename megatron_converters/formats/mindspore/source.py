@@ -24,7 +24,8 @@ from ...storage.tensor import StoredTensor
 from .describing import Described, MindSporeReadOptions, describe
 from .files import Slice, Tensor, WeightFiles, read_weight_files
 from .latents import separated
-from .names import CONTIGUOUS, EXPERTS, INTERLEAVED, LEGACY, PREFIX, Dialect
+from .names import EXPERTS, LEGACY, PREFIX, Dialect
+from .options import CONTIGUOUS, INTERLEAVED
 from .shapes import Shapes
 
 GENERATION = "hf_generation_config.json"

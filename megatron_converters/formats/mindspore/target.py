@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,33 +33,18 @@ from ...model.spec import ModelSpec
 from ...storage import marks
 from ...storage.shards import Stored, layout, split
 from .limits import without_place
-from .names import EXPERTS, GROUPED, INTERLEAVED, MLP_LAYOUTS, QKV_LAYOUTS, Dialect
+from .names import EXPERTS, MLP_LAYOUTS, QKV_LAYOUTS, Dialect
+from .options import MindSporeOptions
+from .recognising import MAP
 from .row import limits, written
 from .yaml_rows import LAYOUTS, ROWS
 
-MAP, MODEL_CONFIG = "param_name_map.json", "model_config.yaml"
+MODEL_CONFIG = "model_config.yaml"
 #: What comes back as it was: configurations and training arguments of the source.
 HF_CONFIG, HF_GENERATION_CONFIG, MARGS = "hf_config.json", "hf_generation_config.json", "source_megatron_args.json"
 PARTS = "part*.safetensors"
 _SMALL_FILES = (MODEL_CONFIG, HF_CONFIG, HF_GENERATION_CONFIG, MARGS, MANIFEST, CODE_FOLDER)
 _FLOAT32 = dtype_named("float32")
-
-
-@dataclass(frozen=True)
-class MindSporeOptions:
-    """Options for writing the folder: `max_shard_size` is in bytes, `tokenizer` a path that the user gave.
-
-    `mlp_layout` is "interleaved" (gate and up row by row, the default of mindformers 1.7 on) or "contiguous"; `qkv_layout` is
-    "grouped" (by query group, as in Megatron-LM) or "contiguous" (all queries, all keys, all values). With `fold`, multipliers of
-    activations, which MindSpore Transformers lacks, become part of weights.
-    """
-
-    mlp_layout: str = INTERLEAVED
-    qkv_layout: str = GROUPED
-    max_shard_size: int = 3 * 10**9
-    overwrite: bool = False
-    tokenizer: str | None = None
-    fold: bool = False
 
 
 class MindSporeTarget:

@@ -10,9 +10,9 @@ from ...basics.errors import ConversionError, one_line
 from ...storage import safetensors
 from . import ckpt
 from .nonweights import RUN_STATE, group_of
+from .recognising import CKPT
 from .tensors import Tensor, whole
 
-SAFETENSORS, CKPT = ".safetensors", ".ckpt"
 #: Value under a tensor's name in a header's metadata: two 4-bit integers a byte (mindspore train/serialization.py).
 _PACKED = ("qint4x2", "Int4")
 

@@ -12,7 +12,8 @@ from ...basics.errors import ConversionError, one_line
 from ...families.rules_attention import DYNAMIC, LINEAR, LLAMA3, LONGROPE, YARN, Rope, written_scaling
 from ...model.layers import EACH_HEAD, GELU, GELU_TANH, LAYER_NORM, SILU, RopeScaling, is_whole, number
 from ...model.spec import ModelSpec, PerLayer
-from .names import CONTIGUOUS, GROUPED, INTERLEAVED, Dialect
+from .names import Dialect
+from .options import CONTIGUOUS, GROUPED, INTERLEAVED
 from .row import Config, Properties, Row, same
 from .yaml_rows_experts import EXPERTS, has_experts
 

@@ -9,11 +9,15 @@ import multiprocessing
 import queue as queues
 import time
 from contextlib import suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ...basics.errors import ConversionError, Stopped, UsageError
-from ...conversion.progress import Progress
 
+if TYPE_CHECKING:
+    from ...conversion.progress import Progress
+
+#: Messages that end a transfer: after the whole model, and in place of what is missing.
+DONE, EXIT = "done", "exit"
 #: Seconds that `try_send` waits for room in the queue, by default.
 _TRY_SECONDS = 2.0
 #: Seconds between checks that the other process is alive.
@@ -114,6 +118,6 @@ def receive(queue: Any) -> Any:
             raise Stopped(_LOADER_GONE) from None
         except (EOFError, OSError) as error:
             raise Stopped(_LOADER_GONE) from error
-        if isinstance(message, str) and message == "exit":
+        if isinstance(message, str) and message == EXIT:
             raise ConversionError("the loader stopped; see its message above. Nothing was saved")
         return message

@@ -61,7 +61,6 @@ _ENTRIES = {
 ENTRIES = {name: _ENTRIES.get(name, Entry(SAME, (name.replace("_", " "),))) for name in SLOTS}
 #: Slots of the message of the output layer.
 _OUTPUT_SLOTS = ("output_layer", "output_layer_bias", "score")
-DONE, EXIT = "done", "exit"
 
 
 class Sent(NamedTuple):

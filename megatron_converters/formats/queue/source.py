@@ -23,9 +23,9 @@ from ...model.slots import Ref
 from ...model.spec import ModelSpec
 from ...sharding.ranks import Parallel
 from ...storage.tensor import MemoryTensor
-from .channel import check_parent, receive
+from .channel import DONE, check_parent, receive
 from .handles import StackedHandle, TensorHandle
-from .messages import DONE, ENTRIES, message_name, received
+from .messages import ENTRIES, message_name, received
 
 #: Function from Megatron-LM's `args` to the `ModelSpec` fields that they decide: all but family, dtype and vocab_size.
 FieldsOf = Callable[[argparse.Namespace], dict[str, Any]]

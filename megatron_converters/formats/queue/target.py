@@ -21,9 +21,9 @@ from ...model.layers import LAYER_NORM
 from ...model.layouts import row_maps
 from ...model.slots import Ref, refs
 from ...model.spec import ModelSpec
-from .channel import send
+from .channel import DONE, send
 from .handles import StackedHandle, TensorHandle, part_of
-from .messages import DONE, ENTRIES, message_name, sent
+from .messages import ENTRIES, message_name, sent
 
 #: Function to Megatron-LM's `args`, as a mapping, from a spec and the source's own args, if it has any.
 ArgsOf = Callable[[ModelSpec, argparse.Namespace | None], dict[str, Any]]
