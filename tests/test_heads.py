@@ -198,6 +198,13 @@ def test_multipliers_are_those_of_language_models() -> None:
         spec_from_config(fields)
 
 
+@pytest.mark.parametrize(
+    ("name", "words"), [("reward", "without a name: score"), ("embedding", "a base model without a head")]
+)
+def test_mindspore_has_no_place_for_them(made: Made, tmp_path: Path, name: str, words: str) -> None:
+    refused(verb("convert", made(name), tmp_path / "out", "--to", "mindspore"), words)
+
+
 def test_a_bridge_is_for_language_models(made: Made) -> None:
     from megatron_converters.bridge import AutoBridge
 
