@@ -13,7 +13,7 @@ from megatron_converters.sharding.stages import PipelineSplit
 from tests.conversions import different, hf_to_megatron, megatron_to_hf, reshard
 from tests.helpers import args_of, hf_tensors
 from tests.oracle.args import megatron_args
-from tests.oracle.hf import FAMILIES, hf_logits, make_model, sample_tokens
+from tests.oracle.hf import KINDS_OF_TENSORS, hf_logits, make_model, sample_tokens
 from tests.oracle.pool import MegatronPool, write_checkpoint
 from tests.pairs import latin
 
@@ -28,7 +28,8 @@ IMPLS = ("local", "transformer_engine")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, torch.Tensor]]:
     """Each family's tiny model and the logits that transformers computes from it."""
     root = tmp_path_factory.mktemp("models")
-    folders = {family: make_model(family, root / family) for family in FAMILIES}
+    families = (*KINDS_OF_TENSORS, "llama3.1")
+    folders = {family: make_model(family, root / family) for family in families}
     return {family: (folder, hf_logits(folder, TOKENS)) for family, folder in folders.items()}
 
 
@@ -37,7 +38,7 @@ def check(pool: MegatronPool, checkpoint: Path, wanted: torch.Tensor, **options:
     assert float((got - wanted).abs().max()) < TOLERANCE
 
 
-@pytest.mark.parametrize(("family", "grid", "impl"), latin([*FAMILIES], GRIDS, IMPLS), ids=str)
+@pytest.mark.parametrize(("family", "grid", "impl"), latin(KINDS_OF_TENSORS, GRIDS, IMPLS), ids=str)
 def test_megatron_computes_what_transformers_computes(
     megatron_pool: MegatronPool,
     models: dict[str, tuple[Path, torch.Tensor]],

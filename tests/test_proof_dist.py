@@ -19,7 +19,7 @@ from tests.helpers import hf_tensors
 from tests.oracle import checkpoint
 from tests.oracle.args import megatron_args
 from tests.oracle.checkpoint import Grid, Rank
-from tests.oracle.hf import FAMILIES, MOE_FAMILIES, hf_logits, make_model, sample_tokens
+from tests.oracle.hf import KINDS_OF_TENSORS, MOE_FAMILIES, hf_logits, make_model, sample_tokens
 from tests.oracle.pool import MegatronPool, write_checkpoint, write_distributed
 from tests.pairs import chessboard, latin
 
@@ -184,7 +184,7 @@ def check_loads(
 
 
 @pytest.mark.parametrize(
-    ("family", "cut_and_sizes", "impl"), latin([*FAMILIES], CUTS, ["local", "transformer_engine"]), ids=str
+    ("family", "cut_and_sizes", "impl"), latin(KINDS_OF_TENSORS, CUTS, ["local", "transformer_engine"]), ids=str
 )
 def test_megatron_loads_what_we_write(
     megatron_pool: MegatronPool,

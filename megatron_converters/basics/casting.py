@@ -1,13 +1,10 @@
-"""Values of carrier arrays (see `dtypes`): widened, rounded and cast with numpy alone, bit for bit as torch does.
-
-numpy casts between float16 and float32 element by element, and has no bfloat16. `cast` therefore computes with the bits, a block
-at a time, and leaves to numpy only the few elements to which that does not apply: zeros and other small numbers, infinities, NaN.
-"""
+"""Values of carrier arrays (see `dtypes`): widened, rounded and cast with numpy alone, bit for bit as torch does."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,8 +14,9 @@ from .dtypes import BY_NAME, DType
 
 Array = npt.NDArray[Any]
 
-#: Elements cast at a time, so that what is needed on the way stays in a core's cache.
-_BLOCK = 1 << 16
+#: Elements cast at a time: what is needed on the way stays in a core's cache, and each step takes much longer than for two threads
+#: to pass the interpreter's lock to each other.
+_BLOCK = 1 << 17
 #: Types that numpy also has, by name.
 _NUMPY = {
     name: np.dtype(name) for name in ("float64", "float32", "float16", "int64", "int32", "int16", "int8", "uint8")
@@ -34,10 +32,10 @@ class _Scratch(threading.local):
     """Memory of a thread for a block's intermediate results: to get it from the system each time costs more than the arithmetic."""
 
     def __init__(self) -> None:
-        self._parts = [np.empty(_BLOCK * size, np.uint8) for size in (4, 4, 1)]
+        self._parts = [np.empty(_BLOCK * size, np.uint8) for size in (8, 4, 1)]
 
     def like(self, block: Array, dtype: npt.DTypeLike, part: int = 0) -> Array:
-        """Array of a block's shape, uninitialised; the same one at the next call for this part."""
+        """Array of a block's shape, uninitialised; the same memory at each call for this part."""
         dtype = np.dtype(dtype)
         return self._parts[part][: block.size * dtype.itemsize].view(dtype).reshape(block.shape)
 
@@ -68,50 +66,24 @@ def _blocks(shape: tuple[int, ...]) -> Iterator[tuple[slice, slice]]:
             yield slice(row, row + height), slice(col, col + width)
 
 
-def _cast_block(source: Array, source_dtype: DType, target: Array, target_dtype: DType, way: _Way | None) -> bool:
-    if way is None:
-        target[...] = rounded(floats(source, source_dtype), target_dtype)
-        return _stays_finite(source, source_dtype, target, target_dtype)
-    way.compute(source, target)
-    others = way.others(source)
-    if not others.any():
-        return True
-    where = np.unravel_index(np.flatnonzero(others), others.shape)  # faster than by the mask itself, twice
-    few = source[where]
-    result = rounded(floats(few, source_dtype), target_dtype)
-    target[where] = result
-    return _stays_finite(few, source_dtype, result, target_dtype)
-
-
-def _stays_finite(source: Array, source_dtype: DType, target: Array, target_dtype: DType) -> bool:
-    return all_finite(target, target_dtype) or not (
-        (not_finite(target, target_dtype) & ~not_finite(source, source_dtype)).any()
-    )
-
-
 class _Way(NamedTuple):
-    """Arithmetic from the bits of one type to those of another: `compute(source, target)`, for a block.
+    """Fast arithmetic from the bits of one type to those of another: `compute(source, target)`, for a block.
 
-    It is right for magnitudes, as bits, from `low` to below `end`; for all where that is None.
+    It is right where all magnitudes, as bits, are below `end`, from which on numbers become infinite; for all where that is None.
     """
 
     compute: Callable[[Array, Array], None]
-    low: int
     end: int | None
 
-    def others(self, source: Array) -> npt.NDArray[np.bool_]:
-        """Where the arithmetic is not right; empty if nowhere."""
-        if self.end is None or (self.low == 0 and below(source, self.end)):
-            return _NOWHERE
-        sign = 1 << (8 * source.itemsize - 1)
-        magnitudes = np.bitwise_and(source, sign - 1, out=_SCRATCH.like(source, source.dtype))
-        found = np.less(magnitudes, self.low, out=_SCRATCH.like(source, np.bool_, 2))
-        if int(magnitudes.max(initial=0)) >= self.end:
-            found |= magnitudes >= self.end
-        return found
 
-
-_NOWHERE = np.zeros(0, np.bool_)
+def _cast_block(source: Array, source_dtype: DType, target: Array, target_dtype: DType, way: _Way | None) -> bool:
+    if way is not None and (way.end is None or below(source, way.end)):
+        way.compute(source, target)
+        return True
+    target[...] = rounded(floats(source, source_dtype), target_dtype)
+    return all_finite(target, target_dtype) or not (
+        (not_finite(target, target_dtype) & ~not_finite(source, source_dtype)).any()
+    )
 
 
 def below(bits: Array, end: int) -> bool:
@@ -136,17 +108,8 @@ def _float32_to_bfloat16(source: Array, target: Array) -> None:
     np.copyto(target, bits, casting="unsafe")
 
 
-def _float16_to_float32(source: Array, target: Array) -> None:
-    """Fraction and exponent move by 13 bits, the sign by 16, and the bias of the exponent grows from 15 to 127."""
-    signed = target.view(np.int32)
-    np.copyto(signed, source.view(np.int16))  # which extends the sign
-    signed <<= 13
-    target &= 0x8FFFE000
-    target += 112 << 23
-
-
 def _float32_to_float16(source: Array, target: Array) -> None:
-    """The same in the other direction, rounded as `_float32_to_bfloat16` does it."""
+    """The same with a bias of the exponent of 15 instead of 127; numpy casts the few numbers below the normal ones."""
     bits = np.right_shift(source, 13, out=_SCRATCH.like(source, np.uint32))
     bits &= 1
     bits += source
@@ -155,38 +118,37 @@ def _float32_to_float16(source: Array, target: Array) -> None:
     bits |= np.bitwise_and(source, 0x80000000, out=_SCRATCH.like(source, np.uint32, 1))
     bits >>= 16
     np.copyto(target, bits, casting="unsafe")
+    sizes = np.bitwise_and(source, 0x7FFFFFFF, out=_SCRATCH.like(source, np.uint32, 1))
+    small = np.flatnonzero(np.less(sizes, 113 << 23, out=_SCRATCH.like(source, np.bool_, 2)))
+    if small.size:
+        where = np.unravel_index(small, source.shape)
+        target[where] = rounded(floats(source[where], BY_NAME["float32"]), BY_NAME["float16"])
 
 
-def _bfloat16_to_float16(source: Array, target: Array) -> None:
-    """Three bits more of fraction, and a bias of 15 instead of 127; what goes beyond 16 bits is dropped."""
-    bits = np.left_shift(source, 3, out=_SCRATCH.like(source, np.uint16))
-    bits -= 112 << 10 & 0xFFFF
-    bits &= 0x7FFF
-    bits |= np.bitwise_and(source, 0x8000, out=_SCRATCH.like(source, np.uint16, 1))
-    target[...] = bits
+def _from_table(source_name: str, target_name: str) -> Callable[[Array, Array], None]:
+    """Arithmetic from a 16-bit type: each of its 65,536 values is computed once. numpy's own casts take longer than a look-up."""
+
+    @cache
+    def table() -> Array:
+        return rounded(floats(np.arange(1 << 16, dtype=np.uint16), BY_NAME[source_name]), BY_NAME[target_name])
+
+    def compute(source: Array, target: Array) -> None:
+        results = table()  # before the scratch memory is used, which making the table uses, too
+        places = _SCRATCH.like(source, np.intp)
+        np.copyto(places, source)
+        np.take(results, places, out=target, mode="clip")  # no place is outside; "raise" would copy `out`
+
+    return compute
 
 
-def _float16_to_bfloat16(source: Array, target: Array) -> None:
-    """Three bits less of fraction, rounded as `_float32_to_bfloat16` does it."""
-    magnitudes = np.bitwise_and(source, 0x7FFF, out=_SCRATCH.like(source, np.uint16, 1))
-    bits = np.right_shift(magnitudes, 3, out=_SCRATCH.like(source, np.uint16))
-    bits &= 1
-    bits += magnitudes
-    bits += 3
-    bits >>= 3
-    bits += 112 << 7
-    bits |= np.bitwise_and(source, 0x8000, out=magnitudes)
-    target[...] = bits
-
-
-#: Magnitudes, as bits: the smallest normal number of float16 in each type, and the first that rounds to its infinity.
+#: By types. Magnitudes, as bits: the first that rounds to infinity.
 _WAYS = {
-    ("bfloat16", "float32"): _Way(_bfloat16_to_float32, 0, None),
-    ("float32", "bfloat16"): _Way(_float32_to_bfloat16, 0, 0x7F7F8000),
-    ("float16", "float32"): _Way(_float16_to_float32, 0x0400, 0x7C00),
-    ("float32", "float16"): _Way(_float32_to_float16, 113 << 23, 0x477FF000),
-    ("bfloat16", "float16"): _Way(_bfloat16_to_float16, 113 << 7, 0x4780),
-    ("float16", "bfloat16"): _Way(_float16_to_bfloat16, 0x0400, 0x7C00),
+    ("bfloat16", "float32"): _Way(_bfloat16_to_float32, None),
+    ("float16", "float32"): _Way(_from_table("float16", "float32"), None),
+    ("float16", "bfloat16"): _Way(_from_table("float16", "bfloat16"), None),
+    ("bfloat16", "float16"): _Way(_from_table("bfloat16", "float16"), 0x4780),
+    ("float32", "bfloat16"): _Way(_float32_to_bfloat16, 0x7F7F8000),
+    ("float32", "float16"): _Way(_float32_to_float16, 0x477FF000),
 }
 
 

@@ -21,6 +21,8 @@ Writes = Iterable[tuple[int, bytes]]
 _BYTE = np.dtype(np.uint8)
 #: Writeback to disk starts after this many bytes: it then overlaps with copying, and the flush at the end is short.
 _WRITEBACK_BYTES = 64 << 20
+#: A call of the system, after which a thread waits for the interpreter, takes as long as copying about so much.
+_JOINED_BYTES = 128 << 10
 
 
 @dataclass(frozen=True)
@@ -121,9 +123,8 @@ class OutputFile:
         trailer = self._layout.trailer(name, part.crc) if complete and len(parts) == 1 else b""
         try:
             with self._write_lock:
-                self._pwrite(view, offset)
-                if trailer:
-                    self._pwrite(memoryview(trailer), offset + data.nbytes)
+                for content, place in _writes(view, trailer, offset):
+                    self._pwrite(content, place)
                 span = self._pending_span(offset, data.nbytes)
             if span is not None:
                 # On Linux this starts to write dirty pages without waiting; pages that are being written stay in memory.
@@ -204,6 +205,15 @@ class OutputFile:
 
     def _disk_error(self, what: str, error: OSError) -> DiskError:
         return DiskError(f"cannot write {what} to {self.path}: {reason_of(error)}")
+
+
+def _writes(view: memoryview, trailer: bytes, offset: int) -> list[tuple[memoryview, int]]:
+    """Writes of a tensor's last bytes and its trailer: one where copying costs less than another call."""
+    if not trailer:
+        return [(view, offset)]
+    if len(view) <= _JOINED_BYTES:
+        return [(memoryview(b"".join((view, trailer))), offset)]
+    return [(view, offset), (memoryview(trailer), offset + len(view))]
 
 
 def _parts(offset: int, nbytes: int, count: int) -> list[_Part]:

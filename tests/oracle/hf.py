@@ -73,6 +73,9 @@ FAMILIES: Mapping[str, Mapping[str, Any]] = {
 }
 """Dense families: config.json fields of each (transformers 5)."""
 
+KINDS_OF_TENSORS = ("llama3", "llama3.2-tied", "llama-head_dim", "llama-bias", "qwen2-tied", "qwen3")
+"""Families that differ in which tensors they have and how these are cut: enough for tests of sizes. `families.MODELS` has all."""
+
 MOE_FAMILIES: Mapping[str, Mapping[str, Any]] = {
     "mixtral": _MIXTRAL,
     "qwen2-moe": _QWEN2_MOE,
