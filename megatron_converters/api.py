@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from .basics.errors import ConversionError, UsageError, raise_all
 from .conversion.crew import ALONE, Crew
@@ -21,7 +21,8 @@ from .conversion.dry_run import Forecast, forecast
 from .conversion.journal import read_manifest
 from .conversion.progress import Progress, Reported, Silent
 from .conversion.run import convert as run_conversion
-from .families import FAMILIES, register_family
+from .families import register_family
+from .families.facts import Family
 from .families.scope import family_of
 from .formats.hub import located
 from .formats.huggingface.options import HFOptions
@@ -132,14 +133,6 @@ class TrainingFlags:
     flags: tuple[str, ...]
     arguments: dict[str, Any]
     notes: tuple[str, ...]
-
-
-class Family(NamedTuple):
-    """Model family, by the names that Hugging Face's config.json has for it."""
-
-    name: str
-    model_type: str
-    architecture: str
 
 
 def convert(
@@ -318,9 +311,12 @@ def _training_flags(src: Folder, allow_inexpressible: bool, read: ReadOptions) -
     return TrainingFlags(tuple(flags), values, tuple(notes))
 
 
-def supported_families() -> tuple[Family, ...]:
-    """Every family that can be converted."""
-    return tuple(Family(family.name, family.model_type, family.architecture) for family in FAMILIES.values())
+def supported_families(family_file: str | os.PathLike[str] | None = None) -> tuple[Family, ...]:
+    """Every family that can be converted, with what is known of it; with `family_file` also the one of this file."""
+    from .inspection import supported
+
+    with family_of(family_file):
+        return supported.supported_families()
 
 
 def _with(read: ReadOptions, download: bool) -> ReadOptions:

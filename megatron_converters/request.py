@@ -90,6 +90,10 @@ class Request:
             source.origin.notes += fetch_tokenizer(named, explicit=options.tokenizer is not None)
         target = open_target(self.dst, dataclasses.replace(options, overwrite=overwrite))
         dtype = None if self.dtype is None else dtype_named(self.dtype)
+        if self.read.backfill_from is not None and dtype is None:
+            from .formats.backfilling import refuse_two_dtypes
+
+            refuse_two_dtypes(source)
         _warn_of_widening(source, dtype)
         return Job(source_format, source, chosen, target, dtype)
 

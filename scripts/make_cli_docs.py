@@ -8,7 +8,6 @@ python scripts/make_cli_docs.py --check    exit with 1 if that would change it
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -133,16 +132,7 @@ def _anchor(heading: str) -> str:
     return kept.replace(" ", "-")
 
 
-def main() -> None:
-    """Write the page, or compare it."""
-    made = page()
-    if PAGE.exists() and PAGE.read_text(encoding="utf-8") == made:
-        return
-    if "--check" in sys.argv[1:]:
-        sys.exit(f"{PAGE} is not what {Path(__file__).name} makes of the parsers; run it")
-    PAGE.write_text(made, encoding="utf-8")
-
-
 if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT))
-    main()
+    from made_pages import keep
+
+    keep(PAGE, lambda _: page(), "the parsers")

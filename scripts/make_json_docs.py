@@ -8,7 +8,6 @@ python scripts/make_json_docs.py --check    exit with 1 if that would change it
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -94,17 +93,7 @@ def _reference(objects: dict[str, Any], name: str) -> str:
     return f"[{described['title']}](#{described['title'].lower().replace(' ', '-')})"
 
 
-def main() -> None:
-    """Write the page, or compare it."""
-    written = PAGE.read_text(encoding="utf-8")
-    page = written.partition(_MARK)[0] + _MARK + "\n" + tables()
-    if page == written:
-        return
-    if "--check" in sys.argv[1:]:
-        sys.exit(f"{PAGE} is not what {Path(__file__).name} makes of the schema; run it")
-    PAGE.write_text(page, encoding="utf-8")
-
-
 if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT))
-    main()
+    from made_pages import keep
+
+    keep(PAGE, lambda written: written.partition(_MARK)[0] + _MARK + "\n" + tables(), "the schema")

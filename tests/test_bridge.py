@@ -20,8 +20,8 @@ from tests.live_process import live
 from tests.oracle.hf import FAMILIES, MOE_FAMILIES, hf_logits, sample_tokens
 from tests.oracle.hf_kinds import FOLDED, KINDS
 from tests.oracle.minicpm import LONGROPE, make_minicpm
+from tests.oracle.prediction import with_prediction
 from tests.test_hf_names import renamed, zero_bias
-from tests.test_proof_kinds import with_prediction
 
 HFModel = Callable[..., Path]
 TOKENS = sample_tokens(length=40)

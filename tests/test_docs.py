@@ -133,6 +133,11 @@ def test_the_page_of_options_is_made_of_the_parsers() -> None:
     assert (ROOT / "docs/cli.md").read_text(encoding="utf-8") == made, "run scripts/make_cli_docs.py"
 
 
+def test_the_table_of_models_is_made_of_the_tables_of_families() -> None:
+    written = (ROOT / "docs/models.md").read_text(encoding="utf-8")
+    assert script("make_model_docs").page(written) == written, "run scripts/make_model_docs.py"
+
+
 def test_the_page_of_json_is_made_of_the_schema() -> None:
     assert (ROOT / "docs/json.md").read_text(encoding="utf-8").endswith("\n" + script("make_json_docs").tables())
 

@@ -47,6 +47,7 @@ CASES: dict[str, list[tuple[str, int]]] = {
     "diff": [("{hf} {meg}", 0), ("{hf} {other}", 1), ("{hf} {broken}", 2), ("{gone} {hf}", 2), ("{hf}", 2)],
     "inspect": [("{hf}", 0), ("{meg} --json", 0), ("{broken}", 1), ("{gone}", 2)],
     "args": [("{hf}", 0), ("{meg} --json", 0), ("{broken}", 1), ("{gone}", 2)],
+    "families": [("", 0), ("--json", 0), ("--family-file {broken}/config.json", 1), ("--no-such", 2)],
     "completion": [("bash", 0), ("zsh", 0), ("none", 2)],
     "help": [("", 0), ("convert", 0), ("none", 2)],
     "convert.py": [

@@ -22,7 +22,7 @@ from tests.json_reports import KEYWORDS, OBJECTS, REPORTS, Check, Field, documen
 from tests.plain_llama import cast, weights, write_llama
 from tests.tiny import KINDS, tiny_spec
 
-VERBS = ("convert", "plan", "verify", "diff", "inspect", "args")
+VERBS = ("convert", "plan", "verify", "diff", "inspect", "args", "families")
 NORM, HEAD = "model.norm.weight", "lm_head.weight"
 
 
@@ -72,6 +72,7 @@ def reports(places: dict[str, Path], out: Path) -> list[tuple[str, dict[str, Any
         ("inspect", printed("inspect", hf)),
         ("inspect", printed("inspect", meg)),
         ("args", printed("args", meg)),
+        ("families", printed("families")),
         ("error", printed("verify", hf, "--as-cast", code=2)),
     ]
 
@@ -245,7 +246,8 @@ def test_what_interrupts_a_verb_is_an_object(
         raise error
 
     monkeypatch.setattr(cli._module(name), "run", fail)
-    run = verb(name, places["hf"], *([places["hf"]] if name not in ("inspect", "args") else []), "--json")
+    folders = {"inspect": 1, "args": 1, "families": 0}.get(name, 2)
+    run = verb(name, *[places["hf"]] * folders, "--json")
     report = json.loads(run.out)
     fields_of(report, "error")
     code = codes[name in ("verify", "diff")]

@@ -14,7 +14,7 @@ from megatron_converters.logits import logits_of
 from tests.conversions import hf_to_megatron, hf_to_torch_dist
 from tests.oracle.hf import TOKENS, difference, hf_logits, make_model
 from tests.oracle.pool import MegatronPool
-from tests.test_proof_kinds import with_prediction
+from tests.oracle.prediction import with_prediction
 
 TOLERANCE = 1e-5
 FAMILIES = ("deepseek-v2-lite", "deepseek-v3", "deepseek-v3-yarn", "minicpm3")

@@ -165,7 +165,7 @@ def test_the_cases_change_every_property() -> None:
     decided_elsewhere = {"family", "dtype", "vocab_size"}
     folded_into_weights = {"residual_multiplier"}
     inexpressible_ones = {"causal", "block_experts", "block_expert_size", "router_norm", "head_bias"}
-    inexpressible_ones |= {"parallel_block", "parallel_norms", "absent_biases"}
+    inexpressible_ones |= {"parallel_block", "parallel_norms", "absent_biases", "num_labels"}
     every = {name for spec in KINDS.values() for name in spec.values}
     assert changed == every - decided_elsewhere - folded_into_weights - inexpressible_ones
 
@@ -191,6 +191,15 @@ def test_what_is_built_by_own_classes_survives_args(name: str, fields: dict[str,
     assert (len(inexpressible(spec)), inexpressible(spec, with_own=True)) == (1, [])
     assert back(all_args(spec), spec) == spec
     assert name not in all_args(tiny_spec())
+
+
+@pytest.mark.parametrize(("labels", "reasons"), [(0, 0), (1, 1), (3, 1)])
+def test_heads_survive_args(labels: int, reasons: int) -> None:
+    """Without a head, a model is tied to Megatron-LM; a classifier's own head has the place of the output layer."""
+    spec = tiny_spec(num_labels=labels, tied=not labels)
+    assert len(inexpressible(spec)) == reasons
+    assert back(all_args(spec), spec) == spec
+    assert "num_labels" not in all_args(tiny_spec())
 
 
 def test_args_in_megatron_s_words() -> None:

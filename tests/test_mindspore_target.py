@@ -136,7 +136,7 @@ def test_learned_positions(hf_model: HFModel, tmp_path: Path) -> None:
 
 
 def test_multi_token_prediction(hf_model: HFModel, tmp_path: Path) -> None:
-    from tests.test_proof_kinds import with_prediction
+    from tests.oracle.prediction import with_prediction
 
     model = with_prediction("deepseek-v3", hf_model, tmp_path / "hf")
     write(model, tmp_path / "ms")

@@ -26,10 +26,10 @@ from tests.helpers import hf_tensors, refused, verb
 from tests.oracle import by_hand_kinds, checkpoint
 from tests.oracle.errors import OracleError
 from tests.oracle.families import MODELS
-from tests.oracle.families.model import publish
 from tests.oracle.hf import TOKENS, difference, hf_logits
 from tests.oracle.hf_kinds import KINDS
 from tests.oracle.pool import MegatronPool
+from tests.oracle.prediction import PREDICTING, PREDICTING_ALIKE, with_prediction
 
 #: Largest difference, relative to the largest logit. GELU's two forms differ by 7e-5, so it must not be larger.
 TOLERANCE = 1e-5
@@ -132,47 +132,11 @@ def test_mup_is_refused_where_there_is_none(hf_model: Models, tmp_path: Path) ->
 
 # -- multi-token prediction
 
+
 _BEYOND = "model.layers.4."
-_DEEPSEEK = (_BEYOND + "{}.weight", ("enorm", "hnorm", "eh_proj", "shared_head.norm"), _BEYOND)
-_FINAL = (_BEYOND + "{}.weight", ("enorm", "hnorm", "eh_proj", "final_layernorm"), _BEYOND)
-_PREDICTING_ALIKE = {"glm4-moe-lite": _DEEPSEEK, "hy-v3": _FINAL, "bailing-moe-v2": _FINAL}
-_PREDICTING = {
-    "glm4-moe": _DEEPSEEK,
-    "deepseek-v3": _DEEPSEEK,
-    "qwen3-next": (
-        "mtp.{}.weight",
-        ("pre_fc_norm_embedding", "pre_fc_norm_hidden", "fc", "norm"),
-        "mtp.layers.0.",
-    ),
-}
 
 
-def with_prediction(family: str, hf_model: Models, folder: Path) -> Path:
-    """The family's model with one layer of multi-token prediction, under the names of published files."""
-    plain = publish(MODELS[family], hf_model(family), folder.with_name("plain"))
-    tensors = hf_tensors(plain)
-    template, names, layer = {**_PREDICTING, **_PREDICTING_ALIKE}[family]
-    generator = torch.Generator().manual_seed(5)
-
-    def like(tensor: torch.Tensor) -> torch.Tensor:
-        return 0.1 * torch.randn(tensor.shape, generator=generator)
-
-    norm = tensors["model.norm.weight"]
-    wide = norm.new_empty(64, 128)
-    new = {template.format(name): like(wide if name in ("eh_proj", "fc") else norm) for name in names}
-    old = "model.layers.3."
-    new |= {layer + key.removeprefix(old): like(value) for key, value in tensors.items() if key.startswith(old)}
-    if "shared_head.norm" in names:
-        new["model.layers.4.embed_tokens.weight"] = tensors["model.embed_tokens.weight"].clone()
-        new["model.layers.4.shared_head.head.weight"] = tensors["lm_head.weight"].clone()
-    folder.mkdir()
-    save_file({**tensors, **new}, folder / "model.safetensors", metadata={"format": "pt"})
-    config = json.loads((plain / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "num_nextn_predict_layers": 1}))
-    return folder
-
-
-@pytest.mark.parametrize("family", _PREDICTING)
+@pytest.mark.parametrize("family", PREDICTING)
 def test_layers_of_multi_token_prediction_go_both_ways(
     megatron_pool: MegatronPool, hf_model: Models, logits: Any, tmp_path: Path, family: str
 ) -> None:
@@ -195,7 +159,7 @@ def test_layers_of_multi_token_prediction_go_both_ways(
     assert different(hf_tensors(folder), hf_tensors(megatron_to_hf(newest, tmp_path / "again"))) == []
 
 
-@pytest.mark.parametrize("family", _PREDICTING_ALIKE)
+@pytest.mark.parametrize("family", PREDICTING_ALIKE)
 def test_layers_of_multi_token_prediction_of_others_go_both_ways(
     megatron_pool: MegatronPool, hf_model: Models, logits: Any, tmp_path: Path, family: str
 ) -> None:
@@ -212,7 +176,7 @@ def test_layers_of_multi_token_prediction_of_others_go_both_ways(
 
 
 #: Names of the last norm.
-_LAST = {family: names[-1] for family, (_, names, _) in _PREDICTING_ALIKE.items()}
+_LAST = {family: names[-1] for family, (_, names, _) in PREDICTING_ALIKE.items()}
 
 
 def test_layers_that_megatron_cannot_hold_are_refused_or_left_out(hf_model: Models, tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ OURS, SCRIPT, BACK, OTHER = (
     "megatron_converters.cli.mlm_to_hf",
     "model_converter_tool.cli.main",
 )
-VERBS = ("convert", "plan", "verify", "diff", "inspect", "args", "completion", "help")
+VERBS = ("convert", "plan", "verify", "diff", "inspect", "args", "families", "completion", "help")
 COMMANDS = ("convert", "batch", "inspect", "check", "history", "config")
 #: What takes long to import, and no exact copy between folders here needs.
 HEAVY = frozenset(

@@ -36,6 +36,8 @@ class Origin:
     urgent: list[str] = field(default_factory=list)
     #: Tensors of the source that are left out, and why.
     ignored: list[str] = field(default_factory=list)
+    #: Path of the file of each tensor that is taken from another folder than the source, by its name there.
+    backfilled: dict[str, str] = field(default_factory=dict)
     #: Where the optimizer's float32 originals of the weights are, which are not read, in words; no text if there are none.
     float32_originals: str = ""
     #: [bytes, modification time in nanoseconds] of the source's files by path. None for a source that came as messages.

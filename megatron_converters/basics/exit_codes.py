@@ -38,6 +38,7 @@ EXIT_CODES = {
     "diff": _COMPARISON,
     "inspect": _READING,
     "args": _READING._replace(failed="could not be read, or Megatron-LM's arguments cannot express it"),
+    "families": _READING._replace(failed="a family file or plug-in could not be read"),
     "completion": _ACTION,
     "help": _ACTION,
     "convert.py": _CONVERSION,

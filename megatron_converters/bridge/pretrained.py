@@ -17,6 +17,7 @@ from ..comparison.tensors import model_differences
 from ..conversion.endpoint import Source
 from ..families import FAMILIES
 from ..families.config_json import spec_from_config
+from ..families.heads import class_of
 from ..formats.hub import resolve
 from ..formats.huggingface.options import FUSED, SEPARATE
 from ..formats.huggingface.source import HFSource
@@ -85,7 +86,7 @@ class Pretrained:
         self._ignored_tensors = tuple(ignored_tensors)
         self.config, self.location, self._beside = dict(config), location, beside
         self.dtype = dtype
-        self._spec = spec_from_config(self.config)
+        self._spec = _language_model(spec_from_config(self.config))
         self._source: HFSource | None = None
 
     @classmethod
@@ -148,6 +149,7 @@ class Pretrained:
                     "hf_path"
                 )
             self._source = HFSource(self.location.folder(config_only=False), ignored_tensors=self._ignored_tensors)
+            _language_model(self._source.spec)
             for note in self._source.origin.notes:
                 LOG.info(note)
         return self._source
@@ -205,3 +207,11 @@ def loading_options(options: Mapping[str, Any]) -> tuple[dict[str, Any], DType |
     if needless:
         LOG.warning("%s: not heeded, since no model of transformers is built", ", ".join(needless))
     return known, None if dtype == "auto" else weights_dtype(dtype, "torch_dtype")
+
+
+def _language_model(spec: ModelSpec) -> ModelSpec:
+    """The spec; raises `ConversionError` for a model with another head than logits of tokens."""
+    if spec.num_labels is not None:
+        named = class_of(FAMILIES[spec.family], spec.num_labels)
+        raise ConversionError(f"a bridge is for language models, and this is of {named}; convert its files instead")
+    return spec

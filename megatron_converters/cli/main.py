@@ -59,6 +59,11 @@ VERBS = {
         "Print the pretrain_gpt.py flags of a model or checkpoint.",
         ("args llama-hf", "args llama-megatron --json"),
     ),
+    "families": Verb(
+        "",
+        "Show the supported model families: classes, formats, least Megatron-LM release, and how each was proven.",
+        ("families", "families --json"),
+    ),
     "completion": Verb(
         "SHELL",
         "Print what makes a shell complete verbs, options and their values.",

@@ -77,6 +77,8 @@ class Forecast:
     dtypes: dict[str, int] = field(default_factory=dict)
     #: Number of tensors, or parts of them, that are not only copied or cast, by what is computed.
     computed: dict[str, int] = field(default_factory=dict)
+    #: Path of the file of each tensor that is taken from another folder than the source (`--backfill-from`), by its name there.
+    backfilled: dict[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """All fields as plain values."""
@@ -138,6 +140,7 @@ def forecast(source: Source, target: Target, dtype: DType | None, workers: int =
         obstacle=state.obstacle,
         dtypes=dict(dtypes),
         computed=dict(computed),
+        backfilled=source.origin.backfilled,
     )
 
 

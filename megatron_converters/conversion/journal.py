@@ -246,7 +246,8 @@ def write_manifest(path: Path, run: Mapping[str, Any], finished: Mapping[str, An
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.relative_to(folder).as_posix() not in files
     }
-    remarks = {"notes": origin.notes, "ignored": origin.ignored}
+    remarks: dict[str, Any] = {"notes": origin.notes, "ignored": origin.ignored}
+    remarks |= {"backfilled": origin.backfilled} if origin.backfilled else {}
     _write(path, with_digest({**run, **remarks, "beside": beside, "files": files}))
 
 

@@ -8,9 +8,10 @@ from typing import Any
 
 from ..basics.dtypes import DType, dtype_named
 from ..basics.errors import ConversionError, UnknownArchitecture, one_line
-from ..model.spec import ModelSpec, PerLayer
+from ..model.spec import ModelSpec, Multipliers, PerLayer
 from . import FAMILIES, quantisation
 from .harmless import CONFIG, harmless_warnings, refuse_unknown, unknown_fields
+from .heads import BASE_NOTE, class_names, class_of, num_labels_of, refused_head, relabelled, with_head, written_labels
 from .rules import Nested, Rule
 from .rules_attention import FULL, Causal, layer_types
 from .table import Family
@@ -45,12 +46,13 @@ def family_from_config(config: Mapping[str, Any]) -> Family:
             f"config.json has model_type={model_type!r} and no architectures; add which class it is: {classes}"
         )
     # transformers goes by model_type, other programs by architectures
-    if any({*family.architectures} & {*architectures} for family in FAMILIES.values()):
+    if any(not {*class_names(family)}.isdisjoint(architectures) for family in FAMILIES.values()):
         raise ConversionError(
             f"config.json has architectures={architectures!r} and model_type={model_type!r}, which name different "
             "models; correct the one that is wrong"
         )
     reasons = [reason for name, reason in _REFUSED.items() if name in architectures or name == model_type]
+    reasons += filter(None, (refused_head(family, architectures) for family in FAMILIES.values()))
     if reasons:
         raise ConversionError(f"config.json names {one_line(', '.join(architectures) or model_type)}, {reasons[0]}")
     named = one_line(", ".join(architectures) or model_type or "no architecture")
@@ -67,8 +69,8 @@ def _named(model_type: Any, architectures: list[str], families: Iterable[Family]
     return [
         family
         for family in families
-        if (model_type in family.model_types and (not given or {*family.architectures, family.computed_by} & given))
-        or (model_type is None and {*family.architectures} & given)
+        if (model_type in family.model_types and (not given or {*class_names(family), family.computed_by} & given))
+        or (model_type is None and {*class_names(family)} & given)
     ]
 
 
@@ -92,7 +94,14 @@ def spec_from_config(config: Mapping[str, Any], ignored: Iterable[str] = ()) -> 
     for rule in _rules(family):
         fields.update(rule.read(config))
     dtype = dtype_named(config.get("torch_dtype") or config.get("dtype") or "float32")
-    return ModelSpec.of(family=family.name, dtype=dtype, **fields)
+    labels = num_labels_of(config, family, _architectures(config))
+    spec = ModelSpec.of(family=family.name, dtype=dtype, **with_head(fields, labels), num_labels=labels)
+    if labels is not None and spec.multipliers != Multipliers():
+        raise ConversionError(
+            f"config.json names {class_of(family, labels)}, and multipliers are converted for language models alone; of this "
+            f"family, only {family.architecture} is converted"
+        )
+    return spec
 
 
 def _rules(family: Family) -> tuple[Rule, ...]:
@@ -115,6 +124,7 @@ def config_notes(config: Mapping[str, Any]) -> list[str]:
     family = family_from_config(config)
     notes = [*harmless_warnings("config.json", config, CONFIG)]
     notes += [note for key, note in family.remarks.items() if config.get(key)]
+    notes += [BASE_NOTE] if num_labels_of(config, family, _architectures(config)) == 0 else []
     auto_map = config.get("auto_map")
     listed = auto_map.items() if isinstance(auto_map, Mapping) else ()
     code = dict.fromkeys(one_line(value) for key, value in listed if key.startswith("AutoModel"))
@@ -129,7 +139,11 @@ def config_notes(config: Mapping[str, Any]) -> list[str]:
 def config_from_spec(spec: ModelSpec) -> dict[str, Any]:
     """Complete config.json object for the spec. Raises `ConversionError` naming the fields that the family cannot express."""
     family = FAMILIES[spec.family]
-    config: dict[str, Any] = {"architectures": [family.architecture], "model_type": family.model_type}
+    config: dict[str, Any] = {
+        "architectures": [class_of(family, spec.num_labels)],
+        "model_type": family.model_type,
+        **written_labels(spec.num_labels),
+    }
     for rule in _rules(family):
         for key, value in rule.write(spec).items():
             config.setdefault(key, _of_all(value))
@@ -212,13 +226,15 @@ def config_for(
     family = FAMILIES[spec.family]
     config = dict(base)
     for rule in _rules(family):
-        if rule.read(base) != {name: spec.values.get(name) for name in rule.read(base)}:
+        read = with_head(rule.read(base), spec.num_labels)
+        if read != {name: spec.values.get(name) for name in read}:
             config = {key: value for key, value in config.items() if key not in rule.keys}
             config.update({key: written[key] for key in rule.write(spec)})
     complete = "auto_map" in base and not missing_code(base, code)
     if not (complete and family_from_config(base).name == family.name):
         config.pop("auto_map", None)  # names code that does not travel; the class is transformers' own
-        config.update(architectures=[family.architecture], model_type=family.model_type)
+        config.update(architectures=[class_of(family, spec.num_labels)], model_type=family.model_type)
+    config = relabelled(config, spec.num_labels)
     config = quantisation.unquantised(config)  # weights are written as they are
     dtype_key = "dtype" if "dtype" in base else "torch_dtype"
     config[dtype_key] = spec.dtype.name

@@ -48,6 +48,8 @@ DEEPSEEK_V2 = Family(
     architecture="DeepseekV2ForCausalLM",
     since="0.14",
     proof=Proof.LOGITS,
+    models="DeepSeek-V2-Lite",
+    covers="multi-latent attention, YaRN; the larger V2, which chooses groups by their best expert, is refused",
     tensors=_TENSORS,
     rules=(
         *_RULES,
@@ -72,6 +74,8 @@ DEEPSEEK_V3 = Family(
     architecture="DeepseekV3ForCausalLM",
     since="0.12",
     proof=Proof.LOGITS,
+    models="DeepSeek-V3, R1, V3.1, Kimi-K2",
+    covers="groups of experts, YaRN as Megatron-LM has it built in, multi-token prediction, FP8",
     tensors={**_TENSORS, **tensor("expert_bias", MLP + "gate.e_score_correction_bias"), **PREDICTION},
     rules=(
         *_RULES,

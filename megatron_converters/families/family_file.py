@@ -47,6 +47,8 @@ _ENTRY_KEYS: Mapping[str, Check] = {
 }
 #: Key of a slot that files leave out, in place of all others.
 _CONSTANT = "constant"
+#: What holds of a base alone, and not of what is made of it.
+_UNSTATED: Mapping[str, Any] = {"since": "", "proof": None, "models": "", "covers": ""}
 #: Properties without which no model can be described.
 _NEEDED = ("num_layers", "hidden_size", "vocab_size", "max_position_embeddings", "norm_epsilon")
 
@@ -94,7 +96,7 @@ def _family(values: Mapping[str, Any], base: Family | None, place: Place) -> Fam
         own["replicas"] = _replicas(values["replicas"], place.at("replicas"))
     _check_needed(own["rules"], place.at("rules"))
     try:
-        return Family(**own) if base is None else dataclasses.replace(base, since="", proof=None, **own)
+        return Family(**own) if base is None else dataclasses.replace(base, **_UNSTATED, **own)
     except ValueError as error:
         raise place.fault(f"{error}; correct the names") from None
 

@@ -23,6 +23,8 @@ GLM = Family(
     architecture="GlmForCausalLM",
     since="0.8",
     proof=Proof.LOGITS,
+    models="GLM-4-9B",
+    covers="neighbouring rotary pairs, half-rotated heads",
     tensors={
         **DENSE,
         # Neighbouring rows of a head rotate together; they stay so where Megatron-LM rotates them with --rotary-interleaved.
@@ -47,6 +49,8 @@ GLM4_MOE = Family(
     architecture="Glm4MoeForCausalLM",
     since="0.12",
     proof=Proof.LOGITS,
+    models="GLM-4.5, 4.6, 4.7",
+    covers="sigmoid router with its bias, first dense layers, shared experts, multi-token prediction",
     tensors={
         **DENSE,
         **QKV_BIAS,

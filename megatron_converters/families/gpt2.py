@@ -21,6 +21,8 @@ FAMILY = Family(
     architecture="GPT2LMHeadModel",
     since="0.8",
     proof=Proof.LOGITS,
+    models="GPT-2",
+    covers="learned positions, LayerNorm, both forms of GELU, files with and without the `transformer.` prefix",
     tensors={
         **tensor("word_embeddings", "transformer.wte.weight"),
         **tensor("position_embeddings", "transformer.wpe.weight"),

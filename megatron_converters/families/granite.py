@@ -20,6 +20,8 @@ GRANITE = Family(
     architecture="GraniteForCausalLM",
     since="0.17",
     proof=Proof.LOGITS,
+    models="Granite 3",
+    covers="multipliers, as muP's flags or folded into weights",
     tensors=LLAMA.tensors,
     rules=(
         *LLAMA.rules,

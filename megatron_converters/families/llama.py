@@ -68,6 +68,11 @@ FAMILY = Family(
     architecture="LlamaForCausalLM",
     since="0.8",
     proof=Proof.LOGITS,
+    models="Llama 1, 2, 3, 3.1, 3.2, 3.3 (and models of that shape)",
+    covers=(
+        "rope theta, llama3, linear and dynamic RoPE scaling, LongRoPE with `--allow-inexpressible`, tied "
+        "embeddings, `head_dim`, `attention_bias` with `mlp_bias`"
+    ),
     tensors={**DENSE, **QKV_BIAS, **PROJ_BIAS, **MLP_BIAS},
     rules=(
         *SIZES,

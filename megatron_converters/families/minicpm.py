@@ -26,6 +26,11 @@ MINICPM = Family(
     architecture="MiniCPMForCausalLM",
     since="0.17",
     proof=Proof.EQUIVALENT,
+    models="MiniCPM-1B, 2B, 2B-128k, MoE-8x2B, MiniCPM4, 4.1",
+    covers=(
+        "multipliers, LongRoPE with `--allow-inexpressible`, experts; BlockFFN's experts renamed; SALA is "
+        "refused. MiniCPM5 is a Llama"
+    ),
     tensors={
         **DENSE,
         **QKV_BIAS,
@@ -68,6 +73,8 @@ MINICPM3 = Family(
     architecture="MiniCPM3ForCausalLM",
     since="0.12",
     proof=Proof.LOGITS,
+    models="MiniCPM3",
+    covers="multi-latent attention whose rotary rows are made neighbours, multipliers folded",
     tensors={
         **{slot: entry for slot, entry in LATENT.items() if slot not in _ROTARY_ROWS},
         **{slot: Entry(layout, LATENT[slot].names) for slot, layout in _ROTARY_ROWS.items()},

@@ -18,6 +18,8 @@ FAMILY = Family(
     architecture="MistralForCausalLM",
     since="0.8",
     proof=Proof.LOGITS,
+    models="Mistral",
+    covers="sliding window",
     tensors=DENSE,
     rules=(
         *SIZES,

@@ -56,6 +56,8 @@ MIXTRAL = Family(
     architecture="MixtralForCausalLM",
     since="0.11",
     proof=Proof.LOGITS,
+    models="Mixtral",
+    covers="experts, sliding window",
     tensors={
         **WITHOUT_MLP,
         "router": Entry(SAME, (_MIXTRAL + "gate.weight",), MLP + "gate.weight"),
@@ -96,6 +98,8 @@ QWEN2_MOE = Family(
     architecture="Qwen2MoeForCausalLM",
     since="0.16",
     proof=Proof.LOGITS,
+    models="Qwen2-MoE",
+    covers="shared expert with its gate, dense layers",
     tensors={
         **WITHOUT_MLP,
         **QKV_BIAS,
@@ -109,7 +113,7 @@ QWEN2_MOE = Family(
         DERIVED_HEAD_DIM,
         *_QWEN_ROWS,
         Row("qkv_bias", "qkv_bias", True),
-        Experts(60),
+        Row("num_experts", "num_experts", 60),  # the one class of Qwen's that does not know it as num_local_experts
         Row("moe_router_topk", "num_experts_per_tok", 4),
         Row("moe_ffn_hidden_size", "moe_intermediate_size", 1408),
         Row("shared_ffn_hidden_size", "shared_expert_intermediate_size", 5632),
@@ -123,6 +127,8 @@ QWEN3_MOE = Family(
     architecture="Qwen3MoeForCausalLM",
     since="0.11",
     proof=Proof.LOGITS,
+    models="Qwen3-MoE",
+    covers="query and key norms, dense layers",
     tensors={**WITHOUT_MLP, **QKV_BIAS, **PROJ_BIAS, **QK_NORM, **_DENSE_MLP, **EXPERTS},
     rules=(
         *SIZES,
@@ -144,6 +150,8 @@ OLMOE = Family(
     model_type="olmoe",
     architecture="OlmoeForCausalLM",
     proof=Proof.LOGITS,
+    models="OLMoE",
+    covers="with `--allow-inexpressible`: its norms span all heads, which Megatron-LM has no argument for",
     tensors={**WITHOUT_MLP, **QKV_BIAS, **PROJ_BIAS, **QK_NORM, **EXPERTS},
     rules=(
         *SIZES,

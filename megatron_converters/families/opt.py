@@ -41,7 +41,7 @@ OPT = Family(
         [rule for rule in SIZES if rule.keys != ("hidden_act",)],
         (
             Fixed("do_layer_norm_before", True, why="Megatron-LM has no norms after its blocks"),
-            Fixed("word_embed_proj_dim", SameAs("hidden_size"), "Megatron-LM has no projections of embeddings"),
+            Fixed("word_embed_proj_dim", SameAs("hidden_size"), why="Megatron-LM has no projections of embeddings"),
             Fixed("layer_norm_elementwise_affine", True),
             Fixed("_remove_final_layer_norm", False, why="Megatron-LM has a norm before the head"),
             Row("ffn_hidden_size", "ffn_dim", 3072),

@@ -21,6 +21,11 @@ PHI = Family(
     model_type="phi",
     architecture="PhiForCausalLM",
     proof=Proof.LOGITS,
+    models="Phi-1, 1.5, 2",
+    covers=(
+        "live, through AutoBridge; files with `--allow-inexpressible`: attention and MLP in parallel on one norm, "
+        "and a head with a bias, which Megatron-LM has not"
+    ),
     tensors={
         **tensor("word_embeddings", "model.embed_tokens.weight"),
         **linear("input_norm", LAYER + "input_layernorm"),
@@ -56,6 +61,8 @@ PHI3 = Family(
     architecture="Phi3ForCausalLM",
     since="0.8",
     proof=Proof.LOGITS,
+    models="Phi-3, Phi-4",
+    covers="fused `qkv_proj` and `gate_up_proj`, partly rotated heads; LongRoPE is refused",
     tensors={
         **DENSE,
         **tensor("qkv", ATTENTION + "qkv_proj.weight", layout=joined(GROUPED_QKV)),

@@ -14,6 +14,8 @@ QWEN2 = Family(
     architecture="Qwen2ForCausalLM",
     since="0.8",
     proof=Proof.LOGITS,
+    models="Qwen2, Qwen2.5",
+    covers="QKV bias, tied embeddings, sliding window on some layers",
     tensors={**DENSE, **QKV_BIAS},
     rules=(
         *SIZES,
@@ -33,6 +35,8 @@ QWEN3 = Family(
     architecture="Qwen3ForCausalLM",
     since="0.10",
     proof=Proof.LOGITS,
+    models="Qwen3",
+    covers="query and key norms, `head_dim`, tied embeddings, sliding window on some layers",
     tensors={**DENSE, **QKV_BIAS, **PROJ_BIAS, **QK_NORM},
     rules=(
         *SIZES,

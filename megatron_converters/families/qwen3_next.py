@@ -34,6 +34,8 @@ QWEN3_NEXT = Family(
     architecture="Qwen3NextForCausalLM",
     since="0.16",
     proof=Proof.LOGITS,
+    models="Qwen3-Next",
+    covers="gated DeltaNet, gated attention, norms stored minus 1, multi-token prediction",
     tensors={
         **DENSE,
         **tensor("qkv", *(f"{ATTENTION}{part}_proj.weight" for part in "qkv"), layout=GROUPED_GATED_QKV),

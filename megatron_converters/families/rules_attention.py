@@ -244,12 +244,15 @@ class MultiQuery:
 class Causal:
     """Whether attention sees earlier tokens alone, which transformers 5 lets config.json switch off for every class.
 
-    Null is neither: transformers 5.23 then hides later tokens with one kernel (sdpa) and not with another (eager).
+    `use_bidirectional_attention` is its inverse in configurations of embedding models. A null `is_causal` is neither: transformers
+    5.23 then hides later tokens with one kernel (sdpa) and not with another (eager).
     """
 
-    keys: tuple[str, ...] = ("is_causal",)
+    keys: tuple[str, ...] = ("is_causal", "use_bidirectional_attention")
 
     def read(self, config: Config) -> dict[str, Any]:
+        if config.get("use_bidirectional_attention"):
+            return {"causal": False}
         value = config.get("is_causal", True)
         if not isinstance(value, bool):
             raise ConversionError(

@@ -49,6 +49,8 @@ STARCODER2 = Family(
     architecture="Starcoder2ForCausalLM",
     since="0.15",
     proof=Proof.LOGITS,
+    models="StarCoder2",
+    covers="LayerNorm with biases, MLP without a gate, sliding window",
     tensors={
         **{**ENDS, **NORMS, **QKV, **PROJ},
         **linear("fc1", MLP + "c_fc"),

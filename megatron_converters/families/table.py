@@ -32,7 +32,8 @@ class Family:
     `further_architectures` are further values of `model_type` and `architectures` in config.json; `computed_by` is the class of
     another family that transformers has for this one, too, and writes there. `since` is the first release of
     Megatron-LM whose arguments can say such a model, the one that needs least of them; empty where none can, or where nobody has
-    said it, and `proof` is None in the second case alone.
+    said it, and `proof` is None in the second case alone. `models` are published models of this architecture, and `covers` is what
+    of them is converted, both in Markdown for people.
     """
 
     name: str
@@ -57,6 +58,8 @@ class Family:
     ignored_suffixes: tuple[str, ...] = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached")
     since: str = field(default="", compare=False)
     proof: Proof | None = field(default=None, compare=False)
+    models: str = field(default="", compare=False)
+    covers: str = field(default="", compare=False)
 
     @property
     def model_types(self) -> tuple[str, ...]:

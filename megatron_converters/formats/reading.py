@@ -38,8 +38,8 @@ class ReadOptions:
     inferred where nothing names the model's. For a Hugging Face folder, `untie` keeps a stored lm_head although config.json ties
     it; a file of weights has `hf_config`, too. `ignore_config_fields` names unknown fields that do not matter, of config.json (also
     that of a reference) or of params.json.
-    `without_mtp` leaves out layers of multi-token prediction, and `backfill_from` names a model of which they are taken if a
-    training run has dropped them. `mup` ("flags", "fold" or "raw") says where a checkpoint has its
+    `without_mtp` leaves out layers of multi-token prediction, `backfill_from` is the Hugging Face folder from which they are taken
+    where training ran without them. `mup` ("flags", "fold" or "raw") says where a checkpoint has its
     model's multipliers, if its args do not. `trained_by` is the release of Megatron-LM ("0.16") that trained it, which may have
     ignored some of its args, or "args" for a program that heeds all. `prefer_args` takes only the family, names and tokenizer
     from `hf_config`, and `ignore_args` names arguments of other programs that change nothing. `source_margs_file` is a
@@ -108,17 +108,34 @@ def open_source(path: str | os.PathLike[str], options: ReadOptions = AS_FOUND) -
         options = dataclasses.replace(options, hf_config=reference.folder)
         notes = [*notes, *reference.notes]
     with family_of(options.family_file):
-        source = _OPENERS[found](found_path, options)
-        if options.backfill_from is not None:
-            from .backfill import Backfilled
-
-            given = ReadOptions(download=options.download, ignore_config_fields=options.ignore_config_fields)
-            source = Backfilled(source, open_source(options.backfill_from, given).source)
+        source = _backfilled(_OPENERS[found](found_path, options), options)
         _note_unused_family(source, options)
     source.origin.say_first(notes)
     if margs is not None:
         _take_over(margs, source, options)
     return Opened(found, source)
+
+
+def _backfilled(source: Source, options: ReadOptions) -> Source:
+    """The source, with what training ran without from another folder if one is named."""
+    if options.backfill_from is None:
+        return source
+    if options.without_mtp:
+        raise UsageError(
+            "--backfill-from takes layers of multi-token prediction from a folder, and --without-mtp leaves them out; give only "
+            "one of them"
+        )
+    from .backfilling import Backfilled
+    from .huggingface.source import HFSource
+
+    folder, notes = located(options.backfill_from, download=options.download)
+    other = HFSource(
+        existing_folder(folder),
+        ignored_config=options.ignore_config_fields,
+        ignored_tensors=options.ignore_tensors,
+    )
+    source.origin.say_first(notes)
+    return Backfilled(source, other, folder)
 
 
 def _training_args(path: Path) -> argparse.Namespace:
@@ -216,6 +233,7 @@ def megatron_options(options: ReadOptions) -> MegatronReadOptions:
         _reference(options),
         options.true_vocab_size,
         without_mtp=options.without_mtp,
+        backfilled=options.backfill_from is not None,
         mup=options.mup,
         missing_args=options.missing_args,
         families=options.families,
@@ -289,6 +307,7 @@ _FORMAT_OF_OPTION = {
     "missing_args": {MEGATRON},
     "families": {MEGATRON},
     "untie": {HF, WEIGHTS},
+    "backfill_from": {HF, WEIGHTS, MEGATRON},
     **{name: {MINDSPORE} for name in ("mf_mlp_layout", "mf_qkv_layout", "mf_version", "mf_config", "typed")},
 }
 _NAMES = {

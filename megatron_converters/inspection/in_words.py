@@ -184,7 +184,7 @@ def _model(spec: ModelSpec) -> Iterator[tuple[str, str]]:
     )
     yield "biases", _biases(spec)
     yield "vocabulary", str(spec.vocab_size)
-    yield "output layer", "tied to the embeddings" if spec.tied else "weights of its own"
+    yield "output layer", _head(spec)
     yield "positions", str(spec.max_position_embeddings)
     if spec.values.get("rope"):
         yield "rotary base", f"{spec.values['rotary_base']:,.15g}".replace(",", "")
@@ -238,6 +238,12 @@ def _value(spec: ModelSpec, name: str) -> str:
     for layer, one in enumerate(value):
         layers.setdefault(one, []).append(str(layer))
     return "; ".join(f"{one} in layers {', '.join(held)}" for one, held in layers.items() if one is not None)
+
+
+def _head(spec: ModelSpec) -> str:
+    if spec.num_labels is not None:
+        return f"a classifier of {count(spec.num_labels, 'label')}" if spec.num_labels else "none"
+    return "tied to the embeddings" if spec.tied else "weights of its own"
 
 
 def _biases(spec: ModelSpec) -> str:

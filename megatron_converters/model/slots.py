@@ -289,7 +289,16 @@ _ALL = (
     Slot("mtp_final_norm_bias", _MTP, _REPLICATED, of_model(extents.norm_bias)),
     Slot("final_norm", _LAST, _REPLICATED, of_model(extents.hidden)),
     Slot("final_norm_bias", _LAST, _REPLICATED, of_model(extents.norm_bias)),
-    Slot("output_layer", _LAST, _COLUMN, of_model(lambda s: None if s.tied else extents.vocab(s)), vocab=True),
+    Slot(
+        *("output_layer", _LAST, _COLUMN),
+        of_model(lambda s: extents.vocab(s) if s.num_labels is None and not s.tied else None),
+        vocab=True,
+    ),
+    # The head of a classifier, which verl and mcore-bridge hold where the output layer would be, whole on each rank.
+    Slot(
+        *("score", _LAST, _REPLICATED),
+        of_model(lambda s: extents.rows_of(s.num_labels, s.hidden_size) if s.num_labels else None),
+    ),
     Slot(
         "output_layer_bias",
         _LAST,

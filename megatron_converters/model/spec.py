@@ -95,6 +95,8 @@ class ModelSpec:
     head_bias: bool = False
     #: Linears whose biases are 0, since the family's files have none: of attention, or of the MLP. Megatron-LM has all or none.
     absent_biases: str = ""
+    #: Rows of a classifier's head, which takes the place of the output layer; 0 for a base model without any; None for neither.
+    num_labels: int | None = None
     initializer_range: float = 0.02
     attention_dropout: float = 0.0
 
@@ -107,6 +109,8 @@ class ModelSpec:
             )
         for name in ("initializer_range", "attention_dropout"):
             number(getattr(self, name), name)
+        if self.num_labels not in (None, 0):
+            check_sizes(self, ("num_labels",))
         check_switches(self, ("tied", "learned_positions", "causal", "head_bias"))
         check_choice(self, "absent_biases", ("", OF_ATTENTION, OF_MLP))
         counts = {kind.feed.num_experts for kind in self.kinds if isinstance(kind.feed, Mixture)}
@@ -182,13 +186,8 @@ class ModelSpec:
 
 _SHARED = ("family", "dtype", "hidden_size", "vocab_size", "max_position_embeddings")
 _OPTIONAL = (
-    "learned_positions",
-    "causal",
-    "tied",
-    "head_bias",
-    "absent_biases",
-    "initializer_range",
-    "attention_dropout",
+    *("learned_positions", "causal", "tied", "head_bias", "absent_biases", "num_labels"),
+    *("initializer_range", "attention_dropout"),
 )
 
 

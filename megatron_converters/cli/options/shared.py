@@ -51,8 +51,8 @@ _DECLARED: dict[str, dict[str, Any]] = {
     "--backfill-from": dict(
         metavar="DIR",
         default=None,
-        help="Take layers of multi-token prediction from this model, where training has dropped them; the manifest lists each "
-        "tensor.",
+        help="Hugging Face folder that the training began with: layers of multi-token prediction, which it ran without, are taken "
+        "from there. Nothing else is, and each tensor is listed in the manifest.",
     ),
     "--mup": dict(
         choices=(FLAGS, FOLD, RAW),

@@ -41,7 +41,7 @@ def add_job_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_reading_arguments(parser)
     add_expert_layout_argument(parser, (*EXPERT_LAYOUTS, SEPARATE, FUSED))
-    add_shared(parser, "--dtype", "--tokenizer-model", "--overwrite")
+    add_shared(parser, "--backfill-from", "--dtype", "--tokenizer-model", "--overwrite")
     for declare in _DECLARING.values():
         declare(parser)
     parser.set_defaults(**{name: None for defaults in _defaults().values() for name in defaults})

@@ -90,6 +90,10 @@ def _lines(job: Job, result: Forecast) -> Iterator[str]:
         yield f"left out: {ignored}"
     if len(result.ignored) > _SHOWN_IGNORED:
         yield f"… and {len(result.ignored) - _SHOWN_IGNORED} more are left out (--json lists all)"
+    for name, file in [*result.backfilled.items()][:_SHOWN_IGNORED]:
+        yield f"backfilled: {name} of {file}"
+    if len(result.backfilled) > _SHOWN_IGNORED:
+        yield f"… and {len(result.backfilled) - _SHOWN_IGNORED} more are backfilled (--json lists all)"
     yield from result.notes
     yield from _state(result)
     room = "enough" if result.left <= result.free else "NOT ENOUGH"

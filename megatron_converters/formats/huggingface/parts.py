@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ...basics.errors import ConversionError
+from ...families.heads import ENTRIES
 from ...families.table import Family
 from ...model.layers import OF_ATTENTION, OF_MLP
 from ...model.layouts import SAME, RowMap, row_maps
@@ -97,11 +98,12 @@ def constants(family: Family, spec: ModelSpec) -> dict[str, float]:
 
 
 class HFNames:
-    """Names and parts of a model's refs in a Hugging Face folder."""
+    """Names and parts of a model's refs in a Hugging Face folder; those of a `bare` base model lack its prefix."""
 
-    def __init__(self, family: Family, spec: ModelSpec) -> None:
+    def __init__(self, family: Family, spec: ModelSpec, *, bare: bool = False) -> None:
         self._family, self._spec = family, spec
         self._constants = constants(family, spec)
+        self._prefix = family.base_prefix if bare else ""
         self._templates: dict[tuple[Slot, int, str, bool], tuple[_Template, ...]] = {}
 
     def parts(self, ref: Ref, *, fused: bool) -> list[Part]:
@@ -165,7 +167,7 @@ class HFNames:
         """Name template of a part in the ref's stack of layers."""
         if ref.stack != DECODER and ref.slot.scope is Scope.LAYER:
             name = name.replace(self._family.layer, self._family.mtp_layer)
-        return name
+        return name.removeprefix(self._prefix)
 
     def _name(self, template: str, ref: Ref) -> str:
         return self._numbered(template, ref.layer, ref.expert)
@@ -176,6 +178,6 @@ class HFNames:
 
     def _entry(self, ref: Ref) -> Entry:
         try:
-            return self._family.tensors[ref.slot.name]
+            return self._family.tensors.get(ref.slot.name) or ENTRIES[ref.slot.name]
         except KeyError:
             raise ConversionError(f"the {self._family.name} family has no name for {ref}") from None

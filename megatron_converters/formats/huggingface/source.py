@@ -30,6 +30,7 @@ from ...conversion.left_out import LeftOut
 from ...conversion.matching import Matcher
 from ...families import FAMILIES
 from ...families.config_json import config_notes, spec_from_config
+from ...families.heads import BASE_NOTE, class_of
 from ...families.quantisation import unquantised
 from ...families.table import Family
 from ...model.layouts import SAME, row_maps
@@ -90,6 +91,7 @@ class HFSource:
         wrapping = wrapping_of(stored, ghosts, family, spec)
         tensors = wrapping.as_table(decoded(path, config, stored))
         missing = wrapping.as_table(ghosts)
+        spec, head_notes = _without_head(spec, family, {*stored, *ghosts}, {*tensors, *missing}, untie)
         spec, left_out, notes = _prediction_layers(spec, family, {*tensors, *missing}, without_mtp)
         names = HFNames(family, spec)
         ignored = {name for name in tensors if name.endswith(family.ignored_suffixes)}
@@ -114,6 +116,7 @@ class HFSource:
             notes=[
                 *files.notes,
                 *wrapping.notes,
+                *head_notes,
                 *notes,
                 *_ghost_note(ghosts),
                 *([_ZERO_BIAS_NOTE] if zero else []),
@@ -152,6 +155,24 @@ class HFSource:
         if not zero_bias.is_alone(spec) or not all(zero_bias.all_zero(self._pieces[ref]) for ref in biases):
             return []
         return [piece.name.tensor for ref in biases for piece in self._pieces.pop(ref)]
+
+
+def _without_head(
+    spec: ModelSpec, family: Family, stored: Collection[str], tensors: Collection[str], untie: bool
+) -> tuple[ModelSpec, list[str]]:
+    """Spec of a base model where the files are of one, whatever class config.json names: without prefix and head; and notes.
+
+    So are published embedding models, such as Qwen3-Embedding-8B. `stored` are names in the files, `tensors` those of the table.
+    """
+    base = family.base_prefix
+    head = HFNames(family, spec).names(Ref(SLOTS["output_layer"])) if "output_layer" in family.tensors else ()
+    prefixed = not base or any(name.startswith(base) for name in stored)
+    if spec.num_labels is not None or spec.tied or untie or prefixed or not {*head}.isdisjoint(tensors):
+        return spec, []
+    return spec.replaced(num_labels=0, tied=True, head_bias=False), [
+        f"the names lack the prefix {base!r}, and there is no {', '.join(head)}: the files are of {class_of(family, 0)}",
+        BASE_NOTE,
+    ]
 
 
 def _has_tokenizer(folder: Path) -> bool:

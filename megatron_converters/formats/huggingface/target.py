@@ -90,7 +90,7 @@ class HFTarget:
         own = asked in (None, spec.family)
         self._stored = StoredModel(with_zero_bias(spec)) if own else stored_as(spec, str(asked))
         self._spec = dataclasses.replace(self._stored.spec, dtype=main_dtype(spec, dtype_of))
-        self._names = HFNames(FAMILIES[self._spec.family], self._spec)
+        self._names = HFNames(FAMILIES[self._spec.family], self._spec, bare=self._spec.num_labels == 0)
         self._origin = origin
         self._dtype_of = dtype_of
         self._config, self._changed = self._configuration(spec.family)

@@ -19,7 +19,7 @@ from ...sharding.ranks import padded_vocab
 from .arguments import missing_sizes, model_args, spec_fields, stated_heads
 from .conventions import conventions_of
 from .foreign_args import foreign_notes
-from .prediction import inferred, without_layers
+from .prediction import PREDICTION, inferred, without_layers
 from .reading import MegatronReadOptions
 from .run_config import Record
 from .trained_by import as_built, doubts, recorded_vocab
@@ -143,8 +143,8 @@ def _reference_notes(
             f"{path.parent} is another model than the checkpoint: {'; '.join(differences(spec, said, heads))} of {whose}, by "
             "which queries, keys and values are packed; give the reference of this model"
         )
-    names = dict.fromkeys((*stored.values, *said.values))
-    for name in names:
+    settled = (PREDICTION,) if options.without_mtp or options.backfilled else ()
+    for name in [each for each in dict.fromkeys((*stored.values, *said.values)) if each not in settled]:
         for difference in differences(stored, said, [name]):
             kind, remedy = ("", "") if name in _ASIDE else ("warning: ", "; --prefer-args takes what they say")
             yield f"{kind}taken from {path.parent}: {difference} of {whose}{remedy}"

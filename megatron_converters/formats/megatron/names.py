@@ -79,6 +79,7 @@ LOCAL: dict[str, Name] = {
     "final_norm_bias": "decoder.final_layernorm.bias",
     "output_layer": "output_layer.weight",
     "output_layer_bias": "output_layer.bias",
+    "score": "output_layer.weight",
 }
 
 

@@ -46,7 +46,7 @@ class RankFilesSource:
         padded = self._padded_vocab()
         spec, notes = spec_and_notes(args, padded, self._embedding_dtype(), options, files.record)
         stored = stored_layers(key for file in self._ranks.values() for key in file.tensors)
-        spec = as_stored(spec, stored, options.without_mtp, options.hf_config, self._dir)
+        spec = as_stored(spec, stored, args, options, self._dir)
         biased = any(key.endswith(OUTPUT_BIAS) for file in self._ranks.values() for key in file.tensors)
         spec, bias_notes = without_absent(spec, stored=biased)
         notes += bias_notes

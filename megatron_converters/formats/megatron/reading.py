@@ -42,6 +42,8 @@ class MegatronReadOptions:
     without_mtp: bool = False
     missing_args: Mapping[str, Any] | None = None
     families: tuple[str, ...] = ()
+    #: Whether layers of multi-token prediction that a reference has and training ran without come from elsewhere.
+    backfilled: bool = False
     #: Where multipliers are, if args do not say it: a value of `--mup`.
     mup: str | None = None
     #: Unknown fields of the reference's config.json that do not matter.

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from ...basics.errors import ConversionError, Unclear
+from ...basics.quantities import count
 from ...model.layers import (
     ALL_HEADS,
     EACH_HEAD,
@@ -184,6 +185,15 @@ def _head_bias_limit(spec: ModelSpec) -> str:
     return f"a bias of the output layer: Megatron-LM's has none; {_LIVE_ONLY}" if spec.head_bias else ""
 
 
+def _label_limit(spec: ModelSpec) -> str:
+    if not spec.num_labels:
+        return ""
+    return (
+        f"a classifier's head of {count(spec.num_labels, 'row')} (score): Megatron-LM's output layer has one for each token; "
+        "the code that trains it must build this one in its place, uncut and without padding, as verl does"
+    )
+
+
 _LIVE_ONLY = "the model works live only, through AutoBridge"
 
 SIZES = (
@@ -322,6 +332,7 @@ BLOCKS = (
     said("parallel_block", "parallel_block", absent=False, optional=True, limit=_parallel_limit, build=Build.OWN),
     said("parallel_norms", "parallel_norms", absent=False, optional=True, build=Build.OWN),
     said("head_bias", "head_bias", absent=False, optional=True, limit=_head_bias_limit, build=Build.OWN),
+    said("num_labels", "num_labels", optional=True, limit=_label_limit, build=Build.REFUSED),
     only("qk_l2_norm", False, "queries and keys of length 1"),
     Argument(
         "untie_embeddings_and_output_weights",

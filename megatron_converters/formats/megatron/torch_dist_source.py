@@ -87,7 +87,7 @@ class TorchDistSource:
         self.content: dict[str, Any] = content if isinstance(content, dict) else {}
         self.spec, notes = spec_and_notes(args, self.padded, embeddings.dtype, options, record)
         stored = stored_layers(self.weights)
-        self.spec = as_stored(self.spec, stored, options.without_mtp, options.hf_config, self._dir)
+        self.spec = as_stored(self.spec, stored, args, options, self._dir)
         biased = any(key.endswith(OUTPUT_BIAS) for key in self.weights)
         self.spec, bias_notes = without_absent(self.spec, stored=biased)
         self.conventions = conventions_of(vars(args), self.spec, options.mup)

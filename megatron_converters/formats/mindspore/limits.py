@@ -25,6 +25,8 @@ def without_place(spec: ModelSpec) -> Iterator[str]:
     for name in nameless:
         kinds.setdefault(_KINDS.get(name.partition("_")[0], "tensors without a name"), []).append(name)
     yield from (f"{kind}: {', '.join(names)}" for kind, names in kinds.items())
+    if spec.num_labels == 0:
+        yield "a base model without a head: its models have one, so that this would come back as another class"
     if not spec.causal:
         yield "attention to later tokens (is_causal false): its mask hides them"
     if spec.norm.zero_centred:

@@ -60,7 +60,7 @@ _ENTRIES = {
 }
 ENTRIES = {name: _ENTRIES.get(name, Entry(SAME, (name.replace("_", " "),))) for name in SLOTS}
 #: Slots of the message of the output layer.
-_OUTPUT_SLOTS = ("output_layer", "output_layer_bias")
+_OUTPUT_SLOTS = ("output_layer", "output_layer_bias", "score")
 
 
 class Sent(NamedTuple):

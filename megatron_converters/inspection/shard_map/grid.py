@@ -28,7 +28,7 @@ KINDS = {
     "shared expert": ("shared_fc1", "shared_fc2", "shared_gate"),
     "router": ("router", "expert_bias", "block_router"),
     "norms": tuple(name for name in SLOTS if name.endswith(("_norm", "_norm_bias"))),
-    "output layer": ("output_layer", "output_layer_bias"),
+    "output layer": ("output_layer", "output_layer_bias", "score"),
 }
 _KIND_BY_SLOT = {slot: kind for kind, slots in KINDS.items() for slot in slots}
 #: Groups of rows, from top to bottom: what comes before the layers, the decoder's layers, those of multi-token prediction, the end.
