@@ -32,6 +32,8 @@ BAICHUAN = Family(
     architecture="BaiChuanForCausalLM",
     since="0.8",
     proof=Proof.EQUIVALENT,
+    models="Baichuan-7B",
+    covers="fused `W_pack`; 13B, which has ALiBi, is refused",
     tensors={**DENSE, **tensor("qkv", ATTENTION + "W_pack.weight", layout=joined(GROUPED_QKV))},
     rules=(*_RULES, BaichuanRelease(normed_head=False)),
 )
@@ -40,6 +42,8 @@ BAICHUAN2 = dataclasses.replace(
     BAICHUAN,
     name="baichuan2",
     architecture="BaichuanForCausalLM",
+    models="Baichuan2-7B",
+    covers="the same; rows of the head are stored with length 1, as its code computes it",
     tensors={**BAICHUAN.tensors, **tensor("output_layer", "lm_head.weight", unit_rows=True)},
     rules=(*_RULES, BaichuanRelease(normed_head=True)),
 )

@@ -20,6 +20,8 @@ CHATGLM = Family(
     further_architectures=("ChatGLMForConditionalGeneration",),  # in what transformers saves
     since="0.8",
     proof=Proof.EQUIVALENT,
+    models="ChatGLM2, ChatGLM3, CodeGeeX2, GLM-4-9B-chat",
+    covers="fused `query_key_value`, half-rotated heads of neighbouring pairs, scaled rotary base",
     layer=_LAYER,
     tensors={
         **tensor("word_embeddings", "transformer.embedding.word_embeddings.weight"),

@@ -74,7 +74,7 @@ DEEPSEEK_V3 = Family(
     architecture="DeepseekV3ForCausalLM",
     since="0.12",
     proof=Proof.LOGITS,
-    models="DeepSeek-V3, R1, V3.1, Kimi-K2",
+    models="DeepSeek-V3, R1, V3.1, Moonlight, Kimi-K2",
     covers="groups of experts, YaRN as Megatron-LM has it built in, multi-token prediction, FP8",
     tensors={**_TENSORS, **tensor("expert_bias", MLP + "gate.e_score_correction_bias"), **PREDICTION},
     rules=(
@@ -106,6 +106,8 @@ GLM4_MOE_LITE = Family(
     architecture="Glm4MoeLiteForCausalLM",
     since="0.12",
     proof=Proof.LOGITS,
+    models="GLM-4.7-Flash",
+    covers="multi-latent attention, sigmoid router, multi-token prediction",
     tensors=DEEPSEEK_V3.tensors,
     rules=overridden(
         DEEPSEEK_V3.rules,

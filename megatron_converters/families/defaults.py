@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ..model.layers import is_whole
+from ..model.checks import is_whole
 from .rules import Config
 
 

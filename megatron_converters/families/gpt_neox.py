@@ -34,6 +34,8 @@ GPT_NEOX = Family(
     architecture="GPTNeoXForCausalLM",
     since="0.8",
     proof=Proof.LOGITS,
+    models="RedPajama-INCITE, Pythia, GPT-NeoX-20B, Dolly",
+    covers="attention and MLP in parallel (all but RedPajama) with `--allow-inexpressible`, or live",
     tensors={
         **tensor("word_embeddings", "gpt_neox.embed_in.weight"),
         **linear("input_norm", _NEOX + "input_layernorm"),
@@ -67,6 +69,8 @@ PERSIMMON = Family(
     architecture="PersimmonForCausalLM",
     since="0.10",
     proof=Proof.LOGITS,
+    models="Persimmon-8B",
+    covers="LayerNorms of queries and keys, squared ReLU",
     tensors={
         **ENDS,
         **NORMS,

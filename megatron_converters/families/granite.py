@@ -42,6 +42,8 @@ GRANITE_MOE = Family(
     architecture="GraniteMoeForCausalLM",
     since="0.17",
     proof=Proof.LOGITS,
+    models="Granite 3 MoE",
+    covers="multipliers, as muP's flags or folded into weights; experts in one tensor a layer",
     tensors={
         **{**WITHOUT_MLP, **QKV_BIAS, **PROJ_BIAS},
         # The second names are those in memory.
@@ -67,6 +69,8 @@ GRANITE_MOE_SHARED = Family(
     architecture="GraniteMoeSharedForCausalLM",
     since="0.17",
     proof=Proof.LOGITS,
+    models="Granite 3 MoE with shared experts",
+    covers="the same, and a shared expert",
     tensors={
         **GRANITE_MOE.tensors,
         **tensor("shared_fc1", LAYER + "shared_mlp.input_linear.weight", layout=joined(GATED)),

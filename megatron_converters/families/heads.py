@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from ..basics.errors import ConversionError
-from ..model.layers import is_whole
+from ..model.checks import is_whole
 from ..model.layouts import SAME
 from ..model.tables import Entry
 from .table import Family

@@ -18,6 +18,8 @@ JAIS2 = Family(
     architecture="Jais2ForCausalLM",
     since="0.8",
     proof=Proof.LOGITS,
+    models="Jais 2",
+    covers="LayerNorm, all biases, squared ReLU",
     tensors={**ENDS, **NORMS, **QKV, **PROJ, **UNGATED},
     rules=overridden(
         LLAMA.rules,

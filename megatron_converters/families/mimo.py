@@ -18,6 +18,8 @@ MIMO = Family(
     architecture="MiMoForCausalLM",
     since="0.12",
     proof=Proof.EQUIVALENT,
+    models="MiMo-7B",
+    covers="as Qwen2, and multi-token prediction, whose projection has its halves swapped",
     tensors={
         **QWEN2.tensors,
         **tensor("mtp_embedding_norm", _PREDICTION + "token_layernorm.weight"),

@@ -37,6 +37,8 @@ MINISTRAL = Family(
     architecture="MinistralForCausalLM",
     since="0.15",
     proof=Proof.LOGITS,
+    models="Ministral-8B",
+    covers="sliding window on the layers that `layer_types` lists",
     tensors=DENSE,
     rules=overridden(FAMILY.rules, [ListedWindow(default=4096)]),
 )
@@ -53,6 +55,8 @@ MINISTRAL3 = Family(
     architecture="Ministral3ForCausalLM",
     since="0.19",
     proof=Proof.LOGITS,
+    models="Ministral 3 (text)",
+    covers="YaRN of Megatron-LM 0.19; exact up to the original positions, beyond which queries are scaled",
     tensors=DENSE,
     rules=overridden(
         FAMILY.rules,

@@ -21,6 +21,8 @@ NEMOTRON = Family(
     architecture="NemotronForCausalLM",
     since="0.8",
     proof=Proof.LOGITS,
+    models="Nemotron-3, Nemotron-4, Minitron-4B and 8B",
+    covers="norms stored around 0 (Transformer Engine's layers), squared ReLU, half-rotated heads",
     tensors={**ENDS, **NORMS, **QKV, **PROJ, **UNGATED},
     rules=(
         *overridden(
@@ -43,6 +45,8 @@ ARCEE = Family(
     architecture="ArceeForCausalLM",
     since="0.8",
     proof=Proof.LOGITS,
+    models="Arcee AFM-4.5B",
+    covers="squared ReLU without a gate; YaRN from 0.19 on",
     tensors={**DENSE, **QKV, **PROJ, **UNGATED},
     rules=overridden(
         LLAMA.rules,

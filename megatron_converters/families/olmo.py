@@ -21,6 +21,8 @@ OLMO = Family(
     architecture="OlmoForCausalLM",
     since="0.8",
     proof=Proof.LOGITS,
+    models="OLMo 1",
+    covers="norms without weights, which become ones and zeros; `clip_qkv` is refused",
     tensors={
         **{**DENSE, **QKV_BIAS, **PROJ_BIAS},
         **{

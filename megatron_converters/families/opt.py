@@ -25,6 +25,8 @@ OPT = Family(
     architecture="OPTForCausalLM",
     since="0.8",
     proof=Proof.LOGITS,
+    models="OPT, Galactica",
+    covers="learned positions, of which two rows are never read; ReLU with `--allow-inexpressible`",
     tensors={
         **tensor("word_embeddings", "model.decoder.embed_tokens.weight"),
         **tensor("position_embeddings", "model.decoder.embed_positions.weight", layout=AFTER_TWO_ROWS),

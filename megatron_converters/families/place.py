@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from ..basics.errors import ConversionError, one_line
-from ..model.layers import is_whole
+from ..model.checks import is_whole
 from .table import BEYOND
 
 T = TypeVar("T")

@@ -15,7 +15,7 @@ QWEN2 = Family(
     since="0.8",
     proof=Proof.LOGITS,
     models="Qwen2, Qwen2.5",
-    covers="QKV bias, tied embeddings, sliding window on some layers",
+    covers="QKV bias, tied embeddings, sliding window on some layers; YaRN from 0.19 on",
     tensors={**DENSE, **QKV_BIAS},
     rules=(
         *SIZES,
@@ -36,7 +36,7 @@ QWEN3 = Family(
     since="0.10",
     proof=Proof.LOGITS,
     models="Qwen3",
-    covers="query and key norms, `head_dim`, tied embeddings, sliding window on some layers",
+    covers="query and key norms, `head_dim`, tied embeddings, sliding window on some layers; YaRN from 0.19 on",
     tensors={**DENSE, **QKV_BIAS, **PROJ_BIAS, **QK_NORM},
     rules=(
         *SIZES,

@@ -34,6 +34,8 @@ INTERNLM2 = Family(
     architecture="InternLM2ForCausalLM",
     since="0.8",
     proof=Proof.EQUIVALENT,
+    models="InternLM2, InternLM2.5",
+    covers="fused `wqkv`, dynamic RoPE up to the model's positions",
     tensors={
         **tensor("word_embeddings", "model.tok_embeddings.weight"),
         **tensor("input_norm", LAYER + "attention_norm.weight"),
@@ -62,6 +64,8 @@ EXAONE = Family(
     architecture="ExaoneForCausalLM",
     since="0.10",
     proof=Proof.EQUIVALENT,
+    models="EXAONE 3, 3.5, Deep",
+    covers="llama3 RoPE, GPT-2's names",
     layer=_BLOCK,
     tensors={
         **_AS_GPT2,
@@ -96,6 +100,8 @@ QWEN1 = Family(
     architecture="QWenLMHeadModel",
     since="0.8",
     proof=Proof.EQUIVALENT,
+    models="Qwen 1",
+    covers="fused `c_attn` with bias; dynamic NTK and logn attention act beyond `seq_length` only",
     layer=_BLOCK,
     tensors={
         **_AS_GPT2,

@@ -13,7 +13,8 @@ from types import NoneType
 from typing import Any, Protocol, runtime_checkable
 
 from ..basics.errors import ConversionError
-from ..model.layers import OF_ATTENTION, OF_MLP, TOO_MANY_LAYERS, is_whole
+from ..model.checks import TOO_MANY_LAYERS, is_whole
+from ..model.layers import OF_ATTENTION, OF_MLP
 from ..model.spec import ModelSpec, PerLayer
 
 Config = Mapping[str, Any]

@@ -8,7 +8,8 @@ from types import NoneType
 from typing import Any
 
 from ..basics.errors import ConversionError
-from ..model.layers import RopeScaling, check_size, is_whole, number
+from ..model.checks import check_size, is_whole, number
+from ..model.layers import RopeScaling
 from ..model.spec import ModelSpec
 from .rules import Config, layer_count, list_of_names, per_layer
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from ..basics.errors import ConversionError
-from ..model.layers import is_whole
+from ..model.checks import is_whole
 from ..model.spec import ModelSpec
 from .rules import Config, layer_count, list_of_names, per_layer
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..basics.errors import ConversionError
-from ..model.layers import is_whole
+from ..model.checks import is_whole
 from ..model.spec import ModelSpec
 from .rules import Config, layer_count, per_layer
 from .rules_attention import FULL, SLIDING, layer_types

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..basics.errors import ConversionError
-from ..model.layers import number
+from ..model.checks import number
 from ..model.spec import ModelSpec
 from .rules import Config
 from .rules_attention import YARN, Rope

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..basics.quantities import shortest
-from ..model.layers import is_whole, number
+from ..model.checks import is_whole, number
 from ..model.spec import ModelSpec
 from .rules import Config
 

@@ -36,6 +36,8 @@ DOTS1 = Family(
     architecture="Dots1ForCausalLM",
     since="0.12",
     proof=Proof.LOGITS,
+    models="dots.llm1",
+    covers="sigmoid router with its bias, query and key norms, sliding window on some layers",
     tensors={**DENSE, **QKV_BIAS, **PROJ_BIAS, **QK_NORM, **EXPERTS, **_BIAS, **_SHARED},
     rules=overridden(
         GLM4_MOE.rules,
@@ -64,6 +66,8 @@ SOLAR_OPEN = Family(
     architecture="SolarOpenForCausalLM",
     since="0.12",
     proof=Proof.LOGITS,
+    models="Solar-Open-100B",
+    covers="sigmoid router with its bias and groups; YaRN from 0.19 on",
     tensors={**WITHOUT_MLP, **QKV_BIAS, **EXPERTS, **_BIAS, **_SHARED},
     rules=overridden(
         GLM4_MOE.rules,
@@ -88,6 +92,8 @@ HY_V3 = Family(
     architecture="HYV3ForCausalLM",
     since="0.12",
     proof=Proof.LOGITS,
+    models="Hunyuan 3",
+    covers="sigmoid router with its bias, first dense layers, shared experts, multi-token prediction",
     tensors={
         **{**DENSE, **QKV_BIAS, **PROJ_BIAS, **QK_NORM, **EXPERTS, **_PREDICTION},
         **shared_experts(MLP + "shared_mlp."),
@@ -134,6 +140,8 @@ BAILING_MOE_V2 = Family(
     architecture="BailingMoeV2ForCausalLM",
     since="0.12",
     proof=Proof.EQUIVALENT,
+    models="Ling 2.0, Ring 2.0 (Bailing MoE v2)",
+    covers="fused `query_key_value`, half-rotated heads, sigmoid router with groups, multi-token prediction",
     tensors={
         **{**DENSE, **_JOINED_ATTENTION, **EXPERTS, **_SHARED, **_PREDICTION},
         **tensor("word_embeddings", "model.word_embeddings.weight"),
@@ -174,6 +182,8 @@ EXAONE_MOE = Family(
     architecture="ExaoneMoeForCausalLM",
     since="0.15",
     proof=Proof.LOGITS,
+    models="K-EXAONE",
+    covers="sliding windows, layers without rotary embeddings, sigmoid router; its multi-token prediction needs `--without-mtp`",
     tensors={
         **{**DENSE, **QK_NORM, **EXPERTS, **_SHARED},
         **tensor("expert_bias", MLP + "e_score_correction_bias", fused=MLP + "gate.e_score_correction_bias"),

@@ -20,6 +20,8 @@ STABLELM = Family(
     architecture="StableLmForCausalLM",
     since="0.8",
     proof=Proof.LOGITS,
+    models="StableLM 3B, StableLM-2-1.6B, Zephyr",
+    covers="LayerNorm, quarter-rotated heads; 12B, whose heads have a norm each, is refused",
     tensors={**DENSE, **NORMS, **QKV_BIAS},
     rules=(
         *overridden(SIZES, (LAYER_NORM_EPSILON,)),

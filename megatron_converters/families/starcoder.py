@@ -25,6 +25,8 @@ GPT_BIGCODE = Family(
     architecture="GPTBigCodeForCausalLM",
     since="0.8",
     proof=Proof.LOGITS,
+    models="StarCoder 1, SantaCoder",
+    covers="one query group or as many as heads, learned positions",
     tensors={slot: dataclasses.replace(entry, layout=SAME, transposed=False) for slot, entry in GPT2.tensors.items()},
     rules=overridden(
         GPT2.rules,

@@ -6,17 +6,11 @@ Field names are Megatron-LM's argument names where it has one.
 from __future__ import annotations
 
 import math
-import sys
-from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, TypeGuard
 
 from ..basics.errors import ConversionError
+from .checks import TOO_LARGE, check_choice, check_sizes, check_switches, is_whole, number
 
-#: More rows or columns than any model's tensor has, so that a damaged size allocates no memory.
-_TOO_LARGE = 1 << 27
-#: More layers than any model has, so that a damaged number starts no endless loop.
-TOO_MANY_LAYERS = 1 << 16
 RMS_NORM, LAYER_NORM = "RMSNorm", "LayerNorm"
 #: Spans of query and key norms: each head by itself, or all heads together (OLMoE).
 EACH_HEAD, ALL_HEADS = "each head", "all heads"
@@ -26,48 +20,6 @@ ACTIVATIONS = (SILU, GELU, GELU_TANH, SQUARED_RELU, RELU)
 #: Whose biases a family's files may lack, where others have some.
 OF_ATTENTION, OF_MLP = "attention", "mlp"
 SOFTMAX, SIGMOID = "softmax", "sigmoid"
-
-
-def number(value: Any, name: str) -> float:
-    """Value of the field `name`, which must be a finite number; a hand-written configuration may hold anything."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= sys.float_info.max:
-        shown = repr(value)
-        raise ConversionError(f"{name} is {shown if len(shown) < 80 else shown[:40] + '…'}; it must be a number")
-    return float(value)
-
-
-def is_whole(value: Any) -> TypeGuard[int]:
-    """Whether a value is an integer and not a bool."""
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def check_sizes(record: Any, names: Iterable[str]) -> None:
-    """Raise unless the fields `names` of a record are sizes that a tensor can have."""
-    for name in names:
-        check_size(getattr(record, name), name)
-
-
-def check_size(value: Any, name: str, limit: int = _TOO_LARGE) -> int:
-    """Value of `name`, which must be a size that a model can have, below `limit`; raises `ConversionError`."""
-    if not is_whole(value) or value < 1:
-        raise ConversionError(f"{name} is {value!r}; it must be a whole number above 0")
-    if value >= limit:
-        raise ConversionError(f"{name} is {value!r:.40}, which no model has")
-    return value
-
-
-def check_switches(record: Any, names: Iterable[str]) -> None:
-    """Raise unless the fields `names` of a record are true or false."""
-    for name in names:
-        if not isinstance(getattr(record, name), bool):
-            raise ConversionError(f"{name} is {getattr(record, name)!r}; it must be true or false")
-
-
-def check_choice(record: Any, name: str, choices: Iterable[Any]) -> None:
-    """Raise unless the field `name` of a record is one of `choices`."""
-    if getattr(record, name) not in choices:
-        known = ", ".join(repr(choice) for choice in choices if choice)
-        raise ConversionError(f"{name} is {getattr(record, name)!r}; known are {known}")
 
 
 @dataclass(frozen=True)
@@ -190,7 +142,7 @@ class Attention:
         """Refuse sizes that no model can have."""
         heads, groups, window = self.num_attention_heads, self.num_query_groups, self.sliding_window
         check_sizes(self, ("num_attention_heads", "num_query_groups", "kv_channels"))
-        if heads * self.kv_channels >= _TOO_LARGE:
+        if heads * self.kv_channels >= TOO_LARGE:
             raise ConversionError(f"{heads} attention heads of {self.kv_channels} are more than any model has")
         check_switches(self, ("qkv_bias", "proj_bias", "attention_output_gate"))
         check_choice(self, "qk_norm", ("", EACH_HEAD, ALL_HEADS))

@@ -13,10 +13,10 @@ from typing import Any
 
 from ..basics.dtypes import DType, dtype_named
 from ..basics.errors import ConversionError
+from .checks import TOO_MANY_LAYERS, check_choice, check_size, check_sizes, check_switches, is_whole, number
 from .layers import (
     OF_ATTENTION,
     OF_MLP,
-    TOO_MANY_LAYERS,
     Attention,
     BlockExperts,
     Feed,
@@ -29,12 +29,6 @@ from .layers import (
     Norm,
     Rope,
     RopeScaling,
-    check_choice,
-    check_size,
-    check_sizes,
-    check_switches,
-    is_whole,
-    number,
 )
 
 

@@ -13,7 +13,7 @@ from ...basics.errors import ConversionError, Unclear, UsageError, one_line
 from ...basics.json_files import read_json
 from ...families import FAMILIES
 from ...families.config_json import config_notes, differences, spec_from_config
-from ...model.layers import is_whole
+from ...model.checks import is_whole
 from ...model.spec import ModelSpec
 from ...sharding.ranks import padded_vocab
 from .arguments import missing_sizes, model_args, spec_fields, stated_heads

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ...basics.errors import ConversionError
-from ...model.layers import number
+from ...model.checks import number
 from ...model.spec import ModelSpec, Multipliers, PerLayer
 from .argument import Args, Argument, Build, Context, Properties, flag, frequency, is_latent, only, switch
 

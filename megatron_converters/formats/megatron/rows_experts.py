@@ -8,7 +8,8 @@ from __future__ import annotations
 from typing import Any
 
 from ...basics.errors import ConversionError
-from ...model.layers import SIGMOID, SOFTMAX, number
+from ...model.checks import number
+from ...model.layers import SIGMOID, SOFTMAX
 from ...model.spec import ModelSpec, PerLayer
 from .argument import (
     Args,

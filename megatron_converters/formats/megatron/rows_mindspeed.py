@@ -11,7 +11,8 @@ import math
 from typing import Any
 
 from ...basics.errors import ConversionError
-from ...model.layers import RopeScaling, check_size, number
+from ...model.checks import check_size, number
+from ...model.layers import RopeScaling
 from ...model.spec import ModelSpec
 from .argument import Args, Argument, Build, Properties, flag
 from .rows_positions import whole

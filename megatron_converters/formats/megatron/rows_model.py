@@ -9,6 +9,7 @@ from typing import Any
 
 from ...basics.errors import ConversionError, Unclear
 from ...basics.quantities import count
+from ...model.checks import number
 from ...model.layers import (
     ALL_HEADS,
     EACH_HEAD,
@@ -20,7 +21,6 @@ from ...model.layers import (
     SILU,
     SQUARED_RELU,
     BlockExperts,
-    number,
 )
 from ...model.spec import ModelSpec
 from .argument import (

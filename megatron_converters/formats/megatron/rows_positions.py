@@ -9,11 +9,8 @@ from collections.abc import Callable
 from typing import Any
 
 from ...basics.errors import ConversionError
-from ...model.layers import (
-    Layer,
-    RopeScaling,
-    number,
-)
+from ...model.checks import number
+from ...model.layers import Layer, RopeScaling
 from ...model.spec import ModelSpec, PerLayer
 from .argument import (
     Args,

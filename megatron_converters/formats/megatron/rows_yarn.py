@@ -11,7 +11,8 @@ from collections.abc import Callable
 from typing import Any
 
 from ...basics.errors import ConversionError
-from ...model.layers import RopeScaling, number
+from ...model.checks import number
+from ...model.layers import RopeScaling
 from ...model.spec import ModelSpec
 from .argument import Args, Argument, Build, Context, Properties, flag, is_latent, off_switch
 from .rows_positions import YARN, plain_yarn, scaling_of

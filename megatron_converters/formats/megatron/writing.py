@@ -29,7 +29,7 @@ from ...conversion.journal import MANIFEST
 from ...conversion.outline import Fill, Outline
 from ...conversion.staging import Staging
 from ...families import FAMILIES
-from ...model.layers import is_whole
+from ...model.checks import is_whole
 from ...model.slots import Precision, Ref
 from ...model.spec import ModelSpec
 from ...sharding.ranks import Parallel, kept_etp, padded_vocab, parallel_for

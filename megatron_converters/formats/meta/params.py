@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 from ...basics.errors import ConversionError
 from ...families.harmless import Harmless, refuse_unknown, unknown_fields
 from ...families.quantisation import Quantiser, refusal
-from ...model.layers import RopeScaling, check_size, number
+from ...model.checks import check_size, number
+from ...model.layers import RopeScaling
 
 FILE = "params.json"
 LLAMA, MISTRAL = "llama", "mistral"

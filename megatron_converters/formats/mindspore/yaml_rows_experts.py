@@ -8,7 +8,8 @@ from __future__ import annotations
 from typing import Any
 
 from ...basics.errors import ConversionError, one_line
-from ...model.layers import SIGMOID, SOFTMAX, is_whole
+from ...model.checks import is_whole
+from ...model.layers import SIGMOID, SOFTMAX
 from ...model.spec import ModelSpec, PerLayer
 from .names import Dialect
 from .row import Config, Properties, Row
