@@ -28,7 +28,11 @@ ALIAS = "another name"
 #: Variants of all model types together, so that more families take no more time.
 VARIANTS = 3000
 #: Keys by model type that mean something to us, as published files mean it, and nothing to the class in transformers.
-OTHERWISE = {"nemotron": ("rope_percent", "rope_percentage")}
+OTHERWISE = {
+    "nemotron": ("rope_percent", "rope_percentage"),
+    "glm4_moe_lite": ("first_k_dense_replace",),
+    "hy_v3": ("first_k_dense_replace",),
+}
 #: Keys that a variant changes at most.
 _CHANGED = 4
 _ORIGINAL = {"original_max_position_embeddings": 2048}

@@ -12,7 +12,7 @@ from .defaults import IfAbsent
 from .entries import implied, tensor
 from .llama import ATTENTION, DENSE, MLP, SIZES
 from .mixtures import EXPERTS, PREDICTION, PREDICTION_LAYER, PREDICTION_REPLICAS, shared_experts
-from .rules import Fixed, Passed, Row, overridden
+from .rules import Fixed, Passed, Repeated, Row, overridden
 from .rules_attention import Rope
 from .rules_experts import ExpertGroups, FirstDense, SharedExperts
 from .table import Family, Proof
@@ -39,7 +39,8 @@ _RULES = (
     Fixed("attention_bias", False),
     Row("moe_router_topk_scaling_factor", "routed_scaling_factor", 1.0),
     # Sums and repetitions of the sizes above, settings of training, and modules that are not part of the model.
-    Passed(("head_dim", "qk_head_dim", "num_key_value_heads", "ep_size", "seq_aux", "aux_loss_alpha")),
+    Passed(("head_dim",)),
+    Passed(("qk_head_dim", "num_key_value_heads", "ep_size", "seq_aux", "aux_loss_alpha")),
 )
 
 DEEPSEEK_V2 = Family(
@@ -117,6 +118,7 @@ GLM4_MOE_LITE = Family(
             Row("q_lora_rank", "q_lora_rank", IfAbsent("q_lora_rank", 768)),
             Row("qk_head_dim", "qk_nope_head_dim", 192),
             Row("v_head_dim", "v_head_dim", 256),
+            Repeated("head_dim", "qk_rope_head_dim", 64),  # another name of it in the class
             Row("num_experts", "n_routed_experts", 64),
             Row("moe_router_topk", "num_experts_per_tok", 4),
             Row("moe_ffn_hidden_size", "moe_intermediate_size", 1536),

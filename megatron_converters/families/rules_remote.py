@@ -57,6 +57,11 @@ class BaichuanRelease:
     normed_head: bool
     keys: tuple[str, ...] = (_OWN_KEY,)
 
+    @property
+    def required(self) -> dict[str, Any]:
+        """Keys by which a config.json tells that it is of this release."""
+        return {_OWN_KEY: 0, "max_position_embeddings": 4096} if self.normed_head else {}
+
     def read(self, config: Config) -> dict[str, Any]:
         """Refuse what is, or may be, another release."""
         second = config.get("vocab_size") == _VOCABULARY or _OWN_KEY in config

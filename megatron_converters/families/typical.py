@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..basics.errors import ConversionError
-from .rules import Fixed, Named, Row, Rule
+from .rules import Fixed, Multiple, Named, Row, Rule
 from .table import Family
 
 #: Values of properties that decide shapes, so that families have no defaults for them. Heads are a multiple of every family's
@@ -31,9 +31,11 @@ def required_config(family: Family) -> dict[str, Any]:
 
     A required key of another property is left out, so that reading the result names it.
     """
-    required = [rule for rule in family.rules if isinstance(rule, (Row, Named, Fixed)) and _is_required(rule)]
+    required = [rule for rule in family.rules if isinstance(rule, (Row, Named, Fixed, Multiple)) and _is_required(rule)]
     values = {rule.key: _value(rule) for rule in required}
     known = {key: value for key, value in values.items() if value is not None}
+    for rule in family.rules:
+        known |= getattr(rule, "required", {})
     return {"architectures": [family.architecture], "model_type": family.model_type, **known}
 
 
@@ -46,7 +48,9 @@ def _is_required(rule: Rule) -> bool:
     return False
 
 
-def _value(rule: Row | Named | Fixed) -> Any:
+def _value(rule: Row | Named | Fixed | Multiple) -> Any:
+    if isinstance(rule, Multiple):
+        return _SIZES[rule.field] * rule.factor
     if isinstance(rule, Fixed):
         return rule.value
     return next(iter(rule.names)) if isinstance(rule, Named) else _SIZES.get(rule.field)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 _HEADINGS = ("family", "class", "kind", "also", "since", "proof")
 #: Formats that can hold every family.
 _USUAL = (HF, MEGATRON)
-_GAP = "  "
+_GAP = " "
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
