@@ -115,7 +115,7 @@ SHOWN = {
     "list_supported_models()\n\nprint": ["supported models:", "PhiForCausalLM"],
     "load_in_8bit": ["device_map: not heeded", "attn_implementation, load_in_8bit: not heeded"],
     "can_handle": ["✅ Model is supported!"],
-    "get_supported_bridges": ["Available bridges: ['Deepseek"],
+    "get_supported_bridges": ["Available bridges: ['ArceeForCausalLM", "'DeepseekV3ForCausalLM'"],
     "Exporting": ["Exporting model.embed_tokens.weight: torch.Size([199, 64])", "Exported model.norm.weight"],
     "with_megatron_names": [
         "model.layers.0.mlp.up_proj.weight ('decoder.layers.0.mlp.linear_fc1.weight',)",

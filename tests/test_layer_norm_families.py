@@ -322,11 +322,13 @@ def test_nemotron_s_norms_are_said_by_both_attributes(hf_model: HFModel, tmp_pat
     assert different(hf_tensors(hf_model("nemotron")), hf_tensors(back)) == []
 
 
-def test_arcee_s_yarn_is_refused(hf_model: HFModel, tmp_path: Path) -> None:
+def test_arcee_s_yarn_needs_a_release(hf_model: HFModel, tmp_path: Path) -> None:
     shutil.copytree(hf_model("arcee"), tmp_path / "hf")
     path = tmp_path / "hf" / "config.json"
     yarn = {"rope_type": "yarn", "factor": 20.0, "original_max_position_embeddings": 4096, "mscale": 1.0}
     config = json.loads(path.read_text())
     config["rope_parameters"] |= yarn | {"beta_fast": 32.0, "beta_slow": 1.0}
     path.write_text(json.dumps(config))
-    refused(verb("convert", tmp_path / "hf", tmp_path / "out", "--to", "megatron"), "YaRN by 20")
+    words = ("convert", tmp_path / "hf", tmp_path / "out", "--to", "megatron", "--megatron-version")
+    refused(verb(*words, "0.18"), "Megatron-LM 0.18", "--yarn-beta-fast", "from 0.19 on")
+    assert "--yarn-beta-fast 32.0" in succeeded(verb(*words, "0.19")).out

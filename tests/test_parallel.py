@@ -93,7 +93,7 @@ CUT = {
         block_router block_router_norm block_in block_out""".split(),
     Shard.ROW: "proj fc2 expert_fc2 shared_fc2 delta_out".split(),
     Shard.REPLICATED: """input_norm input_norm_bias mlp_norm mlp_norm_bias q_norm q_norm_bias k_norm k_norm_bias final_norm
-        final_norm_bias proj_bias fc2_bias router expert_bias shared_gate position_embeddings
+        final_norm_bias score proj_bias fc2_bias router expert_bias shared_gate position_embeddings
         q_down q_latent_norm kv_down kv_latent_norm delta_norm
         mtp_embedding_norm mtp_embedding_norm_bias mtp_hidden_norm mtp_hidden_norm_bias mtp_final_norm
         mtp_final_norm_bias""".split(),

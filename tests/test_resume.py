@@ -323,7 +323,7 @@ def test_a_disk_that_others_fill(hf_model: HFModel, tmp_path: Path) -> None:
         pytest.skip("no file system can be mounted here")
     try:
         options = ("convert", source, disk / "out", "--tp", "2", "--pp", "4", "--quiet")
-        env = site(tmp_path / "site", BALLAST, BALLAST=disk / "ballast", BALLAST_AFTER=130)
+        env = site(tmp_path / "site", BALLAST, BALLAST=disk / "ballast", BALLAST_AFTER=60)
         refused(verb(*options, env=env), "No space left on device")
         not_a_model(disk / "out")
         (disk / "ballast").unlink()

@@ -75,6 +75,7 @@ KINDS: dict[str, ModelSpec] = {
     "mixture": tiny_spec(
         **_MOE, qk_norm=ALL_HEADS, moe_router_enable_expert_bias=True, shared_ffn_hidden_size=6, shared_gate=True
     ),
+    "classifier": tiny_spec(num_labels=3),
     "block experts": tiny_spec(feed=PerLayer(["mlp", "block experts"]), block_experts=3, block_expert_size=4),
     "latents": tiny_spec(**_LATENT, q_lora_rank=4, feed=PerLayer(["mlp", "moe"]), **_MOE),
     "latents of keys and values alone": tiny_spec(**_LATENT),
