@@ -9,7 +9,7 @@ from typing import Any
 from ..basics.dtypes import DType, dtype_named
 from ..basics.errors import ConversionError, UnknownArchitecture, one_line
 from ..model.spec import ModelSpec, Multipliers, PerLayer
-from . import FAMILIES, quantisation
+from . import FAMILIES, quantisation, refused
 from .harmless import CONFIG, harmless_warnings, refuse_unknown, unknown_fields
 from .heads import BASE_NOTE, class_names, class_of, num_labels_of, refused_head, relabelled, with_head, written_labels
 from .rules import Nested, Rule
@@ -24,10 +24,6 @@ _WRAPPERS = (
     *("DistributedDataParallel", "FullyShardedDataParallel", "DeepSpeedEngine"),
 )
 _WRAPPER_PREFIX = "FSDP"
-
-_SPARSE_HYBRID = "whose layers of lightning attention no GPTModel of Megatron-LM has, so that it cannot be converted"
-#: Architectures and model types that Megatron-LM cannot hold at all, and why.
-_REFUSED = dict.fromkeys(("MiniCPMSALAForCausalLM", "minicpm_sala"), _SPARSE_HYBRID)
 
 
 def family_from_config(config: Mapping[str, Any]) -> Family:
@@ -51,8 +47,10 @@ def family_from_config(config: Mapping[str, Any]) -> Family:
             f"config.json has architectures={architectures!r} and model_type={model_type!r}, which name different "
             "models; correct the one that is wrong"
         )
-    reasons = [reason for name, reason in _REFUSED.items() if name in architectures or name == model_type]
-    reasons += filter(None, (refused_head(family, architectures) for family in FAMILIES.values()))
+    reasons = [
+        *(f"{reason}, so that it cannot be converted" for reason in refused.reasons(model_type, architectures)),
+        *filter(None, (refused_head(family, architectures) for family in FAMILIES.values())),
+    ]
     if reasons:
         raise ConversionError(f"config.json names {one_line(', '.join(architectures) or model_type)}, {reasons[0]}")
     named = one_line(", ".join(architectures) or model_type or "no architecture")
