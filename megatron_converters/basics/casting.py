@@ -81,9 +81,7 @@ def _cast_block(source: Array, source_dtype: DType, target: Array, target_dtype:
         way.compute(source, target)
         return True
     target[...] = rounded(floats(source, source_dtype), target_dtype)
-    return all_finite(target, target_dtype) or not (
-        (not_finite(target, target_dtype) & ~not_finite(source, source_dtype)).any()
-    )
+    return stays_finite(source, source_dtype, target, target_dtype)
 
 
 def below(bits: Array, end: int) -> bool:
@@ -187,6 +185,13 @@ def _to_odd(values: Array) -> npt.NDArray[np.float32]:
     bits -= np.abs(wide) > np.abs(values)  # towards zero
     bits |= (wide != values) & ~np.isnan(values)
     return single
+
+
+def stays_finite(source: Array, source_dtype: DType, target: Array, target_dtype: DType) -> bool:
+    """Whether what was computed of each finite element of `source` is finite, too; carrier arrays of one shape."""
+    return all_finite(target, target_dtype) or not (
+        (not_finite(target, target_dtype) & ~not_finite(source, source_dtype)).any()
+    )
 
 
 def all_finite(array: Array, dtype: DType) -> bool:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from ..basics.casting import all_finite, cast, floats, not_finite, rounded
+from ..basics.casting import cast, floats, rounded, stays_finite
 from ..basics.dtypes import DType
 from ..basics.errors import ConversionError
 from ..model.values import Affine, composed
@@ -42,11 +42,9 @@ class Computation(NamedTuple):
             if not cast(part, source, result, self.target):
                 raise ConversionError(self._overflow())
         else:
-            result[...] = computed = self._computed(part, self.value)
-            if not all_finite(computed, self.target):
-                beyond = not_finite(computed, self.target)
-                if not not_finite(part[beyond], source).all():
-                    raise ConversionError(self._overflow())
+            result[...] = self._computed(part, self.value)
+            if not stays_finite(part, source, result, self.target):
+                raise ConversionError(self._overflow())
 
     def count_lost(self, part: Array, result: Array) -> int:
         """Number of elements that the inverse does not give back bit for bit from the result."""
