@@ -355,6 +355,14 @@ def layer_count(config: Config) -> int:
     return count if is_whole(count) and count < TOO_MANY_LAYERS else 0
 
 
+def check_kinds(key: str, kinds: Sequence[str], known: Sequence[str], layers: int) -> None:
+    """Raise `ConversionError` unless the list under a config key has one of the known kinds for each layer."""
+    if len(kinds) != layers or not {*kinds} <= {*known}:
+        raise ConversionError(
+            f"config.json has {key}={kinds!r}; it must name {' or '.join(known)} for each of {layers} layers"
+        )
+
+
 def list_of_names(config: Config, key: str) -> list[str]:
     """List of names under a config key; empty if it is absent. Raises `ConversionError` for anything else."""
     names = config.get(key) or []

@@ -11,7 +11,7 @@ from ..basics.errors import ConversionError
 from ..model.checks import check_size, is_whole, number
 from ..model.layers import RopeScaling
 from ..model.spec import ModelSpec
-from .rules import Config, layer_count, list_of_names, per_layer
+from .rules import Config, check_kinds, layer_count, list_of_names, per_layer
 
 LINEAR, LLAMA3, YARN, LONGROPE, DYNAMIC = "linear", "llama3", "yarn", "longrope", "dynamic"
 _ORIGINAL, ATTN_FACTOR = "original_max_position_embeddings", "attn_factor"
@@ -287,6 +287,22 @@ def layer_types(config: Config) -> list[str]:
     return list_of_names(config, "layer_types")
 
 
+def windows_of(types: list[str], window: Any, layers: int) -> list[Any]:
+    """Window of each layer by its type; None for full attention. Raises `ConversionError` for types of other layers."""
+    check_kinds("layer_types", types, (FULL, SLIDING), layers)
+    return [window if kind == SLIDING else None for kind in types]
+
+
+def types_of(spec: ModelSpec) -> list[str]:
+    """Type of each layer by its window."""
+    return [FULL if window is None else SLIDING for window in spec.in_layers("sliding_window")]
+
+
+def widest(spec: ModelSpec) -> int | None:
+    """Window of the layers that have one; None without any."""
+    return max(filter(None, spec.in_layers("sliding_window")), default=None)
+
+
 @dataclass(frozen=True)
 class SwitchedWindow:
     """Qwen's window: off unless `use_sliding_window`, and only from layer `max_window_layers` on, or as `layer_types` says.
@@ -312,24 +328,17 @@ class SwitchedWindow:
             return {"sliding_window": window}
         layers = layer_count(config)
         types = types or [FULL if layer < start else SLIDING for layer in range(layers)]
-        if len(types) != layers or not {*types} <= {FULL, SLIDING}:
-            raise ConversionError(
-                f"config.json has layer_types={types!r}; it must name {FULL} or {SLIDING} for each of {layers} layers"
-            )
-        return {"sliding_window": per_layer([window if kind == SLIDING else None for kind in types])}
+        return {"sliding_window": per_layer(windows_of(types, window, layers))}
 
     def write(self, spec: ModelSpec) -> dict[str, Any]:
-        windows = spec.in_layers("sliding_window")
-        found = {window for window in windows if window is not None}
-        start = next((layer for layer, window in enumerate(windows) if window is not None), spec.num_layers)
+        types, window = types_of(spec), widest(spec)
+        start = types.index(SLIDING) if SLIDING in types else spec.num_layers
         written = {
-            **({"use_sliding_window": bool(found)} if self.switch else {}),
-            "sliding_window": max(found, default=None),
+            **({"use_sliding_window": window is not None} if self.switch else {}),
+            "sliding_window": window,
             "max_window_layers": start,
         }
-        if all(windows[start:]):
-            return written
-        return {**written, "layer_types": [FULL if window is None else SLIDING for window in windows]}
+        return {**written, "layer_types": types} if FULL in types[start:] else written
 
 
 @dataclass(frozen=True)
@@ -365,10 +374,7 @@ class LinearAttention:
         if not is_whole(interval) or interval < 1:
             raise ConversionError(f"config.json has full_attention_interval={interval!r}; it must be a number above 0")
         types = layer_types(config) or [LINEAR_ATTENTION if (layer + 1) % interval else FULL for layer in range(layers)]
-        if len(types) != layers or not {*types} <= _MIXERS.keys():
-            raise ConversionError(
-                f"config.json has layer_types={types!r}; it must name {' or '.join(_MIXERS)} for each of {layers} layers"
-            )
+        check_kinds("layer_types", types, [*_MIXERS], layers)
         if FULL not in types:
             raise ConversionError(
                 "config.json describes a model without any layer of full attention; that is not supported"

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from ..basics.errors import ConversionError
 from ..model.checks import is_whole
 from ..model.spec import ModelSpec
-from .rules import Config, layer_count, list_of_names, per_layer
+from .rules import Config, check_kinds, layer_count, list_of_names, per_layer
 
 
 @dataclass(frozen=True)
@@ -57,10 +57,7 @@ class FirstDense:
         types = list_of_names(config, "mlp_layer_types") or [
             "dense" if layer < first else "sparse" for layer in range(layers)
         ]
-        if len(types) != layers or not {*types} <= _SPARSE.keys():
-            raise ConversionError(
-                f"config.json has mlp_layer_types={types!r}; it must name dense or sparse for each of {layers} layers"
-            )
+        check_kinds("mlp_layer_types", types, [*_SPARSE], layers)
         return {"feed": per_layer([_SPARSE[kind] for kind in types])} if types else {}
 
     def write(self, spec: ModelSpec) -> dict[str, Any]:

@@ -9,26 +9,7 @@ from ..basics.errors import ConversionError
 from ..model.checks import is_whole
 from ..model.spec import ModelSpec
 from .rules import Config, layer_count, per_layer
-from .rules_attention import FULL, SLIDING, layer_types
-
-
-def windows_of(types: list[str], window: Any, layers: int) -> list[Any]:
-    """Window of each layer by its type; None for full attention. Raises `ConversionError` for types of other layers."""
-    if len(types) != layers or not {*types} <= {FULL, SLIDING}:
-        raise ConversionError(
-            f"config.json has layer_types={types!r}; it must name {FULL} or {SLIDING} for each of {layers} layers"
-        )
-    return [window if kind == SLIDING else None for kind in types]
-
-
-def types_of(spec: ModelSpec) -> list[str]:
-    """Type of each layer by its window."""
-    return [FULL if window is None else SLIDING for window in spec.in_layers("sliding_window")]
-
-
-def widest(spec: ModelSpec) -> int | None:
-    """Window of the layers that have one; None without any."""
-    return max(filter(None, spec.in_layers("sliding_window")), default=None)
+from .rules_attention import FULL, SLIDING, layer_types, types_of, widest, windows_of
 
 
 @dataclass(frozen=True)
