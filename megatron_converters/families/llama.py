@@ -35,7 +35,8 @@ MLP_BIAS = {
     "fc2_bias": Entry(SAME, (MLP + "down_proj.bias",)),
 }
 
-SIZES: tuple[Rule, ...] = (
+#: Rows of a Llama's sizes, with any activation.
+SIZES_ALONE: tuple[Rule, ...] = (
     Row("num_layers", "num_hidden_layers"),
     Row("hidden_size", "hidden_size"),
     Row("ffn_hidden_size", "intermediate_size"),
@@ -45,8 +46,8 @@ SIZES: tuple[Rule, ...] = (
     Row("attention_dropout", "attention_dropout", 0.0),
     Row("tied", "tie_word_embeddings", False),
     Row("norm_epsilon", "rms_norm_eps", 1e-6),
-    Fixed("hidden_act", "silu"),
 )
+SIZES: tuple[Rule, ...] = (*SIZES_ALONE, Fixed("hidden_act", "silu"))
 
 
 def query_groups(absent: int | None = None) -> Rule:

@@ -12,7 +12,7 @@ from ..model.layers import LAYER_NORM, RELU
 from ..model.layouts import AFTER_TWO_ROWS, GROUPED_QKV
 from .defaults import Quotient, SameAs
 from .entries import implied, linear, tensor
-from .llama import SIZES
+from .llama import SIZES_ALONE
 from .rules import Fixed, Named, Passed, Row, overridden
 from .table import Family, Proof
 from .ungated import GELUS
@@ -40,7 +40,7 @@ OPT = Family(
         **tensor("output_layer", "lm_head.weight"),
     },
     rules=overridden(
-        [rule for rule in SIZES if rule.keys != ("hidden_act",)],
+        SIZES_ALONE,
         (
             Fixed("do_layer_norm_before", True, why="Megatron-LM has no norms after its blocks"),
             Fixed("word_embed_proj_dim", SameAs("hidden_size"), why="Megatron-LM has no projections of embeddings"),

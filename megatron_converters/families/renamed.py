@@ -10,14 +10,14 @@ from __future__ import annotations
 from ..model.layouts import GATED, GROUPED_QKV, joined
 from .defaults import Product, Quotient, SameAs
 from .entries import implied, linear, tensor
-from .llama import DERIVED_HEAD_DIM, LAYER, SIZES, query_groups
+from .llama import DERIVED_HEAD_DIM, LAYER, SIZES, SIZES_ALONE, query_groups
 from .rules import Fixed, Multiple, Passed, Row, overridden
 from .rules_attention import DYNAMIC, LINEAR, Rope
 from .table import Family, Proof
 
 _HEADS = Quotient("hidden_size", "num_attention_heads")
 _BLOCK = "transformer.h.{layer}."
-#: What EXAONE and Qwen-1 name as GPT-2 does, and sizes that they name as Llama.
+#: What EXAONE and Qwen-1 name as GPT-2 does.
 _AS_GPT2 = {
     **tensor("word_embeddings", "transformer.wte.weight"),
     **tensor("input_norm", _BLOCK + "ln_1.weight"),
@@ -26,7 +26,6 @@ _AS_GPT2 = {
     **tensor("final_norm", "transformer.ln_f.weight"),
     **tensor("output_layer", "lm_head.weight"),
 }
-_SIZES = [rule for rule in SIZES if rule.keys != ("hidden_act",)]
 
 INTERNLM2 = Family(
     name="internlm2",
@@ -75,7 +74,7 @@ EXAONE = Family(
     },
     rules=(
         *overridden(
-            _SIZES,
+            SIZES_ALONE,
             [
                 Row("num_layers", "num_layers"),
                 Row("ffn_hidden_size", "intermediate_size", Product(4, "hidden_size")),
@@ -111,7 +110,7 @@ QWEN1 = Family(
     },
     rules=(
         *overridden(
-            _SIZES,
+            SIZES_ALONE,
             [
                 Multiple("ffn_hidden_size", "intermediate_size", 2),  # of both halves together
                 Row("norm_epsilon", "layer_norm_epsilon", 1e-6),
