@@ -67,14 +67,32 @@ class Constant(Sealed):
 
 
 @dataclass(frozen=True)
-class ScaledBlocks(Sealed):
+class _OfMatrix(Sealed):
+    """What is computed of the stored matrix `weight`, which is called `name`, and rounded."""
+
+    name: str
+    weight: StoredTensor
+
+    exact = False
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the matrix."""
+        return self.weight.shape
+
+    @property
+    def path(self) -> str:
+        """File of the matrix."""
+        return self.weight.path
+
+
+@dataclass(frozen=True)
+class ScaledBlocks(_OfMatrix):
     """Matrix of FP8 codes with a scale for each block of `block` elements: value = bfloat16(float32(code) * float32(scale)).
 
     `name` and `scale_name` are the names of the two stored tensors. Shapes and dtypes are checked by who makes one.
     """
 
-    name: str
-    weight: StoredTensor
     scale_name: str
     scale: StoredTensor
     block: tuple[int, int]
@@ -84,25 +102,10 @@ class ScaledBlocks(Sealed):
         """Dtype of the decoded elements."""
         return _BFLOAT16
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the matrix."""
-        return self.weight.shape
-
-    @property
-    def path(self) -> str:
-        """File of the codes."""
-        return self.weight.path
-
     @cached_property
     def stored(self) -> Mapping[str, StoredTensor]:
         """Stored tensors that it is made of, by name."""
         return {self.name: self.weight, self.scale_name: self.scale}
-
-    @property
-    def exact(self) -> bool:
-        """False, since the products are rounded to bfloat16."""
-        return False
 
     @property
     def computed(self) -> str:
@@ -172,36 +175,18 @@ def _multiplied(codes: Array, factors: npt.NDArray[np.float32], rows: Array, col
 
 
 @dataclass(frozen=True)
-class UnitRows(Sealed):
+class UnitRows(_OfMatrix):
     """Rows of a stored matrix, each divided by its Euclidean length, as `torch.nn.functional.normalize` does (Baichuan2's head)."""
-
-    name: str
-    weight: StoredTensor
 
     @property
     def dtype(self) -> DType:
         """Dtype of the elements, which is that of the stored ones."""
         return self.weight.dtype
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the matrix."""
-        return self.weight.shape
-
-    @property
-    def path(self) -> str:
-        """File of the matrix."""
-        return self.weight.path
-
     @cached_property
     def stored(self) -> Mapping[str, StoredTensor]:
         """Stored tensor, by name."""
         return {self.name: self.weight}
-
-    @property
-    def exact(self) -> bool:
-        """False, since the quotients are rounded."""
-        return False
 
     @property
     def computed(self) -> str:
