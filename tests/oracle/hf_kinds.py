@@ -26,8 +26,8 @@ def _yarn(theta: float, **more: Any) -> dict[str, Any]:
     return {"rope_type": "yarn", "rope_theta": theta, "factor": 40.0, **fixed, **more}
 
 
-_TOKENS: dict[str, Any] = dict(vocab_size=199, bos_token_id=1, eos_token_id=2, pad_token_id=None)
-_SIZES = _TOKENS | dict(
+TOKENS: dict[str, Any] = dict(vocab_size=199, bos_token_id=1, eos_token_id=2, pad_token_id=None)
+_SIZES = TOKENS | dict(
     hidden_size=64,
     intermediate_size=112,
     num_hidden_layers=4,
@@ -38,7 +38,7 @@ _SIZES = _TOKENS | dict(
 _LLAMA_LIKE = _SIZES | dict(
     head_dim=16, rms_norm_eps=_VISIBLE_EPSILON, rope_parameters=_rope(1e4), tie_word_embeddings=False
 )
-_GPT2 = _TOKENS | dict(
+_GPT2 = TOKENS | dict(
     model_type="gpt2",
     n_embd=64,
     n_layer=4,
@@ -171,7 +171,7 @@ FOLDED: Mapping[str, Mapping[str, Any]] = {
 }
 """Families whose multipliers can only be folded, so that the way back is not exact."""
 
-_PHI: dict[str, Any] = _TOKENS | dict(
+_PHI: dict[str, Any] = TOKENS | dict(
     model_type="phi",
     hidden_size=80,
     intermediate_size=112,

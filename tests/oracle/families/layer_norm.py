@@ -4,17 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..hf import SIZES
+from ..hf_kinds import TOKENS
 from .model import CUT, ENGINE, Model
 
-_TOKENS: dict[str, Any] = dict(vocab_size=199, bos_token_id=1, eos_token_id=2, pad_token_id=None)
-_SIZES = _TOKENS | dict(
-    hidden_size=64,
-    intermediate_size=112,
-    num_hidden_layers=4,
-    num_attention_heads=8,
-    num_key_value_heads=4,
-    max_position_embeddings=512,
-)
 #: Large enough that another epsilon changes the logits.
 _EPSILON = 1e-3
 
@@ -23,18 +16,18 @@ def _rope(**more: Any) -> dict[str, Any]:
     return {"rope_parameters": {"rope_type": "default", "rope_theta": 5e4, **more}}
 
 
-_BIGCODE = _TOKENS | dict(
+_BIGCODE = TOKENS | dict(
     model_type="gpt_bigcode",
     **dict(n_embd=64, n_layer=4, n_head=4, n_positions=96, n_inner=112, layer_norm_epsilon=_EPSILON),
 )
-_OLMO = _SIZES | _rope() | dict(model_type="olmo", tie_word_embeddings=False)
-_STABLELM = _SIZES | _rope(partial_rotary_factor=0.25) | dict(model_type="stablelm", layer_norm_eps=_EPSILON)
-_NEMOTRON = _SIZES | _rope(partial_rotary_factor=0.5) | dict(model_type="nemotron", head_dim=16, norm_eps=_EPSILON)
-_OWN_KEYS = {name: value for name, value in _SIZES.items() if name != "num_key_value_heads"}
+_OLMO = SIZES | _rope() | dict(model_type="olmo", tie_word_embeddings=False)
+_STABLELM = SIZES | _rope(partial_rotary_factor=0.25) | dict(model_type="stablelm", layer_norm_eps=_EPSILON)
+_NEMOTRON = SIZES | _rope(partial_rotary_factor=0.5) | dict(model_type="nemotron", head_dim=16, norm_eps=_EPSILON)
+_OWN_KEYS = {name: value for name, value in SIZES.items() if name != "num_key_value_heads"}
 _PERSIMMON = _OWN_KEYS | _rope(partial_rotary_factor=0.5) | dict(model_type="persimmon", layer_norm_eps=_EPSILON)
 _NEOX = _OWN_KEYS | _rope(partial_rotary_factor=0.75) | dict(model_type="gpt_neox", layer_norm_eps=_EPSILON)
 
-_OPT = _TOKENS | dict(
+_OPT = TOKENS | dict(
     model_type="opt",
     **dict(hidden_size=64, ffn_dim=112, num_hidden_layers=4, num_attention_heads=4, max_position_embeddings=96),
     **dict(word_embed_proj_dim=64, tie_word_embeddings=True),
@@ -51,8 +44,8 @@ MODELS: dict[str, Model] = {
     "olmo-bias": Model(_OLMO | dict(attention_bias=True, tie_word_embeddings=True)),
     "stablelm": Model(_STABLELM | dict(use_qkv_bias=True)),
     "nemotron": Model(_NEMOTRON, whole=ENGINE),
-    "arcee": Model(_SIZES | _rope() | dict(model_type="arcee", head_dim=16, rms_norm_eps=_EPSILON)),
-    "jais2": Model(_SIZES | _rope() | dict(model_type="jais2", head_dim=16, layer_norm_eps=_EPSILON)),
+    "arcee": Model(SIZES | _rope() | dict(model_type="arcee", head_dim=16, rms_norm_eps=_EPSILON)),
+    "jais2": Model(SIZES | _rope() | dict(model_type="jais2", head_dim=16, layer_norm_eps=_EPSILON)),
     "persimmon": Model(_PERSIMMON),
     "gpt_neox": Model(_NEOX | dict(use_parallel_residual=False)),
     "gpt_neox-no-attention-bias": Model(_NEOX | dict(use_parallel_residual=False, attention_bias=False)),

@@ -84,13 +84,19 @@ def _internlm2(tensors: Tensors, config: Config) -> tuple[Tensors, Config]:
     return _renamed(_qkv(config, tensors, "wqkv", grouped=True), names), published | {"torch_dtype": config["dtype"]}
 
 
+#: Names of GPT-2 that EXAONE and Qwen-1 have.
+_AS_GPT2 = {
+    "model.embed_tokens": "transformer.wte",
+    "model.norm": "transformer.ln_f",
+    "model.layers.": "transformer.h.",
+    "input_layernorm": "ln_1",
+    "post_attention_layernorm": "ln_2",
+}
+
+
 def _exaone(tensors: Tensors, config: Config) -> tuple[Tensors, Config]:
     names = {
-        "model.embed_tokens": "transformer.wte",
-        "model.norm": "transformer.ln_f",
-        "model.layers.": "transformer.h.",
-        "input_layernorm": "ln_1",
-        "post_attention_layernorm": "ln_2",
+        **_AS_GPT2,
         "self_attn.o_proj": "attn.attention.out_proj",
         "self_attn.": "attn.attention.",
         "mlp.gate_proj": "mlp.c_fc_0",
@@ -110,11 +116,7 @@ def _exaone(tensors: Tensors, config: Config) -> tuple[Tensors, Config]:
 
 def _qwen(tensors: Tensors, config: Config) -> tuple[Tensors, Config]:
     names = {
-        "model.embed_tokens": "transformer.wte",
-        "model.norm": "transformer.ln_f",
-        "model.layers.": "transformer.h.",
-        "input_layernorm": "ln_1",
-        "post_attention_layernorm": "ln_2",
+        **_AS_GPT2,
         "self_attn.o_proj": "attn.c_proj",
         "self_attn.": "attn.",
         "mlp.gate_proj": "mlp.w2",
