@@ -85,7 +85,7 @@ def spec_from_config(config: Mapping[str, Any], ignored: Iterable[str] = ()) -> 
 
     The dtype is config.json's, or float32 without one; readers of weight files replace it with the files' dtype.
     """
-    quantisation.block_size(config)  # refuses what cannot be read
+    quantisation.scheme_of(config)  # refuses what cannot be read
     family = family_from_config(config)
     _refuse_unclaimed(config, family, ignored)
     fields: dict[str, Any] = {}
