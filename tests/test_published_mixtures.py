@@ -67,6 +67,12 @@ _GPT_OSS = {
     **{"sliding_window": 128, "layer_types": ["sliding_attention", "full_attention"] * 12, "rope_theta": 150000},
     **{"initial_context_length": 4096, "max_position_embeddings": 131072},
     **{"pad_token_id": 199999, "eos_token_id": 200002},
+    "quantization_config": {
+        "modules_to_not_convert": [
+            *("model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head")
+        ],
+        "quant_method": "mxfp4",
+    },
     "rope_scaling": {
         **{"rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False},
         "original_max_position_embeddings": 4096,

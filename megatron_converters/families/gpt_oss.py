@@ -32,7 +32,7 @@ FAMILY = Family(
     since="0.15",
     proof=Proof.LOGITS,
     models="GPT-OSS",
-    covers="attention sinks, windows on every other layer, biases of experts and router, YaRN (flags from 0.19 on)",
+    covers="attention sinks, windows on every other layer, biases of experts and router, experts in bfloat16 or MXFP4; YaRN from 0.19 on",
     tensors={
         **{**WITHOUT_MLP, **QKV_BIAS, **PROJ_BIAS},
         **tensor("sinks", ATTENTION + "sinks"),
