@@ -9,8 +9,8 @@ from __future__ import annotations
 from ..model.layers import QUICK_GELU
 from ..model.layouts import ALTERNATING
 from .entries import implied, linear, tensor
-from .llama import ATTENTION, MLP, PROJ_BIAS, QKV_BIAS, SIZES, head_dim, query_groups
-from .mixtures import WITHOUT_MLP
+from .llama import ATTENTION, MLP, PROJ_BIAS, QKV_BIAS, head_dim
+from .mixtures import MIXTRAL, WITHOUT_MLP
 from .rules import Biases, Fixed, Repeated, Row, overridden
 from .rules_attention import YARN, Rope
 from .rules_context import InitialContext
@@ -32,7 +32,7 @@ FAMILY = Family(
     since="0.15",
     proof=Proof.LOGITS,
     models="GPT-OSS",
-    covers="attention sinks, windows on every other layer, biases of experts and router, experts in bfloat16 or MXFP4; YaRN from 0.19 on",
+    covers="attention sinks, windows on every other layer, biases of experts and router, experts in MXFP4; YaRN from 0.19 on",
     tensors={
         **{**WITHOUT_MLP, **QKV_BIAS, **PROJ_BIAS},
         **tensor("sinks", ATTENTION + "sinks"),
@@ -43,24 +43,20 @@ FAMILY = Family(
         **tensor("expert_fc2_bias", _DOWN + "_bias", stacked=True),
     },
     rules=overridden(
-        SIZES,
+        MIXTRAL.rules,
         [
-            query_groups(absent=8),
             head_dim(absent=64),
             Rope(150000.0, absent=_SCALING),
             InitialContext(default=_POSITIONS),
             ListedWindow(default=128, full=2, last=True),
             Biases(attention=True, mlp=True, mlp_key=""),
             Row("max_position_embeddings", "max_position_embeddings", 131072),
-            Row("norm_epsilon", "rms_norm_eps", 1e-5),
             Row("num_experts", "num_local_experts", 128),
             Row("moe_router_topk", "num_experts_per_tok", 4),
             Repeated("experts_per_token", "num_experts_per_tok", 4),
-            Row("moe_ffn_hidden_size", "intermediate_size"),
-            Row("moe_aux_loss_coeff", "router_aux_loss_coef", 0.001),
             Row("activation_func_clamp_value", "swiglu_limit", 7.0),
             Fixed("swiglu_alpha", 1.702, why="Megatron-LM's quick GELU has this factor built in"),
-            *implied(sinks=True, activation=QUICK_GELU, glu_linear_offset=1.0, moe_router_pre_softmax=False),
+            *implied(sinks=True, activation=QUICK_GELU, glu_linear_offset=1.0),
         ],
     ),
 )
