@@ -41,6 +41,19 @@ class StoredTensor(Sealed):
         offset = self.offset + start * self.strides[1] * self.dtype.itemsize
         return StoredTensor(self.path, offset, self.dtype, (self.shape[0], stop - start), self.strides)
 
+    def item(self, number: int) -> StoredTensor:
+        """View of one of the tensors that this one stacks along its first axis."""
+        offset = self.offset + number * self.strides[0] * self.dtype.itemsize
+        return StoredTensor(self.path, offset, self.dtype, self.shape[1:], self.strides[1:])
+
+    def transposed(self) -> StoredTensor:
+        """View of the transposed matrix."""
+        return StoredTensor(self.path, self.offset, self.dtype, self.shape[::-1], self.strides[::-1])
+
+    def reshaped(self, shape: tuple[int, ...], dtype: DType | None = None) -> StoredTensor:
+        """View of the same bytes, which lie in row-major order, in another shape and dtype."""
+        return StoredTensor(self.path, self.offset, dtype or self.dtype, shape, contiguous_strides(shape))
+
     def array(self) -> npt.NDArray[Any]:
         """Read-only view of the mapped file, in the dtype's carrier type. No bytes are read until it is used.
 
