@@ -6,13 +6,14 @@ It lies in the folder of the model's other files, with the small ones. Its metad
 from __future__ import annotations
 
 import shutil
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from ..basics.errors import ConversionError, raise_all
 from ..basics.json_files import write_json
-from ..basics.quantities import few
+from ..basics.quantities import count, few
 from ..families.config_json import text_part, wrapper_in
 from ..storage import safetensors, shards
 from ..storage.decoding import CODES
@@ -120,4 +121,7 @@ def leave_out_carried(origin: Origin) -> None:
     if carried is not None:
         origin.notes[:] = [note for note in origin.notes if note != carried.note]
         origin.notes.append(f"{carried.summary}: left out, as --text-only says")
-        origin.ignored += [f"{name} (--text-only)" for name in sorted(carried.tensors)]
+        kinds = Counter(".".join(name.split(".")[: 2 if name.startswith("model.") else 1]) for name in carried.tensors)
+        origin.ignored += [
+            f"{kind}.* ({count(number, 'tensor')}, --text-only)" for kind, number in sorted(kinds.items())
+        ]

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ..basics.errors import UsageError
 from ..basics.folders import existing_folder
 from ..families import FAMILIES
+from ..families.config_json import wrapper_in
 from ..families.scope import family_of
 from .detect import format_of, refuse_part
 from .hub import located
@@ -112,14 +113,24 @@ def open_source(path: str | os.PathLike[str], options: ReadOptions = AS_FOUND) -
     with family_of(options.family_file):
         source = _backfilled(_OPENERS[found](found_path, options), options)
         _note_unused_family(source, options)
-    if options.text_only:
-        from ..assets.side_file import leave_out_carried
-
-        leave_out_carried(source.origin)
+    if wrapper_in(source.origin.hf_config) is not None:
+        _settle_carried(source.origin, options)
     source.origin.say_first(notes)
     if margs is not None:
         _take_over(margs, source, options)
     return Opened(found, source)
+
+
+def _settle_carried(origin: Origin, options: ReadOptions) -> None:
+    """Leave out what lies beside a text part, or find it."""
+    if options.text_only:
+        from ..assets.side_file import leave_out_carried
+
+        leave_out_carried(origin)
+    elif origin.carried is None:
+        from .carrying import complete
+
+        complete(origin, _reference(options))
 
 
 def _backfilled(source: Source, options: ReadOptions) -> Source:

@@ -241,9 +241,6 @@ def _add_carried(origin: Origin, directory: Path) -> None:
 
     carried = origin.carried = read_side_file(directory)
     if carried is None:
-        origin.tell_at_once(
-            f"warning: the text part of a model of images and text, without {PLACE}, which lay beside it"
-        )
         return
     origin.notes.append(carried.note)
     files = [directory / PLACE, *carried.files.values()]
