@@ -38,8 +38,8 @@ _CUDA = (
 
 def main(tokens_file: str, out_file: str, flags: list[str]) -> None:
     """Load and run the model; the first process of the last stage writes the logits."""
-    _replace_packages("transformer_engine" in flags)
-    _replace_torch()
+    replace_packages("transformer_engine" in flags)
+    replace_torch()
     cpu.prepare()
     sys.argv = ["pretrain_gpt.py", *flags]
     with cuda_is_cpu(), torch.no_grad():
@@ -50,7 +50,7 @@ def main(tokens_file: str, out_file: str, flags: list[str]) -> None:
     dist.destroy_process_group()
 
 
-def _replace_packages(engine: bool) -> None:
+def replace_packages(engine: bool) -> None:
     if not hasattr(typing, "override"):  # 0.19 needs Python 3.12
         typing.override = lambda method: method  # type: ignore[attr-defined]
     for name in _UNNEEDED:
@@ -65,7 +65,7 @@ def _replace_packages(engine: bool) -> None:
         transformer_engine_standin.install()
 
 
-def _replace_torch() -> None:
+def replace_torch() -> None:
     for name in _CUDA:
         setattr(torch.cuda, name, MagicMock())
     torch.cuda.device_count = lambda: 1  # type: ignore[assignment]

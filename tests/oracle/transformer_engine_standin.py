@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-_VERSION = "2.8.0"  # megatron-core chooses arguments and names by it
+VERSION = "2.8.0"  # megatron-core chooses arguments and names by it
 
 Group = dist.ProcessGroup | None
 
@@ -40,15 +40,16 @@ class _Norm(_ExtraState):
 
     def __init__(
         self,
-        hidden_size: int,
-        eps: float,
+        normalized_shape: int | None = None,
+        eps: float = 1e-5,
         zero_centered_gamma: bool = False,
         params_dtype: torch.dtype = torch.float32,
+        hidden_size: int | None = None,  # its older name
         **_: Any,
     ):
         super().__init__()
         self.eps, self.zero_centered_gamma = eps, zero_centered_gamma
-        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=params_dtype))
+        self.weight = torch.nn.Parameter(torch.ones(normalized_shape or hidden_size, dtype=params_dtype))
 
 
 class RMSNorm(_Norm):
@@ -57,8 +58,8 @@ class RMSNorm(_Norm):
 
 
 class LayerNorm(_Norm):
-    def __init__(self, hidden_size: int, eps: float, **kwargs: Any):
-        super().__init__(hidden_size, eps, **kwargs)
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
         self.bias = torch.nn.Parameter(torch.zeros_like(self.weight))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -261,7 +262,7 @@ _PYTORCH: dict[str, Any] = {
     cls.__name__: cls for cls in (Linear, LayerNormLinear, LayerNorm, RMSNorm, DotProductAttention, GroupedLinear)
 }
 _MODULES: dict[str, dict[str, Any]] = {
-    "transformer_engine": {"__version__": _VERSION},
+    "transformer_engine": {"__version__": VERSION},
     "transformer_engine.common": {},
     "transformer_engine.common.recipe": {"DelayedScaling": _placeholder("DelayedScaling")},
     "transformer_engine.pytorch": _PYTORCH,

@@ -22,7 +22,7 @@ from ...storage.tensor import StoredTensor
 from .arguments import rank_invariants
 from .foreign_args import foreign
 from .locating import RANK, RANK_FILE, listing
-from .names import EXPERTS, EXTRA_STATE_SUFFIX
+from .names import EMBEDDINGS, EXPERTS, EXTRA_STATE_SUFFIX
 from .options import STACKED
 from .reading import MegatronReadOptions, args_in, parallel_of, skipped_entries, supplemented
 from .run_config import Record, recorded_beside
@@ -38,6 +38,8 @@ STACKED_SUFFIXES = tuple(name.rpartition("}")[2] for name in EXPERTS[STACKED].va
 _MOST_NAMED = 5
 #: File of a distributed optimizer beside a rank's, and the entry in the rank's file of any other for weights in float32.
 _DISTRIBUTED_OPTIMIZER, _ORIGINALS = "distrib_optim.pt", "fp32_from_fp16_params"
+#: Attribute that Habana's saver records otherwise in the first stage than in the others.
+_PADDED = "padded_vocab_size"
 
 
 @dataclass(frozen=True)
@@ -97,22 +99,24 @@ def read_rank_files(folder: Path, options: MegatronReadOptions) -> RankFiles:
     raise_all(
         f"{folder}: the folders do not match the args' tp={parallel.tp}, pp={parallel.pp}, ep={parallel.ep}:", problems
     )
-    ranks, left_out = {}, set()
+    ranks: dict[Rank, RankFile] = {}
+    left_out: set[str] = set()
     decisive = {*VOCABULARY, *foreign({} if stored is None else vars(stored))}
     for name, rank in wanted.items():
         content = read_file(folder / name / RANK_FILE)
         own = args_in(content, folder / name)
         also = decisive.union(foreign({} if own is None else vars(own)))
+        tensors = tensors_of(content, parallel, folder / name, wrapper, ignored)
+        ranks[rank] = RankFile(folder / name / RANK_FILE, name, tensors)
         expected = rank_invariants(first.get("iteration"), stored, also)
+        expected = _with_whole_vocabulary(expected, next(iter(ranks.values())), parallel.tp)
         found = rank_invariants(content.get("iteration"), own, also)
+        found = _with_whole_vocabulary(found, ranks[rank], parallel.tp)
         differing = (key for key in expected.keys() & found.keys() if found[key] != expected[key])
         problems += [
             f"{name}: {key} is {one_line(repr(found[key]))}, not {one_line(repr(expected[key]))}"
             for key in sorted(differing)
         ]
-        ranks[rank] = RankFile(
-            folder / name / RANK_FILE, name, tensors_of(content, parallel, folder / name, wrapper, ignored)
-        )
         left_out |= skipped_entries(content)
     remedy = "They are of different saves; copy all ranks of one save again."
     raise_all(f"{folder}: the ranks' files contradict {first_name}:", problems, remedy=remedy)
@@ -125,6 +129,17 @@ def read_rank_files(folder: Path, options: MegatronReadOptions) -> RankFiles:
         record=record,
         ignored=ignored,
     )
+
+
+def _with_whole_vocabulary(values: dict[str, Any], rank: RankFile, tp: int) -> dict[str, Any]:
+    """Values of a rank's args, `padded_vocab_size` among them that of all ranks.
+
+    Habana's saver records the rows of one rank's part in the first stage (tools/checkpoint/saver_core.py, 1.24.0).
+    """
+    embeddings, size = rank.tensors.get(EMBEDDINGS), values.get(_PADDED)
+    if embeddings is None or size != embeddings.shape[0]:
+        return values
+    return {**values, _PADDED: size * tp}
 
 
 def _float32_originals(content: Mapping[str, Any], rank: Path) -> str:
