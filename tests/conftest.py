@@ -63,3 +63,14 @@ def preloaded(monkeypatch: pytest.MonkeyPatch) -> None:
     from tests.logits_processes import use_preloaded
 
     use_preloaded(monkeypatch)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print what was not run for want of something that only some machines have, by reason."""
+    left: dict[str, list[str]] = {}
+    for report in terminalreporter.stats.get("skipped", []):
+        _, found, reason = str(report.longrepr[2]).partition("not run: ")
+        if found:
+            left.setdefault(reason, []).append(report.nodeid.rpartition("::")[2])
+    for reason, names in left.items():
+        terminalreporter.write_line(f"not run, since {reason}: {', '.join(names)}")

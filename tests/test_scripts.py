@@ -16,10 +16,11 @@ from typing import Any
 import pytest
 
 from tests.helpers import ROOT, Run, file_bytes, finished, succeeded
+from tests.served_python import ServedPython
 
 HFModel = Callable[..., Path]
 SLURM, TORCHRUN = ROOT / "scripts/slurm", ROOT / "scripts/torchrun"
-SCRIPTS = sorted([*SLURM.iterdir(), *TORCHRUN.iterdir()])
+SCRIPTS = sorted([*SLURM.iterdir(), *TORCHRUN.iterdir(), ROOT / "scripts/install_dropin.sh"])
 #: Starts TASKS processes with the variables that srun sets, or waits to be ended.
 SRUN = """#!/usr/bin/env bash
 echo "srun $*" >> "$CALLS"
@@ -88,7 +89,9 @@ def calls(env: dict[str, str]) -> list[str]:
     return path.read_text().splitlines() if path.exists() else []
 
 
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: f"{path.parent.name}/{path.name}")
+@pytest.mark.parametrize(
+    "script", [*SCRIPTS, ROOT / "scripts/there_and_back.sh"], ids=lambda path: f"{path.parent.name}/{path.name}"
+)
 def test_scripts_are_sound(script: Path) -> None:
     text = script.read_text()
     assert os.access(script, os.X_OK)
@@ -97,7 +100,7 @@ def test_scripts_are_sound(script: Path) -> None:
     if script.suffix == ".sbatch":  # Slurm reads its lines up to the first command
         assert text.rindex("#SBATCH") < text.index("set -euo")
     if shutil.which("shellcheck"):
-        subprocess.run(["shellcheck", str(script)], check=True)
+        subprocess.run(["shellcheck", "--external-sources", str(script)], cwd=ROOT, check=True)
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: f"{path.parent.name}/{path.name}")
@@ -107,27 +110,34 @@ def test_without_folders_they_say_how_they_are_used(script: Path, slurm: dict[st
     assert calls(slurm) == []
 
 
-def test_slurm_converts_and_verifies(hf_model: HFModel, slurm: dict[str, str], tmp_path: Path) -> None:
+@pytest.fixture
+def python(tmp_path: Path) -> ServedPython:
+    return ServedPython(tmp_path / "served", lambda words: pytest.fail(f"asked for {words}"))
+
+
+def test_slurm_converts_and_verifies(
+    hf_model: HFModel, slurm: dict[str, str], python: ServedPython, tmp_path: Path
+) -> None:
     source, out = hf_model("llama3"), tmp_path / "my out"
     options = ("--tp", "2", "--pp", "2")
     job = succeeded(run(SLURM / "convert.sbatch", source, out, *options, env={**slurm, "TASKS": "3"}))
     assert "job 4711, run 1, on localhost node2 node3" in job.out and "3 processes" in job.out
     step = f"srun --kill-on-bad-exit=1 {sys.executable} -m megatron_converters convert {source} {out} --tp 2 --pp 2"
     assert calls(slurm) == ["scontrol show hostnames node[1-3]", step]
-    again = succeeded(run(SLURM / "convert.sbatch", source, out, *options, env=slurm))
+    again = succeeded(python.run([SLURM / "convert.sbatch", source, out, *options], slurm))
     assert "run 1" in again.out
     for folders in ((source, out), (out,)):
-        succeeded(run(SLURM / "verify.sbatch", *folders, env=slurm))
+        succeeded(python.run([SLURM / "verify.sbatch", *folders], slurm))
     with open(next(out.rglob("*.pt")), "r+b") as file:
         file.seek(-2000, os.SEEK_END)
         byte = file.read(1)
         file.seek(-2000, os.SEEK_END)
         file.write(bytes([byte[0] ^ 1]))
-    assert run(SLURM / "verify.sbatch", out, env=slurm).code == 1
+    assert python.run([SLURM / "verify.sbatch", out], slurm).code == 1
 
 
-def test_a_failure_of_the_step_is_the_job_s(slurm: dict[str, str], tmp_path: Path) -> None:
-    result = run(SLURM / "convert.sbatch", tmp_path, tmp_path / "out", "--tp", "2", env=slurm)
+def test_a_failure_of_the_step_is_the_job_s(slurm: dict[str, str], python: ServedPython, tmp_path: Path) -> None:
+    result = python.run([SLURM / "convert.sbatch", tmp_path, tmp_path / "out", "--tp", "2"], slurm)
     assert result.code == 2 and "is of no known format" in result.err
     assert not any("requeue" in call for call in calls(slurm))
 
@@ -162,11 +172,11 @@ def test_submit_chains_tries_and_the_check(slurm: dict[str, str]) -> None:
     ]
 
 
-def test_torchrun_on_two_machines_and_on_one(hf_model: HFModel, tmp_path: Path) -> None:
+def test_torchrun_on_two_machines_and_on_one(hf_model: HFModel, python: ServedPython, tmp_path: Path) -> None:
     source, alone, together = hf_model("llama3"), tmp_path / "one" / "out", tmp_path / "two" / "out"
     env = {"PYTHON": sys.executable, "PROCS_PER_NODE": "2", "MASTER_PORT": str(_port())}
     options = ("--tp", "2", "--pp", "2", "--quiet")
-    succeeded(run(TORCHRUN / "convert.sh", source, alone, *options, env=env))
+    succeeded(python.run([TORCHRUN / "convert.sh", source, alone, *options], env))
     nodes = [
         start(TORCHRUN / "convert.sh", source, together, *options, env={**env, "NNODES": "2", "NODE_RANK": str(rank)})
         for rank in (0, 1)
@@ -178,8 +188,8 @@ def test_torchrun_on_two_machines_and_on_one(hf_model: HFModel, tmp_path: Path) 
         for folder in (alone, together)
     ]
     assert len(ranks[0]) == 4 and ranks[0] == ranks[1]
-    succeeded(run(TORCHRUN / "verify.sh", source, together, env=env))
-    assert run(TORCHRUN / "verify.sh", source, hf_model("qwen2"), env=env).code == 1
+    succeeded(python.run([TORCHRUN / "verify.sh", source, together], env))
+    assert python.run([TORCHRUN / "verify.sh", source, hf_model("qwen2")], env).code == 1
 
 
 @pytest.mark.parametrize(
