@@ -17,7 +17,7 @@ RECORD=.megatron_converters_dropin                            # checksums of wha
 MOVED=.megatron_converters_moved                              # tree's own files, by name, that are kept as *_stock.py
 BEGIN="# megatron-converters: begin"
 END="# megatron-converters: end"
-# Module of the library, and the name that it has beside convert.py: Megatron-LM 0.8 looks for loader_mcore and saver_mcore, later
+# Module of the library, and the name that it has beside convert.py: Megatron-LM up to 0.10 looks for loader_mcore and saver_mcore, later
 # releases read `mcore` as `core`.
 PLUGINS="
 loaders.loader_llama_mistral loader_llama_mistral

@@ -39,7 +39,8 @@ from tests.oracle.by_hand_mindspore import write_by_hand
 HFModel = Callable[..., Path]
 Messages = list[Any]
 
-#: What stock convert.py does: plugins by bare module name, a torch.multiprocessing queue, a saver process, no exit code.
+#: What stock convert.py does: plugins by the end of a module's name or by all of it, old names for some, a torch.multiprocessing
+#: queue, a saver process, no exit code.
 CONVERT = """
 import argparse, importlib
 import torch.multiprocessing as mp
@@ -53,8 +54,11 @@ def main():
     known, _ = parser.parse_known_args()
     plugins = []
     for kind in ("loader", "saver"):
-        name = getattr(known, kind)
-        plugins.append(importlib.import_module(f"{kind}_{name}"))
+        name = {"megatron": "legacy", "mcore": "core"}.get(getattr(known, kind), getattr(known, kind))
+        try:
+            plugins.append(importlib.import_module(f"{kind}_{name}"))
+        except ModuleNotFoundError:
+            plugins.append(importlib.import_module(name))
         plugins[-1].add_arguments(parser)
     args = parser.parse_args()
     queue = mp.Queue(maxsize=args.max_queue_size)

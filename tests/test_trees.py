@@ -1,8 +1,8 @@
 """Our plugins with those of real trees of Megatron-LM, under each tree's own convert.py: the same tensors each time.
 
 `MEGATRON_LM_TREES` is a folder of trees, named by tag (`core_v0.12.3`), `main` and `habana`. What cannot run is printed as not run.
-The tools of 0.15 and later do not work as they are, on a GPU either: process groups are unset that the model asks for, and loader_core
-builds no model. tests/oracle/tree_convert.py gives them both, and changes nothing of what they read or write.
+The tools of 0.15 and later do not work as they are, on a GPU either: process groups are unset that the model asks for, and the
+loader_core builds no model. tests/oracle/tree_convert.py gives them both, and changes nothing of what they read or write.
 """
 
 from __future__ import annotations
