@@ -1,13 +1,12 @@
 """Our plugins with the stock tools' own: the contract of Megatron-LM's tools/checkpoint/convert.py, message by message.
 
-The other side is a stand-in that knows nothing of the package. Where a Megatron-LM tree is given by MEGATRON_LM_PATH, its
-real convert.py takes the place of the stand-in's.
+The other side is a stand-in that knows nothing of the package. Where MEGATRON_LM_TREES says where trees of Megatron-LM are, the
+real convert.py of its main branch takes the place of the stand-in's. With real plugins: `test_trees`.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from argparse import Namespace
 from collections.abc import Callable
@@ -35,6 +34,7 @@ from tests.helpers import (
 )
 from tests.oracle.args import megatron_args
 from tests.oracle.by_hand_mindspore import write_by_hand
+from tests.test_trees import folder_of
 
 HFModel = Callable[..., Path]
 Messages = list[Any]
@@ -109,9 +109,7 @@ def tools(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     if request.param == "stand-in":
         (folder / "convert.py").write_text(CONVERT)
     else:
-        if "MEGATRON_LM_PATH" not in os.environ:
-            pytest.skip("MEGATRON_LM_PATH does not say where Megatron-LM is")
-        shutil.copy(Path(os.environ["MEGATRON_LM_PATH"]) / "tools" / "checkpoint" / "convert.py", folder)
+        shutil.copy(folder_of("main") / "tools" / "checkpoint" / "convert.py", folder)
     for path in (*ROOT.glob("loaders/loader_*.py"), *ROOT.glob("savers/saver_*.py")):
         shutil.copy(path, folder)
     shutil.copytree(
