@@ -30,11 +30,11 @@ class Scheme(NamedTuple):
     words: str
 
 
-def bf16(codes: torch.Tensor, scales: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Codes times the scale of their blocks, in float32, rounded once."""
+def product(codes: torch.Tensor, scales: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Codes times the scale of their blocks, in float32, rounded once: to float16 where scales are that, else to bfloat16."""
     rows, cols = codes.shape
     whole = scales.float().repeat_interleave(height, 0).repeat_interleave(width, 1)[:rows, :cols]
-    return (codes.float() * whole).to(torch.bfloat16)
+    return (codes.float() * whole).to(torch.float16 if scales.dtype == torch.float16 else torch.bfloat16)
 
 
 def _codes(generator: torch.Generator, rows: int, cols: int) -> torch.Tensor:
@@ -62,7 +62,7 @@ def in_bytes(
             scales = stored = (0.01 + torch.rand(counts, generator=generator)).to(dtype)
         if shape is not None:
             stored = stored.reshape(shape)
-        return Stored({".weight": codes, scale: stored}, bf16(codes, scales, high, wide))
+        return Stored({".weight": codes, scale: stored}, product(codes, scales, high, wide))
 
     return store
 
@@ -79,7 +79,7 @@ def packed(group: int, dtype: torch.dtype) -> Any:
             words[:, col // 8] += (numbers[:, col] + 8) << (4 * (col % 8))
         words = torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32)
         tensors = {".weight_packed": words, ".weight_scale": scales, ".weight_shape": torch.tensor([rows, cols])}
-        return Stored(tensors, bf16(numbers, scales, 1, size))
+        return Stored(tensors, product(numbers, scales, 1, size))
 
     return store
 
@@ -232,7 +232,8 @@ def write(folder: Path, scheme: Scheme, mlp: int = MLP, **fields: Any) -> Tensor
     plain |= dict.fromkeys(("model.embed_tokens", "lm_head"), (VOCABULARY, HIDDEN))
     for layer in range(LAYERS):
         plain |= {f"model.layers.{layer}.{name}_layernorm": (HIDDEN,) for name in ("input", "post_attention")}
-    meaning = {f"{name}.weight": torch.randn(shape, generator=generator).bfloat16() for name, shape in plain.items()}
+    dtype = scheme.store(generator, 2, 32).meaning.dtype
+    meaning = {f"{name}.weight": torch.randn(shape, generator=generator).to(dtype) for name, shape in plain.items()}
     stored = dict(meaning)
     for layer in range(LAYERS):
         for name, (rows, cols) in linear.items():

@@ -118,8 +118,8 @@ class Quantised(Sealed):
 
     @property
     def dtype(self) -> DType:
-        """Dtype of the decoded elements, unless another is asked for."""
-        return _BFLOAT16
+        """Dtype of the decoded elements, unless another is asked for: bfloat16, or float16 where scales are float16."""
+        return self.scale.dtype if self.scale.dtype.name == "float16" else _BFLOAT16
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -150,7 +150,7 @@ class Quantised(Sealed):
         return Transposed(self)
 
     def read(self, rows: Rows, cols: slice, dtype: DType | None = None) -> Array:
-        """Decode these rows and columns, as an array of the carrier type of bfloat16 or of another dtype.
+        """Decode these rows and columns, as an array of the carrier type of the matrix's dtype or of another.
 
         Raises `ConversionError` for a code or a scale that is no number, and where a product exceeds the dtype.
         """
