@@ -10,7 +10,7 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache, lru_cache
 from itertools import islice, pairwise
 from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
 
@@ -65,6 +65,12 @@ class Reader(Protocol):
         ...
 
 
+@cache
+def _reads(kind: type) -> bool:
+    """Whether objects of a class are readers; asked once, since a look at all members of a protocol takes long."""
+    return hasattr(kind, "read")
+
+
 @lru_cache(maxsize=1024)
 def as_matrix(shape: tuple[int, ...]) -> tuple[int, int]:
     """Shape as (rows, columns), which are the product of all further dimensions; a vector has one column."""
@@ -113,8 +119,7 @@ class Piece:
     @property
     def reader(self) -> Reader | None:
         """Data of the piece, where they are decoded; else None."""
-        data = self.data  # looked at first for its class, since a look at all members of a protocol takes long
-        return data if not isinstance(data, StoredTensor) and isinstance(data, Reader) else None
+        return cast(Reader, self.data) if _reads(type(self.data)) else None
 
     @property
     def has_tensor(self) -> bool:
