@@ -51,14 +51,15 @@ class ScaledBlocks(Quantised):
     def _decoded(self, rows: Rows, cols: slice, dtype: DType) -> Array:
         height, width = (side or size for side, size in zip(self.block, self.shape, strict=True))
         codes = self.weight.array()[rows, cols]
-        numbers, columns = numbers_of(rows, self.shape[0]), np.arange(cols.start, cols.stop)
-        found, block_rows = np.unique(numbers // height, return_inverse=True)
-        first = cols.start // width
-        factors = scales_of(self.scale.array()[found, first : -(-cols.stop // width)], self.scale.dtype)
+        block_rows = numbers_of(rows, self.shape[0]) // height
+        top, left = int(block_rows.min(initial=self.shape[0])), cols.start // width
+        blocks = self.scale.array()[top : int(block_rows.max(initial=top)) + 1, left : -(-cols.stop // width)]
+        factors = scales_of(blocks, self.scale.dtype)
+        block_rows, block_cols = block_rows - top, np.arange(cols.start, cols.stop) // width - left
         values = VALUES[self.weight.dtype.name]
         if factors.size * _CODES < codes.size:
-            return _looked_up(codes, values, factors, block_rows, columns // width - first, dtype)
-        return rounded(values[codes] * factors[block_rows[:, None], columns // width - first], dtype)
+            return _looked_up(codes, values, factors, block_rows, block_cols, dtype)
+        return rounded(values[codes] * factors[block_rows[:, None], block_cols], dtype)
 
     def _no_numbers(self, rows: Rows, cols: slice) -> bool:
         return bool(np.isnan(VALUES[self.weight.dtype.name][self.weight.array()[rows, cols]]).any())
@@ -73,13 +74,16 @@ def _looked_up(
     result = np.empty(codes.shape, dtype.carrier)
     places = np.empty(0, np.int64)
     for part in steps(*codes.shape):
-        if places.shape != codes[part].shape:
-            places = np.empty(
-                codes[part].shape, np.int64
-            )  # one for all steps, since to get memory takes as long as to fill it
-        places[...] = codes[part]
-        places += col_places
-        if row_places[part].any():
-            places += row_places[part, None]
-        np.take(products, places, out=result[part], mode="clip")  # no place is outside; "raise" would copy `out`
+        count = len(codes[part])
+        if not places.size:  # one for all steps: they differ in the lowest byte of each number, which is the code
+            places = np.empty(codes[part].shape, np.int64)
+            places[...] = col_places
+            lowest = places.view(np.uint8)[:, :: places.itemsize]
+        lowest[:count] = codes[part]
+        first, others = row_places[part.start], row_places[part]
+        if (others == first).all():
+            table, found = products[first:], places[:count]
+        else:
+            table, found = products, places[:count] + others[:, None]
+        np.take(table, found, out=result[part], mode="clip")  # no place is outside; "raise" would copy `out`
     return result
