@@ -59,7 +59,7 @@ class ScaledBlocks(Quantised):
         values = VALUES[self.weight.dtype.name]
         if factors.size * _CODES < codes.size:
             return _looked_up(codes, values, factors, block_rows, block_cols, dtype)
-        return rounded(values[codes] * factors[block_rows[:, None], block_cols], dtype)
+        return rounded(values[codes] * factors.take(block_rows, 0).take(block_cols, 1), dtype)
 
     def _no_numbers(self, rows: Rows, cols: slice) -> bool:
         return bool(np.isnan(VALUES[self.weight.dtype.name][self.weight.array()[rows, cols]]).any())
