@@ -188,7 +188,10 @@ class Transposed(Sealed):
 
     matrix: Quantised
 
-    exact = False
+    @property
+    def exact(self) -> bool:
+        """Whether nothing is rounded."""
+        return self.matrix.exact
 
     @property
     def name(self) -> str:
