@@ -511,3 +511,19 @@ def test_the_first_key_of_compressed_tensors_is_read(tmp_path: Path) -> None:
     succeeded(verb("convert", tmp_path / "hf", tmp_path / "out", "--to", "hf", "--quiet"))
     same_tensors(hf_tensors(tmp_path / "out"), meaning)
     assert "compression_config" not in (tmp_path / "out" / "config.json").read_text()
+
+
+def test_a_text_part_may_be_quantised_alone(tmp_path: Path) -> None:
+    """Its configuration says so then, within that of the wrapper."""
+    hf, out = tmp_path / "hf", tmp_path / "out"
+    meaning = write(hf, SCHEMES["int4, groups"])
+    stored = load_file(hf / "model.safetensors")
+    save_file({f"language_model.{name}": tensor for name, tensor in stored.items()}, hf / "model.safetensors")
+    text = json.loads((hf / "config.json").read_text())
+    wrapper = {"model_type": "llava", "architectures": ["LlavaForConditionalGeneration"], "vision_config": {}}
+    (hf / "config.json").write_text(json.dumps({**wrapper, "text_config": text}))
+    succeeded(verb("convert", hf, out, "--text-only", "--to", "hf", "--quiet"))
+    same_tensors(hf_tensors(out), meaning)
+    assert "quantization_config" not in (out / "config.json").read_text()
+    edit_config(hf, quantization_config=SCHEMES["mxfp4"].config)
+    refused(verb("inspect", hf), "describes two quantisations, itself and in text_config")
