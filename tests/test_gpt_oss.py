@@ -149,6 +149,9 @@ def test_flags(hf_model: Callable[..., Path], tmp_path: Path) -> None:
     grouped = succeeded(verb("convert", hf_model("gpt-oss"), tmp_path / "out", "--overwrite"))
     assert "--no-bias-dropout-fusion" in grouped.out
     assert "--no-bias-dropout-fusion" not in sequential.out
+    # Before the bias is added, the limit of the fused kernel means something else.
+    assert "--no-bias-gelu-fusion" in sequential.out
+    assert "--no-bias-gelu-fusion" not in grouped.out
     assert "needs Megatron-LM 0.15 or later" in grouped.out
     assert "--softmax-type learnable needs Transformer Engine 2.8 or later" in grouped.out
 
