@@ -91,7 +91,7 @@ MOE_CONFIG = {
 
 
 def write_stacks(folder: Path, store: Any, config: dict[str, Any]) -> tuple[Path, Tensors]:
-    """Mixture whose experts are stacked and quantised by `store`, its family file, and what the stacks mean: [experts, rows, columns]."""
+    """Mixture whose experts are stacked and quantised by `store`, its family file, and the meaning: [experts, rows, columns]."""
     generator = torch.Generator().manual_seed(0)
     h, shapes = HIDDEN_MOE, {"model.norm": (HIDDEN_MOE,)}
     shapes |= dict.fromkeys(("model.embed_tokens", "lm_head"), (16, h))
@@ -146,7 +146,7 @@ STACKS: dict[str, tuple[Any, dict[str, Any], str]] = {
 
 @pytest.mark.parametrize("name", STACKS)
 def test_stacks_of_experts(name: str, tmp_path: Path) -> None:
-    store, config, words = STACKS[name]
+    store, config, _ = STACKS[name]
     family, meaning = write_stacks(tmp_path / "hf", store, config)
     sizes = ("--tp", "2", "--pp", "2", "--ep", "2", "--etp", "2", "--family-file", family, "--quiet")
     succeeded(verb("convert", tmp_path / "hf", tmp_path / "out", *sizes))

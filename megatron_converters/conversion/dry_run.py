@@ -12,7 +12,7 @@ from typing import Any
 from ..basics.dtypes import DType
 from ..basics.errors import ConversionError
 from ..model.slots import refs
-from .accounting import Accounts
+from .accounting import Accounts, check_beside
 from .composing import Piece, Planner, StoredName
 from .computing import Computation
 from .copying import default_lanes
@@ -88,6 +88,7 @@ class Forecast:
 def forecast(source: Source, target: Target, dtype: DType | None, workers: int = 1) -> Forecast:
     """Plan the whole conversion and check that each tensor is covered once; writes nothing."""
     outline = target.prepare(source.spec, source.origin, wanted_dtype(source, dtype))
+    check_beside(source.origin, outline)
     files = {file: FilePlan(0, layout.nbytes, outline.tensor_bytes(file)) for file, layout in outline.files.items()}
     read: set[StoredName] = set()
     casts: Counter[str] = Counter()
@@ -127,7 +128,7 @@ def forecast(source: Source, target: Target, dtype: DType | None, workers: int =
             + default_lanes() * (_LANE_BYTES + (_COMPUTED_BYTES if computed else 0))
             + (_TORCH_BYTES if casts else 0)
         ),
-        source_tensors=len(read),
+        source_tensors=len(read) + (0 if source.origin.carried is None else len(source.origin.carried.tensors)),
         target_tensors=sum(plan.tensors for plan in files.values()),
         casts=dict(casts),
         padding_rows=sum(plan.padding_rows for plan in files.values()),

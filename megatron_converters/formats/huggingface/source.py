@@ -40,6 +40,7 @@ from ...storage.decoding import Constant, UnitRows
 from ...storage.tensor import StoredTensor
 from .parts import HFNames, Part, constants
 from .quantised import Weight, decoded
+from .text_part import text_part_of
 from .weight_files import ADAPTER, WeightFiles, ghost_line, read_file, read_weights
 from .wrapping import Wrapping, refuse_adapters, wrapping_of
 
@@ -88,7 +89,8 @@ class HFSource:
         dropped = LeftOut(ignored_tensors)
         stored, ghosts = dropped.kept(files.tensors), dropped.kept(files.ghosts)
         refuse_adapters(path, stored)
-        family = FAMILIES[spec.family]
+        part = text_part_of(folder, config, spec, stored, ghosts)
+        family, spec, stored, ghosts = part.family, part.spec, part.stored, part.ghosts
         weights = decoded(path, config, stored)
         wrapping = wrapping_of(weights.tensors, ghosts, family, spec)
         tensors = wrapping.as_table(weights.tensors)
@@ -108,6 +110,7 @@ class HFSource:
         spec = zero_bias.without(spec) if zero else spec
         self.spec, dtype_notes = with_main_dtype(spec, self.dtype_of)
         code = code_files(folder)
+        beside = {**code, **({} if part.carried is None else part.carried.files)}
         generation = folder / "generation_config.json"
         self.origin = Origin(
             described=str(path),
@@ -115,8 +118,10 @@ class HFSource:
             generation_config=read_json(generation) if generation.exists() else None,
             tokenizer=str(folder) if _has_tokenizer(folder) else None,
             code_files=code,
+            carried=part.carried,
             notes=[
                 *files.notes,
+                *part.notes,
                 *wrapping.notes,
                 *head_notes,
                 *notes,
@@ -138,7 +143,7 @@ class HFSource:
                 *(f"{name} (of activations)" for name in weights.of_activations),
                 *dropped.ignored,
             ],
-            identity=file_identities(path, files.paths | {str(folder / _CONFIG), *map(str, code.values())}),
+            identity=file_identities(path, files.paths | {str(folder / _CONFIG), *map(str, beside.values())}),
         )
 
     def dtype_of(self, ref: Ref) -> DType:

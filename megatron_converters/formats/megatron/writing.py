@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 from ...assets import capacity_bins
 from ...assets.capacity_bins import CapacityBins
 from ...assets.code_files import CODE_FOLDER, write_code_files
-from ...assets.origin import Origin
+from ...assets.origin import Carried, Origin
 from ...assets.tokenizer import check_named, recorded_name
 from ...assets.training_args import inheritable, margs_to_json
 from ...basics.dtypes import DType, dtype_named
@@ -117,7 +117,7 @@ class CheckpointTarget(ABC):
                 unknown_flags(self._args, self._release),
                 remedy="Choose a later release, or leave --megatron-version out.",
             )
-        files, extra_tensors = self._lay_out()
+        files, extra_tensors = _with_side_file(*self._lay_out(), origin.carried)
         content = {"args": margs_to_json(argparse.Namespace(**self._args))}
         return Outline(self._name, files, self._effective_options(), extra_tensors, content, tuple(self._warnings))
 
@@ -220,6 +220,10 @@ class CheckpointTarget(ABC):
     def assets(self, folder: Path) -> None:
         """Write the flags that training needs, and the model's own code."""
         write_code_files(self._origin.code_files, folder / CODE_FOLDER)
+        if self._origin.carried is not None:
+            from ...assets.side_file import write_small_files
+
+            write_small_files(self._origin.carried, folder / CODE_FOLDER, self._origin.hf_config)
         (folder / FLAGS_FILE).write_text(self._flags_text(), encoding="utf-8", errors="surrogateescape")
 
     def clear(self, staging: Staging) -> None:  # noqa: B027 - a format may override it
@@ -367,6 +371,19 @@ class CheckpointTarget(ABC):
         if digest is not None and "hf_config" in args:
             args[FAMILY_FILE] = digest
         return dict(sorted(args.items()))
+
+
+def _with_side_file(
+    files: Mapping[str, FileLayout],
+    extra_tensors: Mapping[str, Mapping[str, StoredTensor]],
+    carried: Carried | None,
+) -> tuple[dict[str, FileLayout], dict[str, Mapping[str, StoredTensor]]]:
+    """Files of a checkpoint and their tensors that belong to no slot, with the file of what lies beside a text part."""
+    if carried is None:
+        return dict(files), dict(extra_tensors)
+    from ...assets.side_file import PLACE, layout
+
+    return {**files, PLACE: layout(carried)}, {**extra_tensors, PLACE: carried.tensors}
 
 
 def sizes(parallel: Parallel) -> str:
