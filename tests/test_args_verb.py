@@ -65,6 +65,9 @@ STOCK: dict[str, tuple[str, Any, Any]] = {
     "--swiglu": ("swiglu", True, False),
     "--squared-relu": ("squared_relu", True, False),
     "--no-bias-gelu-fusion": ("bias_gelu_fusion", False, True),
+    "--quick-geglu": ("quick_geglu", True, False),
+    "--glu-linear-offset": ("glu_linear_offset", float, 0.0),
+    "--activation-func-clamp-value": ("activation_func_clamp_value", float, None),
     "--normalization": ("normalization", str, "LayerNorm"),
     "--norm-epsilon": ("layernorm_epsilon", float, 1e-5),
     "--apply-layernorm-1p": ("layernorm_zero_centered_gamma", True, False),
@@ -74,6 +77,7 @@ STOCK: dict[str, tuple[str, Any, Any]] = {
     "--untie-embeddings-and-output-weights": ("untie_embeddings_and_output_weights", True, False),
     "--window-size": ("window_size", window, None),
     "--window-attn-skip-freq": ("window_attn_skip_freq", frequency, None),
+    "--softmax-type": ("softmax_type", str, "vanilla"),
     "--multi-latent-attention": ("multi_latent_attention", True, False),
     "--q-lora-rank": ("q_lora_rank", int, None),
     "--kv-lora-rank": ("kv_lora_rank", int, 32),
@@ -124,6 +128,7 @@ STOCK: dict[str, tuple[str, Any, Any]] = {
     "--moe-shared-expert-gate": ("moe_shared_expert_gate", True, False),
     "--moe-grouped-gemm": ("moe_grouped_gemm", True, False),
     "--moe-use-legacy-grouped-gemm": ("moe_use_legacy_grouped_gemm", True, False),
+    "--no-bias-dropout-fusion": ("bias_dropout_fusion", False, True),
     "--moe-token-dispatcher-type": ("moe_token_dispatcher_type", str, "allgather"),
     "--transformer-impl": ("transformer_impl", str, "transformer_engine"),
     "--tensor-model-parallel-size": ("tensor_model_parallel_size", int, 1),
@@ -149,9 +154,7 @@ STOCK: dict[str, tuple[str, Any, Any]] = {
 }
 #: The same parser's defaults for what no supported model has.
 UNSAID = {
-    "quick_geglu": False,
     "openai_gelu": False,
-    "softmax_type": "vanilla",
     "apply_residual_connection_post_layernorm": False,
     "add_position_embedding": True,
     "use_rotary_position_embeddings": False,
@@ -251,6 +254,8 @@ def test_flags_that_releases_lack_are_named() -> None:
         ("linear rope", "0.19"),  # before, pretrain_gpt.py takes the flag and ignores it
         ("rotation on one layer", "0.13"),
         ("window", "0.15"),
+        ("sinks", "0.15"),
+        ("quick gelu", "0.15"),
         ("experts", "0.11"),  # which first ran such a model, though 0.10 knows the flags
         ("latents", "0.12"),  # where YaRN by a factor of 1 is what --rope-type rope is later
         ("tokens further on", "0.12"),
