@@ -201,7 +201,14 @@ _SCALES = (
         ("kv_b_proj", 0.2),
         ("kv_a_proj", 0.2),
     ),
-    *(("in_proj_qkvz", 0.2), ("in_proj_ba", 0.2), ("conv1d", 0.3), ("A_log", 0.5), ("dt_bias", 0.5)),
+    *(
+        ("in_proj_qkvz", 0.2),
+        ("in_proj_ba", 0.2),
+        ("linear_attn.in_proj_", 0.2),
+        ("conv1d", 0.3),
+        ("A_log", 0.5),
+        ("dt_bias", 0.5),
+    ),
 )
 
 
