@@ -96,6 +96,7 @@ _QWEN3_5_RULES = overridden(
         Restated("mtp_use_dedicated_embeddings", False),
         Restated("attn_output_gate", True),
         Restated("output_gate_type", "swish"),
+        Restated("mlp_only_layers", []),
         Passed(("mamba_ssm_dtype",)),
     ],
 )
@@ -134,7 +135,6 @@ QWEN3_5_MOE = Family(
         Row("num_experts", "num_experts", 256),
         Row("moe_router_topk", "num_experts_per_tok", 8),
         Restated("norm_topk_prob", True),
-        Restated("mlp_only_layers", []),
         Restated("decoder_sparse_step", 1),
         *implied(moe_router_pre_softmax=False),
     ),

@@ -12,6 +12,7 @@ import torch
 from .args import megatron_args
 
 Config = dict[str, Any]
+_GATED_DELTA = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")
 
 
 def read(hf: Path) -> Config:
@@ -49,7 +50,7 @@ def _common(config: Config) -> Config:
         untie_embeddings_and_output_weights=not config["tie_word_embeddings"],
         add_qkv_bias=kind in ("qwen2", "glm", "glm4_moe"),
         params_dtype=getattr(torch, config["dtype"]),
-        qk_layernorm=kind in ("qwen3", "qwen3_next") or latent or config.get("use_qk_norm", False),
+        qk_layernorm=kind in ("qwen3", *_GATED_DELTA) or latent or config.get("use_qk_norm", False),
     )
 
 
@@ -59,7 +60,7 @@ def _norms_and_mlp(config: Config) -> Config:
     found = dict(layernorm_epsilon=next(config[name] for name in epsilons if name in config))
     if kind in ("gpt2", "starcoder2"):
         return found | dict(normalization="LayerNorm", swiglu=False, add_bias_linear=True, bias_gelu_fusion=True)
-    return found | (dict(layernorm_zero_centered_gamma=True) if kind == "qwen3_next" else {})
+    return found | (dict(layernorm_zero_centered_gamma=True) if kind in _GATED_DELTA else {})
 
 
 def _positions(config: Config) -> Config:
@@ -118,7 +119,7 @@ def _experts(config: Config) -> Config:
         moe_router_topk_scaling_factor=None if factor == 1 else factor,
         moe_router_num_groups=grouped if grouped > 1 else None,
         moe_router_group_topk=config["topk_group"] if grouped > 1 else None,
-        moe_router_dtype="fp32" if config["model_type"] != "qwen3_next" else None,
+        moe_router_dtype="fp32" if config["model_type"] not in _GATED_DELTA else None,
         moe_router_load_balancing_type="none" if sigmoid else "aux_loss",
         moe_shared_expert_intermediate_size=shared or config["n_shared_experts"] * config["moe_intermediate_size"],
         moe_shared_expert_gate=bool(shared),
