@@ -154,6 +154,10 @@ _GATED_DELTA: dict[str, Any] = {
     **dict(linear_num_key_heads=2, linear_num_value_heads=4, linear_conv_kernel_dim=3),
     **dict(linear_key_head_dim=2, linear_value_head_dim=4, num_layers=2, mtp_num_layers=1),
 }
+_SPARSE: dict[str, Any] = dict(
+    **{**_LATENT, **_ROUTED, **_MIXED, "mixer": "sparse latent", "q_lora_rank": 4},
+    **dict(dsa_indexer_n_heads=3, dsa_indexer_head_dim=2, dsa_indexer_topk=8),
+)
 _SHARED = EXPERT_FIELDS | dict(shared_ffn_hidden_size=4, shared_gate=True)
 #: Models of each family that together have all the slots that its config.json can ask for.
 ASKED: dict[str, list[dict[str, Any]]] = {
@@ -200,6 +204,8 @@ ASKED: dict[str, list[dict[str, Any]]] = {
     "qwen3_next": [_GATED_DELTA | _SHARED | _MIXED],
     "qwen3_5_text": [_GATED_DELTA],
     "qwen3_5_moe_text": [_GATED_DELTA | _SHARED],
+    "deepseek_v32": [_SPARSE],
+    "glm_moe_dsa": [_SPARSE | dict(shared_indexer=PerLayer([False, True]))],
     "minicpm": [
         dict(qkv_bias=True, proj_bias=True),
         EXPERT_FIELDS,

@@ -96,11 +96,15 @@ WITH_MLP_BIASES = (*WITH_BIASES, "gpt_neox")
 #: Families that may have biases of one kind, where Megatron-LM's others are 0.
 FILLED = ("olmo", "nemotron", "arcee", "jais2", "gpt_neox")
 GATED_DELTA = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")
-LATENT = ("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "minicpm3")
+SPARSE = ("deepseek_v32", "glm_moe_dsa")
+LATENT = ("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "minicpm3", *SPARSE)
 #: Families without a class in transformers.
 REMOTE = ("minicpm", "bailing_moe", "mimo", "internlm2", "exaone", "qwen", "baichuan", "baichuan2", "chatglm")
 NATIVE = [name for name in FAMILIES if name not in REMOTE]
-CHOSEN_BY_SIGMOID = ("glm4_moe", "deepseek_v3", "glm4_moe_lite", "dots1", "solar_open", "hy_v3", "exaone_moe")
+CHOSEN_BY_SIGMOID = (
+    *("glm4_moe", "deepseek_v3", "glm4_moe_lite", "dots1", "solar_open", "hy_v3", "exaone_moe"),
+    *SPARSE,
+)
 #: Families whose experts are weighted by a softmax over those that are chosen, whatever config.json says.
 CHOSEN_FIRST = ("mixtral", "granitemoe", "granitemoeshared", "qwen3_5_moe_text")
 #: Families whose classes have no bias in the output of attention.
@@ -192,8 +196,21 @@ def rope_facts(found: Any) -> dict[str, Any]:
 
 
 def latent_facts(found: Any) -> dict[str, Any]:
+    sparse = {}
+    if found.model_type in SPARSE:
+        shared = PerLayer(
+            kind == "shared" for kind in getattr(found, "indexer_types", found.num_hidden_layers * ["full"])
+        )
+        sparse = {
+            "dsa_indexer_n_heads": found.index_n_heads,
+            "dsa_indexer_head_dim": found.index_head_dim,
+            "dsa_indexer_topk": found.index_topk,
+            "dsa_indexer_rope_interleaved": found.model_type == "glm_moe_dsa",  # GlmMoeDsaIndexer.forward
+            "shared_indexer": one_or_per_layer(shared),
+        }
     return {
-        "mixer": "latent",
+        **sparse,
+        "mixer": "sparse latent" if sparse else "latent",
         "num_attention_heads": found.num_attention_heads,
         "q_lora_rank": found.q_lora_rank,
         "kv_lora_rank": found.kv_lora_rank,

@@ -367,7 +367,7 @@ def test_what_megatron_cannot_express(fields: dict[str, Any], reason: str) -> No
         ({"activation_func_clamp_value": 7.0}, "a clamped activation"),
         ({"softmax_scale": 0.1}, "another scale"),
         ({"heterogeneous_layers_config_encoded_json": "{}"}, "layers that differ"),
-        ({"experimental_attention_variant": "dsa"}, "only 'gated_delta_net' is supported"),
+        ({"experimental_attention_variant": "mamba"}, "only 'gated_delta_net' and 'dsa' are supported"),
         ({"experimental_attention_variant": "gated_delta_net"}, "linear_attention_freq=None; it must be a number or"),
         ({"experimental_attention_variant": "gated_delta_net", "linear_attention_freq": [1]}, "a list of 2 values"),
         ({"multi_latent_attention": True, "mla_down_proj_fusion": True}, "down projections that are stored as one"),

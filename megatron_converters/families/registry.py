@@ -30,6 +30,7 @@ _MODULES = {
     "glm": ("glm", "glm4_moe"),
     "granite": ("granite", "granitemoe", "granitemoeshared"),
     "deepseek": ("deepseek_v2", "deepseek_v3", "glm4_moe_lite"),
+    "sparse": ("deepseek_v32", "glm_moe_dsa"),
     "qwen3_next": ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"),
     "minicpm": ("minicpm", "minicpm3"),
     "sigmoid": ("dots1", "solar_open", "hy_v3", "bailing_moe", "exaone_moe"),

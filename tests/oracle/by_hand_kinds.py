@@ -176,21 +176,30 @@ def _attention(hf: Tensors, args: Namespace) -> Pieces:
 def _latent_attention(hf: Tensors, args: Namespace, down_cut: bool) -> Pieces:
     """Multi-head latent attention; its rotary rows stay as they are, since Megatron-LM, too, rotates neighbours."""
     down = 0 if down_cut else None
+    norms = ("linear_q_up_proj.layer_norm_", "linear_kv_up_proj.layer_norm_")
+    if args.experimental_attention_variant == "dsa":
+        norms = ("q_layernorm.", "kv_layernorm.")
     names = {
         "q_proj": ("linear_q_proj.weight", 0),
         "q_a_proj": ("linear_q_down_proj.weight", down),
-        "q_a_layernorm": ("linear_q_up_proj.layer_norm_weight", None),
+        "q_a_layernorm": (f"{norms[0]}weight", None),
         "q_b_proj": ("linear_q_up_proj.weight", 0),
         "kv_a_proj_with_mqa": ("linear_kv_down_proj.weight", down),
-        "kv_a_layernorm": ("linear_kv_up_proj.layer_norm_weight", None),
+        "kv_a_layernorm": (f"{norms[1]}weight", None),
         "kv_b_proj": ("linear_kv_up_proj.weight", 0),
         "o_proj": ("linear_proj.weight", 1),
     }
-    return {
+    pieces = {
         f"self_attention.{target}": Piece(hf[f"self_attn.{source}.weight"], cut)
         for source, (target, cut) in names.items()
         if f"self_attn.{source}.weight" in hf
     }
+    modules = {"wq_b": "linear_wq_b", "wk": "linear_wk", "k_norm": "k_norm", "weights_proj": "linear_weights_proj"}
+    for name, tensor in hf.items():
+        if name.startswith("self_attn.indexer."):  # whole on every rank
+            module, kind = name.removeprefix("self_attn.indexer.").split(".")
+            pieces[f"self_attention.core_attention.indexer.{modules[module]}.{kind}"] = Piece(tensor)
+    return pieces
 
 
 def _linear_attention(hf: Tensors, args: Namespace) -> Pieces:

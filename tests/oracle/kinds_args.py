@@ -12,6 +12,7 @@ import torch
 from .args import megatron_args
 
 Config = dict[str, Any]
+_SPARSE = ("deepseek_v32", "glm_moe_dsa")
 _GATED_DELTA = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")
 
 
@@ -37,7 +38,7 @@ def _common(config: Config) -> Config:
     heads = config.get("num_attention_heads") or config["n_head"]
     hidden = config.get("hidden_size") or config["n_embd"]
     groups = config.get("num_key_value_heads", heads)
-    latent = kind.startswith("deepseek")
+    latent = "kv_lora_rank" in config
     return dict(
         num_layers=config.get("num_hidden_layers") or config["n_layer"],
         hidden_size=hidden,
@@ -105,7 +106,7 @@ def _experts(config: Config) -> Config:
         return {}
     layers, dense = config["num_hidden_layers"], config.get("first_k_dense_replace", 0)
     shared = config.get("shared_expert_intermediate_size")
-    sigmoid = config["model_type"] in ("glm4_moe", "deepseek_v3")
+    sigmoid = config["model_type"] in ("glm4_moe", "deepseek_v3", *_SPARSE)
     grouped = config.get("n_group") or 1
     factor = config.get("routed_scaling_factor", 1.0)
     return dict(
@@ -131,7 +132,9 @@ def _latent(config: Config) -> Config:
         return {}
     rope = config["rope_parameters"]
     yarn = rope["rope_type"] == "yarn"
+    sparse = config["model_type"] in _SPARSE
     return dict(
+        experimental_attention_variant="dsa" if sparse else None,
         multi_latent_attention=True,
         q_lora_rank=config["q_lora_rank"],
         kv_lora_rank=config["kv_lora_rank"],
