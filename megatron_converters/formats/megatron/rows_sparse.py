@@ -105,7 +105,7 @@ def stage_warnings(spec: ModelSpec, parallel: Parallel) -> list[str]:
         return []
     own = ", ".join(str(layer) for layer, each in enumerate(found) if not each)
     return [
-        f"warning: pipeline stages begin with layers {', '.join(map(str, wrong))}, which share the indexer of a layer before: "
+        f"warning: the first layers of pipeline stages ({', '.join(map(str, wrong))}) share the indexer of a layer before them: "
         f"Megatron-LM builds no such stage; let stages begin with some of the layers {own}"
     ]
 
