@@ -32,6 +32,7 @@ ROUNDING = 3e-7
 IMPOSSIBLE = {
     "olmoe": "query and key norms over all heads together",
     "qwen3-next": "from Transformer Engine's layers alone.*install transformer_engine",
+    "glm-5": "from Transformer Engine's layers alone.*install transformer_engine",
 }
 EXACT = sorted({*FAMILIES, *MOE_FAMILIES, *KINDS, "smollm3-window"} - {*IMPOSSIBLE, "granite", "granite-untied"})
 ROUNDED = ["granite", "granite-untied", *FOLDED]
@@ -106,6 +107,17 @@ def test_models_compute_the_same_and_export_the_source(exact: Path) -> None:
     bridge, model = built(exact)
     agree(model, exact)
     assert different(exported(bridge, model), hf_tensors(exact)) == []
+
+
+@live
+def test_what_no_release_here_builds_is_refused_with_transformer_engine_too(
+    hf_model: HFModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from megatron_converters.live import providing
+
+    monkeypatch.setattr(providing, "has_engine", lambda: True)
+    with pytest.raises(ConversionError, match="(?s)cannot be built here with:.*dsa_indexer_topk=40"):
+        AutoBridge.from_hf_pretrained(hf_model("glm-5")).to_megatron_provider()
 
 
 @live
