@@ -15,17 +15,19 @@ from megatron_converters.basics.errors import ConversionError
 from megatron_converters.families.config_json import config_from_spec, spec_from_config
 from megatron_converters.formats.megatron.arguments import inexpressible
 from tests.conversions import different, hf_to_megatron, megatron_to_hf
-from tests.helpers import hf_tensors, succeeded, verb
+from tests.helpers import config_of, hf_tensors, succeeded, verb
 from tests.oracle import by_hand_kinds
 from tests.oracle.families import MODELS
 from tests.oracle.hf import TOKENS, difference
 from tests.oracle.pool import MegatronPool
 from tests.oracle.prediction import with_prediction
+from tests.oracle.wrappers import make_wrapper, text_logits
 from tests.test_hf_config import facts, ours, theirs
 from tests.test_proof_kinds import TOLERANCE, assert_same_files
 
 Models = Callable[..., Path]
 MIXTURE = "qwen3.5-moe"
+PREDICTION_NORMS = ("pre_fc_norm_embedding", "pre_fc_norm_hidden", "norm")
 _ROPE = {"rope_theta": 10000000, "rope_type": "default", "partial_rotary_factor": 0.25}
 _MROPE = {**_ROPE, "mrope_interleaved": True, "mrope_section": [11, 11, 10]}
 _COMMON: dict[str, Any] = {
@@ -67,8 +69,9 @@ def packed(tensors: dict[str, torch.Tensor], where: str) -> dict[str, torch.Tens
     found = dict(tensors)
     for first in [name for name in tensors if name.startswith(where) and ".mlp.experts.0.gate_proj." in name]:
         mlp = first.partition(".experts.0.")[0]
+        count = sum(name.startswith(f"{mlp}.experts.") and ".gate_proj." in name for name in tensors)
         parts = {
-            part: torch.stack([found.pop(f"{mlp}.experts.{expert}.{part}_proj.weight") for expert in range(8)])
+            part: torch.stack([found.pop(f"{mlp}.experts.{expert}.{part}_proj.weight") for expert in range(count)])
             for part in ("gate", "up", "down")
         }
         found[f"{mlp}.experts.gate_up_proj"] = torch.cat([parts["gate"], parts["up"]], dim=1)
@@ -113,6 +116,29 @@ def test_experts_may_be_packed_in_some_layers_and_not_in_others(predicting: Path
     succeeded(verb("convert", tmp_path / "files", tmp_path / "packed", "--expert-layout", "fused"))
     both = packed(hf_tensors(predicting), ("model.", "mtp."))
     assert different(both, hf_tensors(tmp_path / "packed")) == []
+
+
+def test_a_published_model_has_its_text_part_in_a_wrapper(megatron_pool: MegatronPool, tmp_path: Path) -> None:
+    """With experts in one tensor, and a layer of multi-token prediction beside the text part."""
+    plain, folder = make_wrapper("qwen3_5_moe", tmp_path / "plain"), tmp_path / "hf"
+    tensors, last = hf_tensors(plain), "model.language_model.layers.1."
+    generator = torch.Generator().manual_seed(7)
+    separate = {
+        **tensors,
+        **{name.replace(last, "mtp.layers.0."): value.clone() for name, value in tensors.items() if last in name},
+        **{f"mtp.{name}.weight": torch.randn(32, generator=generator) for name in PREDICTION_NORMS},
+        "mtp.fc.weight": torch.randn(32, 64, generator=generator),
+    }
+    folder.mkdir()
+    save_file(packed(separate, "model."), folder / "model.safetensors", metadata={"format": "pt"})
+    config = config_of(plain)
+    config["text_config"]["mtp_num_hidden_layers"] = 1
+    (folder / "config.json").write_text(json.dumps(config))
+    files = hf_to_megatron(folder, tmp_path / "files", **MODELS[MIXTURE].cut, megatron_version="0.16")
+    assert difference(megatron_pool.logits(files, TOKENS), text_logits(plain, TOKENS)) < TOLERANCE
+    back = megatron_to_hf(files, tmp_path / "back")
+    assert different(separate, hf_tensors(back)) == []
+    assert config_of(back) == config
 
 
 def test_a_norm_that_rounds_when_1_is_taken_from_it_is_said(hf_model: Models, tmp_path: Path) -> None:

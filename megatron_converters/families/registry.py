@@ -32,6 +32,7 @@ _MODULES = {
     "deepseek": ("deepseek_v2", "deepseek_v3", "glm4_moe_lite"),
     "sparse": ("deepseek_v32", "glm_moe_dsa"),
     "qwen3_next": ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"),
+    "gpt_oss": ("gpt_oss",),
     "minicpm": ("minicpm", "minicpm3"),
     "sigmoid": ("dots1", "solar_open", "hy_v3", "bailing_moe", "exaone_moe"),
     "mimo": ("mimo",),

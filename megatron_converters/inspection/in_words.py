@@ -26,8 +26,8 @@ from ..model.layers import (
     Latent,
     Mixer,
     Mixture,
-    SparseLatent,
 )
+from ..model.sparse_latent import SparseLatent
 from ..model.spec import ModelSpec, Multipliers, PerLayer
 from ..sharding.ranks import Parallel
 from .inventory import Holding, Survey, count_parameters
@@ -215,6 +215,9 @@ _USUAL = {
     "rotary_percent": 1.0,
     "rotary_interleaved": False,
     "attention_output_gate": False,
+    "sinks": False,
+    "glu_linear_offset": 0.0,
+    "activation_func_clamp_value": None,
     "parallel_block": False,
     "parallel_norms": False,
 }

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple, TypeVar
 
-from .layers import ALL_HEADS, LAYER_NORM, Attention, BlockExperts, GatedDelta, Latent, Layer, Mixture, SparseLatent
+from .layers import ALL_HEADS, LAYER_NORM, Attention, BlockExperts, GatedDelta, Latent, Layer, Mixture
+from .sparse_latent import SparseLatent
 from .spec import ModelSpec
 
 

@@ -29,8 +29,8 @@ from .layers import (
     Norm,
     Rope,
     RopeScaling,
-    SparseLatent,
 )
+from .sparse_latent import SparseLatent
 
 
 class PerLayer(tuple[Any, ...]):

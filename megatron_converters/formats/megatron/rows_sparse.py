@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from ...basics.errors import ConversionError
 from ...model.checks import is_whole
-from ...model.layers import LATENT_EPSILON, SparseLatent
+from ...model.layers import LATENT_EPSILON
+from ...model.sparse_latent import SparseLatent
 from ...model.spec import ModelSpec, PerLayer
 from ...sharding.ranks import Parallel
 from .argument import Args, Argument, Build, Properties, flag, is_latent, off_switch, only, switch
