@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_converters.basics.errors import ConversionError
 from megatron_converters.families.config_json import config_from_spec, spec_from_config
@@ -92,6 +94,23 @@ def test_the_indexer_has_the_tensors_of_megatron_s_own(
             } <= {*state}
             assert not any("layer_norm_weight" in name for name in state if name.startswith(attention))
             assert f"{attention}core_attention._extra_state" not in state
+
+
+@pytest.mark.parametrize(("dense", "layers"), [(0, ""), (1, "0.")], ids=["all alike", "dense first"])
+def test_distributed_keys_are_stacked_where_layers_are_alike(
+    hf_model: Models, tmp_path: Path, dense: int, layers: str
+) -> None:
+    """`TransformerBlock.sharded_state_dict` of 0.19 stacks layers unless args list which have experts."""
+    root = hf_to_torch_dist(hf_model("deepseek-v3.2", first_k_dense_replace=dense), tmp_path / "chunks", **CUT)
+    stored = FileSystemReader(root / "iter_0000001").read_metadata().state_dict_metadata
+    found = {key: (*value.size,) for key, value in stored.items() if isinstance(value, TensorStorageMetadata)}
+    stack = () if layers else (4,)
+    own = f"decoder.layers.{layers}{INDEXER}"
+    shapes = ((30, 40), (10, 64), (10,), (10,), (3, 64))
+    assert {name: found[own + name] for name in OWN} == {
+        name: (*stack, *shape) for name, shape in zip(OWN, shapes, strict=True)
+    }
+    assert found[f"decoder.layers.{layers}self_attention.kv_layernorm.weight"] == (*stack, 24)
 
 
 # -- all but the indexer, by logits
