@@ -100,6 +100,14 @@ STOCK: dict[str, tuple[str, Any, Any]] = {
     "--linear-num-key-heads": ("linear_num_key_heads", int, 16),
     "--linear-num-value-heads": ("linear_num_value_heads", int, 32),
     "--attention-output-gate": ("attention_output_gate", True, False),
+    "--dsa-indexer-n-heads": ("dsa_indexer_n_heads", int, None),
+    "--dsa-indexer-head-dim": ("dsa_indexer_head_dim", int, None),
+    "--dsa-indexer-topk": ("dsa_indexer_topk", int, None),
+    "--dsa-indexer-rope-interleaved": ("dsa_indexer_rope_interleaved", True, False),
+    "--dsa-indexer-topk-freq": ("dsa_indexer_topk_freq", int, 1),
+    "--dsa-indexer-skip-topk-offset": ("dsa_indexer_skip_topk_offset", int, 0),
+    "--dsa-indexer-k-norm-epsilon": ("dsa_indexer_k_norm_epsilon", float, None),
+    "--no-rope-fusion": ("apply_rope_fusion", False, True),
     "--use-mup": ("use_mup", True, False),
     "--mup-embedding-mult": ("mup_embedding_mult", float, 1.0),
     "--mup-output-mult": ("mup_output_mult", float, 1.0),
@@ -260,6 +268,7 @@ def test_flags_that_releases_lack_are_named() -> None:
         ("latents", "0.12"),  # where YaRN by a factor of 1 is what --rope-type rope is later
         ("tokens further on", "0.12"),
         ("gated DeltaNet", "0.16"),
+        ("sparse attention", "0.19"),  # 0.18 computes another
         ("gated shared expert", "0.16"),
         ("multipliers", "0.17"),
     ],
