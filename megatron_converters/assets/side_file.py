@@ -16,7 +16,7 @@ from ..basics.json_files import write_json
 from ..basics.quantities import count, few
 from ..families.config_json import text_part, wrapper_in
 from ..storage import safetensors, shards
-from ..storage.decoding import CODES
+from ..storage.decoding_8bit import VALUES
 from ..storage.output_file import FileLayout
 from ..storage.shards import Stored
 from .code_files import CODE_FOLDER
@@ -84,7 +84,7 @@ def require_carried(origin: Origin) -> None:
         )
     raise_all(
         f"{origin.described}: tensors beside the text part are quantised, which config.json would not say any more:",
-        [name for name, data in carried.tensors.items() if data.dtype.name == CODES],
+        [name for name, data in carried.tensors.items() if data.dtype.name in VALUES],
         remedy="convert the unquantised model, or the text part alone with --text-only",
     )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -112,7 +112,7 @@ def forecast(source: Source, target: Target, dtype: DType | None, workers: int =
             dtypes[str(fill.dtype)] += 1
             if fill.value is not None or not is_stored:
                 computed.update(_computed(fill, sources.pieces))
-            if sources.dtype != fill.dtype:
+            if sources.dtype != fill.dtype and any(_casts(fill, sources.pieces)):
                 casts[f"{sources.dtype} to {fill.dtype}"] += 1
     accounts.close()
     for file, layout in outline.files.items():
@@ -149,6 +149,11 @@ def _computed(fill: Fill, pieces: Sequence[Piece]) -> set[str]:
     """What is computed for a fill that pieces of a ref go to, in words."""
     steps = (Computation.of(piece, fill.dtype, fill.value).described() for piece in pieces)
     return {", ".join(found) for found in steps if found}
+
+
+def _casts(fill: Fill, pieces: Sequence[Piece]) -> Iterator[bool]:
+    """Whether each piece of a ref is cast for a fill."""
+    return (Computation.of(piece, fill.dtype, fill.value).is_cast for piece in pieces)
 
 
 def _unpadded_bytes(fill: Fill) -> int:

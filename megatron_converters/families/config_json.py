@@ -78,6 +78,9 @@ def family_from_config(config: Mapping[str, Any]) -> Family:
     ]
     if reasons:
         raise ConversionError(f"config.json names {one_line(', '.join(architectures) or model_type)}, {reasons[0]}")
+    own = refused.own_forms(config) if model_type is None and not architectures else []
+    if own:
+        raise ConversionError(f"config.json describes {own[0]}")
     named = one_line(", ".join(architectures) or model_type or "no architecture")
     known = ", ".join(family.architecture for family in FAMILIES.values())
     raise UnknownArchitecture(
@@ -110,7 +113,7 @@ def spec_from_config(config: Mapping[str, Any], ignored: Iterable[str] = ()) -> 
 
     The dtype is config.json's, or float32 without one; readers of weight files replace it with the files' dtype.
     """
-    quantisation.block_size(config)  # refuses what cannot be read
+    quantisation.scheme_of(config)  # refuses what cannot be read
     ignored = {*ignored}
     config = _checked_text_part(config, ignored)
     family = family_from_config(config)

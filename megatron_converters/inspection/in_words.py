@@ -214,6 +214,9 @@ _USUAL = {
     "rotary_percent": 1.0,
     "rotary_interleaved": False,
     "attention_output_gate": False,
+    "sinks": False,
+    "glu_linear_offset": 0.0,
+    "activation_func_clamp_value": None,
     "parallel_block": False,
     "parallel_norms": False,
 }

@@ -30,7 +30,7 @@ from ...conversion.outline import Fill, Outline
 from ...conversion.staging import Staging
 from ...families import FAMILIES
 from ...model.checks import is_whole
-from ...model.slots import Precision, Ref
+from ...model.slots import SLOTS, Precision, Ref
 from ...model.spec import ModelSpec
 from ...sharding.ranks import Parallel, kept_etp, padded_vocab, parallel_for
 from ...sharding.stages import EVEN
@@ -52,7 +52,8 @@ from .arguments import (
 from .conventions import conventions
 from .flags import as_shell, flag_warnings, flags, least_release, unknown_flags
 from .locating import TRACKER
-from .options import FLAGS, FOLD, RAW, MegatronOptions
+from .names import EXPERTS
+from .options import FLAGS, FOLD, GROUPED, RAW, SEQUENTIAL, MegatronOptions
 from .releases import NEWEST, parse
 from .rounding import rounding_warnings
 
@@ -104,8 +105,7 @@ class CheckpointTarget(ABC):
         self._name = self._choose_name()
         self._parallel = self._choose_parallel()
         self._impl = self._options.impl or self.default_impl
-        default_layout = "grouped" if self._impl == "transformer_engine" else "sequential"
-        self._expert_layout = self._options.expert_layout or default_layout
+        self._expert_layout = self._choose_expert_layout()
         self._divisor = self._choose_divisor()
         self._padded = padded_vocab(spec.vocab_size, self._divisor, self._parallel.tp)
         self._bins = self._choose_bins()
@@ -300,6 +300,17 @@ class CheckpointTarget(ABC):
         split = source.split if source is not None and keeps_stages else options.split
         etp = options.etp or (kept_etp(source, tp, ep) if self._spec.num_experts else None)
         return parallel_for(self._spec, tp, pp, split, ep, etp, directories=self.directories)
+
+    def _choose_expert_layout(self) -> str:
+        usual = GROUPED if self._impl == "transformer_engine" else SEQUENTIAL
+        layout = self._options.expert_layout or usual
+        nameless = [slot for slot in SLOTS.values() if slot.expert and slot.name not in EXPERTS[layout]]
+        if any(slot.extent(self._spec, kind) is not None for kind in self._spec.used for slot in nameless):
+            raise UsageError(
+                f"--expert-layout {layout}: experts that are stored so have no biases, and those of this model have; use "
+                f"{SEQUENTIAL} or {GROUPED}"
+            )
+        return layout
 
     def _choose_divisor(self) -> int:
         inherited = getattr(self._origin.margs, "make_vocab_size_divisible_by", None)
