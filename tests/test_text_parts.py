@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_converters.basics.errors import Stopped
+from megatron_converters.bridge import AutoBridge
 from megatron_converters.conversion.journal import Journal
 from megatron_converters.families.config_json import spec_from_config
 from megatron_converters.families.text_parts import TEXT_TYPES
@@ -32,6 +33,7 @@ from tests.helpers import (
     succeeded,
     verb,
 )
+from tests.live_process import live
 from tests.oracle.hf import TOKENS, difference, hf_logits
 from tests.oracle.pool import MegatronPool
 from tests.oracle.wrappers import MODELS, as_older_config, as_published, loaded, make_wrapper, text_logits
@@ -39,7 +41,8 @@ from tests.oracle.wrappers import MODELS, as_older_config, as_published, loaded,
 TOLERANCE = 1e-5
 CUT = {"tp": 2, "pp": 2}
 #: Models whose logits are compared: one for each family of text parts.
-COMPUTED = ("qwen2_vl", "qwen3_vl", "qwen3_vl_moe", "llava", "mistral3")
+COMPUTED = ("qwen2_vl", "qwen3_vl", "qwen3_vl_moe", "llava", "mistral3", "kimi_k25")
+MIXTURES = ("qwen3_vl_moe", "kimi_k25")
 Wrapped = Callable[..., Path]
 
 
@@ -61,7 +64,7 @@ def test_megatron_computes_of_text_what_the_wrapper_computes(
     megatron_pool: MegatronPool, wrapped: Wrapped, tmp_path: Path, name: str
 ) -> None:
     folder = wrapped(name)
-    experts: dict[str, Any] = {"ep": 2, "etp": 1} if name.endswith("moe") else {}
+    experts: dict[str, Any] = {"ep": 2, "etp": 1} if name in MIXTURES else {}
     files = hf_to_megatron(folder, tmp_path / "files", impl="local")
     chunks = hf_to_torch_dist(folder, tmp_path / "chunks", **CUT, **experts)
     wanted = text_logits(folder, TOKENS)
@@ -320,3 +323,20 @@ def ranks(folder: Path) -> dict[str, Any]:
         **tensors_in(rank_content(folder, "mp_rank_00_000")["model"]),
         **load_file(folder / "iter_0000001/hf_files/carried.safetensors"),
     }
+
+
+@live
+def test_a_bridge_is_of_the_text_part_and_saves_the_whole(wrapped_qwen: Path, tmp_path: Path) -> None:
+    bridge = AutoBridge.from_hf_pretrained(wrapped_qwen)
+    (model,) = bridge.to_megatron_model(wrap_with_ddp=False)
+    found = {each.param_name: each.weight for each in bridge.export_hf_weights(model, show_progress=False)}
+    text = {name: data for name, data in hf_tensors(wrapped_qwen).items() if not name.startswith("visual.")}
+    assert different(found, text) == []
+    bridge.save_hf_pretrained(model, tmp_path / "saved", show_progress=False)
+    same_folder(wrapped_qwen, tmp_path / "saved")
+    assert "Qwen2VLForConditionalGeneration" in AutoBridge.list_supported_models()
+
+
+@pytest.fixture
+def wrapped_qwen(wrapped: Wrapped) -> Path:
+    return wrapped("qwen2_vl")

@@ -17,6 +17,8 @@ from .quantisation_schemes import EXPONENTS, FLOATS, Scheme, micro_scaled_stack,
 KEY = "quantization_config"
 _MLX_KEY, _EARLY_KEY = "quantization", "compression_config"
 KEYS = (KEY, _MLX_KEY, _EARLY_KEY)
+#: Configuration of the text part of a model of images and text, which may have them instead.
+_TEXT = "text_config"
 
 
 _BLOCKS, _FP8_CODES = "weight_block_size", ("float8_e4m3fn",)
@@ -130,8 +132,12 @@ _METHODS: Mapping[str, Method] = {
 
 
 def unquantised(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config.json of the model once its weights are decoded."""
-    return {key: value for key, value in config.items() if key not in KEYS}
+    """The config.json of the model once its weights are decoded; that of a text part within it, too."""
+    return {
+        key: unquantised(value) if key == _TEXT and isinstance(value, Mapping) else value
+        for key, value in config.items()
+        if key not in KEYS
+    }
 
 
 def scheme_of(config: Mapping[str, Any]) -> Scheme | None:
@@ -139,6 +145,8 @@ def scheme_of(config: Mapping[str, Any]) -> Scheme | None:
 
     Raises `ConversionError` for what cannot be read.
     """
+    if isinstance(config.get(_TEXT), Mapping) and not any(config.get(key) for key in KEYS):
+        return scheme_of(config[_TEXT])  # Kimi-K2.5
     if config.get(_MLX_KEY):
         raise refusal(_MLX, f"config.json ({_MLX_KEY})", config[_MLX_KEY])
     key = KEY if config.get(KEY) else _EARLY_KEY

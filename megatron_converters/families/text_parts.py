@@ -30,6 +30,11 @@ OUTER = (
         "image_grid_pinpoints use_image_newline_parameter vision_aspect_ratio spatial_merge_size downsample_ratio",
         "the same, of LLaVA-NeXT, LLaVA-OneVision, Mistral 3 and InternVL",
     ),
+    Harmless(
+        "media_placeholder_token_id use_unified_vision_chunk video_placeholder projection_hidden_size "
+        "projection_layer_norm_eps",
+        "Kimi-K2.5's config.json and configuration_kimi_k25.py, and transformers 5.23",
+    ),
 )
 
 
@@ -53,6 +58,7 @@ _QWEN2_VL = _sizes(
 )
 #: Published wrappers leave out sizes that are defaults of the class of their text part.
 TEXT_TYPES: Mapping[str, TextType] = {
+    "deepseek_v3": TextType("deepseek_v3", _sizes(61, 7168, 18432, 128, 129280)),
     "llama": TextType("llama", _sizes(32, 4096, 11008, 32, 32000)),
     "mistral": TextType("mistral", _sizes(32, 4096, 14336, 32, 32000)),
     "ministral3": TextType("ministral3", _sizes(34, 4096, 14336, 32, 131072)),

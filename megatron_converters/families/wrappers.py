@@ -106,6 +106,10 @@ _LLAVA = (
         "model.language_model.", "", ("model.vision_tower.", "model.multi_modal_projector.", "model.image_newline")
     ),
 )
+_KIMI = (
+    Spelling("language_model.model.", "language_model.", ("vision_tower.", "mm_projector.")),
+    Spelling("model.language_model.", "", ("model.vision_tower.", "model.mm_projector.")),
+)
 _QWEN = Spelling("model.language_model.", "", ("model.visual.",))
 _OLDER_QWEN = (Spelling("model.", "", ("visual.",)), _QWEN)
 #: Experts of Qwen3-VL: both matrices of all experts under the same names, as transformers 5 saves them, and as they are published.
@@ -208,6 +212,17 @@ WRAPPERS = (
         covers="text part (Mistral, Ministral 3)",
         any_text=True,
         text_families=("mistral", "ministral3"),
+        ties=True,
+    ),
+    Wrapper(
+        "kimi_k25",
+        "Kimi_K25ForConditionalGeneration",
+        _KIMI,
+        "deepseek_v3",
+        models="Kimi-K2.5, K2.6",
+        covers="text part (Kimi-K2), INT4 of its experts",
+        any_text=True,
+        text_families=("deepseek_v3",),
         ties=True,
     ),
 )
