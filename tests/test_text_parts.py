@@ -21,6 +21,7 @@ from megatron_converters.families.config_json import spec_from_config
 from megatron_converters.families.text_parts import TEXT_TYPES
 from megatron_converters.families.wrappers import WRAPPERS, Wrapper
 from megatron_converters.formats.huggingface.source import HFSource
+from tests import quantised
 from tests.conversions import different, hf_to_megatron, hf_to_torch_dist, megatron_to_hf
 from tests.helpers import (
     config_of,
@@ -340,3 +341,24 @@ def test_a_bridge_is_of_the_text_part_and_saves_the_whole(wrapped_qwen: Path, tm
 @pytest.fixture
 def wrapped_qwen(wrapped: Wrapped) -> Path:
     return wrapped("qwen2_vl")
+
+
+@pytest.mark.parametrize(("scheme", "place"), [("blocks", "top"), ("int4, groups", "text_config")])
+def test_a_quantised_text_part_is_decoded_and_the_rest_carried(tmp_path: Path, scheme: str, place: str) -> None:
+    """Where Qwen3-VL's FP8 files and Kimi-K2.5's of INT4 say it."""
+    meaning = quantised.write(tmp_path / "llama", quantised.SCHEMES[scheme])
+    folder, text = tmp_path / "llava", config_of(tmp_path / "llama")
+    described = {"quantization_config": text.pop("quantization_config")}
+    beside = {"vision_tower.a": torch.arange(5.0), "image_newline": torch.ones(3, dtype=torch.bfloat16)}
+    named = {f"language_model.{name}": data for name, data in hf_tensors(tmp_path / "llama").items()}
+    folder.mkdir()
+    save_file({**named, **beside}, folder / "model.safetensors", {"format": "pt"})
+    config = {"model_type": "llava_next", "architectures": ["LlavaNextForConditionalGeneration"], "vision_config": {}}
+    config |= described if place == "top" else {}
+    config["text_config"] = text | (described if place == "text_config" else {})
+    (folder / "config.json").write_text(json.dumps(config))
+    back = megatron_to_hf(hf_to_megatron(folder, tmp_path / "megatron", tp=2), tmp_path / "hf")
+    wanted = {**{f"language_model.{name}": data for name, data in meaning.items()}, **beside}
+    assert different(hf_tensors(back), wanted) == []
+    written = config_of(back)
+    assert "quantization_config" not in {**written, **written["text_config"]}
