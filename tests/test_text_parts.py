@@ -197,7 +197,7 @@ def test_a_side_file_that_is_altered_or_missing_is_found(wrapped: Wrapped, tmp_p
     folder, out = wrapped("llava"), tmp_path / "out"
     hf_to_megatron(folder, out)
     side = out / "iter_0000001/hf_files/carried.safetensors"
-    assert "EQUAL" in succeeded(verb("verify", folder, out)).out
+    assert "EQUAL: 15 tensors and 27 beside the text part" in succeeded(verb("verify", folder, out)).out
     whole = side.read_bytes()
     side.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     name = [*load_file(side)][-1]
@@ -240,6 +240,10 @@ def test_what_has_no_place_for_the_rest_refuses_it(wrapped: Wrapped, tmp_path: P
     out = tmp_path / "out"
     refused(verb("convert", folder, out, "--to", "mindspore"), "27 tensors", "has no place", "--text-only")
     refused(convert("--load-dir", folder, "--save-dir", out), "27 tensors", "--text-only", code=1)
+    refused(
+        verb("convert", folder, out, "--to", "hf", "--as", "mistral"),
+        "for which a model of the mistral family has no place",
+    )
     nothing_complete(tmp_path)
     succeeded(convert("--load-dir", folder, "--save-dir", out, "--text-only"))
 
