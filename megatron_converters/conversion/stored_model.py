@@ -3,7 +3,8 @@
 Multipliers: e scales embeddings, r the outputs of both blocks, a attention scores, l logits; d is the size of a head. Blocks and
 head read the residual stream through norms only, so that it can be scaled by any c: then embeddings are scaled by c e, outputs of
 blocks by c r, and the epsilon of all norms by c². With c = 1 / r the outputs of blocks are as they were. Folded into weights,
-embeddings are multiplied by c e, query rows by a * sqrt(d), and the final norm by l, divided by c e if it reads tied embeddings.
+embeddings are multiplied by c e, query rows (or the norm of queries) by a * sqrt(d), and the final norm by l, divided by c e if it
+reads tied embeddings.
 """
 
 from __future__ import annotations
@@ -164,10 +165,12 @@ def folded(model: StoredModel) -> StoredModel:
     held = spec.multipliers
     embedding, query = held.embedding_multiplier, query_factor(spec)
     norm = held.logits_multiplier / (embedding if spec.tied else 1.0)
-    values = {name: value for name, value in _folds(spec, embedding, norm) if not value.is_identity}
+    normed = bool(spec.values.get("qk_norm"))  # what is before a norm has no scale
+    folds = [*_folds(spec, embedding, norm), *(_of_norm("q_norm", query, spec) if normed else ())]
+    values = {name: value for name, value in folds if not value.is_identity}
     plain = {multiplier.name: multiplier.default for multiplier in dataclasses.fields(Multipliers)}
     return dataclasses.replace(
-        model, spec=spec.replaced(**plain), values=values, queries=None if query == 1 else Affine(query)
+        model, spec=spec.replaced(**plain), values=values, queries=None if query == 1 or normed else Affine(query)
     )
 
 
@@ -188,7 +191,11 @@ def _folds(spec: ModelSpec, embedding: float, norm: float) -> Iterator[tuple[str
     if spec.learned_positions:
         yield "position_embeddings", Affine(embedding)
     yield from ((name, Affine(spec.multipliers.residual_multiplier)) for name in _OUTPUTS)
-    # A norm that is stored minus 1 is scaled as a whole: (1 + w) s - 1.
-    yield "final_norm", Affine(norm, norm - 1 if spec.norm.zero_centred else 0.0)
-    yield "final_norm_bias", Affine(norm)
+    yield from _of_norm("final_norm", norm, spec)
     yield "output_layer_bias", Affine(spec.multipliers.logits_multiplier)
+
+
+def _of_norm(slot: str, scale: float, spec: ModelSpec) -> Iterator[tuple[str, Affine]]:
+    """Folds of a norm whose output is scaled. One that is stored minus 1 is scaled as a whole: (1 + w) s - 1."""
+    yield slot, Affine(scale, scale - 1 if spec.norm.zero_centred else 0.0)
+    yield f"{slot}_bias", Affine(scale)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +42,17 @@ class Product:
     def __call__(self, config: Config) -> int | None:
         size = config.get(self.key)
         return self.factor * size if is_whole(size) else None
+
+
+@dataclass(frozen=True)
+class Root:
+    """Square root of a key; 1 where it is no size, which `ModelSpec` refuses."""
+
+    key: str
+
+    def __call__(self, config: Config) -> float:
+        size = config.get(self.key)
+        return math.sqrt(size) if is_whole(size) and size > 0 else 1.0
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from typing import Any
 from ..basics.errors import ConversionError, raise_all
 from ..formats.megatron.argument import Build, Group, is_latent
 from ..formats.megatron.arguments import ARGUMENTS
+from ..formats.megatron.rows_model import OWN_ACTIVATIONS
 from ..formats.megatron.rows_positions import YARN
 from ..formats.megatron.rows_yarn import has_yarn
 
@@ -42,8 +43,8 @@ def required(args: Mapping[str, Any]) -> list[str]:
     """Arguments that the args must have: their defaults would build another model, or fail."""
     experts, latent = bool(args.get("num_experts")), bool(args.get("multi_latent_attention"))
     names = _names((Build.CONFIG, Build.MODEL), experts=experts, latent=latent)
-    gated = args.get("swiglu", True) or args.get("squared_relu", False)
-    return names if gated else [*names, "bias_gelu_fusion"]
+    named = args.get("swiglu", True) or args.get("squared_relu", False) or args.get("mlp_activation")
+    return names if named else [*names, "bias_gelu_fusion"]
 
 
 def config_fields(args: Mapping[str, Any]) -> dict[str, Any]:
@@ -70,7 +71,7 @@ def provider_fields(args: Mapping[str, Any]) -> dict[str, Any]:
     if args["position_embedding_type"] == YARN:
         fields |= {field: args[name] for name, field in _YARN_FIELDS.items() if args.get(name) is not None}
     return fields | dict(
-        gated_linear_unit=args["swiglu"],
+        gated_linear_unit=args["swiglu"] or OWN_ACTIVATIONS.get(args.get("mlp_activation", ""), ("", False))[1],
         num_query_groups=args["num_query_groups"] if args["group_query_attention"] else None,
         seq_length=args["max_position_embeddings"],
         share_embeddings_and_output_weights=not args["untie_embeddings_and_output_weights"],
@@ -86,13 +87,13 @@ def provider_fields(args: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def activation(args: Mapping[str, Any]) -> str:
-    """Name of the activation of the MLPs: "silu", "squared_relu", "relu", "gelu" or "gelu_tanh"."""
+    """Name of the activation of the MLPs, one of `model.layers.ACTIVATIONS`."""
     if args["swiglu"]:
         return "silu"
     if args.get("squared_relu", False):
         return "squared_relu"
     if args.get("mlp_activation"):
-        return "relu"
+        return OWN_ACTIVATIONS[args["mlp_activation"]][0]
     return "gelu_tanh" if args["bias_gelu_fusion"] else "gelu"
 
 

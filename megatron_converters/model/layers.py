@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 
 from ..basics.errors import ConversionError
-from .checks import TOO_LARGE, check_choice, check_sizes, check_switches, is_whole, number
+from .checks import TOO_LARGE, check_cap, check_choice, check_sizes, check_switches, is_whole, number
 
 RMS_NORM, LAYER_NORM = "RMSNorm", "LayerNorm"
 #: Spans of query and key norms: each head by itself, or all heads together (OLMoE).
@@ -125,7 +125,8 @@ class Rope:
 class Attention:
     """Attention with query groups. `sliding_window` counts positions, the token's own among them.
 
-    With `attention_output_gate`, queries come with as many gates, which scale the output.
+    With `attention_output_gate`, queries come with as many gates, which scale the output. Scores are capped softly, by a tanh, at
+    `attn_logit_softcapping`.
     """
 
     num_attention_heads: int
@@ -137,6 +138,7 @@ class Attention:
     proj_bias: bool = False
     qk_norm: str = ""
     attention_output_gate: bool = False
+    attn_logit_softcapping: float | None = None
 
     def __post_init__(self) -> None:
         """Refuse sizes that no model can have."""
@@ -146,6 +148,7 @@ class Attention:
             raise ConversionError(f"{heads} attention heads of {self.kv_channels} are more than any model has")
         check_switches(self, ("qkv_bias", "proj_bias", "attention_output_gate"))
         check_choice(self, "qk_norm", ("", EACH_HEAD, ALL_HEADS))
+        check_cap(self, "attn_logit_softcapping")
         if window is not None and (not is_whole(window) or window < 1):
             raise ConversionError(f"sliding_window is {window!r}; it must be a whole number above 0, or null for none")
         if heads % groups:

@@ -175,6 +175,11 @@ def _longrope_limit(spec: ModelSpec) -> str:
     )
 
 
+def _base(context: Context) -> Any:
+    """Base of rotary embeddings: the greatest where layers differ (`rows_bridge.py` has the others)."""
+    return whole(max((base for base in context.per_layer("rotary_base") if base is not None), default=10000))
+
+
 def _base_limit(spec: ModelSpec) -> str:
     base = spec.values.get("rotary_base")
     if base is None or not any(spec.in_layers("rope")):
@@ -270,7 +275,7 @@ POSITIONS = (
     Argument("use_rotary_position_embeddings", lambda _: False),
     Argument(
         "rotary_base",
-        lambda context: whole(context.value("rotary_base", 10000)),
+        _base,
         lambda args: {"rotary_base": number(args.get("rotary_base") or 10000, "rotary_base")},
         limit=_base_limit,
         flag=flag("--rotary-base", lost=True),  # before 0.10 the checkpoint does not restore it
