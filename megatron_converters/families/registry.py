@@ -43,7 +43,7 @@ _MODULES = {
     "gpt_neox": ("gpt_neox", "persimmon"),
     "olmo": ("olmo",),
     "opt": ("opt",),
-    "gemma": ("gemma",),
+    "gemma": ("gemma", "gemma2", "gemma3_text"),
 }
 _MODULE_OF = {family: module for module, families in _MODULES.items() for family in families}
 #: Entry points of this group each load a `Family`, or a function that returns one or several.

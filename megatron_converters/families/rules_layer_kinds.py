@@ -14,13 +14,14 @@ from .rules_attention import FULL, SLIDING, layer_types, types_of, widest, windo
 
 @dataclass(frozen=True)
 class ListedWindow:
-    """A sliding window on the layers that `layer_types` lists, else on all but every `full`-th, beginning with the first.
+    """A sliding window on the layers that `layer_types` lists, else on all but every `full`-th, beginning with layer `first`.
 
     0 is on all. Null means no window; absent, the class's `default`.
     """
 
     default: int | None
     full: int = 0
+    first: int = 0
     keys: tuple[str, ...] = ("sliding_window", "layer_types")
 
     def read(self, config: Config) -> dict[str, Any]:
@@ -29,7 +30,7 @@ class ListedWindow:
             raise ConversionError(f"config.json has {SLIDING} in layer_types, but its sliding_window is null")
         if window is None or not (types or self.full):
             return {"sliding_window": window}
-        types = types or [SLIDING if layer % self.full else FULL for layer in range(layers)]
+        types = types or [SLIDING if (layer - self.first) % self.full else FULL for layer in range(layers)]
         return {"sliding_window": per_layer(windows_of(types, window, layers))}
 
     def write(self, spec: ModelSpec) -> dict[str, Any]:

@@ -14,6 +14,8 @@ from .checks import TOO_LARGE, check_cap, check_choice, check_sizes, check_switc
 RMS_NORM, LAYER_NORM = "RMSNorm", "LayerNorm"
 #: Spans of query and key norms: each head by itself, or all heads together (OLMoE).
 EACH_HEAD, ALL_HEADS = "each head", "all heads"
+#: Where a layer has norms: before its blocks, or before and after them.
+PRE_NORMS, SANDWICH_NORMS = "pre", "sandwich"
 #: Activations of an MLP. GELU has two forms, which differ by 1e-4 of a logit.
 SILU, GELU, GELU_TANH, SQUARED_RELU, RELU = "silu", "gelu", "gelu_tanh", "squared_relu", "relu"
 ACTIVATIONS = (SILU, GELU, GELU_TANH, SQUARED_RELU, RELU)
@@ -324,17 +326,19 @@ class Layer:
     """Kind of layer: what mixes positions, and what follows it. Norms before both are the model's.
 
     In a `parallel_block` both read the layer's input, and their outputs are added to it. They share one norm there, and there is no
-    second one, unless `parallel_norms`.
+    second one, unless `parallel_norms`. With `block_norms` "sandwich" what a block adds is normed, too.
     """
 
     mixer: Mixer
     feed: Feed
     parallel_block: bool = False
     parallel_norms: bool = False
+    block_norms: str = PRE_NORMS
 
     def __post_init__(self) -> None:
         """Refuse switches that are neither on nor off, or exclude each other."""
         check_switches(self, ("parallel_block", "parallel_norms"))
+        check_choice(self, "block_norms", (PRE_NORMS, SANDWICH_NORMS))
         if self.parallel_norms and not self.parallel_block:
             raise ConversionError(
                 "parallel_norms is true, but parallel_block is false: only parallel blocks can share a norm"

@@ -228,6 +228,7 @@ _ALL = (
         _REPLICATED,
         of_mixer(Attention, lambda a, s: extents.hidden(s) if a.proj_bias else None),
     ),
+    Slot("post_attention_norm", _LAYER, _REPLICATED, extents.after_block),
     Slot("mlp_norm", _LAYER, _REPLICATED, of_second_norm(extents.hidden)),
     Slot("mlp_norm_bias", _LAYER, _REPLICATED, of_second_norm(extents.norm_bias)),
     Slot(
@@ -242,6 +243,7 @@ _ALL = (
     ),
     Slot("fc2", _LAYER, _ROW, of_feed(Mlp, lambda m, s: extents.rows_of(s.hidden_size, m.ffn_hidden_size))),
     Slot("fc2_bias", _LAYER, _REPLICATED, of_feed(Mlp, lambda m, s: extents.hidden(s) if m.mlp_bias else None)),
+    Slot("post_mlp_norm", _LAYER, _REPLICATED, extents.after_block),
     # Small differences of a router change which expert is chosen; Megatron-LM holds the bias of the choice in float32.
     Slot(
         "router",

@@ -204,6 +204,10 @@ def _model_values(spec: ModelSpec) -> Iterator[tuple[str, Any]]:
     yield "mtp_num_layers", len(spec.mtp)
 
 
+#: Properties of a layer that are not of its mixer or feed, and their defaults.
+_OF_LAYERS = {field.name: field.default for field in dataclasses.fields(Layer) if field.name not in ("mixer", "feed")}
+
+
 def _kind_values(kind: Layer) -> dict[str, Any]:
     """Properties of one kind of layer."""
     found: dict[str, Any] = {"mixer": _TAGS[type(kind.mixer)], "feed": _TAGS[type(kind.feed)]}
@@ -212,7 +216,7 @@ def _kind_values(kind: Layer) -> dict[str, Any]:
         found |= {field.name: getattr(record, field.name) for field in dataclasses.fields(record)}
     if "rope" in found:
         found["rope"] = rope is not None
-    return found | {"parallel_block": kind.parallel_block, "parallel_norms": kind.parallel_norms}
+    return found | {name: getattr(kind, name) for name in _OF_LAYERS}
 
 
 def _layer_values(spec: ModelSpec) -> Iterator[tuple[str, Any]]:
@@ -269,8 +273,8 @@ def _kind(values: Mapping[str, Any]) -> Layer:
     feed = FEEDS[values.get("feed") or ("moe" if values.get("num_experts") else "mlp")]
     rope = values.get("rope", values.get("rotary_base") is not None)
     with_rope = {**values, "rope": _record(Rope, values) if rope else None}
-    blocks = (values.get(name, False) for name in ("parallel_block", "parallel_norms"))
-    return Layer(_record(mixer, with_rope), _record(feed, values), *blocks)
+    blocks = {name: values.get(name, default) for name, default in _OF_LAYERS.items()}
+    return Layer(_record(mixer, with_rope), _record(feed, values), **blocks)
 
 
 def _spare_kinds(values: Mapping[str, Any], kinds: list[Layer]) -> Iterator[Layer]:
@@ -300,8 +304,7 @@ _KNOWN = {
     "mtp_num_layers",
     "mixer",
     "feed",
-    "parallel_block",
-    "parallel_norms",
+    *_OF_LAYERS,
     *(n for r in _RECORDS for n in names(r)),
 }
 #: Names of all properties.

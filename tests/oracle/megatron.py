@@ -26,7 +26,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 
 from megatron_converters.logits import gpt
 
-from . import checkpoint, mup
+from . import beyond, checkpoint, mup
 
 _LAYER = re.compile(r"(?<=^decoder\.layers\.)\d+")
 _EXPERT = re.compile(r"(?<=\.local_experts\.)\d+|(?<=\.linear_fc[12]\.weight)\d+")
@@ -40,7 +40,7 @@ def build(args: Namespace, impl: str | None = None, qk_norm_over_heads: bool = F
 
     They are built as by Megatron-LM's `gpt_builder`. `impl` is the user's `--transformer-impl`; None takes the one in `args`.
     `qk_norm_over_heads` gives the attention OLMoE's norms, for which Megatron-LM has no argument. `--use-mup` (0.17 and later)
-    is added to the models of this release.
+    is added to the models of this release, and so is what only Megatron-Bridge's providers have.
     """
     args = copy.copy(args)
     args.transformer_impl = impl or args.transformer_impl
@@ -49,6 +49,7 @@ def build(args: Namespace, impl: str | None = None, qk_norm_over_heads: bool = F
     for model in models:
         _adapt(model, qk_norm_over_heads)
         mup.scale(model, args)
+        beyond.add(model, args)
     return models
 
 

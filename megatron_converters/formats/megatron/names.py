@@ -53,6 +53,9 @@ LOCAL: dict[str, Name] = {
     "delta_out": _ATTENTION + "out_proj.weight",
     "proj": _ATTENTION + "linear_proj.weight",
     "proj_bias": _ATTENTION + "linear_proj.bias",
+    # Norms after blocks are part of Megatron-Bridge's linears (models/common/te_layers.py); no release of Megatron-LM has any.
+    "post_attention_norm": _ATTENTION + "linear_proj.post_layernorm.weight",
+    "post_mlp_norm": _MLP + "linear_fc2.post_layernorm.weight",
     "mlp_norm": _LAYER + "pre_mlp_layernorm.weight",
     "mlp_norm_bias": _LAYER + "pre_mlp_layernorm.bias",
     "fc1": _MLP + "linear_fc1.weight",
@@ -203,6 +206,8 @@ _OWNERS = (
     _Owner(_ATTENTION + "in_proj", "delta_in"),
     _Owner(_ATTENTION + "out_proj", "delta_out"),
     _Owner(_ATTENTION + "out_norm", "delta_norm", local=False),
+    _Owner(_ATTENTION + "linear_proj.post_layernorm", "post_attention_norm", local=False),
+    _Owner(_MLP + "linear_fc2.post_layernorm", "post_mlp_norm", local=False),
     _Owner(_MLP + "linear_fc1", "fc1"),
     _Owner(_MLP + "linear_fc2", "fc2"),
     _Owner(_LAYER + "pre_mlp_layernorm", "router", local=False),

@@ -121,8 +121,8 @@ def _own_activation_limit(spec: ModelSpec) -> str:
     return f"{what}: Megatron-LM has no flag for it; {_LIVE_ONLY}, or with {how} in your model provider"
 
 
-#: Activations of an MLP that no switch says, and whether it is gated, in the words of `config_fields.py`, which name a function; the
-#: first of several is written. Megatron-core's `fast_gelu` is the tanh form.
+#: Activations of an MLP that no switch says, and whether it is gated, in the words of `config_fields.py`, which name a function;
+#: the first of several is written. Megatron-core's `fast_gelu` is the tanh form.
 OWN_ACTIVATIONS = {
     "relu, not gated": (RELU, False),
     "gelu_tanh, gated": (GELU_TANH, True),

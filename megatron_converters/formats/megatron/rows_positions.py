@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ...basics.errors import ConversionError
-from ...model.checks import number
+from ...model.checks import number, whole
 from ...model.layers import Layer, RopeScaling
 from ...model.spec import ModelSpec, PerLayer
 from .argument import (
@@ -30,11 +30,6 @@ from .argument import (
 MEGATRON_LLAMA3 = RopeScaling("llama3", 8.0, 1.0, 4.0, 8192)
 ROPE, YARN, LEARNED, NO_POSITIONS = "rope", "yarn", "learned_absolute", "none"
 _KINDS = (ROPE, YARN, LEARNED, NO_POSITIONS)
-
-
-def whole(value: Any) -> Any:
-    """Whole numbers as int, since Megatron-LM parses these options with `int`."""
-    return int(value) if value is not None and float(value).is_integer() else value
 
 
 def scaling_of(spec: ModelSpec, kind: str) -> RopeScaling | None:
