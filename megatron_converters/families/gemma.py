@@ -8,7 +8,7 @@ gemma3.
 
 from __future__ import annotations
 
-from ..model.layers import EACH_HEAD, GELU_TANH, SANDWICH_NORMS
+from ..model.layers import AROUND, EACH_HEAD, GELU_TANH
 from .defaults import IfAbsent, Root
 from .entries import implied, tensor
 from .llama import DENSE, LAYER, PROJ_BIAS, QK_NORM, QKV_BIAS, SIZES_ALONE, head_dim, query_groups
@@ -65,9 +65,9 @@ GEMMA = Family(
 
 _SANDWICH = {
     **GEMMA.tensors,
-    **tensor("post_attention_norm", LAYER + "post_attention_layernorm.weight"),
+    **tensor("attention_post_norm", LAYER + "post_attention_layernorm.weight"),
     **tensor("mlp_norm", LAYER + "pre_feedforward_layernorm.weight"),
-    **tensor("post_mlp_norm", LAYER + "post_feedforward_layernorm.weight"),
+    **tensor("mlp_post_norm", LAYER + "post_feedforward_layernorm.weight"),
 }
 _SANDWICH_RULES = (
     *overridden(
@@ -77,7 +77,7 @@ _SANDWICH_RULES = (
             Named("activation", "hidden_activation", {_TANH: GELU_TANH}, _TANH),
             QueryScalar(256, size=head_dim(absent=256)),
             Passed(("cache_implementation",)),
-            *implied(block_norms=SANDWICH_NORMS),
+            *implied(block_norms=AROUND),
         ),
     ),
     Restated("hidden_act", _TANH),  # which the class does not read

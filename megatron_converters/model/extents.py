@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple, TypeVar
 
-from .layers import ALL_HEADS, LAYER_NORM, SANDWICH_NORMS, Attention, BlockExperts, GatedDelta, Latent, Layer, Mixture
+from .layers import ALL_HEADS, LAYER_NORM, Attention, BlockExperts, GatedDelta, Latent, Layer, Mixture
 from .spec import ModelSpec
 
 
@@ -81,14 +81,9 @@ def norm_bias(spec: ModelSpec) -> Extent | None:
     return rows_of(spec.hidden_size) if spec.norm.normalization == LAYER_NORM else None
 
 
-def of_second_norm(extent: Callable[[ModelSpec], Extent | None]) -> SizeOf:
-    """Slot of the norm before the MLP, which a layer lacks whose blocks share one."""
-    return lambda spec, layer: None if layer.shares_norm else extent(spec)
-
-
-def after_block(spec: ModelSpec, layer: Layer) -> Extent | None:
-    """Norm after a block, where a layer has one."""
-    return hidden(spec) if layer.block_norms == SANDWICH_NORMS else None
+def of_norm(has: Callable[[Layer], bool], extent: Callable[[ModelSpec], Extent | None]) -> SizeOf:
+    """Slot of a norm of the layers that have it."""
+    return lambda spec, layer: extent(spec) if has(layer) else None
 
 
 def vocab(spec: ModelSpec) -> Extent:

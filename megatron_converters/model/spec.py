@@ -113,8 +113,9 @@ class ModelSpec:
         counts = {kind.feed.num_experts for kind in self.kinds if isinstance(kind.feed, Mixture)}
         if len(counts) > 1:
             raise ConversionError(f"num_experts differs between layers ({sorted(counts)}); that is not supported")
-        if len({(kind.parallel_block, kind.parallel_norms) for kind in self.used}) > 1:
-            raise ConversionError("parallel_block differs between layers; that is not supported")
+        for names in (("parallel_block", "parallel_norms"), ("block_norms",)):
+            if len({tuple(getattr(kind, name) for name in names) for kind in self.used}) > 1:
+                raise ConversionError(f"{names[0]} differs between layers; that is not supported")
 
     def __hash__(self) -> int:
         return self._hash
@@ -182,6 +183,8 @@ class ModelSpec:
 
 
 _SHARED = ("family", "dtype", "hidden_size", "vocab_size", "max_position_embeddings")
+#: Properties of how the blocks of a layer are joined.
+_BLOCKS = ("parallel_block", "parallel_norms", "block_norms")
 _OPTIONAL = (
     *("learned_positions", "causal", "tied", "head_bias", "final_logit_softcapping"),
     *("absent_biases", "num_labels"),
@@ -204,10 +207,6 @@ def _model_values(spec: ModelSpec) -> Iterator[tuple[str, Any]]:
     yield "mtp_num_layers", len(spec.mtp)
 
 
-#: Properties of a layer that are not of its mixer or feed, and their defaults.
-_OF_LAYERS = {field.name: field.default for field in dataclasses.fields(Layer) if field.name not in ("mixer", "feed")}
-
-
 def _kind_values(kind: Layer) -> dict[str, Any]:
     """Properties of one kind of layer."""
     found: dict[str, Any] = {"mixer": _TAGS[type(kind.mixer)], "feed": _TAGS[type(kind.feed)]}
@@ -216,7 +215,7 @@ def _kind_values(kind: Layer) -> dict[str, Any]:
         found |= {field.name: getattr(record, field.name) for field in dataclasses.fields(record)}
     if "rope" in found:
         found["rope"] = rope is not None
-    return found | {name: getattr(kind, name) for name in _OF_LAYERS}
+    return found | {name: getattr(kind, name) for name in _BLOCKS}
 
 
 def _layer_values(spec: ModelSpec) -> Iterator[tuple[str, Any]]:
@@ -273,7 +272,7 @@ def _kind(values: Mapping[str, Any]) -> Layer:
     feed = FEEDS[values.get("feed") or ("moe" if values.get("num_experts") else "mlp")]
     rope = values.get("rope", values.get("rotary_base") is not None)
     with_rope = {**values, "rope": _record(Rope, values) if rope else None}
-    blocks = {name: values.get(name, default) for name, default in _OF_LAYERS.items()}
+    blocks = {name: values[name] for name in _BLOCKS if name in values}
     return Layer(_record(mixer, with_rope), _record(feed, values), **blocks)
 
 
@@ -304,7 +303,7 @@ _KNOWN = {
     "mtp_num_layers",
     "mixer",
     "feed",
-    *_OF_LAYERS,
+    *_BLOCKS,
     *(n for r in _RECORDS for n in names(r)),
 }
 #: Names of all properties.

@@ -20,7 +20,7 @@ def add(model: GPTModel, args: Namespace) -> None:
     score_cap, logit_cap = (getattr(args, f"{name}_logit_softcapping", None) for name in ("attn", "final"))
     bases, factors = (getattr(args, name, None) for name in ("rotary_bases", "rotary_scaled"))
     for layer in model.decoder.layers:
-        if getattr(args, "block_norms", "pre") == "sandwich":
+        if getattr(args, "block_norms", "before") == "around":
             _norm_after(layer.self_attention.linear_proj, model.config)
             _norm_after(layer.mlp.linear_fc2, model.config)
         if score_cap is not None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from ...basics.errors import ConversionError
 from ...model.checks import number
-from ...model.layers import PRE_NORMS, RopeScaling
+from ...model.layers import BEFORE, RopeScaling
 from ...model.spec import ModelSpec, PerLayer
 from .argument import Args, Argument, Build, Context, Properties, said
 
@@ -74,13 +74,13 @@ def _scaled_limit(spec: ModelSpec) -> str:
 
 
 def _norms_limit(spec: ModelSpec) -> str:
-    if spec.values["block_norms"] == PRE_NORMS:
+    if spec.values["block_norms"] == BEFORE:
         return ""
     return f"norms after attention and MLP: no release has such a layer; {_PROVIDER}"
 
 
 BLOCK_NORMS = (
-    said(*("block_norms", "block_norms"), absent=PRE_NORMS, optional=True, limit=_norms_limit, build=Build.REFUSED),
+    said(*("block_norms", "block_norms"), absent=BEFORE, optional=True, limit=_norms_limit, build=Build.REFUSED),
 )
 CAPS = (
     said(
