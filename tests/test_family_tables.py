@@ -19,7 +19,7 @@ from megatron_converters.families.table import Family
 from megatron_converters.formats.huggingface.parts import HFNames, constants
 from megatron_converters.formats.megatron.names import DIALECTS, EXPERTS, STACKED, name_of
 from megatron_converters.formats.queue.messages import ENTRIES, message_name, sent
-from megatron_converters.model.layers import ALL_HEADS, EACH_HEAD, GELU, LAYER_NORM, OF_MLP, SQUARED_RELU, Layer
+from megatron_converters.model.layers import ALL_HEADS, AROUND, EACH_HEAD, GELU, LAYER_NORM, OF_MLP, SQUARED_RELU, Layer
 from megatron_converters.model.layouts import (
     AFTER_TWO_ROWS,
     DELTA_BY_KEY_HEAD,
@@ -225,6 +225,9 @@ ASKED: dict[str, list[dict[str, Any]]] = {
     "qwen": [dict(qkv_bias=True)],
     "baichuan": [{}],
     "baichuan2": [{}],
+    "gemma": [dict(qkv_bias=True, proj_bias=True)],
+    "gemma2": [dict(qkv_bias=True, proj_bias=True, block_norms=AROUND)],
+    "gemma3_text": [dict(qkv_bias=True, proj_bias=True, block_norms=AROUND, qk_norm=EACH_HEAD)],
     "chatglm": [dict(qkv_bias=True, rotary_interleaved=True)],
 }
 

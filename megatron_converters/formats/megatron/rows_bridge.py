@@ -48,7 +48,7 @@ def _read_bases(args: Args) -> Properties:
     return {"rotary_base": PerLayer(None if base is None else number(base, "rotary_bases") for base in bases)}
 
 
-def _scaled(context: Context) -> dict[str, Any] | None:
+def _scaled(context: Context) -> list[Any] | None:
     """Which layers have rotary scaling, and the factor; None where one scaling holds for all."""
     scalings = _each(context, "rope_scaling")
     return None if scalings is None else [None if each is None else each.factor for each in scalings]

@@ -118,7 +118,9 @@ def _own_activation_limit(spec: ModelSpec) -> str:
     if own is None:
         return ""
     what, how = _NO_SWITCH[own]
-    return f"{what}: Megatron-LM has no flag for it; {_LIVE_ONLY}, or with {how} in your model provider"
+    return (
+        f"{what}: Megatron-LM has no flag for it; AutoBridge's live models compute it, and a model provider with {how}"
+    )
 
 
 #: Activations of an MLP that no switch says, and whether it is gated, in the words of `config_fields.py`, which name a function;
