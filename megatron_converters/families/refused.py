@@ -24,6 +24,7 @@ _ROWS: Mapping[str, str] = {
     "hunyuan hunyuan_v1_dense hunyuan_v1_moe": _NORMED_LATE,
     "apertus": "whose activation, xIELU, has parameters of its own; Megatron-LM has no such activation",
     "bloom mpt": _ALIBI,
+    "gptj": "whose head has a bias, and whose MLP has biases beside an attention without; Megatron-LM has neither",
     "phi3small": "whose attention is sparse in blocks, which Megatron-LM has not",
     "phi4mm phi4_multimodal": "which adds low-rank matrices for each kind of input; Megatron-LM has no such layers",
     "phimoe": "whose router chooses one expert after the other by thresholds (sparsemixer), which Megatron-LM has not",
