@@ -9,14 +9,16 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from megatron_converters.basics.errors import ConversionError
 from megatron_converters.families.config_json import config_for, config_from_spec, spec_from_config
 from megatron_converters.formats.megatron.arguments import inexpressible, model_args, spec_fields
 from megatron_converters.formats.megatron.rank_files_source import MegatronSource
 from megatron_converters.model.layers import AROUND, EACH_HEAD, GELU_TANH, RopeScaling
-from tests.conversions import different, hf_to_megatron, megatron_to_hf
+from tests.conversions import different, hf_to_megatron, hf_to_torch_dist, megatron_to_hf
 from tests.helpers import args_of, edit_rank, hf_tensors, rank_content, refused, verb
+from tests.oracle.checkpoint import iteration_directory
 from tests.oracle.hf import TOKENS, difference
 from tests.oracle.live_jobs import bridged
 from tests.oracle.pool import MegatronPool
@@ -197,6 +199,43 @@ def test_gemma_1_works_live(megatron_pool: MegatronPool, hf_model: HFModel, logi
     parts = dict(shard for shard, _ in found if shard is not None)
     assert difference(torch.cat([parts[rank] for rank in sorted(parts)], dim=-1), logits("gemma")) < TOLERANCE
     assert all({*names} <= {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"} for _, names in found)
+
+
+_PROVIDERS: dict[str, dict[str, Any]] = {
+    "gemma": {},
+    "gemma2": dict(
+        query_pre_attn_scalar=40, attn_logit_softcapping=2.0, final_logit_softcapping=3.0, window_size=[6, 0]
+    ),
+    "gemma3": dict(
+        **dict(softmax_scale=40**-0.5, window_size=7, interleaved_attn_pattern=[2, 1], rope_scaling_factor=8.0),
+        **dict(rotary_base=[10000, 1000000], qk_layernorm=True),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", _PROVIDERS)
+def test_a_checkpoint_of_megatron_bridge_says_what_its_provider_is(
+    hf_model: HFModel, tmp_path: Path, name: str
+) -> None:
+    """Fields are those of Bridge's classes, whose own defaults and code say the rest."""
+    folder = hf_model(name)
+    root = hf_to_torch_dist(folder, tmp_path / "dist", **ALLOWED)
+    directory = iteration_directory(root)
+    torch.save({"iteration": 1}, directory / "common.pt")
+    own = {"_target_": f"megatron.bridge.models.gemma.{name}_provider.{name.capitalize()}ModelProvider"}
+    fields = dict(
+        **dict(num_layers=4, hidden_size=80, ffn_hidden_size=112, num_attention_heads=8, num_query_groups=4),
+        **dict(kv_channels=16, seq_length=512, vocab_size=199, layernorm_epsilon=1e-3, normalization="RMSNorm"),
+        **dict(layernorm_zero_centered_gamma=True, position_embedding_type="rope", rotary_base=10000),
+        **dict(add_bias_linear=False, gated_linear_unit=True, share_embeddings_and_output_weights=True),
+    )
+    function = {"_target_": "megatron.core.activations.fast_gelu", "_call_": False}
+    model = {**fields, "activation_func": function, **_PROVIDERS[name], **own}
+    (directory / "run_config.yaml").write_text(yaml.safe_dump({"model": model}))
+    back = megatron_to_hf(root, tmp_path / "hf")
+    assert different(hf_tensors(folder), hf_tensors(back)) == []
+    configs = [spec_from_config(json.loads((each / "config.json").read_text())) for each in (back, folder)]
+    assert configs[0] == configs[1]
 
 
 def test_the_command_line_needs_leave(hf_model: HFModel, tmp_path: Path) -> None:

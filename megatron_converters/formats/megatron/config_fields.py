@@ -14,6 +14,7 @@ from typing import Any
 
 from ...model.layers import GELU, SILU, SQUARED_RELU
 from .arguments import ARGUMENTS
+from .bridge_providers import fields_of_provider
 
 #: Fields that have another name than the attribute of the same value.
 _RENAMED = {
@@ -47,6 +48,7 @@ _FUNCTION = re.compile(r"<(?:built-in )?function (\w+)")
 
 def args_of_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Attributes of `args` for fields; those that are no field of a model's are kept as they are."""
+    fields = fields_of_provider(fields)
     values = {_attribute(name, fields): value for name, value in fields.items()}
     if not isinstance(values.get("use_rope_scaling"), (bool, type(None))):  # a fork's, and no switch
         values["rope_scaling"] = values.pop("use_rope_scaling")
