@@ -28,6 +28,8 @@ from .outline import Fill
 _QUERY_SLOTS = ("qkv", "qkv_bias")
 #: Slots whose values a block adds to the residual stream.
 _OUTPUTS = ("proj", "proj_bias", "delta_out", "fc2", "fc2_bias", "expert_fc2", "shared_fc2")
+#: Those that do where norms are after blocks.
+_POST_NORMS = ("attention_post_norm", "mlp_post_norm")
 
 
 @dataclass(frozen=True)
@@ -143,7 +145,9 @@ def query_factor(spec: ModelSpec) -> float:
 
 def stream_is_free(spec: ModelSpec) -> bool:
     """Whether every norm reads the residual stream, so that its epsilon may change with the scale of that."""
-    return not spec.values.get("qk_norm") and not any(isinstance(kind.mixer, Latent) for kind in spec.used)
+    return not spec.values.get("qk_norm") and not any(
+        isinstance(kind.mixer, Latent) or kind.post_norms for kind in spec.used
+    )
 
 
 def without_residual_multiplier(spec: ModelSpec) -> ModelSpec:
@@ -187,8 +191,16 @@ def _folds(spec: ModelSpec, embedding: float, norm: float) -> Iterator[tuple[str
     yield "word_embeddings", Affine(embedding)
     if spec.learned_positions:
         yield "position_embeddings", Affine(embedding)
-    yield from ((name, Affine(spec.multipliers.residual_multiplier)) for name in _OUTPUTS)
-    # A norm that is stored minus 1 is scaled as a whole: (1 + w) s - 1.
-    yield "final_norm", Affine(norm, norm - 1 if spec.norm.zero_centred else 0.0)
+    if any(kind.post_norms for kind in spec.used):  # they undo a scale of what they read
+        yield from ((name, _of_norm(spec, spec.multipliers.residual_multiplier)) for name in _POST_NORMS)
+        yield from ((f"{name}_bias", Affine(spec.multipliers.residual_multiplier)) for name in _POST_NORMS)
+    else:
+        yield from ((name, Affine(spec.multipliers.residual_multiplier)) for name in _OUTPUTS)
+    yield "final_norm", _of_norm(spec, norm)
     yield "final_norm_bias", Affine(norm)
     yield "output_layer_bias", Affine(spec.multipliers.logits_multiplier)
+
+
+def _of_norm(spec: ModelSpec, scale: float) -> Affine:
+    """Scale of the weights of a norm; those that are stored minus 1 are scaled as a whole: (1 + w) s - 1."""
+    return Affine(scale, scale - 1 if spec.norm.zero_centred else 0.0)

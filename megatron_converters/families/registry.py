@@ -42,6 +42,7 @@ _MODULES = {
     "jais": ("jais2",),
     "gpt_neox": ("gpt_neox", "persimmon"),
     "olmo": ("olmo",),
+    "post_norms": ("olmo2", "olmo3", "exaone4"),
     "opt": ("opt",),
 }
 _MODULE_OF = {family: module for module, families in _MODULES.items() for family in families}

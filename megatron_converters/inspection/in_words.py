@@ -18,6 +18,7 @@ from ..formats.megatron.distributed_folder import LOADED_AT_ANY_SIZES
 from ..formats.megatron.options import FLAGS, FOLD, RAW
 from ..model.layers import (
     ALL_HEADS,
+    BEFORE,
     EACH_HEAD,
     RMS_NORM,
     SILU,
@@ -216,6 +217,7 @@ _USUAL = {
     "attention_output_gate": False,
     "parallel_block": False,
     "parallel_norms": False,
+    "block_norms": BEFORE,
 }
 
 

@@ -14,6 +14,8 @@ from .checks import TOO_LARGE, check_choice, check_sizes, check_switches, is_who
 RMS_NORM, LAYER_NORM = "RMSNorm", "LayerNorm"
 #: Spans of query and key norms: each head by itself, or all heads together (OLMoE).
 EACH_HEAD, ALL_HEADS = "each head", "all heads"
+#: Where a layer has norms: before attention and MLP, after both, or both before and after each.
+BEFORE, AFTER, AROUND = "before", "after", "around"
 #: Activations of an MLP. GELU has two forms, which differ by 1e-4 of a logit.
 SILU, GELU, GELU_TANH, SQUARED_RELU, RELU = "silu", "gelu", "gelu_tanh", "squared_relu", "relu"
 ACTIVATIONS = (SILU, GELU, GELU_TANH, SQUARED_RELU, RELU)
@@ -318,8 +320,9 @@ Feed = Mlp | Mixture | BlockExperts
 
 @dataclass(frozen=True)
 class Layer:
-    """Kind of layer: what mixes positions, and what follows it. Norms before both are the model's.
+    """Kind of layer: what mixes positions, and what follows it. Norms are the model's.
 
+    `block_norms` says where they are: before both of these blocks, after both, on what is added to the layer's input, or around.
     In a `parallel_block` both read the layer's input, and their outputs are added to it. They share one norm there, and there is no
     second one, unless `parallel_norms`.
     """
@@ -328,10 +331,12 @@ class Layer:
     feed: Feed
     parallel_block: bool = False
     parallel_norms: bool = False
+    block_norms: str = BEFORE
 
     def __post_init__(self) -> None:
         """Refuse switches that are neither on nor off, or exclude each other."""
         check_switches(self, ("parallel_block", "parallel_norms"))
+        check_choice(self, "block_norms", (BEFORE, AFTER, AROUND))
         if self.parallel_norms and not self.parallel_block:
             raise ConversionError(
                 "parallel_norms is true, but parallel_block is false: only parallel blocks can share a norm"
@@ -341,6 +346,26 @@ class Layer:
     def shares_norm(self) -> bool:
         """Whether both of its blocks read the same norm."""
         return self.parallel_block and not self.parallel_norms
+
+    @property
+    def first_norm(self) -> bool:
+        """Whether a norm is before attention."""
+        return self.block_norms != AFTER
+
+    @property
+    def second_norm(self) -> bool:
+        """Whether a norm is before the MLP, which is not the first."""
+        return self.block_norms != AFTER and not self.shares_norm
+
+    @property
+    def post_norms(self) -> bool:
+        """Whether norms are after both blocks."""
+        return self.block_norms != BEFORE
+
+    @property
+    def norms_over_heads(self) -> bool:
+        """Whether its attention norms queries, and keys, over all heads."""
+        return isinstance(self.mixer, Attention) and self.mixer.qk_norm == ALL_HEADS
 
     @property
     def window(self) -> int | None:

@@ -110,8 +110,9 @@ class ModelSpec:
         counts = {kind.feed.num_experts for kind in self.kinds if isinstance(kind.feed, Mixture)}
         if len(counts) > 1:
             raise ConversionError(f"num_experts differs between layers ({sorted(counts)}); that is not supported")
-        if len({(kind.parallel_block, kind.parallel_norms) for kind in self.used}) > 1:
-            raise ConversionError("parallel_block differs between layers; that is not supported")
+        for names in (("parallel_block", "parallel_norms"), ("block_norms",)):
+            if len({tuple(getattr(kind, name) for name in names) for kind in self.used}) > 1:
+                raise ConversionError(f"{names[0]} differs between layers; that is not supported")
 
     def __hash__(self) -> int:
         return self._hash
@@ -179,6 +180,8 @@ class ModelSpec:
 
 
 _SHARED = ("family", "dtype", "hidden_size", "vocab_size", "max_position_embeddings")
+#: Properties of how the blocks of a layer are joined.
+_BLOCKS = ("parallel_block", "parallel_norms", "block_norms")
 _OPTIONAL = (
     *("learned_positions", "causal", "tied", "head_bias", "absent_biases", "num_labels"),
     *("initializer_range", "attention_dropout"),
@@ -208,7 +211,7 @@ def _kind_values(kind: Layer) -> dict[str, Any]:
         found |= {field.name: getattr(record, field.name) for field in dataclasses.fields(record)}
     if "rope" in found:
         found["rope"] = rope is not None
-    return found | {"parallel_block": kind.parallel_block, "parallel_norms": kind.parallel_norms}
+    return found | {name: getattr(kind, name) for name in _BLOCKS}
 
 
 def _layer_values(spec: ModelSpec) -> Iterator[tuple[str, Any]]:
@@ -265,8 +268,8 @@ def _kind(values: Mapping[str, Any]) -> Layer:
     feed = FEEDS[values.get("feed") or ("moe" if values.get("num_experts") else "mlp")]
     rope = values.get("rope", values.get("rotary_base") is not None)
     with_rope = {**values, "rope": _record(Rope, values) if rope else None}
-    blocks = (values.get(name, False) for name in ("parallel_block", "parallel_norms"))
-    return Layer(_record(mixer, with_rope), _record(feed, values), *blocks)
+    blocks = {name: values[name] for name in _BLOCKS if name in values}
+    return Layer(_record(mixer, with_rope), _record(feed, values), **blocks)
 
 
 def _spare_kinds(values: Mapping[str, Any], kinds: list[Layer]) -> Iterator[Layer]:
@@ -296,8 +299,7 @@ _KNOWN = {
     "mtp_num_layers",
     "mixer",
     "feed",
-    "parallel_block",
-    "parallel_norms",
+    *_BLOCKS,
     *(n for r in _RECORDS for n in names(r)),
 }
 #: Names of all properties.
