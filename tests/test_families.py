@@ -51,7 +51,6 @@ def test_megatron_computes_what_transformers_computes(
 
 #: Families that stock megatron-core cannot compute, whose proofs build what it lacks.
 ELSEWHERE = {
-    "olmoe": ("test_olmoe.py", Proof.LOGITS),
     "phi": ("test_phi.py", Proof.LOGITS),
     "minicpm": ("test_minicpm.py", Proof.EQUIVALENT),
     "minicpm3": ("test_minicpm.py", Proof.LOGITS),

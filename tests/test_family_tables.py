@@ -19,7 +19,17 @@ from megatron_converters.families.table import Family
 from megatron_converters.formats.huggingface.parts import HFNames, constants
 from megatron_converters.formats.megatron.names import DIALECTS, EXPERTS, STACKED, name_of
 from megatron_converters.formats.queue.messages import ENTRIES, message_name, sent
-from megatron_converters.model.layers import ALL_HEADS, AROUND, EACH_HEAD, GELU, LAYER_NORM, OF_MLP, SQUARED_RELU, Layer
+from megatron_converters.model.layers import (
+    AFTER,
+    ALL_HEADS,
+    AROUND,
+    EACH_HEAD,
+    GELU,
+    LAYER_NORM,
+    OF_MLP,
+    SQUARED_RELU,
+    Layer,
+)
 from megatron_converters.model.layouts import (
     AFTER_TWO_ROWS,
     DELTA_BY_KEY_HEAD,
@@ -149,6 +159,7 @@ _ROUTED: dict[str, Any] = EXPERT_FIELDS | dict(
 )
 _UNGATED: dict[str, Any] = dict(_BIASES, normalization=LAYER_NORM, gated=False, activation=GELU)
 _PARALLEL: dict[str, Any] = dict(normalization=LAYER_NORM, parallel_block=True)
+_POST: dict[str, Any] = dict(block_norms=AFTER)
 #: Models of each family that together have all the slots that its config.json can ask for.
 ASKED: dict[str, list[dict[str, Any]]] = {
     "llama": [_BIASES],
@@ -206,6 +217,8 @@ ASKED: dict[str, list[dict[str, Any]]] = {
     ],
     "gpt_bigcode": [dict(_UNGATED, learned_positions=True, rope=False)],
     "olmo": [dict(_BIASES, normalization=LAYER_NORM, absent_biases=OF_MLP)],
+    **{key: [dict(_BIASES, absent_biases=OF_MLP, **_POST, qk_norm=ALL_HEADS)] for key in ("olmo2", "olmo3")},
+    "exaone4": [dict(_POST, qk_norm=EACH_HEAD)],
     "stablelm": [dict(qkv_bias=True, normalization=LAYER_NORM)],
     "nemotron": [dict(_UNGATED, activation=SQUARED_RELU)],
     "arcee": [dict(_BIASES, gated=False, activation=SQUARED_RELU)],

@@ -93,7 +93,9 @@ WITH_POSITIONS = ("gpt2", "gpt_bigcode", "opt")
 WITH_BIASES = ("gpt2", "gpt_bigcode", "phi", "persimmon")
 WITH_MLP_BIASES = (*WITH_BIASES, "gpt_neox")
 #: Families that may have biases of one kind, where Megatron-LM's others are 0.
-FILLED = ("olmo", "nemotron", "arcee", "jais2", "gpt_neox")
+FILLED = ("olmo", "olmo2", "olmo3", "nemotron", "arcee", "jais2", "gpt_neox")
+#: Families whose norms are after blocks.
+WITH_POST_NORMS = ("olmo2", "olmo3", "exaone4")
 LATENT = ("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "minicpm3")
 #: Families without a class in transformers.
 REMOTE = ("minicpm", "bailing_moe", "mimo", "internlm2", "exaone", "qwen", "baichuan", "baichuan2", "chatglm")
@@ -130,6 +132,7 @@ def facts(found: Any) -> dict[str, Any]:
         "absent_biases": ("attention" if of_mlp else "mlp") if absent else "",
         "parallel_block": kind == "phi" or parallel,  # PhiDecoderLayer
         "parallel_norms": parallel,  # GPTNeoXLayer
+        "block_norms": "after" if kind in WITH_POST_NORMS else "before",
         "head_bias": kind == "phi",
         "num_labels": None,  # of a language model
         "activation": ACTIVATIONS.get(activation, activation),
@@ -170,6 +173,9 @@ def rope_facts(found: Any) -> dict[str, Any]:
     if found.model_type in WITH_POSITIONS:
         return {"rope": False}
     rope = dict(found.rope_parameters)
+    if found.model_type == "olmo3":
+        assert rope["full_attention"] == rope["sliding_attention"]
+        rope = rope["full_attention"]
     percent = rope.pop("partial_rotary_factor", 1.0)
     scaling = {key: value for key, value in rope.items() if key not in ("rope_theta", "rope_type", "type")}
     if rope["rope_type"] == "longrope":  # as in _compute_longrope_parameters
@@ -178,7 +184,7 @@ def rope_facts(found: Any) -> dict[str, Any]:
         scaling.pop("original_max_position_embeddings", None)
     scaling.pop("max_position_embeddings", None)  # which Ministral 3 repeats in its table
     rotated = PerLayer(map(bool, getattr(found, "no_rope_layers", [1]) * found.num_hidden_layers))
-    if found.model_type == "exaone_moe":
+    if found.model_type in ("exaone4", "exaone_moe") and found.sliding_window is not None:
         rotated = PerLayer(kind == "sliding_attention" for kind in found.layer_types)
     return {
         "rope": one_or_per_layer(PerLayer(rotated[: found.num_hidden_layers])),
@@ -214,9 +220,10 @@ def attention_facts(found: Any) -> dict[str, Any]:
     bias = first(found, ("attention_bias", "use_bias", "enable_bias"), kind in WITH_BIASES)
     if kind in FILLED:
         bias = bias or first(found, ("mlp_bias",), kind in WITH_MLP_BIASES)
-    # OlmoeAttention's norms have the size of all heads.
-    with_norms = ("qwen3", "qwen3_moe", "qwen3_next", "dots1", "hy_v3", "exaone_moe")
-    norms = {**dict.fromkeys(with_norms, EACH_HEAD), "olmoe": ALL_HEADS}
+    # The norms of OLMo's attention have the size of all heads.
+    with_norms = ("qwen3", "qwen3_moe", "qwen3_next", "dots1", "hy_v3", "exaone4", "exaone_moe")
+    over_heads = ("olmoe", "olmo2", "olmo3")
+    norms = {**dict.fromkeys(with_norms, EACH_HEAD), **dict.fromkeys(over_heads, ALL_HEADS)}
     own_norms = EACH_HEAD if first(found, ("use_qk_norm", "qk_layernorm"), False) else ""
     return {
         "mixer": one_or_per_layer(
@@ -444,6 +451,14 @@ ALL_CASES = [
     ("glm", "no bias", {"attention_bias": False, "head_dim": 24}),
     ("gpt2", "untied", {"tie_word_embeddings": False, "n_inner": None, "layer_norm_epsilon": 1e-6}),
     ("gpt_bigcode", "a key for each head", {"multi_query": False, "n_inner": None, "activation_function": "gelu"}),
+    ("olmo2", "13B", {"num_key_value_heads": 8, "rope_theta": 5e5, "attention_bias": True}),
+    (
+        "exaone4",
+        "1.2B",
+        {"sliding_window": None, "sliding_window_pattern": None, "layer_types": ["full_attention"] * 3},
+    ),
+    ("exaone4", "32B", {"layer_types": TYPES, "num_key_value_heads": 8, "rms_norm_eps": 1e-6, "head_dim": 4}),
+    ("olmo3", "all layers full", {"layer_types": ["full_attention"] * 3}),
     ("olmo", "biases", {"attention_bias": True, "num_key_value_heads": 8, "rope_theta": 5e5}),
     ("stablelm", "2 1.6B", {"use_qkv_bias": True, "partial_rotary_factor": 0.25, "num_key_value_heads": 32}),
     ("nemotron", "Minitron 4B", {"num_key_value_heads": 8, "head_dim": 128, "norm_eps": 1e-6, "rope_percent": 0.5}),

@@ -19,7 +19,6 @@ from tests.oracle.pool import MegatronPool
 
 Config = dict[str, Any]
 HFModel = Callable[..., Path]
-ALLOWED: Config = dict(allow_inexpressible=True)
 
 
 def named(architecture: str, model_type: str, layers: int, hidden: int, heads: int, **more: Any) -> Config:
@@ -137,7 +136,7 @@ def test_what_they_do_not_have_is_refused(name: str, changes: Config, words: str
 def test_falcons_norms_and_groups_by_hand(hf_model: HFModel, tmp_path: Path) -> None:
     """A group is its two query heads, its key and its value, of 8 rows each, in the file as in Megatron-LM: two groups a rank."""
     folder = hf_model("falcon-two-norms")
-    root, tensors = hf_to_megatron(folder, tmp_path / "megatron", tp=2, **ALLOWED), hf_tensors(folder)
+    root, tensors = hf_to_megatron(folder, tmp_path / "megatron", tp=2), hf_tensors(folder)
     for rank in (0, 1):
         model = rank_content(root, f"mp_rank_{rank:02d}")["model"]
         for kind in ("weight", "bias"):
@@ -154,7 +153,7 @@ def test_a_scale_of_logits_is_folded_into_the_final_norm(
 ) -> None:
     """Norms without a bias get zeros, which stay zeros; 1/4 is exact, so that the way back is, too."""
     folder = hf_model("cohere")
-    root = hf_to_megatron(folder, tmp_path / "folded", megatron_version="0.16", impl="local", **ALLOWED)
+    root = hf_to_megatron(folder, tmp_path / "folded", megatron_version="0.16", impl="local")
     assert difference(megatron_pool.logits(root, TOKENS), logits("cohere")) < 1e-5
     model, tensors = rank_content(root)["model"], hf_tensors(folder)
     assert torch.equal(model["decoder.final_layernorm.weight"], tensors["model.norm.weight"] / 4)

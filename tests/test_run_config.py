@@ -189,7 +189,7 @@ def test_verl_s_file_says_heads_and_little_more(folder: str, bare: Path, model: 
         ({"num_layers": "two"}, "no valid num_layers"),
         ({"hidden_size": 0}, "no valid hidden_size"),
         ({"position_embedding_type": "yarn"}, "position_embedding_type='yarn' without rotary_scaling_factor"),
-        ({"final_logit_softcapping": 30.0}, "final_logit_softcapping=30.0"),
+        ({"output_logit_softcapping": 30.0}, "output_logit_softcapping=30.0"),
         ({"activation_func": {"_target_": "nemo.fn.activation.openai_gelu"}}, "mlp_activation='openai_gelu, gated'"),
         ({"softmax_type": "learnable"}, "softmax_type='learnable', which means attention sinks"),
     ],

@@ -69,6 +69,7 @@ FALCON = Family(
     name="falcon",
     model_type="falcon",
     architecture="FalconForCausalLM",
+    since="0.12",
     proof=Proof.LOGITS,
     models="Falcon 7B, 11B, 40B, 180B",
     covers="attention and MLP in parallel, on one norm or two; Falcon-RW, which has ALiBi, is refused",

@@ -47,6 +47,7 @@ GLM4 = Family(
     name="glm4",
     model_type="glm4",
     architecture="Glm4ForCausalLM",
+    since="0.12",
     proof=Proof.LOGITS,
     models="GLM-4-0414, GLM-Z1",
     covers="norms before and after both blocks, neighbouring rotary pairs, half-rotated heads",

@@ -59,6 +59,7 @@ MINIMAX_M2 = Family(
     name="minimax_m2",
     model_type="minimax_m2",
     architecture="MiniMaxM2ForCausalLM",
+    since="0.16",
     proof=Proof.LOGITS,
     models="MiniMax-M2, M2.1, M2.5",
     covers="norms of queries and keys over all heads, sigmoid router with its bias, half-rotated heads, FP8 blocks",

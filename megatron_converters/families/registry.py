@@ -42,6 +42,7 @@ _MODULES = {
     "jais": ("jais2",),
     "gpt_neox": ("gpt_neox", "persimmon"),
     "olmo": ("olmo",),
+    "post_norms": ("olmo2", "olmo3", "exaone4"),
     "opt": ("opt",),
     "gemma": ("gemma", "gemma2", "gemma3_text"),
     "cohere": ("cohere", "cohere2"),

@@ -1,7 +1,6 @@
 """What no release of Megatron-LM has and Megatron-Bridge's providers of Gemma add to it, on a model of megatron-core.
 
-Norms after blocks are part of the linears that these end with, as in Bridge (models/common/te_layers.py). The arithmetic of caps is
-that of transformers 5.23 (models/gemma2). All of it is read from the args that a conversion has written.
+The arithmetic of caps is that of transformers 5.23 (models/gemma2). All of it is read from the args that a conversion has written.
 """
 
 from __future__ import annotations
@@ -20,9 +19,6 @@ def add(model: GPTModel, args: Namespace) -> None:
     score_cap, logit_cap = (getattr(args, f"{name}_logit_softcapping", None) for name in ("attn", "final"))
     bases, factors = (getattr(args, name, None) for name in ("rotary_bases", "rotary_scaled"))
     for layer in model.decoder.layers:
-        if getattr(args, "block_norms", "before") == "around":
-            _norm_after(layer.self_attention.linear_proj, model.config)
-            _norm_after(layer.mlp.linear_fc2, model.config)
         if score_cap is not None:
             core = layer.self_attention.core_attention
             core.scores = _capped(core.scores, score_cap)
@@ -41,14 +37,6 @@ def add(model: GPTModel, args: Namespace) -> None:
             )
     if logit_cap is not None and model.post_process:
         model.output_layer.register_forward_hook(lambda module, inputs, out: (_cap(out[0], logit_cap), out[1]))
-
-
-def _norm_after(linear: Any, config: Any) -> None:
-    """Let a linear without bias norm its output."""
-    from megatron.core.extensions.transformer_engine import TENorm
-
-    linear.post_layernorm = TENorm(config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon)
-    linear.register_forward_hook(lambda module, inputs, out: (module.post_layernorm(out[0]), out[1]))
 
 
 def _rotate(attention: Any, embedding: RotaryEmbedding) -> None:

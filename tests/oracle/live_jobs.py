@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from megatron_converters.basics.errors import ConversionError
 from megatron_converters.live.on_cpu import cuda_is_cpu
 from megatron_converters.logits import cpu
 from tests.conversions import different
@@ -20,7 +19,7 @@ def layer_refusal(options: dict[str, Any]) -> str:
     """Text of the error with which a parallel block of this configuration is refused; empty if it is built."""
     try:
         _layer(**options)
-    except ConversionError as error:
+    except ValueError as error:
         return str(error)
     return ""
 
@@ -44,14 +43,14 @@ def _layer(**options: Any) -> torch.nn.Module:
     from megatron.core.transformer import TransformerConfig
     from megatron.core.transformer.spec_utils import build_module
 
-    from megatron_converters.live.parallel_block import parallel_layer_spec
+    from megatron_layers.parallel_shared_norm import spec
 
     cpu.cut(1, 1, 1, 1)
     sizes = dict(num_layers=1, hidden_size=32, ffn_hidden_size=48, num_attention_heads=4, normalization="LayerNorm")
     on_cpu = dict(use_cpu_initialization=True, bias_dropout_fusion=False, masked_softmax_fusion=False)
     with cuda_is_cpu():
-        config = TransformerConfig(**sizes, **on_cpu, persist_layer_norm=False, **options)
-        layer: torch.nn.Module = build_module(parallel_layer_spec(config, engine=False), config=config)
+        config = TransformerConfig(**sizes, **on_cpu, persist_layer_norm=False, transformer_impl="local", **options)
+        layer: torch.nn.Module = build_module(spec, config=config)
     return layer
 
 

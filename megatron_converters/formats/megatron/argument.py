@@ -85,7 +85,8 @@ class Flag:
     Releases before `effective_since` parse the flag but ignore it when they build the model; `instead` says what to do there.
     Those before `since` do what the value `implied` says without the flag. `runs_since` is the first release that was seen to run
     such a model (tests/test_releases.py), where the flag is older. `built_as` is the value with which the `pretrain_gpt.py` of
-    every known release builds the model, whatever the flag says.
+    every known release builds the model, whatever the flag says. `with_experts` is the first release that takes it beside experts,
+    if that is a later one.
     """
 
     name: str
@@ -100,6 +101,7 @@ class Flag:
     implied: Any = None
     runs_since: str = ""
     built_as: Any = None
+    with_experts: str = ""
 
     def matters(self, args: Args) -> bool:
         """Whether args have what the flag is about."""

@@ -20,7 +20,7 @@ from .argument import Args, Argument, Build, Context, Group
 from .conventions import FOLDED, HALVES, Conventions, conventions
 from .options import FOLD, RAW
 from .rows_attention import GATED_DELTA, LATENT, MUP, PREDICTION
-from .rows_bridge import BLOCK_NORMS, CAPS, LAYER_ROPES
+from .rows_bridge import CAPS, LAYER_ROPES
 from .rows_experts import EXPERTS, check_balancing, is_sinkhorn, wide_router
 from .rows_layout import LAYOUT, LOADING
 from .rows_mindspeed import MINDSPEED
@@ -36,7 +36,6 @@ ARGUMENTS: tuple[Argument, ...] = (
     *POSITIONS,
     *LAYER_ROPES,
     *BLOCKS,
-    *BLOCK_NORMS,
     *CAPS,
     *LATENT,
     *YARN_ROWS,

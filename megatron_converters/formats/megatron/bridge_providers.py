@@ -11,10 +11,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ...basics.errors import ConversionError
-from ...model.layers import AROUND
+from .rows_layers import NAME, PACKAGE
 
 Fields = Mapping[str, Any]
 _LOCAL = "sliding_attention"
+#: Layer of the same names in this project.
+_SANDWICH = [f"{PACKAGE}.sandwich_norms", NAME]
 
 
 def fields_of_provider(fields: Fields) -> dict[str, Any]:
@@ -43,7 +45,7 @@ def _gemma(fields: Fields) -> dict[str, Any]:
 def _gemma2(fields: Fields) -> dict[str, Any]:
     pattern = [(layer + 1) % 2 for layer in range(fields["num_layers"])]
     scales = _scaled(fields, fields["query_pre_attn_scalar"] ** -0.5)
-    return {**scales, "block_norms": AROUND, "window_attn_skip_freq": pattern, "query_pre_attn_scalar": None}
+    return {**scales, "spec": _SANDWICH, "window_attn_skip_freq": pattern, "query_pre_attn_scalar": None}
 
 
 def _gemma3(fields: Fields) -> dict[str, Any]:
@@ -51,7 +53,7 @@ def _gemma3(fields: Fields) -> dict[str, Any]:
     local, factor = _windowed(fields), fields["rope_scaling_factor"]
     return {
         **_scaled(fields, fields["softmax_scale"]),
-        **{"block_norms": AROUND, "softmax_scale": None, "rope_scaling_factor": None},
+        **{"spec": _SANDWICH, "softmax_scale": None, "rope_scaling_factor": None},
         "window_size": (fields["window_size"] - 1, 0),
         "window_attn_skip_freq": [int(each) for each in local],
         "rotary_base": base,

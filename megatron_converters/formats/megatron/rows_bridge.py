@@ -9,7 +9,7 @@ from typing import Any
 
 from ...basics.errors import ConversionError
 from ...model.checks import number
-from ...model.layers import BEFORE, RopeScaling
+from ...model.layers import RopeScaling
 from ...model.spec import ModelSpec, PerLayer
 from .argument import Args, Argument, Build, Context, Properties, said
 
@@ -73,15 +73,6 @@ def _scaled_limit(spec: ModelSpec) -> str:
     return f"rotary scaling on some layers alone ({kinds}): Megatron-LM scales those of all layers; {_PROVIDER}"
 
 
-def _norms_limit(spec: ModelSpec) -> str:
-    if spec.values["block_norms"] == BEFORE:
-        return ""
-    return f"norms after attention and MLP: no release has such a layer; {_PROVIDER}"
-
-
-BLOCK_NORMS = (
-    said(*("block_norms", "block_norms"), absent=BEFORE, optional=True, limit=_norms_limit, build=Build.REFUSED),
-)
 CAPS = (
     said(
         *("attn_logit_softcapping", "attn_logit_softcapping"),

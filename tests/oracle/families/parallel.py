@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 from ..hf_kinds import LLAMA_LIKE, TOKENS
-from .model import CUT, ENGINE, WITH_EXPERTS, Config, Model
-
-_ALLOWED: Config = {"allow_inexpressible": True}
-_WHOLE, _CUT = {"impl": "local", **_ALLOWED}, {**CUT, **_ALLOWED}
+from .model import WITH_EXPERTS, Config, Model
 
 
 def _rope(theta: float, **more: float) -> Config:
@@ -28,12 +25,12 @@ _MINIMAX = LLAMA_LIKE | dict(
 _GLM4 = LLAMA_LIKE | dict(model_type="glm4", attention_bias=True, **_rope(5e4, partial_rotary_factor=0.5))
 
 MODELS = {
-    "cohere": Model(_COHERE | dict(model_type="cohere"), whole=_WHOLE, cut=_CUT),
-    "cohere2": Model(_COHERE2 | dict(attention_bias=False, tie_word_embeddings=False), whole=_WHOLE, cut=_CUT),
+    "cohere": Model(_COHERE | dict(model_type="cohere")),
+    "cohere2": Model(_COHERE2 | dict(attention_bias=False, tie_word_embeddings=False)),
     # One group, four with a norm for each block, and four on one norm.
-    "falcon": Model(_FALCON, whole=_WHOLE, cut=_CUT),
-    "falcon-two-norms": Model(_FALCON | _NEW, whole=_WHOLE, cut=_CUT),
-    "falcon-one-norm": Model(_FALCON | _NEW | dict(num_ln_in_parallel_attn=1), whole=_WHOLE, cut=_CUT),
-    "minimax-m2": Model(_MINIMAX, whole=_WHOLE, cut={**WITH_EXPERTS, **_ALLOWED}),
-    "glm4": Model(_GLM4, whole={**ENGINE, **_ALLOWED}, cut=_CUT),
+    "falcon": Model(_FALCON),
+    "falcon-two-norms": Model(_FALCON | _NEW),
+    "falcon-one-norm": Model(_FALCON | _NEW | dict(num_ln_in_parallel_attn=1)),
+    "minimax-m2": Model(_MINIMAX, cut=WITH_EXPERTS),
+    "glm4": Model(_GLM4),
 }
