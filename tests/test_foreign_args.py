@@ -34,7 +34,6 @@ CHANGING: dict[str, dict[str, Any]] = {
         "geglu": True,
         "add_rmsnorm_offset": True,
         "input_embeds_norm": True,
-        "attn_logit_softcapping": 50.0,
         "output_logit_softcapping": 30.0,
         "query_pre_attn_scalar": 224,
         "interleave_sliding_window": 4096,
