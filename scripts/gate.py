@@ -79,9 +79,9 @@ qwen2-moe-dense-layer > convert --tp 2 --expert-layout sequential > convert --ma
 mixtral / qwen3-moe-dense-layers > convert --tp 2 --ep 2 --ckpt-format torch_dist > back
 qwen2-moe > convert --ep 2 --ckpt-format torch_dist --saver-transformer-impl local > back --expert-layout fused
 qwen3-moe > convert --tp 2 --etp 1 --ckpt-format torch_dist --expert-layout stacked > back
-olmoe > convert --tp 2 --pp 2 --ep 2 > back / args / inspect
-olmoe > convert --tp 2 --ckpt-format torch_dist > back --expert-layout fused
-olmoe > queue --loader hf --saver mcore --tp 2 --saver-transformer-impl local
+olmoe > convert --allow-inexpressible --tp 2 --pp 2 --ep 2 > back / args --allow-inexpressible / inspect
+olmoe > convert --allow-inexpressible --tp 2 --ckpt-format torch_dist > back --expert-layout fused
+olmoe > queue --loader hf --saver mcore --allow-inexpressible --tp 2 --saver-transformer-impl local
 mixtral-bins > convert --tp 2 --ep 2 --saver-transformer-impl local --load-capacity-bins > back --save-capacity-bins / convert
 
 llama2 / qwen2-moe > convert --tp 2 --pp 2 --dtype bf16 > back --target-params-dtype fp32
