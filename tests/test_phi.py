@@ -33,7 +33,8 @@ from tests.oracle.checkpoint import iteration_directory
 from tests.oracle.errors import OracleError
 from tests.oracle.hf import TOKENS, difference, hf_logits, make_model
 from tests.oracle.jobs import gradients
-from tests.oracle.live_jobs import bridged, dropped_out, layer_refusal
+from tests.oracle.layer_jobs import refusal
+from tests.oracle.live_jobs import bridged, dropped_out
 from tests.oracle.pool import MegatronPool
 from tests.tiny import tiny_spec
 
@@ -243,7 +244,7 @@ def test_attention_and_mlp_are_dropped_out_each_on_its_own(megatron_pool: Megatr
 def test_options_that_a_parallel_block_does_not_heed_are_refused(
     megatron_pool: MegatronPool, options: dict[str, Any], words: str
 ) -> None:
-    found = megatron_pool.run(layer_refusal, options)[0]
+    found = megatron_pool.run(refusal, "parallel_shared_norm", options)[0]
     assert words in found
     assert bool(words) == bool(found)
 

@@ -15,7 +15,7 @@ RMS_NORM, LAYER_NORM = "RMSNorm", "LayerNorm"
 #: Spans of query and key norms: each head by itself, or all heads together (OLMoE).
 EACH_HEAD, ALL_HEADS = "each head", "all heads"
 #: Where a layer has norms: before attention and MLP, after both, or both before and after each.
-BEFORE, AFTER, AROUND = "before", "after", "around"
+BEFORE, AFTER, AROUND = "before", "after", "before and after"
 #: Activations of an MLP. GELU has two forms, which differ by 1e-4 of a logit.
 SILU, GELU, GELU_TANH, SQUARED_RELU, RELU = "silu", "gelu", "gelu_tanh", "squared_relu", "relu"
 ACTIVATIONS = (SILU, GELU, GELU_TANH, SQUARED_RELU, RELU)
@@ -325,7 +325,7 @@ Feed = Mlp | Mixture | BlockExperts
 class Layer:
     """Kind of layer: what mixes positions, and what follows it. Norms are the model's.
 
-    `block_norms` says where they are: before both of these blocks, after both, on what is added to the layer's input, or around.
+    `block_norms` says where they are: before both of these blocks, after both, on what is added to the layer's input, or both.
     In a `parallel_block` both read the layer's input, and their outputs are added to it. They share one norm there, and there is no
     second one, unless `parallel_norms`.
     """

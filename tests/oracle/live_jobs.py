@@ -1,9 +1,8 @@
-"""Jobs of the pool's processes for live models, and for a parallel block by itself: what it refuses, and how it drops out."""
+"""Jobs of the pool's processes for live models, and for a parallel block by itself: how it drops out."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -13,20 +12,12 @@ from tests.conversions import different
 from tests.helpers import hf_tensors
 
 from .jobs import Shard, shard
-
-
-def layer_refusal(options: dict[str, Any]) -> str:
-    """Text of the error with which a parallel block of this configuration is refused; empty if it is built."""
-    try:
-        _layer(**options)
-    except ValueError as error:
-        return str(error)
-    return ""
+from .layer_jobs import layer_of
 
 
 def dropped_out(probability: float) -> tuple[torch.Tensor, ...]:
     """What a layer adds to its input in training with dropout, and the outputs of attention and MLP with their biases."""
-    layer = _layer(hidden_dropout=probability, attention_dropout=0.0)
+    layer = layer_of("parallel_shared_norm", hidden_dropout=probability, attention_dropout=0.0)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad(), cuda_is_cpu():
         for parameter in layer.parameters():
@@ -37,21 +28,6 @@ def dropped_out(probability: float) -> tuple[torch.Tensor, ...]:
         outputs = layer.self_attention(normed, mask), layer.mlp(normed)
         added = layer.train()(hidden_states=x, attention_mask=mask)[0] - x
     return added, *(output + bias for output, bias in outputs)
-
-
-def _layer(**options: Any) -> torch.nn.Module:
-    from megatron.core.transformer import TransformerConfig
-    from megatron.core.transformer.spec_utils import build_module
-
-    from megatron_layers.parallel_shared_norm import spec
-
-    cpu.cut(1, 1, 1, 1)
-    sizes = dict(num_layers=1, hidden_size=32, ffn_hidden_size=48, num_attention_heads=4, normalization="LayerNorm")
-    on_cpu = dict(use_cpu_initialization=True, bias_dropout_fusion=False, masked_softmax_fusion=False)
-    with cuda_is_cpu():
-        config = TransformerConfig(**sizes, **on_cpu, persist_layer_norm=False, transformer_impl="local", **options)
-        layer: torch.nn.Module = build_module(spec, config=config)
-    return layer
 
 
 def bridged(folder: str, tokens: torch.Tensor, sizes: dict[str, int], impl: str = "local") -> tuple[Shard, list[str]]:

@@ -77,6 +77,7 @@ def name_of_layer(args: Args) -> str:
     raise Unclear(
         f"the checkpoint's args have spec={one_line(value)}, layers of a module that is not known here",
         "give the configuration of the model with --hf-config DIR",
+        ("spec",),
     )
 
 

@@ -171,6 +171,7 @@ def _read_epsilon(args: Args) -> Properties:
             f"the checkpoint's args have norm_epsilon={args['norm_epsilon']} and "
             f"layernorm_epsilon={args['layernorm_epsilon']}",
             "say which is right with --hf-config DIR",
+            names,
         )
     return {"norm_epsilon": found.pop() if found else 1e-5}
 
