@@ -15,7 +15,8 @@ from megatron_converters.basics.errors import ConversionError
 from megatron_converters.families.config_json import config_for, config_from_spec, spec_from_config
 from megatron_converters.formats.megatron.arguments import inexpressible, model_args, spec_fields
 from megatron_converters.formats.megatron.rank_files_source import MegatronSource
-from megatron_converters.model.layers import AROUND, EACH_HEAD, GELU_TANH, RopeScaling
+from megatron_converters.model.layers import AROUND, EACH_HEAD, GELU_TANH
+from megatron_converters.model.rotary import RopeScaling
 from tests.conversions import different, hf_to_megatron, hf_to_torch_dist, megatron_to_hf
 from tests.helpers import args_of, edit_rank, hf_tensors, rank_content, refused, verb
 from tests.oracle.checkpoint import iteration_directory

@@ -32,11 +32,12 @@ from megatron_converters.model.layers import (
     GELU,
     GELU_TANH,
     LAYER_NORM,
+    QUICK_GELU,
     RELU,
     SIGMOID,
     SQUARED_RELU,
-    RopeScaling,
 )
+from megatron_converters.model.rotary import RopeScaling
 from megatron_converters.model.spec import ModelSpec, PerLayer
 from megatron_converters.sharding.ranks import parallel_for
 from megatron_converters.sharding.stages import PipelineSplit
@@ -98,6 +99,9 @@ CASES: dict[str, dict[str, Any]] = {
         **{"activation": GELU_TANH, "gated": False},
         **{"qkv_bias": True, "proj_bias": True, "mlp_bias": True},
     },
+    "sinks": {"sinks": True},
+    "quick gelu": {"activation": QUICK_GELU, "glu_linear_offset": 1.0, "activation_func_clamp_value": 7.0},
+    "experts with biases": {**MOE, **{"qkv_bias": True, "proj_bias": True, "mlp_bias": True}},
     "latents": LATENT,
     "latents of keys and values alone": {**LATENT, "q_lora_rank": None},
     "latents with YaRN": {
@@ -357,7 +361,6 @@ def test_what_megatron_cannot_express(fields: dict[str, Any], reason: str) -> No
         ({"position_embedding_type": "yarn"}, "position_embedding_type='yarn' without rotary_scaling_factor"),
         ({"position_embedding_type": "relative"}, "position_embedding_type='relative'"),
         ({"normalization": "L2Norm"}, "normalization='L2Norm'; only 'RMSNorm' and 'LayerNorm' are supported"),
-        ({"quick_geglu": True}, "quick GELU"),
         (
             {"use_mup": True, "mup_base_hidden_size": 4},
             "mup_base_hidden_size=4; only the model's own size is supported",
@@ -382,8 +385,10 @@ def test_what_megatron_cannot_express(fields: dict[str, Any], reason: str) -> No
             "does not weight experts by a softmax",
         ),
         ({"qk_l2_norm": True}, "queries and keys of length 1"),
-        ({"glu_linear_offset": 1.0}, "an offset"),
-        ({"activation_func_clamp_value": 7.0}, "a clamped activation"),
+        ({"glu_linear_offset": "1"}, "glu_linear_offset is '1'"),
+        ({"activation_func_clamp_value": [7.0]}, r"activation_func_clamp_value is \[7.0\]"),
+        ({"moe_single_grouped_weight": True}, "all experts' weights of a rank in one parameter"),
+        ({"moe_single_grouped_bias": True}, "all experts' biases of a rank in one parameter"),
         ({"softmax_scale": 0.1}, "another scale"),
         ({"heterogeneous_layers_config_encoded_json": "{}"}, "layers that differ"),
         ({"experimental_attention_variant": "dsa"}, "only 'gated_delta_net' is supported"),
@@ -399,7 +404,10 @@ def test_what_megatron_cannot_express(fields: dict[str, Any], reason: str) -> No
         ({"no_rope_freq": "[0,1]"}, "no_rope_freq="),
         ({"window_attn_skip_freq": [0], "window_size": (7, 0)}, r"window_attn_skip_freq=\[0\]; it must be a number"),
         ({"window_attn_skip_freq": -1, "window_size": (7, 0)}, "window_attn_skip_freq=-1"),
-        ({"softmax_type": "learnable"}, "sinks"),
+        (
+            {"softmax_type": "off-by-one"},
+            "only 'vanilla' and 'learnable', attention sinks that are trained, are supported",
+        ),
         ({"norm_epsilon": 1e-6}, "norm_epsilon=1e-06 and layernorm_epsilon=1e-05; .*--hf-config"),
         ({"window_size": (7, 7)}, r"window_size=\(7, 7\)"),
         ({"window_size": (-1, 0)}, "window_size"),

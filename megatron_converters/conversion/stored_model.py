@@ -28,7 +28,7 @@ from .outline import Fill
 
 _QUERY_SLOTS = ("qkv", "qkv_bias")
 #: Slots whose values a block adds to the residual stream.
-_OUTPUTS = ("proj", "proj_bias", "delta_out", "fc2", "fc2_bias", "expert_fc2", "shared_fc2")
+_OUTPUTS = ("proj", "proj_bias", "delta_out", "fc2", "fc2_bias", "expert_fc2", "expert_fc2_bias", "shared_fc2")
 #: Those that do where norms are after blocks.
 _POST_NORMS = ("attention_post_norm", "mlp_post_norm")
 

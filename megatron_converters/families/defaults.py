@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..model.checks import is_whole
-from .rules import Config
+from .rules import Config, layer_count
 
 
 @dataclass(frozen=True)
@@ -67,3 +67,13 @@ class IfAbsent:
         if self.key not in config:
             return self.absent
         return config.get(self.null) if isinstance(self.null, str) else self.null(config)
+
+
+@dataclass(frozen=True)
+class EachLayer:
+    """List of one value for each layer, in the default of `Fixed`."""
+
+    value: int
+
+    def __call__(self, config: Config) -> list[int]:
+        return [self.value] * layer_count(config)

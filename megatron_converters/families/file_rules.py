@@ -11,7 +11,7 @@ from . import rules_attention as attention
 from . import rules_experts as experts
 from . import rules_layer_kinds as kinds
 from .defaults import Product, Quotient, SameAs
-from .llama import query_groups
+from .llama import head_dim, query_groups
 from .place import Check, Place, chosen, listed, mapping, number, only, or_null, scalar, switch, text, texts, whole
 from .rules import (
     Agreeing,
@@ -28,9 +28,12 @@ from .rules import (
     Rule,
     overridden,
 )
+from .rules_context import InitialContext
+from .rules_falcon import FalconBlocks
+from .rules_layer_ropes import LayerRopes, PartByDim
 from .rules_remote import BaichuanRelease, RopeRatio
 from .rules_scaled_queries import ScaledQueries
-from .rules_scales import DepthScale, WidthScale
+from .rules_scales import DepthScale, QueryScalar, WidthScale
 
 #: Properties that a rule may decide; the others are decided elsewhere.
 _DECIDED = {name: name for name in sorted(PROPERTIES - {"family", "dtype"})}
@@ -119,8 +122,16 @@ def _shared_experts(default: int, size: int, key: str = "n_shared_experts") -> R
     return experts.SharedExperts(default, size, (key,))
 
 
-def _listed_window(default: int | None = None, full: int = 0) -> Rule:
-    return kinds.ListedWindow(default, full)
+def _query_scalar(default: int, size: int) -> Rule:
+    return QueryScalar(default, head_dim(size))
+
+
+def _part_by_dim(theta: float, size: int) -> Rule:
+    return PartByDim(float(theta), 1.0, size=size)
+
+
+def _listed_window(default: int | None = None, full: int = 0, last: bool = False) -> Rule:
+    return kinds.ListedWindow(default, full, last)
 
 
 FUNCTIONS: Mapping[str, Form] = {
@@ -144,12 +155,13 @@ RULES: Mapping[str, Form] = {
     "query_groups": Form(query_groups, optional={"absent": or_null(whole)}),
     "rope": Form(_rope, optional={"theta": number, "partial": or_null(number), "scalings": _scalings}),
     "scaled_queries": Form(ScaledQueries),
+    "initial_context": Form(InitialContext, {"default": whole}),
     "multi_query": Form(attention.MultiQuery, {"heads": text}, {"default": switch}),
     "window": Form(_window, optional={"default": or_null(whole)}),
     "switched_window": Form(attention.SwitchedWindow, optional={"switch": switch, "start": whole}),
     "windows_rotate": Form(kinds.WindowsRotate, {"window": whole, "pattern": whole}),
     "no_window": Form(attention.NoWindow),
-    "listed_window": Form(_listed_window, optional={"default": or_null(whole), "full": whole}),
+    "listed_window": Form(_listed_window, optional={"default": or_null(whole), "full": whole, "last": switch}),
     "rotated_layers": Form(kinds.RotatedLayers, {"interval": whole}),
     "linear_attention": Form(attention.LinearAttention, {"interval": whole}),
     "dense_layers": Form(experts.DenseLayers),
@@ -160,8 +172,13 @@ RULES: Mapping[str, Form] = {
     "expert_groups": Form(experts.ExpertGroups, {"default": _pair}, whole=True),
     "optional_experts": Form(experts.OptionalExperts, {"topk": whole}),
     "depth_scale": Form(DepthScale, {"default": number}, {"key": text}),
+    "query_scalar": Form(_query_scalar, {"default": whole, "size": whole}),
     "width_scale": Form(WidthScale, {"default": number}, {"key": text}),
     "rope_ratio": Form(RopeRatio),
+    "falcon_blocks": Form(FalconBlocks),
+    "layer_ropes": Form(LayerRopes, optional={"window": whole, "pattern": whole, "local": number, "full": number}),
+    "rope_by_type": Form(kinds.RopeByType, {"theta": number}),
+    "part_by_dim": Form(_part_by_dim, {"theta": number, "size": whole}),
     "baichuan_release": Form(BaichuanRelease, {"normed_head": switch}),
 }
 

@@ -96,7 +96,7 @@ GEMMA2 = Family(
     tensors=_SANDWICH,
     rules=(
         *_SANDWICH_RULES,
-        ListedWindow(default=4096, full=2, first=1),
+        ListedWindow(default=4096, full=2, last=True),
         Repeated("sliding_window_size", "sliding_window", 4096),  # in the first files of 27B
         _cap("attn_logit_softcapping", 50.0),
         _cap("final_logit_softcapping", 30.0),
@@ -108,6 +108,7 @@ GEMMA3 = Family(
     name="gemma3_text",
     model_type="gemma3_text",
     architecture="Gemma3ForCausalLM",
+    class_prefix="Gemma3Text",
     proof=Proof.LOGITS,
     models="Gemma 3 (text)",
     covers=(

@@ -39,7 +39,7 @@ _LABELS = 2
 
 def _stem(family: Family) -> str:
     """Beginning of the names of a family's classes; empty if its architecture is named otherwise."""
-    return next(
+    return family.class_prefix or next(
         (family.architecture.removesuffix(end) for end in _CAUSAL_ENDS if family.architecture.endswith(end)), ""
     )
 

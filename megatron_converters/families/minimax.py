@@ -6,53 +6,17 @@ Its router scores experts by a sigmoid, with a bias for the choice, and half of 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
-
-from ..basics.errors import ConversionError
-from ..model.checks import is_whole
 from ..model.layers import ALL_HEADS, SIGMOID
-from ..model.spec import ModelSpec
+from .defaults import EachLayer
 from .entries import implied, tensor
 from .llama import LAYER, MLP, QK_NORM, SIZES, query_groups
 from .mixtures import MIXTRAL
-from .rules import Config, Fixed, Passed, Restated, Row, layer_count
-from .rules_attention import Rope
+from .rules import Fixed, Passed, Restated, Row
 from .rules_experts import Experts
+from .rules_layer_ropes import PartByDim
 from .table import Family, Proof
 
 _MIXTURE = LAYER + "block_sparse_moe."
-
-
-@dataclass(frozen=True)
-class PartByDim(Rope):
-    """Rotary embeddings whose part of a head older files say by its rows, `rotary_dim`; `size` is the default of a head's."""
-
-    size: int = 128
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        return (*super().keys, "rotary_dim")
-
-    def read(self, config: Config) -> dict[str, Any]:
-        rows, size = config.get("rotary_dim"), config.get("head_dim", self.size)
-        if rows is not None and not (is_whole(rows) and is_whole(size) and 0 < rows <= size):
-            raise ConversionError(f"config.json has rotary_dim={rows!r} of head_dim={size!r}; it must be a part of it")
-        said = {} if rows is None else {self.partial_keys[0]: rows / size}
-        return super().read({**said, **config})
-
-    def write(self, spec: ModelSpec) -> dict[str, Any]:
-        return {**super().write(spec), "rotary_dim": round(spec.values["rotary_percent"] * spec.values["kv_channels"])}
-
-
-@dataclass(frozen=True)
-class EachLayer:
-    """List of one value for each layer, in the default of `Fixed`."""
-
-    value: int
-
-    def __call__(self, config: Config) -> list[int]:
-        return [self.value] * layer_count(config)
 
 
 MINIMAX_M2 = Family(

@@ -1,4 +1,4 @@
-"""Rule for layers with and without a window that rotate with another base, and another scaling (Gemma 3)."""
+"""Rules for rotary embeddings that differ between layers (Gemma 3), or that rotate a stated number of rows (MiniMax-M2)."""
 
 from __future__ import annotations
 
@@ -109,3 +109,25 @@ class LayerRopes:
             _SCALING: written_scaling(scalings[of[FULL]]) if FULL in of else None,
             _LOCAL_BASE: whole(local),
         }
+
+
+@dataclass(frozen=True)
+class PartByDim(Rope):
+    """Rotary embeddings whose part of a head older files say by its rows, `rotary_dim`; `size` is the default of a head's."""
+
+    size: int = 128
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        return (*super().keys, "rotary_dim")
+
+    def read(self, config: Config) -> dict[str, Any]:
+        rows, size = config.get("rotary_dim"), config.get("head_dim", self.size)
+        if rows is not None and not (is_whole(rows) and is_whole(size) and 0 < rows <= size):
+            raise ConversionError(f"config.json has rotary_dim={rows!r} of head_dim={size!r}; it must be a part of it")
+        said = {} if rows is None else {self.partial_keys[0]: rows / size}
+        return super().read({**said, **config})
+
+    def write(self, spec: ModelSpec) -> dict[str, Any]:
+        rows = spec.values.get("rotary_percent", 1.0) * (spec.values.get("kv_channels") or self.size)
+        return {**super().write(spec), "rotary_dim": round(rows)}

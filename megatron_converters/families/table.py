@@ -54,6 +54,8 @@ class Family:
     aliases: tuple[str, ...] = ()
     further_architectures: tuple[str, ...] = ()
     computed_by: str = ""
+    #: What the names of its classes without a language model's head begin with, if that is something else than in `architecture`.
+    class_prefix: str = ""
     #: Where files have layers of multi-token prediction that no release of Megatron-LM can hold: how their names begin, and why.
     unheld_prediction: tuple[str, str] = ("", "")
     #: Notes for the user on keys of config.json that decide nothing, where they are set.

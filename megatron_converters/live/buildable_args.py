@@ -8,7 +8,7 @@ from typing import Any
 from ..basics.errors import ConversionError, raise_all
 from ..formats.megatron.argument import Build, Group, is_latent
 from ..formats.megatron.arguments import ARGUMENTS
-from ..formats.megatron.rows_model import OWN_ACTIVATIONS
+from ..formats.megatron.rows_activation import OWN_ACTIVATIONS
 from ..formats.megatron.rows_positions import YARN
 from ..formats.megatron.rows_yarn import has_yarn
 
@@ -43,8 +43,13 @@ def required(args: Mapping[str, Any]) -> list[str]:
     """Arguments that the args must have: their defaults would build another model, or fail."""
     experts, latent = bool(args.get("num_experts")), bool(args.get("multi_latent_attention"))
     names = _names((Build.CONFIG, Build.MODEL), experts=experts, latent=latent)
-    named = args.get("swiglu", True) or args.get("squared_relu", False) or args.get("mlp_activation")
-    return names if named else [*names, "bias_gelu_fusion"]
+    named = args.get("squared_relu", False) or args.get("mlp_activation")
+    return names if named or _is_gated(args) else [*names, "bias_gelu_fusion"]
+
+
+def _is_gated(args: Mapping[str, Any]) -> bool:
+    own = OWN_ACTIVATIONS.get(args.get("mlp_activation", ""))
+    return bool(args.get("swiglu", True) or args.get("quick_geglu") or (own is not None and own[1]))
 
 
 def config_fields(args: Mapping[str, Any]) -> dict[str, Any]:
@@ -71,7 +76,7 @@ def provider_fields(args: Mapping[str, Any]) -> dict[str, Any]:
     if args["position_embedding_type"] == YARN:
         fields |= {field: args[name] for name, field in _YARN_FIELDS.items() if args.get(name) is not None}
     return fields | dict(
-        gated_linear_unit=args["swiglu"] or OWN_ACTIVATIONS.get(args.get("mlp_activation", ""), ("", False))[1],
+        gated_linear_unit=_is_gated(args),
         num_query_groups=args["num_query_groups"] if args["group_query_attention"] else None,
         seq_length=args["max_position_embeddings"],
         share_embeddings_and_output_weights=not args["untie_embeddings_and_output_weights"],
@@ -88,6 +93,8 @@ def provider_fields(args: Mapping[str, Any]) -> dict[str, Any]:
 
 def activation(args: Mapping[str, Any]) -> str:
     """Name of the activation of the MLPs, one of `model.layers.ACTIVATIONS`."""
+    if args.get("quick_geglu"):
+        return "quick_gelu"
     if args["swiglu"]:
         return "silu"
     if args.get("squared_relu", False):

@@ -5,11 +5,11 @@ Field names are Megatron-LM's argument names where it has one.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from ..basics.errors import ConversionError
 from .checks import TOO_LARGE, check_cap, check_choice, check_sizes, check_switches, is_whole, number
+from .rotary import RopeScaling
 
 RMS_NORM, LAYER_NORM = "RMSNorm", "LayerNorm"
 #: Spans of query and key norms: each head by itself, or all heads together (OLMoE).
@@ -18,7 +18,9 @@ EACH_HEAD, ALL_HEADS = "each head", "all heads"
 BEFORE, AFTER, AROUND = "before", "after", "before and after"
 #: Activations of an MLP. GELU has two forms, which differ by 1e-4 of a logit.
 SILU, GELU, GELU_TANH, SQUARED_RELU, RELU = "silu", "gelu", "gelu_tanh", "squared_relu", "relu"
-ACTIVATIONS = (SILU, GELU, GELU_TANH, SQUARED_RELU, RELU)
+#: x * sigmoid(1.702 x).
+QUICK_GELU = "quick_gelu"
+ACTIVATIONS = (SILU, GELU, GELU_TANH, SQUARED_RELU, RELU, QUICK_GELU)
 #: Whose biases a family's files may lack, where others have some.
 OF_ATTENTION, OF_MLP = "attention", "mlp"
 SOFTMAX, SIGMOID = "softmax", "sigmoid"
@@ -37,73 +39,6 @@ class Norm:
         number(self.norm_epsilon, "norm_epsilon")
         check_choice(self, "normalization", (RMS_NORM, LAYER_NORM))
         check_switches(self, ("zero_centred",))
-
-
-@dataclass(frozen=True)
-class RopeScaling:
-    """Scaling of rotary frequencies. `kind` is "llama3", "linear", "yarn", "longrope" or "dynamic": which other fields apply.
-
-    The two `*_freq_factor` belong to llama3; the betas, `mscale`, `mscale_all_dim` and `truncate` to YaRN; to LongRoPE the divisors
-    of frequencies, up to the original positions and beyond, and the factor of queries and keys, which None derives from `factor`.
-    With YaRN, `llama_4_scaling_beta` scales queries by 1 + beta * log(1 + position // original positions), which is 1 up to these.
-    """
-
-    kind: str
-    factor: float
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_position_embeddings: int = 8192
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    mscale: float = 1.0
-    mscale_all_dim: float = 0.0
-    truncate: bool = True
-    short_factor: tuple[float, ...] = ()
-    long_factor: tuple[float, ...] = ()
-    attention_factor: float | None = None
-    llama_4_scaling_beta: float = 0.0
-
-    def __post_init__(self) -> None:
-        """Turn lists into tuples, and refuse values that are no numbers."""
-        for name in ("short_factor", "long_factor"):
-            values = getattr(self, name)
-            if not isinstance(values, (list, tuple)):
-                raise ConversionError(f"{name} is {values!r:.80}; it must be a list of numbers")
-            object.__setattr__(self, name, tuple(number(value, name) for value in values))
-
-    def __str__(self) -> str:
-        """Kind, and what applies to it."""
-        own = {
-            "llama3": [f"low {self.low_freq_factor:g}", f"high {self.high_freq_factor:g}"],
-            "yarn": [f"fast {self.beta_fast:g}", f"slow {self.beta_slow:g}", *self._of_yarn],
-            "longrope": [f"divisors {_range(self.short_factor)} and beyond {_range(self.long_factor)}"],
-        }.get(self.kind)
-        original = [] if own is None else [*own, f"from {self.original_max_position_embeddings} positions"]
-        return ", ".join([self.kind, f"factor {self.factor:g}", *original])
-
-    @property
-    def _of_yarn(self) -> list[str]:
-        """Fields of YaRN that are not as usual, in words."""
-        mscales, amplitude = (self.mscale, self.mscale_all_dim), self.attention_factor
-        return [
-            *([f"mscales {mscales[0]:g} and {mscales[1]:g}"] if mscales != (1.0, 0.0) else []),
-            *([f"attention factor {amplitude:g}"] if amplitude is not None else []),
-            *(["not truncated"] if not self.truncate else []),
-            *([f"queries scaled by {self.llama_4_scaling_beta:g}"] if self.llama_4_scaling_beta else []),
-        ]
-
-    @property
-    def amplitude(self) -> float:
-        """Factor of rotated queries and keys in LongRoPE (transformers' `attention_factor`)."""
-        if self.attention_factor is not None:
-            return self.attention_factor
-        if self.factor <= 1:
-            return 1.0
-        return math.sqrt(1 + math.log(self.factor) / math.log(self.original_max_position_embeddings))
-
-
-def _range(values: tuple[float, ...]) -> str:
-    return f"{min(values):g} to {max(values):g}" if values else "none"
 
 
 @dataclass(frozen=True)
@@ -127,8 +62,8 @@ class Rope:
 class Attention:
     """Attention with query groups. `sliding_window` counts positions, the token's own among them.
 
-    With `attention_output_gate`, queries come with as many gates, which scale the output. Scores are capped softly, by a tanh, at
-    `attn_logit_softcapping`.
+    With `attention_output_gate`, queries come with as many gates, which scale the output. `sinks` are scores of no position, one
+    for each head, which the softmax counts. Scores are capped softly, by a tanh, at `attn_logit_softcapping`.
     """
 
     num_attention_heads: int
@@ -140,6 +75,7 @@ class Attention:
     proj_bias: bool = False
     qk_norm: str = ""
     attention_output_gate: bool = False
+    sinks: bool = False
     attn_logit_softcapping: float | None = None
 
     def __post_init__(self) -> None:
@@ -148,7 +84,7 @@ class Attention:
         check_sizes(self, ("num_attention_heads", "num_query_groups", "kv_channels"))
         if heads * self.kv_channels >= TOO_LARGE:
             raise ConversionError(f"{heads} attention heads of {self.kv_channels} are more than any model has")
-        check_switches(self, ("qkv_bias", "proj_bias", "attention_output_gate"))
+        check_switches(self, ("qkv_bias", "proj_bias", "attention_output_gate", "sinks"))
         check_choice(self, "qk_norm", ("", EACH_HEAD, ALL_HEADS))
         check_cap(self, "attn_logit_softcapping")
         if window is not None and (not is_whole(window) or window < 1):
@@ -227,18 +163,25 @@ class GatedDelta:
 
 @dataclass(frozen=True)
 class Mlp:
-    """Dense MLP; a gated one has twice as many rows in its first linear: gate, then up."""
+    """Dense MLP; a gated one has twice as many rows in its first linear: gate, then up.
+
+    `glu_linear_offset` is added to up. `activation_func_clamp_value` is the greatest value of gate and up, and its negative the
+    least of up.
+    """
 
     ffn_hidden_size: int
     activation: str = SILU
     gated: bool = True
     mlp_bias: bool = False
+    glu_linear_offset: float = 0.0
+    activation_func_clamp_value: float | None = None
 
     def __post_init__(self) -> None:
         """Refuse sizes that no model can have."""
         check_sizes(self, ("ffn_hidden_size",))
         check_choice(self, "activation", ACTIVATIONS)
         check_switches(self, ("gated", "mlp_bias"))
+        _check_glu(self)
 
     @property
     def sizes(self) -> str:
@@ -246,12 +189,19 @@ class Mlp:
         return f"an MLP of {self.ffn_hidden_size}"
 
 
+def _check_glu(feed: Mlp | Mixture) -> None:
+    """Refuse values of a gated activation that are no numbers."""
+    number(feed.glu_linear_offset, "glu_linear_offset")
+    if feed.activation_func_clamp_value is not None:
+        number(feed.activation_func_clamp_value, "activation_func_clamp_value")
+
+
 @dataclass(frozen=True)
 class Mixture:
     """Mixture of experts, and its shared expert if `shared_ffn_hidden_size` is not 0.
 
     `moe_router_pre_softmax` is the softmax over all experts before the choice, instead of over the chosen ones after it.
-    `moe_router_enable_expert_bias` is a bias that counts for the choice only.
+    `moe_router_enable_expert_bias` is a bias that counts for the choice only. `mlp_bias` are biases of the router and of experts.
     """
 
     num_experts: int
@@ -268,6 +218,9 @@ class Mixture:
     shared_gate: bool = False
     activation: str = SILU
     gated: bool = True
+    mlp_bias: bool = False
+    glu_linear_offset: float = 0.0
+    activation_func_clamp_value: float | None = None
 
     def __post_init__(self) -> None:
         """Refuse sizes that no model can have."""
@@ -279,7 +232,10 @@ class Mixture:
         check_sizes(self, ("num_experts", "moe_ffn_hidden_size", "moe_router_topk", *groups))
         number(self.moe_aux_loss_coeff, "moe_aux_loss_coeff")
         number(self.moe_router_topk_scaling_factor, "moe_router_topk_scaling_factor")
-        check_switches(self, ("moe_router_pre_softmax", "moe_router_enable_expert_bias", "shared_gate", "gated"))
+        check_switches(
+            self, ("moe_router_pre_softmax", "moe_router_enable_expert_bias", "shared_gate", "gated", "mlp_bias")
+        )
+        _check_glu(self)
         check_choice(self, "moe_router_score_function", (SOFTMAX, SIGMOID))
         check_choice(self, "activation", ACTIVATIONS)
         shared = self.shared_ffn_hidden_size

@@ -170,6 +170,10 @@ _ALL = (
     ),
     Slot("k_norm_bias", _LAYER, _REPLICATED, of_mixer(Attention, extents.head_norm_bias)),
     Slot(
+        *("sinks", _LAYER, _COLUMN),
+        of_mixer(Attention, lambda a, _: extents.rows_of(a.num_attention_heads) if a.sinks else None),
+    ),
+    Slot(
         *("q_down", _LAYER, _REPLICATED),
         of_mixer(Latent, lambda a, s: extents.rows_of(a.q_lora_rank, s.hidden_size) if a.q_lora_rank else None),
     ),
@@ -258,6 +262,11 @@ _ALL = (
         precision=_STORED,
     ),
     Slot(
+        *("router_bias", _LAYER, _REPLICATED),
+        of_feed(Mixture, lambda m, _: extents.rows_of(m.num_experts) if m.mlp_bias else None),
+        precision=_STORED,
+    ),
+    Slot(
         *("expert_bias", _LAYER, _REPLICATED),
         of_feed(Mixture, lambda m, _: extents.rows_of(m.num_experts) if m.moe_router_enable_expert_bias else None),
         precision=Precision.FLOAT32,
@@ -272,6 +281,17 @@ _ALL = (
         _LAYER,
         _ROW,
         of_feed(Mixture, lambda m, s: extents.rows_of(s.hidden_size, m.moe_ffn_hidden_size)),
+        expert=True,
+    ),
+    # Megatron-LM has biases only in experts that it does not cut.
+    Slot(
+        *("expert_fc1_bias", _LAYER, _COLUMN),
+        of_feed(Mixture, lambda m, _: extents.first_linear(m.moe_ffn_hidden_size, m.gated) if m.mlp_bias else None),
+        expert=True,
+    ),
+    Slot(
+        *("expert_fc2_bias", _LAYER, _REPLICATED),
+        of_feed(Mixture, lambda m, s: extents.hidden(s) if m.mlp_bias else None),
         expert=True,
     ),
     Slot("shared_fc1", _LAYER, _COLUMN, of_feed(Mixture, extents.shared)),

@@ -28,8 +28,8 @@ from .layers import (
     Mlp,
     Norm,
     Rope,
-    RopeScaling,
 )
+from .rotary import RopeScaling
 
 
 class PerLayer(tuple[Any, ...]):

@@ -9,7 +9,7 @@ from typing import Any
 
 from ...basics.errors import ConversionError
 from ...model.checks import number
-from ...model.layers import RopeScaling
+from ...model.rotary import RopeScaling
 from ...model.spec import ModelSpec, PerLayer
 from .argument import Args, Argument, Build, Context, Properties, said
 

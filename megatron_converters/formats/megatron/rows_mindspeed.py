@@ -12,7 +12,7 @@ from typing import Any
 
 from ...basics.errors import ConversionError
 from ...model.checks import check_size, number, whole
-from ...model.layers import RopeScaling
+from ...model.rotary import RopeScaling
 from ...model.spec import ModelSpec
 from .argument import Args, Argument, Build, Properties, flag
 

@@ -10,7 +10,8 @@ from typing import Any
 
 from ...basics.errors import ConversionError
 from ...model.checks import number, whole
-from ...model.layers import Layer, RopeScaling
+from ...model.layers import Layer
+from ...model.rotary import RopeScaling
 from ...model.spec import ModelSpec, PerLayer
 from .argument import (
     Args,

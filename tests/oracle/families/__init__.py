@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from . import (
     earlier,
     gemma,
+    gpt_oss,
     granite,
     latent,
     layer_norm,
@@ -20,7 +21,7 @@ from . import (
 from .model import Model
 
 _LINEAGES = (
-    *(earlier, granite, latent, llama_variants, mimo, remote, sigmoid, layer_norm),
+    *(earlier, gpt_oss, granite, latent, llama_variants, mimo, remote, sigmoid, layer_norm),
     *(post_norms, gemma, parallel),
 )
 MODELS: Mapping[str, Model] = {name: model for lineage in _LINEAGES for name, model in lineage.MODELS.items()}
