@@ -272,6 +272,8 @@ def test_args_of_a_provider_s_fields_are_the_args_that_it_was_made_from(fields: 
     named = activation(args)
     provided = provider_fields(args) | {"activation_func": {"_target_": FUNCTIONS[named], "_call_": False}}
     provided |= {"bias_activation_fusion": named == "gelu_tanh"}
+    if "spec" in args:
+        provided |= {"transformer_layer_spec": {"_target_": ".".join(args["spec"]), "_call_": False}}
     read, meant = (spec_fields(argparse.Namespace(**values)) for values in (args_of_fields(provided), args))
     of_training = {"initializer_range", "moe_aux_loss_coeff"}
     assert meant.keys() - read.keys() <= of_training
