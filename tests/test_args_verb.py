@@ -74,6 +74,7 @@ STOCK: dict[str, tuple[str, Any, Any]] = {
     "--disable-bias-linear": ("add_bias_linear", False, True),
     "--add-qkv-bias": ("add_qkv_bias", True, False),
     "--qk-layernorm": ("qk_layernorm", True, False),
+    "--spec": ("spec", "words", None),
     "--untie-embeddings-and-output-weights": ("untie_embeddings_and_output_weights", True, False),
     "--window-size": ("window_size", window, None),
     "--window-attn-skip-freq": ("window_attn_skip_freq", frequency, None),
@@ -179,6 +180,8 @@ def parsed(words: list[str]) -> dict[str, Any]:
         if isinstance(kind, bool):
             action = "store_true" if kind else "store_false"
             parser.add_argument(name, dest=attribute, action=action, default=default)
+        elif kind == "words":
+            parser.add_argument(name, dest=attribute, nargs="*", default=default)
         else:
             parser.add_argument(name, dest=attribute, type=kind, default=default)
     return vars(parser.parse_args(words))
@@ -428,7 +431,17 @@ def test_what_to_know_goes_to_standard_error(
 
 
 def test_what_arguments_cannot_express_is_refused(hf_model: HFModel, capsys: pytest.CaptureFixture[str]) -> None:
-    out, err = run(capsys, hf_model("olmoe"), code=1)
-    assert out == "" and "query and key norms over all heads" in err and "--allow-inexpressible" in err
-    out, err = run(capsys, hf_model("olmoe"), "--allow-inexpressible")
-    assert "--qk-layernorm" in out and "warning: Megatron-LM will not compute query and key norms over all heads" in err
+    out, err = run(capsys, hf_model("opt"), code=1)
+    assert out == "" and "an MLP of ReLU" in err and "--allow-inexpressible" in err
+    out, err = run(capsys, hf_model("opt"), "--allow-inexpressible")
+    assert "--normalization LayerNorm" in out and "warning: Megatron-LM will not compute an MLP of ReLU" in err
+
+
+def test_layers_of_this_project_come_with_the_line_that_installs_them(
+    hf_model: HFModel, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, err = run(capsys, hf_model("olmo2"))
+    assert "--spec megatron_layers.post_norms_over_heads spec" in out and "--qk-layernorm" in out
+    assert "--spec exists from Megatron-LM 0.12 on" in err
+    assert "a layer of the package megatron_layers, which everything that runs this model" in err
+    assert "pip install --no-deps" in err
