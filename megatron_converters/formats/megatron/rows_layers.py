@@ -16,7 +16,7 @@ from .argument import Args, Argument, Build, Properties, flag, one
 
 PACKAGE, NAME = "megatron_layers", "spec"
 #: How a training environment gets the package.
-INSTALL = "pip install --no-deps PATH-OF-A-CLONE-OF-MEGATRON-CONVERTERS"
+_INSTALL = "pip install --no-deps DIR, where DIR is a clone of megatron-converters"
 
 
 class LayerKind(NamedTuple):
@@ -128,11 +128,11 @@ def _lacking(spec: ModelSpec, kind: LayerKind) -> Iterator[str]:
 
 def layer_notes(spec: ModelSpec) -> Iterator[str]:
     """Note on the package that a model's layers come from."""
-    value = _said(spec)
+    value, name = _said(spec), _NAMES.get(_own(spec.layer(0)), "")
     if value is not None:
         yield (
-            f"--spec {' '.join(value)}: {KINDS[value[0].rpartition('.')[2]].words}, a layer of the package {PACKAGE}, which "
-            f"everything that runs this model must be able to import: {INSTALL}"
+            f"--spec {' '.join(value)} names a layer of this project's package {PACKAGE} ({KINDS[name].words}), which every process "
+            f"that trains or runs the model must be able to import: {_INSTALL}"
         )
 
 
