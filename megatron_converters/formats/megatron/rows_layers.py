@@ -131,8 +131,8 @@ def layer_notes(spec: ModelSpec) -> Iterator[str]:
     value, name = _said(spec), _NAMES.get(_own(spec.layer(0)), "")
     if value is not None:
         yield (
-            f"--spec {' '.join(value)} names a layer of this project's package {PACKAGE} ({KINDS[name].words}), which every process "
-            f"that trains or runs the model must be able to import: {_INSTALL}"
+            f"--spec {' '.join(value)} names a layer of this project's package {PACKAGE} ({KINDS[name].words}), which "
+            f"whatever trains or runs the model must be able to import: {_INSTALL}"
         )
 
 
