@@ -20,9 +20,9 @@ _PREFIX = "Model type not supported"
 
 def model_types() -> list[str]:
     """Every type that can be asked for."""
-    from megatron_converters.api import supported_families
+    from megatron_converters.families import FAMILIES
 
-    return list(dict.fromkeys((AUTO, *_FAMILIES, *(family.name for family in supported_families()))))
+    return list(dict.fromkeys((AUTO, *_FAMILIES, *FAMILIES)))
 
 
 def check_name(model_type: str) -> None:

@@ -28,9 +28,11 @@ def page(written: str) -> str:
 def table() -> str:
     """One row for each built-in family, in the order of their models' names, and what the words for proofs mean."""
     from megatron_converters.families import FAMILIES
+    from megatron_converters.families.wrappers import WRAPPERS
     from megatron_converters.inspection.supported import supported_families
 
-    families = [family for family in supported_families() if family.name in FAMILIES.built_in]
+    own = {*FAMILIES.built_in, *(row.model_type for row in WRAPPERS)}
+    families = [family for family in supported_families() if family.name in own]
     lines = [
         "| models | transformers class | kind | Megatron-LM | proof | what is covered |",
         "|---|---|---|---|---|---|",

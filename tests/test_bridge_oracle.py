@@ -30,6 +30,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "Qwen3-MoE, TP2 EP2 ETP1, twice": ("qwen3-moe", dict(tp=2, ep=2, etp=1)),
     "Qwen3-MoE of Transformer Engine, TP2 EP2": ("qwen3-moe", dict(tp=2, ep=2, etp=1, **ENGINE)),
     "DeepSeek-V3, TP2 PP2 EP2 ETP1, VPP2": ("deepseek-v3-yarn", dict(tp=2, pp=2, ep=2, etp=1, vpp=2)),
+    "GPT-OSS of Transformer Engine, TP2 PP2 EP2": ("gpt-oss-yarn", dict(tp=2, pp=2, ep=2, etp=1, **ENGINE)),
     "DeepSeek-V3 of Transformer Engine, TP2 EP2": ("deepseek-v3-yarn", dict(tp=2, ep=2, etp=1, **ENGINE)),
 }
 

@@ -17,7 +17,7 @@ import torch
 
 from megatron_converters.basics.dtypes import DType, dtype_named
 from megatron_converters.basics.errors import ConversionError
-from megatron_converters.conversion import gathering
+from megatron_converters.conversion import copying, gathering
 from megatron_converters.conversion.composing import Piece, Planner, StoredName
 from megatron_converters.conversion.copying import Executor
 from megatron_converters.conversion.gathering import materialise
@@ -30,6 +30,12 @@ from tests.tiny import piece
 
 Array = npt.NDArray[Any]
 RANDOM = np.random.default_rng(0)
+
+
+@pytest.fixture(autouse=True)
+def lanes_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors as small as those of tests go through the lanes, too."""
+    monkeypatch.setattr(copying, "_SMALL_BYTES", -1)
 
 
 @pytest.fixture(params=[1, 24, 1 << 20], ids=["chunks of a row", "chunks of 24 bytes", "one chunk"])
@@ -221,9 +227,11 @@ def wait_for(condition: Callable[[], bool]) -> None:
 INTERRUPTED = """
 import random, signal
 import numpy as np
+from megatron_converters.conversion import copying
 from megatron_converters.conversion.copying import Executor
 from tests.tiny import piece
 
+copying._SMALL_BYTES = -1
 chance, data = random.Random(1), piece(np.zeros((1, 1), np.uint64), [0])
 signal.signal(signal.SIGALRM, signal.default_int_handler)
 for _ in range(300):
@@ -302,6 +310,36 @@ def test_cancel_stops_within_a_tensor_and_raises_nothing(tmp_path: Path, monkeyp
     executor.cancel()
     assert len(written) == 1
     file.discard()
+
+
+@pytest.mark.parametrize("small", [True, False])
+def test_small_tensors_are_written_by_the_thread_that_plans(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small: bool
+) -> None:
+    """And a file that is full is closed by a lane all the same, since that waits for the disk."""
+    monkeypatch.setattr(copying, "_SMALL_BYTES", 2 * 2 * 8 if small else 2 * 2 * 8 - 1)
+    wrote, closed = [], []
+    good = piece(numbers(2, 2), range(2))
+    file = safetensors.lay_out(tmp_path / "t", {"a": (good.data.dtype, (2, 2))}, {})
+    executor = Executor(
+        lambda _: wrote.append(threading.current_thread()), lambda _: closed.append(threading.current_thread())
+    )
+    put(executor, file, "a", good.data.dtype, (2, 2), np.arange(2), 0, [good])
+    executor.finish()
+    file.close()
+    assert [thread is threading.main_thread() for thread in [*wrote, *closed]] == [small, False]
+
+
+def test_a_small_replica_is_compared_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(copying, "_SMALL_BYTES", 2 * 2 * 8)
+    executor: Executor[Any] = Executor()
+    with pytest.raises(ConversionError, match=r"w: .* differs from .* in row 1"):
+        executor.compare(
+            piece(np.eye(2, dtype=np.int64).view(np.uint64), [0, 1]),
+            [piece(np.array([[1, 0], [0, 2]], np.uint64), [0, 1])],
+            "w",
+        )
+    assert executor.cancel()
 
 
 def test_progress_counts_every_byte_once(tmp_path: Path, chunk_bytes: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,11 +18,13 @@ from megatron_converters.families.config_json import spec_from_config
 from megatron_converters.families.registry import _MODULE_OF, families_in
 from megatron_converters.families.table import Family
 from megatron_converters.formats.huggingface.parts import HFNames, constants
-from megatron_converters.formats.megatron.names import DIALECTS, EXPERTS, STACKED, name_of
+from megatron_converters.formats.megatron.names import DIALECTS, EXPERTS, name_of
+from megatron_converters.formats.megatron.options import DYNAMIC, GROUPED, SEQUENTIAL, STACKED
 from megatron_converters.formats.queue.messages import ENTRIES, message_name, sent
 from megatron_converters.model.layers import AFTER, ALL_HEADS, EACH_HEAD, GELU, LAYER_NORM, OF_MLP, SQUARED_RELU, Layer
 from megatron_converters.model.layouts import (
     AFTER_TWO_ROWS,
+    ALTERNATING,
     DELTA_BY_KEY_HEAD,
     GATED,
     GROUPED_GATED_QKV,
@@ -46,7 +49,7 @@ from tests.tiny import tiny_spec
 PARTS = {
     **{SAME.name: 1, GATED.name: 2, GROUPED_QKV.name: 3, GROUPED_GATED_QKV.name: 3, DELTA_BY_KEY_HEAD.name: 2},
     **{joined(layout).name: 1 for layout in (GATED, GROUPED_QKV, GROUPED_INTERLEAVED_QKV)},
-    **{GROUPED_INTERLEAVED_QKV.name: 3, AFTER_TWO_ROWS.name: 1},
+    **{GROUPED_INTERLEAVED_QKV.name: 3, AFTER_TWO_ROWS.name: 1, ALTERNATING.name: 1},
     **{LATENT_QUERY_HALVES.name: 1, LATENT_KEY_HALVES.name: 1},
 }
 HAS_EXPERTS = [name for name, model in MODELS.items() if model.has_experts and model.publish is None]
@@ -116,7 +119,7 @@ def test_names_and_shapes_are_those_of_the_files_that_transformers_saves(
         for ref in refs(spec)
         if (entry := FAMILIES[spec.family].tensors[ref.slot.name]).fused is not None and ref.expert is not None
     }
-    assert sources
+    assert sources or FAMILIES[spec.family].tensors["expert_fc1"].stacked
     assert sources.items() <= {part: tuple(tensor.shape) for part, tensor in fused.items()}.items()
 
 
@@ -163,6 +166,7 @@ ASKED: dict[str, list[dict[str, Any]]] = {
     "helium": [dict(qkv_bias=True, mlp_bias=True, rotary_interleaved=True)],
     "mimo": [dict(qkv_bias=True, mtp_num_layers=1)],
     "mixtral": [EXPERT_FIELDS],
+    "gpt_oss": [dict(**EXPERT_FIELDS, **_BIASES, sinks=True)],
     "qwen2_moe": [dict(**EXPERT_FIELDS, **_MIXED, qkv_bias=True, shared_ffn_hidden_size=4, shared_gate=True)],
     "qwen3_moe": [dict(**EXPERT_FIELDS, **_MIXED, qkv_bias=True, proj_bias=True, qk_norm=EACH_HEAD)],
     "olmoe": [dict(**EXPERT_FIELDS, qkv_bias=True, proj_bias=True, qk_norm=ALL_HEADS)],
@@ -244,19 +248,24 @@ def test_every_slot_that_a_config_can_ask_for_is_named() -> None:
 def test_every_slot_has_a_megatron_name_and_a_message() -> None:
     assert ENTRIES.keys() == SLOTS.keys()
     models = [*TINY_KINDS.values(), *(tiny_spec(family=name, **fields) for name in ASKED for fields in ASKED[name])]
-    for table in (dialect | experts for dialect in DIALECTS.values() for experts in EXPERTS.values()):
-        assert table.keys() == SLOTS.keys()
+    lacking = {layout: {*EXPERTS[SEQUENTIAL]} - {*experts} for layout, experts in EXPERTS.items()}
+    biases = {"expert_fc1_bias", "expert_fc2_bias"}
+    assert lacking == {SEQUENTIAL: set(), GROUPED: set(), DYNAMIC: biases, STACKED: biases}
+    for dialect, layout in itertools.product(DIALECTS.values(), EXPERTS):
+        table = {**dialect, **EXPERTS[layout]}
+        assert table.keys() == SLOTS.keys() - lacking[layout]
         stacked = EXPERTS[STACKED].items()
         for spec in models:
             for kind, stack, held in together(spec):
-                names = {ref.slot: name_of(table, ref.slot.name, kind, stack) for ref in held}
+                stored = [ref.slot for ref in held if ref.slot.name not in lacking[layout]]
+                names = {slot: name_of(table, slot.name, kind, stack) for slot in stored}
                 assert len({*names.values()}) == len(names)
                 for slot, name in names.items():
                     assert ("{layer}" in name) == (slot.scope in (Scope.LAYER, Scope.MTP))
                     assert ("expert}" in name) == (
                         slot.expert and (slot.name, name_of(table, slot.name, kind, DECODER)) not in stacked
                     )
-    assert {slot for slot, entry in ENTRIES.items() if entry.stacked} == {"expert_fc1", "expert_fc2"}
+    assert {slot for slot, entry in ENTRIES.items() if entry.stacked} == {*EXPERTS[SEQUENTIAL]}
     for spec in models:
         for _, _, held in together(spec):
             messages = {(ref.slot, key): (message_name(ref), key) for ref in held for key in sent(ref, spec).keys}

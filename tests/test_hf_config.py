@@ -91,9 +91,9 @@ ACTIVATIONS = {
 WITH_POSITIONS = ("gpt2", "gpt_bigcode", "opt")
 #: Families whose linears all have biases, and those whose MLPs have them in any case.
 WITH_BIASES = ("gpt2", "gpt_bigcode", "phi", "persimmon")
-WITH_MLP_BIASES = (*WITH_BIASES, "gpt_neox")
+WITH_MLP_BIASES = (*WITH_BIASES, "gpt_neox", "gpt_oss")
 #: Families that may have biases of one kind, where Megatron-LM's others are 0.
-FILLED = ("olmo", "olmo2", "olmo3", "nemotron", "arcee", "jais2", "gpt_neox")
+FILLED = ("olmo", "olmo2", "olmo3", "nemotron", "arcee", "jais2", "gpt_neox", "gpt_oss")
 #: Families whose norms are after blocks.
 WITH_POST_NORMS = ("olmo2", "olmo3", "exaone4")
 LATENT = ("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "minicpm3")
@@ -102,7 +102,7 @@ REMOTE = ("minicpm", "bailing_moe", "mimo", "internlm2", "exaone", "qwen", "baic
 NATIVE = [name for name in FAMILIES if name not in REMOTE]
 CHOSEN_BY_SIGMOID = ("glm4_moe", "deepseek_v3", "glm4_moe_lite", "dots1", "solar_open", "hy_v3", "exaone_moe")
 #: Families whose experts are weighted by a softmax over those that are chosen, whatever config.json says.
-CHOSEN_FIRST = ("mixtral", "granitemoe", "granitemoeshared")
+CHOSEN_FIRST = ("mixtral", "granitemoe", "granitemoeshared", "gpt_oss")
 #: Families whose classes have no bias in the output of attention.
 WITHOUT_OUTPUT_BIAS = ("glm", "glm4_moe", "solar_open", "helium")
 
@@ -135,7 +135,9 @@ def facts(found: Any) -> dict[str, Any]:
         "block_norms": "after" if kind in WITH_POST_NORMS else "before",
         "head_bias": kind == "phi",
         "num_labels": None,  # of a language model
-        "activation": ACTIVATIONS.get(activation, activation),
+        "activation": "quick_gelu" if kind == "gpt_oss" else ACTIVATIONS.get(activation, activation),  # GptOssExperts
+        "glu_linear_offset": 1.0 if kind == "gpt_oss" else 0.0,
+        "activation_func_clamp_value": getattr(found, "swiglu_limit", None),
         "gated": kind not in UNGATED,
         "initializer_range": first(found, ("initializer_range", "init_std"), None),
         "attention_dropout": first(found, ("attn_pdrop", "attention_dropout"), 0.0),
@@ -238,6 +240,7 @@ def attention_facts(found: Any) -> dict[str, Any]:
         "qk_norm": norms.get(kind, own_norms),
         "sliding_window": one_or_per_layer(windows),
         "attention_output_gate": kind == "qwen3_next",
+        "sinks": kind == "gpt_oss",
         **linear,
     }
 
@@ -495,6 +498,9 @@ ALL_CASES = [
     ("exaone_moe", "layer types", {"layer_types": TYPES, "num_shared_experts": 2, "head_dim": 24}),
     ("granitemoe", "multipliers", {"embedding_multiplier": 12.0, "logits_scaling": 6.0, "residual_multiplier": 0.22}),
     ("granitemoeshared", "sizes", {"shared_intermediate_size": 40, "attention_bias": True, "num_local_experts": 16}),
+    ("gpt_oss", "layer types", {"layer_types": TYPES, "sliding_window": 16, "swiglu_limit": 5.0, "head_dim": 24}),
+    ("gpt_oss", "attention without biases", {"attention_bias": False, "rope_scaling": None, "num_local_experts": 8}),
+    ("gpt_oss", "plain rotation", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}),
     ("qwen3_next", "own order", {"layer_types": ["full_attention", *["linear_attention"] * 2, "full_attention"]}),
     ("olmoe", "1B-7B", {"clip_qkv": None, "norm_topk_prob": False, "rope_theta": 10000.0, "rope_scaling": None}),
     ("olmoe", "normed choice", {"norm_topk_prob": True, "num_experts": 16, "num_experts_per_tok": 3}),

@@ -88,12 +88,12 @@ def test_vocabulary_padding_follows_the_last_row() -> None:
 #: Layers of megatron-core that cut a weight: dim 0 of ColumnParallelLinear (with its bias) and of vocabularies, gated DeltaNet's
 #: heads; dim 1 of RowParallelLinear. All else is whole. It has no block experts, which are in one unit.
 CUT = {
-    Shard.COLUMN: """word_embeddings output_layer output_layer_bias qkv qkv_bias fc1 fc1_bias expert_fc1 shared_fc1
-        q_up q_whole kv_up delta_in delta_conv delta_a_log delta_dt_bias mtp_proj
+    Shard.COLUMN: """word_embeddings output_layer output_layer_bias qkv qkv_bias sinks fc1 fc1_bias expert_fc1 shared_fc1
+        expert_fc1_bias q_up q_whole kv_up delta_in delta_conv delta_a_log delta_dt_bias mtp_proj
         block_router block_router_norm block_in block_out""".split(),
     Shard.ROW: "proj fc2 expert_fc2 shared_fc2 delta_out".split(),
     Shard.REPLICATED: """input_norm input_norm_bias mlp_norm mlp_norm_bias q_norm q_norm_bias k_norm k_norm_bias final_norm
-        final_norm_bias score proj_bias fc2_bias router expert_bias shared_gate position_embeddings
+        final_norm_bias score proj_bias fc2_bias router router_bias expert_bias expert_fc2_bias shared_gate position_embeddings
         q_down q_latent_norm kv_down kv_latent_norm delta_norm
         mtp_embedding_norm mtp_embedding_norm_bias mtp_hidden_norm mtp_hidden_norm_bias mtp_final_norm
         mtp_final_norm_bias""".split(),
@@ -101,7 +101,7 @@ CUT = {
 #: Slots of several blocks, each cut on its own.
 BLOCKS = {
     **{"fc1": {1, 2}, "fc1_bias": {1, 2}},  # without and with a gate
-    **{"expert_fc1": {2}, "shared_fc1": {2}},
+    **{"expert_fc1": {2}, "expert_fc1_bias": {2}, "shared_fc1": {2}},
     **{"delta_in": {6}, "delta_conv": {3}},
 }
 
@@ -116,7 +116,9 @@ def test_every_slot_has_the_cut_that_megatron_core_gives_it() -> None:
             found.setdefault(ref.slot.name, set()).add(len(ref.slot.size(spec, ref.kind(spec)).blocks))
     assert found.keys() == SLOTS.keys()
     assert {name: counts for name, counts in found.items() if counts != {1}} == BLOCKS
-    assert {name for name, slot in SLOTS.items() if slot.expert} == {"expert_fc1", "expert_fc2"}
+    assert {name for name, slot in SLOTS.items() if slot.expert} == {
+        *("expert_fc1", "expert_fc1_bias", "expert_fc2", "expert_fc2_bias")
+    }
     vocabulary = {"word_embeddings", "output_layer", "output_layer_bias"}
     assert {name for name, slot in SLOTS.items() if slot.vocab} == vocabulary
 

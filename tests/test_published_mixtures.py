@@ -59,7 +59,31 @@ _GRANITE = {
     **{"logits_scaling": 6.0, "rms_norm_eps": 1e-06, "rope_scaling": None, "rope_theta": 1500000.0},
     **{"router_aux_loss_coef": 0.0, "output_router_logits": False, "tie_word_embeddings": True, "vocab_size": 49155},
 }
+_GPT_OSS = {
+    **{**_COMMON, "architectures": ["GptOssForCausalLM"], "model_type": "gpt_oss", "attention_bias": True},
+    **{"vocab_size": 201088, "hidden_size": 2880, "intermediate_size": 2880, "head_dim": 64, "num_hidden_layers": 24},
+    **{"num_attention_heads": 64, "num_key_value_heads": 8, "num_local_experts": 32, "num_experts_per_tok": 4},
+    **{"experts_per_token": 4, "router_aux_loss_coef": 0.9, "output_router_logits": False, "swiglu_limit": 7.0},
+    **{"sliding_window": 128, "layer_types": ["sliding_attention", "full_attention"] * 12, "rope_theta": 150000},
+    **{"initial_context_length": 4096, "max_position_embeddings": 131072},
+    **{"pad_token_id": 199999, "eos_token_id": 200002},
+    "quantization_config": {
+        "modules_to_not_convert": [
+            *("model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head")
+        ],
+        "quant_method": "mxfp4",
+    },
+    "rope_scaling": {
+        **{"rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False},
+        "original_max_position_embeddings": 4096,
+    },
+}
 PUBLISHED: dict[str, dict[str, Any]] = {
+    "gpt-oss-20b": _GPT_OSS,
+    "gpt-oss-120b": {
+        **{**_GPT_OSS, "num_hidden_layers": 36, "num_local_experts": 128},
+        "layer_types": ["sliding_attention", "full_attention"] * 18,
+    },
     "DeepSeek-V2-Lite": {
         **{**_COMMON, **_CODE, **_LATENT, "architectures": ["DeepseekV2ForCausalLM"], "model_type": "deepseek_v2"},
         **{"vocab_size": 102400, "hidden_size": 2048, "intermediate_size": 10944, "moe_intermediate_size": 1408},

@@ -191,7 +191,7 @@ def test_verl_s_file_says_heads_and_little_more(folder: str, bare: Path, model: 
         ({"position_embedding_type": "yarn"}, "position_embedding_type='yarn' without rotary_scaling_factor"),
         ({"final_logit_softcapping": 30.0}, "final_logit_softcapping=30.0"),
         ({"activation_func": {"_target_": "nemo.fn.activation.openai_gelu"}}, "mlp_activation='openai_gelu, gated'"),
-        ({"softmax_type": "learnable"}, "softmax_type='learnable', which means attention sinks"),
+        ({"softmax_type": "off-by-one"}, "softmax_type='off-by-one'; only 'vanilla' and 'learnable'"),
     ],
 )
 def test_what_a_file_leaves_open_or_cannot_mean(change: dict[str, Any], reason: str, bare: Path) -> None:
@@ -262,6 +262,7 @@ FUNCTIONS = {
     "gelu": "torch._C._nn.gelu",
     "gelu_tanh": "torch._C._nn.gelu",
     "squared_relu": "megatron.core.activations.squared_relu",
+    "quick_gelu": "megatron.core.fusions.fused_bias_geglu.quick_gelu",
 }
 
 
@@ -286,6 +287,7 @@ def test_args_of_a_provider_s_fields_are_the_args_that_it_was_made_from(fields: 
         ("<built-in function gelu>", False, True, {"swiglu": False, "squared_relu": False, "bias_gelu_fusion": True}),
         ("gelu", False, True, {"swiglu": False, "squared_relu": False, "bias_gelu_fusion": False}),
         ("swiglu", False, True, {"swiglu": True}),
+        ("<function quick_gelu at 0x7f0>", True, True, {"swiglu": False, "quick_geglu": True}),
         ("squaredrelu", False, False, {"swiglu": False, "squared_relu": True}),
         ("<built-in function gelu>", True, False, {"swiglu": False, "mlp_activation": "gelu, gated"}),
         ("silu", False, False, {"swiglu": False, "mlp_activation": "silu, not gated"}),

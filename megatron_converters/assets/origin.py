@@ -3,14 +3,46 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..basics.quantities import count, size
 from ..sharding.ranks import Parallel
 from ..storage.hub_cache import place_around
+from ..storage.tensor import StoredTensor
 from .capacity_bins import CapacityBins
+
+#: Keys of marks: the model's type, the beginning of names of its text part, and the form of its experts.
+MODEL, TEXT, EXPERTS = "model_type", "text", "experts"
+
+
+@dataclass(frozen=True)
+class Carried:
+    """What a model of images and text has beside its text part, carried as it is: tensors by name, and small files by name.
+
+    `marks` say how names of the text part are written.
+    """
+
+    tensors: Mapping[str, StoredTensor]
+    marks: Mapping[str, str]
+    files: Mapping[str, Path] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(data.nbytes for data in self.tensors.values())
+
+    @property
+    def summary(self) -> str:
+        """Number and size of the tensors, in words."""
+        return f"{count(len(self.tensors), 'tensor')} ({size(self.nbytes)}) beside the text part of {self.marks[MODEL]}"
+
+    @property
+    def note(self) -> str:
+        """What becomes of the tensors, for the user."""
+        return f"{self.summary}: carried as they are"
 
 
 @dataclass
@@ -31,6 +63,8 @@ class Origin:
     checkpoint_format: str | None = None
     #: Files of the model's own code, by name.
     code_files: dict[str, Path] = field(default_factory=dict)
+    #: What a model of images and text has beside its text part.
+    carried: Carried | None = None
     notes: list[str] = field(default_factory=list)
     #: Warnings among the notes that a user should read before the conversion, too.
     urgent: list[str] = field(default_factory=list)

@@ -18,6 +18,7 @@ from ..conversion.endpoint import Source
 from ..families import FAMILIES
 from ..families.config_json import spec_from_config
 from ..families.heads import class_of
+from ..families.wrappers import WRAPPERS
 from ..formats.hub import resolve
 from ..formats.huggingface.options import FUSED, SEPARATE
 from ..formats.huggingface.source import HFSource
@@ -41,7 +42,7 @@ class UnsupportedModel(ConversionError, ValueError):
 
 def supported_models() -> list[str]:
     """Architectures of all supported models, sorted."""
-    return sorted({family.architecture for family in FAMILIES.values()})
+    return sorted({*(family.architecture for family in FAMILIES.values()), *(row.architecture for row in WRAPPERS)})
 
 
 @dataclass(frozen=True)
@@ -166,6 +167,7 @@ class Pretrained:
             generation_config=found.generation_config,
             tokenizer=found.tokenizer,
             code_files=found.code_files,
+            carried=found.carried,
         )
 
 

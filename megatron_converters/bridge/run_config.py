@@ -23,6 +23,7 @@ _TARGETS = {
 _ACTIVATIONS = {
     "silu": ("torch.nn.functional.silu", False),
     "squared_relu": ("megatron.core.activations.squared_relu", False),
+    "quick_gelu": ("megatron.core.fusions.fused_bias_geglu.quick_gelu", False),
     "gelu": ("torch.nn.functional.gelu", False),
     "gelu_tanh": ("torch.nn.functional.gelu", True),  # the fused kernel computes the tanh form alone
 }

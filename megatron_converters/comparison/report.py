@@ -38,6 +38,7 @@ def open_pair(
 def findings(comparison: Comparison) -> Iterator[str]:
     """Lines for all differences: settings, whole tensors, then elements with the place of the first on both sides."""
     yield from comparison.spec
+    yield from comparison.beside
     yield from of_whole_tensors(comparison)
     for tensor in comparison.different:
         for finding in tensor.findings:
@@ -79,6 +80,7 @@ def verification_json(pair: Pair, comparison: Comparison, rules: Rules) -> dict[
         "casts": comparison.casts,
         "padding rows not compared": dict(zip("ab", comparison.padding, strict=True)),
         "spec": comparison.spec,
+        "beside": [*comparison.beside],
         "different": [tensor.to_json() for tensor in comparison.different],
     }
 
@@ -94,6 +96,7 @@ def difference_json(pair: Pair, settings: dict[str, list[str]], comparison: Comp
         "equal": equal,
         **_pair_json(pair),
         "settings": settings,
+        "beside": [*comparison.beside],
         "different": [tensor.to_json() for tensor in comparison.different],
         "tensors": tensors,
     }

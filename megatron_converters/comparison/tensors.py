@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..assets.origin import Origin
 from ..basics.casting import values
 from ..basics.dtypes import BY_NAME, DType
 from ..basics.errors import ConversionError, UsageError
@@ -27,6 +28,7 @@ from ..conversion.copying import default_lanes
 from ..conversion.endpoint import Source
 from ..conversion.gathering import gather_chunks
 from ..conversion.progress import Progress
+from ..families.config_json import wrapper_in
 from ..model.layouts import RowMap, interned
 from ..model.slots import SLOTS, Ref, Scope, refs
 from ..model.spec import ModelSpec
@@ -101,12 +103,16 @@ class Compared:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Result in the order of slots. `padding` counts each side's rows of vocabulary padding, which are not compared."""
+    """Result in the order of slots. `padding` counts each side's rows of vocabulary padding, which are not compared.
+
+    `beside` are lines on differences of what models of images and text have beside their text parts.
+    """
 
     spec: list[str]
     tensors: list[Compared]
     padding: tuple[int, int]
     nbytes: int
+    beside: tuple[str, ...] = ()
 
     @property
     def different(self) -> list[Compared]:
@@ -125,7 +131,7 @@ class Comparison:
     @property
     def equal(self) -> bool:
         """Whether nothing differs."""
-        return not self.spec and not self.different
+        return not self.spec and not self.different and not self.beside
 
     @property
     def casts(self) -> dict[str, int]:
@@ -137,7 +143,7 @@ class Comparison:
         """Whether a cast may explain all differences: they are in elements of tensors that have one shape and two dtypes."""
         kinds = {found.kind for tensor in self.different for found in tensor.findings}
         cast = all(tensor.cast is not None and tensor.measure is not None for tensor in self.different)
-        return not self.spec and bool(kinds) and cast and kinds <= {"dtype", "values"}
+        return not self.spec and not self.beside and bool(kinds) and cast and kinds <= {"dtype", "values"}
 
 
 def compare(one: Source, other: Source, rules: Rules, progress: Progress) -> Comparison:
@@ -205,7 +211,8 @@ class _Comparer:
             self._stop.set()  # matters only after an interrupt or a failure
             pool.shutdown(cancel_futures=True)
             self.progress.stop()
-        return Comparison(spec_differences(*self.sides), tensors, (sizes[0][1], sizes[1][1]), nbytes)
+        beside, more = _compare_beside(*(side.origin for side in self.sides))
+        return Comparison(spec_differences(*self.sides), tensors, (sizes[0][1], sizes[1][1]), nbytes + more, beside)
 
     def _compare(self, ref: Ref, known: Sequence[Collection[Ref]]) -> Compared:
         read = {name: side.read(ref) for name, side, own in zip(NAMES, self.sides, known, strict=True) if ref in own}
@@ -317,6 +324,15 @@ class _Comparer:
                 break
             progress(tally.add(pair.rows[start : start + one.shape[0]], pair.col, one, other, pair.dtype))
         return tally
+
+
+def _compare_beside(one: Origin, other: Origin) -> tuple[tuple[str, ...], int]:
+    """Differences of what models of images and text have beside their text parts, and bytes that are read for them."""
+    if all(wrapper_in(origin.hf_config) is None for origin in (one, other)):
+        return (), 0
+    from .carried import carried_bytes, carried_differences
+
+    return tuple(carried_differences(one, other)), carried_bytes(one, other)
 
 
 class _Pair(NamedTuple):

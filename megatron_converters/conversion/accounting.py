@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import pairwise
@@ -12,7 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from ..assets.origin import Origin
 from ..basics.errors import raise_all
+from ..families.config_json import wrapper_in
 from ..model.slots import Ref, refs
 from ..model.spec import ModelSpec
 from .composing import as_matrix, coverage
@@ -29,6 +32,15 @@ def check_target(spec: ModelSpec, outline: Outline, fills: Callable[[Ref], Itera
     for ref in refs(spec):
         accounts.add(ref, list(fills(ref)))
     accounts.close()
+
+
+def check_beside(origin: Origin, outline: Outline) -> None:
+    """Check that an output has all that a source has beside a text part; raises `ConversionError`."""
+    if origin.carried is None and wrapper_in(origin.hf_config) is None:
+        return
+    from ..assets.side_file import check_carried
+
+    check_carried(origin, itertools.chain.from_iterable(each.items() for each in outline.extra_tensors.values()))
 
 
 class Accounts:

@@ -57,8 +57,11 @@ class Reader(Protocol):
     def exact(self) -> bool: ...
     @property
     def computed(self) -> str: ...
-    def read(self, rows: slice | RowMap, cols: slice) -> npt.NDArray[Any]:
-        """Decode these rows (a range, or their numbers) and columns, as an array of the dtype's carrier type."""
+    def read(self, rows: slice | RowMap, cols: slice, dtype: DType | None = None) -> npt.NDArray[Any]:
+        """Decode these rows (a range, or their numbers) and columns, to `dtype` or another floating type of at most 32 bits.
+
+        The array is of the type's carrier type.
+        """
         ...
 
 
@@ -127,10 +130,10 @@ class Piece:
         others = [*reader.stored.items()][1:]
         return [self.name, *(StoredName(os.path.basename(data.path), name) for name, data in others)]
 
-    def elements(self, rows: slice | RowMap, cols: slice) -> npt.NDArray[Any]:
-        """Stored elements at these rows (a range, or their numbers) and columns, decoded where a reader does that."""
+    def elements(self, rows: slice | RowMap, cols: slice, dtype: DType | None = None) -> npt.NDArray[Any]:
+        """Stored elements at these rows (a range, or their numbers) and columns, decoded to `dtype` where a reader does that."""
         reader = self.reader
-        return self.matrix()[:, cols][rows] if reader is None else reader.read(rows, cols)
+        return self.matrix()[:, cols][rows] if reader is None else reader.read(rows, cols, dtype)
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,14 @@ import numpy as np
 import numpy.typing as npt
 
 from ..basics.casting import cast, floats, rounded, stays_finite
-from ..basics.dtypes import DType
+from ..basics.dtypes import BY_NAME, DType
 from ..basics.errors import ConversionError
 from ..model.values import Affine, composed
 from .composing import Piece
 
 Array = npt.NDArray[Any]
+
+_SINGLE = 4  # bytes of the widest type to which a reader decodes
 
 
 class Computation(NamedTuple):
@@ -29,13 +31,25 @@ class Computation(NamedTuple):
         return cls(piece, target, composed(piece.value, value))
 
     @property
+    def read(self) -> DType:
+        """Dtype in which elements come from the piece: the target's where they are decoded and nothing else is computed."""
+        if self.value is not None or self.piece.reader is None:
+            return self.piece.data.dtype
+        return BY_NAME["float32"] if self.target.itemsize > _SINGLE else self.target
+
+    @property
     def copies(self) -> bool:
-        """Whether the elements as the piece has them are the result, bit for bit."""
-        return self.value is None and self.piece.data.dtype == self.target
+        """Whether the elements as the piece gives them are the result, bit for bit."""
+        return self.value is None and self.read == self.target
+
+    @property
+    def is_cast(self) -> bool:
+        """Whether elements come from the piece in another dtype than the target's."""
+        return self.read is not self.target
 
     def apply(self, part: Array, result: Array) -> None:
         """Write the result for a part of the piece; raises `ConversionError` if finite elements exceed the range of the target."""
-        source = self.piece.data.dtype
+        source = self.read
         if self.copies:
             result[...] = part
         elif self.value is None:
@@ -58,7 +72,8 @@ class Computation(NamedTuple):
         """Words for what is decoded and computed; empty where elements are only copied or cast."""
         reader, steps = self.piece.reader, []
         if reader is not None:
-            steps.append(reader.computed if reader.exact else f"{reader.computed}, rounded to {reader.dtype}")
+            exact = reader.exact and self.read.name in (reader.dtype.name, "float32")
+            steps.append(reader.computed if exact else f"{reader.computed}, rounded to {self.read}")
         if self.value is not None:
             steps.append(f"{self.value.described()} in {self._precision}, rounded once")
         return steps

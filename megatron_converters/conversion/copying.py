@@ -29,6 +29,9 @@ from .gathering import gather_chunks, transposed_chunks
 from .outline import Fill
 
 _MAX_LANES = 4
+#: Bytes up to which a fill is done at once by the thread that plans. Lanes would wait longer for the interpreter's lock, which each
+#: call of the system gives away, than they would copy.
+_SMALL_BYTES = 256 << 10
 #: Maximum number of tasks queued in a lane: enough to reach beyond one file of a few GB, so that other lanes get work.
 _MAX_QUEUED = 1024
 #: Seconds between looks at a full lane, or at lanes that are to end. The main thread sleeps instead of waiting for a lock, since
@@ -105,8 +108,14 @@ class Executor(Generic[S]):
         return self.planner.compose_fill(fill, pieces)
 
     def fill(self, file: S, fill: Fill, gathers: Sequence[Gather]) -> None:
-        """Queue one fill of `file`; waits while the lane's queue is full."""
-        self._submit(self._next_lane(file), lambda: self._fill(file, fill, gathers))
+        """Do one fill of `file` if it is small, else queue it; waits while the lane's queue is full."""
+        if math.prod(fill.shape) * fill.dtype.itemsize > _SMALL_BYTES:
+            self._submit(self._next_lane(file), lambda: self._fill(file, fill, gathers))
+            return
+        self._raise_failure()
+        self._write(file, fill, gathers)
+        if file.claim():  # what follows waits for the disk
+            self._submit(self._next_lane(file), lambda: self._filled(file))
 
     def _next_lane(self, file: S) -> int:
         """Next lane of a file: its only one, or the next in turn where there are more lanes than files."""
@@ -118,6 +127,10 @@ class Executor(Generic[S]):
     def compare(self, replica: Piece, pieces: Sequence[Piece], what: str) -> None:
         """Queue a check that a replica equals the pieces bit for bit; `what` names the ref in the message."""
         gathers = self.planner.compose(replica.rows, replica.col, replica.cols, pieces)
+        if math.prod(replica.data.shape) * replica.data.dtype.itemsize <= _SMALL_BYTES:
+            self._raise_failure()
+            self._compare(replica, gathers, what)
+            return
         # Among lanes with equally short queues the last one, which is the least likely to be filling a file.
         shortest = min(reversed(range(len(self._lanes))), key=lambda lane: self._lanes[lane].qsize())
         self._submit(shortest, lambda: self._compare(replica, gathers, what))
@@ -184,6 +197,12 @@ class Executor(Generic[S]):
             self._stopped = True
 
     def _fill(self, file: S, fill: Fill, gathers: Sequence[Gather]) -> None:
+        self._write(file, fill, gathers)
+        if file.claim():
+            self._filled(file)
+
+    def _write(self, file: S, fill: Fill, gathers: Sequence[Gather]) -> None:
+        """Write one fill."""
         shape = as_matrix(fill.shape)
         chunks = transposed_chunks if fill.transposed else gather_chunks
         line_bytes = shape[0 if fill.transposed else 1] * fill.dtype.itemsize
@@ -194,8 +213,6 @@ class Executor(Generic[S]):
                 return
             file.write(fill.name, fill.start + line * line_bytes, chunk)
             self._progress(chunk.nbytes)
-        if file.claim():
-            self._filled(file)
 
     def _expect(self, fill: Fill, gathers: Sequence[Gather], what: str) -> None:
         dtype = gathers[0].source.data.dtype  # rounding could make a value the constant

@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from ..basics.dtypes import DType
 from ..basics.errors import ConversionError
 from ..model.slots import refs
-from .accounting import Accounts
+from .accounting import Accounts, check_beside
 from .composing import Piece, Planner, StoredName
 from .computing import Computation
 from .copying import default_lanes
@@ -88,6 +88,7 @@ class Forecast:
 def forecast(source: Source, target: Target, dtype: DType | None, workers: int = 1) -> Forecast:
     """Plan the whole conversion and check that each tensor is covered once; writes nothing."""
     outline = target.prepare(source.spec, source.origin, wanted_dtype(source, dtype))
+    check_beside(source.origin, outline)
     files = {file: FilePlan(0, layout.nbytes, outline.tensor_bytes(file)) for file, layout in outline.files.items()}
     read: set[StoredName] = set()
     casts: Counter[str] = Counter()
@@ -111,7 +112,7 @@ def forecast(source: Source, target: Target, dtype: DType | None, workers: int =
             dtypes[str(fill.dtype)] += 1
             if fill.value is not None or not is_stored:
                 computed.update(_computed(fill, sources.pieces))
-            if sources.dtype != fill.dtype:
+            if sources.dtype != fill.dtype and any(_casts(fill, sources.pieces)):
                 casts[f"{sources.dtype} to {fill.dtype}"] += 1
     accounts.close()
     for file, layout in outline.files.items():
@@ -127,7 +128,7 @@ def forecast(source: Source, target: Target, dtype: DType | None, workers: int =
             + default_lanes() * (_LANE_BYTES + (_COMPUTED_BYTES if computed else 0))
             + (_TORCH_BYTES if casts else 0)
         ),
-        source_tensors=len(read),
+        source_tensors=len(read) + (0 if source.origin.carried is None else len(source.origin.carried.tensors)),
         target_tensors=sum(plan.tensors for plan in files.values()),
         casts=dict(casts),
         padding_rows=sum(plan.padding_rows for plan in files.values()),
@@ -148,6 +149,11 @@ def _computed(fill: Fill, pieces: Sequence[Piece]) -> set[str]:
     """What is computed for a fill that pieces of a ref go to, in words."""
     steps = (Computation.of(piece, fill.dtype, fill.value).described() for piece in pieces)
     return {", ".join(found) for found in steps if found}
+
+
+def _casts(fill: Fill, pieces: Sequence[Piece]) -> Iterator[bool]:
+    """Whether each piece of a ref is cast for a fill."""
+    return (Computation.of(piece, fill.dtype, fill.value).is_cast for piece in pieces)
 
 
 def _unpadded_bytes(fill: Fill) -> int:

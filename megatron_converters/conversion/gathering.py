@@ -119,7 +119,10 @@ class _Supply(NamedTuple):
 
     def _compute(self, rows: slice | RowMap, target: Array, lost: Callable[[int], None] | None) -> None:
         """Write what these rows of the piece become."""
-        part = self.gather.source.elements(rows, self.gather.source_cols) if self.view is None else self.view[rows]
+        if self.view is None:
+            part = self.gather.source.elements(rows, self.gather.source_cols, self.computation.read)
+        else:
+            part = self.view[rows]
         self.computation.apply(part, target)
         if lost is not None and self.computation.value is not None:
             lost(self.computation.count_lost(part, target))

@@ -101,7 +101,7 @@ class Provenance:
             origins.update(dict.fromkeys(others, f"with {piece.name.tensor}"))
             if gather.value is not None or not piece.is_stored:
                 self._add_computed(entry, Computation.of(piece, fill.dtype, gather.value).described())
-            if piece.data.dtype is not fill.dtype:
+            if piece.data.dtype is not fill.dtype and Computation.of(piece, fill.dtype, gather.value).is_cast:
                 casts.add(str(piece.data.dtype))
         if casts:
             entry["cast from"] = sorted(casts)

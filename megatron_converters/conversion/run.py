@@ -18,7 +18,7 @@ from ..families import FAMILIES
 from ..model.slots import Ref, refs
 from ..storage.output_file import OutputFile
 from ..storage.tensor import release_mappings
-from .accounting import check_target
+from .accounting import check_beside, check_target
 from .copying import Executor
 from .crew import ALONE, Crew, agree, meet, share
 from .endpoint import Source, Target, wanted_dtype
@@ -52,6 +52,7 @@ def convert(
     try:
         with _disk_errors():
             outline = target.prepare(source.spec, source.origin, wanted_dtype(source, override))
+            check_beside(source.origin, outline)
             check_target(source.spec, outline, target.fills)
             return _Run(source, target, outline, crew, progress).work(restart)
     finally:

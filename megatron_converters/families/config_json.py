@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Collection, Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..basics.dtypes import DType, dtype_named
 from ..basics.errors import ConversionError, UnknownArchitecture, one_line
@@ -16,6 +16,9 @@ from .rules import Nested, Rule
 from .rules_attention import FULL, Causal, layer_types
 from .table import Family
 
+if TYPE_CHECKING:
+    from .wrappers import Wrapper
+
 #: Rules of every family, which its own may override.
 _COMMON: tuple[Rule, ...] = (Causal(),)
 #: Names that wrappers of a model leave in `architectures`, and the prefix of FSDP2, which renames the model's class.
@@ -24,13 +27,35 @@ _WRAPPERS = (
     *("DistributedDataParallel", "FullyShardedDataParallel", "DeepSpeedEngine"),
 )
 _WRAPPER_PREFIX = "FSDP"
+#: Key of every model of images and text.
+_IMAGES = "vision_config"
+
+
+def text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Configuration of the text part of a model of images and text; any other configuration as it is."""
+    if wrapper_in(config) is None:
+        return config
+    from .text_parts import text_config
+
+    return text_config(config)
+
+
+def wrapper_in(config: Mapping[str, Any] | None) -> Wrapper | None:
+    """Row of the model of images and text that config.json describes; None for a model of text alone."""
+    if config is None or _IMAGES not in config:
+        return None
+    from .wrappers import wrapper_of  # which other models do not need
+
+    return wrapper_of(config)
 
 
 def family_from_config(config: Mapping[str, Any]) -> Family:
     """Family that config.json names by `architectures` or, without it, `model_type`; if both are there, they must agree.
 
     A wrapper's name counts as none. A class of another family may be that of a model_type, too (InternLM3 is a Llama there).
+    Of a model of images and text it is the family of the text part.
     """
+    config = text_part(config)
     model_type, architectures = config.get("model_type"), _architectures(config)
     agreed = [] if len(architectures) > 1 else _named(model_type, architectures, FAMILIES.likely(model_type))
     agreed = agreed or _named(model_type, architectures, FAMILIES.values())
@@ -53,6 +78,9 @@ def family_from_config(config: Mapping[str, Any]) -> Family:
     ]
     if reasons:
         raise ConversionError(f"config.json names {one_line(', '.join(architectures) or model_type)}, {reasons[0]}")
+    own = refused.own_forms(config) if model_type is None and not architectures else []
+    if own:
+        raise ConversionError(f"config.json describes {own[0]}")
     named = one_line(", ".join(architectures) or model_type or "no architecture")
     known = ", ".join(family.architecture for family in FAMILIES.values())
     raise UnknownArchitecture(
@@ -85,7 +113,9 @@ def spec_from_config(config: Mapping[str, Any], ignored: Iterable[str] = ()) -> 
 
     The dtype is config.json's, or float32 without one; readers of weight files replace it with the files' dtype.
     """
-    quantisation.block_size(config)  # refuses what cannot be read
+    quantisation.scheme_of(config)  # refuses what cannot be read
+    ignored = {*ignored}
+    config = _checked_text_part(config, ignored)
     family = family_from_config(config)
     _refuse_unclaimed(config, family, ignored)
     fields: dict[str, Any] = {}
@@ -100,6 +130,15 @@ def spec_from_config(config: Mapping[str, Any], ignored: Iterable[str] = ()) -> 
             f"family, only {family.architecture} is converted"
         )
     return spec
+
+
+def _checked_text_part(config: Mapping[str, Any], ignored: Iterable[str]) -> Mapping[str, Any]:
+    """The same as `text_part`; raises `ConversionError` for unknown fields beside it."""
+    if wrapper_in(config) is not None:
+        from .text_parts import refuse_unknown_beside
+
+        refuse_unknown_beside(config, ignored)
+    return text_part(config)
 
 
 def _rules(family: Family) -> tuple[Rule, ...]:
@@ -119,8 +158,10 @@ def _refuse_unclaimed(config: Mapping[str, Any], family: Family, ignored: Iterab
 
 def config_notes(config: Mapping[str, Any]) -> list[str]:
     """What a user should know of a config.json that is read: fields that other programs heed, and code that is not looked at."""
+    notes = _image_notes(config)
+    config = text_part(config)
     family = family_from_config(config)
-    notes = [*harmless_warnings("config.json", config, CONFIG)]
+    notes += harmless_warnings("config.json", config, CONFIG)
     notes += [note for key, note in family.remarks.items() if config.get(key)]
     notes += [BASE_NOTE] if num_labels_of(config, family, _architectures(config)) == 0 else []
     auto_map = config.get("auto_map")
@@ -132,6 +173,15 @@ def config_notes(config: Mapping[str, Any]) -> list[str]:
             f"{family.name} model"
         )
     return notes
+
+
+def _image_notes(config: Mapping[str, Any]) -> list[str]:
+    """Notes on what a model of images and text computes of images."""
+    if wrapper_in(config) is None:
+        return []
+    from .text_parts import image_notes
+
+    return [*image_notes(config)]
 
 
 def config_from_spec(spec: ModelSpec) -> dict[str, Any]:
@@ -218,9 +268,23 @@ def config_for(
     are names of Python files that will be beside it: where they are all that `auto_map` names, it stays, and so do the names of
     a model that transformers does not have itself.
     """
-    written = config_from_spec(spec)
     if base is None:
-        return written, []
+        return config_from_spec(spec), []
+    plain = text_part(base)
+    config = _updated(spec, plain, code)
+    if plain is not base:
+        from .text_parts import with_text_config
+
+        config = with_text_config(base, plain, config)
+        if missing_code(base, code):
+            config.pop("auto_map", None)
+    config = quantisation.unquantised(config)  # weights are written as they are
+    return config, _changes(base, config)
+
+
+def _updated(spec: ModelSpec, base: Mapping[str, Any], code: Collection[str]) -> dict[str, Any]:
+    """Configuration of a text model in which what the spec decides is as the spec has it."""
+    written = config_from_spec(spec)
     family = FAMILIES[spec.family]
     config = dict(base)
     for rule in _rules(family):
@@ -233,12 +297,18 @@ def config_for(
         config.pop("auto_map", None)  # names code that does not travel; the class is transformers' own
         config.update(architectures=[class_of(family, spec.num_labels)], model_type=family.model_type)
     config = relabelled(config, spec.num_labels)
-    config = quantisation.unquantised(config)  # weights are written as they are
     dtype_key = "dtype" if "dtype" in base else "torch_dtype"
     config[dtype_key] = spec.dtype.name
-    changed = [
-        f"{key}: {base.get(key, 'absent')} -> {config.get(key, 'absent')}"
-        for key in sorted({*base, *config})
-        if base.get(key, "absent") != config.get(key, "absent")
-    ]
-    return config, changed
+    return config
+
+
+def _changes(base: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
+    """Keys in which two configurations differ, as `key: old -> new`, those within the text part one by one."""
+    changed = []
+    for key in sorted({*base, *config}):
+        old, new = base.get(key, "absent"), config.get(key, "absent")
+        if key == "text_config" and isinstance(old, Mapping) and isinstance(new, Mapping):
+            changed += [f"{key}.{change}" for change in _changes(old, new)]
+        elif old != new:
+            changed.append(f"{key}: {old} -> {new}")
+    return changed

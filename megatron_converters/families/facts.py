@@ -15,7 +15,8 @@ PROOFS = {**{proof.value: proof.name.lower() for proof in Proof}, NOT_STATED: NO
 class Family(NamedTuple):
     """Model family, by the names that Hugging Face's config.json has for it.
 
-    `aliases` are further values of model_type. `kind` is dense, MoE, MLA or hybrid, or several of these. `formats` are values of
+    `aliases` are further values of model_type. `kind` is dense, MoE, MLA or hybrid, or several of these, after VL where it is the
+    text part of a model of images and text. `formats` are values of
     `--from`; "meta" is only read. `since` is the least release of Megatron-LM that has arguments for such a model, None if no
     release has, or nobody has said it. `proof` says how the table was proven, `models` which published models are of this class,
     and `covers` what is converted of them.

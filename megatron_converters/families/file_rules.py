@@ -28,6 +28,7 @@ from .rules import (
     Rule,
     overridden,
 )
+from .rules_context import InitialContext
 from .rules_remote import BaichuanRelease, RopeRatio
 from .rules_scaled_queries import ScaledQueries
 from .rules_scales import DepthScale, WidthScale
@@ -119,8 +120,8 @@ def _shared_experts(default: int, size: int, key: str = "n_shared_experts") -> R
     return experts.SharedExperts(default, size, (key,))
 
 
-def _listed_window(default: int | None = None, full: int = 0) -> Rule:
-    return kinds.ListedWindow(default, full)
+def _listed_window(default: int | None = None, full: int = 0, last: bool = False) -> Rule:
+    return kinds.ListedWindow(default, full, last)
 
 
 FUNCTIONS: Mapping[str, Form] = {
@@ -144,12 +145,13 @@ RULES: Mapping[str, Form] = {
     "query_groups": Form(query_groups, optional={"absent": or_null(whole)}),
     "rope": Form(_rope, optional={"theta": number, "partial": or_null(number), "scalings": _scalings}),
     "scaled_queries": Form(ScaledQueries),
+    "initial_context": Form(InitialContext, {"default": whole}),
     "multi_query": Form(attention.MultiQuery, {"heads": text}, {"default": switch}),
     "window": Form(_window, optional={"default": or_null(whole)}),
     "switched_window": Form(attention.SwitchedWindow, optional={"switch": switch, "start": whole}),
     "windows_rotate": Form(kinds.WindowsRotate, {"window": whole, "pattern": whole}),
     "no_window": Form(attention.NoWindow),
-    "listed_window": Form(_listed_window, optional={"default": or_null(whole), "full": whole}),
+    "listed_window": Form(_listed_window, optional={"default": or_null(whole), "full": whole, "last": switch}),
     "rotated_layers": Form(kinds.RotatedLayers, {"interval": whole}),
     "linear_attention": Form(attention.LinearAttention, {"interval": whole}),
     "dense_layers": Form(experts.DenseLayers),

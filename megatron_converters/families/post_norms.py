@@ -55,7 +55,7 @@ OLMO3 = Family(
         "of long context, are refused"
     ),
     tensors=OLMO2.tensors,
-    rules=(*_OLMO_RULES, RopeByType(5e5), ListedWindow(4096, full=4, first=3)),
+    rules=(*_OLMO_RULES, RopeByType(5e5), ListedWindow(4096, full=4, last=True)),
 )
 
 EXAONE4 = Family(

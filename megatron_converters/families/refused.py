@@ -24,6 +24,10 @@ _ROWS: Mapping[str, str] = {
     "phi3small": "whose attention is sparse in blocks, which Megatron-LM has not",
     "phi4mm phi4_multimodal": "which adds low-rank matrices for each kind of input; Megatron-LM has no such layers",
     "phimoe": "whose router chooses one expert after the other by thresholds (sparsemixer), which Megatron-LM has not",
+    "mllama mllama_text_model MllamaForConditionalGeneration MllamaForCausalLM": (
+        "some of whose text layers attend to images alone, so that the text part is no model of its own; Megatron-LM has no such "
+        "layers"
+    ),
     "nanochat": "whose norms have no weights and whose logits are capped; Megatron-LM has no such norms, and no cap",
     "nemotron-nas": _UNEVEN,
     "openelm": _UNEVEN,
@@ -49,7 +53,20 @@ _ROWS: Mapping[str, str] = {
     "longcat_flash": "whose layers have two attentions, and experts that compute nothing; Megatron-LM has neither",
     "deepseek_v4": "whose layers are joined by hyper-connections and attend to compressed positions; no release has these",
 }
+#: Files of a supported model in the form of its authors' program, by keys of their config.json, which names no class.
+#: Source: github.com/openai/gpt-oss, gpt_oss/torch/model.py, `ModelConfig`.
+_OWN_FORMS: Mapping[str, str] = {
+    "swiglu_limit rope_ntk_alpha rope_ntk_beta": (
+        "GPT-OSS as OpenAI's own program has it (the folder original/ of a repository), with other names of tensors; convert the "
+        "folder above it, whose config.json names GptOssForCausalLM"
+    ),
+}
 _REASONS = {name: reason for names, reason in _ROWS.items() for name in names.split()}
+
+
+def own_forms(config: Mapping[str, Any]) -> list[str]:
+    """What a config.json without a class describes, if it is a model in the form of its authors' program; mostly nothing."""
+    return [words for keys, words in _OWN_FORMS.items() if {*keys.split()} <= config.keys()]
 
 
 def reasons(model_type: Any, architectures: Collection[str]) -> Iterable[str]:

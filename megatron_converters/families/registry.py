@@ -31,6 +31,7 @@ _MODULES = {
     "granite": ("granite", "granitemoe", "granitemoeshared"),
     "deepseek": ("deepseek_v2", "deepseek_v3", "glm4_moe_lite"),
     "qwen3_next": ("qwen3_next",),
+    "gpt_oss": ("gpt_oss",),
     "minicpm": ("minicpm", "minicpm3"),
     "sigmoid": ("dots1", "solar_open", "hy_v3", "bailing_moe", "exaone_moe"),
     "mimo": ("mimo",),

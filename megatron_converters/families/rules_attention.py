@@ -19,7 +19,7 @@ _ORIGINAL, ATTN_FACTOR = "original_max_position_embeddings", "attn_factor"
 _RENAMED = {"su": LONGROPE}
 
 
-def _table(config: Config) -> tuple[str, Any]:
+def scaling_table(config: Config) -> tuple[str, Any]:
     """Key and value of what config.json says of scaling; the order is that of transformers."""
     name = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
     return name, config.get(name) or {}
@@ -85,11 +85,11 @@ class Rope:
 
     def _given(self, config: Config) -> Any:
         """Table of config.json, or the class's."""
-        return _table(config)[1] or dict(self.absent)
+        return scaling_table(config)[1] or dict(self.absent)
 
     def unread(self, config: Config) -> list[str]:
         """Fields of the scaling that its kind does not know; none where `read` refuses the whole."""
-        name, table = _table(config)
+        name, table = scaling_table(config)
         if not isinstance(table, dict) or any(isinstance(value, dict) for value in table.values()):
             return []
         kind = _kind(table)

@@ -14,20 +14,20 @@ from .rules_attention import FULL, SLIDING, Rope, layer_types, types_of, widest,
 
 @dataclass(frozen=True)
 class ListedWindow:
-    """A sliding window on the layers that `layer_types` lists, else on all but every `full`-th, beginning with layer `first`.
+    """A sliding window on the layers that `layer_types` lists, else on all but one of every `full`: the first, or the last.
 
     0 is on all. Null means no window; absent, the class's `default`.
     """
 
     default: int | None
     full: int = 0
-    first: int = 0
+    last: bool = False
     keys: tuple[str, ...] = ("sliding_window", "layer_types")
 
     def read(self, config: Config) -> dict[str, Any]:
         window, types, layers = config.get("sliding_window", self.default), layer_types(config), layer_count(config)
         if self.full:
-            types = types or [SLIDING if (layer - self.first) % self.full else FULL for layer in range(layers)]
+            types = types or [SLIDING if (layer + self.last) % self.full else FULL for layer in range(layers)]
         if window is None and SLIDING in types:
             raise ConversionError(f"config.json has {SLIDING} in layer_types, but its sliding_window is null")
         if window is None or not types:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ..basics.errors import UsageError
 from ..basics.folders import existing_folder
 from ..families import FAMILIES
+from ..families.config_json import wrapper_in
 from ..families.scope import family_of
 from .detect import format_of, refuse_part
 from .hub import located
@@ -47,7 +48,8 @@ class ReadOptions:
     and `capacity_bins` requests capacity_bins.pt. Of MindSpore's weights, `mf_mlp_layout` and `mf_qkv_layout` are the orders of
     rows, `mf_version` is the release of MindSpore Transformers that wrote them, `mf_config` its YAML, and `typed` has properties
     of the model that nothing else says. Of every format, `ignore_tensors` are patterns (`*`, `?`) of names of tensors that are left
-    out, such as "v_head.*"; one that the model needs is then missing.
+    out, such as "v_head.*"; one that the model needs is then missing. `text_only` takes the text part alone of a model of
+    images and text.
     """
 
     format: str | None = None
@@ -74,6 +76,7 @@ class ReadOptions:
     typed: Mapping[str, Any] = field(default_factory=dict)
     download: bool = False
     ignore_tensors: tuple[str, ...] = ()
+    text_only: bool = False
 
 
 #: Options that take everything from the folder itself.
@@ -110,10 +113,24 @@ def open_source(path: str | os.PathLike[str], options: ReadOptions = AS_FOUND) -
     with family_of(options.family_file):
         source = _backfilled(_OPENERS[found](found_path, options), options)
         _note_unused_family(source, options)
+    if wrapper_in(source.origin.hf_config) is not None:
+        _settle_carried(source.origin, options)
     source.origin.say_first(notes)
     if margs is not None:
         _take_over(margs, source, options)
     return Opened(found, source)
+
+
+def _settle_carried(origin: Origin, options: ReadOptions) -> None:
+    """Leave out what lies beside a text part, or find it."""
+    if options.text_only:
+        from ..assets.side_file import leave_out_carried
+
+        leave_out_carried(origin)
+    elif origin.carried is None:
+        from .carrying import complete
+
+        complete(origin, _reference(options))
 
 
 def _backfilled(source: Source, options: ReadOptions) -> Source:

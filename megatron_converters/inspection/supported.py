@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from functools import reduce
 
 from ..basics.errors import ConversionError
 from ..families import FAMILIES
@@ -10,15 +11,34 @@ from ..families.config_json import spec_from_config
 from ..families.facts import NOT_STATED, Family
 from ..families.table import Family as Table
 from ..families.typical import required_config
+from ..families.wrappers import WRAPPERS, Wrapper
 from ..formats.kinds import HF, MEGATRON, META, MINDSPORE
+from ..formats.megatron.releases import before
 from ..formats.meta.params import LLAMA, MISTRAL
 from ..formats.mindspore.limits import without_place
 from ..model.spec import ModelSpec
 
 
 def supported_families() -> tuple[Family, ...]:
-    """Every family that can be converted, also those from outside this package, with what is known of it."""
-    return tuple(_facts(name, table) for name, table in FAMILIES.items())
+    """Every family that can be converted, also those from outside this package, with what is known of it; then wrappers."""
+    families = tuple(_facts(name, table) for name, table in FAMILIES.items())
+    return (*families, *(_facts_of_wrapper(row, {family.name: family for family in families}) for row in WRAPPERS))
+
+
+def _facts_of_wrapper(row: Wrapper, families: Mapping[str, Family]) -> Family:
+    """Facts of a model of images and text, of which some are those of the families that its text part can be."""
+    texts = [families[name] for name in row.text_families if name in families]
+    kinds = dict.fromkeys(kind for family in texts for kind in family.kind.split(", "))
+    releases = [family.since for family in texts if family.since is not None]
+    return Family(
+        *(row.model_type, row.model_type, row.architecture, row.aliases),
+        kind=", ".join(("VL", *kinds)),
+        formats=(HF, MEGATRON),
+        since=reduce(_earlier, releases) if releases else None,
+        proof=row.proof.value,
+        models=row.models,
+        covers=row.covers,
+    )
 
 
 def _facts(name: str, table: Table) -> Family:
@@ -32,6 +52,10 @@ def _facts(name: str, table: Table) -> Family:
         models=table.models,
         covers=table.covers,
     )
+
+
+def _earlier(one: str, other: str) -> str:
+    return one if before(one, other) else other
 
 
 def _typical(table: Table) -> ModelSpec | None:

@@ -42,8 +42,12 @@ def required(args: Mapping[str, Any]) -> list[str]:
     """Arguments that the args must have: their defaults would build another model, or fail."""
     experts, latent = bool(args.get("num_experts")), bool(args.get("multi_latent_attention"))
     names = _names((Build.CONFIG, Build.MODEL), experts=experts, latent=latent)
-    gated = args.get("swiglu", True) or args.get("squared_relu", False)
-    return names if gated else [*names, "bias_gelu_fusion"]
+    unfused = _is_gated(args) or args.get("squared_relu", False)
+    return names if unfused else [*names, "bias_gelu_fusion"]
+
+
+def _is_gated(args: Mapping[str, Any]) -> bool:
+    return bool(args.get("swiglu", True) or args.get("quick_geglu"))
 
 
 def config_fields(args: Mapping[str, Any]) -> dict[str, Any]:
@@ -70,7 +74,7 @@ def provider_fields(args: Mapping[str, Any]) -> dict[str, Any]:
     if args["position_embedding_type"] == YARN:
         fields |= {field: args[name] for name, field in _YARN_FIELDS.items() if args.get(name) is not None}
     return fields | dict(
-        gated_linear_unit=args["swiglu"],
+        gated_linear_unit=_is_gated(args),
         num_query_groups=args["num_query_groups"] if args["group_query_attention"] else None,
         seq_length=args["max_position_embeddings"],
         share_embeddings_and_output_weights=not args["untie_embeddings_and_output_weights"],
@@ -86,7 +90,9 @@ def provider_fields(args: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def activation(args: Mapping[str, Any]) -> str:
-    """Name of the activation of the MLPs: "silu", "squared_relu", "relu", "gelu" or "gelu_tanh"."""
+    """Name of the activation of the MLPs: "silu", "quick_gelu", "squared_relu", "relu", "gelu" or "gelu_tanh"."""
+    if args.get("quick_geglu"):
+        return "quick_gelu"
     if args["swiglu"]:
         return "silu"
     if args.get("squared_relu", False):

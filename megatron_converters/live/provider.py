@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.activations import squared_relu
+from megatron.core.fusions.fused_bias_geglu import quick_gelu
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer import MLATransformerConfig, TransformerConfig
@@ -52,6 +53,7 @@ _ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": F.silu,
     "squared_relu": squared_relu,
     "relu": F.relu,
+    "quick_gelu": quick_gelu,
     "gelu": F.gelu,
     "gelu_tanh": gelu_tanh,
 }

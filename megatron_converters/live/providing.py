@@ -15,7 +15,7 @@ from ..conversion.endpoint import Source
 from ..formats.megatron.argument import Context, Group
 from ..formats.megatron.arguments import inexpressible, written_args
 from ..model.spec import ModelSpec
-from ..sharding.ranks import Parallel, padded_vocab, parallel_for
+from ..sharding.ranks import Parallel, has_whole_experts, padded_vocab, parallel_for
 from ..sharding.stages import EVEN, PipelineSplit
 from .buildable_args import needing_engine
 from .filling import fill
@@ -58,7 +58,8 @@ def provider_for(spec: ModelSpec) -> GPTModelProvider | MLAModelProvider:
         bf16=dtype is torch.bfloat16,
         fp16=dtype is torch.float16,
         moe_router_dtype=args.get("moe_router_dtype"),
-        expert_tensor_parallel_size=None,  # megatron-core's default: the tensor-parallel size that the user sets
+        # None is the tensor-parallel size that the user sets, as by default in megatron-core.
+        expert_tensor_parallel_size=1 if has_whole_experts(spec) else None,
         vocab_size=spec.vocab_size,
         make_vocab_size_divisible_by=least_divisor(spec.vocab_size),
     )

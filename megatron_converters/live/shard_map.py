@@ -16,6 +16,7 @@ from ..formats.huggingface.target import HFTarget
 from ..model.layouts import RowMap, runs
 from ..model.slots import Ref, refs
 from ..model.values import Affine, composed
+from ..storage.tensor import MemoryTensor
 from .layout import Holding, LiveLayout
 
 #: Mark of the data that `ShardMap.to_dict` gives.
@@ -140,7 +141,12 @@ class _Mapper:
         raise_all(
             "these tensors, or rows of them, are 0, and no parameter of a live model holds that, so that they cannot be exported "
             "from it:",
-            (name for made_up in outline.extra_tensors.values() for name in made_up),
+            (
+                name
+                for given in outline.extra_tensors.values()
+                for name, data in given.items()
+                if isinstance(data, MemoryTensor)  # others lie beside a text part, which the live model is
+            ),
             remedy="save the model with save_hf_pretrained, which writes them",
         )
         files = {name: file for file, found in outline.files.items() for name in found.shapes}

@@ -18,7 +18,9 @@ EACH_HEAD, ALL_HEADS = "each head", "all heads"
 BEFORE, AFTER, AROUND = "before", "after", "before and after"
 #: Activations of an MLP. GELU has two forms, which differ by 1e-4 of a logit.
 SILU, GELU, GELU_TANH, SQUARED_RELU, RELU = "silu", "gelu", "gelu_tanh", "squared_relu", "relu"
-ACTIVATIONS = (SILU, GELU, GELU_TANH, SQUARED_RELU, RELU)
+#: x * sigmoid(1.702 x).
+QUICK_GELU = "quick_gelu"
+ACTIVATIONS = (SILU, GELU, GELU_TANH, SQUARED_RELU, RELU, QUICK_GELU)
 #: Whose biases a family's files may lack, where others have some.
 OF_ATTENTION, OF_MLP = "attention", "mlp"
 SOFTMAX, SIGMOID = "softmax", "sigmoid"
@@ -127,7 +129,8 @@ class Rope:
 class Attention:
     """Attention with query groups. `sliding_window` counts positions, the token's own among them.
 
-    With `attention_output_gate`, queries come with as many gates, which scale the output.
+    With `attention_output_gate`, queries come with as many gates, which scale the output. `sinks` are scores of no position, one
+    for each head, which the softmax counts.
     """
 
     num_attention_heads: int
@@ -139,6 +142,7 @@ class Attention:
     proj_bias: bool = False
     qk_norm: str = ""
     attention_output_gate: bool = False
+    sinks: bool = False
 
     def __post_init__(self) -> None:
         """Refuse sizes that no model can have."""
@@ -146,7 +150,7 @@ class Attention:
         check_sizes(self, ("num_attention_heads", "num_query_groups", "kv_channels"))
         if heads * self.kv_channels >= TOO_LARGE:
             raise ConversionError(f"{heads} attention heads of {self.kv_channels} are more than any model has")
-        check_switches(self, ("qkv_bias", "proj_bias", "attention_output_gate"))
+        check_switches(self, ("qkv_bias", "proj_bias", "attention_output_gate", "sinks"))
         check_choice(self, "qk_norm", ("", EACH_HEAD, ALL_HEADS))
         if window is not None and (not is_whole(window) or window < 1):
             raise ConversionError(f"sliding_window is {window!r}; it must be a whole number above 0, or null for none")
@@ -224,18 +228,25 @@ class GatedDelta:
 
 @dataclass(frozen=True)
 class Mlp:
-    """Dense MLP; a gated one has twice as many rows in its first linear: gate, then up."""
+    """Dense MLP; a gated one has twice as many rows in its first linear: gate, then up.
+
+    `glu_linear_offset` is added to up. `activation_func_clamp_value` is the greatest value of gate and up, and its negative the
+    least of up.
+    """
 
     ffn_hidden_size: int
     activation: str = SILU
     gated: bool = True
     mlp_bias: bool = False
+    glu_linear_offset: float = 0.0
+    activation_func_clamp_value: float | None = None
 
     def __post_init__(self) -> None:
         """Refuse sizes that no model can have."""
         check_sizes(self, ("ffn_hidden_size",))
         check_choice(self, "activation", ACTIVATIONS)
         check_switches(self, ("gated", "mlp_bias"))
+        _check_glu(self)
 
     @property
     def sizes(self) -> str:
@@ -243,12 +254,19 @@ class Mlp:
         return f"an MLP of {self.ffn_hidden_size}"
 
 
+def _check_glu(feed: Mlp | Mixture) -> None:
+    """Refuse values of a gated activation that are no numbers."""
+    number(feed.glu_linear_offset, "glu_linear_offset")
+    if feed.activation_func_clamp_value is not None:
+        number(feed.activation_func_clamp_value, "activation_func_clamp_value")
+
+
 @dataclass(frozen=True)
 class Mixture:
     """Mixture of experts, and its shared expert if `shared_ffn_hidden_size` is not 0.
 
     `moe_router_pre_softmax` is the softmax over all experts before the choice, instead of over the chosen ones after it.
-    `moe_router_enable_expert_bias` is a bias that counts for the choice only.
+    `moe_router_enable_expert_bias` is a bias that counts for the choice only. `mlp_bias` are biases of the router and of experts.
     """
 
     num_experts: int
@@ -265,6 +283,9 @@ class Mixture:
     shared_gate: bool = False
     activation: str = SILU
     gated: bool = True
+    mlp_bias: bool = False
+    glu_linear_offset: float = 0.0
+    activation_func_clamp_value: float | None = None
 
     def __post_init__(self) -> None:
         """Refuse sizes that no model can have."""
@@ -276,7 +297,10 @@ class Mixture:
         check_sizes(self, ("num_experts", "moe_ffn_hidden_size", "moe_router_topk", *groups))
         number(self.moe_aux_loss_coeff, "moe_aux_loss_coeff")
         number(self.moe_router_topk_scaling_factor, "moe_router_topk_scaling_factor")
-        check_switches(self, ("moe_router_pre_softmax", "moe_router_enable_expert_bias", "shared_gate", "gated"))
+        check_switches(
+            self, ("moe_router_pre_softmax", "moe_router_enable_expert_bias", "shared_gate", "gated", "mlp_bias")
+        )
+        _check_glu(self)
         check_choice(self, "moe_router_score_function", (SOFTMAX, SIGMOID))
         check_choice(self, "activation", ACTIVATIONS)
         shared = self.shared_ffn_hidden_size
@@ -346,21 +370,6 @@ class Layer:
     def shares_norm(self) -> bool:
         """Whether both of its blocks read the same norm."""
         return self.parallel_block and not self.parallel_norms
-
-    @property
-    def first_norm(self) -> bool:
-        """Whether a norm is before attention."""
-        return self.block_norms != AFTER
-
-    @property
-    def second_norm(self) -> bool:
-        """Whether a norm is before the MLP, which is not the first."""
-        return self.block_norms != AFTER and not self.shares_norm
-
-    @property
-    def post_norms(self) -> bool:
-        """Whether norms are after both blocks."""
-        return self.block_norms != BEFORE
 
     @property
     def norms_over_heads(self) -> bool:

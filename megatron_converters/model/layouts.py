@@ -247,7 +247,7 @@ class NamedLayout(NamedTuple):
     parts: Mapping[str, int]
 
 
-_QKV_SLOTS, _GATED_SLOTS = ("qkv", "qkv_bias"), ("fc1", "fc1_bias", "expert_fc1", "shared_fc1")
+_QKV_SLOTS, _GATED_SLOTS = ("qkv", "qkv_bias"), ("fc1", "fc1_bias", "expert_fc1", "expert_fc1_bias", "shared_fc1")
 
 
 def _for(layout: Layout, slots: Iterable[str], parts: int) -> NamedLayout:

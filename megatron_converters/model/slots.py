@@ -11,11 +11,21 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
-from operator import attrgetter
 from typing import NamedTuple
 
 from . import extents
-from .extents import Extent, SizeOf, of_block_experts, of_feed, of_mixer, of_model, of_norm
+from .extents import (
+    Extent,
+    SizeOf,
+    after_blocks,
+    before_attention,
+    before_mlp,
+    of_block_experts,
+    of_feed,
+    of_mixer,
+    of_model,
+    of_norm,
+)
 from .layers import Attention, GatedDelta, Latent, Layer, Mixture, Mlp
 from .spec import ModelSpec
 
@@ -131,9 +141,6 @@ class Ref(NamedTuple):
 _FIRST, _LAYER, _LAST, _MTP = Scope.FIRST, Scope.LAYER, Scope.LAST, Scope.MTP
 _COLUMN, _ROW, _REPLICATED = Shard.COLUMN, Shard.ROW, Shard.REPLICATED
 _STORED = Precision.STORED
-_BEFORE_ATTENTION, _BEFORE_MLP = (attrgetter(name) for name in ("first_norm", "second_norm"))
-_AFTER_BLOCKS = attrgetter("post_norms")
-
 _ALL = (
     Slot("word_embeddings", _FIRST, _COLUMN, of_model(extents.vocab), vocab=True),
     Slot(
@@ -146,8 +153,8 @@ _ALL = (
     Slot("mtp_hidden_norm", _MTP, _REPLICATED, of_model(extents.hidden)),
     Slot("mtp_hidden_norm_bias", _MTP, _REPLICATED, of_model(extents.norm_bias)),
     Slot("mtp_proj", _MTP, _COLUMN, of_model(lambda s: extents.rows_of(s.hidden_size, 2 * s.hidden_size))),
-    Slot("input_norm", _LAYER, _REPLICATED, of_norm(_BEFORE_ATTENTION, extents.hidden)),
-    Slot("input_norm_bias", _LAYER, _REPLICATED, of_norm(_BEFORE_ATTENTION, extents.norm_bias)),
+    Slot("input_norm", _LAYER, _REPLICATED, of_norm(before_attention, extents.hidden)),
+    Slot("input_norm_bias", _LAYER, _REPLICATED, of_norm(before_attention, extents.norm_bias)),
     Slot("qkv", _LAYER, _COLUMN, of_mixer(Attention, lambda a, s: Extent((extents.qkv(a),), (s.hidden_size,)))),
     Slot(
         "qkv_bias",
@@ -169,6 +176,10 @@ _ALL = (
         of_mixer(Attention, lambda a, _: extents.head_norm(a, a.num_query_groups)),
     ),
     Slot("k_norm_bias", _LAYER, _REPLICATED, of_mixer(Attention, extents.head_norm_bias)),
+    Slot(
+        *("sinks", _LAYER, _COLUMN),
+        of_mixer(Attention, lambda a, _: extents.rows_of(a.num_attention_heads) if a.sinks else None),
+    ),
     Slot(
         *("q_down", _LAYER, _REPLICATED),
         of_mixer(Latent, lambda a, s: extents.rows_of(a.q_lora_rank, s.hidden_size) if a.q_lora_rank else None),
@@ -231,10 +242,10 @@ _ALL = (
         _REPLICATED,
         of_mixer(Attention, lambda a, s: extents.hidden(s) if a.proj_bias else None),
     ),
-    Slot("attention_post_norm", _LAYER, _REPLICATED, of_norm(_AFTER_BLOCKS, extents.hidden)),
-    Slot("attention_post_norm_bias", _LAYER, _REPLICATED, of_norm(_AFTER_BLOCKS, extents.norm_bias)),
-    Slot("mlp_norm", _LAYER, _REPLICATED, of_norm(_BEFORE_MLP, extents.hidden)),
-    Slot("mlp_norm_bias", _LAYER, _REPLICATED, of_norm(_BEFORE_MLP, extents.norm_bias)),
+    Slot("attention_post_norm", _LAYER, _REPLICATED, of_norm(after_blocks, extents.hidden)),
+    Slot("attention_post_norm_bias", _LAYER, _REPLICATED, of_norm(after_blocks, extents.norm_bias)),
+    Slot("mlp_norm", _LAYER, _REPLICATED, of_norm(before_mlp, extents.hidden)),
+    Slot("mlp_norm_bias", _LAYER, _REPLICATED, of_norm(before_mlp, extents.norm_bias)),
     Slot(
         "fc1",
         _LAYER,
@@ -247,14 +258,19 @@ _ALL = (
     ),
     Slot("fc2", _LAYER, _ROW, of_feed(Mlp, lambda m, s: extents.rows_of(s.hidden_size, m.ffn_hidden_size))),
     Slot("fc2_bias", _LAYER, _REPLICATED, of_feed(Mlp, lambda m, s: extents.hidden(s) if m.mlp_bias else None)),
-    Slot("mlp_post_norm", _LAYER, _REPLICATED, of_norm(_AFTER_BLOCKS, extents.hidden)),
-    Slot("mlp_post_norm_bias", _LAYER, _REPLICATED, of_norm(_AFTER_BLOCKS, extents.norm_bias)),
+    Slot("mlp_post_norm", _LAYER, _REPLICATED, of_norm(after_blocks, extents.hidden)),
+    Slot("mlp_post_norm_bias", _LAYER, _REPLICATED, of_norm(after_blocks, extents.norm_bias)),
     # Small differences of a router change which expert is chosen; Megatron-LM holds the bias of the choice in float32.
     Slot(
         "router",
         _LAYER,
         _REPLICATED,
         of_feed(Mixture, lambda m, s: extents.rows_of(m.num_experts, s.hidden_size)),
+        precision=_STORED,
+    ),
+    Slot(
+        *("router_bias", _LAYER, _REPLICATED),
+        of_feed(Mixture, lambda m, _: extents.rows_of(m.num_experts) if m.mlp_bias else None),
         precision=_STORED,
     ),
     Slot(
@@ -272,6 +288,17 @@ _ALL = (
         _LAYER,
         _ROW,
         of_feed(Mixture, lambda m, s: extents.rows_of(s.hidden_size, m.moe_ffn_hidden_size)),
+        expert=True,
+    ),
+    # Megatron-LM has biases only in experts that it does not cut.
+    Slot(
+        *("expert_fc1_bias", _LAYER, _COLUMN),
+        of_feed(Mixture, lambda m, _: extents.first_linear(m.moe_ffn_hidden_size, m.gated) if m.mlp_bias else None),
+        expert=True,
+    ),
+    Slot(
+        *("expert_fc2_bias", _LAYER, _REPLICATED),
+        of_feed(Mixture, lambda m, s: extents.hidden(s) if m.mlp_bias else None),
         expert=True,
     ),
     Slot("shared_fc1", _LAYER, _COLUMN, of_feed(Mixture, extents.shared)),

@@ -136,7 +136,8 @@ def parallel_for(
 ) -> Parallel:
     """Check that these sizes can cut this model and return the cut; the error names the sizes that can.
 
-    `etp` None means `tp`. With `directories`, each rank needs an `mp_rank_*` directory of its own.
+    `etp` None means `tp`, or 1 for experts that cannot be cut. With `directories`, each rank needs an `mp_rank_*` directory of its
+    own.
     """
     if tp < 1 or pp < 1:
         raise ConversionError(f"tensor- and pipeline-parallel sizes must be at least 1, not {tp} and {pp}")
@@ -155,7 +156,14 @@ def parallel_for(
         if etp not in (None, 1, tp):
             raise UsageError(f"--target-expert-tensor-parallel-size {etp}: a dense model has no experts to cut; use 1")
         return Parallel(tp, stages, split, etp=tp, vpp=vpp)
-    return _with_experts(spec, Parallel(tp, stages, split, ep, tp if etp is None else etp, vpp), directories)
+    if etp is None:
+        etp = 1 if has_whole_experts(spec) else tp
+    return _with_experts(spec, Parallel(tp, stages, split, ep, etp, vpp), directories)
+
+
+def has_whole_experts(spec: ModelSpec) -> bool:
+    """Whether experts cannot be cut: Megatron-LM (0.15 on) has biases only in experts that are whole (`TransformerConfig`)."""
+    return any(isinstance(kind.feed, Mixture) and kind.feed.mlp_bias for kind in spec.used)
 
 
 def _with_experts(spec: ModelSpec, parallel: Parallel, directories: bool) -> Parallel:
@@ -166,6 +174,11 @@ def _with_experts(spec: ModelSpec, parallel: Parallel, directories: bool) -> Par
     for size in {kind.feed.moe_ffn_hidden_size for kind in spec.used if isinstance(kind.feed, Mixture)}:
         if size % etp:
             raise ConversionError(f"experts with an MLP of {size} cannot be cut over etp={etp}")
+    if etp != 1 and has_whole_experts(spec):
+        raise ConversionError(
+            f"experts with biases cannot be cut over etp={etp}, since Megatron-LM has such experts whole on each rank alone; use "
+            "etp 1"
+        )
     if directories and not _own_directories(parallel):
         raise ConversionError(
             f"tp={parallel.tp} and ep={ep} with etp={etp}: several ranks would share one mp_rank_* directory, whose name has "

@@ -7,6 +7,7 @@ import stat
 from typing import BinaryIO, TypeGuard
 
 from ..basics.errors import ConversionError, reason_of
+from .tensor import forget_mapping
 
 #: First bytes of a Git LFS pointer (git-lfs docs/spec.md), which a clone without `git lfs` leaves in place of the weights.
 _LFS_POINTER = b"version https://git-lfs"
@@ -25,6 +26,7 @@ def open_source(path: str) -> BinaryIO:
         file.close()
         raise ConversionError(f"{path} {fault}")
     file.seek(0)
+    forget_mapping(path)
     return file
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import mmap
 import os
+import time
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -39,6 +40,19 @@ class StoredTensor(Sealed):
         """View of a range of a matrix's columns."""
         offset = self.offset + start * self.strides[1] * self.dtype.itemsize
         return StoredTensor(self.path, offset, self.dtype, (self.shape[0], stop - start), self.strides)
+
+    def item(self, number: int) -> StoredTensor:
+        """View of one of the tensors that this one stacks along its first axis."""
+        offset = self.offset + number * self.strides[0] * self.dtype.itemsize
+        return StoredTensor(self.path, offset, self.dtype, self.shape[1:], self.strides[1:])
+
+    def transposed(self) -> StoredTensor:
+        """View of the transposed matrix."""
+        return StoredTensor(self.path, self.offset, self.dtype, self.shape[::-1], self.strides[::-1])
+
+    def reshaped(self, shape: tuple[int, ...], dtype: DType | None = None) -> StoredTensor:
+        """View of the same bytes, which lie in row-major order, in another shape and dtype."""
+        return StoredTensor(self.path, self.offset, dtype or self.dtype, shape, contiguous_strides(shape))
 
     def array(self) -> npt.NDArray[Any]:
         """Read-only view of the mapped file, in the dtype's carrier type. No bytes are read until it is used.
@@ -115,8 +129,16 @@ def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(reversed(strides))
 
 
-#: By path: the file's identity (device, inode, bytes, modification time in ns), and its mapping.
-_MAPPINGS: dict[str, tuple[tuple[int, ...], mmap.mmap]] = {}
+#: By path: the file's identity (device, inode, bytes, modification time in ns), its mapping, and when it was last looked at.
+_MAPPINGS: dict[str, tuple[tuple[int, ...], mmap.mmap, float]] = {}
+#: Seconds for which a file counts as unchanged. To look takes as long as to copy some kilobytes, which small tensors have.
+_TRUSTED_SECONDS = 0.05
+
+
+def forget_mapping(path: str) -> None:
+    """Look at a file again before its mapping is used, since it is opened anew."""
+    if path in _MAPPINGS:
+        _MAPPINGS[path] = *_MAPPINGS[path][:2], -math.inf
 
 
 def release_mappings() -> None:
@@ -125,13 +147,20 @@ def release_mappings() -> None:
 
 
 def mapped(path: str) -> mmap.mmap:
-    """Read-only mapping of a file, made once per process and again if the file was replaced or changed."""
+    """Read-only mapping of a file, made once per process and again if the file was replaced or changed before it was opened.
+
+    What changes later is noticed within a moment.
+    """
+    now = time.monotonic()
+    known = _MAPPINGS.get(path)
+    if known is not None and now - known[2] < _TRUSTED_SECONDS:
+        return known[1]
     try:
-        known = _MAPPINGS.get(path)
         if known is None or known[0] != _identity(os.stat(path)):
             with open(path, "rb", buffering=0) as file:
                 identity = _identity(os.fstat(file.fileno()))
-                known = _MAPPINGS[path] = identity, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+                known = identity, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), now
+        _MAPPINGS[path] = *known[:2], now
         return known[1]
     except OSError as error:
         raise ConversionError(f"cannot open {path}: {reason_of(error)}") from error

@@ -86,7 +86,7 @@ def read_grid(directory: Path, more_globals: Sequence[Any] = ()) -> Grid:
 
     Names alone are ambiguous: `mp_rank_00_001` is a pipeline stage or an expert-parallel rank.
     """
-    names = sorted(path.name for path in directory.iterdir() if path.is_dir())
+    names = sorted(path.name for path in directory.iterdir() if path.is_dir() and path.name != "hf_files")
     if not names:
         raise OracleError(f"{directory}: no folder of a rank")
     first = directory / names[0] / _FILE

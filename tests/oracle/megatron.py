@@ -105,7 +105,8 @@ def _shard(name: str, parameter: torch.Tensor) -> int:
     """Number of this rank's part of a parameter; ranks with the same number hold the same values."""
     if ".experts." in name:
         return int(parallel_state.get_expert_tensor_parallel_rank())
-    cut = getattr(parameter, "tensor_model_parallel", False)
+    # megatron-core cuts sinks without marking them (core/transformer/dot_product_attention.py).
+    cut = getattr(parameter, "tensor_model_parallel", False) or name.endswith(".softmax_offset")
     return int(parallel_state.get_tensor_model_parallel_rank()) if cut else 0
 
 

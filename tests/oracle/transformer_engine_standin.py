@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-_VERSION = "2.2.0"  # megatron-core chooses arguments and names by it
+_VERSION = "2.8.0"  # megatron-core chooses arguments and names by it
 
 Group = dist.ProcessGroup | None
 
@@ -142,7 +142,7 @@ class LayerNormLinear(Linear):
 
 
 class DotProductAttention(_ExtraState):
-    """Causal attention over [s, b, heads, d], with query groups and a sliding window.
+    """Causal attention over [s, b, heads, d], with query groups, a sliding window, and sinks (`softmax_type` "learnable").
 
     `window_size` is TE's (left, right), where -1 is unlimited: position i sees i - left to i; later ones are masked.
     """
@@ -156,11 +156,14 @@ class DotProductAttention(_ExtraState):
         window_size: tuple[int, int] | None = None,
         softmax_scale: float | None = None,
         softmax_type: str = "vanilla",
+        tp_size: int = 1,
         **_: Any,
     ):
         super().__init__()
-        if softmax_type != "vanilla":
-            raise NotImplementedError("the stand-in has no attention sinks")
+        learnable = softmax_type == "learnable"
+        if not learnable and softmax_type != "vanilla":
+            raise NotImplementedError(f"the stand-in has no softmax of the type {softmax_type}")
+        self.softmax_offset = torch.nn.Parameter(torch.zeros(num_attention_heads // tp_size)) if learnable else None
         self.attention_dropout = attention_dropout
         key_channels = kv_channels if isinstance(kv_channels, int) else kv_channels[0]
         self.scale = softmax_scale or 1 / math.sqrt(key_channels)
@@ -177,7 +180,10 @@ class DotProductAttention(_ExtraState):
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
         scores = (q @ k.transpose(-1, -2)).float() * self.scale
         scores = scores.masked_fill(~self._visible(scores.shape[-1]), float("-inf"))
-        context = scores.softmax(-1).to(v.dtype) @ v
+        if self.softmax_offset is not None:
+            sinks = self.softmax_offset.float()[None, :, None, None].expand(*scores.shape[:-1], 1)
+            scores = torch.cat([scores, sinks], -1)
+        context = scores.softmax(-1)[..., : v.shape[-2]].to(v.dtype) @ v
         return context.permute(2, 0, 1, 3).flatten(2)  # [s, b, heads * d]
 
     def _visible(self, length: int) -> torch.Tensor:
@@ -188,7 +194,7 @@ class DotProductAttention(_ExtraState):
 
 
 class GroupedLinear(_ExtraState):
-    """Linear layers of `num_gemms` experts, `weight0`, `weight1`, …, each applied to its own rows.
+    """Linear layers of `num_gemms` experts, `weight0`, `weight1`, …, each applied to its own rows, and `bias0`, … if there are any.
 
     megatron-core passes feature counts already divided by the tensor-parallel size, unless the group is this rank alone.
     """
@@ -200,25 +206,33 @@ class GroupedLinear(_ExtraState):
         out_features: int,
         *,
         bias: bool = True,
+        return_bias: bool = False,
         tp_size: int = 1,
         params_dtype: torch.dtype = torch.float32,
         **_: Any,
     ):
         super().__init__()
-        if bias or tp_size > 1:
-            raise NotImplementedError("the stand-in's grouped linear has no bias and no tensor parallelism of its own")
-        self.num_gemms, self.use_bias = num_gemms, bias
+        if tp_size > 1:
+            raise NotImplementedError("the stand-in's grouped linear has no tensor parallelism of its own")
+        self.num_gemms, self.use_bias, self.return_bias = num_gemms, bias, return_bias
         self.fp8_meta, self.fp8, self.fp8_calibration = {"fp8_checkpoint": False}, False, False
         for gemm in range(num_gemms):
             weight = torch.zeros(out_features, in_features, dtype=params_dtype)
             self.register_parameter(f"weight{gemm}", torch.nn.Parameter(weight))
+            if bias:
+                self.register_parameter(
+                    f"bias{gemm}", torch.nn.Parameter(torch.zeros(out_features, dtype=params_dtype))
+                )
 
     def init_fp8_metadata(self, num_gemms: int = 1) -> None:
         """Do nothing: megatron-core calls it before a load, and fp8 is off."""
 
-    def forward(self, x: torch.Tensor, m_splits: list[int], is_first_microbatch: bool | None = None) -> torch.Tensor:
-        parts = x.split(m_splits)
-        return torch.cat([F.linear(part, getattr(self, f"weight{gemm}")) for gemm, part in enumerate(parts)])
+    def forward(self, x: torch.Tensor, m_splits: list[int], is_first_microbatch: bool | None = None) -> Any:
+        biases = [getattr(self, f"bias{gemm}", None) for gemm in range(self.num_gemms)]
+        added = [None] * self.num_gemms if self.return_bias else biases
+        weights = [getattr(self, f"weight{gemm}") for gemm in range(self.num_gemms)]
+        out = torch.cat(list(map(F.linear, x.split(m_splits), weights, added)))
+        return (out, biases) if self.return_bias else out
 
 
 def _normalise(
@@ -258,6 +272,13 @@ _MODULES: dict[str, dict[str, Any]] = {
     "transformer_engine.pytorch.fp8": {
         "FP8GlobalStateManager": FP8GlobalStateManager,
         "fp8_autocast": lambda **_: nullcontext(),
+    },
+    "transformer_engine.pytorch.router": {
+        name: _placeholder(name)
+        for name in (
+            *("fused_compute_score_for_moe_aux_loss", "fused_moe_aux_loss"),
+            "fused_topk_with_score_function",
+        )
     },
     "transformer_engine.pytorch.tensor": {"QuantizedTensor": _placeholder("QuantizedTensor")},
     "transformer_engine.pytorch.ops": {name: _placeholder(name) for name in ("Sequential", "FusibleOperation")},

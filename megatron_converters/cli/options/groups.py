@@ -36,7 +36,7 @@ GROUPS = (
     _group("what is printed", "--html --json --quiet --verbose --no-measure --help --version"),
     _group(
         "casting, and other changes of values",
-        "--dtype --bf16 --fp16 --target-params-dtype --mup --mf-fold --as --without-mtp --backfill-from --untie",
+        "--dtype --bf16 --fp16 --target-params-dtype --mup --mf-fold --as --without-mtp --text-only --backfill-from --untie",
     ),
     _group(
         "layout of a Megatron-LM checkpoint",

@@ -42,12 +42,20 @@ _OF_CHECKPOINTS = (
         "--prefer-args",
         "--true-vocab-size",
         "--without-mtp",
+        "--text-only",
         "--backfill-from",
     ),
     *("--mup", "--trained-by", "--ignore-args", "--ignore-tensors"),
 )
 _OF_MINDSPORE = ("--mf-mlp-layout", "--mf-qkv-layout", "--mf-version", "--mf-config", "--ignore-tensors")
-_OF_FOLDERS = ("--untie", "--ignore-config-fields", "--without-mtp", "--backfill-from", "--ignore-tensors")
+_OF_FOLDERS = (
+    "--untie",
+    "--ignore-config-fields",
+    "--without-mtp",
+    "--text-only",
+    "--backfill-from",
+    "--ignore-tensors",
+)
 
 
 def read_options(args: argparse.Namespace, source_format: str | None = None) -> ReadOptions:
@@ -68,6 +76,7 @@ def read_options(args: argparse.Namespace, source_format: str | None = None) -> 
         prefer_args=bool(given("prefer_args")),
         ignore_args=comma_separated(given("ignore_args")),
         without_mtp=bool(given("without_mtp")),
+        text_only=bool(given("text_only")),
         backfill_from=given("backfill_from"),
         ignore_tensors=patterns(given("ignore_tensors")),
         mup=given("mup"),

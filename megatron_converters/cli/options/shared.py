@@ -45,6 +45,10 @@ _DECLARED: dict[str, dict[str, Any]] = {
     "--untie": dict(
         action="store_true", help="Hugging Face: keep a stored lm_head apart although config.json ties it."
     ),
+    "--text-only": dict(
+        action="store_true",
+        help="Of a model of images and text, convert the text part alone; else what lies beside it is carried as it is.",
+    ),
     "--without-mtp": dict(
         action="store_true", help="Leave out layers of multi-token prediction, which training and logits do not need."
     ),

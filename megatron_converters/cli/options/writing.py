@@ -67,7 +67,7 @@ def add_megatron_target_arguments(parser: Any) -> None:
         type=positive,
         default=None,
         help="Tensor-parallel size of experts; by default the source's if it has one of its own that goes with the target's "
-        "sizes, else that of the rest.",
+        "sizes, else that of the rest, or 1 where experts have biases.",
     )
     add_argument(
         parser,

@@ -58,6 +58,7 @@ def _report(args: argparse.Namespace, settings: dict[str, list[str]], comparison
     for kind, found in settings.items():
         for difference in found:
             yield f"{kind}: {difference}"
+    yield from (f"beside the text part: {difference}" for difference in comparison.beside)
     yield from of_whole_tensors(comparison, each=args.all)
     for tensor in comparison.different:
         for finding in tensor.findings:

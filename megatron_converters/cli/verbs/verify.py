@@ -179,6 +179,7 @@ def _pair_summary(comparison: Comparison, rules: Rules, seconds: float) -> str:
     if comparison.equal:
         return f"EQUAL: {what}{beside}"
     spec = f"{count(len(comparison.spec), 'setting')} and " if comparison.spec else ""
+    spec += f"{count(len(comparison.beside), 'difference')} beside the text part and " if comparison.beside else ""
     return f"DIFFERENT: {spec}{len(comparison.different)} of {what}{beside}"
 
 

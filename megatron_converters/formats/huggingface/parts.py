@@ -71,16 +71,8 @@ class Part(NamedTuple):
         if self.shape == self.stored_shape and not (self.transposed or self.swapped):
             return data
         whole = self.stored_parts == 1 and len(self.stored_shape) == len(self.shape)
-        if not isinstance(data, StoredTensor):
-            raise ConversionError(
-                f"{self.name} is quantised, and one that is transposed, swapped or stacked cannot be decoded"
-            )
-        if not whole:
-            offset = data.offset + self.number * data.strides[0] * data.dtype.itemsize
-            data = StoredTensor(data.path, offset, data.dtype, data.shape[1:], data.strides[1:])
-        if self.transposed:
-            return StoredTensor(data.path, data.offset, data.dtype, data.shape[::-1], data.strides[::-1])
-        return data
+        matrix = data if whole else data.item(self.number)
+        return matrix.transposed() if self.transposed else matrix
 
 
 #: Properties of a part that all refs of a slot in one kind of layer share. Its name is a template.

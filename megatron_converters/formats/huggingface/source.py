@@ -37,8 +37,10 @@ from ...model.layouts import SAME, row_maps
 from ...model.slots import MTP, SLOTS, Ref, refs
 from ...model.spec import ModelSpec
 from ...storage.decoding import Constant, UnitRows
+from ...storage.tensor import StoredTensor
 from .parts import HFNames, Part, constants
-from .quantised import Weight, decoded, decoded_note
+from .quantised import Weight, decoded
+from .text_part import text_part_of
 from .weight_files import ADAPTER, WeightFiles, ghost_line, read_file, read_weights
 from .wrapping import Wrapping, refuse_adapters, wrapping_of
 
@@ -87,9 +89,11 @@ class HFSource:
         dropped = LeftOut(ignored_tensors)
         stored, ghosts = dropped.kept(files.tensors), dropped.kept(files.ghosts)
         refuse_adapters(path, stored)
-        family = FAMILIES[spec.family]
-        wrapping = wrapping_of(stored, ghosts, family, spec)
-        tensors = wrapping.as_table(decoded(path, config, stored))
+        part = text_part_of(folder, config, spec, stored, ghosts)
+        family, spec, stored, ghosts = part.family, part.spec, part.stored, part.ghosts
+        weights = decoded(path, config, stored)
+        wrapping = wrapping_of(weights.tensors, ghosts, family, spec)
+        tensors = wrapping.as_table(weights.tensors)
         missing = wrapping.as_table(ghosts)
         spec, head_notes = _without_head(spec, family, {*stored, *ghosts}, {*tensors, *missing}, untie)
         spec, left_out, notes = _prediction_layers(spec, family, {*tensors, *missing}, without_mtp)
@@ -106,6 +110,7 @@ class HFSource:
         spec = zero_bias.without(spec) if zero else spec
         self.spec, dtype_notes = with_main_dtype(spec, self.dtype_of)
         code = code_files(folder)
+        beside = {**code, **({} if part.carried is None else part.carried.files)}
         generation = folder / "generation_config.json"
         self.origin = Origin(
             described=str(path),
@@ -113,8 +118,10 @@ class HFSource:
             generation_config=read_json(generation) if generation.exists() else None,
             tokenizer=str(folder) if _has_tokenizer(folder) else None,
             code_files=code,
+            carried=part.carried,
             notes=[
                 *files.notes,
+                *part.notes,
                 *wrapping.notes,
                 *head_notes,
                 *notes,
@@ -123,7 +130,7 @@ class HFSource:
                 *_constant_notes(family, spec),
                 *_unread_notes(self._pieces),
                 *dropped.notes,
-                *decoded_note(tensors),
+                *weights.notes,
                 *_unit_notes(self._pieces),
                 *_dtype_note(config, self.spec),
                 *dtype_notes,
@@ -133,9 +140,10 @@ class HFSource:
                 *(f"{wrapping.in_file(name)} (no weight)" for name in sorted(ignored)),
                 *(f"{wrapping.in_file(name)} (multi-token prediction)" for name in sorted(left_out & tensors.keys())),
                 *(f"{name} (0 everywhere)" for name in zero),
+                *(f"{name} (of activations)" for name in weights.of_activations),
                 *dropped.ignored,
             ],
-            identity=file_identities(path, files.paths | {str(folder / _CONFIG), *map(str, code.values())}),
+            identity=file_identities(path, files.paths | {str(folder / _CONFIG), *map(str, beside.values())}),
         )
 
     def dtype_of(self, ref: Ref) -> DType:
@@ -279,7 +287,8 @@ def _constant(names: HFNames, ref: Ref, spec: ModelSpec, dtype: DType) -> Piece:
 
 
 def _pieces(part: Part, data: Weight, wrapping: Wrapping, note: str = "") -> Iterator[Piece]:
-    name = StoredName(os.path.basename(data.path), wrapping.in_file(part.name), note)
+    stored = wrapping.in_file(part.name) if isinstance(data, StoredTensor) else data.name
+    name = StoredName(os.path.basename(data.path), stored, note)
     for col, view in part.read(data):
         yield Piece(view, part.rows, col, name, part.value)
 

@@ -40,10 +40,11 @@ from ...model.values import composed, inverse
 from ...storage import marks
 from ...storage.output_file import FileLayout
 from ...storage.shards import Stored, layout, split
-from ...storage.tensor import MemoryTensor, zeros
+from ...storage.tensor import MemoryTensor, StoredTensor, zeros
 from .options import FUSED, HFOptions
 from .other_family import origin_elsewhere, stored_as
 from .parts import HFNames, Part
+from .text_part import table_for
 from .zero_bias import with_zero_bias
 
 _INDEX = "model.safetensors.index.json"
@@ -90,8 +91,9 @@ class HFTarget:
         own = asked in (None, spec.family)
         self._stored = StoredModel(with_zero_bias(spec)) if own else stored_as(spec, str(asked))
         self._spec = dataclasses.replace(self._stored.spec, dtype=main_dtype(spec, dtype_of))
-        self._names = HFNames(FAMILIES[self._spec.family], self._spec, bare=self._spec.num_labels == 0)
         self._origin = origin
+        table = table_for(FAMILIES[self._spec.family], origin)
+        self._names = HFNames(table, self._spec, bare=self._spec.num_labels == 0)
         self._dtype_of = dtype_of
         self._config, self._changed = self._configuration(spec.family)
         self._model_type = self._options.source_model_type or _token_family(self._spec)
@@ -112,6 +114,9 @@ class HFTarget:
                         f"{ref} is {tensor.dtype}, but others in {part.name} are {stored[part.name].dtype}; "
                         "choose one dtype for all, or write experts as separate tensors"
                     )
+        carried = {} if origin.carried is None else origin.carried.tensors
+        stored |= {name: Stored(name, data.dtype, data.shape, 1) for name, data in carried.items()}
+        given: dict[str, StoredTensor | MemoryTensor] = {**zero, **carried}
         shards = self._split(list(stored.values()))
         self._file_names = {tensor.name: file for file, shard in shards.items() for tensor in shard}
         self._total = sum(tensor.nbytes for tensor in stored.values())
@@ -124,7 +129,7 @@ class HFTarget:
         }
         layouts = {file: self._layout(shard) for file, shard in shards.items()}
         extra = {
-            file: {tensor.name: zero[tensor.name] for tensor in shard if tensor.name in zero}
+            file: {tensor.name: given[tensor.name] for tensor in shard if tensor.name in given}
             for file, shard in shards.items()
         }
         return Outline(self._name, layouts, options, extra, content=self._small_files({}))
@@ -228,7 +233,8 @@ class HFTarget:
 
     def _small_paths(self) -> list[Path]:
         """Paths of a model's small files that an older model must not leave behind."""
-        names = (_GENERATION, _MARGS, capacity_bins.FILE, MANIFEST, *self._origin.code_files)
+        carried = () if self._origin.carried is None else self._origin.carried.files
+        names = (_GENERATION, _MARGS, capacity_bins.FILE, MANIFEST, *self._origin.code_files, *carried)
         return [self.save_dir / name for name in names]
 
     def _code_notes(self) -> list[str]:
@@ -252,6 +258,10 @@ class HFTarget:
             for name, rows in self._unread.items()
         ]
         write_code_files(origin.code_files, folder)
+        if origin.carried is not None:
+            from ...assets.side_file import write_small_files
+
+            write_small_files(origin.carried, folder)
         self._write_index(folder)
         notes += self._write_bins(folder)
         notes += write_tokenizer(

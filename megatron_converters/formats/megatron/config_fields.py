@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from ...model.layers import GELU, SILU, SQUARED_RELU
+from ...model.layers import GELU, QUICK_GELU, SILU, SQUARED_RELU
 from .arguments import ARGUMENTS
 from .rows_layers import PACKAGE, said
 
@@ -41,6 +41,7 @@ _ACTIVATIONS = {
     "gelu": GELU,
     "squared_relu": SQUARED_RELU,
     "squaredrelu": SQUARED_RELU,
+    "quick_gelu": QUICK_GELU,
 }
 #: Layers by the names of Megatron-Bridge's functions that make their specs (models/olmoe, models/exaone).
 _LAYER_SPECS = {"olmoe_layer_spec": "norms_over_heads", "exaone4_layer_spec": "post_norms"}
@@ -82,6 +83,8 @@ def _activation(values: Mapping[str, Any]) -> dict[str, Any]:
     gated = bool(values.get("gated_linear_unit")) or named == "swiglu"
     if kind == SILU and gated:
         return {"swiglu": True}
+    if kind == QUICK_GELU and gated:
+        return {"swiglu": False, "quick_geglu": True}
     if kind == SQUARED_RELU and not gated:
         return {"swiglu": False, "squared_relu": True}
     if kind == GELU and not gated:

@@ -12,7 +12,7 @@ from ...basics.dtypes import DType
 from ...basics.errors import ConversionError, Unclear, UsageError, one_line
 from ...basics.json_files import read_json
 from ...families import FAMILIES
-from ...families.config_json import config_notes, differences, spec_from_config
+from ...families.config_json import config_notes, differences, spec_from_config, text_part
 from ...model.checks import is_whole
 from ...model.spec import ModelSpec
 from ...sharding.ranks import padded_vocab
@@ -78,7 +78,7 @@ def _check_family_file(args: argparse.Namespace, config: Mapping[str, Any]) -> N
 def _recorded_spec(config: Mapping[str, Any]) -> ModelSpec:
     """Spec of a recorded configuration; unknown fields are ignored, since its user has accepted them."""
     try:
-        return spec_from_config(config, ignored=config)
+        return spec_from_config(config, ignored={*config, *text_part(config)})
     except ConversionError as error:
         raise ConversionError(
             f"the configuration that a conversion recorded in the args is not valid: {error}; give a reference model with "

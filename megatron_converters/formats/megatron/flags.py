@@ -92,6 +92,8 @@ def flag_warnings(spec: ModelSpec, shown: Iterable[str], tp: int = 1) -> list[st
             "local RMS norms cannot be built; use --saver-transformer-impl transformer_engine, tensor-parallel size 1, or a "
             "Megatron-LM with norms of its own, such as Habana's"
         )
+    if {"--transformer-impl transformer_engine", "--softmax-type learnable"} <= set(shown):
+        warnings.append("--softmax-type learnable needs Transformer Engine 2.8 or later")
     needing = [flag for flag in _NEED_ENGINE if any(words.split()[0] == flag for words in shown)]
     if "--transformer-impl local" in shown and needing:
         warnings.append(

@@ -38,6 +38,7 @@ LOCAL: dict[str, Name] = {
     "q_norm_bias": _ATTENTION + "q_layernorm.bias",
     "k_norm": _ATTENTION + "k_layernorm.weight",
     "k_norm_bias": _ATTENTION + "k_layernorm.bias",
+    "sinks": _ATTENTION + "core_attention.softmax_offset",
     "q_down": _ATTENTION + "linear_q_down_proj.weight",
     "q_latent_norm": _ATTENTION + "q_layernorm.weight",
     "q_up": _ATTENTION + "linear_q_up_proj.weight",
@@ -64,6 +65,7 @@ LOCAL: dict[str, Name] = {
     "mlp_post_norm": _MLP + "linear_fc2.post_layernorm.weight",
     "mlp_post_norm_bias": _MLP + "linear_fc2.post_layernorm.bias",
     "router": _MLP + "router.weight",
+    "router_bias": _MLP + "router.bias",
     "expert_bias": _MLP + "router.expert_bias",
     "shared_fc1": _MLP + "shared_experts.linear_fc1.weight",
     "shared_fc2": _MLP + "shared_experts.linear_fc2.weight",
@@ -117,15 +119,19 @@ DIALECTS = {"local": LOCAL, "transformer_engine": TRANSFORMER_ENGINE}
 #: Names of experts by layout: `{expert}` is the number on the rank, `{global_expert}` the number in the model. Sequential and
 #: grouped are Megatron-LM's (core/transformer/moe/experts.py), dynamic is Habana's. Stacked is that of Megatron-LM's older grouped
 #: experts (`GroupedMLP` up to core_v0.18): one tensor for all experts of a rank, which holds their transposed matrices one after
-#: the other, with the shapes [hidden, experts * rows] and [experts * columns, hidden].
+#: the other, with the shapes [hidden, experts * rows] and [experts * columns, hidden]. Neither of the last two has biases.
 EXPERTS = {
     SEQUENTIAL: {
         "expert_fc1": _MLP + "experts.local_experts.{expert}.linear_fc1.weight",
         "expert_fc2": _MLP + "experts.local_experts.{expert}.linear_fc2.weight",
+        "expert_fc1_bias": _MLP + "experts.local_experts.{expert}.linear_fc1.bias",
+        "expert_fc2_bias": _MLP + "experts.local_experts.{expert}.linear_fc2.bias",
     },
     GROUPED: {
         "expert_fc1": _MLP + "experts.linear_fc1.weight{expert}",
         "expert_fc2": _MLP + "experts.linear_fc2.weight{expert}",
+        "expert_fc1_bias": _MLP + "experts.linear_fc1.bias{expert}",
+        "expert_fc2_bias": _MLP + "experts.linear_fc2.bias{expert}",
     },
     DYNAMIC: {
         "expert_fc1": _MLP + "experts.local_expert_{global_expert}_linear_fc1_weight",
@@ -139,6 +145,8 @@ DISTRIBUTED: dict[str, Name] = {
     **TRANSFORMER_ENGINE,
     "expert_fc1": _MLP + "experts.experts.linear_fc1.weight",
     "expert_fc2": _MLP + "experts.experts.linear_fc2.weight",
+    "expert_fc1_bias": _MLP + "experts.experts.linear_fc1.bias",
+    "expert_fc2_bias": _MLP + "experts.experts.linear_fc2.bias",
 }
 #: The local implementation renames every layer's norm before the MLP as if the MLP were dense
 #: (`sharded_state_dict_keys_map` of `get_gpt_layer_local_spec`).
@@ -179,7 +187,8 @@ def _in_stack(name: str, stack: str, module: str) -> str:
 
 def keys(slot: str, kind: Layer, stack: str) -> tuple[str, ...]:
     """Templates of all names that a slot can have in rank files."""
-    tables = EXPERTS.values() if slot in EXPERTS[STACKED] else DIALECTS.values()
+    of_experts: list[Mapping[str, Name]] = [table for table in EXPERTS.values() if slot in table]
+    tables = of_experts or DIALECTS.values()
     modules = MTP_MODULES if stack != DECODER else MTP_MODULES[-1:]
     return tuple(dict.fromkeys(name_of(table, slot, kind, stack, module) for table in tables for module in modules))
 

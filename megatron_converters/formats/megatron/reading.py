@@ -14,6 +14,7 @@ from ...assets.code_files import CODE_FOLDER, code_files
 from ...assets.origin import Origin, file_identities
 from ...basics.errors import ConversionError, one_line
 from ...basics.json_files import read_json
+from ...families.config_json import wrapper_in
 from ...families.quantisation import unquantised
 from ...sharding.ranks import Parallel
 from ...sharding.stages import PipelineSplit, stages_per_rank
@@ -217,9 +218,10 @@ def origin_of(
     """Origin of a checkpoint in these files: what is carried beside its weights. `more` are further fields of `Origin`."""
     reference = options.hf_config
     code = code_files(directory / CODE_FOLDER, links=False) if reference is None else code_files(reference)
-    return Origin(
+    config = _configuration(args, "hf_config", reference, "config.json")
+    origin = Origin(
         described=str(directory),
-        hf_config=_configuration(args, "hf_config", reference, "config.json"),
+        hf_config=config,
         generation_config=_configuration(args, "hf_generation_config", reference, "generation_config.json"),
         tokenizer=str(reference) if reference else _path(getattr(args, "tokenizer_model", None)),
         margs=args,
@@ -228,6 +230,21 @@ def origin_of(
         identity=file_identities(directory, [*files, *code.values()]),
         **more,
     )
+    if wrapper_in(config) is not None:
+        _add_carried(origin, directory)
+    return origin
+
+
+def _add_carried(origin: Origin, directory: Path) -> None:
+    """Add what a checkpoint has beside the text part of a model of images and text."""
+    from ...assets.side_file import PLACE, read_side_file
+
+    carried = origin.carried = read_side_file(directory)
+    if carried is None:
+        return
+    origin.notes.append(carried.note)
+    files = [directory / PLACE, *carried.files.values()]
+    origin.identity = {**(origin.identity or {}), **file_identities(directory, files)}
 
 
 def _path(value: Any) -> str | None:

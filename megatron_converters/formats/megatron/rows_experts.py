@@ -21,10 +21,11 @@ from .argument import (
     flag,
     for_experts,
     frequency,
+    off_switch,
     only,
     switch,
 )
-from .options import STACKED
+from .options import GROUPED, STACKED
 
 #: Load balancing that differs in training only if several experts are chosen: their weights are then the softmax over all experts
 #: (core/transformer/moe/router.py).
@@ -159,6 +160,10 @@ def wide_router(context: Context) -> str | None:
     """`moe_router_dtype` where the stored router is wider than the model; None where it is not."""
     router, dtype = context.router, context.spec.dtype
     return None if router is None or router.itemsize <= dtype.itemsize else _ROUTER_DTYPES[router.name]
+
+
+def _has_biases(spec: ModelSpec) -> bool:
+    return spec.num_experts > 0 and bool(spec.values.get("mlp_bias"))
 
 
 def _router_dtype(context: Context) -> str | None:
@@ -323,6 +328,16 @@ EXPERTS = (
         flag=flag("--moe-use-legacy-grouped-gemm", switch, lost=True, since="0.11", until="0.16"),
         build=Build.OPTIONAL,
     ),
+    # Transformer Engine's grouped experts refuse the fusion, which is on by default, together with biases (TEGroupedMLP).
+    Argument(
+        "bias_dropout_fusion",
+        lambda context: False if context.expert_layout == GROUPED and _has_biases(context.spec) else None,
+        group=Group.EXPERTS,
+        optional=True,
+        flag=flag("--no-bias-dropout-fusion", off_switch, lost=True),
+    ),
+    only("moe_single_grouped_weight", False, "all experts' weights of a rank in one parameter", optional=True),
+    only("moe_single_grouped_bias", False, "all experts' biases of a rank in one parameter", optional=True),
     _of_experts("moe_dynamic_hpu", lambda context: context.expert_layout == "dynamic", absent=False),
     _of_experts("moe_token_dispatcher_type", lambda _: "alltoall", flag=flag("--moe-token-dispatcher-type", lost=True)),
 )

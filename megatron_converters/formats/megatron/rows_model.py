@@ -12,16 +12,11 @@ from ...basics.quantities import count
 from ...model.checks import number
 from ...model.layers import (
     EACH_HEAD,
-    GELU,
-    GELU_TANH,
     LAYER_NORM,
-    RELU,
     RMS_NORM,
-    SILU,
-    SQUARED_RELU,
     BlockExperts,
 )
-from ...model.spec import ModelSpec
+from ...model.spec import ModelSpec, PerLayer
 from .argument import (
     Args,
     Argument,
@@ -36,6 +31,7 @@ from .argument import (
     said,
     switch,
 )
+from .rows_activation import ACTIVATION, LIVE_ONLY
 from .rows_layers import LAYERS
 from .rows_positions import MASK, WINDOWS
 
@@ -65,53 +61,10 @@ def _read_channels(args: Args) -> Properties:
     return {"kv_channels": args.get("kv_channels") or args["hidden_size"] // args["num_attention_heads"]}
 
 
-# -- MLP
-
-
-def _read_activation(args: Args) -> Properties:
-    if args.get("swiglu", True):
-        return {"activation": SILU, "gated": True}
-    if args.get("squared_relu"):
-        return {"activation": SQUARED_RELU, "gated": False}
-    # The fused kernel of bias and GELU is the tanh form; Megatron-LM uses it unless --no-bias-gelu-fusion (core/fusions).
-    fused = args.get("bias_gelu_fusion", True) and args.get("add_bias_linear", True)
-    return {"activation": GELU_TANH if fused else GELU, "gated": False}
-
-
-def _fuses_gelu(context: Context) -> bool | None:
-    """Whether bias and activation are one kernel; None where Megatron-LM's default does not matter."""
-    if context.value("gated", True):
-        return None
-    return bool(context.value("activation") == GELU_TANH)
-
-
 def _feed_limit(spec: ModelSpec) -> str:
     if not any(isinstance(kind.feed, BlockExperts) for kind in spec.used):
         return ""
     return "block experts (BlockFFN), which no release of it has; the code that trains them must read these names"
-
-
-def _activation_limit(spec: ModelSpec) -> str:
-    activation, gated = spec.values.get("activation", SILU), spec.values.get("gated", True)
-    if gated and activation != SILU:
-        return f"a gated MLP with {activation}: Megatron-LM's only flag of a gated MLP, --swiglu, has silu"
-    if not gated and activation == SILU:
-        return "an MLP of silu without a gate: Megatron-LM has no flag for it"
-    if activation == GELU_TANH and not spec.values.get("mlp_bias"):
-        return "the tanh form of GELU in an MLP without biases: Megatron-LM computes it in a kernel that needs biases"
-    return ""
-
-
-def _relu_limit(spec: ModelSpec) -> str:
-    if spec.values.get("activation") != RELU:
-        return ""
-    return (
-        f"an MLP of ReLU: Megatron-LM has no flag for it; {_LIVE_ONLY}, or with activation_func in your model provider"
-    )
-
-
-#: MLP of ReLU in the words of `config_fields.py`.
-_RELU = "relu, not gated"
 
 
 # -- biases and norms
@@ -164,8 +117,27 @@ def _read_head_norms(args: Args) -> Properties:
     return {"qk_norm": EACH_HEAD if args.get("qk_layernorm") else ""}
 
 
+_VANILLA, _LEARNABLE = "vanilla", "learnable"
+
+
+def _read_softmax(args: Args) -> Properties:
+    kind = args.get("softmax_type") or _VANILLA
+    if kind not in (_VANILLA, _LEARNABLE):
+        raise ConversionError(
+            f"the checkpoint's args have softmax_type={kind!r}; only {_VANILLA!r} and {_LEARNABLE!r}, attention sinks that are "
+            "trained, are supported"
+        )
+    return {"sinks": kind == _LEARNABLE}
+
+
+def _sinks_limit(spec: ModelSpec) -> str:
+    if not isinstance(spec.values.get("sinks"), PerLayer):
+        return ""
+    return "attention sinks in some layers alone: Megatron-LM's --softmax-type holds for every layer"
+
+
 def _head_bias_limit(spec: ModelSpec) -> str:
-    return f"a bias of the output layer: Megatron-LM's has none; {_LIVE_ONLY}" if spec.head_bias else ""
+    return f"a bias of the output layer: Megatron-LM's has none; {LIVE_ONLY}" if spec.head_bias else ""
 
 
 def _label_limit(spec: ModelSpec) -> str:
@@ -176,8 +148,6 @@ def _label_limit(spec: ModelSpec) -> str:
         "the code that trains it must build this one in its place, uncut and without padding, as verl does"
     )
 
-
-_LIVE_ONLY = "the model works live only, through AutoBridge"
 
 SIZES = (
     said("num_layers", "num_layers", flag=flag("--num-layers"), build=Build.CONFIG),
@@ -216,44 +186,7 @@ SIZES = (
 #: Set by a training run or its defaults, and not by the model.
 SEQ_LENGTH = Argument("seq_length", group=Group.RUN, flag=flag("--seq-length"))
 BLOCKS = (
-    Argument(
-        "swiglu",
-        lambda context: context.value("gated", True) and context.value("activation", SILU) == SILU,
-        _read_activation,
-        absent=True,
-        limit=_activation_limit,
-        flag=flag("--swiglu", switch),
-        build=Build.MODEL,
-    ),
-    Argument(
-        "squared_relu",
-        lambda context: context.value("activation") == SQUARED_RELU,
-        absent=False,
-        flag=flag("--squared-relu", switch, lost=True),  # before 0.10 the checkpoint does not restore it
-        build=Build.USED,
-    ),
-    Argument(
-        "bias_gelu_fusion",
-        _fuses_gelu,
-        optional=True,
-        flag=flag("--no-bias-gelu-fusion", off_switch, lost=True),
-        build=Build.USED,
-    ),
-    # This project's own, for a function in the configuration of a model that no switch says (`config_fields.py`).
-    Argument(
-        "mlp_activation",
-        lambda context: _RELU if context.value("activation") == RELU else None,
-        lambda args: {"activation": RELU} if args.get("mlp_activation") == _RELU else {},
-        optional=True,
-        neutral=(_RELU,),
-        meaning="an activation that no supported model has",
-        limit=_relu_limit,
-        build=Build.OWN,
-    ),
-    only("quick_geglu", False, "a quick GELU"),
-    only("glu_linear_offset", 0.0, "an offset in the MLP's activation"),
-    only("activation_func_clamp_value", None, "a clamped activation"),
-    Argument("openai_gelu", lambda _: False),
+    *ACTIVATION,
     Argument(
         "normalization",
         lambda context: context.spec.norm.normalization,
@@ -317,7 +250,15 @@ BLOCKS = (
     ),
     *MASK,
     *WINDOWS,
-    only("softmax_type", "vanilla", "attention sinks", build=Build.OPTIONAL),
+    Argument(
+        "softmax_type",
+        lambda context: _LEARNABLE if context.value("sinks") else _VANILLA,
+        _read_softmax,
+        absent=_VANILLA,
+        limit=_sinks_limit,
+        flag=flag("--softmax-type", lost=True, default=_VANILLA, since="0.15"),
+        build=Build.OPTIONAL,
+    ),
     only("apply_residual_connection_post_layernorm", False, "residuals taken after the norms", build=Build.OPTIONAL),
     only("heterogeneous_layers_config_path", None, "layers that differ in shape"),
     only("heterogeneous_layers_config_encoded_json", None, "layers that differ in shape"),

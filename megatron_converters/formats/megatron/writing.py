@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 from ...assets import capacity_bins
 from ...assets.capacity_bins import CapacityBins
 from ...assets.code_files import CODE_FOLDER, write_code_files
-from ...assets.origin import Origin
+from ...assets.origin import Carried, Origin
 from ...assets.tokenizer import check_named, recorded_name
 from ...assets.training_args import inheritable, margs_to_json
 from ...basics.dtypes import DType, dtype_named
@@ -30,7 +30,7 @@ from ...conversion.outline import Fill, Outline
 from ...conversion.staging import Staging
 from ...families import FAMILIES
 from ...model.checks import is_whole
-from ...model.slots import Precision, Ref
+from ...model.slots import SLOTS, Precision, Ref
 from ...model.spec import ModelSpec
 from ...sharding.ranks import Parallel, kept_etp, padded_vocab, parallel_for
 from ...sharding.stages import EVEN
@@ -52,7 +52,8 @@ from .arguments import (
 from .conventions import conventions
 from .flags import as_shell, flag_warnings, flags, least_release, unknown_flags
 from .locating import TRACKER
-from .options import FLAGS, FOLD, RAW, MegatronOptions
+from .names import EXPERTS
+from .options import FLAGS, FOLD, GROUPED, RAW, SEQUENTIAL, MegatronOptions
 from .releases import NEWEST, parse
 from .rounding import rounding_warnings
 from .rows_layers import layer_notes
@@ -105,8 +106,7 @@ class CheckpointTarget(ABC):
         self._name = self._choose_name()
         self._parallel = self._choose_parallel()
         self._impl = self._options.impl or self.default_impl
-        default_layout = "grouped" if self._impl == "transformer_engine" else "sequential"
-        self._expert_layout = self._options.expert_layout or default_layout
+        self._expert_layout = self._choose_expert_layout()
         self._divisor = self._choose_divisor()
         self._padded = padded_vocab(spec.vocab_size, self._divisor, self._parallel.tp)
         self._bins = self._choose_bins()
@@ -118,7 +118,7 @@ class CheckpointTarget(ABC):
                 unknown_flags(self._args, self._release),
                 remedy="Choose a later release, or leave --megatron-version out.",
             )
-        files, extra_tensors = self._lay_out()
+        files, extra_tensors = _with_side_file(*self._lay_out(), origin.carried)
         content = {"args": margs_to_json(argparse.Namespace(**self._args))}
         return Outline(self._name, files, self._effective_options(), extra_tensors, content, tuple(self._warnings))
 
@@ -221,6 +221,10 @@ class CheckpointTarget(ABC):
     def assets(self, folder: Path) -> None:
         """Write the flags that training needs, and the model's own code."""
         write_code_files(self._origin.code_files, folder / CODE_FOLDER)
+        if self._origin.carried is not None:
+            from ...assets.side_file import write_small_files
+
+            write_small_files(self._origin.carried, folder / CODE_FOLDER, self._origin.hf_config)
         (folder / FLAGS_FILE).write_text(self._flags_text(), encoding="utf-8", errors="surrogateescape")
 
     def clear(self, staging: Staging) -> None:  # noqa: B027 - a format may override it
@@ -298,6 +302,17 @@ class CheckpointTarget(ABC):
         etp = options.etp or (kept_etp(source, tp, ep) if self._spec.num_experts else None)
         return parallel_for(self._spec, tp, pp, split, ep, etp, directories=self.directories)
 
+    def _choose_expert_layout(self) -> str:
+        usual = GROUPED if self._impl == "transformer_engine" else SEQUENTIAL
+        layout = self._options.expert_layout or usual
+        nameless = [slot for slot in SLOTS.values() if slot.expert and slot.name not in EXPERTS[layout]]
+        if any(slot.extent(self._spec, kind) is not None for kind in self._spec.used for slot in nameless):
+            raise UsageError(
+                f"--expert-layout {layout}: experts that are stored so have no biases, and those of this model have; use "
+                f"{SEQUENTIAL} or {GROUPED}"
+            )
+        return layout
+
     def _choose_divisor(self) -> int:
         inherited = getattr(self._origin.margs, "make_vocab_size_divisible_by", None)
         divisor = self._options.divisor or (inherited if is_whole(inherited) and inherited > 0 else DEFAULT_DIVISOR)
@@ -357,6 +372,19 @@ class CheckpointTarget(ABC):
         if digest is not None and "hf_config" in args:
             args[FAMILY_FILE] = digest
         return dict(sorted(args.items()))
+
+
+def _with_side_file(
+    files: Mapping[str, FileLayout],
+    extra_tensors: Mapping[str, Mapping[str, StoredTensor]],
+    carried: Carried | None,
+) -> tuple[dict[str, FileLayout], dict[str, Mapping[str, StoredTensor]]]:
+    """Files of a checkpoint and their tensors that belong to no slot, with the file of what lies beside a text part."""
+    if carried is None:
+        return dict(files), dict(extra_tensors)
+    from ...assets.side_file import PLACE, layout
+
+    return {**files, PLACE: layout(carried)}, {**extra_tensors, PLACE: carried.tensors}
 
 
 def sizes(parallel: Parallel) -> str:

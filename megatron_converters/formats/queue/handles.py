@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from fractions import Fraction
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -20,16 +20,25 @@ from ...conversion.composing import Piece, Planner, StoredName
 from ...conversion.gathering import materialise
 from ...model.layouts import RowMap, interned, runs
 from ...model.values import Affine, composed
-from ...storage.decoding import Constant, ScaledBlocks
+from ...storage.decoding import Constant, Transposed, UnitRows
+from ...storage.decoding_4bit import MicroScaled, PackedIntegers
+from ...storage.decoding_8bit import ScaledBlocks
 from ...storage.tensor import StoredTensor, as_torch, contiguous_strides
 
 #: Row map as its `layouts.runs`: (row of the tensor, first row of the slot, number of rows).
 _Runs = tuple[tuple[int, int, int], ...]
-#: Stored tensor as plain values: the arguments of `StoredTensor`.
-_PackedTensor = tuple[str, int, str, tuple[int, ...], tuple[int, ...]]
-#: Piece as plain values: the class of its data and the arguments of that, the runs of its rows, its first column, its name, and
-#: numerator and denominator of the scale and the shift of its value.
-_PackedPiece = tuple[str, Any, _Runs, int, tuple[str, ...], tuple[tuple[int, int], ...]]
+
+
+class _Packed(NamedTuple):
+    """Record as plain values: the name of its class, and its fields."""
+
+    kind: str
+    content: tuple[Any, ...]
+
+
+#: Piece as plain values: its data, the runs of its rows, its first column, its name, and numerator and denominator of the scale and
+#: the shift of its value.
+_PackedPiece = tuple[_Packed, _Runs, int, tuple[str, ...], tuple[tuple[int, int], ...]]
 
 
 class TensorHandle:
@@ -74,49 +83,43 @@ def part_of(pieces: Sequence[Piece], rows: RowMap, whole_rows: int, value: Affin
 
 def _pack(piece: Piece) -> _PackedPiece:
     data = piece.data
-    if isinstance(data, ScaledBlocks):
-        packed: Any = (data.name, _pack_tensor(data.weight), data.scale_name, _pack_tensor(data.scale), data.block)
-    elif isinstance(data, Constant):
-        packed = data.dtype.name, data.shape, data.value
-    elif isinstance(data, StoredTensor):
-        packed = _pack_tensor(data)
-    else:
+    if type(data).__name__ not in _CLASSES:
         raise ConversionError(f"{piece.name} is not in a file, so it cannot be sent to another process")
     numbers = () if piece.value is None else (Fraction(piece.value.scale), Fraction(piece.value.shift))
     value = tuple(number.as_integer_ratio() for number in numbers)
-    return type(data).__name__, packed, tuple(runs(piece.rows)), piece.col, tuple(piece.name), value
+    return _packed(data), tuple(runs(piece.rows)), piece.col, tuple(piece.name), value
 
 
-def _pack_tensor(data: StoredTensor) -> _PackedTensor:
-    return data.path, data.offset, data.dtype.name, data.shape, data.strides
+def _packed(value: Any) -> Any:
+    """Field of a piece's data as plain values: of a record its class and fields."""
+    if isinstance(value, DType):
+        return _Packed(DType.__name__, (value.name,))
+    if not dataclasses.is_dataclass(value):
+        return value
+    return _Packed(
+        type(value).__name__, tuple(_packed(getattr(value, each.name)) for each in dataclasses.fields(value))
+    )
+
+
+def _unpacked(value: Any) -> Any:
+    """What `_packed` has packed."""
+    if not isinstance(value, _Packed):
+        return value
+    return _CLASSES[value.kind](*map(_unpacked, value.content))
 
 
 def _unpack(packed: _PackedPiece) -> Piece:
-    kind, content, row_runs, col, name, value = packed
-    data = _UNPACK[kind](content)
+    content, row_runs, col, name, value = packed
+    data = _unpacked(content)
     function = Affine(*(Fraction(*number) for number in value)) if value else None
     return Piece(data, _rows(row_runs, data.shape[0]), col, StoredName(*name), function)
 
 
-def _unpack_tensor(packed: _PackedTensor) -> StoredTensor:
-    path, offset, dtype, shape, strides = packed
-    return StoredTensor(path, offset, dtype_named(dtype), shape, strides)
-
-
-def _unpack_blocks(packed: tuple[str, _PackedTensor, str, _PackedTensor, tuple[int, int]]) -> ScaledBlocks:
-    name, weight, scale_name, scale, block = packed
-    return ScaledBlocks(name, _unpack_tensor(weight), scale_name, _unpack_tensor(scale), block)
-
-
-def _unpack_constant(packed: tuple[str, tuple[int, ...], float]) -> Constant:
-    dtype, shape, value = packed
-    return Constant(dtype_named(dtype), shape, value)
-
-
-_UNPACK: dict[str, Callable[[Any], StoredTensor | ScaledBlocks | Constant]] = {
-    "StoredTensor": _unpack_tensor,
-    "ScaledBlocks": _unpack_blocks,
-    "Constant": _unpack_constant,
+_RECORDS = (StoredTensor, Constant, UnitRows, ScaledBlocks, PackedIntegers, MicroScaled, Transposed)
+#: What makes a record of its fields, by the name of its class.
+_CLASSES: dict[str, Callable[..., Any]] = {
+    DType.__name__: dtype_named,
+    **{each.__name__: each for each in _RECORDS},
 }
 
 

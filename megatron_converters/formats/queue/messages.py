@@ -50,6 +50,8 @@ _ENTRIES = {
     "router": Entry(SAME, ("router weight",)),
     "expert_fc1": dataclasses.replace(_gated("mlp l0", "weight"), stacked=True),
     "expert_fc2": Entry(SAME, ("mlp l1 weight",), stacked=True),
+    "expert_fc1_bias": dataclasses.replace(_gated("mlp l0", "bias"), stacked=True),
+    "expert_fc2_bias": Entry(SAME, ("mlp l1 bias",), stacked=True),
     "shared_fc1": _gated("shared mlp l0", "weight"),
     "shared_fc2": Entry(SAME, ("shared mlp l1 weight",)),
     "shared_gate": Entry(SAME, ("shared gate weight",)),

@@ -17,6 +17,7 @@ from ...conversion.copying import Executor, Sink
 from ...conversion.endpoint import Source, main_dtype, wanted_dtype
 from ...conversion.outline import Fill
 from ...families import FAMILIES
+from ...families.config_json import wrapper_in
 from ...model.layers import LAYER_NORM
 from ...model.layouts import row_maps
 from ...model.slots import Ref, refs
@@ -131,8 +132,18 @@ class QueueTarget:
         }
 
 
+def _refuse_carried(origin: Origin) -> None:
+    """Raise for what lies beside a text part: Megatron-LM's own saver would leave it out, and nothing tells whose it is."""
+    if wrapper_in(origin.hf_config) is not None:
+        from ...assets.side_file import refuse_carried
+
+        where = "the queue between loaders and savers"
+        refuse_carried(origin, where, "use megatron-converters convert, or pass --text-only to leave it out")
+
+
 def stream(source: Source, target: QueueTarget, override: DType | None) -> None:
     """Send every ref of `source` as messages."""
+    _refuse_carried(source.origin)
     executor, coverage = Executor[Sink](), Coverage(source.spec)
     try:
         target.begin(source.spec, source.origin, wanted_dtype(source, override))

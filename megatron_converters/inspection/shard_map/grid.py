@@ -20,13 +20,13 @@ T = TypeVar("T")
 KINDS = {
     "embeddings": ("word_embeddings", "position_embeddings", "mtp_proj"),
     "attention": (
-        *("qkv", "qkv_bias", "q_down", "q_up", "q_whole", "kv_down", "kv_up", "proj", "proj_bias"),
+        *("qkv", "qkv_bias", "q_down", "q_up", "q_whole", "kv_down", "kv_up", "proj", "proj_bias", "sinks"),
         *("delta_in", "delta_conv", "delta_a_log", "delta_dt_bias", "delta_out"),
     ),
     "MLP": ("fc1", "fc1_bias", "fc2", "fc2_bias"),
-    "experts": ("expert_fc1", "expert_fc2", "block_in", "block_out"),
+    "experts": ("expert_fc1", "expert_fc1_bias", "expert_fc2", "expert_fc2_bias", "block_in", "block_out"),
     "shared expert": ("shared_fc1", "shared_fc2", "shared_gate"),
-    "router": ("router", "expert_bias", "block_router"),
+    "router": ("router", "router_bias", "expert_bias", "block_router"),
     "norms": tuple(name for name in SLOTS if name.endswith(("_norm", "_norm_bias"))),
     "output layer": ("output_layer", "output_layer_bias", "score"),
 }
