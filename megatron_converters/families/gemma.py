@@ -91,8 +91,8 @@ GEMMA2 = Family(
     proof=Proof.LOGITS,
     models="Gemma 2",
     covers=(
-        "with `--allow-inexpressible`, under Megatron-Bridge's names: soft caps of scores and logits, and a gated MLP with GELU, which "
-        "Megatron-LM has no arguments for; norms after blocks are in a layer of `megatron_layers`"
+        "with `--allow-inexpressible`, under Megatron-Bridge's names: soft caps of scores and logits, and a gated MLP with GELU, "
+        "which Megatron-LM has no arguments for; norms after blocks are in a layer of `megatron_layers`"
     ),
     tensors=_SANDWICH,
     rules=(
