@@ -31,7 +31,6 @@ TOLERANCE = 1e-5
 ROUNDING = 3e-7
 #: Families that no local layers of megatron-core can be, and what is said.
 IMPOSSIBLE = {
-    "olmoe": "query and key norms over all heads together",
     "qwen3-next": "from Transformer Engine's layers alone.*install transformer_engine",
     "glm-5": "from Transformer Engine's layers alone.*install transformer_engine",
 }

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from megatron_converters.basics.dtypes import dtype_named
 from megatron_converters.conversion.composing import Piece, StoredName
 from megatron_converters.formats.queue.source import MemoryTensor
-from megatron_converters.model.layers import ALL_HEADS, EACH_HEAD, GELU, LAYER_NORM, QUICK_GELU
+from megatron_converters.model.layers import ALL_HEADS, AROUND, EACH_HEAD, GELU, LAYER_NORM, QUICK_GELU
 from megatron_converters.model.spec import ModelSpec, PerLayer
 
 _MOE: dict[str, Any] = dict(num_experts=4, moe_ffn_hidden_size=4, moe_router_topk=2)
@@ -72,6 +72,7 @@ KINDS: dict[str, ModelSpec] = {
         **dict(normalization=LAYER_NORM, activation=GELU, gated=False, parallel_block=True, head_bias=True),
         **dict(qkv_bias=True, proj_bias=True, mlp_bias=True),
     ),
+    "norms before and after blocks": tiny_spec(normalization=LAYER_NORM, block_norms=AROUND),
     "mixture": tiny_spec(
         **_MOE, qk_norm=ALL_HEADS, moe_router_enable_expert_bias=True, shared_ffn_hidden_size=6, shared_gate=True
     ),

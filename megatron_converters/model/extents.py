@@ -82,9 +82,9 @@ def norm_bias(spec: ModelSpec) -> Extent | None:
     return rows_of(spec.hidden_size) if spec.norm.normalization == LAYER_NORM else None
 
 
-def of_second_norm(extent: Callable[[ModelSpec], Extent | None]) -> SizeOf:
-    """Slot of the norm before the MLP, which a layer lacks whose blocks share one."""
-    return lambda spec, layer: None if layer.shares_norm else extent(spec)
+def of_norm(has: Callable[[Layer], bool], extent: Callable[[ModelSpec], Extent | None]) -> SizeOf:
+    """Slot of a norm of the layers that have it."""
+    return lambda spec, layer: extent(spec) if has(layer) else None
 
 
 def vocab(spec: ModelSpec) -> Extent:

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from .hf import _randomise
+from .hf_kinds import KINDS
 
 TEXT: dict[str, Any] = dict(
     **dict(vocab_size=199, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4),
@@ -39,6 +40,17 @@ _QWEN3_VISION: dict[str, Any] = dict(
     **dict(depth=1, hidden_size=16, num_heads=2, intermediate_size=16, out_hidden_size=32, patch_size=4),
     **dict(deepstack_visual_indexes=[0], num_position_embeddings=16),
 )
+
+
+_KIMI_VISION: dict[str, Any] = dict(
+    **dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, patch_size=4),
+    **dict(pos_emb_height=4, pos_emb_width=4),
+)
+#: A text part of DeepSeek's kind, with the sizes of the others.
+_LATENT = {
+    **{key: value for key, value in KINDS["deepseek-v3"].items() if key != "tie_word_embeddings"},
+    **dict(hidden_size=32, num_hidden_layers=2, first_k_dense_replace=1),
+}
 
 
 def _rope(**more: Any) -> dict[str, Any]:
@@ -92,6 +104,7 @@ MODELS: Mapping[str, dict[str, Any]] = {
         image_token_index=10,
         tie_word_embeddings=False,
     ),
+    "kimi_k25": _model("kimi_k25", _KIMI_VISION, _LATENT, image_token_id=190, tie_word_embeddings=False),
     "mistral3 ministral3": _model(
         "mistral3", _PIXTRAL, {"model_type": "ministral3", "head_dim": 16}, image_token_index=10
     ),
@@ -105,8 +118,26 @@ def make_wrapper(name: str, folder: Path, *, in_memory_names: bool = False, **op
     model = AutoModelForImageTextToText.from_config(AutoConfig.for_model(**MODELS[name]), dtype=torch.float32)
     _randomise(model, 0)
     model.save_pretrained(folder, save_original_format=not in_memory_names, **options)
+    if name == "kimi_k25" and not in_memory_names:
+        _mend_kimi(folder)
     (folder / "preprocessor_config.json").write_text('{"size": 8}')
     return folder
+
+
+def _mend_kimi(folder: Path) -> None:
+    """Give tensors their published names where transformers 5.23 does not: it takes all layers for those of the tower."""
+
+    def published(name: str) -> str:
+        text = name.replace("language_model.model.blocks.", "language_model.model.layers.")
+        return text.replace("model.mm_projector.", "mm_projector.")
+
+    for path in folder.glob("*.safetensors"):
+        save_file({published(name): data for name, data in load_file(path).items()}, path, {"format": "pt"})
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        content = json.loads(index.read_text())
+        files = {published(name): file for name, file in content["weight_map"].items()}
+        index.write_text(json.dumps({**content, "weight_map": files}))
 
 
 def loaded(folder: Path) -> Any:

@@ -3,6 +3,7 @@
 The dialects differ in their norms: the local spec has separate modules, Transformer Engine fuses them into the next linear.
 Source: Megatron-LM core_v0.16.1, core/models/gpt/gpt_layer_specs.py, and state dicts written by core_v0.17.1 with
 Transformer Engine 2.14; for sparse attention core_v0.19.0, core/models/gpt/experimental_attention_variant_module_specs.py.
+Transformer Engine 2.14. Norms after blocks, which Megatron-LM lacks, are named as by Megatron-Bridge (models/common/te_layers.py).
 """
 
 from __future__ import annotations
@@ -61,12 +62,16 @@ LOCAL: dict[str, Name] = {
     "delta_out": _ATTENTION + "out_proj.weight",
     "proj": _ATTENTION + "linear_proj.weight",
     "proj_bias": _ATTENTION + "linear_proj.bias",
+    "attention_post_norm": _ATTENTION + "linear_proj.post_layernorm.weight",
+    "attention_post_norm_bias": _ATTENTION + "linear_proj.post_layernorm.bias",
     "mlp_norm": _LAYER + "pre_mlp_layernorm.weight",
     "mlp_norm_bias": _LAYER + "pre_mlp_layernorm.bias",
     "fc1": _MLP + "linear_fc1.weight",
     "fc1_bias": _MLP + "linear_fc1.bias",
     "fc2": _MLP + "linear_fc2.weight",
     "fc2_bias": _MLP + "linear_fc2.bias",
+    "mlp_post_norm": _MLP + "linear_fc2.post_layernorm.weight",
+    "mlp_post_norm_bias": _MLP + "linear_fc2.post_layernorm.bias",
     "router": _MLP + "router.weight",
     "router_bias": _MLP + "router.bias",
     "expert_bias": _MLP + "router.expert_bias",
@@ -239,10 +244,14 @@ _OWNERS = (
     _Owner(_ATTENTION + "out_norm", "delta_norm", local=False),
     _Owner(_MLP + "linear_fc1", "fc1"),
     _Owner(_MLP + "linear_fc2", "fc2"),
+    _Owner(_ATTENTION + "linear_proj.post_layernorm", "attention_post_norm", local=False),
+    _Owner(_MLP + "linear_fc2.post_layernorm", "mlp_post_norm", local=False),
     _Owner(_LAYER + "pre_mlp_layernorm", "router", local=False),
     _Owner(_MLP + "shared_experts.linear_fc1", "shared_fc1"),
     _Owner(_MLP + "shared_experts.linear_fc2", "shared_fc2"),
 )
+#: Norms that have none where they span all heads: Transformer Engine has no such norm.
+_HEAD_NORMS = ("q_norm", "k_norm")
 #: Norm that both blocks of a layer share, which is no part of a linear.
 _SHARED_NORM = _Owner(_LAYER + "input_layernorm", "input_norm", local=False)
 _MTP_OWNERS = (
@@ -291,7 +300,8 @@ def _owners(spec: ModelSpec, kind: Layer, stack: str) -> Iterator[_Owner]:
         yield _SHARED_NORM
     others = (None, isinstance(kind.mixer, SparseLatent))
     for owner in (*_OWNERS, *(_MTP_OWNERS if stack != DECODER else ())):
-        if owner.sparse in others and SLOTS[owner.slot].extent(spec, kind) is not None:
+        over_heads = owner.slot in _HEAD_NORMS and kind.norms_over_heads
+        if owner.sparse in others and not over_heads and SLOTS[owner.slot].extent(spec, kind) is not None:
             yield owner
 
 
