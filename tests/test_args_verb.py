@@ -66,6 +66,9 @@ STOCK: dict[str, tuple[str, Any, Any]] = {
     "--swiglu": ("swiglu", True, False),
     "--squared-relu": ("squared_relu", True, False),
     "--no-bias-gelu-fusion": ("bias_gelu_fusion", False, True),
+    "--quick-geglu": ("quick_geglu", True, False),
+    "--glu-linear-offset": ("glu_linear_offset", float, 0.0),
+    "--activation-func-clamp-value": ("activation_func_clamp_value", float, None),
     "--normalization": ("normalization", str, "LayerNorm"),
     "--norm-epsilon": ("layernorm_epsilon", float, 1e-5),
     "--apply-layernorm-1p": ("layernorm_zero_centered_gamma", True, False),
@@ -76,6 +79,7 @@ STOCK: dict[str, tuple[str, Any, Any]] = {
     "--untie-embeddings-and-output-weights": ("untie_embeddings_and_output_weights", True, False),
     "--window-size": ("window_size", window, None),
     "--window-attn-skip-freq": ("window_attn_skip_freq", frequency, None),
+    "--softmax-type": ("softmax_type", str, "vanilla"),
     "--multi-latent-attention": ("multi_latent_attention", True, False),
     "--q-lora-rank": ("q_lora_rank", int, None),
     "--kv-lora-rank": ("kv_lora_rank", int, 32),
@@ -98,6 +102,14 @@ STOCK: dict[str, tuple[str, Any, Any]] = {
     "--linear-num-key-heads": ("linear_num_key_heads", int, 16),
     "--linear-num-value-heads": ("linear_num_value_heads", int, 32),
     "--attention-output-gate": ("attention_output_gate", True, False),
+    "--dsa-indexer-n-heads": ("dsa_indexer_n_heads", int, None),
+    "--dsa-indexer-head-dim": ("dsa_indexer_head_dim", int, None),
+    "--dsa-indexer-topk": ("dsa_indexer_topk", int, None),
+    "--dsa-indexer-rope-interleaved": ("dsa_indexer_rope_interleaved", True, False),
+    "--dsa-indexer-topk-freq": ("dsa_indexer_topk_freq", int, 1),
+    "--dsa-indexer-skip-topk-offset": ("dsa_indexer_skip_topk_offset", int, 0),
+    "--dsa-indexer-k-norm-epsilon": ("dsa_indexer_k_norm_epsilon", float, None),
+    "--no-rope-fusion": ("apply_rope_fusion", False, True),
     "--use-mup": ("use_mup", True, False),
     "--mup-embedding-mult": ("mup_embedding_mult", float, 1.0),
     "--mup-output-mult": ("mup_output_mult", float, 1.0),
@@ -126,6 +138,7 @@ STOCK: dict[str, tuple[str, Any, Any]] = {
     "--moe-shared-expert-gate": ("moe_shared_expert_gate", True, False),
     "--moe-grouped-gemm": ("moe_grouped_gemm", True, False),
     "--moe-use-legacy-grouped-gemm": ("moe_use_legacy_grouped_gemm", True, False),
+    "--no-bias-dropout-fusion": ("bias_dropout_fusion", False, True),
     "--moe-token-dispatcher-type": ("moe_token_dispatcher_type", str, "allgather"),
     "--transformer-impl": ("transformer_impl", str, "transformer_engine"),
     "--tensor-model-parallel-size": ("tensor_model_parallel_size", int, 1),
@@ -151,9 +164,7 @@ STOCK: dict[str, tuple[str, Any, Any]] = {
 }
 #: The same parser's defaults for what no supported model has.
 UNSAID = {
-    "quick_geglu": False,
     "openai_gelu": False,
-    "softmax_type": "vanilla",
     "apply_residual_connection_post_layernorm": False,
     "add_position_embedding": True,
     "use_rotary_position_embeddings": False,
@@ -255,10 +266,13 @@ def test_flags_that_releases_lack_are_named() -> None:
         ("linear rope", "0.19"),  # before, pretrain_gpt.py takes the flag and ignores it
         ("rotation on one layer", "0.13"),
         ("window", "0.15"),
+        ("sinks", "0.15"),
+        ("quick gelu", "0.15"),
         ("experts", "0.11"),  # which first ran such a model, though 0.10 knows the flags
         ("latents", "0.12"),  # where YaRN by a factor of 1 is what --rope-type rope is later
         ("tokens further on", "0.12"),
         ("gated DeltaNet", "0.16"),
+        ("sparse attention", "0.19"),  # 0.18 computes another
         ("gated shared expert", "0.16"),
         ("multipliers", "0.17"),
     ],

@@ -26,6 +26,7 @@ from megatron_converters.model.layouts import (
     AFTER_TWO_ROWS,
     ALTERNATING,
     DELTA_BY_KEY_HEAD,
+    DELTA_BY_USE,
     GATED,
     GROUPED_GATED_QKV,
     GROUPED_INTERLEAVED_QKV,
@@ -50,7 +51,7 @@ PARTS = {
     **{SAME.name: 1, GATED.name: 2, GROUPED_QKV.name: 3, GROUPED_GATED_QKV.name: 3, DELTA_BY_KEY_HEAD.name: 2},
     **{joined(layout).name: 1 for layout in (GATED, GROUPED_QKV, GROUPED_INTERLEAVED_QKV)},
     **{GROUPED_INTERLEAVED_QKV.name: 3, AFTER_TWO_ROWS.name: 1, ALTERNATING.name: 1},
-    **{LATENT_QUERY_HALVES.name: 1, LATENT_KEY_HALVES.name: 1},
+    **{LATENT_QUERY_HALVES.name: 1, LATENT_KEY_HALVES.name: 1, DELTA_BY_USE.name: 4},
 }
 HAS_EXPERTS = [name for name, model in MODELS.items() if model.has_experts and model.publish is None]
 LATER = {
@@ -152,6 +153,16 @@ _ROUTED: dict[str, Any] = EXPERT_FIELDS | dict(
 )
 _UNGATED: dict[str, Any] = dict(_BIASES, normalization=LAYER_NORM, gated=False, activation=GELU)
 _POST: dict[str, Any] = dict(block_norms=AFTER)
+_GATED_DELTA: dict[str, Any] = {
+    **dict(mixer=PerLayer(["gated delta", "attention"]), attention_output_gate=True, qk_norm=EACH_HEAD),
+    **dict(linear_num_key_heads=2, linear_num_value_heads=4, linear_conv_kernel_dim=3),
+    **dict(linear_key_head_dim=2, linear_value_head_dim=4, num_layers=2, mtp_num_layers=1),
+}
+_SPARSE: dict[str, Any] = dict(
+    **{**_LATENT, **_ROUTED, **_MIXED, "mixer": "sparse latent", "q_lora_rank": 4},
+    **dict(dsa_indexer_n_heads=3, dsa_indexer_head_dim=2, dsa_indexer_topk=8),
+)
+_SHARED = EXPERT_FIELDS | dict(shared_ffn_hidden_size=4, shared_gate=True)
 #: Models of each family that together have all the slots that its config.json can ask for.
 ASKED: dict[str, list[dict[str, Any]]] = {
     "llama": [_BIASES],
@@ -195,14 +206,11 @@ ASKED: dict[str, list[dict[str, Any]]] = {
         for rank in (None, 4)
     ],
     "glm4_moe_lite": [dict(**{**_LATENT, **_ROUTED, **_MIXED, "q_lora_rank": rank}) for rank in (None, 4)],
-    "qwen3_next": [
-        dict(
-            **{**EXPERT_FIELDS, **_MIXED, "num_layers": 2, "mtp_num_layers": 1},
-            **dict(mixer=PerLayer(["gated delta", "attention"]), attention_output_gate=True, qk_norm=EACH_HEAD),
-            **dict(linear_num_key_heads=2, linear_num_value_heads=4, linear_conv_kernel_dim=3),
-            **dict(linear_key_head_dim=2, linear_value_head_dim=4, shared_ffn_hidden_size=4, shared_gate=True),
-        )
-    ],
+    "qwen3_next": [_GATED_DELTA | _SHARED | _MIXED],
+    "qwen3_5_text": [_GATED_DELTA],
+    "qwen3_5_moe_text": [_GATED_DELTA | _SHARED],
+    "deepseek_v32": [_SPARSE],
+    "glm_moe_dsa": [_SPARSE | dict(shared_indexer=PerLayer([False, True]))],
     "minicpm": [
         dict(qkv_bias=True, proj_bias=True),
         EXPERT_FIELDS,

@@ -55,7 +55,8 @@ OWN_SIZES: dict[str, dict[str, Any]] = {
     "deepseek_v2": {**SIZES, "num_experts_per_tok": 4},
     "dots1": {**SIZES, "num_experts_per_tok": 4, "n_routed_experts": 8, "norm_topk_prob": True},
     "helium": {**SIZES, "num_attention_heads": 40},  # its default are 20 groups
-    "qwen3_next": {**SIZES, "num_hidden_layers": 4},  # the fourth is the first with full attention
+    # the fourth layer is the first with full attention
+    **{name: {**SIZES, "num_hidden_layers": 4} for name in ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")},
 }
 
 
@@ -96,13 +97,18 @@ WITH_MLP_BIASES = (*WITH_BIASES, "gpt_neox", "gpt_oss")
 FILLED = ("olmo", "olmo2", "olmo3", "nemotron", "arcee", "jais2", "gpt_neox", "gpt_oss")
 #: Families whose norms are after blocks.
 WITH_POST_NORMS = ("olmo2", "olmo3", "exaone4")
-LATENT = ("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "minicpm3")
+GATED_DELTA = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")
+SPARSE = ("deepseek_v32", "glm_moe_dsa")
+LATENT = ("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "minicpm3", *SPARSE)
 #: Families without a class in transformers.
 REMOTE = ("minicpm", "bailing_moe", "mimo", "internlm2", "exaone", "qwen", "baichuan", "baichuan2", "chatglm")
 NATIVE = [name for name in FAMILIES if name not in REMOTE]
-CHOSEN_BY_SIGMOID = ("glm4_moe", "deepseek_v3", "glm4_moe_lite", "dots1", "solar_open", "hy_v3", "exaone_moe")
+CHOSEN_BY_SIGMOID = (
+    *("glm4_moe", "deepseek_v3", "glm4_moe_lite", "dots1", "solar_open", "hy_v3", "exaone_moe"),
+    *SPARSE,
+)
 #: Families whose experts are weighted by a softmax over those that are chosen, whatever config.json says.
-CHOSEN_FIRST = ("mixtral", "granitemoe", "granitemoeshared", "gpt_oss")
+CHOSEN_FIRST = ("mixtral", "granitemoe", "granitemoeshared", "gpt_oss", "qwen3_5_moe_text")
 #: Families whose classes have no bias in the output of attention.
 WITHOUT_OUTPUT_BIAS = ("glm", "glm4_moe", "solar_open", "helium")
 
@@ -124,7 +130,7 @@ def facts(found: Any) -> dict[str, Any]:
         "max_position_embeddings": found.max_position_embeddings,
         "norm_epsilon": first(found, epsilons, 1e-5),  # OlmoLayerNorm, and the default of torch's in OPT
         "normalization": LAYER_NORM if kind in WITH_LAYER_NORM else "RMSNorm",
-        "zero_centred": kind in ("qwen3_next", "nemotron"),  # their norms add 1 to their weights
+        "zero_centred": kind in (*GATED_DELTA, "nemotron"),  # their norms add 1 to their weights
         "learned_positions": kind in WITH_POSITIONS,
         "tied": found.tie_word_embeddings,
         "causal": getattr(found, "is_causal", True),  # masking_utils.py, create_causal_mask
@@ -198,8 +204,21 @@ def rope_facts(found: Any) -> dict[str, Any]:
 
 
 def latent_facts(found: Any) -> dict[str, Any]:
+    sparse = {}
+    if found.model_type in SPARSE:
+        shared = PerLayer(
+            kind == "shared" for kind in getattr(found, "indexer_types", found.num_hidden_layers * ["full"])
+        )
+        sparse = {
+            "dsa_indexer_n_heads": found.index_n_heads,
+            "dsa_indexer_head_dim": found.index_head_dim,
+            "dsa_indexer_topk": found.index_topk,
+            "dsa_indexer_rope_interleaved": found.model_type == "glm_moe_dsa",  # GlmMoeDsaIndexer.forward
+            "shared_indexer": one_or_per_layer(shared),
+        }
     return {
-        "mixer": "latent",
+        **sparse,
+        "mixer": "sparse latent" if sparse else "latent",
         "num_attention_heads": found.num_attention_heads,
         "q_lora_rank": found.q_lora_rank,
         "kv_lora_rank": found.kv_lora_rank,
@@ -216,14 +235,14 @@ def attention_facts(found: Any) -> dict[str, Any]:
         types = ["full_attention" if getattr(found, "sliding_window", None) is None else "sliding_attention"] * layers
     windows = PerLayer(found.sliding_window if each == "sliding_attention" else None for each in types)
     linear = {}
-    if kind == "qwen3_next":
+    if kind in GATED_DELTA:
         names = ("key_head_dim", "value_head_dim", "num_key_heads", "num_value_heads", "conv_kernel_dim")
         linear = {f"linear_{name}": getattr(found, f"linear_{name}") for name in names}
     bias = first(found, ("attention_bias", "use_bias", "enable_bias"), kind in WITH_BIASES)
     if kind in FILLED:
         bias = bias or first(found, ("mlp_bias",), kind in WITH_MLP_BIASES)
     # The norms of OLMo's attention have the size of all heads.
-    with_norms = ("qwen3", "qwen3_moe", "qwen3_next", "dots1", "hy_v3", "exaone4", "exaone_moe")
+    with_norms = ("qwen3", "qwen3_moe", *GATED_DELTA, "dots1", "hy_v3", "exaone4", "exaone_moe")
     over_heads = ("olmoe", "olmo2", "olmo3")
     norms = {**dict.fromkeys(with_norms, EACH_HEAD), **dict.fromkeys(over_heads, ALL_HEADS)}
     own_norms = EACH_HEAD if first(found, ("use_qk_norm", "qk_layernorm"), False) else ""
@@ -239,7 +258,7 @@ def attention_facts(found: Any) -> dict[str, Any]:
         "proj_bias": getattr(found, "attention_out_bias", bias and kind not in WITHOUT_OUTPUT_BIAS),
         "qk_norm": norms.get(kind, own_norms),
         "sliding_window": one_or_per_layer(windows),
-        "attention_output_gate": kind == "qwen3_next",
+        "attention_output_gate": kind in GATED_DELTA,
         "sinks": kind == "gpt_oss",
         **linear,
     }
@@ -282,7 +301,7 @@ def expert_facts(found: Any) -> dict[str, Any]:
         "moe_router_group_topk": found.topk_group if grouped else None,
         "moe_aux_loss_coeff": getattr(found, "router_aux_loss_coef", 0.0),
         "shared_ffn_hidden_size": getattr(found, "shared_expert_intermediate_size", shared),
-        "shared_gate": kind in ("qwen2_moe", "qwen3_next"),
+        "shared_gate": kind in ("qwen2_moe", "qwen3_next", "qwen3_5_moe_text"),
     }
 
 

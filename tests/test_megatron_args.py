@@ -55,11 +55,21 @@ LATENT = {
     **{"kv_lora_rank": 6, "q_lora_rank": 4, "qk_head_dim": 4, "qk_pos_emb_head_dim": 2, "v_head_dim": 6},
     **{"mixer": "latent", "kv_channels": 2, "num_query_groups": 4},
 }
+SPARSE = {
+    **LATENT,
+    **{"mixer": "sparse latent", "dsa_indexer_n_heads": 3, "dsa_indexer_head_dim": 4, "dsa_indexer_topk": 8},
+    **{"dsa_indexer_rope_interleaved": False, "shared_indexer": False},
+}
 DELTA = {
     **{"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_conv_kernel_dim": 3},
     **{"linear_key_head_dim": 6, "linear_value_head_dim": 10},
     "mixer": PerLayer(["gated delta", "attention"]),
     "attention_output_gate": True,
+}
+#: Args of sparse attention.
+DSA: dict[str, Any] = {
+    **{"experimental_attention_variant": "dsa", "multi_latent_attention": True, "dsa_indexer_rope_interleaved": False},
+    **{"dsa_indexer_n_heads": 2, "dsa_indexer_head_dim": 64, "dsa_indexer_topk": 8},
 }
 CASES: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -109,6 +119,16 @@ CASES: dict[str, dict[str, Any]] = {
         "rope_scaling": RopeScaling(
             "yarn", 40.0, original_max_position_embeddings=4096, mscale=0.7, mscale_all_dim=0.5
         ),
+    },
+    "sparse attention": SPARSE,
+    "sparse attention with neighbours rotated": {**SPARSE, "dsa_indexer_rope_interleaved": True},
+    "indexers that layers share": {
+        **SPARSE,
+        **{"num_layers": 9, "shared_indexer": PerLayer(layer in (3, 4, 5, 7, 8) for layer in range(9))},
+    },
+    "an indexer that all other layers share": {
+        **SPARSE,
+        **{"num_layers": 5, "shared_indexer": PerLayer(layer > 0 for layer in range(5))},
     },
     "gated DeltaNet": DELTA,
     "gated DeltaNet in an order of its own": {
@@ -391,7 +411,19 @@ def test_what_megatron_cannot_express(fields: dict[str, Any], reason: str) -> No
         ({"moe_single_grouped_bias": True}, "all experts' biases of a rank in one parameter"),
         ({"softmax_scale": 0.1}, "another scale"),
         ({"heterogeneous_layers_config_encoded_json": "{}"}, "layers that differ"),
-        ({"experimental_attention_variant": "dsa"}, "only 'gated_delta_net' is supported"),
+        ({"experimental_attention_variant": "mamba"}, "only 'gated_delta_net' and 'dsa' are supported"),
+        ({"experimental_attention_variant": "dsa"}, "without multi_latent_attention"),
+        (
+            {"experimental_attention_variant": "dsa", "multi_latent_attention": True},
+            "no dsa_indexer_rope_interleaved, as before Megatron-LM 0.19: its indexers read latents before their norm",
+        ),
+        (
+            {**DSA, "dsa_indexer_topk_freq": 0},
+            "dsa_indexer_topk_freq=0 and dsa_indexer_skip_topk_offset=0; they must be whole numbers, the first above 0",
+        ),
+        ({**DSA, "dsa_indexer_n_heads": None}, "dsa_indexer_n_heads is None"),
+        ({**DSA, "dsa_indexer_head_dim": 1}, "dsa_indexer_head_dim is 1, fewer than the 64 rows that rotate"),
+        ({**DSA, "dsa_indexer_scoring_relu": False}, "indexers whose scores may be negative"),
         ({"experimental_attention_variant": "gated_delta_net"}, "linear_attention_freq=None; it must be a number or"),
         ({"experimental_attention_variant": "gated_delta_net", "linear_attention_freq": [1]}, "a list of 2 values"),
         ({"multi_latent_attention": True, "mla_down_proj_fusion": True}, "down projections that are stored as one"),

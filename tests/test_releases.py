@@ -61,6 +61,8 @@ MODELS: dict[str, tuple[dict[str, Any], int]] = {
     "olmo2": (dict(tp=2, pp=2), 12),
     "exaone4-windows": (dict(tp=2, pp=2), 15),
     "olmoe": (dict(ep=2, pp=2, expert_layout="sequential"), 16),
+    "gpt-oss": (dict(ep=2, pp=2, expert_layout="sequential"), 15),
+    "gpt-oss-yarn": (dict(ep=2, pp=2, expert_layout="sequential"), 19),
     "deepseek-v3": (dict(tp=2, expert_layout="sequential", impl=ENGINE), 12),  # down projections are cut before 0.14
 }
 pytestmark = pytest.mark.skipif(not TREES, reason="MEGATRON_LM_TREES names no tree of Megatron-LM")

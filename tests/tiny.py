@@ -85,6 +85,11 @@ KINDS: dict[str, ModelSpec] = {
     "block experts": tiny_spec(feed=PerLayer(["mlp", "block experts"]), block_experts=3, block_expert_size=4),
     "latents": tiny_spec(**_LATENT, q_lora_rank=4, feed=PerLayer(["mlp", "moe"]), **_MOE),
     "latents of keys and values alone": tiny_spec(**_LATENT),
+    "sparse attention": tiny_spec(
+        **{**_LATENT, "mixer": "sparse latent", "q_lora_rank": 4, "mtp_num_layers": 1},
+        **dict(dsa_indexer_n_heads=3, dsa_indexer_head_dim=4, dsa_indexer_topk=8),
+        shared_indexer=PerLayer([False, True]),
+    ),
     "gated DeltaNet": tiny_spec(
         **_DELTA, mixer=PerLayer(["gated delta", "attention"]), attention_output_gate=True, zero_centred=True
     ),

@@ -154,6 +154,7 @@ RULES: Mapping[str, Form] = {
     "listed_window": Form(_listed_window, optional={"default": or_null(whole), "full": whole, "last": switch}),
     "rotated_layers": Form(kinds.RotatedLayers, {"interval": whole}),
     "linear_attention": Form(attention.LinearAttention, {"interval": whole}),
+    "indexers": Form(kinds.Indexers, {"may_share": switch}),
     "dense_layers": Form(experts.DenseLayers),
     "first_dense": Form(experts.FirstDense, {"default": whole}, {"listed": switch}),
     "experts": Form(experts.Experts, {"default": whole}),

@@ -24,7 +24,7 @@ _ROWS: Mapping[str, str] = {
     "phi3small": "whose attention is sparse in blocks, which Megatron-LM has not",
     "phi4mm phi4_multimodal": "which adds low-rank matrices for each kind of input; Megatron-LM has no such layers",
     "phimoe": "whose router chooses one expert after the other by thresholds (sparsemixer), which Megatron-LM has not",
-    "mllama mllama_text_model MllamaForConditionalGeneration MllamaForCausalLM": (
+    "mllama mllama_text_model": (
         "some of whose text layers attend to images alone, so that the text part is no model of its own; Megatron-LM has no such "
         "layers"
     ),

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from ..basics.errors import ConversionError
 from ..model.checks import is_whole
 from ..model.spec import ModelSpec
-from .rules import Config, layer_count, per_layer
+from .rules import Config, check_kinds, layer_count, list_of_names, per_layer
 from .rules_attention import FULL, SLIDING, Rope, layer_types, types_of, widest, windows_of
+
+#: Kind of attention of layers that attend to the positions of an indexer, and the kinds of these, by their letters.
+INDEXED = "indexed_attention"
+_INDEXERS = {"F": "full", "S": "shared"}
 
 
 @dataclass(frozen=True)
@@ -88,6 +92,54 @@ class RotatedLayers:
             "sliding_window": window,
             "layer_types": types_of(spec),
         }
+
+
+@dataclass(frozen=True)
+class Indexers:
+    """Layers with an indexer of their own, "full", and those that share one, as `indexer_types` lists them, if they `may_share`.
+
+    Without the list `index_topk_pattern` says it ("FSSF"), or a rhythm: beyond the first ones every N-th layer has one.
+    transformers 5.23, models/glm_moe_dsa. Its other lists say of all layers that their attention is indexed.
+    """
+
+    may_share: bool
+    keys: tuple[str, ...] = (
+        *("layer_types", "indexer_types", "index_topk_pattern"),
+        *("index_topk_freq", "index_skip_topk_offset"),
+    )
+    #: Property that it decides.
+    field: ClassVar[str] = "shared_indexer"
+
+    def read(self, config: Config) -> dict[str, Any]:
+        layers, kinds = layer_count(config), layer_types(config)
+        if {*kinds} not in (set(), {INDEXED}, {FULL}):
+            raise ConversionError(f"config.json has layer_types={kinds!r}; only {INDEXED} can be converted")
+        types = self._types(config, layers)
+        check_kinds("indexer_types", types, [*_INDEXERS.values()], layers)
+        if types[:1] == [_INDEXERS["S"]] or not (self.may_share or {*types} <= {_INDEXERS["F"]}):
+            raise ConversionError(
+                f"config.json has layers that share an indexer ({types!r:.80}), "
+                + ("but the first has none before it" if self.may_share else "which its class does not know")
+            )
+        return {"shared_indexer": per_layer([kind == _INDEXERS["S"] for kind in types])}
+
+    def _types(self, config: Config, layers: int) -> list[str]:
+        listed, pattern = list_of_names(config, "indexer_types"), config.get("index_topk_pattern")
+        if isinstance(pattern, str):
+            pattern = [_INDEXERS.get(letter, letter) for letter in pattern]
+        if listed or pattern:
+            return listed or list_of_names({"index_topk_pattern": pattern}, "index_topk_pattern")
+        freq, offset = config.get("index_topk_freq", 1), config.get("index_skip_topk_offset", 2)
+        if not (is_whole(freq) and is_whole(offset)):
+            raise ConversionError(
+                f"config.json has index_topk_freq={freq!r} and index_skip_topk_offset={offset!r}; they must be whole numbers"
+            )
+        return [_INDEXERS["S" if max(layer - offset + 1, 0) % max(freq, 1) else "F"] for layer in range(layers)]
+
+    def write(self, spec: ModelSpec) -> dict[str, Any]:
+        if not self.may_share:
+            return {}
+        return {"indexer_types": [_INDEXERS["S" if each else "F"] for each in spec.in_layers("shared_indexer")]}
 
 
 @dataclass(frozen=True)

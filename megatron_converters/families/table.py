@@ -47,6 +47,8 @@ class Family:
     optional_prefix: str = ""
     #: Names of tensors that files may have in place of the table's, by these others.
     renamed: Mapping[str, str] = field(default_factory=dict)
+    #: Beginning of the names of its classes with another head, or none, where it is not that of `architecture`.
+    stem: str = ""
     aliases: tuple[str, ...] = ()
     further_architectures: tuple[str, ...] = ()
     computed_by: str = ""

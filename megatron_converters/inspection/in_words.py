@@ -28,6 +28,7 @@ from ..model.layers import (
     Mixer,
     Mixture,
 )
+from ..model.sparse_latent import SparseLatent
 from ..model.spec import ModelSpec, Multipliers, PerLayer
 from ..sharding.ranks import Parallel
 from .inventory import Holding, Survey, count_parameters
@@ -230,8 +231,17 @@ def _mixer(mixer: Mixer) -> str:
         return f"{mixer.num_attention_heads} heads of {mixer.kv_channels} in {groups}"
     if isinstance(mixer, Latent):
         latents = f"{mixer.kv_lora_rank}" + (f" and of {mixer.q_lora_rank} for queries" if mixer.q_lora_rank else "")
-        return f"{mixer.num_attention_heads} heads from latents of {latents}"
+        heads = f"{mixer.num_attention_heads} heads from latents of {latents}"
+        return f"{heads}, {_indexer(mixer)}" if isinstance(mixer, SparseLatent) else heads
     return f"gated DeltaNet with {mixer.sizes}"
+
+
+def _indexer(mixer: SparseLatent) -> str:
+    """Which positions a sparse attention attends to."""
+    topk = f"to {mixer.dsa_indexer_topk} positions of"
+    if mixer.shared_indexer:
+        return f"{topk} an earlier layer's indexer"
+    return f"{topk} an indexer of {count(mixer.dsa_indexer_n_heads, 'head')} of {mixer.dsa_indexer_head_dim}"
 
 
 def _value(spec: ModelSpec, name: str) -> str:

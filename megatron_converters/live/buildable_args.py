@@ -113,8 +113,12 @@ def check(args: Mapping[str, Any], what: str) -> None:
             f"{what}: megatron-core builds a model with {', '.join(engine)} from Transformer Engine's layers alone, which need "
             "a GPU; its logits cannot be computed here"
         )
-    problems = [f"{name}={value!r}" for name, value in args.items() if not _is_heeded(name, value)]
-    raise_all(f"{what}: megatron-core's model cannot be built here with", problems)
+    raise_all(f"{what}: megatron-core's model cannot be built here with", unheeded(args))
+
+
+def unheeded(args: Mapping[str, Any]) -> list[str]:
+    """Arguments, as `name=value`, with which no model is built here."""
+    return [f"{name}={value!r}" for name, value in args.items() if not _is_heeded(name, value)]
 
 
 def _is_heeded(name: str, value: Any) -> bool:

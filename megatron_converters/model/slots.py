@@ -2,7 +2,8 @@
 
 A slot's tensor is Megatron's whole tensor: unsharded, without vocabulary padding, query groups packed, gate above up.
 Shapes and cuts: Megatron-LM core_v0.16.1, megatron/core/transformer/{attention,multi_latent_attention,mlp}.py,
-core/ssm/gated_delta_net.py, core/transformer/moe/, multi_token_prediction.py, and core/tensor_parallel/layers.py.
+core/ssm/gated_delta_net.py, core/transformer/moe/, multi_token_prediction.py, and core/tensor_parallel/layers.py; of indexers
+core_v0.19.0, core/transformer/experimental_attention_variant/dsa.py.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from .extents import (
     of_norm,
 )
 from .layers import Attention, GatedDelta, Latent, Layer, Mixture, Mlp
+from .sparse_latent import SparseLatent
 from .spec import ModelSpec
 
 
@@ -202,6 +204,16 @@ _ALL = (
         of_mixer(
             Latent, lambda a, _: extents.per_head(a.num_attention_heads, a.qk_head_dim + a.v_head_dim, a.kv_lora_rank)
         ),
+    ),
+    # Every rank has the whole indexer. Small differences of the weights of its heads change which tokens are chosen.
+    Slot("indexer_query", _LAYER, _REPLICATED, of_mixer(SparseLatent, extents.indexer_query)),
+    Slot("indexer_key", _LAYER, _REPLICATED, of_mixer(SparseLatent, extents.indexer_key)),
+    Slot("indexer_norm", _LAYER, _REPLICATED, of_mixer(SparseLatent, extents.indexer_norm)),
+    Slot("indexer_norm_bias", _LAYER, _REPLICATED, of_mixer(SparseLatent, extents.indexer_norm)),
+    Slot(
+        *("indexer_weights", _LAYER, _REPLICATED),
+        of_mixer(SparseLatent, extents.indexer_weights),
+        precision=_STORED,
     ),
     Slot(
         *("delta_in", _LAYER, _COLUMN),

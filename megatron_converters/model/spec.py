@@ -30,6 +30,7 @@ from .layers import (
     Rope,
     RopeScaling,
 )
+from .sparse_latent import SparseLatent
 
 
 class PerLayer(tuple[Any, ...]):
@@ -57,7 +58,12 @@ class Multipliers:
 
 
 #: Records that a layer can have, by the value of the properties "mixer" and "feed".
-MIXERS: dict[str, type[Mixer]] = {"attention": Attention, "latent": Latent, "gated delta": GatedDelta}
+MIXERS: dict[str, type[Mixer]] = {
+    "attention": Attention,
+    "latent": Latent,
+    "sparse latent": SparseLatent,
+    "gated delta": GatedDelta,
+}
 FEEDS: dict[str, type[Feed]] = {"mlp": Mlp, "moe": Mixture, "block experts": BlockExperts}
 _TAGS = {record: name for name, record in (*MIXERS.items(), *FEEDS.items())}
 
@@ -248,6 +254,7 @@ def _spec_of(values: Mapping[str, Any]) -> ModelSpec:
             kind = _kind({**values, **dict(zip(per_layer, key, strict=True))})
             by_values[key] = kinds.setdefault(kind, len(kinds))
         order.append(by_values[key])
+    predicting = kinds.setdefault(_predicting([*kinds][order[-1]]), len(kinds)) if further else order[-1]
     for kind in _spare_kinds(values, list(kinds)):
         kinds.setdefault(kind, len(kinds))
     given = {name: values[name] for name in (*_SHARED, *_OPTIONAL) if name in values}
@@ -257,8 +264,15 @@ def _spec_of(values: Mapping[str, Any]) -> ModelSpec:
         multipliers=_record(Multipliers, values),
         kinds=tuple(kinds),
         order=tuple(order),
-        mtp=(order[-1],) * further,
+        mtp=(predicting,) * further,
     )
+
+
+def _predicting(last: Layer) -> Layer:
+    """Kind of layers of multi-token prediction: that of the last layer, but they share no indexer (Megatron-LM 0.19, GLM-5.2)."""
+    if not isinstance(last.mixer, SparseLatent):
+        return last
+    return dataclasses.replace(last, mixer=dataclasses.replace(last.mixer, shared_indexer=False))
 
 
 def _kind(values: Mapping[str, Any]) -> Layer:

@@ -202,7 +202,14 @@ _SCALES = (
         ("kv_a_proj", 0.2),
     ),
     *(("sinks", 1.0), ("mlp.router.weight", 0.3), ("gate_up_proj_bias", 0.3), ("down_proj_bias", 0.3)),
-    *(("in_proj_qkvz", 0.2), ("in_proj_ba", 0.2), ("conv1d", 0.3), ("A_log", 0.5), ("dt_bias", 0.5)),
+    *(
+        ("in_proj_qkvz", 0.2),
+        ("in_proj_ba", 0.2),
+        ("linear_attn.in_proj_", 0.2),
+        ("conv1d", 0.3),
+        ("A_log", 0.5),
+        ("dt_bias", 0.5),
+    ),
 )
 
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from ...model.layers import GELU, GELU_TANH, QUICK_GELU, RELU, SILU, SQUARED_RELU
+from ...model.layers import GELU, GELU_TANH, QUICK_GELU, RELU, SILU, SQUARED_RELU, Mlp
 from ...model.spec import ModelSpec
 from .argument import Args, Argument, Build, Context, Properties, flag, off_switch, switch
+from .options import GROUPED
 
 #: Activations of a gated MLP that a flag sets.
 _GATED = (SILU, QUICK_GELU)
@@ -38,9 +39,14 @@ def _gates(activation: str) -> Callable[[Context], bool]:
 
 
 def _fuses_gelu(context: Context) -> bool | None:
-    """Whether bias and activation are one kernel; None where Megatron-LM's default does not matter."""
+    """Whether bias and activation are one kernel; None where Megatron-LM's default does not matter.
+
+    Its kernel of a quick GELU applies the limit before it adds the bias, which grouped experts alone have added by then, and MLPs
+    have no such kernel (core/fusions/fused_bias_geglu.py, core/transformer/mlp.py, 0.15 to 0.19).
+    """
     if context.value("gated", True):
-        return None
+        fused = context.expert_layout == GROUPED and not any(isinstance(kind.feed, Mlp) for kind in context.spec.used)
+        return False if context.value("activation", SILU) == QUICK_GELU and not fused else None
     return bool(context.value("activation") == GELU_TANH)
 
 

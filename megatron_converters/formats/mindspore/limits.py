@@ -13,7 +13,7 @@ from ...model.spec import ModelSpec, PerLayer
 from .names import EXPERTS, MCORE
 
 #: Kinds of layers whose tensors have no name, by the beginning of their slots' names.
-_KINDS = {"delta": "gated DeltaNet", "block": "block experts (BlockFFN)"}
+_KINDS = {"delta": "gated DeltaNet", "block": "block experts (BlockFFN)", "indexer": "sparse attention"}
 
 
 def without_place(spec: ModelSpec) -> Iterator[str]:
