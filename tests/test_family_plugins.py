@@ -558,6 +558,7 @@ def test_every_rule_class_of_the_package_has_a_name_in_files() -> None:
     values |= {"interval": 1, "size": 1, "topk": 1, "fields": ("tied",), "spellings": (("a",),)}
     values |= {
         "may_share": True,
+        "theta": 1e4,
         "factor": 2,
         "normed_head": True,
         "window": 1,

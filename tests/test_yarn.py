@@ -14,7 +14,7 @@ import torch
 from megatron_converters.families.config_json import spec_from_config
 from megatron_converters.formats.megatron.arguments import model_args, spec_fields
 from megatron_converters.formats.megatron.config_fields import args_of_fields
-from megatron_converters.model.layers import RopeScaling
+from megatron_converters.model.rotary import RopeScaling
 from tests.helpers import args_of, nothing_complete, refused, succeeded, verb
 from tests.oracle.checkpoint import iteration_directory
 from tests.plain_llama import weights, write_llama

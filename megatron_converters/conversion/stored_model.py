@@ -3,7 +3,8 @@
 Multipliers: e scales embeddings, r the outputs of both blocks, a attention scores, l logits; d is the size of a head. Blocks and
 head read the residual stream through norms only, so that it can be scaled by any c: then embeddings are scaled by c e, outputs of
 blocks by c r, and the epsilon of all norms by c². With c = 1 / r the outputs of blocks are as they were. Folded into weights,
-embeddings are multiplied by c e, query rows by a * sqrt(d), and the final norm by l, divided by c e if it reads tied embeddings.
+embeddings are multiplied by c e, query rows, or the norm of queries, by a * sqrt(d), and the final norm by l, divided by c e if it
+reads tied embeddings.
 """
 
 from __future__ import annotations
@@ -169,10 +170,14 @@ def folded(model: StoredModel) -> StoredModel:
     held = spec.multipliers
     embedding, query = held.embedding_multiplier, query_factor(spec)
     norm = held.logits_multiplier / (embedding if spec.tied else 1.0)
-    values = {name: value for name, value in _folds(spec, embedding, norm) if not value.is_identity}
+    values = dict(_folds(spec, embedding, norm))
+    normed = bool(spec.values.get("qk_norm"))  # a norm of queries undoes a scale of what it reads
+    if normed:
+        values |= {"q_norm": _of_norm(spec, query), "q_norm_bias": Affine(query)}
+    values = {name: value for name, value in values.items() if not value.is_identity}
     plain = {multiplier.name: multiplier.default for multiplier in dataclasses.fields(Multipliers)}
     return dataclasses.replace(
-        model, spec=spec.replaced(**plain), values=values, queries=None if query == 1 else Affine(query)
+        model, spec=spec.replaced(**plain), values=values, queries=None if query == 1 or normed else Affine(query)
     )
 
 

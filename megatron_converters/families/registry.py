@@ -27,7 +27,7 @@ _MODULES = {
     "gpt2": ("gpt2",),
     "starcoder": ("gpt_bigcode", "starcoder2"),
     "phi": ("phi", "phi3"),
-    "glm": ("glm", "glm4_moe"),
+    "glm": ("glm", "glm4", "glm4_moe"),
     "granite": ("granite", "granitemoe", "granitemoeshared"),
     "deepseek": ("deepseek_v2", "deepseek_v3", "glm4_moe_lite"),
     "sparse": ("deepseek_v32", "glm_moe_dsa"),
@@ -46,6 +46,10 @@ _MODULES = {
     "olmo": ("olmo",),
     "post_norms": ("olmo2", "olmo3", "exaone4"),
     "opt": ("opt",),
+    "gemma": ("gemma", "gemma2", "gemma3_text"),
+    "cohere": ("cohere", "cohere2"),
+    "falcon": ("falcon",),
+    "minimax": ("minimax_m2",),
 }
 _MODULE_OF = {family: module for module, families in _MODULES.items() for family in families}
 #: Entry points of this group each load a `Family`, or a function that returns one or several.

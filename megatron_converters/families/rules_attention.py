@@ -8,8 +8,8 @@ from types import NoneType
 from typing import Any
 
 from ..basics.errors import ConversionError
-from ..model.checks import check_size, is_whole, number
-from ..model.layers import RopeScaling
+from ..model.checks import check_size, is_whole, number, whole
+from ..model.rotary import RopeScaling
 from ..model.spec import ModelSpec
 from .rules import Config, check_kinds, layer_count, list_of_names, per_layer
 
@@ -133,8 +133,7 @@ class Rope:
         return _scaling_of(kind, table, config)
 
     def write(self, spec: ModelSpec) -> dict[str, Any]:
-        theta = number(spec.values.get("rotary_base"), "rotary_base")
-        base = int(theta) if float(theta).is_integer() else theta
+        base = whole(number(spec.values.get("rotary_base"), "rotary_base"))
         scaling = written_scaling(spec.values["rope_scaling"], self.kind_keys)
         if scaling is None and self.absent:  # the class would take its own table
             scaling = {"rope_type": "default"}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -189,8 +189,8 @@ def _model(spec: ModelSpec) -> Iterator[tuple[str, str]]:
     yield "output layer", _head(spec)
     yield "positions", str(spec.max_position_embeddings)
     if spec.values.get("rope"):
-        yield "rotary base", f"{spec.values['rotary_base']:,.15g}".replace(",", "")
-        yield "rotary scaling", str(spec.values["rope_scaling"] or "none")
+        yield "rotary base", _value(spec, "rotary_base", "{:.15g}".format)
+        yield "rotary scaling", _value(spec, "rope_scaling") if spec.values["rope_scaling"] else "none"
         if plain := [layer for layer, has in enumerate(spec.in_layers("rope")) if has is False]:
             yield "without rotary embeddings", runs("layer", plain)
     yield "sliding window", _window(spec)
@@ -222,6 +222,8 @@ _USUAL = {
     "parallel_block": False,
     "parallel_norms": False,
     "block_norms": BEFORE,
+    "attn_logit_softcapping": None,
+    "final_logit_softcapping": None,
 }
 
 
@@ -244,15 +246,15 @@ def _indexer(mixer: SparseLatent) -> str:
     return f"{topk} an indexer of {count(mixer.dsa_indexer_n_heads, 'head')} of {mixer.dsa_indexer_head_dim}"
 
 
-def _value(spec: ModelSpec, name: str) -> str:
+def _value(spec: ModelSpec, name: str, shown: Callable[[Any], str] = str) -> str:
     """Value of a property, with the numbers of the layers that have each where they differ."""
     value = spec.values.get(name)
     if not isinstance(value, PerLayer):
-        return str(value)
+        return shown(value)
     layers: dict[Any, list[str]] = {}
     for layer, one in enumerate(value):
         layers.setdefault(one, []).append(str(layer))
-    return "; ".join(f"{one} in layers {', '.join(held)}" for one, held in layers.items() if one is not None)
+    return "; ".join(f"{shown(one)} in layers {', '.join(held)}" for one, held in layers.items() if one is not None)
 
 
 def _head(spec: ModelSpec) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 
 from ..basics.dtypes import DType, dtype_named
 from ..basics.errors import ConversionError
-from .checks import TOO_MANY_LAYERS, check_choice, check_size, check_sizes, check_switches, is_whole, number
+from .checks import TOO_MANY_LAYERS, check_cap, check_choice, check_size, check_sizes, check_switches, is_whole, number
 from .layers import (
     OF_ATTENTION,
     OF_MLP,
@@ -28,8 +28,8 @@ from .layers import (
     Mlp,
     Norm,
     Rope,
-    RopeScaling,
 )
+from .rotary import RopeScaling
 from .sparse_latent import SparseLatent
 
 
@@ -93,6 +93,8 @@ class ModelSpec:
     tied: bool = False
     #: Bias of the output layer, also where its weight is that of the embeddings.
     head_bias: bool = False
+    #: Value at which logits are capped softly, by a tanh; None for none.
+    final_logit_softcapping: float | None = None
     #: Linears whose biases are 0, since the family's files have none: of attention, or of the MLP. Megatron-LM has all or none.
     absent_biases: str = ""
     #: Rows of a classifier's head, which takes the place of the output layer; 0 for a base model without any; None for neither.
@@ -112,6 +114,7 @@ class ModelSpec:
         if self.num_labels not in (None, 0):
             check_sizes(self, ("num_labels",))
         check_switches(self, ("tied", "learned_positions", "causal", "head_bias"))
+        check_cap(self, "final_logit_softcapping")
         check_choice(self, "absent_biases", ("", OF_ATTENTION, OF_MLP))
         counts = {kind.feed.num_experts for kind in self.kinds if isinstance(kind.feed, Mixture)}
         if len(counts) > 1:
@@ -189,7 +192,8 @@ _SHARED = ("family", "dtype", "hidden_size", "vocab_size", "max_position_embeddi
 #: Properties of how the blocks of a layer are joined.
 _BLOCKS = ("parallel_block", "parallel_norms", "block_norms")
 _OPTIONAL = (
-    *("learned_positions", "causal", "tied", "head_bias", "absent_biases", "num_labels"),
+    *("learned_positions", "causal", "tied", "head_bias", "final_logit_softcapping"),
+    *("absent_biases", "num_labels"),
     *("initializer_range", "attention_dropout"),
 )
 

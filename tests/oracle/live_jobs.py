@@ -30,7 +30,7 @@ def dropped_out(probability: float) -> tuple[torch.Tensor, ...]:
     return added, *(output + bias for output, bias in outputs)
 
 
-def bridged(folder: str, tokens: torch.Tensor, sizes: dict[str, int]) -> tuple[Shard, list[str]]:
+def bridged(folder: str, tokens: torch.Tensor, sizes: dict[str, int], impl: str = "local") -> tuple[Shard, list[str]]:
     """This rank's logits of a live model that AutoBridge fills, and the names of tensors whose export differs from the files."""
     from megatron_converters.bridge import AutoBridge
     from megatron_converters.logits import gpt
@@ -39,7 +39,7 @@ def bridged(folder: str, tokens: torch.Tensor, sizes: dict[str, int]) -> tuple[S
     cpu.cut(tp, pp, 1, tp)
     bridge = AutoBridge.from_hf_pretrained(folder)
     provider = bridge.to_megatron_provider()
-    provider.transformer_impl = "local"
+    provider.transformer_impl = impl
     provider.tensor_model_parallel_size, provider.pipeline_model_parallel_size = tp, pp
     models = [model.eval() for model in provider(wrap_with_ddp=False)]
     exported = dict(bridge.export_hf_weights(models, mode="replicate", show_progress=False))

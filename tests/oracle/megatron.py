@@ -19,7 +19,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 
 from megatron_converters.logits import gpt
 
-from . import checkpoint, mup
+from . import beyond, checkpoint, mup
 
 _LAYER = re.compile(r"(?<=^decoder\.layers\.)\d+")
 _EXPERT = re.compile(r"(?<=\.local_experts\.)\d+|(?<=\.linear_fc[12]\.weight)\d+")
@@ -32,7 +32,7 @@ def build(args: Namespace, impl: str | None = None) -> list[GPTModel]:
     """This rank's parts of the model that `args` describes, in float32, one for each of its virtual pipeline stages.
 
     They are built as by Megatron-LM's `gpt_builder`. `impl` is the user's `--transformer-impl`; None takes the one in `args`.
-    `--use-mup` (0.17 and later) is added to the models of this release.
+    `--use-mup` (0.17 and later) is added to the models of this release, and so is what only Megatron-Bridge's providers have.
     """
     args = copy.copy(args)
     args.transformer_impl = impl or args.transformer_impl
@@ -41,6 +41,7 @@ def build(args: Namespace, impl: str | None = None) -> list[GPTModel]:
     for model in models:
         _adapt(model)
         mup.scale(model, args)
+        beyond.add(model, args)
     return models
 
 

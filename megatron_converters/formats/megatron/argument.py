@@ -86,8 +86,8 @@ class Flag:
     Releases before `effective_since` parse the flag but ignore it when they build the model; `instead` says what to do there.
     Those before `since` do what the value `implied` says without the flag. `runs_since` is the first release that was seen to run
     such a model (tests/test_releases.py), where the flag is older. `built_as` is the value with which the `pretrain_gpt.py` of
-    every known release builds the model, whatever the flag says. `later` are the first releases that heed some values,
-    and `with_experts` is the first that takes the flag beside experts, if that is a later one.
+    every known release builds the model, whatever the flag says. `later` are the first releases that heed some values.
+    `with_experts` is the first release that takes it beside experts, if that is a later one.
     """
 
     name: str
@@ -102,8 +102,8 @@ class Flag:
     implied: Any = None
     runs_since: str = ""
     built_as: Any = None
-    with_experts: str = ""
     later: Mapping[Any, str] = field(default_factory=dict)
+    with_experts: str = ""
 
     def since_value(self, value: Any) -> str:
         """First release that heeds the flag with this value."""

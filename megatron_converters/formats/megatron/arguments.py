@@ -20,6 +20,7 @@ from .argument import Args, Argument, Build, Context, Group
 from .conventions import FOLDED, HALVES, Conventions, conventions
 from .options import FOLD, RAW
 from .rows_attention import GATED_DELTA, LATENT, MUP, PREDICTION
+from .rows_bridge import CAPS, LAYER_ROPES
 from .rows_experts import EXPERTS, check_balancing, is_sinkhorn, wide_router
 from .rows_layout import LAYOUT, LOADING
 from .rows_mindspeed import MINDSPEED
@@ -34,7 +35,9 @@ ARGUMENTS: tuple[Argument, ...] = (
     *SIZES,
     SEQ_LENGTH,
     *POSITIONS,
+    *LAYER_ROPES,
     *BLOCKS,
+    *CAPS,
     *LATENT,
     *YARN_ROWS,
     *GATED_DELTA,

@@ -300,8 +300,8 @@ def _owners(spec: ModelSpec, kind: Layer, stack: str) -> Iterator[_Owner]:
         yield _SHARED_NORM
     others = (None, isinstance(kind.mixer, SparseLatent))
     for owner in (*_OWNERS, *(_MTP_OWNERS if stack != DECODER else ())):
-        has_none = owner.slot in _HEAD_NORMS and kind.norms_over_heads
-        if owner.sparse in others and not has_none and SLOTS[owner.slot].extent(spec, kind) is not None:
+        over_heads = owner.slot in _HEAD_NORMS and kind.norms_over_heads
+        if owner.sparse in others and not over_heads and SLOTS[owner.slot].extent(spec, kind) is not None:
             yield owner
 
 

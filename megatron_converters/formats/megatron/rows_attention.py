@@ -180,12 +180,18 @@ def _read_mup(args: Args) -> Properties:
     usual = 1 / math.sqrt(size)
     base, power = args.get("mup_base_head_dim"), args.get("mup_attn_scale_power")
     top = number(1.0 if base is None else base, "mup_base_head_dim") ** 0.5
-    scale = top / size ** number(1.0 if power is None else power, "mup_attn_scale_power")
+    scale = _whole_square(top / size ** number(1.0 if power is None else power, "mup_attn_scale_power"))
     return {
         "embedding_multiplier": number(args.get("mup_embedding_mult", 1.0), "mup_embedding_mult"),
         "logits_multiplier": number(args.get("mup_output_mult", 1.0), "mup_output_mult"),
         "attention_multiplier": None if math.isclose(scale, usual, rel_tol=1e-12) else scale,
     }
+
+
+def _whole_square(scale: float) -> float:
+    """Reciprocal root of a whole number where a scale differs from one by rounding alone (Gemma's query_pre_attn_scalar)."""
+    square = scale**-2
+    return round(square) ** -0.5 if square >= 1 and math.isclose(square, round(square), rel_tol=1e-12) else scale
 
 
 MUP = (
