@@ -10,6 +10,7 @@ import yaml
 from ..basics.dtypes import DType
 from ..basics.yaml_files import read_yaml
 from ..formats.megatron.options import MegatronOptions
+from ..formats.megatron.rows_layers import NAME, PACKAGE, name_of_layer
 from ..formats.megatron.run_config import RUN_CONFIG
 from ..formats.megatron.torch_dist_target import TorchDistTarget
 from ..live.buildable_args import activation, provider_fields
