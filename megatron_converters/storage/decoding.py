@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -246,6 +247,22 @@ def given(result: Array, out: Array | None) -> Array:
     if out is not None and result is not out:
         out[...] = result
     return result
+
+
+class _Places(threading.local):
+    """Memory of a thread for places in tables: to get it from the system each time takes as long as the arithmetic."""
+
+    def __init__(self) -> None:
+        self._parts = [np.empty(STEP, np.int64) for _ in range(2)]
+
+    def of(self, rows: int, cols: int, part: int = 0) -> npt.NDArray[np.int64]:
+        """Matrix of these sizes, uninitialised; the same memory at each call for this part."""
+        if rows * cols > self._parts[part].size:
+            self._parts[part] = np.empty(rows * cols, np.int64)
+        return self._parts[part][: rows * cols].reshape(rows, cols)
+
+
+PLACES = _Places()
 
 
 def numbers_of(rows: Rows, count: int) -> npt.NDArray[np.int64]:

@@ -6,7 +6,6 @@ for each block of it, mostly 128×128. The last block of a row or column may be 
 
 from __future__ import annotations
 
-import threading
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +13,7 @@ import numpy.typing as npt
 
 from ..basics.casting import E4M3FN, rounded
 from ..basics.dtypes import DType
-from .decoding import STEP, Array, Quantised, Rows, numbers_of, scales_of, steps
+from .decoding import PLACES, Array, Quantised, Rows, numbers_of, scales_of, steps
 
 #: Number that each code stands for, by element type.
 VALUES = {"float8_e4m3fn": E4M3FN, "int8": np.arange(256, dtype=np.uint8).view(np.int8).astype(np.float32)}
@@ -58,30 +57,17 @@ class ScaledBlocks(Quantised):
         factors = scales_of(blocks, self.scale.dtype)
         block_rows, block_cols = block_rows - top, np.arange(cols.start, cols.stop) // width - left
         values = VALUES[self.weight.dtype.name]
-        if factors.size * _CODES >= codes.size:
-            return rounded(values[codes] * factors.take(block_rows, 0).take(block_cols, 1), dtype)
         result = np.empty(codes.shape, dtype.carrier) if room is None else room
+        if factors.size * _CODES >= codes.size:
+            for part in steps(*codes.shape):
+                scales = factors.take(block_rows[part], 0).take(block_cols, 1)
+                result[part] = rounded(values.take(codes[part]) * scales, dtype)
+            return result
         _look_up(codes, rounded(factors[:, :, None] * values, dtype), block_rows, block_cols, result)
         return result
 
     def _no_numbers(self, rows: Rows, cols: slice) -> bool:
         return bool(np.isnan(VALUES[self.weight.dtype.name][self.weight.array()[rows, cols]]).any())
-
-
-class _Places(threading.local):
-    """Memory of a thread for places in a table: to get it from the system each time costs as much as the arithmetic."""
-
-    def __init__(self) -> None:
-        self._memory = np.empty(2 * STEP, np.int64)
-
-    def of(self, rows: int, cols: int) -> npt.NDArray[np.int64]:
-        """Matrix of these sizes, uninitialised; the same memory at each call."""
-        if rows * cols > self._memory.size:
-            self._memory = np.empty(rows * cols, np.int64)
-        return self._memory[: rows * cols].reshape(rows, cols)
-
-
-_PLACES = _Places()
 
 
 def _look_up(
@@ -92,7 +78,7 @@ def _look_up(
     for part in steps(*codes.shape):
         count, width = codes[part].shape
         if part.start == 0:  # all steps share the places, which differ in their lowest bytes: these are the codes
-            places = _PLACES.of(count, width)
+            places = PLACES.of(count, width)
             places[...] = cols * _CODES
             lowest = places.view(np.uint8)[:, :: places.itemsize]
         lowest[:count] = codes[part]
@@ -100,4 +86,5 @@ def _look_up(
         if (others == first).all():
             np.take(table[first:], places[:count], out=result[part], mode="clip")  # "raise" would copy `out`
         else:
-            np.take(table, places[:count] + others[:, None], out=result[part], mode="clip")
+            moved = np.add(places[:count], others[:, None], out=PLACES.of(count, width, 1))
+            np.take(table, moved, out=result[part], mode="clip")
