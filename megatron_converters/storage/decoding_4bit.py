@@ -12,7 +12,7 @@ from functools import cache, cached_property
 
 import numpy as np
 
-from ..basics.casting import floats, powers_of_two, rounded
+from ..basics.casting import all_finite, floats, powers_of_two, rounded
 from ..basics.dtypes import BY_NAME, DType
 from ..basics.errors import ConversionError
 from .decoding import PLACES, Array, Quantised, Rows, scales_of, steps
@@ -53,7 +53,7 @@ class PackedIntegers(Quantised):
         """Words for what is done to the stored tensors."""
         return f"decoded from 4-bit integers {'in groups of ' + str(self.group) if self.group else 'with a scale for each row'}"
 
-    def _decoded(self, rows: Rows, cols: slice, dtype: DType, room: Array | None) -> Array:
+    def _decoded(self, rows: Rows, cols: slice, dtype: DType, room: Array | None) -> Array | None:
         if self._stated != self.size:
             raise ConversionError(
                 f"{self.name} holds {list(self.size)} elements, but {self.shape_name} says {list(self._stated)}; copy the files "
@@ -72,7 +72,8 @@ class PackedIntegers(Quantised):
         result = np.empty((packed.shape[0], last - first), dtype.carrier)
         for part in steps(*result.shape):
             self._decode(_unpacked(packed[part]), scales[part], group, dtype, result[part])
-        return result[:, cols.start - first : cols.stop - first]
+        elements = result[:, cols.start - first : cols.stop - first]
+        return elements if all_finite(elements, dtype) else None
 
     def _decode(self, codes: Array, scales: Array, group: int, dtype: DType, result: Array) -> None:
         """Write what codes with a scale for each `group` columns are; of a short last group the rest of `result` is arbitrary."""
@@ -118,7 +119,7 @@ class MicroScaled(Quantised):
         """Words for what is done to the stored tensors."""
         return "decoded from MXFP4"
 
-    def _decoded(self, rows: Rows, cols: slice, dtype: DType, room: Array | None) -> Array:
+    def _decoded(self, rows: Rows, cols: slice, dtype: DType, room: Array | None) -> Array | None:
         groups = slice(cols.start // MX_GROUP, -(-cols.stop // MX_GROUP))
         codes, exponents = self.weight.array()[rows, groups], self.scale.array()[rows, groups]
         count, width, size = codes.shape
@@ -128,8 +129,9 @@ class MicroScaled(Quantised):
             places[...] = exponents[part].astype(np.int64)[:, :, None] << 8
             places += codes[part]
             np.take(_pairs(dtype), places, out=pairs[part], mode="clip")
-        elements = pairs.reshape(count, width * size).view(dtype.carrier)
-        return elements[:, cols.start - groups.start * MX_GROUP : cols.stop - groups.start * MX_GROUP]
+        whole = pairs.reshape(count, width * size).view(dtype.carrier)
+        elements = whole[:, cols.start - groups.start * MX_GROUP : cols.stop - groups.start * MX_GROUP]
+        return elements if all_finite(elements, dtype) else None
 
 
 def numbers_in(tensor: StoredTensor) -> tuple[int, ...]:
