@@ -13,8 +13,8 @@ LARGE = Model("llama_8gb", "16 4096 0", "8 512 0")
 MANY = Model("many_tensors", "94 256 128 --ffn 128", "2 256 8 --ffn 128")
 TINY = Model("llama_tiny", "2 128 0", "2 128 0")
 #: DeepSeek-V3's shapes in FP8: 2.2 billion parameters, and files of 24 GB of which there are the headers alone.
-FP8 = Model("fp8", "2 32", "2 2 --hidden 1024", "make_fp8")
-FP8_HEADERS = Model("fp8_headers", "9 64 --sparse", "2 2 --hidden 1024 --sparse", "make_fp8")
+FP8 = Model("fp8", "2 32", "2 2 --hidden 896", "make_fp8")
+FP8_HEADERS = Model("fp8_headers", "9 64 --sparse", "2 2 --hidden 896 --sparse", "make_fp8")
 
 #: Titles of the tables by section.
 TITLES = {
