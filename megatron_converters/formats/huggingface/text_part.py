@@ -43,6 +43,7 @@ def text_part_of(
 ) -> TextPart:
     """Text part of the model whose config.json is `config`: the whole where it is a model of text.
 
+
     Raises `ConversionError` for tensors that are neither of the text part nor of what such a model has beside it.
     """
     family = FAMILIES[spec.family]
