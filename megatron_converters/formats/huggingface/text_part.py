@@ -59,8 +59,7 @@ def text_part_of(
     stack = _stack(wrapper, family, spelling, spec, stored)
     table = wrapper.table(family, spelling, stack)
     head = table.tensors["output_layer"].names
-    begins = _beginnings(table, spelling)
-    text = {name for name in names if name.startswith(begins)}
+    text = {name for name in names if name.startswith(spelling.text) or name in head}
     beside = {name for name in names if name not in text and name.startswith(spelling.beside)}
     others = names.keys() - text - beside
     raise_all(
@@ -84,15 +83,6 @@ def text_part_of(
         carried,
         (carried.note, *tie_note(config, tied=tied)),
     )
-
-
-def _beginnings(table: Family, spelling: Spelling) -> tuple[str, ...]:
-    """How names of the text part begin: those of the base model, of the head, and of layers of multi-token prediction."""
-    named = [name for entry in table.tensors.values() for name in (*entry.names, entry.fused or "")]
-    outside = {
-        name.partition("{")[0] for name in (*named, table.mtp_layer) if name and not name.startswith(spelling.text)
-    }
-    return (spelling.text, *sorted(outside))
 
 
 def table_for(family: Family, origin: Origin) -> Family:
