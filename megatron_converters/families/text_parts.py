@@ -77,6 +77,11 @@ TEXT_TYPES: Mapping[str, TextType] = {
             **dict(num_local_experts=60, moe_intermediate_size=1408, norm_topk_prob=True),
         },
     ),
+    "qwen3_5_text": TextType("qwen3_5_text", _sizes(32, 4096, 12288, 16, 248320)),
+    "qwen3_5_moe_text": TextType(
+        "qwen3_5_moe_text",
+        dict(num_hidden_layers=40, hidden_size=2048, num_attention_heads=16, vocab_size=248320),
+    ),
 }
 
 

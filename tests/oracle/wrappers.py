@@ -59,6 +59,12 @@ def _rope(**more: Any) -> dict[str, Any]:
 
 _MROPE = _rope(mrope_section=[1, 1, 2])
 _ALTERNATING = dict(_rope(mrope_section=[2, 3, 3], mrope_interleaved=True), head_dim=16)
+_QWEN3_5_VISION = {key: value for key, value in _QWEN3_VISION.items() if key != "deepstack_visual_indexes"}
+_DELTA: dict[str, Any] = dict(
+    **dict(linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=8, linear_value_head_dim=6),
+    **dict(layer_types=["linear_attention", "full_attention"], head_dim=16),
+    **_rope(mrope_section=[2, 1, 1], mrope_interleaved=True, partial_rotary_factor=0.5),
+)
 _EXPERTS = dict(moe_intermediate_size=24, num_experts=4, num_experts_per_tok=2, decoder_sparse_step=1)
 
 
@@ -73,6 +79,13 @@ MODELS: Mapping[str, dict[str, Any]] = {
     "qwen2_5_vl": _model("qwen2_5_vl", _QWEN25_VISION, _MROPE, **_TOKENS),
     "qwen3_vl": _model("qwen3_vl", _QWEN3_VISION, _ALTERNATING, **_TOKENS),
     "qwen3_vl_moe": _model("qwen3_vl_moe", _QWEN3_VISION, {**_ALTERNATING, **_EXPERTS}, **_TOKENS),
+    "qwen3_5": _model("qwen3_5", _QWEN3_5_VISION, _DELTA, **_TOKENS),
+    "qwen3_5_moe": _model(
+        "qwen3_5_moe",
+        _QWEN3_5_VISION,
+        {key: value for key, value in {**_DELTA, **_EXPERTS}.items() if key != "decoder_sparse_step"},
+        **_TOKENS,
+    ),
     "llava": _model("llava", _CLIP, {"model_type": "llama"}, image_token_index=190),
     "llava_next": _model("llava_next", _CLIP, {"model_type": "mistral", "sliding_window": 7}, image_token_index=190),
     "llava_onevision": _model(
