@@ -48,10 +48,11 @@ COMPUTED = (
     "qwen3_vl_moe",
     "llava",
     "mistral3",
+    "gemma3",
     "kimi_k25",
 )
 #: Options of models that Megatron-LM's local layers, or its arguments, cannot say.
-WHOLE: dict[str, dict[str, Any]] = {}
+WHOLE: dict[str, dict[str, Any]] = {"gemma3": {"impl": "transformer_engine", "allow_inexpressible": True}}
 MIXTURES = (
     "qwen3_vl_moe",
     "kimi_k25",
