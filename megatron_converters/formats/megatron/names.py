@@ -2,8 +2,8 @@
 
 The dialects differ in their norms: the local spec has separate modules, Transformer Engine fuses them into the next linear.
 Source: Megatron-LM core_v0.16.1, core/models/gpt/gpt_layer_specs.py, and state dicts written by core_v0.17.1 with
-Transformer Engine 2.14; for sparse attention core_v0.19.0, core/models/gpt/experimental_attention_variant_module_specs.py. Norms
-after blocks, which Megatron-LM lacks, are named as by Megatron-Bridge (models/common/te_layers.py).
+Transformer Engine 2.14; for sparse attention core_v0.19.0, core/models/gpt/experimental_attention_variant_module_specs.py.
+Transformer Engine 2.14. Norms after blocks, which Megatron-LM lacks, are named as by Megatron-Bridge (models/common/te_layers.py).
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from ...model.layers import AFTER, ALL_HEADS, AROUND, BEFORE, RMS_NORM, Attentio
 from ...model.spec import ModelSpec
 from .argument import Args, Argument, Build, Properties, flag, one
 
-PACKAGE, NAME = "megatron_layers", "spec"
+PACKAGE, _SPEC = "megatron_layers", "spec"
 #: How a training environment gets the package.
 _INSTALL = "pip install --no-deps DIR, where DIR is a clone of megatron-converters"
 
@@ -62,7 +62,7 @@ def _own(layer: Layer) -> LayerKind:
 
 def said(name: str) -> list[str]:
     """Value of `--spec` for a layer of the package."""
-    return [f"{PACKAGE}.{name}", NAME]
+    return [f"{PACKAGE}.{name}", _SPEC]
 
 
 def _name(spec: ModelSpec) -> str | None:
