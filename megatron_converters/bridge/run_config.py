@@ -50,7 +50,9 @@ class BridgeCheckpoint(TorchDistTarget):
         model |= {name: _plain(value) for name, value in provider_fields(args).items()} | _dtypes(args["params_dtype"])
         function, fused = _ACTIVATIONS[activation(args)]
         model |= {"activation_func": _object(function), "bias_activation_fusion": fused, "should_pad_vocab": True}
-        if latent or args.get("num_experts"):
+        if args.get("spec"):  # Megatron-Bridge takes it once its `register_allowed_target_prefix` allows the package
+            model["transformer_layer_spec"] = _object(".".join(args["spec"]))
+        elif latent or args.get("num_experts"):
             model["transformer_layer_spec"] = {
                 "_target_": _BLOCK_SPEC,
                 "_partial_": True,

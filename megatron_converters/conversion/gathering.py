@@ -15,7 +15,7 @@ from ..basics.dtypes import DType
 from ..basics.errors import ConversionError
 from ..model.layouts import RowMap
 from ..model.values import Affine, composed
-from .composing import Gather, Piece, Planner, as_matrix
+from .composing import Gather, Piece, Planner, Reader, as_matrix
 from .computing import Computation
 
 #: Bytes of a chunk: large enough to amortise calls, small enough to stay in a core's cache.
@@ -95,11 +95,11 @@ def _columns(gather: Gather, start: int, stop: int) -> Iterator[Gather]:
 
 
 class _Supply(NamedTuple):
-    """Gather, what is computed on the way, and a view of the piece at the gather's columns; None where it is decoded."""
+    """Gather, what is computed on the way, and a view of the piece at the gather's columns, or what decodes it."""
 
     gather: Gather
     computation: Computation
-    view: Array | None
+    data: Array | Reader
 
     def copy_rows(self, target: Array, start: int, stop: int, lost: Callable[[int], None] | None) -> int:
         """Copy rows `start` to `stop` of the target into `target`, which holds these; returns the number of elements copied."""
@@ -119,11 +119,15 @@ class _Supply(NamedTuple):
 
     def _compute(self, rows: slice | RowMap, target: Array, lost: Callable[[int], None] | None) -> None:
         """Write what these rows of the piece become."""
-        if self.view is None:
-            part = self.gather.source.elements(rows, self.gather.source_cols, self.computation.read)
+        cols, computation = self.gather.source_cols, self.computation
+        if isinstance(self.data, np.ndarray):
+            part = self.data[rows]
+        elif computation.copies:
+            self.data.read(rows, cols, computation.target, target)
+            return
         else:
-            part = self.view[rows]
-        self.computation.apply(part, target)
+            part = self.data.read(rows, cols, computation.read)
+        computation.apply(part, target)
         if lost is not None and self.computation.value is not None:
             lost(self.computation.count_lost(part, target))
 
@@ -131,8 +135,8 @@ class _Supply(NamedTuple):
 def _supply(gather: Gather, dtype: DType, value: Affine | None) -> _Supply:
     """Supply of a target of this dtype, whose elements are `value` of the slot's."""
     piece = gather.source
-    view = None if piece.reader is not None else piece.matrix()[:, gather.source_cols]
-    return _Supply(gather, Computation.of(piece, dtype, composed(gather.value, value)), view)
+    data = piece.reader or piece.matrix()[:, gather.source_cols]
+    return _Supply(gather, Computation.of(piece, dtype, composed(gather.value, value)), data)
 
 
 def _direct(supplies: Sequence[_Supply], start: int, stop: int) -> Array | None:
@@ -140,7 +144,7 @@ def _direct(supplies: Sequence[_Supply], start: int, stop: int) -> Array | None:
     if len(supplies) != 1:
         return None
     gather, computation, source = supplies[0]
-    if source is None or not gather.whole_width or not computation.copies:
+    if not isinstance(source, np.ndarray) or not gather.whole_width or not computation.copies:
         return None
     found = gather.lookup.runs(start, stop)
     if not found or found[0][2] != stop - start:
