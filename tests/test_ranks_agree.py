@@ -132,3 +132,14 @@ def test_objects_are_compared_by_what_they_hold() -> None:
         for last in "LLt"
     )
     assert one == same != other
+
+
+def test_the_first_stage_of_habana_s_saver_records_the_vocabulary_of_a_rank(hf_model: HFModel, tmp_path: Path) -> None:
+    """As its tree wrote it for TP 2 and PP 2, and no other number of rows."""
+    checkpoint = hf_to_megatron(hf_model("llama2"), tmp_path / "saved", tp=2, pp=2)
+    rows = rank_content(checkpoint, "mp_rank_00_000")["model"]["embedding.word_embeddings.weight"].shape[0]
+    for tp in range(2):
+        _change(checkpoint, f"mp_rank_0{tp}_000", padded_vocab_size=rows)
+    succeeded(verb("verify", hf_model("llama2"), checkpoint))
+    _change(checkpoint, "mp_rank_01_000", padded_vocab_size=rows - 1)
+    refused(verb("verify", hf_model("llama2"), checkpoint), f"padded_vocab_size is {rows - 1}, not {2 * rows}", code=2)

@@ -120,8 +120,8 @@ def test_slurm_converts_and_verifies(
 ) -> None:
     source, out = hf_model("llama3"), tmp_path / "my out"
     options = ("--tp", "2", "--pp", "2")
-    job = succeeded(run(SLURM / "convert.sbatch", source, out, *options, env={**slurm, "TASKS": "3"}))
-    assert "job 4711, run 1, on localhost node2 node3" in job.out and "3 processes" in job.out
+    job = succeeded(run(SLURM / "convert.sbatch", source, out, *options, env={**slurm, "TASKS": "2"}))
+    assert "job 4711, run 1, on localhost node2 node3" in job.out and "2 processes" in job.out
     step = f"srun --kill-on-bad-exit=1 {sys.executable} -m megatron_converters convert {source} {out} --tp 2 --pp 2"
     assert calls(slurm) == ["scontrol show hostnames node[1-3]", step]
     again = succeeded(python.run([SLURM / "convert.sbatch", source, out, *options], slurm))
@@ -177,8 +177,9 @@ def test_torchrun_on_two_machines_and_on_one(hf_model: HFModel, python: ServedPy
     env = {"PYTHON": sys.executable, "PROCS_PER_NODE": "2", "MASTER_PORT": str(_port())}
     options = ("--tp", "2", "--pp", "2", "--quiet")
     succeeded(python.run([TORCHRUN / "convert.sh", source, alone, *options], env))
+    machines = {"NNODES": "2", "PROCS_PER_NODE": "1"}
     nodes = [
-        start(TORCHRUN / "convert.sh", source, together, *options, env={**env, "NNODES": "2", "NODE_RANK": str(rank)})
+        start(TORCHRUN / "convert.sh", source, together, *options, env={**env, **machines, "NODE_RANK": str(rank)})
         for rank in (0, 1)
     ]
     for node in nodes:
