@@ -34,6 +34,8 @@ from .outline import Fill, Outline
 from .staging import Staging, unfinished_in, write_text
 
 MANIFEST = "conversion.json"
+#: Levels of a manifest whose items have lines of their own: entries, files, entries of a file, tensors.
+_LEVELS = 4
 #: Manifest key of the digest of all other entries.
 _DIGEST_KEY = "digest"
 _RUN, _COMPLETE, _CLEARED, _FINISHED = "run.json", "complete", "cleared", "finished"
@@ -385,7 +387,7 @@ def size_of(path: Path) -> int:
 
 
 def _write(path: Path, value: Any) -> None:
-    write_text(path, indented(value) + "\n")  # in ASCII, since a path may not be valid UTF-8
+    write_text(path, indented(value, _LEVELS) + "\n")  # in ASCII, since a path may not be valid UTF-8
 
 
 def _read(path: Path) -> dict[str, Any] | None:
