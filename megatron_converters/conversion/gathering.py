@@ -141,7 +141,9 @@ class _Supply(NamedTuple):
 def _supply(gather: Gather, dtype: DType, value: Affine | None) -> _Supply:
     """Supply of a target of this dtype, whose elements are `value` of the slot's."""
     piece = gather.source
-    if gather.value is None and value is None and piece.is_stored and piece.data.dtype is dtype:  # most are: the short way
+    if (
+        gather.value is None and value is None and piece.is_stored and piece.data.dtype is dtype
+    ):  # most are: the short way
         return _Supply(gather, None, _columns_of(piece.matrix(), gather.source_cols))
     computation = Computation.of(piece, dtype, composed(gather.value, value))
     if piece.reader is not None:

@@ -82,7 +82,8 @@ class OutputFile:
         # Without it the system makes the writers of one file spin while they wait; blocked threads leave the CPU to others.
         self._write_lock = threading.Lock()
         self._claimed = False
-        self._pending = (self.nbytes, 0, 0)  # first offset, end and bytes written since the last writeback
+        self._none_pending = (self.nbytes, 0, 0)
+        self._pending = self._none_pending  # first offset, end and bytes written since the last writeback
         self._fd = -1
         #: Digest of the bytes outside the tensors, in file order, once the file is complete. Unlike a layout's `structure`, it can
         #: be computed from the file, since a zip's directory repeats its tensors' checksums.
@@ -126,10 +127,7 @@ class OutputFile:
             with self._write_lock:
                 for content, place in _writes(view, trailer, offset):
                     self._pwrite(content, place)
-                span = self._pending_span(offset, nbytes)
-            if span is not None:
-                # On Linux this starts to write dirty pages without waiting; pages that are being written stay in memory.
-                os.posix_fadvise(self._fd, *span, os.POSIX_FADV_DONTNEED)
+                self._add_pending(offset, nbytes)
         except OSError as error:
             raise self._disk_error(name, error) from error
         if complete:
@@ -137,6 +135,22 @@ class OutputFile:
                 self._open_parts -= 1
                 if trailer:
                     self._trailed.add(offset + nbytes)
+
+    def writeback(self) -> Callable[[], None] | None:
+        """Return what begins to write to the disk the bytes that wait for it, once they are many; it may wait for the disk."""
+        if self._pending[2] < _WRITEBACK_BYTES or not hasattr(os, "posix_fadvise"):
+            return None
+        with self._write_lock:
+            (first, end, _), self._pending = self._pending, self._none_pending
+        return lambda: self._write_back(first, end)
+
+    def _write_back(self, first: int, end: int) -> None:
+        """Begin to write dirty pages, as Linux does here; those that are being written stay in memory."""
+        try:
+            if self._fd >= 0 and first < end:
+                os.posix_fadvise(self._fd, first, end - first, os.POSIX_FADV_DONTNEED)
+        except OSError as error:
+            raise self._disk_error("its tensors", error) from error
 
     @property
     def closed(self) -> bool:
@@ -198,14 +212,10 @@ class OutputFile:
         while done < len(view):
             done += os.pwrite(self._fd, view[done:], offset + done)
 
-    def _pending_span(self, offset: int, nbytes: int) -> tuple[int, int] | None:
-        """First offset and bytes of what is to go to the disk now: something after every `_WRITEBACK_BYTES`, else None."""
+    def _add_pending(self, offset: int, nbytes: int) -> None:
         first, end, count = self._pending
-        stop, count = offset + nbytes, count + nbytes
-        first, end = offset if offset < first else first, stop if stop > end else end
-        full = count >= _WRITEBACK_BYTES
-        self._pending = (self.nbytes, 0, 0) if full else (first, end, count)
-        return (first, end - first) if full and hasattr(os, "posix_fadvise") else None
+        stop = offset + nbytes
+        self._pending = offset if offset < first else first, stop if stop > end else end, count + nbytes
 
     def _disk_error(self, what: str, error: OSError) -> DiskError:
         return DiskError(f"cannot write {what} to {self.path}: {reason_of(error)}")
