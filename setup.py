@@ -65,7 +65,10 @@ setup(
     python_requires=">=3.10",
     packages=[
         *find_packages(
-            include=["megatron_converters", "megatron_converters.*", "model_converter_tool", "model_converter_tool.*"]
+            include=[
+                *("megatron_converters", "megatron_converters.*", "model_converter_tool", "model_converter_tool.*"),
+                "megatron_layers",
+            ]
         ),
         *PLUGINS,
     ],

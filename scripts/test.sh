@@ -12,7 +12,7 @@ check() {
 }
 check ruff check --quiet .
 check ruff format --quiet --check .
-check mypy --no-error-summary megatron_converters model_converter_tool
+check mypy --no-error-summary megatron_converters megatron_layers model_converter_tool
 check pytest -q -n 2 --dist loadgroup "$@"
 
 if [ ${#failed[@]} -gt 0 ]; then

@@ -16,10 +16,16 @@ FP8, E8M0 = torch.float8_e4m3fn, torch.float8_e8m0fnu
 
 
 class Stored(NamedTuple):
-    """Tensors of one weight by the ends of their names, and what they mean."""
+    """Tensors of one weight by the ends of their names, what they mean in float32, and the dtype of the weight."""
 
     tensors: Tensors
-    meaning: torch.Tensor
+    product: torch.Tensor
+    dtype: torch.dtype = torch.bfloat16
+
+    @property
+    def meaning(self) -> torch.Tensor:
+        """The weight, rounded once."""
+        return self.product.to(self.dtype)
 
 
 class Scheme(NamedTuple):
@@ -30,11 +36,16 @@ class Scheme(NamedTuple):
     words: str
 
 
-def bf16(codes: torch.Tensor, scales: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Codes times the scale of their blocks, in float32, rounded once."""
+def product(codes: torch.Tensor, scales: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Codes times the scale of their blocks, in float32."""
     rows, cols = codes.shape
     whole = scales.float().repeat_interleave(height, 0).repeat_interleave(width, 1)[:rows, :cols]
-    return (codes.float() * whole).to(torch.bfloat16)
+    return codes.float() * whole
+
+
+def model_dtype(scales: torch.dtype) -> torch.dtype:
+    """Dtype of a weight by that of its scales."""
+    return torch.float16 if scales == torch.float16 else torch.bfloat16
 
 
 def _codes(generator: torch.Generator, rows: int, cols: int) -> torch.Tensor:
@@ -62,7 +73,7 @@ def in_bytes(
             scales = stored = (0.01 + torch.rand(counts, generator=generator)).to(dtype)
         if shape is not None:
             stored = stored.reshape(shape)
-        return Stored({".weight": codes, scale: stored}, bf16(codes, scales, high, wide))
+        return Stored({".weight": codes, scale: stored}, product(codes, scales, high, wide), model_dtype(dtype))
 
     return store
 
@@ -79,7 +90,7 @@ def packed(group: int, dtype: torch.dtype) -> Any:
             words[:, col // 8] += (numbers[:, col] + 8) << (4 * (col % 8))
         words = torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32)
         tensors = {".weight_packed": words, ".weight_scale": scales, ".weight_shape": torch.tensor([rows, cols])}
-        return Stored(tensors, bf16(numbers, scales, 1, size))
+        return Stored(tensors, product(numbers, scales, 1, size), model_dtype(dtype))
 
     return store
 
@@ -100,14 +111,13 @@ def micro_scaled(generator: torch.Generator, rows: int, cols: int) -> tuple[torc
     pairs = (codes[:, 0::2] + 16 * codes[:, 1::2]).to(torch.uint8)
     scales = torch.exp2(exponents.double() - 127).repeat_interleave(32, 1)
     exact = torch.tensor(E2M1, dtype=torch.float64)[codes] * scales
-    meaning = exact.to(torch.bfloat16)
-    assert torch.equal(meaning.double(), exact)
-    return pairs, exponents, meaning
+    assert torch.equal(exact.to(torch.bfloat16).double(), exact)
+    return pairs, exponents, exact.float()
 
 
 def _micro_packed(generator: torch.Generator, rows: int, cols: int) -> Stored:
-    pairs, exponents, meaning = micro_scaled(generator, rows, cols)
-    return Stored({".weight_packed": pairs, ".weight_scale": exponents}, meaning)
+    pairs, exponents, exact = micro_scaled(generator, rows, cols)
+    return Stored({".weight_packed": pairs, ".weight_scale": exponents}, exact)
 
 
 def compressed(form: str, **weights: Any) -> dict[str, Any]:
@@ -232,7 +242,8 @@ def write(folder: Path, scheme: Scheme, mlp: int = MLP, **fields: Any) -> Tensor
     plain |= dict.fromkeys(("model.embed_tokens", "lm_head"), (VOCABULARY, HIDDEN))
     for layer in range(LAYERS):
         plain |= {f"model.layers.{layer}.{name}_layernorm": (HIDDEN,) for name in ("input", "post_attention")}
-    meaning = {f"{name}.weight": torch.randn(shape, generator=generator).bfloat16() for name, shape in plain.items()}
+    dtype = scheme.store(generator, 2, 32).dtype
+    meaning = {f"{name}.weight": torch.randn(shape, generator=generator).to(dtype) for name, shape in plain.items()}
     stored = dict(meaning)
     for layer in range(LAYERS):
         for name, (rows, cols) in linear.items():

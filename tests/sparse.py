@@ -15,7 +15,8 @@ from megatron_converters.formats.huggingface.target import HFOptions, HFTarget
 from megatron_converters.formats.megatron.rank_files_target import MegatronTarget
 from megatron_converters.formats.megatron.writing import TRACKER, MegatronOptions
 from megatron_converters.inspection.inventory import Survey, survey
-from megatron_converters.model.layers import EACH_HEAD, RopeScaling
+from megatron_converters.model.layers import EACH_HEAD
+from megatron_converters.model.rotary import RopeScaling
 from megatron_converters.model.spec import ModelSpec
 
 _LLAMA3: dict[str, Any] = dict(

@@ -65,15 +65,20 @@ STOCK: dict[str, tuple[str, Any, Any]] = {
     "--swiglu": ("swiglu", True, False),
     "--squared-relu": ("squared_relu", True, False),
     "--no-bias-gelu-fusion": ("bias_gelu_fusion", False, True),
+    "--quick-geglu": ("quick_geglu", True, False),
+    "--glu-linear-offset": ("glu_linear_offset", float, 0.0),
+    "--activation-func-clamp-value": ("activation_func_clamp_value", float, None),
     "--normalization": ("normalization", str, "LayerNorm"),
     "--norm-epsilon": ("layernorm_epsilon", float, 1e-5),
     "--apply-layernorm-1p": ("layernorm_zero_centered_gamma", True, False),
     "--disable-bias-linear": ("add_bias_linear", False, True),
     "--add-qkv-bias": ("add_qkv_bias", True, False),
     "--qk-layernorm": ("qk_layernorm", True, False),
+    "--spec": ("spec", "words", None),
     "--untie-embeddings-and-output-weights": ("untie_embeddings_and_output_weights", True, False),
     "--window-size": ("window_size", window, None),
     "--window-attn-skip-freq": ("window_attn_skip_freq", frequency, None),
+    "--softmax-type": ("softmax_type", str, "vanilla"),
     "--multi-latent-attention": ("multi_latent_attention", True, False),
     "--q-lora-rank": ("q_lora_rank", int, None),
     "--kv-lora-rank": ("kv_lora_rank", int, 32),
@@ -96,6 +101,14 @@ STOCK: dict[str, tuple[str, Any, Any]] = {
     "--linear-num-key-heads": ("linear_num_key_heads", int, 16),
     "--linear-num-value-heads": ("linear_num_value_heads", int, 32),
     "--attention-output-gate": ("attention_output_gate", True, False),
+    "--dsa-indexer-n-heads": ("dsa_indexer_n_heads", int, None),
+    "--dsa-indexer-head-dim": ("dsa_indexer_head_dim", int, None),
+    "--dsa-indexer-topk": ("dsa_indexer_topk", int, None),
+    "--dsa-indexer-rope-interleaved": ("dsa_indexer_rope_interleaved", True, False),
+    "--dsa-indexer-topk-freq": ("dsa_indexer_topk_freq", int, 1),
+    "--dsa-indexer-skip-topk-offset": ("dsa_indexer_skip_topk_offset", int, 0),
+    "--dsa-indexer-k-norm-epsilon": ("dsa_indexer_k_norm_epsilon", float, None),
+    "--no-rope-fusion": ("apply_rope_fusion", False, True),
     "--use-mup": ("use_mup", True, False),
     "--mup-embedding-mult": ("mup_embedding_mult", float, 1.0),
     "--mup-output-mult": ("mup_output_mult", float, 1.0),
@@ -124,6 +137,7 @@ STOCK: dict[str, tuple[str, Any, Any]] = {
     "--moe-shared-expert-gate": ("moe_shared_expert_gate", True, False),
     "--moe-grouped-gemm": ("moe_grouped_gemm", True, False),
     "--moe-use-legacy-grouped-gemm": ("moe_use_legacy_grouped_gemm", True, False),
+    "--no-bias-dropout-fusion": ("bias_dropout_fusion", False, True),
     "--moe-token-dispatcher-type": ("moe_token_dispatcher_type", str, "allgather"),
     "--transformer-impl": ("transformer_impl", str, "transformer_engine"),
     "--tensor-model-parallel-size": ("tensor_model_parallel_size", int, 1),
@@ -149,9 +163,7 @@ STOCK: dict[str, tuple[str, Any, Any]] = {
 }
 #: The same parser's defaults for what no supported model has.
 UNSAID = {
-    "quick_geglu": False,
     "openai_gelu": False,
-    "softmax_type": "vanilla",
     "apply_residual_connection_post_layernorm": False,
     "add_position_embedding": True,
     "use_rotary_position_embeddings": False,
@@ -168,6 +180,8 @@ def parsed(words: list[str]) -> dict[str, Any]:
         if isinstance(kind, bool):
             action = "store_true" if kind else "store_false"
             parser.add_argument(name, dest=attribute, action=action, default=default)
+        elif kind == "words":
+            parser.add_argument(name, dest=attribute, nargs="*", default=default)
         else:
             parser.add_argument(name, dest=attribute, type=kind, default=default)
     return vars(parser.parse_args(words))
@@ -251,10 +265,13 @@ def test_flags_that_releases_lack_are_named() -> None:
         ("linear rope", "0.19"),  # before, pretrain_gpt.py takes the flag and ignores it
         ("rotation on one layer", "0.13"),
         ("window", "0.15"),
+        ("sinks", "0.15"),
+        ("quick gelu", "0.15"),
         ("experts", "0.11"),  # which first ran such a model, though 0.10 knows the flags
         ("latents", "0.12"),  # where YaRN by a factor of 1 is what --rope-type rope is later
         ("tokens further on", "0.12"),
         ("gated DeltaNet", "0.16"),
+        ("sparse attention", "0.19"),  # 0.18 computes another
         ("gated shared expert", "0.16"),
         ("multipliers", "0.17"),
     ],
@@ -414,7 +431,17 @@ def test_what_to_know_goes_to_standard_error(
 
 
 def test_what_arguments_cannot_express_is_refused(hf_model: HFModel, capsys: pytest.CaptureFixture[str]) -> None:
-    out, err = run(capsys, hf_model("olmoe"), code=1)
-    assert out == "" and "query and key norms over all heads" in err and "--allow-inexpressible" in err
-    out, err = run(capsys, hf_model("olmoe"), "--allow-inexpressible")
-    assert "--qk-layernorm" in out and "warning: Megatron-LM will not compute query and key norms over all heads" in err
+    out, err = run(capsys, hf_model("opt"), code=1)
+    assert out == "" and "an MLP of ReLU" in err and "--allow-inexpressible" in err
+    out, err = run(capsys, hf_model("opt"), "--allow-inexpressible")
+    assert "--normalization LayerNorm" in out and "warning: Megatron-LM will not compute an MLP of ReLU" in err
+
+
+def test_layers_of_this_project_come_with_the_line_that_installs_them(
+    hf_model: HFModel, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, err = run(capsys, hf_model("olmo2"))
+    assert "--spec megatron_layers.post_norms_over_heads spec" in out and "--qk-layernorm" in out
+    assert "--spec exists from Megatron-LM 0.12 on" in err
+    assert "a layer of the package megatron_layers, which everything that runs this model" in err
+    assert "pip install --no-deps" in err

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -30,8 +31,8 @@ TOLERANCE = 1e-5
 ROUNDING = 3e-7
 #: Families that no local layers of megatron-core can be, and what is said.
 IMPOSSIBLE = {
-    "olmoe": "query and key norms over all heads together",
     "qwen3-next": "from Transformer Engine's layers alone.*install transformer_engine",
+    "glm-5": "from Transformer Engine's layers alone.*install transformer_engine",
 }
 EXACT = sorted({*FAMILIES, *MOE_FAMILIES, *KINDS, "smollm3-window"} - {*IMPOSSIBLE, "granite", "granite-untied"})
 ROUNDED = ["granite", "granite-untied", *FOLDED]
@@ -91,6 +92,11 @@ def impossible(request: pytest.FixtureRequest, hf_model: HFModel) -> tuple[Path,
 
 
 @pytest.fixture
+def sparse(hf_model: HFModel) -> Path:
+    return hf_model("glm-5")
+
+
+@pytest.fixture
 def llama(hf_model: HFModel, tmp_path: Path) -> Path:
     """Copy of a Llama that a test may change."""
     return Path(shutil.copytree(hf_model("llama2"), tmp_path / "llama"))
@@ -106,6 +112,13 @@ def test_models_compute_the_same_and_export_the_source(exact: Path) -> None:
     bridge, model = built(exact)
     agree(model, exact)
     assert different(exported(bridge, model), hf_tensors(exact)) == []
+
+
+@live
+def test_what_no_release_here_builds_is_refused_with_transformer_engine_too(sparse: Path) -> None:
+    there = mock.patch("megatron_converters.live.providing.has_engine", return_value=True)
+    with there, pytest.raises(ConversionError, match=r"(?s)cannot be built here with.*dsa_indexer_topk=40"):
+        AutoBridge.from_hf_pretrained(sparse).to_megatron_provider()
 
 
 @live

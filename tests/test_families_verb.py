@@ -13,6 +13,7 @@ import megatron_converters as mc
 from megatron_converters.families import FAMILIES
 from megatron_converters.families.config_json import spec_from_config
 from megatron_converters.families.typical import required_config
+from megatron_converters.families.wrappers import WRAPPERS
 from tests.helpers import succeeded, verb
 
 #: A Llama with other names, as docs/adding-a-family.md has it.
@@ -34,7 +35,8 @@ def test_json_says_what_the_api_says(tmp_path: Path) -> None:
         shown = json.loads(succeeded(verb("families", "--json", *options)).out)["families"]
         found = mc.supported_families(*options[1:])
         assert shown == json.loads(json.dumps([family._asdict() for family in found]))
-        assert [family.name for family in found] == [*(["renamed"] if options else []), *FAMILIES]
+        wrappers = [row.model_type for row in WRAPPERS]
+        assert [family.name for family in found] == [*(["renamed"] if options else []), *FAMILIES, *wrappers]
 
 
 def test_the_table_fits_a_terminal_of_80_columns(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -58,8 +60,13 @@ def test_what_is_derived_from_tables() -> None:
     assert {name: found[name].kind for name in kinds} == kinds
     assert found["llama"].formats == ("hf", "megatron", "meta", "mindspore")
     assert found["qwen3_next"].formats == found["phi"].formats == found["olmoe"].formats == ("hf", "megatron")
-    assert (found["olmoe"].since, found["qwen3_next"].since) == (None, "0.16")
+    assert (found["phi"].since, found["olmoe"].since) == (None, "0.16")
     assert found["deepseek_v3"].aliases == ("kimi_k2",)
+    wrappers = {row.model_type: (found[row.model_type].kind, found[row.model_type].since) for row in WRAPPERS}
+    assert wrappers["llava"] == ("VL, dense", "0.8") and wrappers["qwen3_vl_moe"] == ("VL, MoE", "0.11")
+    assert all(
+        found[name].models and found[name].covers and found[name].formats == ("hf", "megatron") for name in wrappers
+    )
 
 
 def test_built_in_families_say_it_all_and_those_from_outside_have_no_proof(registered: str, tmp_path: Path) -> None:

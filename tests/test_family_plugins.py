@@ -556,7 +556,16 @@ def test_every_rule_class_of_the_package_has_a_name_in_files() -> None:
     made = {type(rule) for family in FAMILIES.built_in.values() for rule in family.rules}
     values: dict[str, Any] = {"field": "tied", "key": "a", "keys": ("a",), "names": {}, "value": 1, "default": 1}
     values |= {"interval": 1, "size": 1, "topk": 1, "fields": ("tied",), "spellings": (("a",),)}
-    values |= {"factor": 2, "normed_head": True, "window": 1, "pattern": 1, "heads": "b", "other": "b"}
+    values |= {
+        "may_share": True,
+        "theta": 1e4,
+        "factor": 2,
+        "normed_head": True,
+        "window": 1,
+        "pattern": 1,
+        "heads": "b",
+        "other": "b",
+    }
     given = {type(form.make(**{name: values[name] for name in form.required})): name for name, form in RULES.items()}
     assert made <= given.keys()
 

@@ -21,11 +21,22 @@ from megatron_converters.formats.huggingface.parts import HFNames, constants
 from megatron_converters.formats.megatron.names import DIALECTS, EXPERTS, name_of
 from megatron_converters.formats.megatron.options import DYNAMIC, GROUPED, SEQUENTIAL, STACKED
 from megatron_converters.formats.queue.messages import ENTRIES, message_name, sent
-from megatron_converters.model.layers import ALL_HEADS, EACH_HEAD, GELU, LAYER_NORM, OF_MLP, SQUARED_RELU, Layer
+from megatron_converters.model.layers import (
+    AFTER,
+    ALL_HEADS,
+    AROUND,
+    EACH_HEAD,
+    GELU,
+    LAYER_NORM,
+    OF_MLP,
+    SQUARED_RELU,
+    Layer,
+)
 from megatron_converters.model.layouts import (
     AFTER_TWO_ROWS,
     ALTERNATING,
     DELTA_BY_KEY_HEAD,
+    DELTA_BY_USE,
     GATED,
     GROUPED_GATED_QKV,
     GROUPED_INTERLEAVED_QKV,
@@ -50,7 +61,7 @@ PARTS = {
     **{SAME.name: 1, GATED.name: 2, GROUPED_QKV.name: 3, GROUPED_GATED_QKV.name: 3, DELTA_BY_KEY_HEAD.name: 2},
     **{joined(layout).name: 1 for layout in (GATED, GROUPED_QKV, GROUPED_INTERLEAVED_QKV)},
     **{GROUPED_INTERLEAVED_QKV.name: 3, AFTER_TWO_ROWS.name: 1, ALTERNATING.name: 1},
-    **{LATENT_QUERY_HALVES.name: 1, LATENT_KEY_HALVES.name: 1},
+    **{LATENT_QUERY_HALVES.name: 1, LATENT_KEY_HALVES.name: 1, DELTA_BY_USE.name: 4},
 }
 HAS_EXPERTS = [name for name, model in MODELS.items() if model.has_experts and model.publish is None]
 LATER = {
@@ -151,6 +162,18 @@ _ROUTED: dict[str, Any] = EXPERT_FIELDS | dict(
     moe_router_enable_expert_bias=True, shared_ffn_hidden_size=4, mtp_num_layers=1
 )
 _UNGATED: dict[str, Any] = dict(_BIASES, normalization=LAYER_NORM, gated=False, activation=GELU)
+_GATED_DELTA: dict[str, Any] = {
+    **dict(mixer=PerLayer(["gated delta", "attention"]), attention_output_gate=True, qk_norm=EACH_HEAD),
+    **dict(linear_num_key_heads=2, linear_num_value_heads=4, linear_conv_kernel_dim=3),
+    **dict(linear_key_head_dim=2, linear_value_head_dim=4, num_layers=2, mtp_num_layers=1),
+}
+_SPARSE: dict[str, Any] = dict(
+    **{**_LATENT, **_ROUTED, **_MIXED, "mixer": "sparse latent", "q_lora_rank": 4},
+    **dict(dsa_indexer_n_heads=3, dsa_indexer_head_dim=2, dsa_indexer_topk=8),
+)
+_SHARED = EXPERT_FIELDS | dict(shared_ffn_hidden_size=4, shared_gate=True)
+_PARALLEL: dict[str, Any] = dict(normalization=LAYER_NORM, parallel_block=True)
+_POST: dict[str, Any] = dict(block_norms=AFTER)
 #: Models of each family that together have all the slots that its config.json can ask for.
 ASKED: dict[str, list[dict[str, Any]]] = {
     "llama": [_BIASES],
@@ -194,14 +217,11 @@ ASKED: dict[str, list[dict[str, Any]]] = {
         for rank in (None, 4)
     ],
     "glm4_moe_lite": [dict(**{**_LATENT, **_ROUTED, **_MIXED, "q_lora_rank": rank}) for rank in (None, 4)],
-    "qwen3_next": [
-        dict(
-            **{**EXPERT_FIELDS, **_MIXED, "num_layers": 2, "mtp_num_layers": 1},
-            **dict(mixer=PerLayer(["gated delta", "attention"]), attention_output_gate=True, qk_norm=EACH_HEAD),
-            **dict(linear_num_key_heads=2, linear_num_value_heads=4, linear_conv_kernel_dim=3),
-            **dict(linear_key_head_dim=2, linear_value_head_dim=4, shared_ffn_hidden_size=4, shared_gate=True),
-        )
-    ],
+    "qwen3_next": [_GATED_DELTA | _SHARED | _MIXED],
+    "qwen3_5_text": [_GATED_DELTA],
+    "qwen3_5_moe_text": [_GATED_DELTA | _SHARED],
+    "deepseek_v32": [_SPARSE],
+    "glm_moe_dsa": [_SPARSE | dict(shared_indexer=PerLayer([False, True]))],
     "minicpm": [
         dict(qkv_bias=True, proj_bias=True),
         EXPERT_FIELDS,
@@ -209,6 +229,8 @@ ASKED: dict[str, list[dict[str, Any]]] = {
     ],
     "gpt_bigcode": [dict(_UNGATED, learned_positions=True, rope=False)],
     "olmo": [dict(_BIASES, normalization=LAYER_NORM, absent_biases=OF_MLP)],
+    **{key: [dict(_BIASES, absent_biases=OF_MLP, **_POST, qk_norm=ALL_HEADS)] for key in ("olmo2", "olmo3")},
+    "exaone4": [dict(_POST, qk_norm=EACH_HEAD)],
     "stablelm": [dict(qkv_bias=True, normalization=LAYER_NORM)],
     "nemotron": [dict(_UNGATED, activation=SQUARED_RELU)],
     "arcee": [dict(_BIASES, gated=False, activation=SQUARED_RELU)],
@@ -229,6 +251,13 @@ ASKED: dict[str, list[dict[str, Any]]] = {
     "qwen": [dict(qkv_bias=True)],
     "baichuan": [{}],
     "baichuan2": [{}],
+    "gemma": [dict(qkv_bias=True, proj_bias=True)],
+    "gemma2": [dict(qkv_bias=True, proj_bias=True, block_norms=AROUND)],
+    "glm4": [dict(qkv_bias=True, rotary_interleaved=True, block_norms=AROUND)],
+    **{key: [dict(_PARALLEL, qkv_bias=True, proj_bias=True)] for key in ("cohere", "cohere2")},
+    "falcon": [_UNGATED | _PARALLEL, dict(_UNGATED, **_PARALLEL, parallel_norms=True)],
+    "minimax_m2": [dict(**EXPERT_FIELDS, moe_router_enable_expert_bias=True, qk_norm=ALL_HEADS)],
+    "gemma3_text": [dict(qkv_bias=True, proj_bias=True, block_norms=AROUND, qk_norm=EACH_HEAD)],
     "chatglm": [dict(qkv_bias=True, rotary_interleaved=True)],
 }
 
@@ -239,7 +268,8 @@ def test_every_slot_that_a_config_can_ask_for_is_named() -> None:
         family, specs = FAMILIES[name], [tiny_spec(family=name, **fields) for fields in models]
         needed = {ref.slot.name for spec in specs for ref in refs(spec)}
         absent = {slot for spec in specs for slot in constants(family, spec)}
-        assert family.tensors.keys() == needed - (absent - family.tensors.keys())
+        named = {slot for spec in specs for slot in family.tensors_of(spec)}
+        assert named == needed - (absent - named)
 
 
 def test_every_slot_has_a_megatron_name_and_a_message() -> None:

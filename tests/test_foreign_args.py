@@ -15,7 +15,7 @@ from megatron_converters.basics.errors import ConversionError
 from megatron_converters.formats.megatron.describing import spec_and_notes
 from megatron_converters.formats.megatron.foreign_args import foreign
 from megatron_converters.formats.megatron.reading import AS_STORED, MegatronReadOptions
-from megatron_converters.model.layers import RopeScaling
+from megatron_converters.model.rotary import RopeScaling
 from megatron_converters.model.spec import ModelSpec
 from tests.conversions import hf_to_megatron
 from tests.helpers import edit_rank, rank_content, refused, succeeded, verb
@@ -34,7 +34,6 @@ CHANGING: dict[str, dict[str, Any]] = {
         "geglu": True,
         "add_rmsnorm_offset": True,
         "input_embeds_norm": True,
-        "attn_logit_softcapping": 50.0,
         "output_logit_softcapping": 30.0,
         "query_pre_attn_scalar": 224,
         "interleave_sliding_window": 4096,

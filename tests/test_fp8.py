@@ -484,8 +484,8 @@ FAULTS: dict[str, tuple[Callable[[dict[str, torch.Tensor]], Any], list[str]]] = 
     "shape": (
         lambda tensors: tensors.update({"model.layers.0.mlp.up_proj.weight_scale_inv": torch.ones(2, 2)}),
         [
-            "has shape [2, 2]; model.layers.0.mlp.up_proj.weight of shape [320, 256], in blocks of 128×128, has scales of shape "
-            "[3, 2]"
+            "has shape [2, 2]; model.layers.0.mlp.up_proj.weight of shape [320, 256], in blocks of 128×128, has scales of",
+            "shape [3, 2]",
         ],
     ),
     "dtype": (

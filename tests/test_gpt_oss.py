@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -19,7 +20,18 @@ from megatron_converters.families.config_json import infer_family, spec_from_con
 from megatron_converters.formats.megatron.arguments import inexpressible
 from megatron_converters.formats.mindspore.limits import without_place
 from tests.conversions import hf_to_megatron, hf_to_torch_dist, megatron_to_hf
-from tests.helpers import config_of, edit_config, hf_tensors, rank_content, refused, same_tensors, succeeded, verb
+from tests.helpers import (
+    args_of,
+    config_of,
+    edit_config,
+    edit_rank,
+    hf_tensors,
+    rank_content,
+    refused,
+    same_tensors,
+    succeeded,
+    verb,
+)
 
 LAYERS, EXPERTS, HEADS, GROUPS, DIM, HIDDEN = 4, 8, 8, 4, 16, 64
 #: Elements that a scale of MXFP4 is for, and numbers that its codes stand for, the first eight.
@@ -149,6 +161,9 @@ def test_flags(hf_model: Callable[..., Path], tmp_path: Path) -> None:
     grouped = succeeded(verb("convert", hf_model("gpt-oss"), tmp_path / "out", "--overwrite"))
     assert "--no-bias-dropout-fusion" in grouped.out
     assert "--no-bias-dropout-fusion" not in sequential.out
+    # Before the bias is added, the limit of the fused kernel means something else.
+    assert "--no-bias-gelu-fusion" in sequential.out
+    assert "--no-bias-gelu-fusion" not in grouped.out
     assert "needs Megatron-LM 0.15 or later" in grouped.out
     assert "--softmax-type learnable needs Transformer Engine 2.8 or later" in grouped.out
 
@@ -158,16 +173,26 @@ def _flag(shown: str) -> tuple[str, str]:
     return name, value
 
 
+def test_what_the_fused_kernel_has_trained_is_doubted(hf_model: Callable[..., Path], tmp_path: Path) -> None:
+    """Also where no configuration is recorded, from which the family is known."""
+    out = hf_to_megatron(hf_model("gpt-oss"), tmp_path / "out", impl="local")
+    words = "Megatron-LM's kernel applies the limit before it adds the biases"
+    assert words not in succeeded(verb("inspect", out)).out
+    kept = {name: value for name, value in vars(args_of(out)).items() if not name.startswith("hf_")}
+    edit_rank(out, "mp_rank_00", args=Namespace(**{**kept, "bias_gelu_fusion": True}))
+    found = succeeded(verb("inspect", out)).out
+    assert words in found and "the gpt_oss family fits the args" in found
+    assert words not in succeeded(verb("inspect", out, "--trained-by", "args")).out
+
+
 def test_what_releases_and_formats_lack(hf_model: Callable[..., Path], tmp_path: Path) -> None:
     convert = partial(verb, "convert", hf_model("gpt-oss-yarn"), tmp_path / "out")
     refused(convert("--tp", "2", "--etp", "2"), "experts with biases cannot be cut over etp=2", "use etp 1")
     for layout in ("stacked", "dynamic"):
         words = f"--expert-layout {layout}: experts that are stored so have no biases, and those of this model have"
         refused(convert("--expert-layout", layout), words, "use sequential or grouped", code=2)
-    refused(convert("--megatron-version", "0.18"), "--yarn-beta-fast 6.0, which exists and has an effect from 0.19 on")
-    refused(
-        convert("--megatron-version", "0.14"), "--softmax-type learnable, which exists and has an effect from 0.15 on"
-    )
+    refused(convert("--megatron-version", "0.18"), "--yarn-beta-fast 6.0", "an effect from 0.19 on")
+    refused(convert("--megatron-version", "0.14"), "--softmax-type learnable", "an effect from 0.15 on")
     refused(
         convert("--to", "mindspore"), "tensors without a name: sinks, router_bias, expert_fc1_bias, expert_fc2_bias"
     )

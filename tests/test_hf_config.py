@@ -23,7 +23,8 @@ from megatron_converters.families.config_json import (
     infer_family,
     spec_from_config,
 )
-from megatron_converters.model.layers import ALL_HEADS, EACH_HEAD, LAYER_NORM, RopeScaling
+from megatron_converters.model.layers import AFTER, ALL_HEADS, AROUND, BEFORE, EACH_HEAD, LAYER_NORM
+from megatron_converters.model.rotary import RopeScaling
 from megatron_converters.model.spec import ModelSpec, PerLayer
 from tests.tiny import KINDS, tiny_spec
 
@@ -54,8 +55,13 @@ OWN_SIZES: dict[str, dict[str, Any]] = {
     "opt": {**{name: size for name, size in SIZES.items() if name != "intermediate_size"}, "ffn_dim": 96},
     "deepseek_v2": {**SIZES, "num_experts_per_tok": 4},
     "dots1": {**SIZES, "num_experts_per_tok": 4, "n_routed_experts": 8, "norm_topk_prob": True},
+    "falcon": {
+        **{name: size for name, size in SIZES.items() if name not in ("intermediate_size", "num_key_value_heads")},
+        "ffn_hidden_size": 96,
+    },
     "helium": {**SIZES, "num_attention_heads": 40},  # its default are 20 groups
-    "qwen3_next": {**SIZES, "num_hidden_layers": 4},  # the fourth is the first with full attention
+    # the fourth layer is the first with full attention
+    **{name: {**SIZES, "num_hidden_layers": 4} for name in ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")},
 }
 
 
@@ -79,9 +85,12 @@ def theirs(values: dict[str, Any]) -> Any:
 #: Families whose models have a kind of norm, activation or attention of their own.
 UNGATED = (
     *("gpt2", "gpt_bigcode", "starcoder2", "phi", "opt", "gpt_neox", "persimmon"),
-    *("nemotron", "arcee", "jais2"),
+    *("nemotron", "arcee", "jais2", "falcon"),
 )
-WITH_LAYER_NORM = (*(name for name in UNGATED if name != "arcee"), "stablelm", "olmo")
+WITH_LAYER_NORM = (*(name for name in UNGATED if name != "arcee"), "stablelm", "olmo", "cohere", "cohere2")
+#: Families whose norms are before and after blocks, and those whose norms add 1 to their weights.
+WITH_BOTH_NORMS = ("gemma2", "gemma3_text", "glm4")
+AROUND_ZERO = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "nemotron", "gemma", "gemma2", "gemma3_text")
 ACTIVATIONS = {
     "gelu_new": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
@@ -93,16 +102,25 @@ WITH_POSITIONS = ("gpt2", "gpt_bigcode", "opt")
 WITH_BIASES = ("gpt2", "gpt_bigcode", "phi", "persimmon")
 WITH_MLP_BIASES = (*WITH_BIASES, "gpt_neox", "gpt_oss")
 #: Families that may have biases of one kind, where Megatron-LM's others are 0.
-FILLED = ("olmo", "nemotron", "arcee", "jais2", "gpt_neox", "gpt_oss")
-LATENT = ("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "minicpm3")
+FILLED = ("olmo", "olmo2", "olmo3", "nemotron", "arcee", "jais2", "gpt_neox", "gpt_oss")
+#: Families whose norms are after blocks.
+WITH_POST_NORMS = ("olmo2", "olmo3", "exaone4")
+#: Families whose modules rotate neighbouring rows (`rotate_half`).
+INTERLEAVED = ("glm", "glm4", "ernie4_5", "helium", "cohere", "cohere2")
+GATED_DELTA = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")
+SPARSE = ("deepseek_v32", "glm_moe_dsa")
+LATENT = ("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "minicpm3", *SPARSE)
 #: Families without a class in transformers.
 REMOTE = ("minicpm", "bailing_moe", "mimo", "internlm2", "exaone", "qwen", "baichuan", "baichuan2", "chatglm")
 NATIVE = [name for name in FAMILIES if name not in REMOTE]
-CHOSEN_BY_SIGMOID = ("glm4_moe", "deepseek_v3", "glm4_moe_lite", "dots1", "solar_open", "hy_v3", "exaone_moe")
+CHOSEN_BY_SIGMOID = (
+    *("glm4_moe", "deepseek_v3", "glm4_moe_lite", "dots1", "solar_open", "hy_v3", "exaone_moe", "minimax_m2"),
+    *SPARSE,
+)
 #: Families whose experts are weighted by a softmax over those that are chosen, whatever config.json says.
-CHOSEN_FIRST = ("mixtral", "granitemoe", "granitemoeshared", "gpt_oss")
+CHOSEN_FIRST = ("mixtral", "granitemoe", "granitemoeshared", "gpt_oss", "qwen3_5_moe_text")
 #: Families whose classes have no bias in the output of attention.
-WITHOUT_OUTPUT_BIAS = ("glm", "glm4_moe", "solar_open", "helium")
+WITHOUT_OUTPUT_BIAS = ("glm", "glm4", "glm4_moe", "solar_open", "helium")
 
 
 def facts(found: Any) -> dict[str, Any]:
@@ -110,26 +128,30 @@ def facts(found: Any) -> dict[str, Any]:
     kind, parallel = found.model_type, getattr(found, "use_parallel_residual", False)
     epsilons = ("rms_norm_eps", "norm_epsilon", "layer_norm_epsilon", "layer_norm_eps", "norm_eps")
     of_attention = first(found, ("attention_bias",), kind in WITH_BIASES)
-    of_mlp = first(found, ("mlp_bias", "use_bias", "enable_bias"), kind in WITH_MLP_BIASES)
+    of_mlp = first(found, ("mlp_bias", "use_bias", "enable_bias", "bias"), kind in WITH_MLP_BIASES)
     absent = kind in FILLED and of_attention != of_mlp
-    activation = first(found, ("hidden_act", "activation_function"), "silu")
+    activation = first(found, ("hidden_act", "hidden_activation", "activation_function", "activation"), "silu")
     return {
         "num_layers": found.num_hidden_layers,
         "hidden_size": found.hidden_size,
-        "ffn_hidden_size": first(found, ("intermediate_size", "ffn_dim", "n_inner", "moe_intermediate_size"), None)
+        "ffn_hidden_size": first(
+            found, ("intermediate_size", "ffn_dim", "ffn_hidden_size", "n_inner", "moe_intermediate_size"), None
+        )
         or 4 * found.hidden_size,
         "vocab_size": found.vocab_size,
         "max_position_embeddings": found.max_position_embeddings,
         "norm_epsilon": first(found, epsilons, 1e-5),  # OlmoLayerNorm, and the default of torch's in OPT
         "normalization": LAYER_NORM if kind in WITH_LAYER_NORM else "RMSNorm",
-        "zero_centred": kind in ("qwen3_next", "nemotron"),  # their norms add 1 to their weights
+        "zero_centred": kind in AROUND_ZERO,
         "learned_positions": kind in WITH_POSITIONS,
         "tied": found.tie_word_embeddings,
         "causal": getattr(found, "is_causal", True),  # masking_utils.py, create_causal_mask
         "mlp_bias": of_mlp or absent,
         "absent_biases": ("attention" if of_mlp else "mlp") if absent else "",
-        "parallel_block": kind == "phi" or parallel,  # PhiDecoderLayer
+        "parallel_block": kind in ("phi", "cohere", "cohere2", "falcon") or parallel,  # PhiDecoderLayer
         "parallel_norms": parallel,  # GPTNeoXLayer
+        "block_norms": norm_places(kind),
+        "final_logit_softcapping": getattr(found, "final_logit_softcapping", None),
         "head_bias": kind == "phi",
         "num_labels": None,  # of a language model
         "activation": "quick_gelu" if kind == "gpt_oss" else ACTIVATIONS.get(activation, activation),  # GptOssExperts
@@ -145,17 +167,25 @@ def facts(found: Any) -> dict[str, Any]:
     }
 
 
+def norm_places(kind: str) -> str:
+    if kind in WITH_BOTH_NORMS:
+        return AROUND
+    return AFTER if kind in WITH_POST_NORMS else BEFORE
+
+
 def first(found: Any, names: tuple[str, ...], default: Any) -> Any:
     """The first of these attributes that there is."""
     return next((getattr(found, name) for name in names if hasattr(found, name)), default)
 
 
 def multiplier_facts(found: Any) -> dict[str, Any]:
+    gemma, scalar = found.model_type.startswith("gemma"), getattr(found, "query_pre_attn_scalar", None)
+    own = getattr(found, "attention_multiplier", None)
     return {
-        "embedding_multiplier": getattr(found, "embedding_multiplier", 1.0),
+        "embedding_multiplier": found.hidden_size**0.5 if gemma else getattr(found, "embedding_multiplier", 1.0),
         "residual_multiplier": getattr(found, "residual_multiplier", 1.0),
-        "attention_multiplier": getattr(found, "attention_multiplier", None),
-        "logits_multiplier": 1 / getattr(found, "logits_scaling", 1.0),
+        "attention_multiplier": own if scalar is None or scalar == found.head_dim else scalar**-0.5,
+        "logits_multiplier": getattr(found, "logit_scale", 1 / getattr(found, "logits_scaling", 1.0)),
     }
 
 
@@ -172,6 +202,14 @@ def rope_facts(found: Any) -> dict[str, Any]:
     if found.model_type in WITH_POSITIONS:
         return {"rope": False}
     rope = dict(found.rope_parameters)
+    if found.model_type == "olmo3":
+        assert rope["full_attention"] == rope["sliding_attention"]
+        rope = rope["full_attention"]
+    own: dict[str, Any] = {}
+    if found.model_type == "gemma3_text":
+        own = {"rotary_base": one_or_per_layer(PerLayer(rope[kind]["rope_theta"] for kind in found.layer_types))}
+        assert {table["rope_type"] for table in rope.values()} == {"default"}
+        rope = rope["full_attention"]
     percent = rope.pop("partial_rotary_factor", 1.0)
     scaling = {key: value for key, value in rope.items() if key not in ("rope_theta", "rope_type", "type")}
     if rope["rope_type"] == "longrope":  # as in _compute_longrope_parameters
@@ -180,20 +218,34 @@ def rope_facts(found: Any) -> dict[str, Any]:
         scaling.pop("original_max_position_embeddings", None)
     scaling.pop("max_position_embeddings", None)  # which Ministral 3 repeats in its table
     rotated = PerLayer(map(bool, getattr(found, "no_rope_layers", [1]) * found.num_hidden_layers))
-    if found.model_type == "exaone_moe":
+    if found.model_type in ("exaone4", "exaone_moe", "cohere2") and found.sliding_window is not None:
         rotated = PerLayer(kind == "sliding_attention" for kind in found.layer_types)
     return {
         "rope": one_or_per_layer(PerLayer(rotated[: found.num_hidden_layers])),
         "rotary_base": rope["rope_theta"],
         "rotary_percent": percent,
-        "rotary_interleaved": found.model_type in ("glm", "ernie4_5", "helium"),  # rotate_half of their modules
+        "rotary_interleaved": found.model_type in INTERLEAVED,
         "rope_scaling": None if rope["rope_type"] == "default" else RopeScaling(rope["rope_type"], **scaling),
+        **own,
     }
 
 
 def latent_facts(found: Any) -> dict[str, Any]:
+    sparse = {}
+    if found.model_type in SPARSE:
+        shared = PerLayer(
+            kind == "shared" for kind in getattr(found, "indexer_types", found.num_hidden_layers * ["full"])
+        )
+        sparse = {
+            "dsa_indexer_n_heads": found.index_n_heads,
+            "dsa_indexer_head_dim": found.index_head_dim,
+            "dsa_indexer_topk": found.index_topk,
+            "dsa_indexer_rope_interleaved": found.model_type == "glm_moe_dsa",  # GlmMoeDsaIndexer.forward
+            "shared_indexer": one_or_per_layer(shared),
+        }
     return {
-        "mixer": "latent",
+        **sparse,
+        "mixer": "sparse latent" if sparse else "latent",
         "num_attention_heads": found.num_attention_heads,
         "q_lora_rank": found.q_lora_rank,
         "kv_lora_rank": found.kv_lora_rank,
@@ -210,30 +262,34 @@ def attention_facts(found: Any) -> dict[str, Any]:
         types = ["full_attention" if getattr(found, "sliding_window", None) is None else "sliding_attention"] * layers
     windows = PerLayer(found.sliding_window if each == "sliding_attention" else None for each in types)
     linear = {}
-    if kind == "qwen3_next":
+    if kind in GATED_DELTA:
         names = ("key_head_dim", "value_head_dim", "num_key_heads", "num_value_heads", "conv_kernel_dim")
         linear = {f"linear_{name}": getattr(found, f"linear_{name}") for name in names}
-    bias = first(found, ("attention_bias", "use_bias", "enable_bias"), kind in WITH_BIASES)
+    bias = first(found, ("attention_bias", "use_bias", "enable_bias", "bias"), kind in WITH_BIASES)
     if kind in FILLED:
         bias = bias or first(found, ("mlp_bias",), kind in WITH_MLP_BIASES)
-    # OlmoeAttention's norms have the size of all heads.
-    with_norms = ("qwen3", "qwen3_moe", "qwen3_next", "dots1", "hy_v3", "exaone_moe")
-    norms = {**dict.fromkeys(with_norms, EACH_HEAD), "olmoe": ALL_HEADS}
+    # The norms of OLMo's attention have the size of all heads.
+    with_norms = ("qwen3", "qwen3_moe", *GATED_DELTA, "dots1", "hy_v3", "exaone4", "exaone_moe", "gemma3_text")
+    over_heads = ("olmoe", "olmo2", "olmo3", "minimax_m2")
+    norms = {**dict.fromkeys(with_norms, EACH_HEAD), **dict.fromkeys(over_heads, ALL_HEADS)}
     own_norms = EACH_HEAD if first(found, ("use_qk_norm", "qk_layernorm"), False) else ""
     return {
         "mixer": one_or_per_layer(
             PerLayer("gated delta" if each == "linear_attention" else "attention" for each in types)
         ),
         "num_attention_heads": found.num_attention_heads,
-        "num_query_groups": getattr(found, "num_key_value_heads", None) or found.num_attention_heads,
+        "num_query_groups": 1
+        if kind == "falcon"
+        else getattr(found, "num_key_value_heads", None) or found.num_attention_heads,
         "kv_channels": getattr(found, "head_dim", None) or found.hidden_size // found.num_attention_heads,
         "qkv_bias": kind == "qwen2" or bias or first(found, ("qkv_bias", "use_qkv_bias"), False),
         # The classes of some have none there, and one has a key of its own.
         "proj_bias": getattr(found, "attention_out_bias", bias and kind not in WITHOUT_OUTPUT_BIAS),
         "qk_norm": norms.get(kind, own_norms),
         "sliding_window": one_or_per_layer(windows),
-        "attention_output_gate": kind == "qwen3_next",
+        "attention_output_gate": kind in GATED_DELTA,
         "sinks": kind == "gpt_oss",
+        "attn_logit_softcapping": getattr(found, "attn_logit_softcapping", None),
         **linear,
     }
 
@@ -275,7 +331,7 @@ def expert_facts(found: Any) -> dict[str, Any]:
         "moe_router_group_topk": found.topk_group if grouped else None,
         "moe_aux_loss_coeff": getattr(found, "router_aux_loss_coef", 0.0),
         "shared_ffn_hidden_size": getattr(found, "shared_expert_intermediate_size", shared),
-        "shared_gate": kind in ("qwen2_moe", "qwen3_next"),
+        "shared_gate": kind in ("qwen2_moe", "qwen3_next", "qwen3_5_moe_text"),
     }
 
 
@@ -447,6 +503,14 @@ ALL_CASES = [
     ("glm", "no bias", {"attention_bias": False, "head_dim": 24}),
     ("gpt2", "untied", {"tie_word_embeddings": False, "n_inner": None, "layer_norm_epsilon": 1e-6}),
     ("gpt_bigcode", "a key for each head", {"multi_query": False, "n_inner": None, "activation_function": "gelu"}),
+    ("olmo2", "13B", {"num_key_value_heads": 8, "rope_theta": 5e5, "attention_bias": True}),
+    (
+        "exaone4",
+        "1.2B",
+        {"sliding_window": None, "sliding_window_pattern": None, "layer_types": ["full_attention"] * 3},
+    ),
+    ("exaone4", "32B", {"layer_types": TYPES, "num_key_value_heads": 8, "rms_norm_eps": 1e-6, "head_dim": 4}),
+    ("olmo3", "all layers full", {"layer_types": ["full_attention"] * 3}),
     ("olmo", "biases", {"attention_bias": True, "num_key_value_heads": 8, "rope_theta": 5e5}),
     ("stablelm", "2 1.6B", {"use_qkv_bias": True, "partial_rotary_factor": 0.25, "num_key_value_heads": 32}),
     ("nemotron", "Minitron 4B", {"num_key_value_heads": 8, "head_dim": 128, "norm_eps": 1e-6, "rope_percent": 0.5}),

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 import megatron_converters.cli.main as cli
 from megatron_converters.basics.json_values import finite
 from megatron_converters.logits.compare import LogitsReport
-from megatron_converters.model.layers import RopeScaling
+from megatron_converters.model.rotary import RopeScaling
 from megatron_converters.model.spec import PROPERTIES, PerLayer
 from tests.helpers import RANK_FILE, Run, rank_content, succeeded, verb
 from tests.json_reports import KEYWORDS, OBJECTS, REPORTS, Check, Field, documented_fields, fields_of

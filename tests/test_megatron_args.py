@@ -25,7 +25,9 @@ from megatron_converters.formats.megatron.arguments import (
 )
 from megatron_converters.formats.megatron.flags import flag_warnings, flags
 from megatron_converters.model.layers import (
+    AFTER,
     ALL_HEADS,
+    AROUND,
     EACH_HEAD,
     GELU,
     GELU_TANH,
@@ -34,8 +36,8 @@ from megatron_converters.model.layers import (
     RELU,
     SIGMOID,
     SQUARED_RELU,
-    RopeScaling,
 )
+from megatron_converters.model.rotary import RopeScaling
 from megatron_converters.model.spec import ModelSpec, PerLayer
 from megatron_converters.sharding.ranks import parallel_for
 from megatron_converters.sharding.stages import PipelineSplit
@@ -53,11 +55,21 @@ LATENT = {
     **{"kv_lora_rank": 6, "q_lora_rank": 4, "qk_head_dim": 4, "qk_pos_emb_head_dim": 2, "v_head_dim": 6},
     **{"mixer": "latent", "kv_channels": 2, "num_query_groups": 4},
 }
+SPARSE = {
+    **LATENT,
+    **{"mixer": "sparse latent", "dsa_indexer_n_heads": 3, "dsa_indexer_head_dim": 4, "dsa_indexer_topk": 8},
+    **{"dsa_indexer_rope_interleaved": False, "shared_indexer": False},
+}
 DELTA = {
     **{"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_conv_kernel_dim": 3},
     **{"linear_key_head_dim": 6, "linear_value_head_dim": 10},
     "mixer": PerLayer(["gated delta", "attention"]),
     "attention_output_gate": True,
+}
+#: Args of sparse attention.
+DSA: dict[str, Any] = {
+    **{"experimental_attention_variant": "dsa", "multi_latent_attention": True, "dsa_indexer_rope_interleaved": False},
+    **{"dsa_indexer_n_heads": 2, "dsa_indexer_head_dim": 64, "dsa_indexer_topk": 8},
 }
 CASES: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -108,6 +120,16 @@ CASES: dict[str, dict[str, Any]] = {
             "yarn", 40.0, original_max_position_embeddings=4096, mscale=0.7, mscale_all_dim=0.5
         ),
     },
+    "sparse attention": SPARSE,
+    "sparse attention with neighbours rotated": {**SPARSE, "dsa_indexer_rope_interleaved": True},
+    "indexers that layers share": {
+        **SPARSE,
+        **{"num_layers": 9, "shared_indexer": PerLayer(layer in (3, 4, 5, 7, 8) for layer in range(9))},
+    },
+    "an indexer that all other layers share": {
+        **SPARSE,
+        **{"num_layers": 5, "shared_indexer": PerLayer(layer > 0 for layer in range(5))},
+    },
     "gated DeltaNet": DELTA,
     "gated DeltaNet in an order of its own": {
         **DELTA,
@@ -128,6 +150,12 @@ CASES: dict[str, dict[str, Any]] = {
     "experts chosen after softmax": {**MOE, "moe_router_pre_softmax": True, "moe_aux_loss_coeff": 0.01},
     "shared expert": {**MOE, "shared_ffn_hidden_size": 10, "shared_gate": False},
     "gated shared expert": {**MOE, "shared_ffn_hidden_size": 10, "shared_gate": True},
+    "parallel blocks": {"parallel_block": True},
+    "parallel blocks with norms of their own": {"parallel_block": True, "parallel_norms": True},
+    "norms over heads": {**MOE, "qk_norm": ALL_HEADS},
+    "norms after blocks": {"block_norms": AFTER, "qk_norm": EACH_HEAD},
+    "norms after blocks and over heads": {"block_norms": AFTER, "qk_norm": ALL_HEADS},
+    "norms before and after blocks": {"block_norms": AROUND},
     "some layers dense": {**MOE, "num_layers": 5, "feed": PerLayer(["mlp", "moe", "moe", "mlp", "moe"])},
 }
 
@@ -169,23 +197,14 @@ def test_the_cases_change_every_property() -> None:
     decided_elsewhere = {"family", "dtype", "vocab_size"}
     folded_into_weights = {"residual_multiplier"}
     inexpressible_ones = {"causal", "block_experts", "block_expert_size", "router_norm", "head_bias"}
-    inexpressible_ones |= {"parallel_block", "parallel_norms", "absent_biases", "num_labels"}
+    inexpressible_ones |= {"attn_logit_softcapping", "final_logit_softcapping", "absent_biases", "num_labels"}
     every = {name for spec in KINDS.values() for name in spec.values}
     assert changed == every - decided_elsewhere - folded_into_weights - inexpressible_ones
-
-
-def test_norms_over_all_heads_survive_args_although_megatron_lacks_them() -> None:
-    for norm in (EACH_HEAD, ALL_HEADS):
-        spec = tiny_spec(qk_norm=norm)
-        assert bool(inexpressible(spec)) == (norm == ALL_HEADS)
-        assert back(all_args(spec), spec) == spec
 
 
 @pytest.mark.parametrize(
     ("name", "fields"),
     [
-        ("parallel_block", {"parallel_block": True}),
-        ("parallel_norms", {"parallel_block": True, "parallel_norms": True}),
         ("head_bias", {"head_bias": True}),
         ("mlp_activation", {"activation": RELU, "gated": False}),
     ],
@@ -257,7 +276,8 @@ def test_args_hold_plain_values_and_dtypes_alone(fields: dict[str, Any]) -> None
     assert plain_args(args) == args
     allowed = (bool, int, float, str, type(None), DType)
     others = {name: value for name, value in args.items() if type(value) not in allowed}
-    assert others.keys() <= {"window_size", *PATTERNS}
+    assert others.keys() <= {"window_size", "spec", *PATTERNS}
+    assert {*map(type, args.get("spec") or ())} <= {str}
     assert [type(value) for value in args["window_size"] or ()] in ([], [int, int])
     assert all(
         type(value) is list and {*map(type, value)} == {int} for name, value in others.items() if name in PATTERNS
@@ -319,7 +339,26 @@ def test_plain_args_leaves_out_what_weights_only_loading_refuses() -> None:
         ({"proj_bias": True}, "a bias on only one of"),
         ({"mlp_bias": True}, "a bias on only one of"),
         ({"rotary_base": 10000.5}, "a rotary base of 10000.5"),
-        ({"qk_norm": ALL_HEADS}, "query and key norms over all heads together"),
+        (
+            {"parallel_block": True, "qk_norm": ALL_HEADS},
+            "on one norm; norms of queries and keys over all heads together: neither Megatron-LM nor .* megatron_layers",
+        ),
+        (
+            {**MOE, "parallel_block": True},
+            r"in parallel on one norm, with experts: the layer megatron_layers\.parallel_shared",
+        ),
+        (
+            {**MOE, "qk_norm": ALL_HEADS, "feed": PerLayer(["mlp", "moe"])},
+            "over all heads together, with experts in some layers: the layer",
+        ),
+        ({"block_norms": AFTER, "normalization": LAYER_NORM}, "none before, with LayerNorms: the layer"),
+        ({"qk_norm": ALL_HEADS, "zero_centred": True}, "with norms that are stored minus 1: the layer"),
+        ({"block_norms": AROUND, "mtp_num_layers": 1}, r"multi-token prediction \(--without-mtp leaves"),
+        ({**LATENT, "block_norms": AFTER}, "with attention of another kind in some layers"),
+        (
+            {"qk_norm": PerLayer([EACH_HEAD, ALL_HEADS])},
+            "all heads together, in some layers: a model has layers of one kind",
+        ),
         (
             {"num_experts": 4, "moe_ffn_hidden_size": 4, "moe_router_topk": 1},
             "one expert for each token, with weight 1",
@@ -372,7 +411,19 @@ def test_what_megatron_cannot_express(fields: dict[str, Any], reason: str) -> No
         ({"moe_single_grouped_bias": True}, "all experts' biases of a rank in one parameter"),
         ({"softmax_scale": 0.1}, "another scale"),
         ({"heterogeneous_layers_config_encoded_json": "{}"}, "layers that differ"),
-        ({"experimental_attention_variant": "dsa"}, "only 'gated_delta_net' is supported"),
+        ({"experimental_attention_variant": "mamba"}, "only 'gated_delta_net' and 'dsa' are supported"),
+        ({"experimental_attention_variant": "dsa"}, "without multi_latent_attention"),
+        (
+            {"experimental_attention_variant": "dsa", "multi_latent_attention": True},
+            "no dsa_indexer_rope_interleaved, as before Megatron-LM 0.19: its indexers read latents before their norm",
+        ),
+        (
+            {**DSA, "dsa_indexer_topk_freq": 0},
+            "dsa_indexer_topk_freq=0 and dsa_indexer_skip_topk_offset=0; they must be whole numbers, the first above 0",
+        ),
+        ({**DSA, "dsa_indexer_n_heads": None}, "dsa_indexer_n_heads is None"),
+        ({**DSA, "dsa_indexer_head_dim": 1}, "dsa_indexer_head_dim is 1, fewer than the 64 rows that rotate"),
+        ({**DSA, "dsa_indexer_scoring_relu": False}, "indexers whose scores may be negative"),
         ({"experimental_attention_variant": "gated_delta_net"}, "linear_attention_freq=None; it must be a number or"),
         ({"experimental_attention_variant": "gated_delta_net", "linear_attention_freq": [1]}, "a list of 2 values"),
         ({"multi_latent_attention": True, "mla_down_proj_fusion": True}, "down projections that are stored as one"),

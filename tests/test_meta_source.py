@@ -14,7 +14,7 @@ from megatron_converters.formats.megatron.rank_files_target import MegatronTarge
 from megatron_converters.formats.megatron.writing import MegatronOptions
 from megatron_converters.formats.meta.params import read_params
 from megatron_converters.formats.meta.source import MetaSource
-from megatron_converters.model.layers import RopeScaling
+from megatron_converters.model.rotary import RopeScaling
 from tests.conversions import different, megatron_to_hf, run
 from tests.helpers import hf_tensors
 from tests.oracle.hf import make_model

@@ -102,9 +102,10 @@ def test_every_family_converted_by_hand_agrees_with_transformers(
 @pytest.mark.parametrize("sizes", [dict(tp=2, ep=2, impl="local"), dict(tp=2, pp=2, impl="transformer_engine")])
 def test_olmoe_needs_a_norm_over_all_heads(megatron_pool: MegatronPool, tmp_path: Path, sizes: dict[str, Any]) -> None:
     hf = make_model("olmoe", tmp_path / "hf")
-    root = by_hand.convert(hf, tmp_path / "meg", **sizes)
-    logits = megatron_pool.logits(root, TOKENS, qk_norm_over_heads=True)
-    assert difference(logits, hf_logits(hf, TOKENS)) < 1e-5
+    own_layer = ["megatron_layers.norms_over_heads", "spec"]
+    root = by_hand.convert(hf, tmp_path / "meg", **sizes, spec=own_layer)
+    assert difference(megatron_pool.logits(root, TOKENS), hf_logits(hf, TOKENS)) < 1e-5
+    root = by_hand.convert(hf, tmp_path / "stock", **sizes)
     with pytest.raises(OracleError, match=r"size mismatch.*q_layernorm"):
         megatron_pool.logits(root, TOKENS)
 

@@ -101,8 +101,9 @@ def test_the_distributions_have_their_files(built: Path) -> None:
     with zipfile.ZipFile(built / WHEEL) as wheel:
         names = set(wheel.namelist())
     tops = {name.partition("/")[0] for name in names}
-    assert tops == {"megatron_converters", "model_converter_tool", f"megatron_converters-{VERSION}.dist-info"}
-    modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "megatron_converters").rglob("*.py")}
+    packages = {"megatron_converters", "megatron_layers", "model_converter_tool"}
+    assert tops == {*packages, f"megatron_converters-{VERSION}.dist-info"}
+    modules = {path.relative_to(ROOT).as_posix() for package in packages for path in (ROOT / package).rglob("*.py")}
     beside = {
         "py.typed",
         "cli/reports.schema.json",

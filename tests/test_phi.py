@@ -33,7 +33,8 @@ from tests.oracle.checkpoint import iteration_directory
 from tests.oracle.errors import OracleError
 from tests.oracle.hf import TOKENS, difference, hf_logits, make_model
 from tests.oracle.jobs import gradients
-from tests.oracle.live_jobs import bridged, dropped_out, layer_refusal
+from tests.oracle.layer_jobs import refusal
+from tests.oracle.live_jobs import bridged, dropped_out
 from tests.oracle.pool import MegatronPool
 from tests.tiny import tiny_spec
 
@@ -156,7 +157,7 @@ def test_megatron_computes_what_transformers_computes(
         assert different(hf_tensors(folder), hf_tensors(back)) == []
         assert difference(hf_logits(back, TOKENS), theirs) == 0
     args = args_of(files)
-    assert (args.parallel_block, args.head_bias) == (True, True)
+    assert (args.spec, args.head_bias) == (["megatron_layers.parallel_shared_norm", "spec"], True)
 
 
 @pytest.mark.parametrize("sizes", [dict(), dict(tp=2, pp=2), dict(pp=4)], ids=["whole", "cut", "stages"])
@@ -236,14 +237,14 @@ def test_attention_and_mlp_are_dropped_out_each_on_its_own(megatron_pool: Megatr
         (dict(), ""),
         (dict(recompute_granularity="selective", recompute_modules=["core_attn"]), ""),
         (dict(recompute_granularity="selective", recompute_modules=["mlp"]), "recompute_modules=['mlp']"),
-        (dict(cuda_graph_impl="local", cuda_graph_scope="full"), "cuda_graph_impl='local'; set it to 'none'"),
-        (dict(num_moe_experts=4), "num_moe_experts=4: only dense MLPs"),
+        (dict(cuda_graph_impl="local", cuda_graph_scope="full"), "cuda_graph_impl='local', set it to 'none'"),
+        (dict(num_moe_experts=4), "num_moe_experts: this layer of megatron_layers has an MLP"),
     ],
 )
 def test_options_that_a_parallel_block_does_not_heed_are_refused(
     megatron_pool: MegatronPool, options: dict[str, Any], words: str
 ) -> None:
-    found = megatron_pool.run(layer_refusal, options)[0]
+    found = megatron_pool.run(refusal, "parallel_shared_norm", options)[0]
     assert words in found
     assert bool(words) == bool(found)
 
@@ -265,7 +266,7 @@ def test_layers_that_run_one_after_the_other_show(
 ) -> None:
     folder = hf_model("phi")
     root = hf_to_megatron(folder, tmp_path / "megatron", impl="local", **ALLOWED)
-    edited(root, lambda content: setattr(content["args"], "parallel_block", False))
+    edited(root, lambda content: setattr(content["args"], "spec", None))
     with pytest.raises(OracleError, match="pre_mlp_layernorm"):
         megatron_pool.logits(root, TOKENS)
 
@@ -287,12 +288,12 @@ def test_a_head_without_its_bias_shows(
 
 @pytest.mark.parametrize("options", [(), ("--ckpt-format", "torch_dist"), ("--ckpt-format", "model_pt")])
 def test_files_are_refused_unless_asked_for(hf_model: HFModel, tmp_path: Path, options: tuple[str, ...]) -> None:
-    words = ("attention and MLP in parallel on one norm", "a bias of the output layer", "live only, through AutoBridge")
+    words = ("a bias of the output layer", "live only, through AutoBridge")
     command = ("convert", hf_model("phi"), tmp_path / "out", "--to", "megatron", *options)
     refused(verb(*command), *words, "--allow-inexpressible")
     nothing_complete(tmp_path / "out")
     run = succeeded(verb(*command, "--allow-inexpressible"))
-    assert "warning: Megatron-LM will not compute attention and MLP in parallel" in run.err
+    assert "warning: Megatron-LM will not compute a bias of the output layer" in run.err
     succeeded(verb("convert", tmp_path / "out", tmp_path / "back"))
     assert different(hf_tensors(hf_model("phi")), hf_tensors(tmp_path / "back")) == []
     refused(verb("args", hf_model("phi")), *words)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from megatron_converters.families.config_json import config_for, config_from_spec, spec_from_config
-from megatron_converters.model.layers import RopeScaling
+from megatron_converters.model.rotary import RopeScaling
 from megatron_converters.model.spec import ModelSpec, PerLayer
 
 Config = dict[str, Any]

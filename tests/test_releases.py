@@ -56,6 +56,13 @@ MODELS: dict[str, tuple[dict[str, Any], int]] = {
     "granite-untied": (dict(tp=2, pp=2), 12),  # multipliers are folded for the releases before 0.17
     "qwen3-window": (dict(tp=2, pp=2), 15),
     "glm4-moe": (dict(ep=2, pp=2, expert_layout="sequential"), 12),
+    "gpt-oss": (dict(ep=2, pp=2, expert_layout="sequential"), 15),
+    "gpt-oss-yarn": (dict(ep=2, pp=2, expert_layout="sequential"), 19),
+    # Layers of megatron_layers, by --spec.
+    "gpt_neox-parallel": (dict(tp=2, pp=2), 12),
+    "olmo2": (dict(tp=2, pp=2), 12),
+    "exaone4-windows": (dict(tp=2, pp=2), 15),
+    "olmoe": (dict(ep=2, pp=2, expert_layout="sequential"), 16),
     "deepseek-v3": (dict(tp=2, expert_layout="sequential", impl=ENGINE), 12),  # down projections are cut before 0.14
 }
 pytestmark = pytest.mark.skipif(not TREES, reason="MEGATRON_LM_TREES names no tree of Megatron-LM")

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from megatron_converters.basics.errors import ConversionError
 from megatron_converters.families.config_json import config_from_spec, config_notes, spec_from_config
 from megatron_converters.families.file_rules import RULES
-from megatron_converters.model.layers import RopeScaling
+from megatron_converters.model.rotary import RopeScaling
 from megatron_converters.storage import safetensors
 from megatron_converters.storage.decoding import UnitRows
 from tests.conversions import hf_to_megatron, megatron_to_hf

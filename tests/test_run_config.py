@@ -189,7 +189,7 @@ def test_verl_s_file_says_heads_and_little_more(folder: str, bare: Path, model: 
         ({"num_layers": "two"}, "no valid num_layers"),
         ({"hidden_size": 0}, "no valid hidden_size"),
         ({"position_embedding_type": "yarn"}, "position_embedding_type='yarn' without rotary_scaling_factor"),
-        ({"final_logit_softcapping": 30.0}, "final_logit_softcapping=30.0"),
+        ({"output_logit_softcapping": 30.0}, "output_logit_softcapping=30.0"),
         ({"activation_func": {"_target_": "nemo.fn.activation.openai_gelu"}}, "mlp_activation='openai_gelu, gated'"),
         ({"softmax_type": "off-by-one"}, "softmax_type='off-by-one'; only 'vanilla' and 'learnable'"),
     ],
@@ -256,7 +256,8 @@ def test_args_come_first(made: Path, model: Path, tmp_path: Path) -> None:
     assert "describes its model" not in succeeded(verb("inspect", root)).out
 
 
-BUILT = {name: fields for name, fields in CASES.items() if name not in ("multipliers",)}
+#: Models that a provider can have: none has multipliers or sparse attention.
+BUILT = {name: fields for name, fields in CASES.items() if name != "multipliers" and "dsa_indexer_topk" not in fields}
 FUNCTIONS = {
     "silu": "torch.nn.functional.silu",
     "gelu": "torch._C._nn.gelu",
@@ -272,6 +273,8 @@ def test_args_of_a_provider_s_fields_are_the_args_that_it_was_made_from(fields: 
     named = activation(args)
     provided = provider_fields(args) | {"activation_func": {"_target_": FUNCTIONS[named], "_call_": False}}
     provided |= {"bias_activation_fusion": named == "gelu_tanh"}
+    if "spec" in args:
+        provided |= {"transformer_layer_spec": {"_target_": ".".join(args["spec"]), "_call_": False}}
     read, meant = (spec_fields(argparse.Namespace(**values)) for values in (args_of_fields(provided), args))
     of_training = {"initializer_range", "moe_aux_loss_coeff"}
     assert meant.keys() - read.keys() <= of_training

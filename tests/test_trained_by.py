@@ -14,7 +14,7 @@ from megatron_converters.basics.errors import UsageError
 from megatron_converters.formats.megatron.describing import spec_and_notes
 from megatron_converters.formats.megatron.reading import AS_STORED, MegatronReadOptions
 from megatron_converters.formats.megatron.trained_by import program
-from megatron_converters.model.layers import RopeScaling
+from megatron_converters.model.rotary import RopeScaling
 from megatron_converters.model.spec import ModelSpec
 from tests.conversions import hf_to_megatron
 from tests.helpers import edit_rank, rank_content, refused, succeeded, verb

@@ -14,7 +14,7 @@ import torch
 from megatron_converters.families.config_json import spec_from_config
 from megatron_converters.formats.megatron.arguments import model_args, spec_fields
 from megatron_converters.formats.megatron.config_fields import args_of_fields
-from megatron_converters.model.layers import RopeScaling
+from megatron_converters.model.rotary import RopeScaling
 from tests.helpers import args_of, nothing_complete, refused, succeeded, verb
 from tests.oracle.checkpoint import iteration_directory
 from tests.plain_llama import weights, write_llama
@@ -45,7 +45,9 @@ def configured(folder: Path, **fields: Any) -> Path:
 
 def test_the_release_that_has_it_is_needed_and_said(llama: Path, tmp_path: Path) -> None:
     older = verb("convert", llama, tmp_path / "meg", "--megatron-version", "0.18")
-    flag = "--yarn-original-max-position-embeddings 16, which exists and has an effect from 0.19 on"
+    flag = (
+        "--yarn-original-max-position-embeddings 16, --yarn-beta-fast 32.0, --yarn-beta-slow 1.0, which exist and have"
+    )
     refused(older, "Megatron-LM 0.18, as --megatron-version says, does not know or heed", flag)
     nothing_complete(tmp_path / "meg")
     run = succeeded(verb("convert", llama, tmp_path / "meg"))

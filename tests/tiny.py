@@ -11,7 +11,7 @@ import numpy.typing as npt
 from megatron_converters.basics.dtypes import dtype_named
 from megatron_converters.conversion.composing import Piece, StoredName
 from megatron_converters.formats.queue.source import MemoryTensor
-from megatron_converters.model.layers import ALL_HEADS, EACH_HEAD, GELU, LAYER_NORM, QUICK_GELU
+from megatron_converters.model.layers import ALL_HEADS, AROUND, EACH_HEAD, GELU, LAYER_NORM, QUICK_GELU
 from megatron_converters.model.spec import ModelSpec, PerLayer
 
 _MOE: dict[str, Any] = dict(num_experts=4, moe_ffn_hidden_size=4, moe_router_topk=2)
@@ -72,6 +72,7 @@ KINDS: dict[str, ModelSpec] = {
         **dict(normalization=LAYER_NORM, activation=GELU, gated=False, parallel_block=True, head_bias=True),
         **dict(qkv_bias=True, proj_bias=True, mlp_bias=True),
     ),
+    "norms before and after blocks": tiny_spec(normalization=LAYER_NORM, block_norms=AROUND),
     "mixture": tiny_spec(
         **_MOE, qk_norm=ALL_HEADS, moe_router_enable_expert_bias=True, shared_ffn_hidden_size=6, shared_gate=True
     ),
@@ -84,6 +85,11 @@ KINDS: dict[str, ModelSpec] = {
     "block experts": tiny_spec(feed=PerLayer(["mlp", "block experts"]), block_experts=3, block_expert_size=4),
     "latents": tiny_spec(**_LATENT, q_lora_rank=4, feed=PerLayer(["mlp", "moe"]), **_MOE),
     "latents of keys and values alone": tiny_spec(**_LATENT),
+    "sparse attention": tiny_spec(
+        **{**_LATENT, "mixer": "sparse latent", "q_lora_rank": 4, "mtp_num_layers": 1},
+        **dict(dsa_indexer_n_heads=3, dsa_indexer_head_dim=4, dsa_indexer_topk=8),
+        shared_indexer=PerLayer([False, True]),
+    ),
     "gated DeltaNet": tiny_spec(
         **_DELTA, mixer=PerLayer(["gated delta", "attention"]), attention_output_gate=True, zero_centred=True
     ),

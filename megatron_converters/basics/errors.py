@@ -34,11 +34,14 @@ class InvalidConfiguration(UsageError, AssertionError):
 
 
 class Unclear(ConversionError):
-    """The source leaves open something that a reference model can settle: `what` it is, without the remedy."""
+    """The source leaves open something that a reference model can settle: `what` it is, without the remedy.
 
-    def __init__(self, what: str, remedy: str | None = None) -> None:
+    `attributes` are those of a checkpoint's args that leave it open although they are there.
+    """
+
+    def __init__(self, what: str, remedy: str | None = None, attributes: Iterable[str] = ()) -> None:
         super().__init__(f"{what}; {remedy}" if remedy else what)
-        self.what = what
+        self.what, self.attributes = what, tuple(attributes)
 
 
 class UnclearMultipliers(Unclear):

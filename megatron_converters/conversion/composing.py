@@ -10,7 +10,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache, lru_cache
 from itertools import islice, pairwise
 from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
 
@@ -57,12 +57,24 @@ class Reader(Protocol):
     def exact(self) -> bool: ...
     @property
     def computed(self) -> str: ...
-    def read(self, rows: slice | RowMap, cols: slice, dtype: DType | None = None) -> npt.NDArray[Any]:
+    def read(
+        self,
+        rows: slice | RowMap,
+        cols: slice,
+        dtype: DType | None = None,
+        out: npt.NDArray[Any] | None = None,
+    ) -> npt.NDArray[Any]:
         """Decode these rows (a range, or their numbers) and columns, to `dtype` or another floating type of at most 32 bits.
 
-        The array is of the type's carrier type.
+        The array is of the type's carrier type, and the same as is written into `out`, if that is given.
         """
         ...
+
+
+@cache
+def _reads(kind: type) -> bool:
+    """Whether objects of a class are readers; asked once, since a look at all members of a protocol takes long."""
+    return hasattr(kind, "read")
 
 
 _MATRIX = 2  # dimensions
@@ -116,8 +128,7 @@ class Piece:
     @property
     def reader(self) -> Reader | None:
         """Data of the piece, where they are decoded; else None."""
-        data = self.data  # looked at first for its class, since a look at all members of a protocol takes long
-        return data if not isinstance(data, StoredTensor) and isinstance(data, Reader) else None
+        return cast(Reader, self.data) if _reads(type(self.data)) else None
 
     @property
     def has_tensor(self) -> bool:
@@ -133,10 +144,10 @@ class Piece:
         others = [*reader.stored.items()][1:]
         return [self.name, *(StoredName(os.path.basename(data.path), name) for name, data in others)]
 
-    def elements(self, rows: slice | RowMap, cols: slice, dtype: DType | None = None) -> npt.NDArray[Any]:
-        """Stored elements at these rows (a range, or their numbers) and columns, decoded to `dtype` where a reader does that."""
+    def elements(self, rows: slice | RowMap, cols: slice) -> npt.NDArray[Any]:
+        """Stored elements at these rows (a range, or their numbers) and columns, decoded where a reader does that."""
         reader = self.reader
-        return self.matrix()[:, cols][rows] if reader is None else reader.read(rows, cols, dtype)
+        return self.matrix()[:, cols][rows] if reader is None else reader.read(rows, cols)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ On the way elements may be decoded (`Reader`), computed (`Affine`) and cast; non
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +15,7 @@ from ..basics.dtypes import DType
 from ..basics.errors import ConversionError
 from ..model.layouts import RowMap
 from ..model.values import Affine, composed
-from .composing import Gather, Piece, Planner, as_matrix
+from .composing import Gather, Piece, Planner, Reader, as_matrix
 from .computing import Computation
 
 #: Bytes of a chunk: large enough to amortise calls, small enough to stay in a core's cache.
@@ -95,14 +95,14 @@ def _columns(gather: Gather, start: int, stop: int) -> Iterator[Gather]:
 
 
 class _Supply(NamedTuple):
-    """Gather, what is computed on the way, and a view of the piece at the gather's columns; None where it is decoded.
+    """Gather, what is computed on the way, and a view of the piece at the gather's columns, or what decodes it.
 
-    The computation is None where the elements are copied as they are.
+    The computation is None where a view's elements are copied as they are.
     """
 
     gather: Gather
     computation: Computation | None
-    view: Array | None
+    data: Array | Reader
 
     def copy_rows(self, target: Array, start: int, stop: int, lost: Callable[[int], None] | None) -> int:
         """Copy rows `start` to `stop` of the target into `target`, which holds these; returns the number of elements copied."""
@@ -124,15 +124,17 @@ class _Supply(NamedTuple):
 
     def _compute(self, rows: slice | RowMap, target: Array, lost: Callable[[int], None] | None) -> None:
         """Write what these rows of the piece become."""
-        computation = self.computation
-        if self.view is not None:
-            part = self.view[rows]
-        else:
-            read = None if computation is None else computation.read
-            part = self.gather.source.elements(rows, self.gather.source_cols, read)
+        data, cols, computation = self.data, self.gather.source_cols, self.computation
         if computation is None:
-            target[...] = part
+            target[...] = cast(Array, data)[rows]
             return
+        if isinstance(data, np.ndarray):
+            part = data[rows]
+        elif computation.copies:
+            data.read(rows, cols, computation.target, target)
+            return
+        else:
+            part = data.read(rows, cols, computation.read)
         computation.apply(part, target)
         if lost is not None and computation.value is not None:
             lost(computation.count_lost(part, target))
@@ -141,15 +143,12 @@ class _Supply(NamedTuple):
 def _supply(gather: Gather, dtype: DType, value: Affine | None) -> _Supply:
     """Supply of a target of this dtype, whose elements are `value` of the slot's."""
     piece = gather.source
-    if (
-        gather.value is None and value is None and piece.is_stored and piece.data.dtype is dtype
-    ):  # most are: the short way
+    if gather.value is None and value is None and piece.is_stored and piece.data.dtype is dtype:  # most: the short way
         return _Supply(gather, None, _columns_of(piece.matrix(), gather.source_cols))
     computation = Computation.of(piece, dtype, composed(gather.value, value))
     if piece.reader is not None:
-        return _Supply(gather, computation, None)
-    view = _columns_of(piece.matrix(), gather.source_cols)
-    return _Supply(gather, None if computation.copies else computation, view)
+        return _Supply(gather, computation, piece.reader)
+    return _Supply(gather, None if computation.copies else computation, _columns_of(piece.matrix(), gather.source_cols))
 
 
 def _columns_of(matrix: Array, cols: slice) -> Array:
@@ -162,7 +161,7 @@ def _direct(supplies: Sequence[_Supply], start: int, stop: int) -> Array | None:
     if len(supplies) != 1:
         return None
     gather, computation, source = supplies[0]
-    if source is None or not gather.whole_width or computation is not None:
+    if not isinstance(source, np.ndarray) or not gather.whole_width or computation is not None:
         return None
     found = gather.lookup.runs(start, stop)
     if not found or found[0][2] != stop - start:

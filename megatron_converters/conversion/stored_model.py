@@ -3,7 +3,8 @@
 Multipliers: e scales embeddings, r the outputs of both blocks, a attention scores, l logits; d is the size of a head. Blocks and
 head read the residual stream through norms only, so that it can be scaled by any c: then embeddings are scaled by c e, outputs of
 blocks by c r, and the epsilon of all norms by c². With c = 1 / r the outputs of blocks are as they were. Folded into weights,
-embeddings are multiplied by c e, query rows by a * sqrt(d), and the final norm by l, divided by c e if it reads tied embeddings.
+embeddings are multiplied by c e, query rows, or the norm of queries, by a * sqrt(d), and the final norm by l, divided by c e if it
+reads tied embeddings.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ from .outline import Fill
 _QUERY_SLOTS = ("qkv", "qkv_bias")
 #: Slots whose values a block adds to the residual stream.
 _OUTPUTS = ("proj", "proj_bias", "delta_out", "fc2", "fc2_bias", "expert_fc2", "expert_fc2_bias", "shared_fc2")
+#: Those that do where norms are after blocks.
+_POST_NORMS = ("attention_post_norm", "mlp_post_norm")
 
 
 @dataclass(frozen=True)
@@ -143,7 +146,9 @@ def query_factor(spec: ModelSpec) -> float:
 
 def stream_is_free(spec: ModelSpec) -> bool:
     """Whether every norm reads the residual stream, so that its epsilon may change with the scale of that."""
-    return not spec.values.get("qk_norm") and not any(isinstance(kind.mixer, Latent) for kind in spec.used)
+    return not spec.values.get("qk_norm") and not any(
+        isinstance(kind.mixer, Latent) or kind.post_norms for kind in spec.used
+    )
 
 
 def without_residual_multiplier(spec: ModelSpec) -> ModelSpec:
@@ -164,10 +169,14 @@ def folded(model: StoredModel) -> StoredModel:
     held = spec.multipliers
     embedding, query = held.embedding_multiplier, query_factor(spec)
     norm = held.logits_multiplier / (embedding if spec.tied else 1.0)
-    values = {name: value for name, value in _folds(spec, embedding, norm) if not value.is_identity}
+    values = dict(_folds(spec, embedding, norm))
+    normed = bool(spec.values.get("qk_norm"))  # a norm of queries undoes a scale of what it reads
+    if normed:
+        values |= {"q_norm": _of_norm(spec, query), "q_norm_bias": Affine(query)}
+    values = {name: value for name, value in values.items() if not value.is_identity}
     plain = {multiplier.name: multiplier.default for multiplier in dataclasses.fields(Multipliers)}
     return dataclasses.replace(
-        model, spec=spec.replaced(**plain), values=values, queries=None if query == 1 else Affine(query)
+        model, spec=spec.replaced(**plain), values=values, queries=None if query == 1 or normed else Affine(query)
     )
 
 
@@ -187,8 +196,16 @@ def _folds(spec: ModelSpec, embedding: float, norm: float) -> Iterator[tuple[str
     yield "word_embeddings", Affine(embedding)
     if spec.learned_positions:
         yield "position_embeddings", Affine(embedding)
-    yield from ((name, Affine(spec.multipliers.residual_multiplier)) for name in _OUTPUTS)
-    # A norm that is stored minus 1 is scaled as a whole: (1 + w) s - 1.
-    yield "final_norm", Affine(norm, norm - 1 if spec.norm.zero_centred else 0.0)
+    if any(kind.post_norms for kind in spec.used):  # they undo a scale of what they read
+        yield from ((name, _of_norm(spec, spec.multipliers.residual_multiplier)) for name in _POST_NORMS)
+        yield from ((f"{name}_bias", Affine(spec.multipliers.residual_multiplier)) for name in _POST_NORMS)
+    else:
+        yield from ((name, Affine(spec.multipliers.residual_multiplier)) for name in _OUTPUTS)
+    yield "final_norm", _of_norm(spec, norm)
     yield "final_norm_bias", Affine(norm)
     yield "output_layer_bias", Affine(spec.multipliers.logits_multiplier)
+
+
+def _of_norm(spec: ModelSpec, scale: float) -> Affine:
+    """Scale of the weights of a norm; those that are stored minus 1 are scaled as a whole: (1 + w) s - 1."""
+    return Affine(scale, scale - 1 if spec.norm.zero_centred else 0.0)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 from ..model.checks import is_whole
-from .rules import Config
+from .rules import Config, layer_count
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,17 @@ class Product:
 
 
 @dataclass(frozen=True)
+class Root:
+    """Square root of a key; 1 where it is no size, which `ModelSpec` refuses."""
+
+    key: str
+
+    def __call__(self, config: Config) -> float:
+        size = config.get(self.key)
+        return math.sqrt(size) if is_whole(size) and size > 0 else 1.0
+
+
+@dataclass(frozen=True)
 class IfAbsent:
     """Value `absent` where a key is absent; where it is null, the value of `null`, a key or a function, or None without one."""
 
@@ -55,3 +67,13 @@ class IfAbsent:
         if self.key not in config:
             return self.absent
         return config.get(self.null) if isinstance(self.null, str) else self.null(config)
+
+
+@dataclass(frozen=True)
+class EachLayer:
+    """List of one value for each layer, in the default of `Fixed`."""
+
+    value: int
+
+    def __call__(self, config: Config) -> list[int]:
+        return [self.value] * layer_count(config)

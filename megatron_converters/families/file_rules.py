@@ -11,7 +11,7 @@ from . import rules_attention as attention
 from . import rules_experts as experts
 from . import rules_layer_kinds as kinds
 from .defaults import Product, Quotient, SameAs
-from .llama import query_groups
+from .llama import head_dim, query_groups
 from .place import Check, Place, chosen, listed, mapping, number, only, or_null, scalar, switch, text, texts, whole
 from .rules import (
     Agreeing,
@@ -29,9 +29,11 @@ from .rules import (
     overridden,
 )
 from .rules_context import InitialContext
+from .rules_falcon import FalconBlocks
+from .rules_layer_ropes import LayerRopes, PartByDim
 from .rules_remote import BaichuanRelease, RopeRatio
 from .rules_scaled_queries import ScaledQueries
-from .rules_scales import DepthScale, WidthScale
+from .rules_scales import DepthScale, QueryScalar, WidthScale
 
 #: Properties that a rule may decide; the others are decided elsewhere.
 _DECIDED = {name: name for name in sorted(PROPERTIES - {"family", "dtype"})}
@@ -120,6 +122,14 @@ def _shared_experts(default: int, size: int, key: str = "n_shared_experts") -> R
     return experts.SharedExperts(default, size, (key,))
 
 
+def _query_scalar(default: int, size: int) -> Rule:
+    return QueryScalar(default, head_dim(size))
+
+
+def _part_by_dim(theta: float, size: int) -> Rule:
+    return PartByDim(float(theta), 1.0, size=size)
+
+
 def _listed_window(default: int | None = None, full: int = 0, last: bool = False) -> Rule:
     return kinds.ListedWindow(default, full, last)
 
@@ -154,6 +164,7 @@ RULES: Mapping[str, Form] = {
     "listed_window": Form(_listed_window, optional={"default": or_null(whole), "full": whole, "last": switch}),
     "rotated_layers": Form(kinds.RotatedLayers, {"interval": whole}),
     "linear_attention": Form(attention.LinearAttention, {"interval": whole}),
+    "indexers": Form(kinds.Indexers, {"may_share": switch}),
     "dense_layers": Form(experts.DenseLayers),
     "first_dense": Form(experts.FirstDense, {"default": whole}, {"listed": switch}),
     "experts": Form(experts.Experts, {"default": whole}),
@@ -162,8 +173,13 @@ RULES: Mapping[str, Form] = {
     "expert_groups": Form(experts.ExpertGroups, {"default": _pair}, whole=True),
     "optional_experts": Form(experts.OptionalExperts, {"topk": whole}),
     "depth_scale": Form(DepthScale, {"default": number}, {"key": text}),
+    "query_scalar": Form(_query_scalar, {"default": whole, "size": whole}),
     "width_scale": Form(WidthScale, {"default": number}, {"key": text}),
     "rope_ratio": Form(RopeRatio),
+    "falcon_blocks": Form(FalconBlocks),
+    "layer_ropes": Form(LayerRopes, optional={"window": whole, "pattern": whole, "local": number, "full": number}),
+    "rope_by_type": Form(kinds.RopeByType, {"theta": number}),
+    "part_by_dim": Form(_part_by_dim, {"theta": number, "size": whole}),
     "baichuan_release": Form(BaichuanRelease, {"normed_head": switch}),
 }
 

@@ -1,14 +1,14 @@
-"""GLM-4-9B (transformers GlmForCausalLM) and GLM-4.5, 4.6 and 4.7 (Glm4MoeForCausalLM).
+"""GLM-4-9B (transformers GlmForCausalLM), GLM-4-0414 (Glm4ForCausalLM), and GLM-4.5, 4.6 and 4.7 (Glm4MoeForCausalLM).
 
-Names and defaults: transformers 5.23, models/glm and models/glm4_moe.
+GLM-4-0414 has norms after both blocks, too. Names and defaults: transformers 5.23, models/glm, models/glm4 and models/glm4_moe.
 """
 
 from __future__ import annotations
 
-from ..model.layers import EACH_HEAD, SIGMOID
+from ..model.layers import AROUND, EACH_HEAD, SIGMOID
 from ..model.layouts import GATED, GROUPED_QKV, interleaved, joined
 from .entries import implied, linear, tensor
-from .llama import ATTENTION, DENSE, DERIVED_HEAD_DIM, MLP, QK_NORM, QKV_BIAS, SIZES, query_groups
+from .llama import ATTENTION, DENSE, DERIVED_HEAD_DIM, LAYER, MLP, QK_NORM, QKV_BIAS, SIZES, query_groups
 from .mixtures import EXPERTS, PREDICTION, PREDICTION_LAYER, PREDICTION_REPLICAS, shared_experts
 from .rules import Fixed, Named, Row
 from .rules_attention import Rope
@@ -41,6 +41,22 @@ GLM = Family(
         Row("qkv_bias", "attention_bias", True),
         *implied(rotary_interleaved=True),
     ),
+)
+
+GLM4 = Family(
+    name="glm4",
+    model_type="glm4",
+    architecture="Glm4ForCausalLM",
+    since="0.12",
+    proof=Proof.LOGITS,
+    models="GLM-4-0414, GLM-Z1",
+    covers="norms before and after both blocks, neighbouring rotary pairs, half-rotated heads",
+    tensors={
+        **GLM.tensors,
+        **tensor("attention_post_norm", LAYER + "post_self_attn_layernorm.weight"),
+        **tensor("mlp_post_norm", LAYER + "post_mlp_layernorm.weight"),
+    },
+    rules=(*GLM.rules, *implied(block_norms=AROUND)),
 )
 
 GLM4_MOE = Family(

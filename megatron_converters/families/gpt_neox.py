@@ -35,7 +35,7 @@ GPT_NEOX = Family(
     since="0.8",
     proof=Proof.LOGITS,
     models="RedPajama-INCITE, Pythia, GPT-NeoX-20B, Dolly",
-    covers="attention and MLP in parallel (all but RedPajama) with `--allow-inexpressible`, or live",
+    covers="attention and MLP in parallel (all but RedPajama), in a layer of `megatron_layers`",
     tensors={
         **tensor("word_embeddings", "gpt_neox.embed_in.weight"),
         **linear("input_norm", _NEOX + "input_layernorm"),

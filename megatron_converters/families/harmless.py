@@ -81,7 +81,7 @@ CONFIG = (
         "FastChat's, LLaVA's and Unsloth's configs: how long the sequences were that a run fed",
     ),
     Harmless(
-        "is_llama_config is_qwen2_config transformers.js_config unsloth_fixed unsloth_version",
+        "is_llama_config is_qwen2_config transformers.js_config unsloth_fixed unsloth_fixed_mtp unsloth_version",
         "configs of SmolLM (nanotron), transformers.js and Unsloth: marks of programs",
     ),
     Harmless(

@@ -38,8 +38,8 @@ _LABELS = 2
 
 
 def _stem(family: Family) -> str:
-    """Beginning of the names of a family's classes; empty if its architecture is named otherwise."""
-    return next(
+    """Beginning of the names of a family's other classes; empty if its architecture is named otherwise."""
+    return family.stem or next(
         (family.architecture.removesuffix(end) for end in _CAUSAL_ENDS if family.architecture.endswith(end)), ""
     )
 

@@ -149,9 +149,10 @@ OLMOE = Family(
     name="olmoe",
     model_type="olmoe",
     architecture="OlmoeForCausalLM",
+    since="0.16",
     proof=Proof.LOGITS,
     models="OLMoE",
-    covers="with `--allow-inexpressible`: its norms span all heads, which Megatron-LM has no argument for",
+    covers="norms over all heads, in a layer of `megatron_layers`",
     tensors={**WITHOUT_MLP, **QKV_BIAS, **PROJ_BIAS, **QK_NORM, **EXPERTS},
     rules=(
         *SIZES,

@@ -1,6 +1,6 @@
 """Phi-1, Phi-1.5 and Phi-2 (transformers PhiForCausalLM), and Phi-3, Phi-3.5 and Phi-4 (Phi3ForCausalLM).
 
-Phi computes attention and MLP in parallel on one norm, and has a bias in its head; Megatron-LM has neither. Phi-3 is a Llama with
+Phi computes attention and MLP in parallel on one norm, and has a bias in its head, which Megatron-LM has not. Phi-3 is a Llama with
 fused qkv and gate_up. The heads of both rotate in part. Names and defaults: transformers 5.23, models/phi and models/phi3.
 LongRoPE, which long-context variants of Phi-3 have, cannot be expressed: Megatron-LM has none.
 """
@@ -23,8 +23,7 @@ PHI = Family(
     proof=Proof.LOGITS,
     models="Phi-1, 1.5, 2",
     covers=(
-        "live, through AutoBridge; files with `--allow-inexpressible`: attention and MLP in parallel on one norm, "
-        "and a head with a bias, which Megatron-LM has not"
+        "live, through AutoBridge; files with `--allow-inexpressible`, since the head has a bias, which Megatron-LM's has not"
     ),
     tensors={
         **tensor("word_embeddings", "model.embed_tokens.weight"),

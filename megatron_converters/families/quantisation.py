@@ -20,7 +20,7 @@ KEYS = (KEY, _MLX_KEY, _EARLY_KEY)
 
 
 _BLOCKS, _FP8_CODES = "weight_block_size", ("float8_e4m3fn",)
-_WEIGHT = ".weight"
+_WEIGHT, _NESTED = ".weight", "text_config"
 
 
 class Quantiser(NamedTuple):
@@ -131,7 +131,13 @@ _METHODS: Mapping[str, Method] = {
 
 def unquantised(config: Mapping[str, Any]) -> dict[str, Any]:
     """The config.json of the model once its weights are decoded."""
-    return {key: value for key, value in config.items() if key not in KEYS}
+    plain = {key: value for key, value in config.items() if key not in KEYS}
+    return {key: unquantised(value) if _is_nested(key, value) else value for key, value in plain.items()}
+
+
+def _is_nested(key: str, value: Any) -> bool:
+    """Whether a value of config.json is the configuration of a wrapper's text part, which may be quantised alone (Kimi-K2.5)."""
+    return key == _NESTED and isinstance(value, Mapping)
 
 
 def scheme_of(config: Mapping[str, Any]) -> Scheme | None:
@@ -139,6 +145,10 @@ def scheme_of(config: Mapping[str, Any]) -> Scheme | None:
 
     Raises `ConversionError` for what cannot be read.
     """
+    inner = [value for key, value in config.items() if _is_nested(key, value) and any(map(value.get, KEYS))]
+    if inner and any(map(config.get, KEYS)) and any(config.get(key) != inner[0].get(key) for key in KEYS):
+        raise ConversionError(f"config.json describes two quantisations, itself and in {_NESTED}; remove the wrong one")
+    config = inner[0] if inner else config
     if config.get(_MLX_KEY):
         raise refusal(_MLX, f"config.json ({_MLX_KEY})", config[_MLX_KEY])
     key = KEY if config.get(KEY) else _EARLY_KEY

@@ -6,7 +6,7 @@ How config.json says which one is in `quantisation`.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -18,6 +18,7 @@ from ..storage.tensor import StoredTensor
 
 #: Weight that is decoded as it is read, or a stack of such.
 Decoded = Quantised | Transposed
+_SHAPE_TYPES = ("int64", "int32")
 #: Element types of scales: floats, and exponents of 2 as ue8m0 has them, which some files call uint8.
 FLOATS, EXPONENTS = ("float32", "bfloat16", "float16"), ("float8_e8m0fnu", "uint8")
 
@@ -57,7 +58,7 @@ class Scheme:
 
     def beside(self, name: str) -> str | None:
         """Name without the end by which it says that it is a scale or a shape; None for any other."""
-        ends = (*self.scales, self.shape) if self.shape else self.scales
+        ends = (*self.scales, *self._shapes)
         return next((name.removesuffix(end) for end in ends if name.endswith(end)), None)
 
     def weight_name(self, codes: str) -> str:
@@ -66,35 +67,44 @@ class Scheme:
 
     def decoded(self, name: str, tensors: Mapping[str, StoredTensor]) -> tuple[Decoded | None, list[str]]:
         """Weight of the codes `name`, or all reasons why there is none."""
-        stem, codes = name.removesuffix(self.codes), tensors[name]
-        scale = self._found(stem, self.scales, tensors)
-        shape = self._found(stem, (self.shape,), tensors) if self.shape else None
-        wanted = [(Named(name, codes), self.code_types), (scale, self.scale_types)]
-        wanted += [(shape, ("int64", "int32"))] if self.shape else []
+        stem, codes = name.removesuffix(self.codes), Named(name, tensors[name])
+        scales = [Named(stem + end, tensors[stem + end]) for end in self.scales if stem + end in tensors]
+        shapes = [Named(stem + end, tensors[stem + end]) for end in self._shapes if stem + end in tensors]
         faults = [
-            f"{each.name} is {each.tensor.dtype} instead of one of {', '.join(types)}"
-            for each, types in wanted
-            if each is not None and each.tensor.dtype.name not in types
+            f"{name} is {codes.tensor.dtype}, but there is no {stem}{ends[0]}"
+            for ends, found in ((self.scales, scales), (self._shapes, shapes))
+            if ends and not found
         ]
-        ends = [(scale, self.scales[0]), (shape, self.shape)]
         faults += [
-            f"{name} is {codes.dtype}, but there is no {stem}{end}" for each, end in ends if end and each is None
+            f"{each.name} is {each.tensor.dtype} instead of one of {', '.join(types)}"
+            for found, types in (([codes], self.code_types), (scales, self.scale_types), (shapes, _SHAPE_TYPES))
+            for each in found
+            if each.tensor.dtype.name not in types
         ]
-        if faults or scale is None:
+        if len(scales) > 1:
+            faults.append(f"{name} has scales under two names, {scales[0].name} and {scales[1].name}")
+        if faults:
             return None, faults
-        made = self.make(Named(name, codes), scale, shape)
+        made = self.make(codes, scales[0], next(iter(shapes), None))
         return (None, [made]) if isinstance(made, str) else (made, [])
 
-    @staticmethod
-    def _found(stem: str, ends: Sequence[str], tensors: Mapping[str, StoredTensor]) -> Named | None:
-        names = (stem + end for end in ends)
-        return next((Named(name, tensors[name]) for name in names if name in tensors), None)
+    @property
+    def _shapes(self) -> tuple[str, ...]:
+        """Ends of the name of a stored shape: one, or none."""
+        return (self.shape,) if self.shape else ()
 
 
 #: Ends of names of tensors that belong to activations and to the cache of keys and values, which are quantised as a model runs.
 ACTIVATIONS = tuple(
     ".input_scale .activation_scale .output_scale .input_global_scale .q_scale .k_scale .v_scale .kv_scale".split()
 )
+
+
+#: Ends of names of tensors without which codes cannot be read, and what they say.
+UNREADABLE = {
+    ".weight_zero_point": "the weights are asymmetric, which cannot be read",
+    ".weight_g_idx": "columns are in the order of activations, which cannot be read",
+}
 
 
 def scaled_blocks(block: Block) -> Make:

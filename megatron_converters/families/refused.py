@@ -18,13 +18,17 @@ _LINEAR = "whose layers of linear attention no GPTModel of Megatron-LM has"
 _ROWS: Mapping[str, str] = {
     "minicpm_sala MiniCPMSALAForCausalLM": "whose layers of lightning attention no GPTModel of Megatron-LM has",
     "gemma4 gemma4_text": "whose heads differ in size between layers, which have embeddings of their own; Megatron-LM has neither",
+    "gemma3n gemma3n_text": "whose layers have embeddings of their own and several streams; Megatron-LM has neither",
+    "recurrent_gemma": "some of whose layers are linear recurrences, which no GPTModel of Megatron-LM has",
+    "t5gemma t5gemma2": "which has an encoder, and whose decoder attends to that; no GPTModel of Megatron-LM does",
     "hunyuan hunyuan_v1_dense hunyuan_v1_moe": _NORMED_LATE,
     "apertus": "whose activation, xIELU, has parameters of its own; Megatron-LM has no such activation",
     "bloom mpt": _ALIBI,
+    "gptj": "whose head has a bias, and whose MLP has biases beside an attention without; Megatron-LM has neither",
     "phi3small": "whose attention is sparse in blocks, which Megatron-LM has not",
     "phi4mm phi4_multimodal": "which adds low-rank matrices for each kind of input; Megatron-LM has no such layers",
     "phimoe": "whose router chooses one expert after the other by thresholds (sparsemixer), which Megatron-LM has not",
-    "mllama mllama_text_model MllamaForConditionalGeneration MllamaForCausalLM": (
+    "mllama mllama_text_model": (
         "some of whose text layers attend to images alone, so that the text part is no model of its own; Megatron-LM has no such "
         "layers"
     ),

@@ -27,10 +27,11 @@ _MODULES = {
     "gpt2": ("gpt2",),
     "starcoder": ("gpt_bigcode", "starcoder2"),
     "phi": ("phi", "phi3"),
-    "glm": ("glm", "glm4_moe"),
+    "glm": ("glm", "glm4", "glm4_moe"),
     "granite": ("granite", "granitemoe", "granitemoeshared"),
     "deepseek": ("deepseek_v2", "deepseek_v3", "glm4_moe_lite"),
-    "qwen3_next": ("qwen3_next",),
+    "sparse": ("deepseek_v32", "glm_moe_dsa"),
+    "qwen3_next": ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"),
     "gpt_oss": ("gpt_oss",),
     "minicpm": ("minicpm", "minicpm3"),
     "sigmoid": ("dots1", "solar_open", "hy_v3", "bailing_moe", "exaone_moe"),
@@ -43,7 +44,12 @@ _MODULES = {
     "jais": ("jais2",),
     "gpt_neox": ("gpt_neox", "persimmon"),
     "olmo": ("olmo",),
+    "post_norms": ("olmo2", "olmo3", "exaone4"),
     "opt": ("opt",),
+    "gemma": ("gemma", "gemma2", "gemma3_text"),
+    "cohere": ("cohere", "cohere2"),
+    "falcon": ("falcon",),
+    "minimax": ("minimax_m2",),
 }
 _MODULE_OF = {family: module for module, families in _MODULES.items() for family in families}
 #: Entry points of this group each load a `Family`, or a function that returns one or several.

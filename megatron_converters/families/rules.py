@@ -121,12 +121,13 @@ class Fixed:
 class Restated:
     """A config key that says what the architecture does anyway, in files of some programs: it may be absent; it is not written.
 
-    `others` are values that mean the same.
+    `others` are values that mean the same. `why` says what another value means that Megatron-LM lacks.
     """
 
     key: str
     value: Any
     others: tuple[Any, ...] = ()
+    why: str = ""
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -137,6 +138,7 @@ class Restated:
         if value not in (None, self.value, *self.others):
             raise ConversionError(
                 f"config.json has {self.key}={value!r}; the architecture has {self.value!r}, and only that can be converted"
+                + (f": {self.why}" if self.why else "")
             )
         return {}
 

@@ -8,8 +8,8 @@ from types import NoneType
 from typing import Any
 
 from ..basics.errors import ConversionError
-from ..model.checks import check_size, is_whole, number
-from ..model.layers import RopeScaling
+from ..model.checks import check_size, is_whole, number, whole
+from ..model.rotary import RopeScaling
 from ..model.spec import ModelSpec
 from .rules import Config, check_kinds, layer_count, list_of_names, per_layer
 
@@ -55,7 +55,8 @@ class Rope:
     which of them Megatron-LM can express is another question. `original` is the default of
     `original_max_position_embeddings`, where the class has this key outside of the scaling, and then heeds no other. `kind_keys`
     name the kind of scaling. `absent` is the table that the class takes where config.json has none, as pairs. `theta_key` and
-    `partial_keys` are the names of base and part outside of the scaling; of the latter the first is written.
+    `partial_keys` are the names of base and part outside of the scaling; of the latter the first is written. `beside` are keys of
+    the table that decide nothing.
     """
 
     default_theta: float = 10000.0
@@ -66,6 +67,7 @@ class Rope:
     absent: tuple[tuple[str, Any], ...] = ()
     theta_key: str = "rope_theta"
     partial_keys: tuple[str, ...] = ("partial_rotary_factor",)
+    beside: tuple[str, ...] = ()
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -95,7 +97,12 @@ class Rope:
         kind = _kind(table)
         if kind not in ("default", *self.scalings):
             return []
-        known = {*_BESIDE, *_OTHER_KEYS.get(kind, ()), *(key for keys in _SCALING_KEYS.get(kind, ()) for key in keys)}
+        known = {
+            *_BESIDE,
+            *self.beside,
+            *_OTHER_KEYS.get(kind, ()),
+            *(key for keys in _SCALING_KEYS.get(kind, ()) for key in keys),
+        }
         return [f"{name}.{key}" for key, value in table.items() if key not in known and value is not None]
 
     def _percent(self, table: dict[str, Any], config: Config) -> dict[str, Any]:
@@ -126,8 +133,7 @@ class Rope:
         return _scaling_of(kind, table, config)
 
     def write(self, spec: ModelSpec) -> dict[str, Any]:
-        theta = number(spec.values.get("rotary_base"), "rotary_base")
-        base = int(theta) if float(theta).is_integer() else theta
+        base = whole(number(spec.values.get("rotary_base"), "rotary_base"))
         scaling = written_scaling(spec.values["rope_scaling"], self.kind_keys)
         if scaling is None and self.absent:  # the class would take its own table
             scaling = {"rope_type": "default"}
@@ -154,6 +160,8 @@ _LISTS = ("short_factor", "long_factor")
 #: Keys that any kind may have: which one it is, what is read elsewhere, a mark of YaRN's authors (Yarn-Llama-2-7b-128k), and
 #: positions that transformers adds where it does not read them.
 _BESIDE = ("rope_type", "type", "rope_theta", "partial_rotary_factor", "finetuned", _ORIGINAL)
+#: Keys where an image has a row of positions for each of its axes; those of a text are equal, which makes the rotations plain ones.
+SECTIONS = ("mrope_section", "mrope_interleaved")
 
 
 def _scaling_of(kind: str, table: dict[str, Any], config: Config) -> RopeScaling:

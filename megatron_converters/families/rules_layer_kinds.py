@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from ..basics.errors import ConversionError
 from ..model.checks import is_whole
 from ..model.spec import ModelSpec
-from .rules import Config, layer_count, per_layer
-from .rules_attention import FULL, SLIDING, layer_types, types_of, widest, windows_of
+from .rules import Config, check_kinds, layer_count, list_of_names, per_layer
+from .rules_attention import FULL, SLIDING, Rope, layer_types, types_of, widest, windows_of
+
+#: Kind of attention of layers that attend to the positions of an indexer, and the kinds of these, by their letters.
+INDEXED = "indexed_attention"
+_INDEXERS = {"F": "full", "S": "shared"}
 
 
 @dataclass(frozen=True)
@@ -26,11 +30,12 @@ class ListedWindow:
 
     def read(self, config: Config) -> dict[str, Any]:
         window, types, layers = config.get("sliding_window", self.default), layer_types(config), layer_count(config)
+        if self.full:
+            types = types or [SLIDING if (layer + self.last) % self.full else FULL for layer in range(layers)]
         if window is None and SLIDING in types:
             raise ConversionError(f"config.json has {SLIDING} in layer_types, but its sliding_window is null")
-        if window is None or not (types or self.full):
+        if window is None or not types:
             return {"sliding_window": window}
-        types = types or [SLIDING if (layer + self.last) % self.full else FULL for layer in range(layers)]
         return {"sliding_window": per_layer(windows_of(types, window, layers))}
 
     def write(self, spec: ModelSpec) -> dict[str, Any]:
@@ -90,10 +95,59 @@ class RotatedLayers:
 
 
 @dataclass(frozen=True)
+class Indexers:
+    """Layers with an indexer of their own, "full", and those that share one, as `indexer_types` lists them, if they `may_share`.
+
+    Without the list `index_topk_pattern` says it ("FSSF"), or a rhythm: beyond the first ones every N-th layer has one.
+    transformers 5.23, models/glm_moe_dsa. Its other lists say of all layers that their attention is indexed.
+    """
+
+    may_share: bool
+    keys: tuple[str, ...] = (
+        *("layer_types", "indexer_types", "index_topk_pattern"),
+        *("index_topk_freq", "index_skip_topk_offset"),
+    )
+    #: Property that it decides.
+    field: ClassVar[str] = "shared_indexer"
+
+    def read(self, config: Config) -> dict[str, Any]:
+        layers, kinds = layer_count(config), layer_types(config)
+        if {*kinds} not in (set(), {INDEXED}, {FULL}):
+            raise ConversionError(f"config.json has layer_types={kinds!r}; only {INDEXED} can be converted")
+        types = self._types(config, layers)
+        check_kinds("indexer_types", types, [*_INDEXERS.values()], layers)
+        if types[:1] == [_INDEXERS["S"]] or not (self.may_share or {*types} <= {_INDEXERS["F"]}):
+            raise ConversionError(
+                f"config.json has layers that share an indexer ({types!r:.80}), "
+                + ("but the first has none before it" if self.may_share else "which its class does not know")
+            )
+        return {"shared_indexer": per_layer([kind == _INDEXERS["S"] for kind in types])}
+
+    def _types(self, config: Config, layers: int) -> list[str]:
+        listed, pattern = list_of_names(config, "indexer_types"), config.get("index_topk_pattern")
+        if isinstance(pattern, str):
+            pattern = [_INDEXERS.get(letter, letter) for letter in pattern]
+        if listed or pattern:
+            return listed or list_of_names({"index_topk_pattern": pattern}, "index_topk_pattern")
+        freq, offset = config.get("index_topk_freq", 1), config.get("index_skip_topk_offset", 2)
+        if not (is_whole(freq) and is_whole(offset)):
+            raise ConversionError(
+                f"config.json has index_topk_freq={freq!r} and index_skip_topk_offset={offset!r}; they must be whole numbers"
+            )
+        return [_INDEXERS["S" if max(layer - offset + 1, 0) % max(freq, 1) else "F"] for layer in range(layers)]
+
+    def write(self, spec: ModelSpec) -> dict[str, Any]:
+        if not self.may_share:
+            return {}
+        return {"indexer_types": [_INDEXERS["S" if each else "F"] for each in spec.in_layers("shared_indexer")]}
+
+
+@dataclass(frozen=True)
 class WindowsRotate:
     """Layers with a sliding window, which alone have rotary embeddings: as `layer_types` says, else all but every N-th.
 
-    transformers 5.23, models/exaone_moe. `window` and `pattern` are defaults of the other two keys.
+    Without a window all have. transformers 5.23, models/exaone4 and exaone_moe. `window` and `pattern` are defaults of the last two
+    keys.
     """
 
     window: int
@@ -104,6 +158,8 @@ class WindowsRotate:
         window = config.get("sliding_window", self.window)
         interval = config.get("sliding_window_pattern", self.pattern)
         layers, types = layer_count(config), layer_types(config)
+        if window is None and SLIDING not in types:
+            return {"rope": True, "sliding_window": None}
         if not is_whole(window) or not (types or (is_whole(interval) and interval > 0)):
             raise ConversionError(
                 f"config.json has sliding_window={window!r} and sliding_window_pattern={interval!r}; they must be numbers above 0, "
@@ -120,3 +176,44 @@ class WindowsRotate:
 
     def write(self, spec: ModelSpec) -> dict[str, Any]:
         return {"layer_types": types_of(spec), "sliding_window": widest(spec)}
+
+
+@dataclass(frozen=True)
+class RopeByType:
+    """Rotary embeddings of full attention and of layers with a window, each with a table of their own, which must say the same.
+
+    `rope_parameters` has both. Older files have `rope_theta` and `rope_scaling`, which transformers 5.23 takes for layers of full
+    attention alone (models/olmo3). `theta` is the base where nothing says it.
+    """
+
+    theta: float
+    keys: tuple[str, ...] = ("rope_theta", "rope_scaling", "rope_parameters")
+
+    def read(self, config: Config) -> dict[str, Any]:
+        found = {
+            kind: Rope(self.theta).read({"rope_parameters": table}) for kind, table in self._tables(config).items()
+        }
+        used = [found[kind] for kind in dict.fromkeys(layer_types(config) or (FULL, SLIDING)) if kind in found]
+        if any(each != used[0] for each in used):
+            raise ConversionError(
+                "config.json has other rotary embeddings for layers of full attention than for those with a sliding window; "
+                "Megatron-LM has one kind for all layers, and no layer can bring another"
+            )
+        return used[0] if used else found[FULL]
+
+    def _tables(self, config: Config) -> dict[str, dict[str, Any]]:
+        nested = config.get("rope_parameters") or {}
+        known = {FULL, SLIDING}
+        if not isinstance(nested, dict) or not {*nested} <= known:
+            raise ConversionError(
+                f"config.json has rope_parameters={nested!r}; it must have an object for each of {' and '.join(sorted(known))}"
+            )
+        tables = {kind: dict(nested.get(kind) or {}) for kind in (FULL, SLIDING)}
+        tables[FULL] |= config.get("rope_scaling") or {}
+        tables[FULL].setdefault("rope_theta", config.get("rope_theta"))
+        return tables
+
+    def write(self, spec: ModelSpec) -> dict[str, Any]:
+        written = Rope(self.theta).write(spec)
+        table = {"rope_type": "default", **(written["rope_scaling"] or {}), "rope_theta": written["rope_theta"]}
+        return {"rope_parameters": {FULL: table, SLIDING: dict(table)}}

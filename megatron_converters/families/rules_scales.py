@@ -6,10 +6,11 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from ..basics.errors import ConversionError
 from ..basics.quantities import shortest
 from ..model.checks import is_whole, number
 from ..model.spec import ModelSpec
-from .rules import Config
+from .rules import Config, Rule
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,31 @@ class WidthScale:
     def write(self, spec: ModelSpec) -> dict[str, Any]:
         size, multiplier = spec.hidden_size, spec.multipliers.logits_multiplier
         return {self.key: shortest(multiplier * size, lambda base: base / size == multiplier)}
+
+
+@dataclass(frozen=True)
+class QueryScalar:
+    """Number whose reciprocal root scales attention scores (Gemma 2 and 3): usually the size of a head, which `size` reads."""
+
+    default: int
+    size: Rule
+    key: str = "query_pre_attn_scalar"
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        return (self.key,)
+
+    def read(self, config: Config) -> dict[str, Any]:
+        scalar, (size,) = number(config.get(self.key, self.default), self.key), self.size.read(config).values()
+        if scalar <= 0:
+            raise ConversionError(f"config.json has {self.key}={scalar!r}; it must be above 0")
+        return {"attention_multiplier": None if scalar == size else scalar**-0.5}
+
+    def write(self, spec: ModelSpec) -> dict[str, Any]:
+        scale = spec.multipliers.attention_multiplier
+        if scale is None:
+            return {self.key: spec.values.get("kv_channels")}
+        return {self.key: shortest(scale**-2, lambda scalar: scalar**-0.5 == scale)}
 
 
 def _size(value: Any) -> int:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Any
 
 from ..model.slots import SLOTS, Scope
+from ..model.spec import ModelSpec
 from ..model.tables import Entry
 from .rules import Rule
 
@@ -45,8 +47,12 @@ class Family:
     mtp_layer: str = ""
     replicas: Mapping[str, str] = field(default_factory=dict)
     optional_prefix: str = ""
+    #: Entries in place of those of `tensors`, where a property of the model has a value: property, value, entries.
+    variants: Sequence[tuple[str, Any, Mapping[str, Entry]]] = ()
     #: Names of tensors that files may have in place of the table's, by these others.
     renamed: Mapping[str, str] = field(default_factory=dict)
+    #: Beginning of the names of its classes with another head, or none, where it is not that of `architecture`.
+    stem: str = ""
     aliases: tuple[str, ...] = ()
     further_architectures: tuple[str, ...] = ()
     computed_by: str = ""
@@ -60,6 +66,11 @@ class Family:
     proof: Proof | None = field(default=None, compare=False)
     models: str = field(default="", compare=False)
     covers: str = field(default="", compare=False)
+
+    def tensors_of(self, spec: ModelSpec) -> Mapping[str, Entry]:
+        """Entries of the slots of a model."""
+        own = [entries for name, value, entries in self.variants if spec.values.get(name) == value]
+        return {slot: entry for entries in (self.tensors, *own) for slot, entry in entries.items()}
 
     @property
     def model_types(self) -> tuple[str, ...]:
@@ -81,7 +92,8 @@ class Family:
 
     def __post_init__(self) -> None:
         """Refuse a table that names an unknown slot or a name without its placeholder."""
-        for slot, entry in self.tensors.items():
+        others = [item for _, _, entries in self.variants for item in entries.items()]
+        for slot, entry in [*self.tensors.items(), *others]:
             if slot not in SLOTS:
                 raise ValueError(f"family {self.name}: {slot!r} is no slot; known are {', '.join(SLOTS)}")
             own, expert = SLOTS[slot].scope, SLOTS[slot].expert

@@ -9,24 +9,31 @@ from ..basics.errors import ConversionError, one_line
 from . import FAMILIES, quantisation
 from .harmless import CONFIG, Harmless, refuse_unknown, unknown_fields
 from .table import Family
-from .wrappers import Wrapper, wrapper_of
+from .wrappers import BASE, Wrapper, wrapper_of
 
 _NESTED, TIE = "text_config", "tie_word_embeddings"
 _DTYPES = ("dtype", "torch_dtype")
 _TABLES = ("rope_parameters", "rope_scaling")
 _SECTIONS, _INTERLEAVED, _MROPE = "mrope_section", "mrope_interleaved", "mrope"
 _ABSENT = object()
+#: Older spellings of keys, by those in defaults.
+_SPELLINGS = {"num_local_experts": "num_experts"}
 #: Fields beside the text part, none of which decides what it computes of text.
 OUTER = (
     Harmless(
         "vision_config image_token_id image_token_index video_token_id video_token_index vision_start_token_id "
         "vision_end_token_id vision_token_id vision_feature_layer vision_feature_select_strategy projector_hidden_act "
-        "multimodal_projector_bias image_seq_length ignore_index",
-        "transformers 5.23, configurations of wrappers: how images become embeddings, and where these go",
+        "multimodal_projector_bias image_seq_length ignore_index is_composition",
+        "transformers 4.36 to 5.23, configurations of wrappers: how images become embeddings, and where these go",
     ),
     Harmless(
         "image_grid_pinpoints use_image_newline_parameter vision_aspect_ratio spatial_merge_size downsample_ratio",
         "the same, of LLaVA-NeXT, LLaVA-OneVision, Mistral 3 and InternVL",
+    ),
+    Harmless(
+        "media_placeholder_token_id use_unified_vision_chunk video_placeholder projection_hidden_size "
+        "projection_layer_norm_eps",
+        "Kimi-K2.5's config.json and configuration_kimi_k25.py, and transformers 5.23",
     ),
 )
 
@@ -51,6 +58,7 @@ _QWEN2_VL = _sizes(
 )
 #: Published wrappers leave out sizes that are defaults of the class of their text part.
 TEXT_TYPES: Mapping[str, TextType] = {
+    "deepseek_v3": TextType("deepseek_v3", _sizes(61, 7168, 18432, 128, 129280)),
     "llama": TextType("llama", _sizes(32, 4096, 11008, 32, 32000)),
     "mistral": TextType("mistral", _sizes(32, 4096, 14336, 32, 32000)),
     "ministral3": TextType("ministral3", _sizes(34, 4096, 14336, 32, 131072)),
@@ -66,8 +74,13 @@ TEXT_TYPES: Mapping[str, TextType] = {
         {
             **_sizes(24, 2048, 5632, 16, 151936, num_key_value_heads=16, head_dim=128),
             **dict(max_position_embeddings=128000, rope_theta=5e5, num_experts_per_tok=4),
-            **dict(moe_intermediate_size=1408, norm_topk_prob=True),
+            **dict(num_local_experts=60, moe_intermediate_size=1408, norm_topk_prob=True),
         },
+    ),
+    "qwen3_5_text": TextType("qwen3_5_text", _sizes(32, 4096, 12288, 16, 248320)),
+    "qwen3_5_moe_text": TextType(
+        "qwen3_5_moe_text",
+        dict(num_hidden_layers=40, hidden_size=2048, num_attention_heads=16, vocab_size=248320),
     ),
 }
 
@@ -79,9 +92,11 @@ def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
         return config
     own, kind = _own(wrapper, config), _text_type(wrapper, config)
     family = _family(wrapper, kind)
-    plain = {**TEXT_TYPES.get(kind, TextType("")).defaults, **own}
+    defaults = TEXT_TYPES.get(kind, TextType("")).defaults
+    plain = {key: value for key, value in defaults.items() if _SPELLINGS.get(key) not in own} | dict(own)
     plain |= {name: _without_sections(plain[name]) for name in _TABLES if isinstance(plain.get(name), Mapping)}
-    plain = {key: value for key, value in plain.items() if key not in _DTYPES}
+    if not config.keys().isdisjoint(_DTYPES):
+        plain = {key: value for key, value in plain.items() if key not in _DTYPES}
     plain |= {key: config[key] for key in (TIE, *_DTYPES) if key in config}
     return {**plain, "architectures": [family.architecture], "model_type": family.model_type}
 
@@ -120,9 +135,10 @@ def _places(key: str, outer: dict[str, Any], inner: dict[str, Any] | None) -> li
     """Where a changed field of the text part is written: within it, and beside it where it stands there, too."""
     if inner is None:
         return [outer]
-    beside = key in (TIE, *_DTYPES)
-    within = not beside or key in inner
-    return [*([outer] if beside or key in outer else []), *([inner] if within else [])]
+    found = [place for place in (outer, inner) if key in place]
+    if key == TIE and key not in outer:  # which transformers 5 reads there alone
+        return [outer, *found]
+    return found or [outer if key in _DTYPES else inner]
 
 
 def image_notes(config: Mapping[str, Any]) -> Iterator[str]:
@@ -169,8 +185,8 @@ def _own(wrapper: Wrapper, config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _text_type(wrapper: Wrapper, config: Mapping[str, Any]) -> str:
     nested = config.get(_NESTED)
-    stated = nested.get("model_type") if isinstance(nested, Mapping) else None
-    return wrapper.text_type if stated in (None, wrapper.model_type) else str(stated)
+    stated = nested.get("model_type") if isinstance(nested, Mapping) and wrapper.any_text else None
+    return wrapper.text_type if stated is None else str(stated)
 
 
 def _family(wrapper: Wrapper, kind: str) -> Family:
@@ -180,6 +196,11 @@ def _family(wrapper: Wrapper, kind: str) -> Family:
     if family is None:
         raise ConversionError(
             f"config.json names {wrapper.architecture} with a text part of model_type {one_line(kind)}, which is not supported"
+        )
+    if family.base_prefix != BASE:
+        raise ConversionError(
+            f"config.json names {wrapper.architecture} with a text part of the {family.name} family, whose names in such a "
+            "model are not known; it cannot be converted"
         )
     return family
 

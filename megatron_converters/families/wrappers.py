@@ -20,7 +20,7 @@ from .llama import MLP
 from .table import Family, Proof
 
 #: Prefix of the base model's tensors in tables of families that can be the text part of a wrapper.
-_BASE, _HEAD = "model.", "lm_head."
+BASE = "model."
 _EMBEDDINGS = "word_embeddings"
 
 
@@ -37,8 +37,8 @@ class Spelling:
 
     def name(self, name: str) -> str:
         """Name in the files of a name in the family's table."""
-        if name.startswith(_BASE):
-            return self.text + name.removeprefix(_BASE)
+        if name.startswith(BASE):
+            return self.text + name.removeprefix(BASE)
         return self.head + name
 
 
@@ -46,9 +46,9 @@ class Spelling:
 class Wrapper:
     """Class of transformers around a text part; the first of its `spellings` is that of published files.
 
-    config.json has the text part as `text_config`, or, where it is `flat`, in older files at the top. `text_type` is its model_type
-    where none is said, and `ties` whether transformers ties its head where config.json does not say it. `stacks` are forms in
-    which files have experts besides the family's, by name.
+    config.json has the text part as `text_config`, or, where it is `flat`, in older files at the top. `text_type` is its
+    model_type, and with `any_text` only where config.json says none; `ties` says whether transformers ties its head where
+    config.json does not. `stacks` are forms in which files have experts besides the family's, by name.
     """
 
     model_type: str
@@ -60,6 +60,7 @@ class Wrapper:
     proof: Proof = Proof.LOGITS
     text_families: tuple[str, ...] = ()
     aliases: tuple[str, ...] = ()
+    any_text: bool = False
     flat: bool = False
     ties: bool = False
     stacks: Mapping[str, Mapping[str, Entry]] = field(default_factory=dict)
@@ -71,11 +72,6 @@ class Wrapper:
 
     def table(self, family: Family, spelling: Spelling, stacks: str = "") -> Family:
         """Table of the text part in files of this spelling, with experts in one of the `stacks` if it is named."""
-        if family.base_prefix != _BASE:
-            raise ConversionError(
-                f"config.json names {self.architecture} with a text part of the {family.name} family, whose names in such a model "
-                "are not known; it cannot be converted"
-            )
         entries = {**family.tensors, **(self.stacks[stacks] if stacks else {})}
         return dataclasses.replace(
             family,
@@ -109,6 +105,10 @@ _LLAVA = (
     Spelling(
         "model.language_model.", "", ("model.vision_tower.", "model.multi_modal_projector.", "model.image_newline")
     ),
+)
+_KIMI = (
+    Spelling("language_model.model.", "language_model.", ("vision_tower.", "mm_projector.")),
+    Spelling("model.language_model.", "", ("model.vision_tower.", "model.mm_projector.")),
 )
 _QWEN = Spelling("model.language_model.", "", ("model.visual.",))
 _OLDER_QWEN = (Spelling("model.", "", ("visual.",)), _QWEN)
@@ -163,12 +163,31 @@ WRAPPERS = (
         stacks=_QWEN_STACKS,
     ),
     Wrapper(
+        "qwen3_5",
+        "Qwen3_5ForConditionalGeneration",
+        (_QWEN,),
+        "qwen3_5_text",
+        models="Qwen3.5, 3.6",
+        covers="text part (Qwen3.5), multi-token prediction",
+        text_families=("qwen3_5_text",),
+    ),
+    Wrapper(
+        "qwen3_5_moe",
+        "Qwen3_5MoeForConditionalGeneration",
+        (_QWEN,),
+        "qwen3_5_moe_text",
+        models="Qwen3.5-MoE, 3.6-MoE",
+        covers="text part (Qwen3.5-MoE), experts in one tensor or in many, multi-token prediction",
+        text_families=("qwen3_5_moe_text",),
+    ),
+    Wrapper(
         "llava",
         "LlavaForConditionalGeneration",
         _LLAVA,
         "llama",
         models="LLaVA-1.5, Pixtral (HF)",
         covers=_ANY_TEXT,
+        any_text=True,
         text_families=("llama", "mistral", "qwen2", "qwen3"),
     ),
     Wrapper(
@@ -178,6 +197,7 @@ WRAPPERS = (
         "llama",
         models="LLaVA-1.6 (NeXT)",
         covers=_ANY_TEXT,
+        any_text=True,
         text_families=("llama", "mistral", "qwen2", "qwen3"),
     ),
     Wrapper(
@@ -187,6 +207,7 @@ WRAPPERS = (
         "qwen2",
         models="LLaVA-OneVision",
         covers="text part (Qwen2)",
+        any_text=True,
         text_families=("qwen2",),
     ),
     Wrapper(
@@ -196,6 +217,7 @@ WRAPPERS = (
         "qwen2",
         models="InternVL (HF)",
         covers=_ANY_TEXT,
+        any_text=True,
         text_families=("qwen2", "llama", "qwen3"),
         ties=True,
     ),
@@ -206,7 +228,19 @@ WRAPPERS = (
         "mistral",
         models="Mistral-Small-3.1, 3.2, Ministral 3",
         covers="text part (Mistral, Ministral 3)",
+        any_text=True,
         text_families=("mistral", "ministral3"),
+        ties=True,
+    ),
+    Wrapper(
+        "kimi_k25",
+        "Kimi_K25ForConditionalGeneration",
+        _KIMI,
+        "deepseek_v3",
+        models="Kimi-K2.5, K2.6",
+        covers="text part (Kimi-K2), INT4 of its experts",
+        any_text=True,
+        text_families=("deepseek_v3",),
         ties=True,
     ),
 )

@@ -20,7 +20,7 @@ from ..storage.hub_cache import Choice, IndexFile, Snapshot
 from .huggingface.weight_files import ADAPTER, SINGLE_FILES, weight_map
 
 #: Files beside the weights and the tokenizer. The code of a model is carried along, and never run.
-_BESIDE = ("generation_config.json", "*.py")
+_BESIDE = ("generation_config.json", "*processor_config.json", "*.py")
 #: Files without which weights are no model, of Hugging Face's format and of Meta's, and the names of Meta's weights.
 _CONFIG, _PARAMS, _CONSOLIDATED = "config.json", "params.json", "consolidated.*.pth"
 #: Weights of an adapter, and shards whose index may be missing.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -18,6 +18,7 @@ from ..formats.megatron.distributed_folder import LOADED_AT_ANY_SIZES
 from ..formats.megatron.options import FLAGS, FOLD, RAW
 from ..model.layers import (
     ALL_HEADS,
+    BEFORE,
     EACH_HEAD,
     RMS_NORM,
     SILU,
@@ -27,6 +28,7 @@ from ..model.layers import (
     Mixer,
     Mixture,
 )
+from ..model.sparse_latent import SparseLatent
 from ..model.spec import ModelSpec, Multipliers, PerLayer
 from ..sharding.ranks import Parallel
 from .inventory import Holding, Survey, count_parameters
@@ -187,8 +189,8 @@ def _model(spec: ModelSpec) -> Iterator[tuple[str, str]]:
     yield "output layer", _head(spec)
     yield "positions", str(spec.max_position_embeddings)
     if spec.values.get("rope"):
-        yield "rotary base", f"{spec.values['rotary_base']:,.15g}".replace(",", "")
-        yield "rotary scaling", str(spec.values["rope_scaling"] or "none")
+        yield "rotary base", _value(spec, "rotary_base", "{:.15g}".format)
+        yield "rotary scaling", _value(spec, "rope_scaling") if spec.values["rope_scaling"] else "none"
         if plain := [layer for layer, has in enumerate(spec.in_layers("rope")) if has is False]:
             yield "without rotary embeddings", runs("layer", plain)
     yield "sliding window", _window(spec)
@@ -219,6 +221,9 @@ _USUAL = {
     "activation_func_clamp_value": None,
     "parallel_block": False,
     "parallel_norms": False,
+    "block_norms": BEFORE,
+    "attn_logit_softcapping": None,
+    "final_logit_softcapping": None,
 }
 
 
@@ -228,19 +233,28 @@ def _mixer(mixer: Mixer) -> str:
         return f"{mixer.num_attention_heads} heads of {mixer.kv_channels} in {groups}"
     if isinstance(mixer, Latent):
         latents = f"{mixer.kv_lora_rank}" + (f" and of {mixer.q_lora_rank} for queries" if mixer.q_lora_rank else "")
-        return f"{mixer.num_attention_heads} heads from latents of {latents}"
+        heads = f"{mixer.num_attention_heads} heads from latents of {latents}"
+        return f"{heads}, {_indexer(mixer)}" if isinstance(mixer, SparseLatent) else heads
     return f"gated DeltaNet with {mixer.sizes}"
 
 
-def _value(spec: ModelSpec, name: str) -> str:
+def _indexer(mixer: SparseLatent) -> str:
+    """Which positions a sparse attention attends to."""
+    topk = f"to {mixer.dsa_indexer_topk} positions of"
+    if mixer.shared_indexer:
+        return f"{topk} an earlier layer's indexer"
+    return f"{topk} an indexer of {count(mixer.dsa_indexer_n_heads, 'head')} of {mixer.dsa_indexer_head_dim}"
+
+
+def _value(spec: ModelSpec, name: str, shown: Callable[[Any], str] = str) -> str:
     """Value of a property, with the numbers of the layers that have each where they differ."""
     value = spec.values.get(name)
     if not isinstance(value, PerLayer):
-        return str(value)
+        return shown(value)
     layers: dict[Any, list[str]] = {}
     for layer, one in enumerate(value):
         layers.setdefault(one, []).append(str(layer))
-    return "; ".join(f"{one} in layers {', '.join(held)}" for one, held in layers.items() if one is not None)
+    return "; ".join(f"{shown(one)} in layers {', '.join(held)}" for one, held in layers.items() if one is not None)
 
 
 def _head(spec: ModelSpec) -> str:

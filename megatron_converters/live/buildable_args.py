@@ -8,6 +8,7 @@ from typing import Any
 from ..basics.errors import ConversionError, raise_all
 from ..formats.megatron.argument import Build, Group, is_latent
 from ..formats.megatron.arguments import ARGUMENTS
+from ..formats.megatron.rows_activation import OWN_ACTIVATIONS
 from ..formats.megatron.rows_positions import YARN
 from ..formats.megatron.rows_yarn import has_yarn
 
@@ -42,12 +43,13 @@ def required(args: Mapping[str, Any]) -> list[str]:
     """Arguments that the args must have: their defaults would build another model, or fail."""
     experts, latent = bool(args.get("num_experts")), bool(args.get("multi_latent_attention"))
     names = _names((Build.CONFIG, Build.MODEL), experts=experts, latent=latent)
-    unfused = _is_gated(args) or args.get("squared_relu", False)
-    return names if unfused else [*names, "bias_gelu_fusion"]
+    named = args.get("squared_relu", False) or args.get("mlp_activation")
+    return names if named or _is_gated(args) else [*names, "bias_gelu_fusion"]
 
 
 def _is_gated(args: Mapping[str, Any]) -> bool:
-    return bool(args.get("swiglu", True) or args.get("quick_geglu"))
+    own = OWN_ACTIVATIONS.get(args.get("mlp_activation", ""))
+    return bool(args.get("swiglu", True) or args.get("quick_geglu") or (own is not None and own[1]))
 
 
 def config_fields(args: Mapping[str, Any]) -> dict[str, Any]:
@@ -90,7 +92,7 @@ def provider_fields(args: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def activation(args: Mapping[str, Any]) -> str:
-    """Name of the activation of the MLPs: "silu", "quick_gelu", "squared_relu", "relu", "gelu" or "gelu_tanh"."""
+    """Name of the activation of the MLPs, one of `model.layers.ACTIVATIONS`."""
     if args.get("quick_geglu"):
         return "quick_gelu"
     if args["swiglu"]:
@@ -98,7 +100,7 @@ def activation(args: Mapping[str, Any]) -> str:
     if args.get("squared_relu", False):
         return "squared_relu"
     if args.get("mlp_activation"):
-        return "relu"
+        return OWN_ACTIVATIONS[args["mlp_activation"]][0]
     return "gelu_tanh" if args["bias_gelu_fusion"] else "gelu"
 
 
@@ -113,8 +115,12 @@ def check(args: Mapping[str, Any], what: str) -> None:
             f"{what}: megatron-core builds a model with {', '.join(engine)} from Transformer Engine's layers alone, which need "
             "a GPU; its logits cannot be computed here"
         )
-    problems = [f"{name}={value!r}" for name, value in args.items() if not _is_heeded(name, value)]
-    raise_all(f"{what}: megatron-core's model cannot be built here with", problems)
+    raise_all(f"{what}: megatron-core's model cannot be built here with", unheeded(args))
+
+
+def unheeded(args: Mapping[str, Any]) -> list[str]:
+    """Arguments, as `name=value`, with which no model is built here."""
+    return [f"{name}={value!r}" for name, value in args.items() if not _is_heeded(name, value)]
 
 
 def _is_heeded(name: str, value: Any) -> bool:

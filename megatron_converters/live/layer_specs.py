@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 from megatron.core.models.gpt.experimental_attention_variant_module_specs import (
@@ -19,8 +20,8 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
 from ..basics.errors import ConversionError
+from ..formats.megatron.rows_layers import KINDS, PACKAGE
 from .latent_attention import latent_layer_spec
-from .parallel_block import parallel_layer_spec
 
 LOCAL, ENGINE = "local", "transformer_engine"
 
@@ -30,8 +31,8 @@ def layer_spec(config: TransformerConfig, stage: int | None) -> ModuleSpec | Tra
     impl = config.transformer_impl
     if impl not in (LOCAL, ENGINE):
         raise ConversionError(f"transformer_impl {impl!r} is neither {LOCAL!r} nor {ENGINE!r}")
-    if config.parallel_block:
-        return parallel_layer_spec(config, engine=impl == ENGINE)
+    if config.own_layer:
+        return own_spec(config.own_layer)
     if config.experimental_attention_variant is not None:
         return get_transformer_block_with_experimental_attention_variant_spec(config, vp_stage=stage)
     if config.num_moe_experts:
@@ -43,6 +44,14 @@ def layer_spec(config: TransformerConfig, stage: int | None) -> ModuleSpec | Tra
         layer = get_gpt_layer_local_spec(**options, normalization=config.normalization)
         return latent_layer_spec(layer, config.cut_down_projections)
     return get_gpt_layer_with_transformer_engine_spec(**options)
+
+
+def own_spec(name: str) -> ModuleSpec:
+    """Spec of a layer of `megatron_layers`, as `pretrain_gpt.py --spec` takes it."""
+    if name not in KINDS:
+        raise ConversionError(f"own_layer {name!r} is none of {', '.join(map(repr, KINDS))}")
+    spec: ModuleSpec = importlib.import_module(f"{PACKAGE}.{name}").spec
+    return spec
 
 
 def prediction_spec(config: TransformerConfig, stage: int | None) -> Any:

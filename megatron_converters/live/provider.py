@@ -21,11 +21,12 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 
 from ..basics.errors import ConversionError
+from ..formats.megatron.rows_layers import name_of_layer
 from ..sharding.ranks import padded_vocab
 from . import buildable_args
+from .head_bias import GPTModelWithHeadBias
 from .layer_specs import layer_spec, prediction_spec
 from .on_cpu import where_it_runs
-from .parallel_block import GPTModelWithHeadBias
 from .process_group import ensure_parallel
 
 #: Kinds of position embeddings that are built here. Latent attention has a rotary one of its own, whatever the kind.
@@ -143,10 +144,9 @@ class ProviderFields:
     hf_model_id: str | None = None
     #: Whether local layers cut the down projections of multi-latent attention over tensor-parallel ranks, as before 0.14.
     cut_down_projections: bool = False
-    #: Whether attention and MLP are parallel, and then each on a norm of its own, and whether the output layer has a bias;
-    #: megatron-core has none of these.
-    parallel_block: bool = False
-    parallel_norms: bool = False
+    #: Name of the layer in `megatron_layers`, empty for megatron-core's own, and whether the output layer has a bias, which
+    #: megatron-core's has not.
+    own_layer: str = ""
     head_bias: bool = False
     #: Spec of the layers, or a function of the provider that gives it; None is megatron-core's for `transformer_impl`.
     transformer_layer_spec: Any = None
@@ -307,8 +307,7 @@ def provider_of(args: Mapping[str, Any], **settings: Any) -> GPTModelProvider | 
     fields = buildable_args.provider_fields(args) | dict(
         activation_func=_ACTIVATIONS[buildable_args.activation(args)],
         deterministic_mode=args.get("experimental_attention_variant") is not None,  # megatron then has code of its own
-        parallel_block=args.get("parallel_block", False),
-        parallel_norms=args.get("parallel_norms", False),
+        own_layer=name_of_layer(args),
         head_bias=args.get("head_bias", False),
     )
     kind = MLAModelProvider if args.get("multi_latent_attention") else GPTModelProvider

@@ -17,7 +17,7 @@ from ..formats.megatron.arguments import inexpressible, written_args
 from ..model.spec import ModelSpec
 from ..sharding.ranks import Parallel, has_whole_experts, padded_vocab, parallel_for
 from ..sharding.stages import EVEN, PipelineSplit
-from .buildable_args import needing_engine
+from .buildable_args import needing_engine, unheeded
 from .filling import fill
 from .layer_specs import ENGINE, LOCAL
 from .layout import LiveLayout, least_divisor, live_conventions
@@ -50,6 +50,7 @@ def provider_for(spec: ModelSpec) -> GPTModelProvider | MLAModelProvider:
             f"megatron-core builds a model with {', '.join(needing)} from Transformer Engine's layers alone, which are not "
             "installed here; install transformer_engine"
         )
+    raise_all("megatron-core's model cannot be built here with", unheeded(args))
     dtype = spec.dtype.torch
     settings: dict[str, Any] = {} if torch.cuda.is_available() else dict(ON_CPU)
     settings |= dict(

@@ -36,9 +36,12 @@ class HFModel:
         self.path, self._ignored = path, tuple(ignored)
         config = read_json(path / "config.json")
         _refuse_foreign(path, config)
-        if config.get(quantisation.KEY):  # transformers 5.23 takes the last block of an axis for as long as the others
+        if quantisation.scheme_of(
+            config
+        ):  # transformers 5.23 takes the last block of an axis for as long as the others
             raise ConversionError(
-                f"{path} is quantised, and transformers decodes short blocks otherwise than they are meant; {_REMEDY}"
+                f"{path} is quantised, and transformers decodes short blocks otherwise than they are meant, and most formats not "
+                f"without their library; {_REMEDY}"
             )
         vocab_size, window = config.get("vocab_size"), config.get("sliding_window")
         if not isinstance(vocab_size, int) or vocab_size < 1:

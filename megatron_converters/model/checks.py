@@ -22,6 +22,18 @@ def number(value: Any, name: str) -> float:
     return float(value)
 
 
+def check_cap(record: Any, name: str) -> None:
+    """Raise unless the field `name` of a record is a number above 0, or None."""
+    value = getattr(record, name)
+    if value is not None and number(value, name) <= 0:
+        raise ConversionError(f"{name} is {value!r}; it must be above 0, or null for no cap")
+
+
+def whole(value: Any) -> Any:
+    """Number, as an int if it is whole: Megatron-LM parses some options with `int`."""
+    return int(value) if value is not None and float(value).is_integer() else value
+
+
 def is_whole(value: Any) -> TypeGuard[int]:
     """Whether a value is an integer and not a bool."""
     return isinstance(value, int) and not isinstance(value, bool)

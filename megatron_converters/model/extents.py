@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import NamedTuple, TypeVar
 
 from .layers import ALL_HEADS, LAYER_NORM, Attention, BlockExperts, GatedDelta, Latent, Layer, Mixture
+from .sparse_latent import SparseLatent
 from .spec import ModelSpec
 
 
@@ -81,9 +82,9 @@ def norm_bias(spec: ModelSpec) -> Extent | None:
     return rows_of(spec.hidden_size) if spec.norm.normalization == LAYER_NORM else None
 
 
-def of_second_norm(extent: Callable[[ModelSpec], Extent | None]) -> SizeOf:
-    """Slot of the norm before the MLP, which a layer lacks whose blocks share one."""
-    return lambda spec, layer: None if layer.shares_norm else extent(spec)
+def of_norm(has: Callable[[Layer], bool], extent: Callable[[ModelSpec], Extent | None]) -> SizeOf:
+    """Slot of a norm of the layers that have it."""
+    return lambda spec, layer: extent(spec) if has(layer) else None
 
 
 def vocab(spec: ModelSpec) -> Extent:
@@ -135,6 +136,27 @@ def whole_query(mixer: Latent, spec: ModelSpec) -> Extent | None:
     if mixer.q_lora_rank is not None:
         return None
     return per_head(mixer.num_attention_heads, mixer.qk_head_dim + mixer.qk_pos_emb_head_dim, spec.hidden_size)
+
+
+def indexer_query(mixer: SparseLatent, spec: ModelSpec) -> Extent | None:
+    """Queries of an indexer of its own, from the latents of the attention's."""
+    rows = mixer.dsa_indexer_n_heads * mixer.dsa_indexer_head_dim
+    return None if mixer.shared_indexer else rows_of(rows, mixer.q_lora_rank or spec.hidden_size)
+
+
+def indexer_key(mixer: SparseLatent, spec: ModelSpec) -> Extent | None:
+    """Key of an indexer of its own, which all of its heads share."""
+    return None if mixer.shared_indexer else rows_of(mixer.dsa_indexer_head_dim, spec.hidden_size)
+
+
+def indexer_norm(mixer: SparseLatent, _: ModelSpec) -> Extent | None:
+    """LayerNorm of an indexer's key, whatever the norms of the model are: its weight, and its bias."""
+    return None if mixer.shared_indexer else rows_of(mixer.dsa_indexer_head_dim)
+
+
+def indexer_weights(mixer: SparseLatent, spec: ModelSpec) -> Extent | None:
+    """Weights of an indexer's heads."""
+    return None if mixer.shared_indexer else rows_of(mixer.dsa_indexer_n_heads, spec.hidden_size)
 
 
 def delta_blocks(mixer: GatedDelta, *, convolved: bool) -> tuple[Block, ...]:

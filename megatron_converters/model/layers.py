@@ -5,15 +5,17 @@ Field names are Megatron-LM's argument names where it has one.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from ..basics.errors import ConversionError
-from .checks import TOO_LARGE, check_choice, check_sizes, check_switches, is_whole, number
+from .checks import TOO_LARGE, check_cap, check_choice, check_sizes, check_switches, is_whole, number
+from .rotary import RopeScaling
 
 RMS_NORM, LAYER_NORM = "RMSNorm", "LayerNorm"
 #: Spans of query and key norms: each head by itself, or all heads together (OLMoE).
 EACH_HEAD, ALL_HEADS = "each head", "all heads"
+#: Where a layer has norms: before attention and MLP, after both, or both before and after each.
+BEFORE, AFTER, AROUND = "before", "after", "before and after"
 #: Activations of an MLP. GELU has two forms, which differ by 1e-4 of a logit.
 SILU, GELU, GELU_TANH, SQUARED_RELU, RELU = "silu", "gelu", "gelu_tanh", "squared_relu", "relu"
 #: x * sigmoid(1.702 x).
@@ -40,73 +42,6 @@ class Norm:
 
 
 @dataclass(frozen=True)
-class RopeScaling:
-    """Scaling of rotary frequencies. `kind` is "llama3", "linear", "yarn", "longrope" or "dynamic": which other fields apply.
-
-    The two `*_freq_factor` belong to llama3; the betas, `mscale`, `mscale_all_dim` and `truncate` to YaRN; to LongRoPE the divisors
-    of frequencies, up to the original positions and beyond, and the factor of queries and keys, which None derives from `factor`.
-    With YaRN, `llama_4_scaling_beta` scales queries by 1 + beta * log(1 + position // original positions), which is 1 up to these.
-    """
-
-    kind: str
-    factor: float
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_position_embeddings: int = 8192
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    mscale: float = 1.0
-    mscale_all_dim: float = 0.0
-    truncate: bool = True
-    short_factor: tuple[float, ...] = ()
-    long_factor: tuple[float, ...] = ()
-    attention_factor: float | None = None
-    llama_4_scaling_beta: float = 0.0
-
-    def __post_init__(self) -> None:
-        """Turn lists into tuples, and refuse values that are no numbers."""
-        for name in ("short_factor", "long_factor"):
-            values = getattr(self, name)
-            if not isinstance(values, (list, tuple)):
-                raise ConversionError(f"{name} is {values!r:.80}; it must be a list of numbers")
-            object.__setattr__(self, name, tuple(number(value, name) for value in values))
-
-    def __str__(self) -> str:
-        """Kind, and what applies to it."""
-        own = {
-            "llama3": [f"low {self.low_freq_factor:g}", f"high {self.high_freq_factor:g}"],
-            "yarn": [f"fast {self.beta_fast:g}", f"slow {self.beta_slow:g}", *self._of_yarn],
-            "longrope": [f"divisors {_range(self.short_factor)} and beyond {_range(self.long_factor)}"],
-        }.get(self.kind)
-        original = [] if own is None else [*own, f"from {self.original_max_position_embeddings} positions"]
-        return ", ".join([self.kind, f"factor {self.factor:g}", *original])
-
-    @property
-    def _of_yarn(self) -> list[str]:
-        """Fields of YaRN that are not as usual, in words."""
-        mscales, amplitude = (self.mscale, self.mscale_all_dim), self.attention_factor
-        return [
-            *([f"mscales {mscales[0]:g} and {mscales[1]:g}"] if mscales != (1.0, 0.0) else []),
-            *([f"attention factor {amplitude:g}"] if amplitude is not None else []),
-            *(["not truncated"] if not self.truncate else []),
-            *([f"queries scaled by {self.llama_4_scaling_beta:g}"] if self.llama_4_scaling_beta else []),
-        ]
-
-    @property
-    def amplitude(self) -> float:
-        """Factor of rotated queries and keys in LongRoPE (transformers' `attention_factor`)."""
-        if self.attention_factor is not None:
-            return self.attention_factor
-        if self.factor <= 1:
-            return 1.0
-        return math.sqrt(1 + math.log(self.factor) / math.log(self.original_max_position_embeddings))
-
-
-def _range(values: tuple[float, ...]) -> str:
-    return f"{min(values):g} to {max(values):g}" if values else "none"
-
-
-@dataclass(frozen=True)
 class Rope:
     """Rotary embeddings of the first `rotary_percent` of each head; interleaved ones rotate neighbouring pairs."""
 
@@ -128,7 +63,7 @@ class Attention:
     """Attention with query groups. `sliding_window` counts positions, the token's own among them.
 
     With `attention_output_gate`, queries come with as many gates, which scale the output. `sinks` are scores of no position, one
-    for each head, which the softmax counts.
+    for each head, which the softmax counts. Scores are capped softly, by a tanh, at `attn_logit_softcapping`.
     """
 
     num_attention_heads: int
@@ -141,6 +76,7 @@ class Attention:
     qk_norm: str = ""
     attention_output_gate: bool = False
     sinks: bool = False
+    attn_logit_softcapping: float | None = None
 
     def __post_init__(self) -> None:
         """Refuse sizes that no model can have."""
@@ -150,6 +86,7 @@ class Attention:
             raise ConversionError(f"{heads} attention heads of {self.kv_channels} are more than any model has")
         check_switches(self, ("qkv_bias", "proj_bias", "attention_output_gate", "sinks"))
         check_choice(self, "qk_norm", ("", EACH_HEAD, ALL_HEADS))
+        check_cap(self, "attn_logit_softcapping")
         if window is not None and (not is_whole(window) or window < 1):
             raise ConversionError(f"sliding_window is {window!r}; it must be a whole number above 0, or null for none")
         if heads % groups:
@@ -342,8 +279,9 @@ Feed = Mlp | Mixture | BlockExperts
 
 @dataclass(frozen=True)
 class Layer:
-    """Kind of layer: what mixes positions, and what follows it. Norms before both are the model's.
+    """Kind of layer: what mixes positions, and what follows it. Norms are the model's.
 
+    `block_norms` says where they are: before both of these blocks, after both, on what is added to the layer's input, or both.
     In a `parallel_block` both read the layer's input, and their outputs are added to it. They share one norm there, and there is no
     second one, unless `parallel_norms`.
     """
@@ -352,10 +290,12 @@ class Layer:
     feed: Feed
     parallel_block: bool = False
     parallel_norms: bool = False
+    block_norms: str = BEFORE
 
     def __post_init__(self) -> None:
         """Refuse switches that are neither on nor off, or exclude each other."""
         check_switches(self, ("parallel_block", "parallel_norms"))
+        check_choice(self, "block_norms", (BEFORE, AFTER, AROUND))
         if self.parallel_norms and not self.parallel_block:
             raise ConversionError(
                 "parallel_norms is true, but parallel_block is false: only parallel blocks can share a norm"
@@ -365,6 +305,26 @@ class Layer:
     def shares_norm(self) -> bool:
         """Whether both of its blocks read the same norm."""
         return self.parallel_block and not self.parallel_norms
+
+    @property
+    def first_norm(self) -> bool:
+        """Whether a norm is before attention."""
+        return self.block_norms != AFTER
+
+    @property
+    def second_norm(self) -> bool:
+        """Whether a norm is before the MLP, which is not the first."""
+        return self.block_norms != AFTER and not self.shares_norm
+
+    @property
+    def post_norms(self) -> bool:
+        """Whether norms are after both blocks."""
+        return self.block_norms != BEFORE
+
+    @property
+    def norms_over_heads(self) -> bool:
+        """Whether its attention norms queries, and keys, over all heads."""
+        return isinstance(self.mixer, Attention) and self.mixer.qk_norm == ALL_HEADS
 
     @property
     def window(self) -> int | None:

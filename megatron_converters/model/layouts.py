@@ -150,6 +150,11 @@ def _delta_by_key_head(slot: Array, parts: Sequence[Array], kind: Kind) -> Pairs
     yield alpha, gates[:, ratio:]
 
 
+def _delta_by_use(slot: Array, parts: Sequence[Array], kind: Kind) -> Pairs:
+    """Parts are queries, keys and values in one; gates z; betas; and alphas (Qwen3.5)."""
+    yield from zip(_split(slot, _delta_uses(kind)), parts, strict=True)
+
+
 def _query_halves(slot: Array, parts: Sequence[Array], kind: Kind) -> Pairs:
     """Per head of multi-latent attention: rows without positions, then rotated rows, whose pairs are half of these apart."""
     latent = kind.latent
@@ -185,6 +190,11 @@ def _delta_rows(kind: Kind) -> tuple[int, ...]:
     return 2 * delta.keys + 2 * delta.values, 2 * delta.linear_num_value_heads
 
 
+def _delta_uses(kind: Kind) -> tuple[int, ...]:
+    query, key, value, *gates = kind.blocks
+    return query + key + value, *gates
+
+
 SAME = Layout("same", lambda kind: (kind.rows,), _same)
 #: Two rows that nothing reads, then the slot (OPT's positions).
 AFTER_TWO_ROWS = Layout("after two rows", _two_more_rows, _after_two_rows)
@@ -198,6 +208,7 @@ GROUPED_GATED_QKV = Layout("grouped qkv with gates", _qkv_rows, _grouped_gated_q
 LATENT_QUERY_HALVES = Layout("latent query, rotary halves", lambda kind: (kind.rows,), _query_halves)
 LATENT_KEY_HALVES = Layout("latent key, rotary halves", lambda kind: (kind.rows,), _key_halves)
 DELTA_BY_KEY_HEAD = Layout("gated DeltaNet by key head", _delta_rows, _delta_by_key_head)
+DELTA_BY_USE = Layout("gated DeltaNet by use", _delta_uses, _delta_by_use)
 
 
 @cache
@@ -260,6 +271,7 @@ _WITH_PARTS = {
     "grouped_gated_qkv": _for(GROUPED_GATED_QKV, _QKV_SLOTS, 3),
     "interleaved_grouped_qkv": _for(GROUPED_INTERLEAVED_QKV, _QKV_SLOTS, 3),
     "delta_by_key_head": _for(DELTA_BY_KEY_HEAD, ("delta_in",), 2),
+    "delta_by_use": _for(DELTA_BY_USE, ("delta_in",), 4),
     "latent_query_halves": _for(LATENT_QUERY_HALVES, ("q_up", "q_whole"), 1),
     "latent_key_halves": _for(LATENT_KEY_HALVES, ("kv_down",), 1),
 }

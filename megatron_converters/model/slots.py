@@ -2,7 +2,8 @@
 
 A slot's tensor is Megatron's whole tensor: unsharded, without vocabulary padding, query groups packed, gate above up.
 Shapes and cuts: Megatron-LM core_v0.16.1, megatron/core/transformer/{attention,multi_latent_attention,mlp}.py,
-core/ssm/gated_delta_net.py, core/transformer/moe/, multi_token_prediction.py, and core/tensor_parallel/layers.py.
+core/ssm/gated_delta_net.py, core/transformer/moe/, multi_token_prediction.py, and core/tensor_parallel/layers.py; of indexers
+core_v0.19.0, core/transformer/experimental_attention_variant/dsa.py.
 """
 
 from __future__ import annotations
@@ -11,11 +12,13 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
+from operator import attrgetter
 from typing import NamedTuple
 
 from . import extents
-from .extents import Extent, SizeOf, of_block_experts, of_feed, of_mixer, of_model, of_second_norm
+from .extents import Extent, SizeOf, of_block_experts, of_feed, of_mixer, of_model, of_norm
 from .layers import Attention, GatedDelta, Latent, Layer, Mixture, Mlp
+from .sparse_latent import SparseLatent
 from .spec import ModelSpec
 
 
@@ -130,6 +133,8 @@ class Ref(NamedTuple):
 _FIRST, _LAYER, _LAST, _MTP = Scope.FIRST, Scope.LAYER, Scope.LAST, Scope.MTP
 _COLUMN, _ROW, _REPLICATED = Shard.COLUMN, Shard.ROW, Shard.REPLICATED
 _STORED = Precision.STORED
+_BEFORE_ATTENTION, _BEFORE_MLP = (attrgetter(name) for name in ("first_norm", "second_norm"))
+_AFTER_BLOCKS = attrgetter("post_norms")
 
 _ALL = (
     Slot("word_embeddings", _FIRST, _COLUMN, of_model(extents.vocab), vocab=True),
@@ -143,8 +148,8 @@ _ALL = (
     Slot("mtp_hidden_norm", _MTP, _REPLICATED, of_model(extents.hidden)),
     Slot("mtp_hidden_norm_bias", _MTP, _REPLICATED, of_model(extents.norm_bias)),
     Slot("mtp_proj", _MTP, _COLUMN, of_model(lambda s: extents.rows_of(s.hidden_size, 2 * s.hidden_size))),
-    Slot("input_norm", _LAYER, _REPLICATED, of_model(extents.hidden)),
-    Slot("input_norm_bias", _LAYER, _REPLICATED, of_model(extents.norm_bias)),
+    Slot("input_norm", _LAYER, _REPLICATED, of_norm(_BEFORE_ATTENTION, extents.hidden)),
+    Slot("input_norm_bias", _LAYER, _REPLICATED, of_norm(_BEFORE_ATTENTION, extents.norm_bias)),
     Slot("qkv", _LAYER, _COLUMN, of_mixer(Attention, lambda a, s: Extent((extents.qkv(a),), (s.hidden_size,)))),
     Slot(
         "qkv_bias",
@@ -193,6 +198,16 @@ _ALL = (
             Latent, lambda a, _: extents.per_head(a.num_attention_heads, a.qk_head_dim + a.v_head_dim, a.kv_lora_rank)
         ),
     ),
+    # Every rank has the whole indexer. Small differences of the weights of its heads change which tokens are chosen.
+    Slot("indexer_query", _LAYER, _REPLICATED, of_mixer(SparseLatent, extents.indexer_query)),
+    Slot("indexer_key", _LAYER, _REPLICATED, of_mixer(SparseLatent, extents.indexer_key)),
+    Slot("indexer_norm", _LAYER, _REPLICATED, of_mixer(SparseLatent, extents.indexer_norm)),
+    Slot("indexer_norm_bias", _LAYER, _REPLICATED, of_mixer(SparseLatent, extents.indexer_norm)),
+    Slot(
+        *("indexer_weights", _LAYER, _REPLICATED),
+        of_mixer(SparseLatent, extents.indexer_weights),
+        precision=_STORED,
+    ),
     Slot(
         *("delta_in", _LAYER, _COLUMN),
         of_mixer(GatedDelta, lambda d, s: Extent(extents.delta_blocks(d, convolved=False), (s.hidden_size,))),
@@ -232,8 +247,10 @@ _ALL = (
         _REPLICATED,
         of_mixer(Attention, lambda a, s: extents.hidden(s) if a.proj_bias else None),
     ),
-    Slot("mlp_norm", _LAYER, _REPLICATED, of_second_norm(extents.hidden)),
-    Slot("mlp_norm_bias", _LAYER, _REPLICATED, of_second_norm(extents.norm_bias)),
+    Slot("attention_post_norm", _LAYER, _REPLICATED, of_norm(_AFTER_BLOCKS, extents.hidden)),
+    Slot("attention_post_norm_bias", _LAYER, _REPLICATED, of_norm(_AFTER_BLOCKS, extents.norm_bias)),
+    Slot("mlp_norm", _LAYER, _REPLICATED, of_norm(_BEFORE_MLP, extents.hidden)),
+    Slot("mlp_norm_bias", _LAYER, _REPLICATED, of_norm(_BEFORE_MLP, extents.norm_bias)),
     Slot(
         "fc1",
         _LAYER,
@@ -246,6 +263,8 @@ _ALL = (
     ),
     Slot("fc2", _LAYER, _ROW, of_feed(Mlp, lambda m, s: extents.rows_of(s.hidden_size, m.ffn_hidden_size))),
     Slot("fc2_bias", _LAYER, _REPLICATED, of_feed(Mlp, lambda m, s: extents.hidden(s) if m.mlp_bias else None)),
+    Slot("mlp_post_norm", _LAYER, _REPLICATED, of_norm(_AFTER_BLOCKS, extents.hidden)),
+    Slot("mlp_post_norm_bias", _LAYER, _REPLICATED, of_norm(_AFTER_BLOCKS, extents.norm_bias)),
     # Small differences of a router change which expert is chosen; Megatron-LM holds the bias of the choice in float32.
     Slot(
         "router",

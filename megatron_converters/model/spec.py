@@ -13,7 +13,7 @@ from typing import Any
 
 from ..basics.dtypes import DType, dtype_named
 from ..basics.errors import ConversionError
-from .checks import TOO_MANY_LAYERS, check_choice, check_size, check_sizes, check_switches, is_whole, number
+from .checks import TOO_MANY_LAYERS, check_cap, check_choice, check_size, check_sizes, check_switches, is_whole, number
 from .layers import (
     OF_ATTENTION,
     OF_MLP,
@@ -28,8 +28,9 @@ from .layers import (
     Mlp,
     Norm,
     Rope,
-    RopeScaling,
 )
+from .rotary import RopeScaling
+from .sparse_latent import SparseLatent
 
 
 class PerLayer(tuple[Any, ...]):
@@ -57,7 +58,12 @@ class Multipliers:
 
 
 #: Records that a layer can have, by the value of the properties "mixer" and "feed".
-MIXERS: dict[str, type[Mixer]] = {"attention": Attention, "latent": Latent, "gated delta": GatedDelta}
+MIXERS: dict[str, type[Mixer]] = {
+    "attention": Attention,
+    "latent": Latent,
+    "sparse latent": SparseLatent,
+    "gated delta": GatedDelta,
+}
 FEEDS: dict[str, type[Feed]] = {"mlp": Mlp, "moe": Mixture, "block experts": BlockExperts}
 _TAGS = {record: name for name, record in (*MIXERS.items(), *FEEDS.items())}
 
@@ -87,6 +93,8 @@ class ModelSpec:
     tied: bool = False
     #: Bias of the output layer, also where its weight is that of the embeddings.
     head_bias: bool = False
+    #: Value at which logits are capped softly, by a tanh; None for none.
+    final_logit_softcapping: float | None = None
     #: Linears whose biases are 0, since the family's files have none: of attention, or of the MLP. Megatron-LM has all or none.
     absent_biases: str = ""
     #: Rows of a classifier's head, which takes the place of the output layer; 0 for a base model without any; None for neither.
@@ -106,12 +114,14 @@ class ModelSpec:
         if self.num_labels not in (None, 0):
             check_sizes(self, ("num_labels",))
         check_switches(self, ("tied", "learned_positions", "causal", "head_bias"))
+        check_cap(self, "final_logit_softcapping")
         check_choice(self, "absent_biases", ("", OF_ATTENTION, OF_MLP))
         counts = {kind.feed.num_experts for kind in self.kinds if isinstance(kind.feed, Mixture)}
         if len(counts) > 1:
             raise ConversionError(f"num_experts differs between layers ({sorted(counts)}); that is not supported")
-        if len({(kind.parallel_block, kind.parallel_norms) for kind in self.used}) > 1:
-            raise ConversionError("parallel_block differs between layers; that is not supported")
+        for names in (("parallel_block", "parallel_norms"), ("block_norms",)):
+            if len({tuple(getattr(kind, name) for name in names) for kind in self.used}) > 1:
+                raise ConversionError(f"{names[0]} differs between layers; that is not supported")
 
     def __hash__(self) -> int:
         return self._hash
@@ -184,8 +194,11 @@ class ModelSpec:
 
 
 _SHARED = ("family", "dtype", "hidden_size", "vocab_size", "max_position_embeddings")
+#: Properties of how the blocks of a layer are joined.
+_BLOCKS = ("parallel_block", "parallel_norms", "block_norms")
 _OPTIONAL = (
-    *("learned_positions", "causal", "tied", "head_bias", "absent_biases", "num_labels"),
+    *("learned_positions", "causal", "tied", "head_bias", "final_logit_softcapping"),
+    *("absent_biases", "num_labels"),
     *("initializer_range", "attention_dropout"),
 )
 
@@ -213,7 +226,7 @@ def _kind_values(kind: Layer) -> dict[str, Any]:
         found |= {field.name: getattr(record, field.name) for field in dataclasses.fields(record)}
     if "rope" in found:
         found["rope"] = rope is not None
-    return found | {"parallel_block": kind.parallel_block, "parallel_norms": kind.parallel_norms}
+    return found | {name: getattr(kind, name) for name in _BLOCKS}
 
 
 def _layer_values(spec: ModelSpec) -> Iterator[tuple[str, Any]]:
@@ -250,6 +263,7 @@ def _spec_of(values: Mapping[str, Any]) -> ModelSpec:
             kind = _kind({**values, **dict(zip(per_layer, key, strict=True))})
             by_values[key] = kinds.setdefault(kind, len(kinds))
         order.append(by_values[key])
+    predicting = kinds.setdefault(_predicting([*kinds][order[-1]]), len(kinds)) if further else order[-1]
     for kind in _spare_kinds(values, list(kinds)):
         kinds.setdefault(kind, len(kinds))
     given = {name: values[name] for name in (*_SHARED, *_OPTIONAL) if name in values}
@@ -259,8 +273,15 @@ def _spec_of(values: Mapping[str, Any]) -> ModelSpec:
         multipliers=_record(Multipliers, values),
         kinds=tuple(kinds),
         order=tuple(order),
-        mtp=(order[-1],) * further,
+        mtp=(predicting,) * further,
     )
+
+
+def _predicting(last: Layer) -> Layer:
+    """Kind of layers of multi-token prediction: that of the last layer, but they share no indexer (Megatron-LM 0.19, GLM-5.2)."""
+    if not isinstance(last.mixer, SparseLatent):
+        return last
+    return dataclasses.replace(last, mixer=dataclasses.replace(last.mixer, shared_indexer=False))
 
 
 def _kind(values: Mapping[str, Any]) -> Layer:
@@ -270,8 +291,8 @@ def _kind(values: Mapping[str, Any]) -> Layer:
     feed = FEEDS[values.get("feed") or ("moe" if values.get("num_experts") else "mlp")]
     rope = values.get("rope", values.get("rotary_base") is not None)
     with_rope = {**values, "rope": _record(Rope, values) if rope else None}
-    blocks = (values.get(name, False) for name in ("parallel_block", "parallel_norms"))
-    return Layer(_record(mixer, with_rope), _record(feed, values), *blocks)
+    blocks = {name: values[name] for name in _BLOCKS if name in values}
+    return Layer(_record(mixer, with_rope), _record(feed, values), **blocks)
 
 
 def _spare_kinds(values: Mapping[str, Any], kinds: list[Layer]) -> Iterator[Layer]:
@@ -301,8 +322,7 @@ _KNOWN = {
     "mtp_num_layers",
     "mixer",
     "feed",
-    "parallel_block",
-    "parallel_norms",
+    *_BLOCKS,
     *(n for r in _RECORDS for n in names(r)),
 }
 #: Names of all properties.

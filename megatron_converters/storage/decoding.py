@@ -51,11 +51,11 @@ class Constant(Sealed):
         """What is done, in words."""
         return f"{self.value:g} in every element"
 
-    def read(self, rows: Rows, cols: slice, dtype: DType | None = None) -> Array:
+    def read(self, rows: Rows, cols: slice, dtype: DType | None = None, out: Array | None = None) -> Array:
         """Elements of these rows and columns, in the tensor's dtype or another."""
         width = math.prod(self.shape[1:])
         shape = numbers_of(rows, self.shape[0]).size, len(range(width)[cols])
-        return rounded(np.full(shape, self.value, np.float32), dtype or self.dtype)
+        return given(rounded(np.full(shape, self.value, np.float32), dtype or self.dtype), out)
 
 
 @dataclass(frozen=True)
@@ -92,13 +92,13 @@ class UnitRows(Sealed):
         """Words for what is done to the stored tensor."""
         return "each row divided by its length"
 
-    def read(self, rows: Rows, cols: slice, dtype: DType | None = None) -> Array:
+    def read(self, rows: Rows, cols: slice, dtype: DType | None = None, out: Array | None = None) -> Array:
         """Compute these rows and columns, in the matrix's dtype or another; lengths are those of whole rows."""
         whole = floats(self.weight.array()[rows], self.dtype)
         lengths = np.sqrt(np.square(whole, dtype=np.float64).sum(axis=1, keepdims=True))
         lengths[np.abs(lengths - 1) <= np.finfo(whole.dtype).eps] = 1  # what was divided before stays as it is
         divided = whole[:, cols] / np.maximum(lengths, _SHORTEST).astype(whole.dtype)
-        return rounded(divided, dtype or self.dtype)
+        return given(rounded(divided, dtype or self.dtype), out)
 
 
 @dataclass(frozen=True)
@@ -118,8 +118,8 @@ class Quantised(Sealed):
 
     @property
     def dtype(self) -> DType:
-        """Dtype of the decoded elements, unless another is asked for."""
-        return _BFLOAT16
+        """Dtype of the decoded elements, unless another is asked for: bfloat16, or float16 where scales are float16."""
+        return self.scale.dtype if self.scale.dtype.name == "float16" else _BFLOAT16
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -149,20 +149,20 @@ class Quantised(Sealed):
         """The transposed matrix; of a stack, each."""
         return Transposed(self)
 
-    def read(self, rows: Rows, cols: slice, dtype: DType | None = None) -> Array:
-        """Decode these rows and columns, as an array of the carrier type of bfloat16 or of another dtype.
+    def read(self, rows: Rows, cols: slice, dtype: DType | None = None, out: Array | None = None) -> Array:
+        """Decode these rows and columns, as an array of the carrier type of the matrix's dtype or of another.
 
         Raises `ConversionError` for a code or a scale that is no number, and where a product exceeds the dtype.
         """
         target = dtype or self.dtype
         with np.errstate(over="ignore", invalid="ignore", under="ignore"):
-            result = self._decoded(rows, cols, target)
+            result = self._decoded(rows, cols, target, out if out is not None and out.flags.c_contiguous else None)
         if not all_finite(result, target):
             raise ConversionError(f"{os.path.basename(self.path)}: {self.name} {self._fault(rows, cols, target)}")
-        return result
+        return given(result, out)
 
-    def _decoded(self, rows: Rows, cols: slice, dtype: DType) -> Array:
-        """Elements of these rows and columns, finite or not."""
+    def _decoded(self, rows: Rows, cols: slice, dtype: DType, room: Array | None) -> Array:
+        """Elements of these rows and columns, finite or not; in contiguous memory that may be used for them, or in other."""
         raise NotImplementedError
 
     def _no_numbers(self, rows: Rows, cols: slice) -> bool:
@@ -232,13 +232,20 @@ class Transposed(Sealed):
         """The matrix as it is stored; of a stack, each."""
         return self.matrix
 
-    def read(self, rows: Rows, cols: slice, dtype: DType | None = None) -> Array:
+    def read(self, rows: Rows, cols: slice, dtype: DType | None = None, out: Array | None = None) -> Array:
         """Decode these rows and columns, as `Quantised.read` does."""
         numbers = numbers_of(rows, self.shape[0])
         first = int(numbers.min(initial=self.shape[0]))
         inside = slice(first, int(numbers.max(initial=first - 1)) + 1)
         found = self.matrix.read(numbers_of(cols, self.shape[1]), inside, dtype)
-        return np.ascontiguousarray(found.T[numbers - first])
+        return given(np.ascontiguousarray(found.T[numbers - first]), out)
+
+
+def given(result: Array, out: Array | None) -> Array:
+    """Result, which is also written into `out` unless it is that, or there is none."""
+    if out is not None and result is not out:
+        out[...] = result
+    return result
 
 
 def numbers_of(rows: Rows, count: int) -> npt.NDArray[np.int64]:

@@ -53,7 +53,7 @@ class PackedIntegers(Quantised):
         """Words for what is done to the stored tensors."""
         return f"decoded from 4-bit integers {'in groups of ' + str(self.group) if self.group else 'with a scale for each row'}"
 
-    def _decoded(self, rows: Rows, cols: slice, dtype: DType) -> Array:
+    def _decoded(self, rows: Rows, cols: slice, dtype: DType, room: Array | None) -> Array:
         if self._stated != self.size:
             raise ConversionError(
                 f"{self.name} holds {list(self.size)} elements, but {self.shape_name} says {list(self._stated)}; copy the files "
@@ -107,7 +107,7 @@ class MicroScaled(Quantised):
         """Words for what is done to the stored tensors."""
         return "decoded from MXFP4"
 
-    def _decoded(self, rows: Rows, cols: slice, dtype: DType) -> Array:
+    def _decoded(self, rows: Rows, cols: slice, dtype: DType, room: Array | None) -> Array:
         groups = slice(cols.start // MX_GROUP, -(-cols.stop // MX_GROUP))
         codes, exponents = self.weight.array()[rows, groups], self.scale.array()[rows, groups]
         count, width, size = codes.shape

@@ -6,6 +6,7 @@ for each block of it, mostly 128×128. The last block of a row or column may be 
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +14,7 @@ import numpy.typing as npt
 
 from ..basics.casting import E4M3FN, rounded
 from ..basics.dtypes import DType
-from .decoding import Array, Quantised, Rows, numbers_of, scales_of, steps
+from .decoding import STEP, Array, Quantised, Rows, numbers_of, scales_of, steps
 
 #: Number that each code stands for, by element type.
 VALUES = {"float8_e4m3fn": E4M3FN, "int8": np.arange(256, dtype=np.uint8).view(np.int8).astype(np.float32)}
@@ -48,38 +49,55 @@ class ScaledBlocks(Quantised):
         """Words for what is done to the stored tensors."""
         return f"decoded from {self.weight.dtype} {block_words(self.block)}"
 
-    def _decoded(self, rows: Rows, cols: slice, dtype: DType) -> Array:
+    def _decoded(self, rows: Rows, cols: slice, dtype: DType, room: Array | None) -> Array:
         height, width = (side or size for side, size in zip(self.block, self.shape, strict=True))
         codes = self.weight.array()[rows, cols]
-        numbers, columns = numbers_of(rows, self.shape[0]), np.arange(cols.start, cols.stop)
-        found, block_rows = np.unique(numbers // height, return_inverse=True)
-        first = cols.start // width
-        factors = scales_of(self.scale.array()[found, first : -(-cols.stop // width)], self.scale.dtype)
+        block_rows = numbers_of(rows, self.shape[0]) // height
+        top, left = int(block_rows.min(initial=self.shape[0])), cols.start // width
+        blocks = self.scale.array()[top : int(block_rows.max(initial=top)) + 1, left : -(-cols.stop // width)]
+        factors = scales_of(blocks, self.scale.dtype)
+        block_rows, block_cols = block_rows - top, np.arange(cols.start, cols.stop) // width - left
         values = VALUES[self.weight.dtype.name]
-        if factors.size * _CODES < codes.size:
-            return _looked_up(codes, values, factors, block_rows, columns // width - first, dtype)
-        return rounded(values[codes] * factors[block_rows[:, None], columns // width - first], dtype)
+        if factors.size * _CODES >= codes.size:
+            return rounded(values[codes] * factors.take(block_rows, 0).take(block_cols, 1), dtype)
+        result = np.empty(codes.shape, dtype.carrier) if room is None else room
+        _look_up(codes, rounded(factors[:, :, None] * values, dtype), block_rows, block_cols, result)
+        return result
 
     def _no_numbers(self, rows: Rows, cols: slice) -> bool:
         return bool(np.isnan(VALUES[self.weight.dtype.name][self.weight.array()[rows, cols]]).any())
 
 
-def _looked_up(
-    codes: Array, values: Array, factors: Array, rows: npt.NDArray[np.int64], cols: npt.NDArray[np.int64], dtype: DType
-) -> Array:
-    """Products of codes by `factors[rows, cols]`, looked up among the 256 products that each factor has."""
-    products = rounded((factors[:, :, None] * values).reshape(-1), dtype)
-    row_places, col_places = rows * (factors.shape[1] * _CODES), cols * _CODES
-    result = np.empty(codes.shape, dtype.carrier)
-    places = np.empty(0, np.int64)
+class _Places(threading.local):
+    """Memory of a thread for places in a table: to get it from the system each time costs as much as the arithmetic."""
+
+    def __init__(self) -> None:
+        self._memory = np.empty(2 * STEP, np.int64)
+
+    def of(self, rows: int, cols: int) -> npt.NDArray[np.int64]:
+        """Matrix of these sizes, uninitialised; the same memory at each call."""
+        if rows * cols > self._memory.size:
+            self._memory = np.empty(rows * cols, np.int64)
+        return self._memory[: rows * cols].reshape(rows, cols)
+
+
+_PLACES = _Places()
+
+
+def _look_up(
+    codes: Array, products: Array, rows: npt.NDArray[np.int64], cols: npt.NDArray[np.int64], result: Array
+) -> None:
+    """Write `products[rows, cols, codes]`, for codes of a matrix and the blocks of its rows and columns."""
+    table, row_places = products.reshape(-1), rows * (products.shape[1] * _CODES)
     for part in steps(*codes.shape):
-        if places.shape != codes[part].shape:
-            places = np.empty(
-                codes[part].shape, np.int64
-            )  # one for all steps, since to get memory takes as long as to fill it
-        places[...] = codes[part]
-        places += col_places
-        if row_places[part].any():
-            places += row_places[part, None]
-        np.take(products, places, out=result[part], mode="clip")  # no place is outside; "raise" would copy `out`
-    return result
+        count, width = codes[part].shape
+        if part.start == 0:  # all steps share the places, which differ in their lowest bytes: these are the codes
+            places = _PLACES.of(count, width)
+            places[...] = cols * _CODES
+            lowest = places.view(np.uint8)[:, :: places.itemsize]
+        lowest[:count] = codes[part]
+        first, others = row_places[part.start], row_places[part]
+        if (others == first).all():
+            np.take(table[first:], places[:count], out=result[part], mode="clip")  # "raise" would copy `out`
+        else:
+            np.take(table, places[:count] + others[:, None], out=result[part], mode="clip")

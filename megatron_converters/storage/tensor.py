@@ -51,7 +51,11 @@ class StoredTensor(Sealed):
         return StoredTensor(self.path, self.offset, self.dtype, self.shape[::-1], self.strides[::-1])
 
     def reshaped(self, shape: tuple[int, ...], dtype: DType | None = None) -> StoredTensor:
-        """View of the same bytes, which lie in row-major order, in another shape and dtype."""
+        """View of the same bytes in another shape and dtype; raises `ConversionError` if they do not lie in row-major order."""
+        if self.strides != contiguous_strides(self.shape):
+            raise ConversionError(
+                f"{self.path} holds a quantised tensor of shape {list(self.shape)} with strides; save it again"
+            )
         return StoredTensor(self.path, self.offset, dtype or self.dtype, shape, contiguous_strides(shape))
 
     def array(self) -> npt.NDArray[Any]:

@@ -18,7 +18,9 @@ PROGRAMS: Mapping[str, tuple[str, ...]] = {
     "python": (sys.executable,),
     "make_model": (sys.executable, str(_HERE / "make_model.py")),
     "megatron-converters": _OURS,
+    "make_fp8": (sys.executable, str(_HERE / "make_fp8.py")),
     "convert": (*_OURS, "convert", "--quiet"),
+    "convert-on-one-core": ("taskset", "-c", "0", *_OURS, "convert", "--quiet"),
     "convert.py": (sys.executable, str(ROOT / "convert.py"), "--quiet"),
     "convert_mlm_to_hf": (sys.executable, str(ROOT / "convert_mlm_to_hf_checkpoint.py"), "--quiet"),
     "modelconvert": (sys.executable, "-m", "model_converter_tool"),
@@ -43,11 +45,12 @@ INPUTS: Mapping[str, str] = {
 
 
 class Model(NamedTuple):
-    """Random model: the name of its folder, and arguments of `make_model.py`, `quick` for a tiny one in its place."""
+    """Random model: the name of its folder, arguments of the program that makes it, and `quick` for a tiny one in its place."""
 
     name: str
     shape: str
     quick: str
+    made_by: str = "make_model"
 
 
 class Disk:
@@ -86,7 +89,7 @@ class Disk:
     def _make(self, model: Model, name: str, paths: Mapping[str, Path]) -> None:
         if paths[name].exists():
             return
-        command = INPUTS.get(name, f"make_model {{output}} {model.quick if self._quick else model.shape}")
+        command = INPUTS.get(name, f"{model.made_by} {{output}} {model.quick if self._quick else model.shape}")
         for source in inputs_of(command):
             self._make(model, source, paths)
         remove(self.output)  # what is not whole has no name that counts

@@ -133,6 +133,7 @@ _OF_KINDS: dict[str, Any] = dict(
     linear_num_key_heads=16,
     linear_num_value_heads=32,
     mtp_num_layers=None,
+    spec=None,
 )
 #: The same of `--use-mup`.
 _OF_MUP: dict[str, Any] = dict(

@@ -176,41 +176,58 @@ def _attention(hf: Tensors, args: Namespace) -> Pieces:
 def _latent_attention(hf: Tensors, args: Namespace, down_cut: bool) -> Pieces:
     """Multi-head latent attention; its rotary rows stay as they are, since Megatron-LM, too, rotates neighbours."""
     down = 0 if down_cut else None
+    norms = ("linear_q_up_proj.layer_norm_", "linear_kv_up_proj.layer_norm_")
+    if args.experimental_attention_variant == "dsa":
+        norms = ("q_layernorm.", "kv_layernorm.")
     names = {
         "q_proj": ("linear_q_proj.weight", 0),
         "q_a_proj": ("linear_q_down_proj.weight", down),
-        "q_a_layernorm": ("linear_q_up_proj.layer_norm_weight", None),
+        "q_a_layernorm": (f"{norms[0]}weight", None),
         "q_b_proj": ("linear_q_up_proj.weight", 0),
         "kv_a_proj_with_mqa": ("linear_kv_down_proj.weight", down),
-        "kv_a_layernorm": ("linear_kv_up_proj.layer_norm_weight", None),
+        "kv_a_layernorm": (f"{norms[1]}weight", None),
         "kv_b_proj": ("linear_kv_up_proj.weight", 0),
         "o_proj": ("linear_proj.weight", 1),
     }
-    return {
+    pieces = {
         f"self_attention.{target}": Piece(hf[f"self_attn.{source}.weight"], cut)
         for source, (target, cut) in names.items()
         if f"self_attn.{source}.weight" in hf
     }
+    modules = {"wq_b": "linear_wq_b", "wk": "linear_wk", "k_norm": "k_norm", "weights_proj": "linear_weights_proj"}
+    for name, tensor in hf.items():
+        if name.startswith("self_attn.indexer."):  # whole on every rank
+            module, kind = name.removeprefix("self_attn.indexer.").split(".")
+            pieces[f"self_attention.core_attention.indexer.{modules[module]}.{kind}"] = Piece(tensor)
+    return pieces
 
 
 def _linear_attention(hf: Tensors, args: Namespace) -> Pieces:
-    """Gated DeltaNet: Qwen3-Next stores projections for each key head, Megatron-LM as blocks that are cut one by one."""
+    """Gated DeltaNet, whose projections Megatron-LM stores as blocks that are cut one by one."""
     key_heads, value_heads = args.linear_num_key_heads, args.linear_num_value_heads
     key, value = args.linear_key_head_dim, args.linear_value_head_dim
-    ratio = value_heads // key_heads
-    projections = hf["linear_attn.in_proj_qkvz.weight"].unflatten(0, (key_heads, -1))
-    gates = hf["linear_attn.in_proj_ba.weight"].unflatten(0, (key_heads, 2 * ratio))
-    blocks = [*projections.split([key, key, ratio * value, ratio * value], dim=1), *gates.split(ratio, dim=1)]
-    rows = tuple(block.shape[0] * block.shape[1] for block in blocks)
     convolved = (key_heads * key, key_heads * key, value_heads * value)
+    rows = (*convolved, value_heads * value, value_heads, value_heads)
     return {
-        "self_attention.in_proj.weight": Piece(torch.cat([block.flatten(0, 1) for block in blocks]), rows),
+        "self_attention.in_proj.weight": Piece(_delta_projections(hf, args), rows),
         "self_attention.conv1d.weight": Piece(hf["linear_attn.conv1d.weight"], convolved),
         "self_attention.A_log": Piece(hf["linear_attn.A_log"], 0),
         "self_attention.dt_bias": Piece(hf["linear_attn.dt_bias"], 0),
         "self_attention.out_norm.weight": Piece(hf["linear_attn.norm.weight"] - 1),  # Megatron-LM adds 1 to every norm
         "self_attention.out_proj.weight": Piece(hf["linear_attn.out_proj.weight"], 1),
     }
+
+
+def _delta_projections(hf: Tensors, args: Namespace) -> torch.Tensor:
+    """All of them in one tensor: Qwen3-Next stores them for each key head, Qwen3.5 in this order."""
+    if "linear_attn.in_proj_qkv.weight" in hf:
+        return torch.cat([hf[f"linear_attn.in_proj_{part}.weight"] for part in ("qkv", "z", "b", "a")])
+    key_heads, key, value = args.linear_num_key_heads, args.linear_key_head_dim, args.linear_value_head_dim
+    ratio = args.linear_num_value_heads // key_heads
+    projections = hf["linear_attn.in_proj_qkvz.weight"].unflatten(0, (key_heads, -1))
+    gates = hf["linear_attn.in_proj_ba.weight"].unflatten(0, (key_heads, 2 * ratio))
+    blocks = [*projections.split([key, key, ratio * value, ratio * value], dim=1), *gates.split(ratio, dim=1)]
+    return torch.cat([block.flatten(0, 1) for block in blocks])
 
 
 def _mlp(hf: Tensors, source: str, target: str) -> Pieces:

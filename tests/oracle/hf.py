@@ -125,8 +125,9 @@ def make_model(
 
 def _fields(family: str) -> Mapping[str, Any]:
     from .families import MODELS  # whose modules take their fields from here
+    from .families.sparse import SPARSE
 
-    others = {**hf_kinds.FOLDED, **hf_kinds.LIVE}
+    others = {**hf_kinds.FOLDED, **hf_kinds.LIVE, **SPARSE}
     if family in MODELS:
         return MODELS[family].fields
     return others.get(family) or {**SIZES, **{**FAMILIES, **MOE_FAMILIES}[family]}

@@ -35,7 +35,7 @@ _SIZES = TOKENS | dict(
     num_key_value_heads=4,
     max_position_embeddings=512,
 )
-_LLAMA_LIKE = _SIZES | dict(
+LLAMA_LIKE = _SIZES | dict(
     head_dim=16, rms_norm_eps=_VISIBLE_EPSILON, rope_parameters=_rope(1e4), tie_word_embeddings=False
 )
 _GPT2 = TOKENS | dict(
@@ -57,13 +57,13 @@ _STARCODER2 = _SIZES | dict(
     rope_parameters=_rope(1e5),
     tie_word_embeddings=True,
 )
-_PHI3 = {name: value for name, value in _LLAMA_LIKE.items() if name != "head_dim"} | dict(
+_PHI3 = {name: value for name, value in LLAMA_LIKE.items() if name != "head_dim"} | dict(
     model_type="phi3", num_attention_heads=4, num_key_value_heads=2, original_max_position_embeddings=512
 )
-_GLM = _LLAMA_LIKE | dict(
+_GLM = LLAMA_LIKE | dict(
     model_type="glm", attention_bias=True, rope_parameters=_rope(5e4, partial_rotary_factor=0.5), num_key_value_heads=2
 )
-_GRANITE = _LLAMA_LIKE | dict(
+_GRANITE = LLAMA_LIKE | dict(
     model_type="granite",
     embedding_multiplier=12.0,
     residual_multiplier=0.22,
@@ -71,7 +71,7 @@ _GRANITE = _LLAMA_LIKE | dict(
     logits_scaling=8.0,
     tie_word_embeddings=True,
 )
-_QWEN_WINDOW = _LLAMA_LIKE | dict(use_sliding_window=True, sliding_window=7, max_window_layers=2)
+_QWEN_WINDOW = LLAMA_LIKE | dict(use_sliding_window=True, sliding_window=7, max_window_layers=2)
 _EXPERTS = dict(
     n_routed_experts=8,
     num_experts_per_tok=2,
@@ -82,7 +82,7 @@ _EXPERTS = dict(
     num_nextn_predict_layers=0,
 )
 _GLM4_MOE = (
-    _LLAMA_LIKE
+    LLAMA_LIKE
     | _EXPERTS
     | dict(
         model_type="glm4_moe",
@@ -121,7 +121,7 @@ _DEEPSEEK_V2_LITE = {name: value for name, value in _MLA.items() if name != "num
     max_position_embeddings=4096 * 40,
     rope_parameters=_yarn(1e4, mscale=0.707, mscale_all_dim=0.707),
 )
-_QWEN3_NEXT = _LLAMA_LIKE | dict(
+_QWEN3_NEXT = LLAMA_LIKE | dict(
     model_type="qwen3_next",
     rope_parameters=_rope(5e4, partial_rotary_factor=0.5),
     linear_num_key_heads=2,
@@ -202,7 +202,14 @@ _SCALES = (
         ("kv_a_proj", 0.2),
     ),
     *(("sinks", 1.0), ("mlp.router.weight", 0.3), ("gate_up_proj_bias", 0.3), ("down_proj_bias", 0.3)),
-    *(("in_proj_qkvz", 0.2), ("in_proj_ba", 0.2), ("conv1d", 0.3), ("A_log", 0.5), ("dt_bias", 0.5)),
+    *(
+        ("in_proj_qkvz", 0.2),
+        ("in_proj_ba", 0.2),
+        ("linear_attn.in_proj_", 0.2),
+        ("conv1d", 0.3),
+        ("A_log", 0.5),
+        ("dt_bias", 0.5),
+    ),
 )
 
 

@@ -30,7 +30,6 @@ def read_logits(
     wanted: dict[str, int],
     impl: str | None,
     by_megatron: bool,
-    qk_norm_over_heads: bool,
     rotary_divisors: Sequence[float],
 ) -> Shard:
     """Load this rank's file into the model that its args describe, and run it."""
@@ -52,7 +51,7 @@ def read_logits(
         problems = [str(error)]
     _raise_on_all_ranks(problems)
     _raise_on_all_ranks(_different_args(content["args"]))
-    models = megatron.build(content["args"], impl, qk_norm_over_heads)
+    models = megatron.build(content["args"], impl)
     megatron.divide_frequencies(models, rotary_divisors)
     named = checkpoint.named_models(models)
     _raise_on_all_ranks([f"{path}: no {name!r}" for name in named if name not in content])

@@ -12,6 +12,8 @@ import torch
 from .args import megatron_args
 
 Config = dict[str, Any]
+_SPARSE = ("deepseek_v32", "glm_moe_dsa")
+_GATED_DELTA = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")
 
 
 def read(hf: Path) -> Config:
@@ -36,7 +38,7 @@ def _common(config: Config) -> Config:
     heads = config.get("num_attention_heads") or config["n_head"]
     hidden = config.get("hidden_size") or config["n_embd"]
     groups = config.get("num_key_value_heads", heads)
-    latent = kind.startswith("deepseek")
+    latent = "kv_lora_rank" in config
     return dict(
         num_layers=config.get("num_hidden_layers") or config["n_layer"],
         hidden_size=hidden,
@@ -49,7 +51,7 @@ def _common(config: Config) -> Config:
         untie_embeddings_and_output_weights=not config["tie_word_embeddings"],
         add_qkv_bias=kind in ("qwen2", "glm", "glm4_moe"),
         params_dtype=getattr(torch, config["dtype"]),
-        qk_layernorm=kind in ("qwen3", "qwen3_next") or latent or config.get("use_qk_norm", False),
+        qk_layernorm=kind in ("qwen3", *_GATED_DELTA) or latent or config.get("use_qk_norm", False),
     )
 
 
@@ -59,7 +61,7 @@ def _norms_and_mlp(config: Config) -> Config:
     found = dict(layernorm_epsilon=next(config[name] for name in epsilons if name in config))
     if kind in ("gpt2", "starcoder2"):
         return found | dict(normalization="LayerNorm", swiglu=False, add_bias_linear=True, bias_gelu_fusion=True)
-    return found | (dict(layernorm_zero_centered_gamma=True) if kind == "qwen3_next" else {})
+    return found | (dict(layernorm_zero_centered_gamma=True) if kind in _GATED_DELTA else {})
 
 
 def _positions(config: Config) -> Config:
@@ -104,7 +106,7 @@ def _experts(config: Config) -> Config:
         return {}
     layers, dense = config["num_hidden_layers"], config.get("first_k_dense_replace", 0)
     shared = config.get("shared_expert_intermediate_size")
-    sigmoid = config["model_type"] in ("glm4_moe", "deepseek_v3")
+    sigmoid = config["model_type"] in ("glm4_moe", "deepseek_v3", *_SPARSE)
     grouped = config.get("n_group") or 1
     factor = config.get("routed_scaling_factor", 1.0)
     return dict(
@@ -118,7 +120,7 @@ def _experts(config: Config) -> Config:
         moe_router_topk_scaling_factor=None if factor == 1 else factor,
         moe_router_num_groups=grouped if grouped > 1 else None,
         moe_router_group_topk=config["topk_group"] if grouped > 1 else None,
-        moe_router_dtype="fp32" if config["model_type"] != "qwen3_next" else None,
+        moe_router_dtype="fp32" if config["model_type"] not in _GATED_DELTA else None,
         moe_router_load_balancing_type="none" if sigmoid else "aux_loss",
         moe_shared_expert_intermediate_size=shared or config["n_shared_experts"] * config["moe_intermediate_size"],
         moe_shared_expert_gate=bool(shared),
@@ -130,7 +132,9 @@ def _latent(config: Config) -> Config:
         return {}
     rope = config["rope_parameters"]
     yarn = rope["rope_type"] == "yarn"
+    sparse = config["model_type"] in _SPARSE
     return dict(
+        experimental_attention_variant="dsa" if sparse else None,
         multi_latent_attention=True,
         q_lora_rank=config["q_lora_rank"],
         kv_lora_rank=config["kv_lora_rank"],

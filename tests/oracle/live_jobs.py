@@ -1,33 +1,23 @@
-"""Jobs of the pool's processes for live models, and for a parallel block by itself: what it refuses, and how it drops out."""
+"""Jobs of the pool's processes for live models, and for a parallel block by itself: how it drops out."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from megatron_converters.basics.errors import ConversionError
 from megatron_converters.live.on_cpu import cuda_is_cpu
 from megatron_converters.logits import cpu
 from tests.conversions import different
 from tests.helpers import hf_tensors
 
 from .jobs import Shard, shard
-
-
-def layer_refusal(options: dict[str, Any]) -> str:
-    """Text of the error with which a parallel block of this configuration is refused; empty if it is built."""
-    try:
-        _layer(**options)
-    except ConversionError as error:
-        return str(error)
-    return ""
+from .layer_jobs import layer_of
 
 
 def dropped_out(probability: float) -> tuple[torch.Tensor, ...]:
     """What a layer adds to its input in training with dropout, and the outputs of attention and MLP with their biases."""
-    layer = _layer(hidden_dropout=probability, attention_dropout=0.0)
+    layer = layer_of("parallel_shared_norm", hidden_dropout=probability, attention_dropout=0.0)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad(), cuda_is_cpu():
         for parameter in layer.parameters():
@@ -40,22 +30,7 @@ def dropped_out(probability: float) -> tuple[torch.Tensor, ...]:
     return added, *(output + bias for output, bias in outputs)
 
 
-def _layer(**options: Any) -> torch.nn.Module:
-    from megatron.core.transformer import TransformerConfig
-    from megatron.core.transformer.spec_utils import build_module
-
-    from megatron_converters.live.parallel_block import parallel_layer_spec
-
-    cpu.cut(1, 1, 1, 1)
-    sizes = dict(num_layers=1, hidden_size=32, ffn_hidden_size=48, num_attention_heads=4, normalization="LayerNorm")
-    on_cpu = dict(use_cpu_initialization=True, bias_dropout_fusion=False, masked_softmax_fusion=False)
-    with cuda_is_cpu():
-        config = TransformerConfig(**sizes, **on_cpu, persist_layer_norm=False, **options)
-        layer: torch.nn.Module = build_module(parallel_layer_spec(config, engine=False), config=config)
-    return layer
-
-
-def bridged(folder: str, tokens: torch.Tensor, sizes: dict[str, int]) -> tuple[Shard, list[str]]:
+def bridged(folder: str, tokens: torch.Tensor, sizes: dict[str, int], impl: str = "local") -> tuple[Shard, list[str]]:
     """This rank's logits of a live model that AutoBridge fills, and the names of tensors whose export differs from the files."""
     from megatron_converters.bridge import AutoBridge
     from megatron_converters.logits import gpt
@@ -64,7 +39,7 @@ def bridged(folder: str, tokens: torch.Tensor, sizes: dict[str, int]) -> tuple[S
     cpu.cut(tp, pp, 1, tp)
     bridge = AutoBridge.from_hf_pretrained(folder)
     provider = bridge.to_megatron_provider()
-    provider.transformer_impl = "local"
+    provider.transformer_impl = impl
     provider.tensor_model_parallel_size, provider.pipeline_model_parallel_size = tp, pp
     models = [model.eval() for model in provider(wrap_with_ddp=False)]
     exported = dict(bridge.export_hf_weights(models, mode="replicate", show_progress=False))

@@ -11,22 +11,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.gpt import GPTModel
-from megatron.core.tensor_parallel import (
-    gather_from_tensor_model_parallel_region,
-    scatter_to_tensor_model_parallel_region,
-)
-from megatron.core.transformer import TransformerConfig
-from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.moe.experts import GroupedMLP
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from megatron_converters.logits import gpt
 
-from . import checkpoint, mup
+from . import beyond, checkpoint, mup
 
 _LAYER = re.compile(r"(?<=^decoder\.layers\.)\d+")
 _EXPERT = re.compile(r"(?<=\.local_experts\.)\d+|(?<=\.linear_fc[12]\.weight)\d+")
@@ -35,31 +28,28 @@ _LEGACY_GROUPED = (".experts.weight1", ".experts.weight2")
 _NORM_EXTRA_STATE = re.compile(r".*norm\._extra_state")
 
 
-def build(args: Namespace, impl: str | None = None, qk_norm_over_heads: bool = False) -> list[GPTModel]:
+def build(args: Namespace, impl: str | None = None) -> list[GPTModel]:
     """This rank's parts of the model that `args` describes, in float32, one for each of its virtual pipeline stages.
 
     They are built as by Megatron-LM's `gpt_builder`. `impl` is the user's `--transformer-impl`; None takes the one in `args`.
-    `qk_norm_over_heads` gives the attention OLMoE's norms, for which Megatron-LM has no argument. `--use-mup` (0.17 and later)
-    is added to the models of this release.
+    `--use-mup` (0.17 and later) is added to the models of this release, and so is what only Megatron-Bridge's providers have.
     """
     args = copy.copy(args)
     args.transformer_impl = impl or args.transformer_impl
     mup.set_softmax_scale(args)
     models = gpt.build(args, initialise=True, engine=True)
     for model in models:
-        _adapt(model, qk_norm_over_heads)
+        _adapt(model)
         mup.scale(model, args)
+        beyond.add(model, args)
     return models
 
 
-def _adapt(model: GPTModel, qk_norm_over_heads: bool) -> None:
+def _adapt(model: GPTModel) -> None:
     config = model.config
     for module in model.modules():
         if isinstance(module, GroupedMLP):  # only an assertion in its forward needs bf16
             module.config = dataclasses.replace(config, bf16=True)
-        if isinstance(module, SelfAttention) and qk_norm_over_heads:
-            module.q_layernorm = _NormOverHeads(config, config.num_attention_heads)
-            module.k_layernorm = _NormOverHeads(config, config.num_query_groups)
 
 
 def divide_frequencies(models: list[GPTModel], divisors: Sequence[float]) -> None:
@@ -68,21 +58,6 @@ def divide_frequencies(models: list[GPTModel], divisors: Sequence[float]) -> Non
         for module in model.modules() if divisors else ():
             if isinstance(module, RotaryEmbedding):
                 module.inv_freq /= torch.tensor(divisors)
-
-
-class _NormOverHeads(torch.nn.Module):
-    """RMS norm over all heads [s, b, heads / TP, channels] together, as in OLMoE; megatron-core norms each head."""
-
-    def __init__(self, config: TransformerConfig, heads: int):
-        super().__init__()
-        self.eps = config.layernorm_epsilon
-        self.weight = torch.nn.Parameter(torch.ones(heads * config.kv_channels))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        whole = gather_from_tensor_model_parallel_region(x.flatten(2).contiguous())
-        normed = F.rms_norm(whole, whole.shape[-1:], self.weight, self.eps)
-        own_heads: torch.Tensor = scatter_to_tensor_model_parallel_region(normed)
-        return own_heads.view_as(x)
 
 
 def load(model: GPTModel, state: dict[str, Any], where: str) -> str | None:

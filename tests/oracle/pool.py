@@ -40,7 +40,6 @@ class MegatronPool:
         etp: int | None = None,
         impl: str | None = None,
         by_megatron: bool = False,
-        qk_norm_over_heads: bool = False,
         rotary_divisors: Sequence[float] = (),
     ) -> torch.Tensor:
         """Logits, float32 [B, S, padded vocabulary], of the checkpoint in `root` for int64 tokens [B, S].
@@ -48,18 +47,13 @@ class MegatronPool:
         The model is built from the checkpoint's args alone and loaded strictly. `tp`, `pp`, `ep` and `etp` are the sizes that
         the folder should have. `impl` overrides `args.transformer_impl`, as the user's `--transformer-impl` does. `by_megatron`
         allows the enums that Megatron-LM stores in args; otherwise a file may hold only Namespace and tensors.
-        `qk_norm_over_heads` builds OLMoE's attention, which megatron-core lacks, and `rotary_divisors` divide the frequencies of
-        rotary embeddings, as LongRoPE does.
+        `rotary_divisors` divide the frequencies of rotary embeddings, as LongRoPE does.
         Raises `OracleError` with every missing, unexpected or misshapen key, and every tensor whose copies in the files
         of several ranks differ.
         """
         directory = checkpoint.iteration_directory(root)
         wanted = {name: size for name, size in (("tp", tp), ("pp", pp), ("ep", ep), ("etp", etp)) if size}
-        return _concatenate(
-            self.run(
-                jobs.read_logits, directory, tokens, wanted, impl, by_megatron, qk_norm_over_heads, rotary_divisors
-            )
-        )
+        return _concatenate(self.run(jobs.read_logits, directory, tokens, wanted, impl, by_megatron, rotary_divisors))
 
     def distributed_logits(
         self,

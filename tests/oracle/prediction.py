@@ -17,12 +17,18 @@ from .families.model import publish
 _BEYOND = "model.layers.4."
 _DEEPSEEK = (_BEYOND + "{}.weight", ("enorm", "hnorm", "eh_proj", "shared_head.norm"), _BEYOND)
 _FINAL = (_BEYOND + "{}.weight", ("enorm", "hnorm", "eh_proj", "final_layernorm"), _BEYOND)
+_OF_QWEN = (
+    *("mtp.{}.weight", ("pre_fc_norm_embedding", "pre_fc_norm_hidden", "fc", "norm")),
+    "mtp.layers.0.",
+)
 #: By model: names of the tensors that only such a layer has, and the beginning of the names of its others.
 PREDICTING = {
     "glm4-moe": _DEEPSEEK,
     "deepseek-v3": _DEEPSEEK,
-    "qwen3-next": ("mtp.{}.weight", ("pre_fc_norm_embedding", "pre_fc_norm_hidden", "fc", "norm"), "mtp.layers.0."),
+    "qwen3-next": _OF_QWEN,
 }
+#: The same of Qwen3.5, whose config.json has another key for their number.
+PREDICTING_QWEN3_5 = {"qwen3.5": _OF_QWEN, "qwen3.5-moe": _OF_QWEN}
 #: Models that follow one of these.
 PREDICTING_ALIKE = {"glm4-moe-lite": _DEEPSEEK, "hy-v3": _FINAL, "bailing-moe-v2": _FINAL}
 
@@ -31,7 +37,8 @@ def with_prediction(family: str, hf_model: Callable[..., Path], folder: Path) ->
     """The family's model with one layer of multi-token prediction, under the names of published files."""
     plain = publish(MODELS[family], hf_model(family), folder.with_name("plain"))
     tensors = hf_tensors(plain)
-    template, names, layer = {**PREDICTING, **PREDICTING_ALIKE}[family]
+    template, names, layer = {**PREDICTING, **PREDICTING_ALIKE, **PREDICTING_QWEN3_5}[family]
+    key = "mtp_num_hidden_layers" if family in PREDICTING_QWEN3_5 else "num_nextn_predict_layers"
     generator = torch.Generator().manual_seed(5)
 
     def like(tensor: torch.Tensor) -> torch.Tensor:
@@ -48,5 +55,5 @@ def with_prediction(family: str, hf_model: Callable[..., Path], folder: Path) ->
     folder.mkdir()
     save_file({**tensors, **new}, folder / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((plain / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "num_nextn_predict_layers": 1}))
+    (folder / "config.json").write_text(json.dumps({**config, key: 1}))
     return folder

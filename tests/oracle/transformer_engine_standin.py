@@ -178,13 +178,17 @@ class DotProductAttention(_ExtraState):
             raise NotImplementedError("the stand-in has no attention dropout")
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [b, heads or groups, s, d]
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
-        scores = (q @ k.transpose(-1, -2)).float() * self.scale
+        scores = self.scores(q, k)
         scores = scores.masked_fill(~self._visible(scores.shape[-1]), float("-inf"))
         if self.softmax_offset is not None:
             sinks = self.softmax_offset.float()[None, :, None, None].expand(*scores.shape[:-1], 1)
             scores = torch.cat([scores, sinks], -1)
         context = scores.softmax(-1)[..., : v.shape[-2]].to(v.dtype) @ v
         return context.permute(2, 0, 1, 3).flatten(2)  # [s, b, heads * d]
+
+    def scores(self, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        """Scaled products of queries and keys, in float32."""
+        return (q @ k.transpose(-1, -2)).float() * self.scale
 
     def _visible(self, length: int) -> torch.Tensor:
         position = torch.arange(length)

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from .hf import _randomise
+from .hf_kinds import KINDS
 
 TEXT: dict[str, Any] = dict(
     **dict(vocab_size=199, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4),
@@ -41,12 +42,29 @@ _QWEN3_VISION: dict[str, Any] = dict(
 )
 
 
+_KIMI_VISION: dict[str, Any] = dict(
+    **dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, patch_size=4),
+    **dict(pos_emb_height=4, pos_emb_width=4),
+)
+#: A text part of DeepSeek's kind, with the sizes of the others.
+_LATENT = {
+    **{key: value for key, value in KINDS["deepseek-v3"].items() if key != "tie_word_embeddings"},
+    **dict(hidden_size=32, num_hidden_layers=2, first_k_dense_replace=1),
+}
+
+
 def _rope(**more: Any) -> dict[str, Any]:
     return {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, **more}}
 
 
 _MROPE = _rope(mrope_section=[1, 1, 2])
 _ALTERNATING = dict(_rope(mrope_section=[2, 3, 3], mrope_interleaved=True), head_dim=16)
+_QWEN3_5_VISION = {key: value for key, value in _QWEN3_VISION.items() if key != "deepstack_visual_indexes"}
+_DELTA: dict[str, Any] = dict(
+    **dict(linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=8, linear_value_head_dim=6),
+    **dict(layer_types=["linear_attention", "full_attention"], head_dim=16),
+    **_rope(mrope_section=[2, 1, 1], mrope_interleaved=True, partial_rotary_factor=0.5),
+)
 _EXPERTS = dict(moe_intermediate_size=24, num_experts=4, num_experts_per_tok=2, decoder_sparse_step=1)
 
 
@@ -61,6 +79,13 @@ MODELS: Mapping[str, dict[str, Any]] = {
     "qwen2_5_vl": _model("qwen2_5_vl", _QWEN25_VISION, _MROPE, **_TOKENS),
     "qwen3_vl": _model("qwen3_vl", _QWEN3_VISION, _ALTERNATING, **_TOKENS),
     "qwen3_vl_moe": _model("qwen3_vl_moe", _QWEN3_VISION, {**_ALTERNATING, **_EXPERTS}, **_TOKENS),
+    "qwen3_5": _model("qwen3_5", _QWEN3_5_VISION, _DELTA, **_TOKENS),
+    "qwen3_5_moe": _model(
+        "qwen3_5_moe",
+        _QWEN3_5_VISION,
+        {key: value for key, value in {**_DELTA, **_EXPERTS}.items() if key != "decoder_sparse_step"},
+        **_TOKENS,
+    ),
     "llava": _model("llava", _CLIP, {"model_type": "llama"}, image_token_index=190),
     "llava_next": _model("llava_next", _CLIP, {"model_type": "mistral", "sliding_window": 7}, image_token_index=190),
     "llava_onevision": _model(
@@ -79,6 +104,7 @@ MODELS: Mapping[str, dict[str, Any]] = {
         image_token_index=10,
         tie_word_embeddings=False,
     ),
+    "kimi_k25": _model("kimi_k25", _KIMI_VISION, _LATENT, image_token_id=190, tie_word_embeddings=False),
     "mistral3 ministral3": _model(
         "mistral3", _PIXTRAL, {"model_type": "ministral3", "head_dim": 16}, image_token_index=10
     ),
@@ -92,8 +118,26 @@ def make_wrapper(name: str, folder: Path, *, in_memory_names: bool = False, **op
     model = AutoModelForImageTextToText.from_config(AutoConfig.for_model(**MODELS[name]), dtype=torch.float32)
     _randomise(model, 0)
     model.save_pretrained(folder, save_original_format=not in_memory_names, **options)
+    if name == "kimi_k25" and not in_memory_names:
+        _mend_kimi(folder)
     (folder / "preprocessor_config.json").write_text('{"size": 8}')
     return folder
+
+
+def _mend_kimi(folder: Path) -> None:
+    """Give tensors their published names where transformers 5.23 does not: it takes all layers for those of the tower."""
+
+    def published(name: str) -> str:
+        text = name.replace("language_model.model.blocks.", "language_model.model.layers.")
+        return text.replace("model.mm_projector.", "mm_projector.")
+
+    for path in folder.glob("*.safetensors"):
+        save_file({published(name): data for name, data in load_file(path).items()}, path, {"format": "pt"})
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        content = json.loads(index.read_text())
+        files = {published(name): file for name, file in content["weight_map"].items()}
+        index.write_text(json.dumps({**content, "weight_map": files}))
 
 
 def loaded(folder: Path) -> Any:

@@ -20,6 +20,7 @@ from ..options.values import natural
 from .pair import add_pair_arguments, pair_of
 
 if TYPE_CHECKING:
+    from ...assets.origin import Carried
     from ...comparison.manifest_check import Checked
     from ...comparison.tensors import Comparison, Rules
 
@@ -147,7 +148,7 @@ def _verify_pair(args: argparse.Namespace) -> int:
         put_json(verification_json(pair, comparison, rules))
     else:
         _say_all(args, list(findings(comparison)), "different: ")
-        say(args, _pair_summary(comparison, rules, time.monotonic() - begun))
+        say(args, _pair_summary(comparison, rules, time.monotonic() - begun, pair.sources[0].origin.carried))
         if comparison.only_casts and not rules.as_cast:
             say(args, "only dtypes differ, as after a cast; --as-cast tells whether B is A rounded to B's dtypes")
     return 0 if comparison.equal else 1
@@ -170,9 +171,10 @@ def _verify_output(args: argparse.Namespace) -> int:
     return 1 if checked.faults else 0
 
 
-def _pair_summary(comparison: Comparison, rules: Rules, seconds: float) -> str:
+def _pair_summary(comparison: Comparison, rules: Rules, seconds: float, carried: Carried | None) -> str:
     casts = ", ".join(f"{number} cast from {cast}" for cast, number in comparison.casts.items() if rules.as_cast)
     tensors = f"{count(len(comparison.tensors), 'tensor')}{f' ({casts})' if casts else ''}"
+    tensors += f" and {len(carried.tensors)} beside the text part" if carried is not None and comparison.equal else ""
     what = f"{tensors}, {_rate(comparison.nbytes, seconds)}"
     padded = ", ".join(f"{rows} of {name}" for name, rows in zip("AB", comparison.padding, strict=True) if rows)
     beside = f"; rows of vocabulary padding not compared: {padded}" if padded else ""

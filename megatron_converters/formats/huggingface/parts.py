@@ -94,7 +94,7 @@ class HFNames:
 
     def __init__(self, family: Family, spec: ModelSpec, *, bare: bool = False) -> None:
         self._family, self._spec = family, spec
-        self._constants = constants(family, spec)
+        self._tensors, self._constants = family.tensors_of(spec), constants(family, spec)
         self._prefix = family.base_prefix if bare else ""
         self._templates: dict[tuple[Slot, int, str, bool], tuple[_Template, ...]] = {}
 
@@ -170,6 +170,6 @@ class HFNames:
 
     def _entry(self, ref: Ref) -> Entry:
         try:
-            return self._family.tensors.get(ref.slot.name) or ENTRIES[ref.slot.name]
+            return self._tensors.get(ref.slot.name) or ENTRIES[ref.slot.name]
         except KeyError:
             raise ConversionError(f"the {self._family.name} family has no name for {ref}") from None

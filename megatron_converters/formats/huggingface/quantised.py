@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from ...basics.errors import raise_all
 from ...basics.quantities import count
 from ...families.quantisation import refuse_packed, refuse_undescribed, scheme_of
-from ...families.quantisation_schemes import ACTIVATIONS, Decoded, Scheme
+from ...families.quantisation_schemes import ACTIVATIONS, UNREADABLE, Decoded, Scheme
 from ...storage.tensor import StoredTensor
 
 #: Tensor of a folder: as it is stored, or decoded from several stored ones.
@@ -33,11 +33,13 @@ class Weights(NamedTuple):
         )
         for (computed, exact, dtype), number in found.items():
             yield f"{count(number, 'tensor')}: {computed}, {'as' if exact else 'rounded to'} {dtype} unless --dtype says otherwise"
-        if self.of_activations:
-            yield (
-                f"{count(len(self.of_activations), 'scale')} of activations, such as {self.of_activations[0]}: left out, since the "
-                "weights do not need them, and what runs the unquantised model does not, either"
-            )
+        yield from (f"{line}: left out, since weights do not need them" for line in self.left_out)
+
+    @property
+    def left_out(self) -> list[str]:
+        """One line on all that belongs to no weight, if there is anything."""
+        found = self.of_activations
+        return [f"{count(len(found), 'scale')} of activations, such as {found[0]}"] if found else []
 
 
 def decoded(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) -> Weights:
@@ -65,6 +67,8 @@ def decoded(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Store
                 problems.append(f"{scheme.weight_name(name)} is there beside {name}")
             elif weight is not None:
                 found[scheme.weight_name(name)] = weight
+        elif name.endswith(tuple(UNREADABLE)):
+            problems += [f"{name}: {words}" for end, words in UNREADABLE.items() if name.endswith(end)]
         elif (stem := scheme.beside(name)) is not None:
             problems += _scale_faults(name, stem + scheme.codes, tensors, scheme)
         else:

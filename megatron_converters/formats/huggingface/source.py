@@ -140,7 +140,7 @@ class HFSource:
                 *(f"{wrapping.in_file(name)} (no weight)" for name in sorted(ignored)),
                 *(f"{wrapping.in_file(name)} (multi-token prediction)" for name in sorted(left_out & tensors.keys())),
                 *(f"{name} (0 everywhere)" for name in zero),
-                *(f"{name} (of activations)" for name in weights.of_activations),
+                *weights.left_out,
                 *dropped.ignored,
             ],
             identity=file_identities(path, files.paths | {str(folder / _CONFIG), *map(str, beside.values())}),

@@ -91,6 +91,10 @@ class HFTarget:
         own = asked in (None, spec.family)
         self._stored = StoredModel(with_zero_bias(spec)) if own else stored_as(spec, str(asked))
         self._spec = dataclasses.replace(self._stored.spec, dtype=main_dtype(spec, dtype_of))
+        if not own and origin.carried is not None:
+            from ...assets.side_file import refuse_carried
+
+            refuse_carried(origin, f"a model of the {asked} family")
         self._origin = origin
         table = table_for(FAMILIES[self._spec.family], origin)
         self._names = HFNames(table, self._spec, bare=self._spec.num_labels == 0)

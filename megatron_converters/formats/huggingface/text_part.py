@@ -59,7 +59,8 @@ def text_part_of(
     stack = _stack(wrapper, family, spelling, spec, stored)
     table = wrapper.table(family, spelling, stack)
     head = table.tensors["output_layer"].names
-    text = {name for name in names if name.startswith(spelling.text) or name in head}
+    begins = (spelling.text, *_prediction(table, spelling))
+    text = {name for name in names if name.startswith(begins) or name in head}
     beside = {name for name in names if name not in text and name.startswith(spelling.beside)}
     others = names.keys() - text - beside
     raise_all(
@@ -83,6 +84,12 @@ def text_part_of(
         carried,
         (carried.note, *tie_note(config, tied=tied)),
     )
+
+
+def _prediction(table: Family, spelling: Spelling) -> tuple[str, ...]:
+    """How names of multi-token prediction begin where they do so otherwise than those of the text part (Qwen3.5's "mtp.")."""
+    layer = table.mtp_layer
+    return (f"{layer.partition('.')[0]}.",) if layer and not layer.startswith(spelling.text) else ()
 
 
 def table_for(family: Family, origin: Origin) -> Family:

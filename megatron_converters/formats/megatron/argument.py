@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
@@ -12,6 +12,7 @@ from ...basics.dtypes import DType
 from ...model.layers import Latent
 from ...model.spec import ModelSpec
 from ...sharding.ranks import Parallel
+from .releases import latest
 
 Args = Mapping[str, Any]
 Properties = dict[str, Any]
@@ -85,7 +86,8 @@ class Flag:
     Releases before `effective_since` parse the flag but ignore it when they build the model; `instead` says what to do there.
     Those before `since` do what the value `implied` says without the flag. `runs_since` is the first release that was seen to run
     such a model (tests/test_releases.py), where the flag is older. `built_as` is the value with which the `pretrain_gpt.py` of
-    every known release builds the model, whatever the flag says.
+    every known release builds the model, whatever the flag says. `later` are the first releases that heed some values.
+    `with_experts` is the first release that takes it beside experts, if that is a later one.
     """
 
     name: str
@@ -100,6 +102,12 @@ class Flag:
     implied: Any = None
     runs_since: str = ""
     built_as: Any = None
+    later: Mapping[Any, str] = field(default_factory=dict)
+    with_experts: str = ""
+
+    def since_value(self, value: Any) -> str:
+        """First release that heeds the flag with this value."""
+        return latest(self.since, self.effective_since, self.later.get(value, "") if self.later else "")
 
     def matters(self, args: Args) -> bool:
         """Whether args have what the flag is about."""

@@ -13,18 +13,20 @@ from typing import Any
 from ...assets.training_args import inheritable
 from ...basics.dtypes import DType
 from ...basics.errors import ConversionError, Unclear, raise_all
-from ...model.slots import Precision, Ref, refs
+from ...model.slots import Ref, refs
 from ...model.spec import ModelSpec, PerLayer
 from ...sharding.ranks import Parallel
 from .argument import Args, Argument, Build, Context, Group
 from .conventions import FOLDED, HALVES, Conventions, conventions
 from .options import FOLD, RAW
 from .rows_attention import GATED_DELTA, LATENT, MUP, PREDICTION
+from .rows_bridge import CAPS, LAYER_ROPES
 from .rows_experts import EXPERTS, check_balancing, is_sinkhorn, wide_router
 from .rows_layout import LAYOUT, LOADING
 from .rows_mindspeed import MINDSPEED
 from .rows_model import BLOCKS, SEQ_LENGTH, SIZES, TRAINING
 from .rows_positions import POSITIONS
+from .rows_sparse import SPARSE
 from .rows_swift import SWIFT
 from .rows_yarn import YARN_ROWS
 
@@ -33,10 +35,13 @@ ARGUMENTS: tuple[Argument, ...] = (
     *SIZES,
     SEQ_LENGTH,
     *POSITIONS,
+    *LAYER_ROPES,
     *BLOCKS,
+    *CAPS,
     *LATENT,
     *YARN_ROWS,
     *GATED_DELTA,
+    *SPARSE,
     *MUP,
     *MINDSPEED,
     *SWIFT,
@@ -184,7 +189,7 @@ def training_args(spec: ModelSpec, source_args: Mapping[str, Any]) -> dict[str, 
 
 def router_dtype(spec: ModelSpec, dtype_of: Callable[[Ref], DType]) -> DType | None:
     """Widest dtype of any router; None for a model without routers."""
-    dtypes = (dtype_of(ref) for ref in refs(spec) if ref.slot.precision is Precision.STORED)
+    dtypes = (dtype_of(ref) for ref in refs(spec) if ref.slot.name in ("router", "block_router"))
     return max(dtypes, key=lambda dtype: dtype.itemsize, default=None)
 
 

@@ -14,6 +14,8 @@ from typing import Any
 
 from ...model.layers import GELU, QUICK_GELU, SILU, SQUARED_RELU
 from .arguments import ARGUMENTS
+from .bridge_providers import fields_of_provider
+from .rows_layers import NAME, PACKAGE
 
 #: Fields that have another name than the attribute of the same value.
 _RENAMED = {
@@ -48,12 +50,13 @@ _FUNCTION = re.compile(r"<(?:built-in )?function (\w+)")
 
 def args_of_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Attributes of `args` for fields; those that are no field of a model's are kept as they are."""
+    fields = fields_of_provider(fields)
     values = {_attribute(name, fields): value for name, value in fields.items()}
     if not isinstance(values.get("use_rope_scaling"), (bool, type(None))):  # a fork's, and no switch
         values["rope_scaling"] = values.pop("use_rope_scaling")
     if "share_embeddings_and_output_weights" in values:
         values["untie_embeddings_and_output_weights"] = not values.pop("share_embeddings_and_output_weights")
-    return {**values, **_heads(values), **_activation(values), **_nemo_scaling(values)}
+    return {**values, **_heads(values), **_activation(values), **_nemo_scaling(values), **_own_layer(values)}
 
 
 def _attribute(field: str, fields: Mapping[str, Any]) -> str:
@@ -98,6 +101,13 @@ def _name_of(value: Any) -> str:
     text = str(value)
     found = _FUNCTION.match(text)
     return found[1] if found else text.rpartition(".")[2]
+
+
+def _own_layer(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Layers of this project's package, which a configuration names as an object."""
+    given = values.get("transformer_layer_spec")
+    module, _, name = str(given.get("_target_") if isinstance(given, Mapping) else "").rpartition(".")
+    return {"spec": [module, name]} if name == NAME and module.startswith(f"{PACKAGE}.") else {}
 
 
 def _nemo_scaling(values: Mapping[str, Any]) -> dict[str, Any]:

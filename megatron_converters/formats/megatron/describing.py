@@ -132,7 +132,7 @@ def _reference_notes(
         values = spec_fields(args if record is None else _completed(args, spec, options))
     except Unclear as error:
         yield f"taken from {path.parent} where the args do not say it: {error.what}"
-        unclear = (*missing_sizes(args), *(_EPSILONS if "epsilon" in str(error) else ()))
+        unclear = (*missing_sizes(args), *error.attributes)
         values = spec_fields(_completed(args, spec, options, unclear))
     stored = conventions_of(vars(args), spec, options.mup).spec
     decided = {"vocab_size": spec.vocab_size, "dtype": spec.dtype, "absent_biases": spec.absent_biases}

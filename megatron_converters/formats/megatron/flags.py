@@ -14,6 +14,7 @@ from ...model.spec import ModelSpec
 from .argument import Argument, Build, Flag, Group
 from .arguments import ARGUMENTS
 from .releases import NEWEST, OLDEST, before, latest
+from .rows_layers import layer_notes
 from .rows_positions import scaling_of
 
 _BY_FLAG = {row.flag.name: row.flag for row in ARGUMENTS if row.flag is not None}
@@ -69,7 +70,7 @@ def flag_warnings(spec: ModelSpec, shown: Iterable[str], tp: int = 1) -> list[st
     """Notes and warnings for the user about the flags that are shown, for a checkpoint cut over `tp`."""
     shown = list(shown)
     known = _known(shown)
-    warnings = list(_since_notes(known))
+    warnings = [*_since_notes(known, experts=spec.num_experts > 0), *_value_notes(shown), *layer_notes(spec)]
     warnings += [f"{flag.name} exists up to Megatron-LM {flag.until} only" for flag in known if flag.until]
     warnings += [
         f"warning: {flag.name}: the pretrain_gpt.py of Megatron-LM before {flag.effective_since} accepts it but builds the "
@@ -119,16 +120,30 @@ def flag_warnings(spec: ModelSpec, shown: Iterable[str], tp: int = 1) -> list[st
     return warnings
 
 
-def _since_notes(known: Iterable[Flag]) -> Iterator[str]:
+def _value_notes(shown: Iterable[str]) -> Iterator[str]:
+    """Notes on the first release that heeds the values of flags, where it is later than that of the flags."""
+    for words in shown:
+        name, *value = words.split()
+        since = _BY_FLAG[name].later.get(" ".join(value)) if name in _BY_FLAG else None
+        if since:
+            yield f"{words}: Megatron-LM computes this model from {since} on"
+
+
+def _since_notes(known: Iterable[Flag], *, experts: bool) -> Iterator[str]:
     """Notes on the first release that knows each flag; many flags of one release share a note."""
     by_release: dict[str, list[str]] = {}
     for flag in known:
-        by_release.setdefault(flag.since, []).append(flag.name)
+        by_release.setdefault(_since(flag, experts=experts), []).append(flag.name)
     for since, names in by_release.items():
         if since and len(names) > _MANY_FLAGS:
             yield f"{' '.join(names)} exist from Megatron-LM {since} on"
         elif since:
             yield from (f"{name} exists from Megatron-LM {since} on" for name in names)
+
+
+def _since(flag: Flag, *, experts: bool) -> str:
+    """First release that takes a flag."""
+    return latest(flag.since, flag.with_experts if experts else "")
 
 
 def _known(shown: Iterable[str]) -> list[Flag]:
@@ -155,7 +170,8 @@ def _needed(args: Mapping[str, Any]) -> Iterator[tuple[Flag, str, str]]:
             continue
         implied = flag.implied is not None and value == flag.implied
         for shown in _shown([row], args):
-            yield flag, shown, "" if implied else latest(flag.since, flag.effective_since)
+            since = latest(flag.since_value(value), _since(flag, experts=bool(args.get("num_experts"))))
+            yield flag, shown, "" if implied else since
 
 
 def least_release(spec: ModelSpec, args: Mapping[str, Any], tp: int, needed: Iterable[str] = ()) -> str:
@@ -166,11 +182,15 @@ def least_release(spec: ModelSpec, args: Mapping[str, Any], tp: int, needed: Ite
 
 
 def unknown_flags(args: Mapping[str, Any], release: str) -> list[str]:
-    """Flags that these args need and that a release does not know or heed, one reason each."""
-    reasons = []
+    """Flags that these args need and that a release does not know or heed, those of one later release in one reason."""
+    reasons, later = [], dict[str, list[str]]()
     for flag, shown, since in _needed(args):
         if before(release, since):
-            reasons.append(f"{shown}, which exists and has an effect from {since} on")
+            later.setdefault(since, []).append(shown)
         if flag.until and before(flag.until, release):
             reasons.append(f"{shown}, which exists up to {flag.until} only")
+    for since, found in later.items():
+        one = len(found) == 1
+        words = "which exists and has an effect" if one else "which exist and have an effect"
+        reasons.append(f"{', '.join(found)}, {words} from {since} on")
     return reasons

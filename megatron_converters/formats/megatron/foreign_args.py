@@ -33,9 +33,8 @@ _ASIDE = re.compile(
 #: that are refused by another argument.
 _UPSTREAM = frozenset(
     """
-    activation_func activation_func_fp8_input_store apply_rope_fusion apply_wd_to_qk_layernorm bias_swiglu_fusion
-    dsa_indexer_k_norm_epsilon dsa_indexer_k_norm_fp32 dsa_indexer_rope_interleaved dsa_indexer_rotate_activation
-    dsa_indexer_scoring_relu dsa_indexer_skip_topk_offset experimental_attention_variant_loss_scale_func export_qk_l2_norm
+    activation_func activation_func_fp8_input_store apply_wd_to_qk_layernorm bias_swiglu_fusion dsa_indexer_k_norm_fp32
+    dsa_indexer_rotate_activation experimental_attention_variant_loss_scale_func export_qk_l2_norm
     fused_residual_rmsnorm fused_single_qkv_rope head_lr_mult initial_loss_scale memory_efficient_layer_norm min_loss_scale
     moe_grad_scale_func mrope_section mtp_grad_scale_func mtp_loss_scaling_factor mup_width_mult no_persist_layer_norm
     no_rope_fusion offset_sampling_seed_by_dp_rank persist_layer_norm renormalize_blend_weights retriever_score_scaling

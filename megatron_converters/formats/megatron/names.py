@@ -2,7 +2,8 @@
 
 The dialects differ in their norms: the local spec has separate modules, Transformer Engine fuses them into the next linear.
 Source: Megatron-LM core_v0.16.1, core/models/gpt/gpt_layer_specs.py, and state dicts written by core_v0.17.1 with
-Transformer Engine 2.14.
+Transformer Engine 2.14; for sparse attention core_v0.19.0, core/models/gpt/experimental_attention_variant_module_specs.py.
+Transformer Engine 2.14. Norms after blocks, which Megatron-LM lacks, are named as by Megatron-Bridge (models/common/te_layers.py).
 """
 
 from __future__ import annotations
@@ -13,11 +14,13 @@ from typing import NamedTuple
 
 from ...model.layers import Attention, BlockExperts, GatedDelta, Latent, Layer, Mixture, Mlp
 from ...model.slots import DECODER, SLOTS, Slot
+from ...model.sparse_latent import SparseLatent
 from ...model.spec import ModelSpec
 from .options import DYNAMIC, GROUPED, SEQUENTIAL, STACKED
 
 _LAYER = "decoder.layers.{layer}."
 _ATTENTION = _LAYER + "self_attention."
+_INDEXER = _ATTENTION + "core_attention.indexer."
 _MLP = _LAYER + "mlp."
 _MTP = "mtp.layers.{layer}."
 
@@ -46,6 +49,11 @@ LOCAL: dict[str, Name] = {
     "kv_down": _ATTENTION + "linear_kv_down_proj.weight",
     "kv_latent_norm": _ATTENTION + "kv_layernorm.weight",
     "kv_up": _ATTENTION + "linear_kv_up_proj.weight",
+    "indexer_query": _INDEXER + "linear_wq_b.weight",
+    "indexer_key": _INDEXER + "linear_wk.weight",
+    "indexer_norm": _INDEXER + "k_norm.weight",
+    "indexer_norm_bias": _INDEXER + "k_norm.bias",
+    "indexer_weights": _INDEXER + "linear_weights_proj.weight",
     "delta_in": _ATTENTION + "in_proj.weight",
     "delta_conv": _ATTENTION + "conv1d.weight",
     "delta_a_log": _ATTENTION + "A_log",
@@ -54,12 +62,16 @@ LOCAL: dict[str, Name] = {
     "delta_out": _ATTENTION + "out_proj.weight",
     "proj": _ATTENTION + "linear_proj.weight",
     "proj_bias": _ATTENTION + "linear_proj.bias",
+    "attention_post_norm": _ATTENTION + "linear_proj.post_layernorm.weight",
+    "attention_post_norm_bias": _ATTENTION + "linear_proj.post_layernorm.bias",
     "mlp_norm": _LAYER + "pre_mlp_layernorm.weight",
     "mlp_norm_bias": _LAYER + "pre_mlp_layernorm.bias",
     "fc1": _MLP + "linear_fc1.weight",
     "fc1_bias": _MLP + "linear_fc1.bias",
     "fc2": _MLP + "linear_fc2.weight",
     "fc2_bias": _MLP + "linear_fc2.bias",
+    "mlp_post_norm": _MLP + "linear_fc2.post_layernorm.weight",
+    "mlp_post_norm_bias": _MLP + "linear_fc2.post_layernorm.bias",
     "router": _MLP + "router.weight",
     "router_bias": _MLP + "router.bias",
     "expert_bias": _MLP + "router.expert_bias",
@@ -92,6 +104,7 @@ def _fused(kind: str) -> dict[str, Name]:
         "input" + own: {
             Attention: f"{_ATTENTION}linear_qkv.layer_norm_{kind}",
             Latent: f"{_LAYER}input_layernorm.{kind}",
+            SparseLatent: f"{_LAYER}input_layernorm.{kind}",
             GatedDelta: f"{_ATTENTION}in_proj.layer_norm_{kind}",
             Layer: f"{_LAYER}input_layernorm.{kind}",  # two linears read it, so that it is part of neither
         },
@@ -107,8 +120,15 @@ TRANSFORMER_ENGINE: dict[str, Name] = {
     **LOCAL,
     **_fused("weight"),
     **_fused("bias"),
-    "q_latent_norm": _ATTENTION + "linear_q_up_proj.layer_norm_weight",
-    "kv_latent_norm": _ATTENTION + "linear_kv_up_proj.layer_norm_weight",
+    # An indexer reads the latents of queries behind their norm, which is therefore part of no linear.
+    "q_latent_norm": {
+        Latent: _ATTENTION + "linear_q_up_proj.layer_norm_weight",
+        SparseLatent: _ATTENTION + "q_layernorm.weight",
+    },
+    "kv_latent_norm": {
+        Latent: _ATTENTION + "linear_kv_up_proj.layer_norm_weight",
+        SparseLatent: _ATTENTION + "kv_layernorm.weight",
+    },
 }
 DIALECTS = {"local": LOCAL, "transformer_engine": TRANSFORMER_ENGINE}
 
@@ -190,15 +210,19 @@ def keys(slot: str, kind: Layer, stack: str) -> tuple[str, ...]:
 
 
 class _Owner(NamedTuple):
-    """Module that owns an `_extra_state` where its layer has the slot; those not `local` do so in Transformer Engine alone."""
+    """Module that owns an `_extra_state` where its layer has the slot; those not `local` do so in Transformer Engine alone.
+
+    `sparse` is whether it does so in sparse attention alone, or in other attention alone; None in both.
+    """
 
     module: str
     slot: str
     local: bool = True
+    sparse: bool | None = None
 
 
 _OWNERS = (
-    _Owner(_ATTENTION + "core_attention", "proj", local=False),
+    _Owner(_ATTENTION + "core_attention", "proj", local=False, sparse=False),
     _Owner(_ATTENTION + "linear_proj", "proj"),
     _Owner(_ATTENTION + "linear_qkv", "qkv"),
     _Owner(_ATTENTION + "q_layernorm", "q_norm", local=False),
@@ -209,15 +233,25 @@ _OWNERS = (
     _Owner(_ATTENTION + "linear_q_proj", "q_whole"),
     _Owner(_ATTENTION + "linear_kv_down_proj", "kv_down"),
     _Owner(_ATTENTION + "linear_kv_up_proj", "kv_up"),
+    _Owner(_ATTENTION + "q_layernorm", "q_latent_norm", local=False, sparse=True),
+    _Owner(_ATTENTION + "kv_layernorm", "kv_latent_norm", local=False, sparse=True),
+    _Owner(_INDEXER + "linear_wq_b", "indexer_query"),
+    _Owner(_INDEXER + "linear_wk", "indexer_key"),
+    _Owner(_INDEXER + "k_norm", "indexer_norm", local=False),
+    _Owner(_INDEXER + "linear_weights_proj", "indexer_weights"),
     _Owner(_ATTENTION + "in_proj", "delta_in"),
     _Owner(_ATTENTION + "out_proj", "delta_out"),
     _Owner(_ATTENTION + "out_norm", "delta_norm", local=False),
     _Owner(_MLP + "linear_fc1", "fc1"),
     _Owner(_MLP + "linear_fc2", "fc2"),
+    _Owner(_ATTENTION + "linear_proj.post_layernorm", "attention_post_norm", local=False),
+    _Owner(_MLP + "linear_fc2.post_layernorm", "mlp_post_norm", local=False),
     _Owner(_LAYER + "pre_mlp_layernorm", "router", local=False),
     _Owner(_MLP + "shared_experts.linear_fc1", "shared_fc1"),
     _Owner(_MLP + "shared_experts.linear_fc2", "shared_fc2"),
 )
+#: Norms that have none where they span all heads: Transformer Engine has no such norm.
+_HEAD_NORMS = ("q_norm", "k_norm")
 #: Norm that both blocks of a layer share, which is no part of a linear.
 _SHARED_NORM = _Owner(_LAYER + "input_layernorm", "input_norm", local=False)
 _MTP_OWNERS = (
@@ -264,8 +298,10 @@ def _owners(spec: ModelSpec, kind: Layer, stack: str) -> Iterator[_Owner]:
     """Owners of an `_extra_state` in a layer, without its experts."""
     if kind.shares_norm:
         yield _SHARED_NORM
+    others = (None, isinstance(kind.mixer, SparseLatent))
     for owner in (*_OWNERS, *(_MTP_OWNERS if stack != DECODER else ())):
-        if SLOTS[owner.slot].extent(spec, kind) is not None:
+        over_heads = owner.slot in _HEAD_NORMS and kind.norms_over_heads
+        if owner.sparse in others and not over_heads and SLOTS[owner.slot].extent(spec, kind) is not None:
             yield owner
 
 
@@ -289,12 +325,12 @@ def split_parts(slot: Slot, kind: Layer, spec: ModelSpec) -> tuple[SplitPart, ..
 def stacks_layers(spec: ModelSpec) -> bool:
     """Whether a distributed checkpoint has a tensor for all layers, with these as first axis: if all are of one kind.
 
-    Source: `sharded_state_dict` of core/transformer/transformer_block.py.
+    Source: `sharded_state_dict` of core/transformer/transformer_block.py. It does not look at shared indexers, whose layers have
+    no tensors to stack; models that share have dense layers, too.
     """
     kinds = {spec.kinds[number] for number in spec.order}
-    return len({type(kind.feed) for kind in kinds}) == 1 and not any(
-        isinstance(kind.mixer, GatedDelta) for kind in kinds
-    )
+    uneven = any(isinstance(kind.mixer, GatedDelta) or getattr(kind.mixer, "shared_indexer", False) for kind in kinds)
+    return len({type(kind.feed) for kind in kinds}) == 1 and not uneven
 
 
 #: Modules of the last stage that own an `_extra_state`, by dialect.

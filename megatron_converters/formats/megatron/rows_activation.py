@@ -8,14 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from ...model.layers import GELU, GELU_TANH, QUICK_GELU, RELU, SILU, SQUARED_RELU
+from ...model.layers import GELU, GELU_TANH, QUICK_GELU, RELU, SILU, SQUARED_RELU, Mlp
 from ...model.spec import ModelSpec
 from .argument import Args, Argument, Build, Context, Properties, flag, off_switch, switch
+from .options import GROUPED
 
 #: Activations of a gated MLP that a flag sets.
 _GATED = (SILU, QUICK_GELU)
-#: MLP of ReLU in the words of `config_fields.py`.
-_RELU = "relu, not gated"
 #: What remains of a model that no flag says, where this project builds it.
 LIVE_ONLY = "the model works live only, through AutoBridge"
 
@@ -38,31 +37,66 @@ def _gates(activation: str) -> Callable[[Context], bool]:
 
 
 def _fuses_gelu(context: Context) -> bool | None:
-    """Whether bias and activation are one kernel; None where Megatron-LM's default does not matter."""
+    """Whether bias and activation are one kernel; None where Megatron-LM's default does not matter.
+
+    Its kernel of a quick GELU applies the limit before it adds the bias, which grouped experts alone have added by then, and MLPs
+    have no such kernel (core/fusions/fused_bias_geglu.py, core/transformer/mlp.py, 0.15 to 0.19).
+    """
     if context.value("gated", True):
-        return None
+        fused = context.expert_layout == GROUPED and not any(isinstance(kind.feed, Mlp) for kind in context.spec.used)
+        return False if context.value("activation", SILU) == QUICK_GELU and not fused else None
     return bool(context.value("activation") == GELU_TANH)
 
 
 def _activation_limit(spec: ModelSpec) -> str:
     activation, gated = spec.values.get("activation", SILU), spec.values.get("gated", True)
-    if gated and activation not in _GATED:
+    if gated and activation not in (*_GATED, GELU_TANH):
         return (
             f"a gated MLP with {activation}: Megatron-LM's only flags of a gated MLP, --swiglu and --quick-geglu, have silu and "
             "quick_gelu"
         )
     if not gated and activation in _GATED:
         return f"an MLP of {activation} without a gate: Megatron-LM has no flag for it"
-    if activation == GELU_TANH and not spec.values.get("mlp_bias"):
+    if activation == GELU_TANH and not gated and not spec.values.get("mlp_bias"):
         return "the tanh form of GELU in an MLP without biases: Megatron-LM computes it in a kernel that needs biases"
     return ""
 
 
-def _relu_limit(spec: ModelSpec) -> str:
-    if spec.values.get("activation") != RELU:
+#: Activations of an MLP that no switch says, and whether it is gated, in the words of `config_fields.py`, which name a function;
+#: the first of several is written. Megatron-core's `fast_gelu` is the tanh form.
+OWN_ACTIVATIONS = {
+    "relu, not gated": (RELU, False),
+    "gelu_tanh, gated": (GELU_TANH, True),
+    "fast_gelu, gated": (GELU_TANH, True),
+}
+#: What these are for people, and how a model provider says them.
+_NO_SWITCH = {
+    "relu, not gated": ("an MLP of ReLU", "activation_func"),
+    "gelu_tanh, gated": (
+        "a gated MLP with the tanh form of GELU (--swiglu has silu, --quick-geglu another function)",
+        "gated_linear_unit and activation_func=fast_gelu",
+    ),
+}
+
+
+def _own_activation(spec: ModelSpec) -> str | None:
+    """MLP that no switch says, in the words of `config_fields.py`."""
+    held = spec.values.get("activation"), spec.values.get("gated", True)
+    return next((words for words, own in OWN_ACTIVATIONS.items() if own == held), None)
+
+
+def _read_own_activation(args: Args) -> Properties:
+    own = OWN_ACTIVATIONS.get(args.get("mlp_activation", ""))
+    return {} if own is None else dict(zip(("activation", "gated"), own, strict=True))
+
+
+def _own_activation_limit(spec: ModelSpec) -> str:
+    own = _own_activation(spec)
+    if own is None:
         return ""
+    what, how = _NO_SWITCH[own]
     return (
-        f"an MLP of ReLU: Megatron-LM has no flag for it; {LIVE_ONLY}, or with activation_func in your model provider"
+        f"{what}: Megatron-LM has no flag for it; AutoBridge's live models compute it, and a model provider with {how}"
     )
 
 
@@ -117,12 +151,12 @@ ACTIVATION = (
     # This project's own, for a function in the configuration of a model that no switch says (`config_fields.py`).
     Argument(
         "mlp_activation",
-        lambda context: _RELU if context.value("activation") == RELU else None,
-        lambda args: {"activation": RELU} if args.get("mlp_activation") == _RELU else {},
+        lambda context: _own_activation(context.spec),
+        _read_own_activation,
         optional=True,
-        neutral=(_RELU,),
+        neutral=tuple(OWN_ACTIVATIONS),
         meaning="an activation that no supported model has",
-        limit=_relu_limit,
+        limit=_own_activation_limit,
         build=Build.OWN,
     ),
     Argument(

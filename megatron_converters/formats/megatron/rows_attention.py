@@ -13,6 +13,7 @@ from ...basics.errors import ConversionError
 from ...model.checks import number
 from ...model.spec import ModelSpec, Multipliers, PerLayer
 from .argument import Args, Argument, Build, Context, Properties, flag, frequency, is_latent, only, switch
+from .rows_sparse import DSA, SINCE, is_sparse, read_sparse
 
 _GATED_DELTA = "gated_delta_net"
 _LATENT_DEFAULTS = {"kv_lora_rank": 32, "qk_head_dim": 128, "qk_pos_emb_head_dim": 64, "v_head_dim": 128}
@@ -66,13 +67,22 @@ def _linear_frequency(context: Context) -> int | list[int] | None:
     return first if every == linear else [int(each) for each in linear]
 
 
+def _variant(context: Context) -> str | None:
+    if is_sparse(context.spec):
+        return DSA
+    return _GATED_DELTA if any(_is_linear(context)) else None
+
+
 def _read_variant(args: Args) -> Properties:
     variant, layers = args.get("experimental_attention_variant"), args["num_layers"]
     if variant is None:
         return {}
+    if variant == DSA:
+        return read_sparse(args)
     if variant != _GATED_DELTA:
         raise ConversionError(
-            f"the checkpoint's args have experimental_attention_variant={variant!r}; only {_GATED_DELTA!r} is supported"
+            f"the checkpoint's args have experimental_attention_variant={variant!r}; only {_GATED_DELTA!r} and {DSA!r} are "
+            "supported"
         )
     freq = args.get("linear_attention_freq")
     if isinstance(freq, int) and freq > 0:
@@ -90,7 +100,7 @@ def _linear(name: str) -> Argument:
     """Size of gated DeltaNet, which only such models have."""
 
     def read(args: Args) -> Properties:
-        return {name: args.get(name)} if args.get("experimental_attention_variant") else {}
+        return {name: args.get(name)} if args.get("experimental_attention_variant") == _GATED_DELTA else {}
 
     return Argument(
         name,
@@ -105,9 +115,9 @@ def _linear(name: str) -> Argument:
 GATED_DELTA = (
     Argument(
         "experimental_attention_variant",
-        lambda context: _GATED_DELTA if any(_is_linear(context)) else None,
+        _variant,
         _read_variant,
-        flag=flag("--experimental-attention-variant", lost=True, since="0.16"),
+        flag=flag("--experimental-attention-variant", lost=True, since="0.16", later={DSA: SINCE}),
         build=Build.ENGINE,
     ),
     Argument(
@@ -170,12 +180,18 @@ def _read_mup(args: Args) -> Properties:
     usual = 1 / math.sqrt(size)
     base, power = args.get("mup_base_head_dim"), args.get("mup_attn_scale_power")
     top = number(1.0 if base is None else base, "mup_base_head_dim") ** 0.5
-    scale = top / size ** number(1.0 if power is None else power, "mup_attn_scale_power")
+    scale = _whole_square(top / size ** number(1.0 if power is None else power, "mup_attn_scale_power"))
     return {
         "embedding_multiplier": number(args.get("mup_embedding_mult", 1.0), "mup_embedding_mult"),
         "logits_multiplier": number(args.get("mup_output_mult", 1.0), "mup_output_mult"),
         "attention_multiplier": None if math.isclose(scale, usual, rel_tol=1e-12) else scale,
     }
+
+
+def _whole_square(scale: float) -> float:
+    """Reciprocal root of a whole number where a scale differs from one by rounding alone (Gemma's query_pre_attn_scalar)."""
+    square = scale**-2
+    return round(square) ** -0.5 if square >= 1 and math.isclose(square, round(square), rel_tol=1e-12) else scale
 
 
 MUP = (

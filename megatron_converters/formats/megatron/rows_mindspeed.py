@@ -11,11 +11,10 @@ import math
 from typing import Any
 
 from ...basics.errors import ConversionError
-from ...model.checks import check_size, number
-from ...model.layers import RopeScaling
+from ...model.checks import check_size, number, whole
+from ...model.rotary import RopeScaling
 from ...model.spec import ModelSpec
 from .argument import Args, Argument, Build, Properties, flag
-from .rows_positions import whole
 
 SCALING_TYPE = "rope_scaling_type"
 _LONGROPE, _LLAMA3 = "longrope", "llama3"

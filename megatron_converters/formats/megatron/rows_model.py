@@ -11,7 +11,6 @@ from ...basics.errors import ConversionError, Unclear
 from ...basics.quantities import count
 from ...model.checks import number
 from ...model.layers import (
-    ALL_HEADS,
     EACH_HEAD,
     LAYER_NORM,
     RMS_NORM,
@@ -33,6 +32,7 @@ from .argument import (
     switch,
 )
 from .rows_activation import ACTIVATION, LIVE_ONLY
+from .rows_layers import LAYERS
 from .rows_positions import MASK, WINDOWS
 
 # -- heads
@@ -98,6 +98,7 @@ def _read_epsilon(args: Args) -> Properties:
             f"the checkpoint's args have norm_epsilon={args['norm_epsilon']} and "
             f"layernorm_epsilon={args['layernorm_epsilon']}",
             "say which is right with --hf-config DIR",
+            names,
         )
     return {"norm_epsilon": found.pop() if found else 1e-5}
 
@@ -113,18 +114,7 @@ def _read_norm_kind(args: Args) -> Properties:
 
 
 def _read_head_norms(args: Args) -> Properties:
-    if args.get("qk_layernorm_over_heads"):
-        return {"qk_norm": ALL_HEADS}
     return {"qk_norm": EACH_HEAD if args.get("qk_layernorm") else ""}
-
-
-def _head_norm_limit(spec: ModelSpec) -> str:
-    if spec.values.get("qk_norm") != ALL_HEADS:
-        return ""
-    return (
-        "query and key norms over all heads together: Megatron-LM's --qk-layernorm normalises each head by itself, and "
-        "refuses weights of this size; give the model an attention of your own"
-    )
 
 
 _VANILLA, _LEARNABLE = "vanilla", "learnable"
@@ -144,13 +134,6 @@ def _sinks_limit(spec: ModelSpec) -> str:
     if not isinstance(spec.values.get("sinks"), PerLayer):
         return ""
     return "attention sinks in some layers alone: Megatron-LM's --softmax-type holds for every layer"
-
-
-def _parallel_limit(spec: ModelSpec) -> str:
-    if not spec.values["parallel_block"]:
-        return ""
-    norms = "each on a norm of its own" if spec.values["parallel_norms"] else "on one norm"
-    return f"attention and MLP in parallel {norms}: Megatron-LM has no such block; {LIVE_ONLY}"
 
 
 def _head_bias_limit(spec: ModelSpec) -> str:
@@ -250,20 +233,11 @@ BLOCKS = (
         lambda context: bool(context.value("qk_norm")) or is_latent(context.spec),
         _read_head_norms,
         absent=False,
-        limit=_head_norm_limit,
         flag=flag("--qk-layernorm", switch, lost=True, runs_since="0.10"),
         build=Build.CONFIG,
     ),
-    # This project's own: Megatron-LM has no such norm.
-    Argument(
-        "qk_layernorm_over_heads",
-        lambda context: context.value("qk_norm") == ALL_HEADS,
-        absent=False,
-        build=Build.REFUSED,
-    ),
-    # These are this project's own, and built by classes of its own.
-    said("parallel_block", "parallel_block", absent=False, optional=True, limit=_parallel_limit, build=Build.OWN),
-    said("parallel_norms", "parallel_norms", absent=False, optional=True, build=Build.OWN),
+    *LAYERS,
+    # This project's own, and built by a class of its own.
     said("head_bias", "head_bias", absent=False, optional=True, limit=_head_bias_limit, build=Build.OWN),
     said("num_labels", "num_labels", optional=True, limit=_label_limit, build=Build.REFUSED),
     only("qk_l2_norm", False, "queries and keys of length 1"),

@@ -9,8 +9,9 @@ from collections.abc import Callable
 from typing import Any
 
 from ...basics.errors import ConversionError
-from ...model.checks import number
-from ...model.layers import Layer, RopeScaling
+from ...model.checks import number, whole
+from ...model.layers import Layer
+from ...model.rotary import RopeScaling
 from ...model.spec import ModelSpec, PerLayer
 from .argument import (
     Args,
@@ -30,11 +31,6 @@ from .argument import (
 MEGATRON_LLAMA3 = RopeScaling("llama3", 8.0, 1.0, 4.0, 8192)
 ROPE, YARN, LEARNED, NO_POSITIONS = "rope", "yarn", "learned_absolute", "none"
 _KINDS = (ROPE, YARN, LEARNED, NO_POSITIONS)
-
-
-def whole(value: Any) -> Any:
-    """Whole numbers as int, since Megatron-LM parses these options with `int`."""
-    return int(value) if value is not None and float(value).is_integer() else value
 
 
 def scaling_of(spec: ModelSpec, kind: str) -> RopeScaling | None:
@@ -175,6 +171,11 @@ def _longrope_limit(spec: ModelSpec) -> str:
     )
 
 
+def _base(context: Context) -> Any:
+    """Base of rotary embeddings: the greatest where layers differ (`rows_bridge.py` has the others)."""
+    return whole(max((base for base in context.per_layer("rotary_base") if base is not None), default=10000))
+
+
 def _base_limit(spec: ModelSpec) -> str:
     base = spec.values.get("rotary_base")
     if base is None or not any(spec.in_layers("rope")):
@@ -270,7 +271,7 @@ POSITIONS = (
     Argument("use_rotary_position_embeddings", lambda _: False),
     Argument(
         "rotary_base",
-        lambda context: whole(context.value("rotary_base", 10000)),
+        _base,
         lambda args: {"rotary_base": number(args.get("rotary_base") or 10000, "rotary_base")},
         limit=_base_limit,
         flag=flag("--rotary-base", lost=True),  # before 0.10 the checkpoint does not restore it

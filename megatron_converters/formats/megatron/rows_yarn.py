@@ -12,7 +12,7 @@ from typing import Any
 
 from ...basics.errors import ConversionError
 from ...model.checks import number
-from ...model.layers import RopeScaling
+from ...model.rotary import RopeScaling
 from ...model.spec import ModelSpec
 from .argument import Args, Argument, Build, Context, Properties, flag, is_latent, off_switch
 from .rows_positions import YARN, plain_yarn, scaling_of

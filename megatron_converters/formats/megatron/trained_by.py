@@ -74,12 +74,25 @@ def doubts(args: Args, trained_by: str | None) -> list[str]:
     """Warning for each argument that releases accept and train without, unless the user has said which program it was."""
     if trained_by is not None:
         return []
-    return [
+    found = [
         f"warning: the args have {row.attribute}={args[row.attribute]!r}, which is taken as it stands, but the pretrain_gpt.py of "
         f"Megatron-LM up to {last} trains {_with(builds)}; say which program trained the checkpoint: --trained-by RELEASE, such as "
         f"{last}, or --trained-by {ALL_HEEDED} for one that heeds it, such as Megatron-Bridge"
         for row, builds, last in _unheeded(args)
     ]
+    return [*found, *_limit_doubt(args)]
+
+
+def _limit_doubt(args: Args) -> Iterator[str]:
+    """Warning where Megatron-LM's kernel of a quick GELU has limited what goes in before biases were added (`_fuses_gelu`)."""
+    limit, grouped = args.get("activation_func_clamp_value"), args.get("moe_grouped_gemm")
+    biased = args.get("num_experts") and args.get("add_bias_linear", True)
+    if limit is not None and args.get("quick_geglu") and biased and args.get("bias_gelu_fusion", True) and not grouped:
+        yield (
+            f"warning: the args have activation_func_clamp_value={limit!r}, bias_gelu_fusion, and experts with biases that are not "
+            "grouped: Megatron-LM's kernel applies the limit before it adds the biases, and Hugging Face's model after that, so "
+            "that they differ where values reach the limit; train with --no-bias-gelu-fusion or --moe-grouped-gemm"
+        )
 
 
 def _with(builds: Any) -> str:

@@ -56,6 +56,7 @@ from .names import EXPERTS
 from .options import FLAGS, FOLD, GROUPED, RAW, SEQUENTIAL, MegatronOptions
 from .releases import NEWEST, parse
 from .rounding import rounding_warnings
+from .rows_sparse import stage_warnings
 
 #: Attribute of args for the digest of the family file that describes the recorded configuration's family.
 FAMILY_FILE = "hf_family_file"
@@ -233,7 +234,7 @@ class CheckpointTarget(ABC):
         """Move the files to their final place; returns lines for the user."""
         self._place(staging)
         warnings = [*self._warnings, *flag_warnings(self._conventions.spec, self._model_flags(), self._parallel.tp)]
-        warnings += router_warnings(self._spec, self._router)
+        warnings += [*router_warnings(self._spec, self._router), *stage_warnings(self._spec, self._parallel)]
         least = least_release(self._spec, self._args, self._parallel.tp, self._needed_releases())
         newest = self._newest_release()
         return [

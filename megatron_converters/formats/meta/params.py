@@ -13,7 +13,7 @@ from ...basics.errors import ConversionError
 from ...families.harmless import Harmless, refuse_unknown, unknown_fields
 from ...families.quantisation import Quantiser, refusal
 from ...model.checks import check_size, number
-from ...model.layers import RopeScaling
+from ...model.rotary import RopeScaling
 
 FILE = "params.json"
 LLAMA, MISTRAL = "llama", "mistral"

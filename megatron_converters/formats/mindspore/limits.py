@@ -13,7 +13,7 @@ from ...model.spec import ModelSpec, PerLayer
 from .names import EXPERTS, MCORE
 
 #: Kinds of layers whose tensors have no name, by the beginning of their slots' names.
-_KINDS = {"delta": "gated DeltaNet", "block": "block experts (BlockFFN)"}
+_KINDS = {"delta": "gated DeltaNet", "block": "block experts (BlockFFN)", "indexer": "sparse attention"}
 
 
 def without_place(spec: ModelSpec) -> Iterator[str]:
@@ -35,6 +35,8 @@ def without_place(spec: ModelSpec) -> Iterator[str]:
         yield "norms of queries and keys over all heads together: its qk_layernorm normalises each head by itself"
     if _has(spec, "parallel_block", True):
         yield "attention and MLP in parallel: its layers run one after the other, with a norm before each"
+    if spec.final_logit_softcapping is not None or spec.values.get("attn_logit_softcapping") is not None:
+        yield "soft caps of attention scores or logits"
     if _has(spec, "attention_output_gate", True):
         yield "gates of attention's output among the queries"
 

@@ -11,7 +11,8 @@ from typing import Any
 from ...basics.errors import ConversionError, one_line
 from ...families.rules_attention import DYNAMIC, LINEAR, LLAMA3, LONGROPE, YARN, Rope, written_scaling
 from ...model.checks import is_whole, number
-from ...model.layers import EACH_HEAD, GELU, GELU_TANH, LAYER_NORM, SILU, RopeScaling
+from ...model.layers import EACH_HEAD, GELU, GELU_TANH, LAYER_NORM, SILU
+from ...model.rotary import RopeScaling
 from ...model.spec import ModelSpec, PerLayer
 from .names import Dialect
 from .options import CONTIGUOUS, GROUPED, INTERLEAVED

@@ -31,7 +31,7 @@ def _model(name: str, fields: Mapping[str, Any]) -> Model:
 
 
 _FIELDS = {
-    **{name: SIZES | fields for name, fields in {**FAMILIES, **MOE_FAMILIES}.items() if name != "olmoe"},
+    **{name: SIZES | fields for name, fields in {**FAMILIES, **MOE_FAMILIES}.items()},
     **hf_kinds.KINDS,
 }
 MODELS = {name: _model(name, fields) for name, fields in _FIELDS.items() if name not in _PROVEN_THERE}

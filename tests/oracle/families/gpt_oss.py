@@ -23,7 +23,8 @@ _GPT_OSS: dict[str, Any] = TOKENS | dict(
     rms_norm_eps=1e-3,
     rope_parameters={"rope_type": "default", "rope_theta": 5e4},
 )
-_YARN = dict(factor=32.0, beta_fast=6.0, beta_slow=1.5, truncate=False, original_max_position_embeddings=16)
+#: Rounding the ends of the range of frequencies that are scaled in part (`truncate`) would move both.
+_YARN = dict(factor=8.0, beta_fast=6.0, beta_slow=1.5, truncate=False, original_max_position_embeddings=64)
 
 MODELS = {
     "gpt-oss": Model(_GPT_OSS, cut=WITH_EXPERTS),
@@ -32,7 +33,7 @@ MODELS = {
         | dict(
             intermediate_size=48,
             layer_types=["full_attention", "sliding_attention", "sliding_attention", "full_attention"],
-            rope_parameters={"rope_type": "yarn", "rope_theta": 5e4, **_YARN},
+            rope_parameters={"rope_type": "yarn", "rope_theta": 100.0, **_YARN},
         ),
         cut=WITH_EXPERTS,
     ),

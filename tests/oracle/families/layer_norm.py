@@ -49,10 +49,7 @@ MODELS: dict[str, Model] = {
     "persimmon": Model(_PERSIMMON),
     "gpt_neox": Model(_NEOX | dict(use_parallel_residual=False)),
     "gpt_neox-no-attention-bias": Model(_NEOX | dict(use_parallel_residual=False, attention_bias=False)),
-    "gpt_neox-parallel": Model(
-        _NEOX | dict(hidden_act="gelu_new", tie_word_embeddings=True),
-        **dict(whole={"impl": "local"} | _LIVE, cut=CUT | _LIVE),
-    ),
+    "gpt_neox-parallel": Model(_NEOX | dict(hidden_act="gelu_new", tie_word_embeddings=True)),
     # Two rows of its positions are not kept, and written as 0.
     "opt": Model(_OPT, whole={"impl": "local"} | _LIVE, cut=CUT | _LIVE, exact=False),
     "opt-gelu": Model(
