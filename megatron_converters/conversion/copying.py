@@ -116,6 +116,7 @@ class Executor(Generic[S]):
         if math.prod(fill.shape) * fill.dtype.itemsize > _SMALL_BYTES:
             self._submit(self._next_lane(file), lambda: self._fill(file, fill, gathers))
             return
+        self._check()
         self._raise_failure()
         self._write(file, fill, gathers, lambda task: self._submit(self._next_lane(file), task))
         if file.claim():
@@ -132,6 +133,7 @@ class Executor(Generic[S]):
         """Queue a check that a replica equals the pieces bit for bit; `what` names the ref in the message."""
         gathers = self.planner.compose(replica.rows, replica.col, replica.cols, pieces)
         if math.prod(replica.data.shape) * replica.data.dtype.itemsize <= _SMALL_BYTES:
+            self._check()
             self._raise_failure()
             self._compare(replica, gathers, what)
             return
