@@ -170,7 +170,7 @@ class Detected:
     @property
     def is_latent(self) -> bool:
         """Whether attention is multi-latent (MLA)."""
-        return self.has("self_attention.linear_kv_down_proj.weight")
+        return any(self.has(f"self_attention.linear_{name}_down_proj.weight") for name in ("kv", "qkv"))
 
     @property
     def is_moe(self) -> bool:
