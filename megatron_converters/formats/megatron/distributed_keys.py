@@ -2,8 +2,9 @@
 
 In the `torch_dist` format modules name keys by their `sharded_state_dict`: a layer's tensors are slices of one whose first axis is
 the layers, or have keys of their own; experts are a further axis, or have keys of their own too. The formats `torch_dcp` and
-`fsdp_dtensor` have the names of a state dict, with layers and experts numbered over the whole model; the latter stores gate and up
-apart. Source: Megatron-LM core_v0.9.0 to core_v0.19.0, core/transformer/fsdp_dtensor_checkpoint.py.
+`fsdp_dtensor` have the names of a state dict, with layers and experts numbered over the whole model; the latter stores gate and
+up apart, and since core_v0.18 the blocks of a gated DeltaNet. Source: Megatron-LM core_v0.9.0 to core_v0.19.0,
+core/transformer/fsdp_dtensor_checkpoint.py.
 """
 
 from __future__ import annotations
@@ -71,6 +72,9 @@ def module_choices(ref: Ref, spec: ModelSpec) -> Iterator[tuple[Slice, ...]]:
         yield (Slice(key, uncut=len(blocks) > 1),)
         if ref.layer is not None and _is_gated(ref, spec):
             yield _gate_and_up(key, ref, spec)
+        parts = split_parts(ref.slot, ref.kind(spec), spec) if ref.layer is not None else ()
+        if parts:
+            yield tuple(Slice(key + part.suffix, first_row=part.first_row, rows=part.rows) for part in parts)
 
 
 def _is_gated(ref: Ref, spec: ModelSpec) -> bool:
