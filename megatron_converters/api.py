@@ -293,6 +293,7 @@ def training_flags(
 def _training_flags(src: Folder, allow_inexpressible: bool, read: ReadOptions) -> TrainingFlags:
     from .formats.megatron.arguments import inexpressible
     from .formats.megatron.flags import all_flags, flag_warnings
+    from .formats.megatron.rows_layers import layer_notes
     from .inspection.inventory import survey
     from .inspection.training_flags import arguments
 
@@ -307,6 +308,7 @@ def _training_flags(src: Folder, allow_inexpressible: bool, read: ReadOptions) -
     values, notes = arguments(survey(kind, source), source, Path(named))
     flags = all_flags(values)
     notes += [f"{_WARNING}Megatron-LM will not compute {reason}" for reason in reasons]
+    notes += layer_notes(source.spec)
     notes += flag_warnings(source.spec, flags, values.get("tensor_model_parallel_size", 1))
     return TrainingFlags(tuple(flags), values, tuple(notes))
 

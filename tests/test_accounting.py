@@ -207,7 +207,7 @@ def test_a_gap_found_while_copying_stops_the_executor() -> None:
 
     file, executor = File(), Executor()
     fill = Fill("a file", "w", dtype_named("int64"), (4, 6), np.arange(4), 0)
-    executor.fill(file, fill, executor.plan(fill, [piece(WHOLE[:3], [0, 1, 2])]))  # type: ignore[arg-type]
     with pytest.raises(ConversionError, match="a file: w: rows 0 to 3 get 18 elements instead of 24"):
-        executor.finish()
+        executor.fill(file, fill, executor.plan(fill, [piece(WHOLE[:3], [0, 1, 2])]))  # type: ignore[arg-type]
+    executor.cancel()
     assert file.written == 0

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+import megatron_converters as mc
 from megatron_converters.basics.dtypes import dtype_named
 from megatron_converters.cli import main as cli
 from megatron_converters.formats.megatron.argument import Context
@@ -438,10 +439,12 @@ def test_what_arguments_cannot_express_is_refused(hf_model: HFModel, capsys: pyt
 
 
 def test_layers_of_this_project_come_with_the_line_that_installs_them(
-    hf_model: HFModel, capsys: pytest.CaptureFixture[str]
+    hf_model: HFModel, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     out, err = run(capsys, hf_model("olmo2"))
     assert "--spec megatron_layers.post_norms_over_heads spec" in out and "--qk-layernorm" in out
     assert "--spec exists from Megatron-LM 0.12 on" in err
-    assert "a layer of the package megatron_layers, which everything that runs this model" in err
-    assert "pip install --no-deps" in err
+    words = "names a layer of this project's package megatron_layers"
+    assert words in err and "pip install --no-deps DIR" in err
+    planned = mc.plan(hf_model("olmo2"), tmp_path / "megatron")
+    assert [note for note in planned.notes if words in note]

@@ -95,6 +95,7 @@ CUT = {
     Shard.REPLICATED: """input_norm input_norm_bias mlp_norm mlp_norm_bias q_norm q_norm_bias k_norm k_norm_bias final_norm
         final_norm_bias score proj_bias fc2_bias router router_bias expert_bias expert_fc2_bias shared_gate position_embeddings
         q_down q_latent_norm kv_down kv_latent_norm delta_norm
+        attention_post_norm attention_post_norm_bias mlp_post_norm mlp_post_norm_bias
         indexer_query indexer_key indexer_norm indexer_norm_bias indexer_weights
         mtp_embedding_norm mtp_embedding_norm_bias mtp_hidden_norm mtp_hidden_norm_bias mtp_final_norm
         mtp_final_norm_bias""".split(),

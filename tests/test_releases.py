@@ -24,7 +24,8 @@ import torch
 
 from tests.conversions import hf_to_megatron, hf_to_torch_dist
 from tests.helpers import ROOT
-from tests.oracle.hf import hf_logits, sample_tokens
+from tests.oracle.families.sparse import SPARSE
+from tests.oracle.hf import difference, hf_logits, sample_tokens
 
 HFModel = Callable[..., Path]
 TREES = [Path(tree) for tree in os.environ.get("MEGATRON_LM_TREES", "").split(os.pathsep) if tree]
@@ -137,3 +138,25 @@ def test_a_release_loads_a_distributed_checkpoint(tree: Path, family: str, hf_mo
     options = {**MODELS[family][0], "impl": impl_of(tree)}
     got = computed(tree, hf_to_torch_dist(folder, tmp_path / "dist", **options), tmp_path)
     assert float((got[..., :199] - wanted(folder)).abs().max()) < TOLERANCE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", SPARSE)
+@pytest.mark.parametrize("tree", TREES, ids=str)
+def test_sparse_attention_computes_what_transformers_computes(
+    tree: Path, family: str, hf_model: HFModel, tmp_path: Path
+) -> None:
+    """Whole models, whose indexers choose 9 of up to 40 positions: 0.19 computes them without a GPU, too."""
+    if release(tree) < 19:
+        pytest.skip("needs Megatron-LM 0.19")
+    folder, tokens, out = hf_model(family, index_topk=9), tmp_path / "tokens.pt", tmp_path / "logits.pt"
+    torch.save(sample_tokens(length=40), tokens)
+    root = hf_to_megatron(folder, tmp_path / "megatron")
+    command = [sys.executable, "-m", "tests.oracle.sparse_release", str(root), str(tokens), str(out)]
+    paths = {"PYTHONPATH": f"{tree}{os.pathsep}{ROOT}"}
+    done = subprocess.run(
+        command, cwd=tmp_path, env={**os.environ, **paths}, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr[-8000:]
+    expected = hf_logits(folder, sample_tokens(length=40))
+    assert difference(torch.load(out), expected) < RELATIVE_TOLERANCE

@@ -256,7 +256,8 @@ def test_args_come_first(made: Path, model: Path, tmp_path: Path) -> None:
     assert "describes its model" not in succeeded(verb("inspect", root)).out
 
 
-BUILT = {name: fields for name, fields in CASES.items() if name not in ("multipliers",)}
+#: Models that a provider can have: none has multipliers or sparse attention.
+BUILT = {name: fields for name, fields in CASES.items() if name != "multipliers" and "dsa_indexer_topk" not in fields}
 FUNCTIONS = {
     "silu": "torch.nn.functional.silu",
     "gelu": "torch._C._nn.gelu",
@@ -272,7 +273,7 @@ def test_args_of_a_provider_s_fields_are_the_args_that_it_was_made_from(fields: 
     named = activation(args)
     provided = provider_fields(args) | {"activation_func": {"_target_": FUNCTIONS[named], "_call_": False}}
     provided |= {"bias_activation_fusion": named == "gelu_tanh"}
-    if "spec" in args:
+    if args.get("spec"):  # as bridge/run_config.py writes it
         provided |= {"transformer_layer_spec": {"_target_": ".".join(args["spec"]), "_call_": False}}
     read, meant = (spec_fields(argparse.Namespace(**values)) for values in (args_of_fields(provided), args))
     of_training = {"initializer_range", "moe_aux_loss_coeff"}
@@ -297,3 +298,20 @@ def test_functions_by_their_text(function: str, gated: bool, fused: bool, meant:
     fields = {"activation_func": function, "gated_linear_unit": gated, "bias_activation_fusion": fused}
     assert {name: value for name, value in args_of_fields(fields).items() if name not in fields} == meant
     assert {GELU, GELU_TANH, SQUARED_RELU} <= {*FUNCTIONS}
+
+
+@pytest.mark.parametrize(
+    ("given", "layer"),
+    [
+        (
+            {"_target_": "megatron.bridge.models.olmoe.olmoe_provider.olmoe_layer_spec", "_call_": False},
+            "norms_over_heads",
+        ),
+        ("<function exaone4_layer_spec at 0x7f0>", "post_norms"),
+        ({"_target_": "megatron.bridge.models.gpt_provider.default_layer_spec", "_call_": False}, None),
+        (None, None),
+    ],
+)
+def test_layers_by_the_functions_that_make_their_specs(given: Any, layer: str | None) -> None:
+    found = args_of_fields({"transformer_layer_spec": given}).get("spec")
+    assert found == (None if layer is None else [f"megatron_layers.{layer}", "spec"])

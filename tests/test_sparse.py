@@ -1,7 +1,7 @@
 """Sparse attention (DSA): DeepSeek-V3.2 and GLM-5. Files against arrays by hand, and all but the indexer by logits.
 
-megatron-core computes such models from 0.19 on, with kernels of GPUs. Where an indexer has to choose as many positions as there
-are, though, the model is one of plain multi-latent attention, which 0.16.1 computes.
+megatron-core computes such models from 0.19 on; `test_releases.py` compares logits there, where it finds that release. Where an
+indexer has to choose as many positions as there are, the model is one of plain multi-latent attention, which 0.16.1 computes, too.
 """
 
 from __future__ import annotations

@@ -10,7 +10,6 @@ import yaml
 from ..basics.dtypes import DType
 from ..basics.yaml_files import read_yaml
 from ..formats.megatron.options import MegatronOptions
-from ..formats.megatron.rows_layers import NAME, PACKAGE, name_of_layer
 from ..formats.megatron.run_config import RUN_CONFIG
 from ..formats.megatron.torch_dist_target import TorchDistTarget
 from ..live.buildable_args import activation, provider_fields
@@ -51,9 +50,8 @@ class BridgeCheckpoint(TorchDistTarget):
         model |= {name: _plain(value) for name, value in provider_fields(args).items()} | _dtypes(args["params_dtype"])
         function, fused = _ACTIVATIONS[activation(args)]
         model |= {"activation_func": _object(function), "bias_activation_fusion": fused, "should_pad_vocab": True}
-        own = name_of_layer(args)
-        if own:  # Megatron-Bridge takes it once `register_allowed_target_prefix` allows it
-            model["transformer_layer_spec"] = _object(f"{PACKAGE}.{own}.{NAME}")
+        if args.get("spec"):  # Megatron-Bridge takes it once its `register_allowed_target_prefix` allows the package
+            model["transformer_layer_spec"] = _object(".".join(args["spec"]))
         elif latent or args.get("num_experts"):
             model["transformer_layer_spec"] = {
                 "_target_": _BLOCK_SPEC,

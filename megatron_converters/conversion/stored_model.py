@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from ..basics.errors import Unclear
+from ..model.extents import after_blocks
 from ..model.layers import LATENT_EPSILON, Attention, Latent, Layer
 from ..model.layouts import GROUPED_GATED_QKV, GROUPED_QKV, RowMap, interleaved, interned, row_maps
 from ..model.slots import SLOTS, Ref, Slot
@@ -147,7 +148,7 @@ def query_factor(spec: ModelSpec) -> float:
 def stream_is_free(spec: ModelSpec) -> bool:
     """Whether every norm reads the residual stream, so that its epsilon may change with the scale of that."""
     return not spec.values.get("qk_norm") and not any(
-        isinstance(kind.mixer, Latent) or kind.post_norms for kind in spec.used
+        isinstance(kind.mixer, Latent) or after_blocks(kind) for kind in spec.used
     )
 
 
@@ -196,7 +197,7 @@ def _folds(spec: ModelSpec, embedding: float, norm: float) -> Iterator[tuple[str
     yield "word_embeddings", Affine(embedding)
     if spec.learned_positions:
         yield "position_embeddings", Affine(embedding)
-    if any(kind.post_norms for kind in spec.used):  # they undo a scale of what they read
+    if any(map(after_blocks, spec.used)):  # they undo a scale of what they read
         yield from ((name, _of_norm(spec, spec.multipliers.residual_multiplier)) for name in _POST_NORMS)
         yield from ((f"{name}_bias", Affine(spec.multipliers.residual_multiplier)) for name in _POST_NORMS)
     else:

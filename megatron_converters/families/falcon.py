@@ -18,6 +18,8 @@ from .table import Family, Proof
 from .ungated import GELUS
 
 _BLOCK = "transformer.h.{layer}."
+_FFN = Row("ffn_hidden_size", "ffn_hidden_size", Product(4, "hidden_size"))
+_TIED = Row("tied", "tie_word_embeddings", True)
 
 FALCON = Family(
     name="falcon",
@@ -31,10 +33,11 @@ FALCON = Family(
     tensors={
         **tensor("word_embeddings", "transformer.word_embeddings.weight"),
         **linear("input_norm", _BLOCK + "input_layernorm"),
-        **linear("qkv", _BLOCK + "self_attention.query_key_value"),
-        **linear("proj", _BLOCK + "self_attention.dense"),
-        **linear("fc1", _BLOCK + "mlp.dense_h_to_4h"),
-        **linear("fc2", _BLOCK + "mlp.dense_4h_to_h"),
+        **{
+            **linear("qkv", _BLOCK + "self_attention.query_key_value"),
+            **linear("proj", _BLOCK + "self_attention.dense"),
+        },
+        **{**linear("fc1", _BLOCK + "mlp.dense_h_to_4h"), **linear("fc2", _BLOCK + "mlp.dense_4h_to_h")},
         **linear("final_norm", "transformer.ln_f"),
         **tensor("output_layer", "lm_head.weight"),
     },
@@ -42,16 +45,8 @@ FALCON = Family(
         ("parallel_norms", True, {**linear("input_norm", _BLOCK + "ln_attn"), **linear("mlp_norm", _BLOCK + "ln_mlp")}),
     ),
     rules=(
-        *overridden(
-            SIZES_ALONE,
-            (
-                Row("ffn_hidden_size", "ffn_hidden_size", Product(4, "hidden_size")),
-                Row("norm_epsilon", "layer_norm_epsilon", 1e-5),
-                Row("tied", "tie_word_embeddings", True),
-            ),
-        ),
-        FalconBlocks(),
-        Rope(),
+        *overridden(SIZES_ALONE, (_FFN, Row("norm_epsilon", "layer_norm_epsilon", 1e-5), _TIED)),
+        *(FalconBlocks(), Rope()),
         Row("max_position_embeddings", "max_position_embeddings", 2048),
         Named("activation", "activation", GELUS, "gelu"),
         *(Row(bias, "bias", False) for bias in ("qkv_bias", "proj_bias", "mlp_bias")),
@@ -62,8 +57,7 @@ FALCON = Family(
             kv_channels=Quotient("hidden_size", "num_attention_heads"),
         ),
         Fixed("alibi", False, why="Megatron-LM has no ALiBi"),
-        Restated("apply_residual_connection_post_layernorm", False),
-        Restated("ff_factor", 4),
+        *(Restated("apply_residual_connection_post_layernorm", False), Restated("ff_factor", 4)),
         Passed(("hidden_dropout",)),
     ),
 )

@@ -22,7 +22,8 @@ from .table import Family, Proof
 _TANH = "gelu_pytorch_tanh"
 _ROOT = {
     "hidden_size": "embeddings are scaled by the root of the hidden size, which transformers rounds to the dtype that it computes "
-    "in (for 3072 to 55.5 in bfloat16); flags and folded weights have it unrounded"
+    "in (for 3072 to 55.5 in bfloat16); flags and folded weights have it unrounded. Megatron-Bridge's providers scale embeddings "
+    "themselves, so that they take weights as they are (--mup flags), and not folded ones"
 }
 _ONE_WAY = Restated(
     "use_bidirectional_attention",
@@ -90,8 +91,8 @@ GEMMA2 = Family(
     proof=Proof.LOGITS,
     models="Gemma 2",
     covers=(
-        "with `--allow-inexpressible`, under Megatron-Bridge's names: norms after both blocks, soft caps of scores and logits, "
-        "and a gated MLP with GELU, which Megatron-LM has no arguments for"
+        "with `--allow-inexpressible`, under Megatron-Bridge's names: soft caps of scores and logits, and a gated MLP with GELU, "
+        "which Megatron-LM has no arguments for; norms after blocks are in a layer of `megatron_layers`"
     ),
     tensors=_SANDWICH,
     rules=(
@@ -112,8 +113,9 @@ GEMMA3 = Family(
     proof=Proof.LOGITS,
     models="Gemma 3 (text)",
     covers=(
-        "with `--allow-inexpressible`, under Megatron-Bridge's names: norms after both blocks, a rotary base for layers with a "
-        "window, another one with scaling for the others, and a gated MLP with GELU; EmbeddingGemma is refused"
+        "with `--allow-inexpressible`, under Megatron-Bridge's names: a rotary base for layers with a window, another one with "
+        "scaling for the others, and a gated MLP with GELU; norms after blocks are in a layer of `megatron_layers`; EmbeddingGemma "
+        "is refused"
     ),
     tensors={**_SANDWICH, **QK_NORM},
     rules=(

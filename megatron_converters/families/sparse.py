@@ -33,7 +33,7 @@ DEEPSEEK_V32 = Family(
     since="0.19",
     proof=Proof.SHAPES,
     models="DeepSeek-V3.2",
-    covers="sparse attention (DSA), which megatron-core has only on GPUs; logits are proven up to `index_topk` positions; FP8",
+    covers="sparse attention (DSA), multi-token prediction, FP8; logits agree in Megatron-LM 0.19, which not every run tests",
     tensors=_TENSORS,
     rules=overridden(
         DEEPSEEK_V3.rules,

@@ -30,6 +30,7 @@ OUTER = (
         "image_grid_pinpoints use_image_newline_parameter vision_aspect_ratio spatial_merge_size downsample_ratio",
         "the same, of LLaVA-NeXT, LLaVA-OneVision, Mistral 3 and InternVL",
     ),
+    Harmless("mm_tokens_per_image boi_token_index eoi_token_index", "the same, of Gemma 3"),
     Harmless(
         "media_placeholder_token_id use_unified_vision_chunk video_placeholder projection_hidden_size "
         "projection_layer_norm_eps",
@@ -59,6 +60,7 @@ _QWEN2_VL = _sizes(
 #: Published wrappers leave out sizes that are defaults of the class of their text part.
 TEXT_TYPES: Mapping[str, TextType] = {
     "deepseek_v3": TextType("deepseek_v3", _sizes(61, 7168, 18432, 128, 129280)),
+    "gemma3_text": TextType("gemma3_text", _sizes(26, 2304, 9216, 8, 262208)),
     "llama": TextType("llama", _sizes(32, 4096, 11008, 32, 32000)),
     "mistral": TextType("mistral", _sizes(32, 4096, 14336, 32, 32000)),
     "ministral3": TextType("ministral3", _sizes(34, 4096, 14336, 32, 131072)),
@@ -111,7 +113,14 @@ def refuse_unknown_beside(config: Mapping[str, Any], ignored: Iterable[str]) -> 
         return
     nested = config[_NESTED]
     repeated = {key for key, value in config.items() if key in nested and nested[key] == value}
-    claimed = {_NESTED, TIE, *quantisation.KEYS, *ignored, *repeated}
+    claimed = {
+        _NESTED,
+        TIE,
+        "initializer_range",
+        *quantisation.KEYS,
+        *ignored,
+        *repeated,
+    }  # the range is of the projector
     refuse_unknown("config.json", wrapper.model_type, unknown_fields(config, claimed, (*CONFIG, *OUTER)))
 
 

@@ -233,6 +233,16 @@ WRAPPERS = (
         ties=True,
     ),
     Wrapper(
+        "gemma3",
+        "Gemma3ForConditionalGeneration",
+        _LLAVA,
+        "gemma3_text",
+        models="Gemma 3 (4B to 27B)",
+        covers="text part (Gemma 3), as far as that is converted",
+        text_families=("gemma3_text",),
+        ties=True,
+    ),
+    Wrapper(
         "kimi_k25",
         "Kimi_K25ForConditionalGeneration",
         _KIMI,

@@ -141,6 +141,9 @@ class ParameterSink:
             target.copy_(torch.from_numpy(flat.copy()))  # copied, since torch warns of memory that must not be written
         self._written[name].append((start, stop))
 
+    def writeback(self) -> None:
+        """None: no disk is written to."""
+
     def claim(self) -> bool:
         """Whether the caller must complete the sink, which needs nothing."""
         return False

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple, TypeVar
 
-from .layers import ALL_HEADS, LAYER_NORM, Attention, BlockExperts, GatedDelta, Latent, Layer, Mixture
+from .layers import AFTER, ALL_HEADS, BEFORE, LAYER_NORM, Attention, BlockExperts, GatedDelta, Latent, Layer, Mixture
 from .sparse_latent import SparseLatent
 from .spec import ModelSpec
 
@@ -85,6 +85,21 @@ def norm_bias(spec: ModelSpec) -> Extent | None:
 def of_norm(has: Callable[[Layer], bool], extent: Callable[[ModelSpec], Extent | None]) -> SizeOf:
     """Slot of a norm of the layers that have it."""
     return lambda spec, layer: extent(spec) if has(layer) else None
+
+
+def before_attention(layer: Layer) -> bool:
+    """Whether a norm is before attention."""
+    return layer.block_norms != AFTER
+
+
+def before_mlp(layer: Layer) -> bool:
+    """Whether a norm is before the MLP that is not attention's."""
+    return layer.block_norms != AFTER and not layer.shares_norm
+
+
+def after_blocks(layer: Layer) -> bool:
+    """Whether norms are after attention and MLP."""
+    return layer.block_norms != BEFORE
 
 
 def vocab(spec: ModelSpec) -> Extent:

@@ -307,21 +307,6 @@ class Layer:
         return self.parallel_block and not self.parallel_norms
 
     @property
-    def first_norm(self) -> bool:
-        """Whether a norm is before attention."""
-        return self.block_norms != AFTER
-
-    @property
-    def second_norm(self) -> bool:
-        """Whether a norm is before the MLP, which is not the first."""
-        return self.block_norms != AFTER and not self.shares_norm
-
-    @property
-    def post_norms(self) -> bool:
-        """Whether norms are after both blocks."""
-        return self.block_norms != BEFORE
-
-    @property
     def norms_over_heads(self) -> bool:
         """Whether its attention norms queries, and keys, over all heads."""
         return isinstance(self.mixer, Attention) and self.mixer.qk_norm == ALL_HEADS

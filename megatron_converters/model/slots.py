@@ -12,11 +12,21 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
-from operator import attrgetter
 from typing import NamedTuple
 
 from . import extents
-from .extents import Extent, SizeOf, of_block_experts, of_feed, of_mixer, of_model, of_norm
+from .extents import (
+    Extent,
+    SizeOf,
+    after_blocks,
+    before_attention,
+    before_mlp,
+    of_block_experts,
+    of_feed,
+    of_mixer,
+    of_model,
+    of_norm,
+)
 from .layers import Attention, GatedDelta, Latent, Layer, Mixture, Mlp
 from .sparse_latent import SparseLatent
 from .spec import ModelSpec
@@ -133,9 +143,6 @@ class Ref(NamedTuple):
 _FIRST, _LAYER, _LAST, _MTP = Scope.FIRST, Scope.LAYER, Scope.LAST, Scope.MTP
 _COLUMN, _ROW, _REPLICATED = Shard.COLUMN, Shard.ROW, Shard.REPLICATED
 _STORED = Precision.STORED
-_BEFORE_ATTENTION, _BEFORE_MLP = (attrgetter(name) for name in ("first_norm", "second_norm"))
-_AFTER_BLOCKS = attrgetter("post_norms")
-
 _ALL = (
     Slot("word_embeddings", _FIRST, _COLUMN, of_model(extents.vocab), vocab=True),
     Slot(
@@ -148,8 +155,8 @@ _ALL = (
     Slot("mtp_hidden_norm", _MTP, _REPLICATED, of_model(extents.hidden)),
     Slot("mtp_hidden_norm_bias", _MTP, _REPLICATED, of_model(extents.norm_bias)),
     Slot("mtp_proj", _MTP, _COLUMN, of_model(lambda s: extents.rows_of(s.hidden_size, 2 * s.hidden_size))),
-    Slot("input_norm", _LAYER, _REPLICATED, of_norm(_BEFORE_ATTENTION, extents.hidden)),
-    Slot("input_norm_bias", _LAYER, _REPLICATED, of_norm(_BEFORE_ATTENTION, extents.norm_bias)),
+    Slot("input_norm", _LAYER, _REPLICATED, of_norm(before_attention, extents.hidden)),
+    Slot("input_norm_bias", _LAYER, _REPLICATED, of_norm(before_attention, extents.norm_bias)),
     Slot("qkv", _LAYER, _COLUMN, of_mixer(Attention, lambda a, s: Extent((extents.qkv(a),), (s.hidden_size,)))),
     Slot(
         "qkv_bias",
@@ -247,10 +254,10 @@ _ALL = (
         _REPLICATED,
         of_mixer(Attention, lambda a, s: extents.hidden(s) if a.proj_bias else None),
     ),
-    Slot("attention_post_norm", _LAYER, _REPLICATED, of_norm(_AFTER_BLOCKS, extents.hidden)),
-    Slot("attention_post_norm_bias", _LAYER, _REPLICATED, of_norm(_AFTER_BLOCKS, extents.norm_bias)),
-    Slot("mlp_norm", _LAYER, _REPLICATED, of_norm(_BEFORE_MLP, extents.hidden)),
-    Slot("mlp_norm_bias", _LAYER, _REPLICATED, of_norm(_BEFORE_MLP, extents.norm_bias)),
+    Slot("attention_post_norm", _LAYER, _REPLICATED, of_norm(after_blocks, extents.hidden)),
+    Slot("attention_post_norm_bias", _LAYER, _REPLICATED, of_norm(after_blocks, extents.norm_bias)),
+    Slot("mlp_norm", _LAYER, _REPLICATED, of_norm(before_mlp, extents.hidden)),
+    Slot("mlp_norm_bias", _LAYER, _REPLICATED, of_norm(before_mlp, extents.norm_bias)),
     Slot(
         "fc1",
         _LAYER,
@@ -263,8 +270,8 @@ _ALL = (
     ),
     Slot("fc2", _LAYER, _ROW, of_feed(Mlp, lambda m, s: extents.rows_of(s.hidden_size, m.ffn_hidden_size))),
     Slot("fc2_bias", _LAYER, _REPLICATED, of_feed(Mlp, lambda m, s: extents.hidden(s) if m.mlp_bias else None)),
-    Slot("mlp_post_norm", _LAYER, _REPLICATED, of_norm(_AFTER_BLOCKS, extents.hidden)),
-    Slot("mlp_post_norm_bias", _LAYER, _REPLICATED, of_norm(_AFTER_BLOCKS, extents.norm_bias)),
+    Slot("mlp_post_norm", _LAYER, _REPLICATED, of_norm(after_blocks, extents.hidden)),
+    Slot("mlp_post_norm_bias", _LAYER, _REPLICATED, of_norm(after_blocks, extents.norm_bias)),
     # Small differences of a router change which expert is chosen; Megatron-LM holds the bias of the choice in float32.
     Slot(
         "router",
@@ -354,6 +361,12 @@ def refs(spec: ModelSpec) -> Iterator[Ref]:
 
     Layers of multi-token prediction come after the others.
     """
+    if not spec.addresses:
+        spec.addresses[:] = _refs(spec)  # at once, since threads may ask at the same time
+    return iter(spec.addresses)
+
+
+def _refs(spec: ModelSpec) -> Iterator[Ref]:
     held = [[slot for slot in _ALL if slot.extent(spec, kind) is not None] for kind in spec.kinds]
     experts = {number: range(spec.num_experts) for number, kind in enumerate(spec.kinds) if kind.is_moe}
     first = held[0]

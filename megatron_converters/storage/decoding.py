@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,7 +17,7 @@ from typing import Any, ClassVar, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from ..basics.casting import all_finite, floats, powers_of_two, rounded
+from ..basics.casting import floats, powers_of_two, rounded
 from ..basics.dtypes import BY_NAME, DType
 from ..basics.errors import ConversionError
 from ..basics.pickle_proof import Sealed
@@ -157,12 +158,12 @@ class Quantised(Sealed):
         target = dtype or self.dtype
         with np.errstate(over="ignore", invalid="ignore", under="ignore"):
             result = self._decoded(rows, cols, target, out if out is not None and out.flags.c_contiguous else None)
-        if not all_finite(result, target):
+        if result is None:
             raise ConversionError(f"{os.path.basename(self.path)}: {self.name} {self._fault(rows, cols, target)}")
         return given(result, out)
 
-    def _decoded(self, rows: Rows, cols: slice, dtype: DType, room: Array | None) -> Array:
-        """Elements of these rows and columns, finite or not; in contiguous memory that may be used for them, or in other."""
+    def _decoded(self, rows: Rows, cols: slice, dtype: DType, room: Array | None) -> Array | None:
+        """Elements of these rows and columns, in contiguous memory that may be used for them or in other; None for no numbers."""
         raise NotImplementedError
 
     def _no_numbers(self, rows: Rows, cols: slice) -> bool:
@@ -246,6 +247,22 @@ def given(result: Array, out: Array | None) -> Array:
     if out is not None and result is not out:
         out[...] = result
     return result
+
+
+class _Places(threading.local):
+    """Memory of a thread for places in tables: to get it from the system each time takes as long as the arithmetic."""
+
+    def __init__(self) -> None:
+        self._memory = np.empty(STEP, np.int64)
+
+    def of(self, rows: int, cols: int) -> npt.NDArray[np.int64]:
+        """Matrix of these sizes, uninitialised; the same memory at each call."""
+        if rows * cols > self._memory.size:
+            self._memory = np.empty(rows * cols, np.int64)
+        return self._memory[: rows * cols].reshape(rows, cols)
+
+
+PLACES = _Places()
 
 
 def numbers_of(rows: Rows, count: int) -> npt.NDArray[np.int64]:

@@ -12,10 +12,10 @@ from functools import cache, cached_property
 
 import numpy as np
 
-from ..basics.casting import floats, powers_of_two, rounded
+from ..basics.casting import all_finite, floats, powers_of_two, rounded
 from ..basics.dtypes import BY_NAME, DType
 from ..basics.errors import ConversionError
-from .decoding import Array, Quantised, Rows, scales_of, steps
+from .decoding import PLACES, Array, Quantised, Rows, scales_of, steps
 from .tensor import StoredTensor
 
 #: Columns to an MXFP4 scale.
@@ -53,31 +53,43 @@ class PackedIntegers(Quantised):
         """Words for what is done to the stored tensors."""
         return f"decoded from 4-bit integers {'in groups of ' + str(self.group) if self.group else 'with a scale for each row'}"
 
-    def _decoded(self, rows: Rows, cols: slice, dtype: DType, room: Array | None) -> Array:
+    def _decoded(self, rows: Rows, cols: slice, dtype: DType, room: Array | None) -> Array | None:
         if self._stated != self.size:
             raise ConversionError(
                 f"{self.name} holds {list(self.size)} elements, but {self.shape_name} says {list(self._stated)}; copy the files "
                 "again"
             )
-        group = self.group or self.size[1]
-        first, last = cols.start // 2, -(-cols.stop // 2)  # bytes
-        packed = self.weight.reshaped((self.size[0], self.weight.shape[1] * 4), BY_NAME["uint8"]).array()[
-            rows, first:last
-        ]
-        groups = slice(cols.start // group, -(-cols.stop // group))
+        first, last = (
+            cols.start // 2 * 2,
+            -(-cols.stop // 2) * 2,
+        )  # whole bytes, and whole groups where there are several
+        group, groups = last - first, slice(0, 1)
+        if self.group:
+            group, groups = self.group, slice(first // self.group, -(-last // self.group))
+            first, last = groups.start * group, groups.stop * group
+        packed = self._bytes.array()[rows, first // 2 : last // 2]
         scales = self.scale.array()[rows, groups]
-        columns = np.arange(2 * first, 2 * last) // group - groups.start
-        columns = np.clip(columns, 0, scales.shape[1] - 1)  # a byte may hold an element beyond the range
-        result = np.empty((packed.shape[0], 2 * packed.shape[1]), dtype.carrier)
+        result = np.empty((packed.shape[0], last - first), dtype.carrier)
         for part in steps(*result.shape):
-            codes = _unpacked(packed[part])
-            if scales.itemsize == 2:  # each of the 65,536 scales has its products in a table
-                bases = scales[part].astype(np.int64) * _CODES
-                np.take(_products(self.scale.dtype, dtype), codes + bases[:, columns], out=result[part], mode="clip")
-            else:
-                factors = scales_of(scales[part], self.scale.dtype)
-                result[part] = rounded(_INTEGERS[codes] * factors[:, columns], dtype)
-        return result[:, cols.start - 2 * first : cols.stop - 2 * first]
+            self._decode(_unpacked(packed[part]), scales[part], group, dtype, result[part])
+        elements = result[:, cols.start - first : cols.stop - first]
+        return elements if all_finite(elements, dtype) else None
+
+    def _decode(self, codes: Array, scales: Array, group: int, dtype: DType, result: Array) -> None:
+        """Write what codes with a scale for each `group` columns are; of a short last group the rest of `result` is arbitrary."""
+        if scales.itemsize == 2:  # each of the 65,536 scales has its products in a table, at its place and the code
+            places = PLACES.of(*result.shape)
+            places.reshape(*scales.shape, group)[...] = scales.astype(np.int64)[:, :, None] * _CODES
+            places.view(np.uint8)[:, :: places.itemsize][:, : codes.shape[1]] += codes
+            np.take(_products(self.scale.dtype, dtype), places, out=result, mode="clip")
+        else:
+            factors = scales_of(scales, self.scale.dtype).repeat(group, 1)[:, : codes.shape[1]]
+            result[:, : codes.shape[1]] = rounded(_INTEGERS.take(codes) * factors, dtype)
+
+    @property
+    def _bytes(self) -> StoredTensor:
+        """Codes as bytes, two to each."""
+        return self.weight.reshaped((self.size[0], self.weight.shape[1] * 4), BY_NAME["uint8"])
 
     @cached_property
     def _stated(self) -> tuple[int, ...]:
@@ -107,17 +119,19 @@ class MicroScaled(Quantised):
         """Words for what is done to the stored tensors."""
         return "decoded from MXFP4"
 
-    def _decoded(self, rows: Rows, cols: slice, dtype: DType, room: Array | None) -> Array:
+    def _decoded(self, rows: Rows, cols: slice, dtype: DType, room: Array | None) -> Array | None:
         groups = slice(cols.start // MX_GROUP, -(-cols.stop // MX_GROUP))
         codes, exponents = self.weight.array()[rows, groups], self.scale.array()[rows, groups]
         count, width, size = codes.shape
         pairs = np.empty((count, width, size), f"u{2 * dtype.itemsize}")
         for part in steps(count, width * MX_GROUP):
-            places = codes[part].astype(np.int64)
-            places += exponents[part].astype(np.int64)[:, :, None] << 8
+            places = PLACES.of(len(codes[part]), width * size).reshape(-1, width, size)
+            places[...] = exponents[part].astype(np.int64)[:, :, None] << 8
+            places += codes[part]
             np.take(_pairs(dtype), places, out=pairs[part], mode="clip")
-        elements = pairs.reshape(count, width * size).view(dtype.carrier)
-        return elements[:, cols.start - groups.start * MX_GROUP : cols.stop - groups.start * MX_GROUP]
+        whole = pairs.reshape(count, width * size).view(dtype.carrier)
+        elements = whole[:, cols.start - groups.start * MX_GROUP : cols.stop - groups.start * MX_GROUP]
+        return elements if all_finite(elements, dtype) else None
 
 
 def numbers_in(tensor: StoredTensor) -> tuple[int, ...]:
@@ -127,7 +141,7 @@ def numbers_in(tensor: StoredTensor) -> tuple[int, ...]:
 
 def _unpacked(packed: Array) -> Array:
     """Codes of these bytes."""
-    codes = np.empty((*packed.shape, 2), np.int64)
+    codes = np.empty((*packed.shape, 2), np.uint8)
     np.bitwise_and(packed, 0xF, out=codes[..., 0])
     np.right_shift(packed, 4, out=codes[..., 1])
     return codes.reshape(packed.shape[0], -1)

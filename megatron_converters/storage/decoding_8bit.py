@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from ..basics.casting import E4M3FN, rounded
+from ..basics.casting import E4M3FN, all_finite, rounded
 from ..basics.dtypes import DType
 from .decoding import STEP, Array, Quantised, Rows, numbers_of, scales_of, steps
 
@@ -21,6 +22,8 @@ VALUES = {"float8_e4m3fn": E4M3FN, "int8": np.arange(256, dtype=np.uint8).view(n
 #: Height and width of a block; 0 for the whole matrix's.
 Block = tuple[int, int]
 _CODES = 256
+#: Rows and elements of a block from which on it pays to compute all products of its scale and a code.
+_TALL, _LARGE = 16, 4 * _CODES
 
 
 def block_counts(shape: tuple[int, ...], block: Block) -> tuple[int, ...]:
@@ -49,55 +52,78 @@ class ScaledBlocks(Quantised):
         """Words for what is done to the stored tensors."""
         return f"decoded from {self.weight.dtype} {block_words(self.block)}"
 
-    def _decoded(self, rows: Rows, cols: slice, dtype: DType, room: Array | None) -> Array:
+    def _decoded(self, rows: Rows, cols: slice, dtype: DType, room: Array | None) -> Array | None:
         height, width = (side or size for side, size in zip(self.block, self.shape, strict=True))
         codes = self.weight.array()[rows, cols]
-        block_rows = numbers_of(rows, self.shape[0]) // height
-        top, left = int(block_rows.min(initial=self.shape[0])), cols.start // width
-        blocks = self.scale.array()[top : int(block_rows.max(initial=top)) + 1, left : -(-cols.stop // width)]
-        factors = scales_of(blocks, self.scale.dtype)
-        block_rows, block_cols = block_rows - top, np.arange(cols.start, cols.stop) // width - left
-        values = VALUES[self.weight.dtype.name]
-        if factors.size * _CODES >= codes.size:
-            return rounded(values[codes] * factors.take(block_rows, 0).take(block_cols, 1), dtype)
         result = np.empty(codes.shape, dtype.carrier) if room is None else room
-        _look_up(codes, rounded(factors[:, :, None] * values, dtype), block_rows, block_cols, result)
-        return result
+        blocks = slice(cols.start // width, -(-cols.stop // width))
+        if isinstance(rows, slice) and height >= _TALL and height * width >= _LARGE:
+            return result if self._look_up(rows, cols, blocks, dtype, codes, result) else None
+        numbers, columns = numbers_of(rows, self.shape[0]) // height, np.arange(cols.start, cols.stop) // width
+        scales = self.scale.array()[:, blocks].take(numbers, 0)
+        values = VALUES[self.weight.dtype.name]
+        for part in steps(*codes.shape):
+            factors = scales_of(scales[part], self.scale.dtype)
+            factors = factors if factors.shape[1] == 1 else factors.take(columns - blocks.start, 1)
+            result[part] = rounded(values.take(codes[part]) * factors, dtype)
+        return result if all_finite(result, dtype) else None
+
+    def _look_up(self, rows: slice, cols: slice, blocks: slice, dtype: DType, codes: Array, result: Array) -> bool:
+        """Write elements, looked up: in one block a code has one value. Returns whether all are numbers."""
+        height, width = (side or size for side, size in zip(self.block, self.shape, strict=True))
+        places, in_range = _KEPT.places(cols, width), True
+        lowest = places.view(np.uint8)[:, :: places.itemsize]  # which the code of an element is
+        for row in range(rows.start // height, -(-rows.stop // height)):
+            start, stop = max(rows.start, row * height) - rows.start, min(rows.stop, (row + 1) * height) - rows.start
+            table, finite = _KEPT.table(self, row, blocks, dtype)
+            in_range &= finite
+            for part in steps(stop - start, cols.stop - cols.start):
+                count, found = part.stop - part.start, slice(start + part.start, start + part.stop)
+                lowest[:count] = codes[found]
+                np.take(table, places[:count], out=result[found], mode="clip")  # "raise" would copy `out`
+        if not in_range:  # for some codes, which need not be there
+            return all_finite(result, dtype)
+        return not (self.weight.dtype.name == "float8_e4m3fn" and _has_nan(codes))
+
+    def table(self, row: int, blocks: slice, dtype: DType) -> tuple[Array, bool]:
+        """What each code is in each of these blocks of a row of blocks, and whether all are numbers but for codes that are none."""
+        scales = scales_of(self.scale.array()[row, blocks], self.scale.dtype)
+        values = VALUES[self.weight.dtype.name]
+        products = rounded(scales[:, None] * values, dtype)
+        return products.reshape(-1), all_finite(products[:, ~np.isnan(values)], dtype)
 
     def _no_numbers(self, rows: Rows, cols: slice) -> bool:
         return bool(np.isnan(VALUES[self.weight.dtype.name][self.weight.array()[rows, cols]]).any())
 
 
-class _Places(threading.local):
-    """Memory of a thread for places in a table: to get it from the system each time costs as much as the arithmetic."""
+class _Kept(threading.local):
+    """What a thread keeps for the next chunk: places of columns in a table, and the table of a row of blocks."""
 
     def __init__(self) -> None:
-        self._memory = np.empty(2 * STEP, np.int64)
+        self._columns, self._places = (0, 0, 0), np.empty((0, 0), np.int64)
+        self._owner: tuple[Any, ...] = ()
+        self._table: tuple[Array, bool] = np.empty(0), True
 
-    def of(self, rows: int, cols: int) -> npt.NDArray[np.int64]:
-        """Matrix of these sizes, uninitialised; the same memory at each call."""
-        if rows * cols > self._memory.size:
-            self._memory = np.empty(rows * cols, np.int64)
-        return self._memory[: rows * cols].reshape(rows, cols)
+    def places(self, cols: slice, width: int) -> npt.NDArray[np.int64]:
+        """Places of the code 0 in blocks of this width, for the rows of a step; the lowest byte of each may be overwritten."""
+        if self._columns != (cols.start, cols.stop, width):
+            numbers = np.arange(cols.start, cols.stop)
+            self._places = np.empty((max(1, STEP // numbers.size), numbers.size), np.int64)
+            self._places[...] = (numbers // width - cols.start // width) * _CODES
+            self._columns = cols.start, cols.stop, width
+        return self._places
+
+    def table(self, matrix: ScaledBlocks, row: int, blocks: slice, dtype: DType) -> tuple[Array, bool]:
+        """Table of a row of blocks."""
+        owner = matrix, row, blocks.start, blocks.stop, dtype
+        if not self._owner or self._owner[0] is not matrix or self._owner[1:] != owner[1:]:
+            self._owner, self._table = owner, matrix.table(row, blocks, dtype)
+        return self._table
 
 
-_PLACES = _Places()
+_KEPT = _Kept()
 
 
-def _look_up(
-    codes: Array, products: Array, rows: npt.NDArray[np.int64], cols: npt.NDArray[np.int64], result: Array
-) -> None:
-    """Write `products[rows, cols, codes]`, for codes of a matrix and the blocks of its rows and columns."""
-    table, row_places = products.reshape(-1), rows * (products.shape[1] * _CODES)
-    for part in steps(*codes.shape):
-        count, width = codes[part].shape
-        if part.start == 0:  # all steps share the places, which differ in their lowest bytes: these are the codes
-            places = _PLACES.of(count, width)
-            places[...] = cols * _CODES
-            lowest = places.view(np.uint8)[:, :: places.itemsize]
-        lowest[:count] = codes[part]
-        first, others = row_places[part.start], row_places[part]
-        if (others == first).all():
-            np.take(table[first:], places[:count], out=result[part], mode="clip")  # "raise" would copy `out`
-        else:
-            np.take(table, places[:count] + others[:, None], out=result[part], mode="clip")
+def _has_nan(codes: Array) -> bool:
+    """Whether any code of float8_e4m3fn stands for no number: those of all bits set, with either sign."""
+    return int(codes.view(np.int8).max(initial=0)) == 0x7F or int(codes.max(initial=0)) == 0xFF

@@ -53,7 +53,7 @@ def config(layers: int, experts: int, hidden: int) -> dict[str, Any]:
         "v_head_dim": 128,
         "n_routed_experts": experts,
         "n_shared_experts": 1,
-        "num_experts_per_tok": 8,
+        "num_experts_per_tok": min(8, experts),
         "n_group": 1,
         "topk_group": 1,
         "topk_method": "noaux_tc",

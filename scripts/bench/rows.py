@@ -12,9 +12,9 @@ LLAMA = Model("llama_2gb", "16 2048 0", "8 512 0")
 LARGE = Model("llama_8gb", "16 4096 0", "8 512 0")
 MANY = Model("many_tensors", "94 256 128 --ffn 128", "2 256 8 --ffn 128")
 TINY = Model("llama_tiny", "2 128 0", "2 128 0")
-#: DeepSeek-V3's shapes in FP8: 1.5 billion parameters, and files of 24 GB of which there are the headers alone.
-FP8 = Model("fp8", "2 16", "2 2 --hidden 1024", "make_fp8")
-FP8_HEADERS = Model("fp8_headers", "9 64 --sparse", "2 2 --hidden 1024 --sparse", "make_fp8")
+#: DeepSeek-V3's shapes in FP8: 2.2 billion parameters, and files of 24 GB of which there are the headers alone.
+FP8 = Model("fp8", "2 32", "2 2 --hidden 896", "make_fp8")
+FP8_HEADERS = Model("fp8_headers", "9 64 --sparse", "2 2 --hidden 896 --sparse", "make_fp8")
 
 #: Titles of the tables by section.
 TITLES = {
@@ -23,7 +23,7 @@ TITLES = {
     "casts": "Casts of a model of 1.1 billion parameters, beside a run without a cast that writes the same bytes",
     "many": "Many tensors: 36,945 of a mixture of experts, 2.4 GB",
     "start-up": "Start-up",
-    "fp8-sources": "FP8 with DeepSeek-V3's shapes: 1.5 GB, 3.1 GB of bf16 once decoded, on one core; and the plan for 24 GB",
+    "fp8-sources": "FP8 with DeepSeek-V3's shapes: 2.2 GB, 4.5 GB of bf16 once decoded, on one core; and the plan for 24 GB",
     "by-hand": "By hand: transformers' `from_pretrained`, then `torch.save` of joined and cut tensors, beside our conversion",
 }
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from .families.gemma import MODELS as GEMMA
 from .hf import _randomise
 from .hf_kinds import KINDS
 
@@ -103,6 +104,12 @@ MODELS: Mapping[str, dict[str, Any]] = {
         {"model_type": "mistral", "head_dim": 16, "sliding_window": None},
         image_token_index=10,
         tie_word_embeddings=False,
+    ),
+    "gemma3": _model(
+        "gemma3",
+        {**_SIGLIP, "image_size": 16},
+        {key: value for key, value in GEMMA["gemma3"].fields.items() if key != "tie_word_embeddings"},
+        **dict(image_token_index=190, boi_token_index=191, eoi_token_index=192, mm_tokens_per_image=4),
     ),
     "kimi_k25": _model("kimi_k25", _KIMI_VISION, _LATENT, image_token_id=190, tie_word_embeddings=False),
     "mistral3 ministral3": _model(

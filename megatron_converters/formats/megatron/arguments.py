@@ -20,12 +20,12 @@ from .argument import Args, Argument, Build, Context, Group
 from .conventions import FOLDED, HALVES, Conventions, conventions
 from .options import FOLD, RAW
 from .rows_attention import GATED_DELTA, LATENT, MUP, PREDICTION
-from .rows_bridge import CAPS, LAYER_ROPES
 from .rows_experts import EXPERTS, check_balancing, is_sinkhorn, wide_router
 from .rows_layout import LAYOUT, LOADING
 from .rows_mindspeed import MINDSPEED
 from .rows_model import BLOCKS, SEQ_LENGTH, SIZES, TRAINING
 from .rows_positions import POSITIONS
+from .rows_providers import CAPS, LAYER_ROPES
 from .rows_sparse import SPARSE
 from .rows_swift import SWIFT
 from .rows_yarn import YARN_ROWS

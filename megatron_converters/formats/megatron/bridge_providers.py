@@ -11,12 +11,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ...basics.errors import ConversionError
-from .rows_layers import NAME, PACKAGE
+from .rows_layers import said
 
 Fields = Mapping[str, Any]
 _LOCAL = "sliding_attention"
 #: Layer of the same names in this project.
-_SANDWICH = [f"{PACKAGE}.sandwich_norms", NAME]
+_SANDWICH = said("sandwich_norms")
 
 
 def fields_of_provider(fields: Fields) -> dict[str, Any]:

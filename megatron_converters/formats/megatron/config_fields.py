@@ -15,7 +15,7 @@ from typing import Any
 from ...model.layers import GELU, QUICK_GELU, SILU, SQUARED_RELU
 from .arguments import ARGUMENTS
 from .bridge_providers import fields_of_provider
-from .rows_layers import NAME, PACKAGE
+from .rows_layers import PACKAGE, said
 
 #: Fields that have another name than the attribute of the same value.
 _RENAMED = {
@@ -44,6 +44,8 @@ _ACTIVATIONS = {
     "squaredrelu": SQUARED_RELU,
     "quick_gelu": QUICK_GELU,
 }
+#: Layers by the names of Megatron-Bridge's functions that make their specs (models/olmoe, models/exaone).
+_LAYER_SPECS = {"olmoe_layer_spec": "norms_over_heads", "exaone4_layer_spec": "post_norms"}
 #: A function as `str` shows it, such as `<function silu at 0x7f>` or `<built-in function gelu>`.
 _FUNCTION = re.compile(r"<(?:built-in )?function (\w+)")
 
@@ -56,7 +58,7 @@ def args_of_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
         values["rope_scaling"] = values.pop("use_rope_scaling")
     if "share_embeddings_and_output_weights" in values:
         values["untie_embeddings_and_output_weights"] = not values.pop("share_embeddings_and_output_weights")
-    return {**values, **_heads(values), **_activation(values), **_nemo_scaling(values), **_own_layer(values)}
+    return {**values, **_heads(values), **_activation(values), **_layer(values), **_nemo_scaling(values)}
 
 
 def _attribute(field: str, fields: Mapping[str, Any]) -> str:
@@ -94,6 +96,16 @@ def _activation(values: Mapping[str, Any]) -> dict[str, Any]:
     return {"swiglu": False, "mlp_activation": f"{named}, {'gated' if gated else 'not gated'}"}
 
 
+def _layer(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Layer that Megatron-LM lacks, by the spec of a provider's layers; none for others."""
+    given = values.get("transformer_layer_spec")
+    module, _, name = str(given.get("_target_") if isinstance(given, Mapping) else given).rpartition(".")
+    if module.partition(".")[0] == PACKAGE:
+        return {"spec": [module, name]}
+    layer = _LAYER_SPECS.get(_name_of(given))
+    return {} if layer is None else {"spec": said(layer)}
+
+
 def _name_of(value: Any) -> str:
     """Name of a function: of an object in a YAML file, of its text, or the word that stands for it."""
     if isinstance(value, Mapping):
@@ -101,13 +113,6 @@ def _name_of(value: Any) -> str:
     text = str(value)
     found = _FUNCTION.match(text)
     return found[1] if found else text.rpartition(".")[2]
-
-
-def _own_layer(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Layers of this project's package, which a configuration names as an object."""
-    given = values.get("transformer_layer_spec")
-    module, _, name = str(given.get("_target_") if isinstance(given, Mapping) else "").rpartition(".")
-    return {"spec": [module, name]} if name == NAME and module.startswith(f"{PACKAGE}.") else {}
 
 
 def _nemo_scaling(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,6 @@ from ...model.spec import ModelSpec
 from .argument import Argument, Build, Flag, Group
 from .arguments import ARGUMENTS
 from .releases import NEWEST, OLDEST, before, latest
-from .rows_layers import layer_notes
 from .rows_positions import scaling_of
 
 _BY_FLAG = {row.flag.name: row.flag for row in ARGUMENTS if row.flag is not None}
@@ -70,7 +69,7 @@ def flag_warnings(spec: ModelSpec, shown: Iterable[str], tp: int = 1) -> list[st
     """Notes and warnings for the user about the flags that are shown, for a checkpoint cut over `tp`."""
     shown = list(shown)
     known = _known(shown)
-    warnings = [*_since_notes(known, experts=spec.num_experts > 0), *_value_notes(shown), *layer_notes(spec)]
+    warnings = [*_since_notes(known, experts=spec.num_experts > 0), *_value_notes(shown)]
     warnings += [f"{flag.name} exists up to Megatron-LM {flag.until} only" for flag in known if flag.until]
     warnings += [
         f"warning: {flag.name}: the pretrain_gpt.py of Megatron-LM before {flag.effective_since} accepts it but builds the "

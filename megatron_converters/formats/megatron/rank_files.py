@@ -99,7 +99,7 @@ def read_rank_files(folder: Path, options: MegatronReadOptions) -> RankFiles:
     ranks, left_out = {}, set()
     decisive = {*VOCABULARY, *foreign({} if stored is None else vars(stored))}
     for name, rank in wanted.items():
-        content = read_file(folder / name / RANK_FILE)
+        content = first if name == first_name else read_file(folder / name / RANK_FILE)
         own = args_in(content, folder / name)
         also = decisive.union(foreign({} if own is None else vars(own)))
         expected = rank_invariants(first.get("iteration"), stored, also)

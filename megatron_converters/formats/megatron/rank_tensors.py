@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from ...model.slots import Ref, Shard
@@ -52,11 +52,17 @@ class RankTensors:
         self._placement = Placement(spec, parallel, padded, shards)
         self._table = {**(FUSED_DOWN if fused_down else DIALECTS[impl]), **EXPERTS[expert_layout]}
         self._templates: dict[tuple[str, int, str], str] = {}
+        self._places: dict[Ref, tuple[Place, ...]] = {}
 
-    def places(self, ref: Ref) -> Iterator[Place]:
-        """Places of a ref: one stage, or two for embeddings that the last stage needs, too."""
-        for location in self._placement.locations(ref):
-            yield Place(location, location.key(self._template(location, ref), ref.expert))
+    def places(self, ref: Ref) -> tuple[Place, ...]:
+        """Places of a ref: one stage, or two for embeddings that the last stage needs, too. They are asked for several times."""
+        found = self._places.get(ref)
+        if found is None:
+            found = self._places[ref] = tuple(
+                Place(location, location.key(self._template(location, ref), ref.expert))
+                for location in self._placement.locations(ref)
+            )
+        return found
 
     def member(self, place: Place, ref: Ref) -> Member | None:
         """Place of a ref's shares in tensors that it shares with others; None if it has tensors of its own."""

@@ -14,9 +14,9 @@ from ...model.layers import AFTER, ALL_HEADS, AROUND, BEFORE, RMS_NORM, Attentio
 from ...model.spec import ModelSpec
 from .argument import Args, Argument, Build, Properties, flag, one
 
-PACKAGE, NAME = "megatron_layers", "spec"
+PACKAGE, _SPEC = "megatron_layers", "spec"
 #: How a training environment gets the package.
-INSTALL = "pip install --no-deps PATH-OF-A-CLONE-OF-MEGATRON-CONVERTERS"
+_INSTALL = "pip install --no-deps DIR, where DIR is a clone of megatron-converters"
 
 
 class LayerKind(NamedTuple):
@@ -60,10 +60,19 @@ def _own(layer: Layer) -> LayerKind:
     return LayerKind("", layer.parallel_block, layer.parallel_norms, layer.block_norms, layer.norms_over_heads)
 
 
+def said(name: str) -> list[str]:
+    """Value of `--spec` for a layer of the package."""
+    return [f"{PACKAGE}.{name}", _SPEC]
+
+
+def _name(spec: ModelSpec) -> str | None:
+    """Name in the package of a model's layer; None for Megatron-LM's layers, and for those that nobody has."""
+    return _NAMES.get(_own(spec.layer(0)))
+
+
 def _said(spec: ModelSpec) -> list[str] | None:
-    """Value of `--spec` for a model; None for Megatron-LM's layers, and for those that nobody has."""
-    name = _NAMES.get(_own(spec.layer(0)))
-    return None if name is None else [f"{PACKAGE}.{name}", NAME]
+    name = _name(spec)
+    return None if name is None else said(name)
 
 
 def name_of_layer(args: Args) -> str:
@@ -72,7 +81,7 @@ def name_of_layer(args: Args) -> str:
     if value in _STOCK:
         return ""
     for name in KINDS:
-        if value == [f"{PACKAGE}.{name}", NAME]:
+        if value == said(name):
             return name
     raise Unclear(
         f"the checkpoint's args have spec={one_line(value)}, layers of a module that is not known here",
@@ -128,11 +137,11 @@ def _lacking(spec: ModelSpec, kind: LayerKind) -> Iterator[str]:
 
 def layer_notes(spec: ModelSpec) -> Iterator[str]:
     """Note on the package that a model's layers come from."""
-    value = _said(spec)
-    if value is not None:
+    name = _name(spec)
+    if name is not None:
         yield (
-            f"--spec {' '.join(value)}: {KINDS[value[0].rpartition('.')[2]].words}, a layer of the package {PACKAGE}, which "
-            f"everything that runs this model must be able to import: {INSTALL}"
+            f"--spec {' '.join(said(name))} names a layer of this project's package {PACKAGE} ({KINDS[name].words}), which "
+            f"whatever trains or runs the model must be able to import: {_INSTALL}"
         )
 
 

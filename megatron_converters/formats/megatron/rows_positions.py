@@ -172,7 +172,7 @@ def _longrope_limit(spec: ModelSpec) -> str:
 
 
 def _base(context: Context) -> Any:
-    """Base of rotary embeddings: the greatest where layers differ (`rows_bridge.py` has the others)."""
+    """Base of rotary embeddings: the greatest where layers differ (`rows_providers.py` has the others)."""
     return whole(max((base for base in context.per_layer("rotary_base") if base is not None), default=10000))
 
 

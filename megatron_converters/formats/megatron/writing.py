@@ -56,6 +56,7 @@ from .locating import TRACKER
 from .options import FLAGS, FOLD, FUSED, RAW, SEPARATE, MegatronOptions
 from .releases import NEWEST, parse
 from .rounding import rounding_warnings
+from .rows_layers import layer_notes
 from .rows_sparse import stage_warnings
 
 #: Attribute of args for the digest of the family file that describes the recorded configuration's family.
@@ -101,7 +102,7 @@ class CheckpointTarget(ABC):
             self._conventions = dataclasses.replace(self._conventions, shards=CUT_DOWN_PROJECTIONS)
         reasons = inexpressible(self._conventions.spec)
         lacking = check_expressible(reasons, allowed=self._options.allow_inexpressible)
-        self._warnings = [*_MUP_REMARKS[self._conventions.mup], *lacking]
+        self._warnings = [*_MUP_REMARKS[self._conventions.mup], *lacking, *layer_notes(self._conventions.spec)]
         self._spec = dataclasses.replace(spec, dtype=main_dtype(spec, dtype_of))
         self._origin = origin
         self._source_dtype = dtype_of

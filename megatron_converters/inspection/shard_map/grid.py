@@ -22,6 +22,7 @@ KINDS = {
     "attention": (
         *("qkv", "qkv_bias", "q_down", "q_up", "q_whole", "kv_down", "kv_up", "proj", "proj_bias", "sinks"),
         *("delta_in", "delta_conv", "delta_a_log", "delta_dt_bias", "delta_out"),
+        *("indexer_query", "indexer_key", "indexer_weights"),
     ),
     "MLP": ("fc1", "fc1_bias", "fc2", "fc2_bias"),
     "experts": ("expert_fc1", "expert_fc1_bias", "expert_fc2", "expert_fc2_bias", "block_in", "block_out"),
