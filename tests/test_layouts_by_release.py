@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_converters.formats.megatron.rank_files_source import MegatronSource
+from megatron_converters.logits.local_names import with_local_names
 from tests.conversions import different, hf_to_megatron, hf_to_torch_dist, megatron_to_hf, reshard
 from tests.helpers import convert, hf_tensors, nothing_complete, refused, succeeded, verb
 from tests.oracle import by_hand_kinds
@@ -56,6 +58,17 @@ def rewrite(root: Path, change: Callable[[State], State], **args: Any) -> Path:
         vars(content["args"]).update(args)
         torch.save(content, path)
     return root
+
+
+def local_names(root: Path) -> State:
+    """Tensors of the first rank by the names of local layers, which `verify --logits` runs."""
+    source = MegatronSource(root)
+    state = {
+        key: value
+        for key, value in torch.load(ranks(root)[0], weights_only=False)["model"].items()
+        if value is not None
+    }
+    return with_local_names(state, source.spec, source.parallel, source.parallel.ranks(0)[0], 0)
 
 
 def same(theirs: Path, ours: Path) -> None:
@@ -136,7 +149,10 @@ def test_whole_down_projections_and_flat_experts(hf: Path, tmp_path: Path) -> No
 def test_biases_of_experts(hf_model: HFModel, tmp_path: Path) -> None:
     folder = hf_model("gpt-oss")
     one = hf_to_megatron(folder, tmp_path / "one", ep=2, expert_layout="single")
-    same(rewrite(hf_to_megatron(folder, tmp_path / "grouped", ep=2, expert_layout="grouped"), in_one), one)
+    grouped = hf_to_megatron(folder, tmp_path / "grouped", ep=2, expert_layout="grouped")
+    local = [local_names(root) for root in (one, grouped)]
+    assert different(*local) == [] and any("local_experts.1.linear_fc1.bias" in key for key in local[0])
+    same(rewrite(grouped, in_one), one)
     assert torch.load(ranks(one)[0], weights_only=False)["args"].moe_single_grouped_bias is True
     assert different(hf_tensors(folder), hf_tensors(megatron_to_hf(one, tmp_path / "hf"))) == []
 
