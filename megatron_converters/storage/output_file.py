@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import threading
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import accumulate
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -34,7 +37,8 @@ class FileLayout:
     `trailer` gives, by name and CRC-32, the bytes between a tensor and the next one, where they follow from these, as in `finish`.
     They are written with the tensor, since a page that the disk has taken already would have to be read and written again.
     `structure` is a digest of all that decides that rest, except the checksums: names, shapes, dtypes, arguments.
-    `parts` gives the number of equal, consecutive parts of tensors whose parts are filled independently.
+    `parts` gives the parts of tensors whose parts are filled independently, which follow each other: their number if they are
+    equally large, else the bytes of each.
     `shapes` gives the shape of each tensor as stored in the file.
     """
 
@@ -42,7 +46,7 @@ class FileLayout:
     regions: Mapping[str, tuple[int, int]]
     finish: Callable[[Mapping[str, int]], Writes]
     structure: str
-    parts: Mapping[str, int] = field(default_factory=dict)
+    parts: Mapping[str, int | tuple[int, ...]] = field(default_factory=dict)
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     trailer: Callable[[str, int], bytes] = lambda name, crc: b""
 
@@ -65,6 +69,9 @@ class _Part:
     nbytes: int
     filled: int = 0
     crc: int = 0
+
+
+_START = attrgetter("start")
 
 
 class OutputFile:
@@ -108,7 +115,7 @@ class OutputFile:
         nbytes = data.nbytes
         if nbytes == 0:
             return
-        part = parts[0] if len(parts) == 1 else parts[min(start // max(parts[0].nbytes, 1), len(parts) - 1)]
+        part = parts[0] if len(parts) == 1 else parts[max(bisect_right(parts, start, key=_START) - 1, 0)]
         filled, stop = part.filled, start + nbytes
         if start != part.start + filled or stop > part.start + part.nbytes:
             raise ConversionError(
@@ -230,8 +237,9 @@ def _writes(view: memoryview, trailer: bytes, offset: int) -> list[tuple[memoryv
     return [(view, offset), (memoryview(trailer), offset + len(view))]
 
 
-def _parts(offset: int, nbytes: int, count: int) -> list[_Part]:
-    if nbytes % count:
-        raise ConversionError(f"{nbytes} bytes cannot be filled as {count} equal parts")
-    each = nbytes // count
-    return [_Part(offset + start, start, each) for start in range(0, nbytes, each)] if each else [_Part(offset, 0, 0)]
+def _parts(offset: int, nbytes: int, parts: int | tuple[int, ...]) -> list[_Part]:
+    sizes = (nbytes // parts,) * parts if isinstance(parts, int) else parts
+    if sum(sizes) != nbytes:
+        raise ConversionError(f"{nbytes} bytes cannot be filled as {len(sizes)} parts of {sum(sizes)} bytes together")
+    starts = accumulate(sizes, initial=0)
+    return [_Part(offset + start, start, size) for start, size in zip(starts, sizes, strict=False)]
