@@ -45,11 +45,13 @@ def test_an_archive_that_is_damaged_is_refused_as_the_first_would_be(tmp_path: P
     release_mappings()
 
 
-def test_indented_json_is_that_of_the_json_module() -> None:
+def test_indented_json_has_lines_as_far_down_as_it_is_asked() -> None:
     import json
 
-    value = {"a": [], "b": {}, "c": [1, 'é\n"', None, True, 1.5, [[]], {"x": [0]}], "d": {"e": {"f": -1}}, "": ("t",)}
-    assert indented(value) == json.dumps(value, indent=1)
+    value = {"a": [], "b": {}, "c": [1, 'é\n"', None, True, 1.5, [[]], {"x": [0]}], "d": {"e": {"f": -1}}, "": ["t"]}
+    assert indented(value, 9) == json.dumps(value, indent=1)
+    assert indented(value, 0) == json.dumps(value)
+    assert indented({"a": {"b": {"c": [1, 2]}}, "d": 1.5}, 2) == '{\n "a": {\n  "b": {"c": [1, 2]}\n },\n "d": 1.5\n}'
 
 
 torch_zip_read = torch_zip.read_embedded

@@ -5,8 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from megatron_converters.conversion.outline import Fill
 from megatron_converters.formats.queue.source import MemoryTensor
 from megatron_converters.storage import safetensors
 from megatron_converters.storage.output_file import OutputFile
-from tests.helpers import ROOT
+from tests.helpers import ROOT, wait_for
 from tests.tiny import piece
 
 Array = npt.NDArray[Any]
@@ -214,13 +213,6 @@ class Failing(MemoryTensor):
 
 def failing() -> Piece:
     return Piece(Failing(dtype_named("int64"), (2, 2), numbers(2, 2)), np.arange(2), 0, StoredName("here", "broken"))
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
 
 
 #: Three hundred executors, each interrupted at another moment while its main thread queues tasks.

@@ -274,12 +274,14 @@ def test_every_layout_s_names() -> None:
     assert keys_of("expert_fc1") == (
         EXPERTS + "local_experts.1.linear_fc1.weight",
         EXPERTS + "linear_fc1.weight1",
+        EXPERTS + "linear_fc1.weight",  # all of the rank's
         EXPERTS + "local_expert_5_linear_fc1_weight",
         EXPERTS + "weight1",  # all of the rank's
     )
     assert keys_of("expert_fc2") == (
         EXPERTS + "local_experts.1.linear_fc2.weight",
         EXPERTS + "linear_fc2.weight1",
+        EXPERTS + "linear_fc2.weight",
         EXPERTS + "local_expert_5_linear_fc2_weight",
         EXPERTS + "weight2",  # all of the rank's
     )

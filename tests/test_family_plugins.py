@@ -26,7 +26,7 @@ from megatron_converters.families.table import Family
 from megatron_converters.model.layouts import NAMED
 from megatron_converters.model.values import Affine
 from tests.conversions import different
-from tests.helpers import ROOT, convert, convert_back, hf_tensors, verb
+from tests.helpers import ROOT, convert, convert_back, hf_tensors, verb, wait_for
 from tests.oracle.hf import make_model
 
 NAME, ARCHITECTURE = "renamed", "RenamedForCausalLM"
@@ -401,6 +401,7 @@ def test_a_checkpoint_of_a_family_file_needs_that_file(folder: Path, file: Path,
 def test_another_family_file_does_not_go_on_where_one_has_stopped(folder: Path, file: Path, tmp_path: Path) -> None:
     def stop(done: int, total: int) -> None:
         if done > total / 2:
+            wait_for(lambda: any(out.glob(".*.incomplete/state/finished/*.json")))
             raise KeyboardInterrupt
 
     read, out = mc.ReadOptions(family_file=file), tmp_path / "out"

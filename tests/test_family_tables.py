@@ -19,7 +19,7 @@ from megatron_converters.families.registry import _MODULE_OF, families_in
 from megatron_converters.families.table import Family
 from megatron_converters.formats.huggingface.parts import HFNames, constants
 from megatron_converters.formats.megatron.names import DIALECTS, EXPERTS, name_of
-from megatron_converters.formats.megatron.options import DYNAMIC, GROUPED, SEQUENTIAL, STACKED
+from megatron_converters.formats.megatron.options import DYNAMIC, GROUPED, SEQUENTIAL, SINGLE, STACKED
 from megatron_converters.formats.queue.messages import ENTRIES, message_name, sent
 from megatron_converters.model.layers import (
     AFTER,
@@ -277,11 +277,11 @@ def test_every_slot_has_a_megatron_name_and_a_message() -> None:
     models = [*TINY_KINDS.values(), *(tiny_spec(family=name, **fields) for name in ASKED for fields in ASKED[name])]
     lacking = {layout: {*EXPERTS[SEQUENTIAL]} - {*experts} for layout, experts in EXPERTS.items()}
     biases = {"expert_fc1_bias", "expert_fc2_bias"}
-    assert lacking == {SEQUENTIAL: set(), GROUPED: set(), DYNAMIC: biases, STACKED: biases}
+    assert lacking == {SEQUENTIAL: set(), GROUPED: set(), SINGLE: set(), DYNAMIC: biases, STACKED: biases}
     for dialect, layout in itertools.product(DIALECTS.values(), EXPERTS):
         table = {**dialect, **EXPERTS[layout]}
         assert table.keys() == SLOTS.keys() - lacking[layout]
-        stacked = EXPERTS[STACKED].items()
+        in_one = EXPERTS[STACKED].items() | EXPERTS[SINGLE].items()
         for spec in models:
             for kind, stack, held in together(spec):
                 stored = [ref.slot for ref in held if ref.slot.name not in lacking[layout]]
@@ -290,7 +290,7 @@ def test_every_slot_has_a_megatron_name_and_a_message() -> None:
                 for slot, name in names.items():
                     assert ("{layer}" in name) == (slot.scope in (Scope.LAYER, Scope.MTP))
                     assert ("expert}" in name) == (
-                        slot.expert and (slot.name, name_of(table, slot.name, kind, DECODER)) not in stacked
+                        slot.expert and (slot.name, name_of(table, slot.name, kind, DECODER)) not in in_one
                     )
     assert {slot for slot, entry in ENTRIES.items() if entry.stacked} == {*EXPERTS[SEQUENTIAL]}
     for spec in models:

@@ -22,7 +22,7 @@ from megatron_converters.basics.errors import Stopped
 from megatron_converters.cli import interrupts
 from megatron_converters.conversion.copying import Executor
 from megatron_converters.storage import flushing
-from tests.helpers import CONVERT, ROOT, convert, file_bytes, succeeded, verb
+from tests.helpers import CONVERT, ROOT, convert, file_bytes, succeeded, verb, wait_for
 from tests.test_resume import not_a_model, site
 
 HFModel = Callable[..., Path]
@@ -62,6 +62,8 @@ if stage == "committing":
     Staging.move_to = held(Staging.move_to, True)
 if stage == "copying":
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # so that files are filled one after the other
+    from megatron_converters.conversion import copying
+    copying._SMALL_BYTES = -1  # by a lane: the thread that plans must see what happens to others
     real = os.pwrite
     def pwrite(*args):
         time.sleep(0.002)
@@ -134,13 +136,6 @@ class Held:
         if self.group():
             os.killpg(self.pid, signal.SIGKILL)
         self._process.wait()
-
-
-def wait_for(condition: Callable[[], bool], seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"not within {seconds} s"
-        time.sleep(0.02)
 
 
 class Jobs:

@@ -466,6 +466,8 @@ def test_a_sink_need_not_be_a_file() -> None:
             assert start == len(self.found.setdefault(name, bytearray()))
             self.found[name] += data.tobytes()
 
+        def writeback(self) -> None: ...
+
         def claim(self) -> bool:
             return len(self.found.get("t", b"")) == 12
 

@@ -94,7 +94,7 @@ def one_line(value: object) -> str:
     except (RecursionError, ValueError):  # lists that contain themselves; integers of more digits than Python converts
         text = f"a {type(value).__name__}"
     shown = text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}…"
-    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in shown)
+    return shown if shown.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in shown)
 
 
 def raise_all(what: str, problems: Iterable[str], limit: int = 50, remedy: str | None = None) -> None:

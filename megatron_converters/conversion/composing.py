@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
 from itertools import islice, pairwise
@@ -77,6 +77,9 @@ def _reads(kind: type) -> bool:
     return hasattr(kind, "read")
 
 
+_MATRIX = 2  # dimensions
+
+
 @lru_cache(maxsize=1024)
 def as_matrix(shape: tuple[int, ...]) -> tuple[int, int]:
     """Shape as (rows, columns), which are the product of all further dimensions; a vector has one column."""
@@ -114,8 +117,8 @@ class Piece:
 
     def matrix(self) -> npt.NDArray[Any]:
         """View of a tensor that is not decoded, as rows and columns."""
-        array: npt.NDArray[Any] = cast(TensorData, self.data).array().reshape(as_matrix(self.data.shape))
-        return array
+        array: npt.NDArray[Any] = cast(TensorData, self.data).array()
+        return array if array.ndim == _MATRIX else array.reshape(as_matrix(self.data.shape))
 
     @property
     def is_stored(self) -> bool:
@@ -215,7 +218,7 @@ class Gather(NamedTuple):
 
 #: Whether each row of a target is meant.
 Mask = npt.NDArray[np.bool_]
-#: Maximum number of cached look-ups. A model has some hundred distinct ones; the bound limits memory if one has more.
+#: Maximum number of cached look-ups, and of plans. A model has some hundred distinct ones; the bound limits memory if one has more.
 _MAX_LOOKUPS = 4096
 
 
@@ -225,27 +228,32 @@ class Planner:
 
     _covers: dict[Any, Any] = field(default_factory=dict)
     _lookups: dict[Any, Any] = field(default_factory=dict)
+    #: By what decides it, for each gather of a target the number of its piece and its other fields; and what keeps ids valid.
+    _plans: dict[Any, tuple[list[tuple[int, tuple[Any, ...]]], Any]] = field(default_factory=dict)
 
     def check_cover(self, ref: Ref, spec: ModelSpec, sources: Sources) -> None:
         """Check that every element of the slot is in exactly one piece and that the pieces share one dtype.
 
         Raises `ConversionError`.
         """
-        dtypes = sorted({str(piece.data.dtype) for piece in sources.pieces})
+        dtypes = {piece.data.dtype for piece in sources.pieces}
         if len(dtypes) != 1:
             raise ConversionError(
-                f"{ref}: its parts have {len(dtypes)} dtypes ({', '.join(dtypes) or 'no parts'}); all must have the same"
+                f"{ref}: its parts have {len(dtypes)} dtypes ({', '.join(sorted(map(str, dtypes))) or 'no parts'}); all must have "
+                "the same"
             )
         shape = ref.matrix(spec)
-        key = (shape, *((id(piece.rows), piece.col, piece.cols) for piece in sources.pieces))
+        key = shape, _places(sources.pieces)
         if key not in self._covers:
             _check_counts(ref, shape, sources.pieces)
             self._covers[key] = [piece.rows for piece in sources.pieces]  # holding the maps keeps their ids valid
 
     def compose_fill(self, fill: Fill, pieces: Sequence[Piece]) -> list[Gather]:
         """Gathers from each piece to a fill."""
+        if not fill.swapped:
+            return self.compose(fill.rows, fill.col, as_matrix(fill.shape)[1], pieces, fill.value, fill.only)
         return [
-            gather.shifted(first) if fill.swapped else gather
+            gather.shifted(first)
             for first, col, cols in fill.spans
             for gather in self.compose(fill.rows, col, cols, pieces, fill.value, fill.only)
         ]
@@ -255,7 +263,7 @@ class Planner:
         rows: RowMap,
         col: int,
         cols: int,
-        pieces: Iterable[Piece],
+        pieces: Sequence[Piece],
         value: Affine | None = None,
         only: Mask | None = None,
     ) -> list[Gather]:
@@ -263,8 +271,20 @@ class Planner:
 
         The target's elements are `value` of the slot's, of all its rows or those where `only` is true.
         """
-        gathers: list[Gather] = []
-        for piece in pieces:
+        key = id(rows), col, cols, value, id(only), _places(pieces)
+        plan = self._plans.get(key)
+        if plan is None:
+            if len(self._plans) >= _MAX_LOOKUPS:
+                self._plans.clear()
+            found = list(self._gathers(rows, col, cols, pieces, value, only))
+            plan = self._plans[key] = found, (rows, only, [piece.rows for piece in pieces])
+        return [Gather(pieces[number], *rest) for number, rest in plan[0]]
+
+    def _gathers(
+        self, rows: RowMap, col: int, cols: int, pieces: Sequence[Piece], value: Affine | None, only: Mask | None
+    ) -> Iterator[tuple[int, tuple[Any, ...]]]:
+        """Number of the piece of each gather, and the gather's other fields."""
+        for number, piece in enumerate(pieces):
             left, right = max(col, piece.col), min(col + cols, piece.col + piece.cols)
             if left >= right:
                 continue
@@ -274,8 +294,8 @@ class Planner:
             source_cols = slice(left - piece.col, right - piece.col)
             target_cols = slice(left - col, right - col)
             gather = Gather(piece, found, source_cols, target_cols, right - left == cols == piece.cols, value)
-            gathers += [gather] if only is None or value is None else gather.divided(only)
-        return gathers
+            for part in [gather] if only is None or value is None else gather.divided(only):
+                yield number, part[1:]
 
     def _look_up(self, wanted: RowMap, stored: RowMap) -> Lookup | None:
         """Stored row of each wanted row of the slot, -1 where it is not stored; None if none is."""
@@ -291,6 +311,11 @@ class Planner:
             self._lookups[key] = (Lookup(found) if bool((found >= 0).any()) else None, wanted, stored)
         result: Lookup | None = self._lookups[key][0]
         return result
+
+
+def _places(pieces: Sequence[Piece]) -> tuple[tuple[int, int, tuple[int, ...]], ...]:
+    """What decides of which elements of a slot pieces are."""
+    return tuple([(id(piece.rows), piece.col, piece.data.shape) for piece in pieces])
 
 
 def coverage(shape: tuple[int, int], parts: Sequence[tuple[RowMap, int, int]]) -> Iterator[tuple[int, int, RowMap]]:

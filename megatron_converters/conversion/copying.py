@@ -52,6 +52,10 @@ class Sink(Protocol):
         """
         ...
 
+    def writeback(self) -> Callable[[], None] | None:
+        """Return what begins to write to a disk, where much waits for that; it may take long, and is called soon, by any thread."""
+        ...
+
     def claim(self) -> bool:
         """Whether the caller must complete the sink: true once all of its tensors are written, for the first caller only."""
         ...
@@ -112,9 +116,10 @@ class Executor(Generic[S]):
         if math.prod(fill.shape) * fill.dtype.itemsize > _SMALL_BYTES:
             self._submit(self._next_lane(file), lambda: self._fill(file, fill, gathers))
             return
+        self._check()
         self._raise_failure()
-        self._write(file, fill, gathers)
-        if file.claim():  # what follows waits for the disk
+        self._write(file, fill, gathers, lambda task: self._submit(self._next_lane(file), task))
+        if file.claim():
             self._submit(self._next_lane(file), lambda: self._filled(file))
 
     def _next_lane(self, file: S) -> int:
@@ -128,6 +133,7 @@ class Executor(Generic[S]):
         """Queue a check that a replica equals the pieces bit for bit; `what` names the ref in the message."""
         gathers = self.planner.compose(replica.rows, replica.col, replica.cols, pieces)
         if math.prod(replica.data.shape) * replica.data.dtype.itemsize <= _SMALL_BYTES:
+            self._check()
             self._raise_failure()
             self._compare(replica, gathers, what)
             return
@@ -197,12 +203,14 @@ class Executor(Generic[S]):
             self._stopped = True
 
     def _fill(self, file: S, fill: Fill, gathers: Sequence[Gather]) -> None:
-        self._write(file, fill, gathers)
+        self._write(file, fill, gathers, lambda task: task())
         if file.claim():
             self._filled(file)
 
-    def _write(self, file: S, fill: Fill, gathers: Sequence[Gather]) -> None:
-        """Write one fill."""
+    def _write(
+        self, file: S, fill: Fill, gathers: Sequence[Gather], waiting: Callable[[Callable[[], None]], None]
+    ) -> None:
+        """Write one fill; `waiting` runs what waits for the disk, in a lane."""
         shape = as_matrix(fill.shape)
         chunks = transposed_chunks if fill.transposed else gather_chunks
         line_bytes = shape[0 if fill.transposed else 1] * fill.dtype.itemsize
@@ -213,6 +221,9 @@ class Executor(Generic[S]):
                 return
             file.write(fill.name, fill.start + line * line_bytes, chunk)
             self._progress(chunk.nbytes)
+            writeback = file.writeback()
+            if writeback is not None:
+                waiting(writeback)
 
     def _expect(self, fill: Fill, gathers: Sequence[Gather], what: str) -> None:
         dtype = gathers[0].source.data.dtype  # rounding could make a value the constant

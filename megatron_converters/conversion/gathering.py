@@ -6,7 +6,7 @@ On the way elements may be decoded (`Reader`), computed (`Affine`) and cast; non
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -51,7 +51,7 @@ def gather_chunks(
         if direct is None:
             buffer = np.empty((min(step, rows), cols), dtype.carrier) if buffer is None else buffer
             direct = buffer[: stop - start]
-            copied = sum(supply.copy_rows(direct, start, stop, lost) for supply in supplies)
+            copied = sum([supply.copy_rows(direct, start, stop, lost) for supply in supplies])
             expected = cols * (stop - start if wanted is None else int(np.count_nonzero(wanted[start:stop] >= 0)))
             if copied != expected:
                 raise ConversionError(
@@ -95,15 +95,18 @@ def _columns(gather: Gather, start: int, stop: int) -> Iterator[Gather]:
 
 
 class _Supply(NamedTuple):
-    """Gather, what is computed on the way, and a view of the piece at the gather's columns, or what decodes it."""
+    """Gather, what is computed on the way, and a view of the piece at the gather's columns, or what decodes it.
+
+    The computation is None where a view's elements are copied as they are.
+    """
 
     gather: Gather
-    computation: Computation
+    computation: Computation | None
     data: Array | Reader
 
     def copy_rows(self, target: Array, start: int, stop: int, lost: Callable[[int], None] | None) -> int:
         """Copy rows `start` to `stop` of the target into `target`, which holds these; returns the number of elements copied."""
-        target = target[:, self.gather.target_cols]
+        target = _columns_of(target, self.gather.target_cols)
         width = int(target.shape[1])
         found = self.gather.lookup.runs(start, stop)
         if found is None:
@@ -113,30 +116,44 @@ class _Supply(NamedTuple):
             self._compute(wanted[chosen], elements, lost)
             target[chosen] = elements
             return elements.size
+        rows = 0
         for position, first, length in found:
             self._compute(slice(first, first + length), target[position : position + length], lost)
-        return sum(length for _, _, length in found) * width
+            rows += length
+        return rows * width
 
     def _compute(self, rows: slice | RowMap, target: Array, lost: Callable[[int], None] | None) -> None:
         """Write what these rows of the piece become."""
-        cols, computation = self.gather.source_cols, self.computation
-        if isinstance(self.data, np.ndarray):
-            part = self.data[rows]
+        data, cols, computation = self.data, self.gather.source_cols, self.computation
+        if computation is None:
+            target[...] = cast(Array, data)[rows]
+            return
+        if isinstance(data, np.ndarray):
+            part = data[rows]
         elif computation.copies:
-            self.data.read(rows, cols, computation.target, target)
+            data.read(rows, cols, computation.target, target)
             return
         else:
-            part = self.data.read(rows, cols, computation.read)
+            part = data.read(rows, cols, computation.read)
         computation.apply(part, target)
-        if lost is not None and self.computation.value is not None:
-            lost(self.computation.count_lost(part, target))
+        if lost is not None and computation.value is not None:
+            lost(computation.count_lost(part, target))
 
 
 def _supply(gather: Gather, dtype: DType, value: Affine | None) -> _Supply:
     """Supply of a target of this dtype, whose elements are `value` of the slot's."""
     piece = gather.source
-    data = piece.reader or piece.matrix()[:, gather.source_cols]
-    return _Supply(gather, Computation.of(piece, dtype, composed(gather.value, value)), data)
+    if gather.value is None and value is None and piece.is_stored and piece.data.dtype is dtype:  # most: the short way
+        return _Supply(gather, None, _columns_of(piece.matrix(), gather.source_cols))
+    computation = Computation.of(piece, dtype, composed(gather.value, value))
+    if piece.reader is not None:
+        return _Supply(gather, computation, piece.reader)
+    return _Supply(gather, None if computation.copies else computation, _columns_of(piece.matrix(), gather.source_cols))
+
+
+def _columns_of(matrix: Array, cols: slice) -> Array:
+    """Columns of a matrix; itself where they are all."""
+    return matrix if cols.stop - cols.start == matrix.shape[1] else matrix[:, cols]
 
 
 def _direct(supplies: Sequence[_Supply], start: int, stop: int) -> Array | None:
@@ -144,7 +161,7 @@ def _direct(supplies: Sequence[_Supply], start: int, stop: int) -> Array | None:
     if len(supplies) != 1:
         return None
     gather, computation, source = supplies[0]
-    if not isinstance(source, np.ndarray) or not gather.whole_width or not computation.copies:
+    if not isinstance(source, np.ndarray) or not gather.whole_width or computation is not None:
         return None
     found = gather.lookup.runs(start, stop)
     if not found or found[0][2] != stop - start:

@@ -25,15 +25,16 @@ from ..basics.errors import ConversionError, raise_all, reason_of
 from ..basics.json_values import differences, finite, indented
 from ..basics.quantities import count
 from ..model.layouts import RowMap
-from ..model.slots import Ref
 from ..storage.checksum import digest
 from ..storage.tensor import MemoryTensor, StoredTensor
-from .composing import Gather
+from .composing import Gather, Lookup
 from .computing import Computation
 from .outline import Fill, Outline
 from .staging import Staging, unfinished_in, write_text
 
 MANIFEST = "conversion.json"
+#: Levels of a manifest whose items have lines of their own: entries, files, entries of a file, tensors.
+_LEVELS = 4
 #: Manifest key of the digest of all other entries.
 _DIGEST_KEY = "digest"
 _RUN, _COMPLETE, _CLEARED, _FINISHED = "run.json", "complete", "cleared", "finished"
@@ -51,7 +52,7 @@ _RESULT_KEYS = ("outside", "tensors")
 
 #: Manifest entries of one file, by tensor.
 Entries = dict[str, dict[str, Any]]
-#: Texts about row maps kept at most. A model has some hundred distinct ones; the bound limits memory if one has more.
+#: Texts about what gathers take kept at most. A model has some hundred distinct ones; the bound limits memory if one has more.
 _MAX_TEXTS = 4096
 
 
@@ -84,22 +85,26 @@ class Provenance:
         self._lock = threading.Lock()
         #: By file and tensor, the number of computed elements from which their stored bits cannot be computed again.
         self._lost: dict[str, Counter[str]] = {}
-        #: Texts by the id of the row map and the row count. Layers share their maps; holding a map keeps its id valid.
-        self._texts: dict[tuple[int, int], tuple[str, RowMap]] = {}
+        #: Texts by the id of the look-up, the piece's shape and the columns. Layers share look-ups; holding one keeps its id valid.
+        self._texts: dict[tuple[int, tuple[int, ...], int, int], tuple[str, Lookup]] = {}
 
-    def add_fill(self, ref: Ref, fill: Fill, gathers: Sequence[Gather]) -> None:
-        """Add one fill and what its sources give to it."""
+    def add_fill(self, held: str, fill: Fill, gathers: Sequence[Gather]) -> None:
+        """Add one fill of the ref of the text `held`, and what its sources give to it."""
         entries = self._files.setdefault(fill.file, {})
-        entry = entries.setdefault(fill.name, {"holds": [], "from": {}, "dtype": str(fill.dtype)})
-        entry["holds"].append(str(ref))
+        entry = entries.get(fill.name)
+        if entry is None:
+            entry = entries[fill.name] = {"holds": [], "from": {}, "dtype": fill.dtype.name}
+        entry["holds"].append(held)
         origins, casts = entry["from"], set()
         for gather in gathers:
             piece = gather.source
-            name, *others = map(str, piece.names)
+            stored = piece.is_stored
+            name, *others = [str(piece.name)] if stored else map(str, piece.names)
             part, known = self._range_text(gather), origins.get(name)
             origins[name] = part if known is None else f"{known}; {part}"
-            origins.update(dict.fromkeys(others, f"with {piece.name.tensor}"))
-            if gather.value is not None or not piece.is_stored:
+            if others:
+                origins.update(dict.fromkeys(others, f"with {piece.name.tensor}"))
+            if gather.value is not None or not stored:
                 self._add_computed(entry, Computation.of(piece, fill.dtype, gather.value).described())
             if piece.data.dtype is not fill.dtype and Computation.of(piece, fill.dtype, gather.value).is_cast:
                 casts.add(str(piece.data.dtype))
@@ -139,18 +144,17 @@ class Provenance:
 
     def _range_text(self, gather: Gather) -> str:
         """Text for the rows and columns that a gather takes from its piece, and whether they keep their order."""
-        rows, cols = self._rows_text(gather.rows, gather.source.data.shape[0]), gather.source_cols
-        whole = (cols.start, cols.stop) == (0, gather.source.cols)
-        return rows if whole else f"{rows}, columns {cols.start}-{cols.stop - 1}"
-
-    def _rows_text(self, rows: RowMap, count: int) -> str:
-        """Text for the rows that a row map takes of `count` rows."""
-        key = (id(rows), count)
-        if key not in self._texts:
+        shape, cols = gather.source.data.shape, gather.source_cols
+        key = id(gather.lookup), shape, cols.start, cols.stop
+        known = self._texts.get(key)
+        if known is None:
             if len(self._texts) >= _MAX_TEXTS:
                 self._texts.clear()
-            self._texts[key] = _describe_rows(rows, count), rows
-        return self._texts[key][0]
+            rows = _describe_rows(gather.rows, shape[0])
+            whole = (cols.start, cols.stop) == (0, gather.source.cols)
+            text = rows if whole else f"{rows}, columns {cols.start}-{cols.stop - 1}"
+            known = self._texts[key] = text, gather.lookup
+        return known[0]
 
 
 def _describe_rows(rows: RowMap, count: int) -> str:
@@ -385,7 +389,7 @@ def size_of(path: Path) -> int:
 
 
 def _write(path: Path, value: Any) -> None:
-    write_text(path, indented(value) + "\n")  # in ASCII, since a path may not be valid UTF-8
+    write_text(path, indented(value, _LEVELS) + "\n")  # in ASCII, since a path may not be valid UTF-8
 
 
 def _read(path: Path) -> dict[str, Any] | None:

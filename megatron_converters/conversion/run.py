@@ -211,13 +211,14 @@ class _Run:
         """Queue what these files have of a ref. Nothing of it is held afterwards: a source may wait until it is written."""
         sources = self._source.read(ref)
         executor.check(ref, self._source.spec, sources, replicas=replicas)
+        held = str(ref)
         for fill in self._target.fills(ref):
             if fill.constant is not None:
                 if replicas:
-                    executor.expect(fill, sources.pieces, str(ref))
+                    executor.expect(fill, sources.pieces, held)
             elif fill.file in mine:
                 gathers = executor.plan(fill, sources.pieces)
-                self._provenance.add_fill(ref, fill, gathers)
+                self._provenance.add_fill(held, fill, gathers)
                 executor.fill(self._file(fill.file), fill, gathers)
 
     def _file(self, path: str) -> OutputFile:

@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -188,6 +188,7 @@ def count_parameters(spec: ModelSpec) -> Parameters:
 
 def _holdings(source: Source) -> Iterator[Holding]:
     folder = folder_of(source.origin.described)
+    shown = cache(partial(os.path.relpath, start=folder))  # a few files hold many tensors
     for ref in refs(source.spec):
         sources = source.read(ref)
         first_name = sources.pieces[0].name.tensor
@@ -199,7 +200,7 @@ def _holdings(source: Source) -> Iterator[Holding]:
             slot = _OUTPUT if is_copy and ref.slot.name == _EMBEDDINGS and name != first_name else ref.slot.name
             padding = int(np.count_nonzero(piece.rows < 0)) if ref.slot.vocab else 0
             for stored, data in _stored(piece).items():
-                place = os.path.relpath(data.path, folder), stored, ref, slot
+                place = shown(data.path), stored, ref, slot
                 yield Holding(*place, data.dtype, data.shape, padding if stored == name else 0, is_copy)
 
 

@@ -13,8 +13,8 @@ from ..basics.dtypes import BY_NAME, DType
 from ..basics.errors import ConversionError
 from ..conversion.accounting import gaps_and_overlaps
 from ..formats.megatron.names import EXTRA_STATE_SUFFIX
-from ..formats.megatron.options import STACKED
-from ..formats.megatron.rank_files import STACKED_SUFFIXES
+from ..formats.megatron.options import SINGLE, STACKED
+from ..formats.megatron.shared_tensors import SINGLE_SUFFIXES, STACKED_SUFFIXES
 from ..model.slots import refs
 from .layout import Key, LiveLayout, Naming
 
@@ -23,6 +23,11 @@ Parameters = dict[Key, torch.Tensor]
 #: Marks of Transformer Engine's layers: norms that are part of the next linear layer.
 _FUSED_NORM = ".layer_norm_weight"
 _GROUPED_EXPERT = ".experts.linear_fc1.weight0"
+#: Layouts of experts in one tensor, the ends of its names, and the argument that makes a model have it.
+_IN_ONE_TENSOR = (
+    (STACKED, STACKED_SUFFIXES, "moe_use_legacy_grouped_gemm"),
+    (SINGLE, SINGLE_SUFFIXES, "moe_single_grouped_weight"),
+)
 
 
 def unwrapped(model: Any) -> list[torch.nn.Module]:
@@ -54,11 +59,11 @@ def parameters_of(models: Sequence[torch.nn.Module]) -> Parameters:
 def naming_of(parameters: Parameters) -> Naming:
     """Names that these parameters have."""
     names = [key.parameter for key in parameters]
-    if any(name.endswith(STACKED_SUFFIXES) for name in names):
-        raise ConversionError(
-            f"the model holds {STACKED} experts (moe_use_legacy_grouped_gemm), which is not supported live; build it with "
-            "moe_use_legacy_grouped_gemm=False"
-        )
+    for layout, suffixes, argument in _IN_ONE_TENSOR:
+        if any(name.endswith(suffixes) for name in names):
+            raise ConversionError(
+                f"the model holds {layout} experts ({argument}), which is not supported live; build it with {argument}=False"
+            )
     engine = any(name.endswith(_FUSED_NORM) for name in names)
     grouped = any(name.endswith(_GROUPED_EXPERT) for name in names)
     return Naming("transformer_engine" if engine else Naming.impl, "grouped" if grouped else Naming.expert_layout)
@@ -135,6 +140,9 @@ class ParameterSink:
         else:
             target.copy_(torch.from_numpy(flat.copy()))  # copied, since torch warns of memory that must not be written
         self._written[name].append((start, stop))
+
+    def writeback(self) -> None:
+        """None: no disk is written to."""
 
     def claim(self) -> bool:
         """Whether the caller must complete the sink, which needs nothing."""

@@ -11,7 +11,7 @@ import torch
 
 from ..assets.capacity_bins import CAPACITY_BINS
 from ..formats.megatron.names import EXPERTS, EXTRA_STATE_SUFFIX, LOCAL, keys, name_of
-from ..formats.megatron.options import STACKED
+from ..formats.megatron.options import SINGLE, STACKED
 from ..model.slots import SLOTS, Shard, refs
 from ..model.spec import ModelSpec
 from ..sharding.ranks import Parallel, Rank, locations
@@ -19,6 +19,8 @@ from ..sharding.ranks import Parallel, Rank, locations
 State = dict[str, torch.Tensor]
 _SEQUENTIAL = EXPERTS["sequential"]
 _NAMES = {**LOCAL, **_SEQUENTIAL}
+#: Slots of experts that are no biases.
+_MATRICES = EXPERTS[STACKED]
 
 
 def with_local_names(state: State, spec: ModelSpec, parallel: Parallel, rank: Rank, stage: int) -> State:
@@ -33,10 +35,22 @@ def with_local_names(state: State, spec: ModelSpec, parallel: Parallel, rank: Ra
         if not key.endswith(EXTRA_STATE_SUFFIX) and not CAPACITY_BINS.fullmatch(key)
     }
     _unstack(renamed, spec, parallel, stage)
+    _split_single(renamed, spec.num_experts // parallel.ep)
     for stored, wanted in _name_pairs(spec, parallel, rank, stage):
         if stored in renamed and wanted not in renamed:
             renamed[wanted] = renamed.pop(stored)
     return renamed
+
+
+def _split_single(state: State, experts: int) -> None:
+    """Replace each tensor of all experts of a rank by views of the single experts (see `SINGLE`)."""
+    for slot, name in EXPERTS[SINGLE].items():
+        end, own = (template.rpartition("layers.{layer}")[2] for template in (name, _SEQUENTIAL[slot]))
+        for key in [key for key in state if key.endswith(end)]:
+            whole = state.pop(key)
+            members = whole.reshape(experts, -1, *whole.shape[-1:]) if slot in _MATRICES else whole.reshape(experts, -1)
+            prefix = key.removesuffix(end)
+            state |= {prefix + own.format(expert=number): one for number, one in enumerate(members)}
 
 
 def _unstack(state: State, spec: ModelSpec, parallel: Parallel, stage: int) -> None:

@@ -361,6 +361,12 @@ def refs(spec: ModelSpec) -> Iterator[Ref]:
 
     Layers of multi-token prediction come after the others.
     """
+    if not spec.addresses:
+        spec.addresses[:] = _refs(spec)  # at once, since threads may ask at the same time
+    return iter(spec.addresses)
+
+
+def _refs(spec: ModelSpec) -> Iterator[Ref]:
     held = [[slot for slot in _ALL if slot.extent(spec, kind) is not None] for kind in spec.kinds]
     experts = {number: range(spec.num_experts) for number, kind in enumerate(spec.kinds) if kind.is_moe}
     first = held[0]

@@ -154,6 +154,11 @@ class ModelSpec:
         return {}
 
     @cached_property
+    def addresses(self) -> list[Any]:
+        """All refs of the model, once `slots.refs` has made them; they are gone through a dozen times."""
+        return []
+
+    @cached_property
     def used(self) -> tuple[Layer, ...]:
         """Kinds that layers have, those of multi-token prediction among them."""
         return tuple(self.kinds[number] for number in dict.fromkeys((*self.order, *self.mtp)))

@@ -176,19 +176,27 @@ class _Reader:
     def _fields(self, value: Any, *names: str, optional: bool = False) -> list[Any]:
         """Attributes of a stand-in; absent ones are None if they are `optional`."""
         state = value.state if isinstance(value, StandIn) else None
-        if not isinstance(state, dict) or not (optional or all(name in state for name in names)):
-            kind = getattr(value, "qualname", type(value).__name__)
-            raise self._damaged(f"a {kind} has no {' or no '.join(names)}")
-        return [state.get(name) for name in names]
+        if isinstance(state, dict):
+            try:
+                return [state[name] for name in names]
+            except KeyError:
+                if optional:
+                    return [state.get(name) for name in names]
+        kind = getattr(value, "qualname", type(value).__name__)
+        raise self._damaged(f"a {kind} has no {' or no '.join(names)}")
 
     def _check_name(self, key: Any) -> None:
         if not is_name(key):
             raise self._damaged(f"it lists {one_line(key)} as a name")
 
     def _numbers(self, values: Any, key: Any) -> tuple[int, ...]:
-        if type(values) is not tuple or not all(type(value) is int and 0 <= value < _TOO_LARGE for value in values):
-            raise self._damaged(f"{key} has a {type(values).__name__} where it should have whole numbers")
-        return values
+        if type(values) is tuple:
+            for value in values:
+                if type(value) is not int or not 0 <= value < _TOO_LARGE:
+                    break
+            else:
+                return values
+        raise self._damaged(f"{key} has a {type(values).__name__} where it should have whole numbers")
 
     def _damaged(self, fault: str) -> ConversionError:
         return ConversionError(f"{self._where} is damaged or not the index of a distributed checkpoint: {fault}")

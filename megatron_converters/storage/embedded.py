@@ -38,11 +38,13 @@ class EmbeddedTensors:
         """Object of an archive inside a file, `nbytes` bytes from byte `start` on, as `torch_zip.read_embedded` gives it."""
         content, alike = mapped(path), self._known.setdefault(nbytes, [])
         for known in alike:
-            if all(content[start + at : start + at + len(data)] == data for at, data in known.consulted):
+            for at, data in known.consulted:
+                if content[start + at : start + at + len(data)] != data:
+                    break
+            else:
                 tensor = known.tensor
-                return StoredTensor(
-                    path, start + tensor.offset - known.start, tensor.dtype, tensor.shape, tensor.strides
-                )
+                offset = start + tensor.offset - known.start
+                return StoredTensor(path, offset, tensor.dtype, tensor.shape, tensor.strides)
         found = torch_zip.read_embedded(path, start, nbytes)
         if isinstance(found, StoredTensor) and len(alike) < _MAX_KNOWN:
             with open_source(path) as file:

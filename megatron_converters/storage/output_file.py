@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import threading
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import accumulate
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -34,7 +37,8 @@ class FileLayout:
     `trailer` gives, by name and CRC-32, the bytes between a tensor and the next one, where they follow from these, as in `finish`.
     They are written with the tensor, since a page that the disk has taken already would have to be read and written again.
     `structure` is a digest of all that decides that rest, except the checksums: names, shapes, dtypes, arguments.
-    `parts` gives the number of equal, consecutive parts of tensors whose parts are filled independently.
+    `parts` gives the parts of tensors whose parts are filled independently, which follow each other: their number if they are
+    equally large, else the bytes of each.
     `shapes` gives the shape of each tensor as stored in the file.
     """
 
@@ -42,7 +46,7 @@ class FileLayout:
     regions: Mapping[str, tuple[int, int]]
     finish: Callable[[Mapping[str, int]], Writes]
     structure: str
-    parts: Mapping[str, int] = field(default_factory=dict)
+    parts: Mapping[str, int | tuple[int, ...]] = field(default_factory=dict)
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     trailer: Callable[[str, int], bytes] = lambda name, crc: b""
 
@@ -67,6 +71,9 @@ class _Part:
     crc: int = 0
 
 
+_START = attrgetter("start")
+
+
 class OutputFile:
     """A file being filled: `write` every tensor, then `close`; or `discard` it."""
 
@@ -82,7 +89,8 @@ class OutputFile:
         # Without it the system makes the writers of one file spin while they wait; blocked threads leave the CPU to others.
         self._write_lock = threading.Lock()
         self._claimed = False
-        self._pending = (self.nbytes, 0, 0)  # first offset, end and bytes written since the last writeback
+        self._none_pending = (self.nbytes, 0, 0)
+        self._pending = self._none_pending  # first offset, end and bytes written since the last writeback
         self._fd = -1
         #: Digest of the bytes outside the tensors, in file order, once the file is complete. Unlike a layout's `structure`, it can
         #: be computed from the file, since a zip's directory repeats its tensors' checksums.
@@ -104,20 +112,21 @@ class OutputFile:
         parts = self._tensors.get(name)
         if parts is None:
             raise ConversionError(f"{self.path} was laid out without a tensor called {name}")
-        if data.nbytes == 0:
+        nbytes = data.nbytes
+        if nbytes == 0:
             return
-        part = parts[min(start // max(parts[0].nbytes, 1), len(parts) - 1)]
-        stop = start + data.nbytes
-        if start != part.start + part.filled or stop > part.start + part.nbytes:
+        part = parts[0] if len(parts) == 1 else parts[max(bisect_right(parts, start, key=_START) - 1, 0)]
+        filled, stop = part.filled, start + nbytes
+        if start != part.start + filled or stop > part.start + part.nbytes:
             raise ConversionError(
                 f"{self.path}: bytes {start} to {stop} of {name} do not follow the "
-                f"{part.start + part.filled} bytes written before, or exceed its {part.start + part.nbytes}"
+                f"{part.start + filled} bytes written before, or exceed its {part.start + part.nbytes}"
             )
         # Viewed as bytes: numpy exports no buffer of unaligned elements, which embedded archives contain.
         view = data.cast("B") if isinstance(data, memoryview) else data.reshape(-1).view(_BYTE).data
-        offset = part.offset + part.filled
+        offset = part.offset + filled
         part.crc = crc32(view, part.crc)
-        part.filled += data.nbytes
+        part.filled = filled + nbytes
         complete = part.filled == part.nbytes
         # The parts of a tensor may be completed at the same time.
         trailer = self._layout.trailer(name, part.crc) if complete and len(parts) == 1 else b""
@@ -125,17 +134,30 @@ class OutputFile:
             with self._write_lock:
                 for content, place in _writes(view, trailer, offset):
                     self._pwrite(content, place)
-                span = self._pending_span(offset, data.nbytes)
-            if span is not None:
-                # On Linux this starts to write dirty pages without waiting; pages that are being written stay in memory.
-                os.posix_fadvise(self._fd, *span, os.POSIX_FADV_DONTNEED)
+                self._add_pending(offset, nbytes)
         except OSError as error:
             raise self._disk_error(name, error) from error
         if complete:
             with self._state_lock:
                 self._open_parts -= 1
                 if trailer:
-                    self._trailed.add(offset + data.nbytes)
+                    self._trailed.add(offset + nbytes)
+
+    def writeback(self) -> Callable[[], None] | None:
+        """Return what begins to write to the disk the bytes that wait for it, once they are many; it may wait for the disk."""
+        if self._pending[2] < _WRITEBACK_BYTES or not hasattr(os, "posix_fadvise"):
+            return None
+        with self._write_lock:
+            (first, end, _), self._pending = self._pending, self._none_pending
+        return lambda: self._write_back(first, end)
+
+    def _write_back(self, first: int, end: int) -> None:
+        """Begin to write dirty pages, as Linux does here; those that are being written stay in memory."""
+        try:
+            if self._fd >= 0 and first < end:
+                os.posix_fadvise(self._fd, first, end - first, os.POSIX_FADV_DONTNEED)
+        except OSError as error:
+            raise self._disk_error("its tensors", error) from error
 
     @property
     def closed(self) -> bool:
@@ -144,9 +166,11 @@ class OutputFile:
 
     def claim(self) -> bool:
         """Whether the caller must close the file: true once all tensors are complete, for the first caller only."""
+        if self._open_parts:
+            return False
         with self._state_lock:
-            first = self._open_parts == 0 and not self._claimed
-            self._claimed = self._claimed or first
+            first = not self._claimed
+            self._claimed = True
         return first
 
     def checksums(self) -> dict[str, int]:
@@ -195,13 +219,10 @@ class OutputFile:
         while done < len(view):
             done += os.pwrite(self._fd, view[done:], offset + done)
 
-    def _pending_span(self, offset: int, nbytes: int) -> tuple[int, int] | None:
-        """First offset and bytes of what is to go to the disk now: something after every `_WRITEBACK_BYTES`, else None."""
+    def _add_pending(self, offset: int, nbytes: int) -> None:
         first, end, count = self._pending
-        first, end, count = min(first, offset), max(end, offset + nbytes), count + nbytes
-        full = count >= _WRITEBACK_BYTES
-        self._pending = (self.nbytes, 0, 0) if full else (first, end, count)
-        return (first, end - first) if full and hasattr(os, "posix_fadvise") else None
+        stop = offset + nbytes
+        self._pending = offset if offset < first else first, stop if stop > end else end, count + nbytes
 
     def _disk_error(self, what: str, error: OSError) -> DiskError:
         return DiskError(f"cannot write {what} to {self.path}: {reason_of(error)}")
@@ -216,8 +237,9 @@ def _writes(view: memoryview, trailer: bytes, offset: int) -> list[tuple[memoryv
     return [(view, offset), (memoryview(trailer), offset + len(view))]
 
 
-def _parts(offset: int, nbytes: int, count: int) -> list[_Part]:
-    if nbytes % count:
-        raise ConversionError(f"{nbytes} bytes cannot be filled as {count} equal parts")
-    each = nbytes // count
-    return [_Part(offset + start, start, each) for start in range(0, nbytes, each)] if each else [_Part(offset, 0, 0)]
+def _parts(offset: int, nbytes: int, parts: int | tuple[int, ...]) -> list[_Part]:
+    sizes = (nbytes // parts,) * parts if isinstance(parts, int) else parts
+    if sum(sizes) != nbytes:
+        raise ConversionError(f"{nbytes} bytes cannot be filled as {len(sizes)} parts of {sum(sizes)} bytes together")
+    starts = accumulate(sizes, initial=0)
+    return [_Part(offset + start, start, size) for start, size in zip(starts, sizes, strict=False)]

@@ -21,7 +21,7 @@ _REFUSED = {"EXT1", "EXT2", "EXT4", "INST", "OBJ", "PERSID", "NEXT_BUFFER", "REA
 _GLOBAL, _LONG_BINPUT, _STOP = pickle.GLOBAL[0], pickle.LONG_BINPUT[0], pickle.STOP[0]
 
 
-def _tables() -> tuple[dict[int, int], dict[int, int]]:
+def _tables() -> tuple[list[int], dict[int, int]]:
     fixed, prefixed = {}, {}
     for opcode in pickletools.opcodes:
         width = opcode.arg.n if opcode.arg else 0
@@ -32,20 +32,20 @@ def _tables() -> tuple[dict[int, int], dict[int, int]]:
         else:
             prefixed[ord(opcode.code)] = _PREFIX_BYTES[width]
     del fixed[_LONG_BINPUT], fixed[_STOP]
-    return fixed, prefixed
+    return [fixed.get(code, 0) for code in range(256)], prefixed
 
 
-#: By opcode: bytes of the opcode and its fixed-size argument; bytes of the length prefix of a variable-size argument.
+#: By opcode: bytes of the opcode and its fixed-size argument, 0 for others; bytes of the length prefix of a variable-size argument.
 _FIXED, _PREFIXED = _tables()
 
 
 def check(data: bytes) -> None:
     """Raise `pickle.UnpicklingError` unless `data` is a sequence of opcodes of protocol 2 or later that ends with STOP."""
-    position, end = 0, len(data)
+    position, end, fixed = 0, len(data), _FIXED
     while position < end:
         code = data[position]
-        size = _FIXED.get(code)
-        if size is not None:
+        size = fixed[code]
+        if size:
             position += size
         elif code == _LONG_BINPUT:
             number = int.from_bytes(data[position + 1 : position + 5], "little")

@@ -41,7 +41,7 @@ GROUPS = (
     _group(
         "layout of a Megatron-LM checkpoint",
         """
-        --ckpt-format --megatron-version --saver-transformer-impl --expert-layout --make-vocab-size-divisible-by
+        --ckpt-format --megatron-version --saver-transformer-impl --expert-layout --mla-layout --make-vocab-size-divisible-by
         --pad-vocab-for-tp --release --allow-inexpressible
         """,
     ),

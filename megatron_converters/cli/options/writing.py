@@ -13,7 +13,9 @@ from ...formats.megatron.options import (
     DYNAMIC,
     EXPERT_LAYOUTS,
     GROUPED,
+    MLA_LAYOUTS,
     SEQUENTIAL,
+    SINGLE,
     STACKED,
     TORCH,
     MegatronOptions,
@@ -79,6 +81,14 @@ def add_megatron_target_arguments(parser: Any) -> None:
         "the checkpoint, and every tensor-parallel size must divide it.",
     )
     add_expert_layout_argument(parser, EXPERT_LAYOUTS)
+    add_argument(
+        parser,
+        "--mla-layout",
+        choices=list(MLA_LAYOUTS),
+        default=None,
+        help="How the down projections of multi-latent attention are stored: two tensors (separate, the default), or one (fused: "
+        "with transformer_engine, 0.19 on, for --mla-down-proj-fusion).",
+    )
     add_argument(
         parser,
         "--saver-transformer-impl",
@@ -161,6 +171,7 @@ def add_megatron_target_arguments(parser: Any) -> None:
 _EXPERT_LAYOUTS = {
     GROUPED: "grouped weights (with transformer_engine)",
     SEQUENTIAL: "one module for each expert (with local)",
+    SINGLE: "one tensor for all experts of a rank (with transformer_engine, 0.19 on)",
     STACKED: "weight1 and weight2 of older Megatron-LM",
     DYNAMIC: "Habana's",
     SEPARATE: "separate tensors, as published models have",
@@ -200,6 +211,7 @@ def megatron_options(args: argparse.Namespace) -> MegatronOptions:
         ep=args.target_expert_parallel_size,
         etp=args.target_expert_tensor_parallel_size,
         expert_layout=_expert_layout(args, EXPERT_LAYOUTS, "a Megatron-LM checkpoint"),
+        mla_layout=args.mla_layout,
         split=split,
         impl=args.saver_transformer_impl,
         divisor=getattr(args, "make_vocab_size_divisible_by", None),

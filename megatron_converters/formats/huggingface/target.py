@@ -99,6 +99,7 @@ class HFTarget:
         table = table_for(FAMILIES[self._spec.family], origin)
         self._names = HFNames(table, self._spec, bare=self._spec.num_labels == 0)
         self._dtype_of = dtype_of
+        self._parts_of: dict[Ref, list[Part]] = {}
         self._config, self._changed = self._configuration(spec.family)
         self._model_type = self._options.source_model_type or _token_family(self._spec)
         stored: dict[str, Stored] = {}
@@ -191,13 +192,16 @@ class HFTarget:
             )
             yield Fill("", why, self._dtype_of(ref), ref.shape(self._spec), rows, 0, constant=value)
         for part in self._parts(ref):
-            dtype = self._dtype_of(ref)
-            start = (part.number * part.shape[0] + part.unread) * math.prod(part.shape[1:]) * dtype.itemsize
+            dtype, unread = self._dtype_of(ref), part.unread
+            start = (part.number * part.shape[0] + unread) * math.prod(part.shape[1:]) * dtype.itemsize
             file = self._file_names[part.name]
-            rows = interned(part.rows[part.unread :]) if part.unread else part.rows
-            fill = Fill(file, part.name, dtype, (rows.size, *part.shape[1:]), rows, 0, start, part.transposed)
+            rows = interned(part.rows[unread:]) if unread else part.rows
+            fill = Fill(
+                *(file, part.name, dtype, (rows.size, *part.shape[1:]), rows, 0, start, part.transposed),
+                swapped=part.swapped,
+            )
             fill = self._stored.fill(ref, fill)
-            yield fill._replace(value=composed(fill.value, inverse(part.value)), swapped=part.swapped)
+            yield fill if part.value is None else fill._replace(value=composed(fill.value, inverse(part.value)))
 
     def clear(self, staging: Staging) -> None:
         """Remove an older model's files, those that name others first, so that a mixture of two models never looks complete."""
@@ -225,7 +229,14 @@ class HFTarget:
         return layout(shard, {"format": "pt"})
 
     def _parts(self, ref: Ref) -> list[Part]:
-        """Parts of a ref, and the copies of it that layers of multi-token prediction repeat."""
+        """Parts of a ref, and the copies of it that layers of multi-token prediction repeat. They are asked for several times."""
+        found = self._parts_of.get(ref)
+        if found is None:
+            found = self._parts_of[ref] = self._find_parts(ref)
+        return found
+
+    def _find_parts(self, ref: Ref) -> list[Part]:
+        """The same, found anew."""
         parts = self._names.parts(ref, fused=self._options.expert_layout == FUSED)
         copies = self._names.replica_names(ref)
         if ref.slot.name == "word_embeddings" and self._spec.tied:

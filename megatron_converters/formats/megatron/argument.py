@@ -12,6 +12,7 @@ from ...basics.dtypes import DType
 from ...model.layers import Latent
 from ...model.spec import ModelSpec
 from ...sharding.ranks import Parallel
+from .options import SEPARATE
 from .releases import latest
 
 Args = Mapping[str, Any]
@@ -64,6 +65,7 @@ class Context:
     impl: str = ""
     ckpt_format: str = "torch"
     router: DType | None = None
+    mla_layout: str = SEPARATE
 
     def value(self, name: str, default: Any = None) -> Any:
         """Property of the model, `default` where it has none."""

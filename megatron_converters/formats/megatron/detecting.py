@@ -21,6 +21,7 @@ from ...basics.folders import existing_folder
 from ...storage import dcp
 from ...storage.opening import is_name
 from ...storage.tensor import StoredTensor
+from .distributed_folder import refuse_unreadable
 from .locating import (
     MODEL_FILE,
     RANK,
@@ -29,7 +30,6 @@ from .locating import (
     has_model_file,
     is_distributed,
     listing,
-    refuse_without_index,
 )
 from .names import EMBEDDINGS
 from .rank_files import read_file
@@ -170,7 +170,7 @@ class Detected:
     @property
     def is_latent(self) -> bool:
         """Whether attention is multi-latent (MLA)."""
-        return self.has("self_attention.linear_kv_down_proj.weight")
+        return any(self.has(f"self_attention.linear_{name}_down_proj.weight") for name in ("kv", "qkv"))
 
     @property
     def is_moe(self) -> bool:
@@ -201,9 +201,9 @@ def _flat(path: Path) -> Detected:
 
 def _distributed(directory: Path) -> Detected:
     """Detection of the `torch_dist` format, which has whole tensors: sizes of the run that wrote it are in its args alone."""
+    refuse_unreadable(directory)
     common = directory / "common.pt"
     args = args_in(read_file(common), common) if common.is_file() else None
-    refuse_without_index(directory)
     whole = _unwrapped(dcp.read_index(directory).tensors).get(EMBEDDINGS)
     rows = 0 if whole is None else whole.shape[0]
     decided_by = "the format, which has whole tensors" if args is None else "args"

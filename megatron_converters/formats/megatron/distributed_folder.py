@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...basics.errors import ConversionError
+from ...basics.errors import ConversionError, one_line
 from ...basics.json_files import read_json
 from ...conversion.left_out import LeftOut
 from ...storage import dcp, marks, torch_zip
@@ -28,6 +28,8 @@ _COMMON_OBJECT = "common_state/shard_0_1"
 LOADED_AT_ANY_SIZES = TORCH_DIST, TORCH_DCP, FSDP_DTENSOR = "torch_dist", "torch_dcp", "fsdp_dtensor"
 #: Name and version of the only supported format of core/dist_checkpointing.
 _BACKEND = (TORCH_DIST, 1)
+#: Last releases of Megatron-LM that read other formats of core/dist_checkpointing; they save what they loaded as `torch_dist`, too.
+_LAST_READ_BY = {"zarr": "0.15"}
 #: Entry of a state dict under which Megatron-LM saves the model, and what Megatron-FSDP adds.
 _MODEL, _FSDP = "model.", "model.module."
 #: Objects of a state dict that are read: they say what the common state of `torch_dist` does.
@@ -65,10 +67,8 @@ def read_folder(directory: Path, ignored: LeftOut) -> DistributedFolder:
 
     Raises `ConversionError` if the folder is of another format, incomplete or no model's.
     """
+    refuse_unreadable(directory)
     described = (directory / FORMAT_FILE).is_file()
-    if described:
-        _check_format(directory)
-    refuse_without_index(directory)
     index = dcp.read_index(directory)
     weights = {
         key: tensor
@@ -91,14 +91,24 @@ def read_folder(directory: Path, ignored: LeftOut) -> DistributedFolder:
     return DistributedFolder(directory, found, index, common, directory / marks.METADATA, prefix, tensors)
 
 
+def refuse_unreadable(directory: Path) -> None:
+    """Raise if a distributed checkpoint describes itself as one of a format that cannot be read, or has lost its index."""
+    if (directory / FORMAT_FILE).is_file():
+        _check_format(directory)
+    refuse_without_index(directory)
+
+
 def _check_format(directory: Path) -> None:
     description = read_json(directory / FORMAT_FILE)
-    backend = description.get("sharded_backend"), description.get("sharded_backend_version", 1)
-    if backend != _BACKEND:
-        raise ConversionError(
-            f"{directory} is of the distributed format {backend[0]}, version {backend[1]}; only torch_dist, version 1, "
-            "can be read: load it with Megatron-LM and save it with --ckpt-format torch_dist"
-        )
+    name, version = backend = description.get("sharded_backend"), description.get("sharded_backend_version", 1)
+    if backend == _BACKEND:
+        return
+    last = _LAST_READ_BY.get(name) if isinstance(name, str) else None
+    reader = "Megatron-LM" if last is None else f"Megatron-LM {last}, the last release that reads {name},"
+    raise ConversionError(
+        f"{directory} is of the distributed format {one_line(name)}, version {one_line(version)}; only torch_dist, version 1, "
+        f"can be read: load it with {reader} and save it with --ckpt-format torch_dist"
+    )
 
 
 def _read_common(directory: Path, index: dcp.Index) -> tuple[Mapping[str, Any], Path]:

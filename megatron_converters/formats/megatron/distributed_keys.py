@@ -2,12 +2,14 @@
 
 In the `torch_dist` format modules name keys by their `sharded_state_dict`: a layer's tensors are slices of one whose first axis is
 the layers, or have keys of their own; experts are a further axis, or have keys of their own too. The formats `torch_dcp` and
-`fsdp_dtensor` have the names of a state dict, with layers and experts numbered over the whole model; the latter stores gate and up
-apart. Source: Megatron-LM core_v0.9.0 to core_v0.19.0, core/transformer/fsdp_dtensor_checkpoint.py.
+`fsdp_dtensor` have the names of a state dict, with layers and experts numbered over the whole model; the latter stores gate and
+up apart, and since core_v0.18 the blocks of a gated DeltaNet. Source: Megatron-LM core_v0.9.0 to core_v0.19.0,
+core/transformer/fsdp_dtensor_checkpoint.py.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,14 +18,15 @@ from ...model.layers import Layer
 from ...model.slots import DECODER, Ref, Slot
 from ...model.spec import ModelSpec
 from .names import DISTRIBUTED, DISTRIBUTED_EXPERTS, DISTRIBUTED_LOCAL, GATE_AND_UP, keys, name_of, split_parts
+from .shared_tensors import member_of
 
 
 @dataclass(frozen=True)
 class Slice:
     """Part of a slot: tensor `key` at `index` of its first axes, which have the sizes `axes`; row 0 is the slot's `first_row`.
 
-    It has `rows` rows, 0 for all of the slot. `uncut` is whether the tensor has the slot's blocks one after the other only if no
-    tensor parallelism cut them.
+    It has `rows` rows, 0 for all of the slot; those before and beyond the slot's belong to others. `uncut` is whether the tensor
+    has its blocks one after the other only if no tensor parallelism cut them.
     """
 
     key: str
@@ -61,9 +64,17 @@ def module_choices(ref: Ref, spec: ModelSpec) -> Iterator[tuple[Slice, ...]]:
     for template in keys(ref.slot.name, ref.kind(spec), ref.stack):
         key = template.format(layer=ref.layer, expert=ref.expert, global_expert=ref.expert)
         blocks = ref.slot.size(spec, ref.kind(spec)).blocks if ref.layer is not None else ()
+        member = member_of(key, ref, ref.shape(spec), spec, spec.num_experts)
+        if member is not None and isinstance(member.parts, tuple):
+            row = member.start // math.prod(member.shape[1:])
+            yield (Slice(key, first_row=-row, rows=member.shape[0], uncut=True),)
+            continue
         yield (Slice(key, uncut=len(blocks) > 1),)
         if ref.layer is not None and _is_gated(ref, spec):
             yield _gate_and_up(key, ref, spec)
+        parts = split_parts(ref.slot, ref.kind(spec), spec) if ref.layer is not None else ()
+        if parts:
+            yield tuple(Slice(key + part.suffix, first_row=part.first_row, rows=part.rows) for part in parts)
 
 
 def _is_gated(ref: Ref, spec: ModelSpec) -> bool:

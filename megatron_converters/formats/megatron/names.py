@@ -16,7 +16,7 @@ from ...model.layers import Attention, BlockExperts, GatedDelta, Latent, Layer, 
 from ...model.slots import DECODER, SLOTS, Slot
 from ...model.sparse_latent import SparseLatent
 from ...model.spec import ModelSpec
-from .options import DYNAMIC, GROUPED, SEQUENTIAL, STACKED
+from .options import DYNAMIC, GROUPED, SEQUENTIAL, SINGLE, STACKED
 
 _LAYER = "decoder.layers.{layer}."
 _ATTENTION = _LAYER + "self_attention."
@@ -132,10 +132,34 @@ TRANSFORMER_ENGINE: dict[str, Name] = {
 }
 DIALECTS = {"local": LOCAL, "transformer_engine": TRANSFORMER_ENGINE}
 
+#: Slots that `--mla-down-proj-fusion` stores as one tensor, in this order, and that tensor.
+DOWN_PROJECTIONS = ("q_down", "kv_down")
+DOWN_PROJECTION = _ATTENTION + "linear_qkv_down_proj.weight"
+
+
+def _with_fused_down(slot: str, fused: str) -> Name:
+    """Name of a slot of which attention over latents alone, without an indexer, has the name `fused`."""
+    usual = TRANSFORMER_ENGINE[slot]
+    by_kind = dict.fromkeys((Latent, SparseLatent), usual) if isinstance(usual, str) else usual
+    return {**by_kind, Latent: fused}
+
+
+#: Names with fused down projections, which Transformer Engine alone has; the norm before them is part of their linear.
+FUSED_DOWN: dict[str, Name] = {
+    **TRANSFORMER_ENGINE,
+    **{slot: _with_fused_down(slot, DOWN_PROJECTION) for slot in DOWN_PROJECTIONS},
+    **{
+        slot: _with_fused_down(slot, f"{_ATTENTION}linear_qkv_down_proj.layer_norm_{kind}")
+        for slot, kind in (("input_norm", "weight"), ("input_norm_bias", "bias"))
+    },
+}
+
 #: Names of experts by layout: `{expert}` is the number on the rank, `{global_expert}` the number in the model. Sequential and
-#: grouped are Megatron-LM's (core/transformer/moe/experts.py), dynamic is Habana's. Stacked is that of Megatron-LM's older grouped
-#: experts (`GroupedMLP` up to core_v0.18): one tensor for all experts of a rank, which holds their transposed matrices one after
-#: the other, with the shapes [hidden, experts * rows] and [experts * columns, hidden]. Neither of the last two has biases.
+#: grouped are Megatron-LM's (core/transformer/moe/experts.py), dynamic is Habana's. Single is that of `moe_single_grouped_weight`
+#: and `moe_single_grouped_bias` (core_v0.18 on): one tensor [experts, rows, columns] for all experts of a rank. Stacked is that of
+#: Megatron-LM's older grouped experts (`GroupedMLP` up to core_v0.18): one tensor for all experts of a rank, which holds their
+#: transposed matrices one after the other, with the shapes [hidden, experts * rows] and [experts * columns, hidden]. Neither
+#: stacked nor dynamic experts have biases.
 EXPERTS = {
     SEQUENTIAL: {
         "expert_fc1": _MLP + "experts.local_experts.{expert}.linear_fc1.weight",
@@ -148,6 +172,12 @@ EXPERTS = {
         "expert_fc2": _MLP + "experts.linear_fc2.weight{expert}",
         "expert_fc1_bias": _MLP + "experts.linear_fc1.bias{expert}",
         "expert_fc2_bias": _MLP + "experts.linear_fc2.bias{expert}",
+    },
+    SINGLE: {
+        "expert_fc1": _MLP + "experts.linear_fc1.weight",
+        "expert_fc2": _MLP + "experts.linear_fc2.weight",
+        "expert_fc1_bias": _MLP + "experts.linear_fc1.bias",
+        "expert_fc2_bias": _MLP + "experts.linear_fc2.bias",
     },
     DYNAMIC: {
         "expert_fc1": _MLP + "experts.local_expert_{global_expert}_linear_fc1_weight",
@@ -204,7 +234,7 @@ def _in_stack(name: str, stack: str, module: str) -> str:
 def keys(slot: str, kind: Layer, stack: str) -> tuple[str, ...]:
     """Templates of all names that a slot can have in rank files."""
     of_experts: list[Mapping[str, Name]] = [table for table in EXPERTS.values() if slot in table]
-    tables = of_experts or DIALECTS.values()
+    tables = of_experts or (*DIALECTS.values(), FUSED_DOWN)
     modules = MTP_MODULES if stack != DECODER else MTP_MODULES[-1:]
     return tuple(dict.fromkeys(name_of(table, slot, kind, stack, module) for table in tables for module in modules))
 
@@ -265,22 +295,41 @@ _EXPERT_LINEARS = {
         _MLP + "experts.local_experts.{expert}.linear_fc1",
         _MLP + "experts.local_experts.{expert}.linear_fc2",
     ),
-    "grouped": (_MLP + "experts.linear_fc1", _MLP + "experts.linear_fc2"),
+    **dict.fromkeys((GROUPED, SINGLE), (_MLP + "experts.linear_fc1", _MLP + "experts.linear_fc2")),
     "dynamic": (),
     STACKED: (),
 }
 
 
 def extra_state(
-    dialect: str, expert_layout: str, spec: ModelSpec, kind: Layer, experts: int, stack: str, module: str
+    dialect: str,
+    expert_layout: str,
+    spec: ModelSpec,
+    kind: Layer,
+    experts: int,
+    stack: str,
+    module: str,
+    *,
+    fused_down: bool = False,
 ) -> Iterator[str]:
-    """Modules of a layer that own an `_extra_state`, with `{layer}` as placeholder; `experts` counts those of a rank."""
+    """Modules of a layer that own an `_extra_state`, with `{layer}` as placeholder; `experts` counts those of a rank.
+
+    `fused_down` is whether the down projections of latents are one module.
+    """
     engine = dialect == "transformer_engine"
     found = [owner.module for owner in _owners(spec, kind, stack) if engine or owner.local]
+    if fused_down and type(kind.mixer) is Latent:
+        apart = (_LAYER + "input_layernorm", *(_module_of(str(LOCAL[slot])) for slot in DOWN_PROJECTIONS))
+        found = [_module_of(DOWN_PROJECTION), *(name for name in found if name not in apart)]
     if kind.is_moe:
         for expert in range(experts if expert_layout == "sequential" else 1):
             found += (name.replace("{expert}", str(expert)) for name in _EXPERT_LINEARS[expert_layout])
     yield from (_in_stack(name, stack, module) for name in found)
+
+
+def _module_of(name: str) -> str:
+    """Module of a tensor."""
+    return name.rpartition(".")[0]
 
 
 def distributed_extra_state(spec: ModelSpec, kind: Layer, stack: str) -> Iterator[str]:

@@ -9,7 +9,9 @@ from ...sharding.stages import EVEN, PipelineSplit
 #: Where a model's multipliers go, as `--mup` has it: flags of muP, into weights, or to arguments of MindSpeed-LLM.
 FLAGS, FOLD, RAW = "flags", "fold", "raw"
 #: How experts can be stored; `names.EXPERTS` has their names.
-EXPERT_LAYOUTS = SEQUENTIAL, GROUPED, DYNAMIC, STACKED = "sequential", "grouped", "dynamic", "stacked"
+EXPERT_LAYOUTS = SEQUENTIAL, GROUPED, SINGLE, DYNAMIC, STACKED = "sequential", "grouped", "single", "dynamic", "stacked"
+#: How the down projections of multi-latent attention can be stored: as two tensors, or as one.
+MLA_LAYOUTS = SEPARATE, FUSED = "separate", "fused"
 #: Formats of checkpoints (`--ckpt-format`): a file for each rank, chunks that any sizes load, the whole model in one file.
 CKPT_FORMATS = TORCH, TORCH_DIST, MODEL_PT = "torch", "torch_dist", "model_pt"
 
@@ -25,6 +27,8 @@ class MegatronOptions:
     split: PipelineSplit = EVEN
     #: Key of `names.EXPERTS`; None selects the layout that current Megatron-LM trains fastest.
     expert_layout: str | None = None
+    #: One of `MLA_LAYOUTS`; None selects two tensors.
+    mla_layout: str | None = None
     #: Key of `names.DIALECTS`; None selects the format's default.
     impl: str | None = None
     divisor: int | None = None

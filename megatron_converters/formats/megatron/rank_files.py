@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -22,17 +23,15 @@ from ...storage.tensor import StoredTensor
 from .arguments import rank_invariants
 from .foreign_args import foreign
 from .locating import RANK, RANK_FILE, listing
-from .names import EMBEDDINGS, EXPERTS, EXTRA_STATE_SUFFIX
-from .options import STACKED
+from .names import EMBEDDINGS, EXTRA_STATE_SUFFIX
 from .reading import MegatronReadOptions, args_in, parallel_of, skipped_entries, supplemented
 from .run_config import Record, recorded_beside
+from .shared_tensors import SINGLE_SUFFIXES, STACKED_SUFFIXES
 from .trained_by import VOCABULARY
 from .wrapped_names import prefix_of, without_prefix
 
 #: Key of an expert's first linear, in any expert layout.
 _EXPERT_FC1 = re.compile(r"\.experts\.(.*linear_fc1[._]weight\d*|weight1)$")
-#: Last parts of the keys of stacked experts.
-STACKED_SUFFIXES = tuple(name.rpartition("}")[2] for name in EXPERTS[STACKED].values())
 
 #: Names of a folder that a message has at most.
 _MOST_NAMED = 5
@@ -103,7 +102,7 @@ def read_rank_files(folder: Path, options: MegatronReadOptions) -> RankFiles:
     left_out: set[str] = set()
     decisive = {*VOCABULARY, *foreign({} if stored is None else vars(stored))}
     for name, rank in wanted.items():
-        content = read_file(folder / name / RANK_FILE)
+        content = first if name == first_name else read_file(folder / name / RANK_FILE)
         own = args_in(content, folder / name)
         also = decisive.union(foreign({} if own is None else vars(own)))
         tensors = tensors_of(content, parallel, folder / name, wrapper, ignored)
@@ -196,9 +195,9 @@ def _expert_tensor_parallel(
     size = values.get("moe_ffn_hidden_size") or values.get("ffn_hidden_size") or 0
     local_experts = max(values["num_experts"] // parallel.ep, 1)
     stored_rows = [
-        value.shape[1] // local_experts if key.endswith(STACKED_SUFFIXES) else value.shape[0]
+        _rows_of_expert(key, value.shape, local_experts)
         for key, value in tensors.items()
-        if _EXPERT_FC1.search(key) and len(value.shape) == 2
+        if _EXPERT_FC1.search(key) and len(value.shape) >= 2
     ]
     if not stored_rows:  # this stage has only dense layers
         return parallel.etp
@@ -207,6 +206,13 @@ def _expert_tensor_parallel(
             f"{where}: experts have {stored_rows[0]} rows of gate and up, but the args require a divisor of 2 x {size}"
         )
     return 2 * size // stored_rows[0]
+
+
+def _rows_of_expert(key: str, shape: tuple[int, ...], experts: int) -> int:
+    """Rows of one expert's first linear in a tensor; `experts` counts those that share it, if it is of several."""
+    if key.endswith(STACKED_SUFFIXES):
+        return shape[1] // experts
+    return math.prod(shape[:-1]) // (experts if key.endswith(SINGLE_SUFFIXES) else 1)
 
 
 def wrapper_of(content: Mapping[str, Any], parallel: Parallel, where: object, ignored: LeftOut) -> str:

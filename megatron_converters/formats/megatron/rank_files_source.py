@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -16,18 +15,19 @@ from ...conversion.zero_bias import without_absent
 from ...model.slots import Ref, Shard, refs
 from ...sharding.placement import Placement, Share
 from ...sharding.ranks import Rank, parallel_for
-from ...storage.tensor import StoredTensor, contiguous_strides
+from ...storage.tensor import StoredTensor
 from .conventions import CUT_DOWN_PROJECTIONS, conventions_of
 from .describing import padding_note, spec_and_notes
 from .locating import checkpoint_directory
 from .names import EMBEDDINGS, EXTRA_STATE_SUFFIX, OUTPUT_BIAS, keys
 from .prediction import as_stored, stored_layers, without_prediction
-from .rank_files import STACKED_SUFFIXES, RankFiles, read_rank_files
+from .rank_files import RankFiles, read_rank_files
 from .reading import (
     AS_STORED,
     MegatronReadOptions,
     origin_of,
 )
+from .shared_tensors import member_of, view_of
 from .wrapped_names import prefix_note
 
 #: Rank and name of a tensor.
@@ -156,8 +156,13 @@ class RankFilesSource:
         home = next(Placement(self.spec, self.parallel, self._padded).locations(ref))
         found = (home.prefix + home.key(name, None) for name in keys(home.slot, ref.kind(self.spec), ref.stack))
         rank = home.shares[0].rank
-        shapes = [stored[rank, key].shape for key in found if (rank, key) in stored]
-        return CUT_DOWN_PROJECTIONS if shapes and shapes[0][0] < ref.shape(self.spec)[0] else {}
+        for key in found:
+            if (rank, key) in stored:
+                whole = ref.shape(self.spec)
+                member = member_of(key, ref, whole, self.spec, 0)
+                rows = (whole if member is None else member.shape)[0]
+                return CUT_DOWN_PROJECTIONS if stored[rank, key].shape[0] < rows else {}
+        return {}
 
     def _piece(self, ref: Ref, share: Share, names: Sequence[str], matcher: _Matcher) -> Piece | None:
         """Piece for one share; None, with a problem noted, if it is not stored as the args require."""
@@ -169,10 +174,13 @@ class RankFilesSource:
             matcher.note(f"{file.name}: {ref}: {fault}")
             return None
         (key,) = present
-        view = None
-        if ref.expert is not None and key.endswith(STACKED_SUFFIXES):
-            view = _one_of_stack(file.tensors[key], ref.expert, self.spec.num_experts // self.parallel.ep, cut.shape)
-        data = matcher.take((rank, key), ref, cut.shape, view)
+        view, wanted = None, cut.shape
+        member = member_of(key, ref, cut.shape, self.spec, self.spec.num_experts // self.parallel.ep)
+        if member is not None:
+            whole = file.tensors[key]
+            view = view_of(whole, member, cut.shape)
+            wanted = member.shape if view is whole and whole.shape != member.shape else cut.shape
+        data = matcher.take((rank, key), ref, wanted, view)
         return None if data is None else Piece(data, cut.rows, cut.col, StoredName(file.name, key))
 
 
@@ -181,12 +189,3 @@ class MegatronSource(RankFilesSource):
 
     def __init__(self, load_dir: Path, options: MegatronReadOptions = AS_STORED) -> None:
         super().__init__(read_rank_files(checkpoint_directory(load_dir, options.directory_name), options), options)
-
-
-def _one_of_stack(stack: StoredTensor, expert: int, experts: int, shape: tuple[int, ...]) -> StoredTensor:
-    """View of one expert's matrix, stored transposed; a stack of another size is returned itself, so that its shape is reported."""
-    rows, cols = shape
-    if math.prod(stack.shape) != experts * rows * cols or stack.strides != contiguous_strides(stack.shape):
-        return stack
-    offset = stack.offset + expert % experts * rows * cols * stack.dtype.itemsize
-    return StoredTensor(stack.path, offset, stack.dtype, shape, (1, rows))

@@ -6,7 +6,6 @@ Format: Megatron-LM core_v0.17.1, training/checkpointing.py, and the files that 
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
@@ -18,7 +17,7 @@ from ...basics.errors import ConversionError
 from ...basics.quantities import count
 from ...conversion.outline import Fill
 from ...model.layouts import RowMap
-from ...model.slots import DECODER, MTP, Ref, Shard, refs
+from ...model.slots import DECODER, MTP, Ref, refs
 from ...sharding.ranks import Cut, Rank
 from ...storage import torch_zip
 from ...storage.output_file import FileLayout
@@ -26,17 +25,17 @@ from ...storage.tensor import StoredTensor
 from .conventions import CUT_DOWN_PROJECTIONS, MTP_MODEL_LAYER, WHOLE_DOWN_PROJECTIONS
 from .locating import RANK_FILE
 from .names import EXTRA_STATE_SUFFIX, LAST_EXTRA_STATE, MTP_MODULES, extra_state
-from .options import TORCH
-from .rank_tensors import RankTensors
+from .options import FUSED, TORCH
+from .rank_tensors import Place, RankTensors
 from .releases import previous
 from .writing import CheckpointTarget, sizes
 
 
 class _Stored(NamedTuple):
-    """Tensor of a rank's file, and the number of experts that share it."""
+    """Tensor of a rank's file, and its parts if several refs share it: their number if they are equally large, else their bytes."""
 
     tensor: torch_zip.NewTensor
-    parts: int
+    parts: int | tuple[int, ...]
 
 
 #: Tensors of a rank's file, by key.
@@ -58,6 +57,7 @@ class MegatronTarget(CheckpointTarget):
             expert_layout=self._expert_layout,
             shards=self._conventions.shards,
             mtp_module=self._conventions.mtp_module,
+            fused_down=self._mla_layout == FUSED,
         )
         ranks = [rank for stage in range(parallel.pp) for rank in parallel.ranks(stage)]
         self._files = {rank: self._file_of(rank) for rank in ranks}
@@ -77,13 +77,12 @@ class MegatronTarget(CheckpointTarget):
 
     def fills(self, ref: Ref) -> Iterator[Fill]:
         """Fills of a ref: one per rank that holds a share of it."""
-        dtype, transposed = self._dtype_of(ref), self._rank_tensors.stacks(ref)
-        usual = self._conventions.is_usual(ref.slot)
+        dtype, usual = self._dtype_of(ref), self._conventions.is_usual(ref.slot)
         for place in self._rank_tensors.places(ref):
-            key, local = place.whole_key, place.location.expert or 0
+            key, member = place.whole_key, self._rank_tensors.member(place, ref)
+            start, transposed = (0, False) if member is None else (member.start * dtype.itemsize, member.transposed)
             for rank, cut, _ in place.location.shares:
                 rows = resolve_padding(cut, self._spec.vocab_size)
-                start = local * math.prod(cut.shape) * dtype.itemsize if transposed else 0
                 fill = Fill(self._files[rank], key, dtype, cut.shape, rows, cut.col, start, transposed, cut.padding)
                 yield fill if usual else self._conventions.fill(ref, fill)
 
@@ -91,10 +90,9 @@ class MegatronTarget(CheckpointTarget):
         """Tensors of a rank in the order of its layers, by pipeline and expert number, which determine them."""
         groups: dict[tuple[int, int], _Group] = {(rank.pp, rank.ep): {} for rank in ranks}
         for ref in refs(self._spec):
-            parts = self._spec.num_experts // self._parallel.ep if self._rank_tensors.stacks(ref) else 1
             for place in self._rank_tensors.places(ref):
                 key, shares = place.whole_key, place.location.shares
-                stored = _Stored(self._tensor(ref, key, shares[0].cut.shape, parts), parts)
+                stored = self._stored(ref, place)
                 for group in dict.fromkeys((share.rank.pp, share.rank.ep) for share in shares):
                     if groups[group].setdefault(key, stored) != stored:
                         raise ConversionError(
@@ -102,12 +100,15 @@ class MegatronTarget(CheckpointTarget):
                         )
         return groups
 
-    def _tensor(self, ref: Ref, key: str, shape: tuple[int, ...], parts: int) -> torch_zip.NewTensor:
-        """New tensor of a ref, or the stack that holds it; Megatron-LM's stacks of transposed matrices have two dimensions."""
-        if self._rank_tensors.stacks(ref):
-            rows, cols = shape
-            shape = (cols, parts * rows) if ref.slot.shard is Shard.COLUMN else (parts * cols, rows)
-        return _new(key, self._dtype_of(ref), shape)
+    def _stored(self, ref: Ref, place: Place) -> _Stored:
+        """New tensor of a ref, or the one that it shares with others."""
+        dtype, member = self._dtype_of(ref), self._rank_tensors.member(place, ref)
+        if member is None:
+            return _Stored(_new(place.whole_key, dtype, place.location.shares[0].cut.shape), 1)
+        parts = member.parts
+        if not isinstance(parts, int):
+            parts = tuple(elements * dtype.itemsize for elements in parts)
+        return _Stored(_new(place.whole_key, dtype, member.shape), parts)
 
     def _file_of(self, rank: Rank) -> str:
         """Path of a rank's file in the output folder."""
@@ -119,7 +120,7 @@ class MegatronTarget(CheckpointTarget):
 
     def _layout(self, rank: Rank, stored: Mapping[str, _Stored]) -> FileLayout:
         tensors = {key: entry.tensor for key, entry in stored.items()}
-        parts = {key: entry.parts for key, entry in stored.items() if entry.parts > 1}
+        parts = {key: entry.parts for key, entry in stored.items() if entry.parts != 1}
         content = self._content(self._models(rank.pp, tensors))
         return dataclasses.replace(torch_zip.layout(self._files[rank], content), parts=parts)
 
@@ -143,7 +144,10 @@ class MegatronTarget(CheckpointTarget):
         for stack, order in stacks:
             for layer, number in enumerate(order):
                 kind, module = spec.kinds[number], self._conventions.mtp_module
-                for owner in extra_state(impl, self._expert_layout, spec, kind, experts, stack, module):
+                fused = self._mla_layout == FUSED
+                for owner in extra_state(
+                    impl, self._expert_layout, spec, kind, experts, stack, module, fused_down=fused
+                ):
                     yield f"{owner.format(layer=layer)}.{EXTRA_STATE_SUFFIX}"
         if is_last:
             yield from (f"{module}.{EXTRA_STATE_SUFFIX}" for module in LAST_EXTRA_STATE[impl])
@@ -151,13 +155,18 @@ class MegatronTarget(CheckpointTarget):
     def _needed_releases(self) -> Iterator[str]:
         if self._spec.mtp and self._conventions.mtp_module == MTP_MODULES[0]:
             yield MTP_MODEL_LAYER
-        if self._cuts_matter() and not self._conventions.shards:
+        if self._cuts_matter() and not self._shards_of_release:
             yield WHOLE_DOWN_PROJECTIONS
 
     def _newest_release(self) -> str:
-        if self._cuts_matter() and self._conventions.shards:
+        if self._cuts_matter() and self._shards_of_release:
             return previous(WHOLE_DOWN_PROJECTIONS)
         return previous(MTP_MODEL_LAYER) if self._spec.mtp and self._conventions.mtp_module != MTP_MODULES[0] else ""
+
+    @property
+    def _shards_of_release(self) -> bool:
+        """Whether releases before `WHOLE_DOWN_PROJECTIONS` cut so, and no later one."""
+        return bool(self._conventions.shards) and self._mla_layout != FUSED
 
     def _cuts_matter(self) -> bool:
         """Whether the model has tensors that releases cut differently, and is cut."""

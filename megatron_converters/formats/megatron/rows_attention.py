@@ -12,7 +12,8 @@ from typing import Any
 from ...basics.errors import ConversionError
 from ...model.checks import number
 from ...model.spec import ModelSpec, Multipliers, PerLayer
-from .argument import Args, Argument, Build, Context, Properties, flag, frequency, is_latent, only, switch
+from .argument import Args, Argument, Build, Context, Properties, flag, frequency, is_latent, switch
+from .options import FUSED
 from .rows_sparse import DSA, SINCE, is_sparse, read_sparse
 
 _GATED_DELTA = "gated_delta_net"
@@ -46,7 +47,16 @@ LATENT = (
     ),
     _latent("q_lora_rank"),
     *map(_latent, _LATENT_DEFAULTS),
-    only("mla_down_proj_fusion", False, "down projections that are stored as one", optional=True),
+    # Parsed from 0.17 on, but the rows of tensor-parallel ranks are told apart from 0.19 on alone.
+    Argument(
+        "mla_down_proj_fusion",
+        lambda context: context.mla_layout == FUSED,
+        written=is_latent,
+        optional=True,
+        absent=False,
+        flag=flag("--mla-down-proj-fusion", switch, lost=True, since="0.19"),
+        build=Build.REFUSED,
+    ),
 )
 
 

@@ -25,7 +25,7 @@ from .argument import (
     only,
     switch,
 )
-from .options import GROUPED, STACKED
+from .options import GROUPED, SINGLE, STACKED
 
 #: Load balancing that differs in training only if several experts are chosen: their weights are then the softmax over all experts
 #: (core/transformer/moe/router.py).
@@ -189,6 +189,12 @@ def _of_experts(name: str, write: Any, **more: Any) -> Argument:
     return Argument(name, write, group=Group.EXPERTS, written=for_experts, **more)
 
 
+def _single(name: str, write: Any, since: str) -> Argument:
+    """Switch of experts in one tensor."""
+    words = flag("--" + name.replace("_", "-"), switch, lost=True, since=since)
+    return _of_experts(name, write, optional=True, absent=False, flag=words)
+
+
 EXPERTS = (
     Argument(
         "num_experts",
@@ -315,7 +321,7 @@ EXPERTS = (
     ),
     Argument(
         "moe_grouped_gemm",
-        lambda context: bool(context.spec.num_experts) and context.expert_layout in ("grouped", STACKED),
+        lambda context: bool(context.spec.num_experts) and context.expert_layout in (GROUPED, SINGLE, STACKED),
         group=Group.EXPERTS,
         absent=False,
         flag=flag("--moe-grouped-gemm", switch),
@@ -331,13 +337,20 @@ EXPERTS = (
     # Transformer Engine's grouped experts refuse the fusion, which is on by default, together with biases (TEGroupedMLP).
     Argument(
         "bias_dropout_fusion",
-        lambda context: False if context.expert_layout == GROUPED and _has_biases(context.spec) else None,
+        lambda context: False if context.expert_layout in (GROUPED, SINGLE) and _has_biases(context.spec) else None,
         group=Group.EXPERTS,
         optional=True,
         flag=flag("--no-bias-dropout-fusion", off_switch, lost=True),
     ),
-    only("moe_single_grouped_weight", False, "all experts' weights of a rank in one parameter", optional=True),
-    only("moe_single_grouped_bias", False, "all experts' biases of a rank in one parameter", optional=True),
+    # Megatron-LM 0.18 knows it, but takes it with MXFP8 alone.
+    _single("moe_single_grouped_weight", lambda context: context.expert_layout == SINGLE, since="0.19"),
+    _single(
+        "moe_single_grouped_bias",
+        lambda context: context.expert_layout == SINGLE and _has_biases(context.spec),
+        since="0.19",
+    ),
+    # Single grouped weights need it; it changes how experts are computed, not what.
+    _single("use_transformer_engine_op_fuser", lambda context: context.expert_layout == SINGLE, since="0.18"),
     _of_experts("moe_dynamic_hpu", lambda context: context.expert_layout == "dynamic", absent=False),
     _of_experts("moe_token_dispatcher_type", lambda _: "alltoall", flag=flag("--moe-token-dispatcher-type", lost=True)),
 )

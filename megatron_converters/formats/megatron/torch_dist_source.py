@@ -229,9 +229,9 @@ def _subtensor(data: StoredTensor, index: Sequence[int]) -> StoredTensor:
 
 @lru_cache(maxsize=512)
 def _rows(first: int, count: int, limit: int) -> RowMap:
-    """Row map of the slot's rows from `first` on, -1 (padding) from `limit` on; equal maps are the same object."""
+    """Row map of the slot's rows from `first` on, -1 before row 0 and from `limit` on; equal maps are the same object."""
     rows = np.arange(first, first + count, dtype=np.int64)
-    return interned(np.where(rows < limit, rows, -1))
+    return interned(np.where((rows >= 0) & (rows < limit), rows, -1))
 
 
 def _rank_folders_note(directory: Path) -> list[str]:

@@ -30,7 +30,7 @@ from ...conversion.outline import Fill, Outline
 from ...conversion.staging import Staging
 from ...families import FAMILIES
 from ...model.checks import is_whole
-from ...model.slots import SLOTS, Precision, Ref
+from ...model.slots import Precision, Ref
 from ...model.spec import ModelSpec
 from ...sharding.ranks import Parallel, kept_etp, padded_vocab, parallel_for
 from ...sharding.stages import EVEN
@@ -49,11 +49,11 @@ from .arguments import (
     training_args,
     written_args,
 )
-from .conventions import conventions
+from .conventions import CUT_DOWN_PROJECTIONS, conventions
 from .flags import as_shell, flag_warnings, flags, least_release, unknown_flags
+from .layout_choice import expert_layout, mla_layout
 from .locating import TRACKER
-from .names import EXPERTS
-from .options import FLAGS, FOLD, GROUPED, RAW, SEQUENTIAL, MegatronOptions
+from .options import FLAGS, FOLD, FUSED, RAW, SEPARATE, MegatronOptions
 from .releases import NEWEST, parse
 from .rounding import rounding_warnings
 from .rows_layers import layer_notes
@@ -96,6 +96,10 @@ class CheckpointTarget(ABC):
         asked = self._options.megatron_version
         self._release = NEWEST if asked is None else parse(asked)
         self._conventions = conventions(spec, self._release, self._options.mup)
+        self._impl = self._options.impl or self.default_impl
+        self._mla_layout = mla_layout(self._options.mla_layout, spec, self._impl)
+        if self._mla_layout == FUSED:
+            self._conventions = dataclasses.replace(self._conventions, shards=CUT_DOWN_PROJECTIONS)
         reasons = inexpressible(self._conventions.spec)
         lacking = check_expressible(reasons, allowed=self._options.allow_inexpressible)
         self._warnings = [*_MUP_REMARKS[self._conventions.mup], *lacking, *layer_notes(self._conventions.spec)]
@@ -106,8 +110,7 @@ class CheckpointTarget(ABC):
         self._iteration = 1 if origin.iteration is None else origin.iteration
         self._name = self._choose_name()
         self._parallel = self._choose_parallel()
-        self._impl = self._options.impl or self.default_impl
-        self._expert_layout = self._choose_expert_layout()
+        self._expert_layout = expert_layout(self._options.expert_layout, self._spec, self._impl)
         self._divisor = self._choose_divisor()
         self._padded = padded_vocab(spec.vocab_size, self._divisor, self._parallel.tp)
         self._bins = self._choose_bins()
@@ -131,6 +134,7 @@ class CheckpointTarget(ABC):
             "dtype": self._spec.dtype.name,
             "parallel": dataclasses.asdict(self._parallel),
             "expert_layout": self._expert_layout,
+            **({} if self._mla_layout == SEPARATE else {"mla_layout": self._mla_layout}),
             "vocabulary divisor": self._divisor,
             "names": self._impl,
             "release": options.release,
@@ -303,17 +307,6 @@ class CheckpointTarget(ABC):
         etp = options.etp or (kept_etp(source, tp, ep) if self._spec.num_experts else None)
         return parallel_for(self._spec, tp, pp, split, ep, etp, directories=self.directories)
 
-    def _choose_expert_layout(self) -> str:
-        usual = GROUPED if self._impl == "transformer_engine" else SEQUENTIAL
-        layout = self._options.expert_layout or usual
-        nameless = [slot for slot in SLOTS.values() if slot.expert and slot.name not in EXPERTS[layout]]
-        if any(slot.extent(self._spec, kind) is not None for kind in self._spec.used for slot in nameless):
-            raise UsageError(
-                f"--expert-layout {layout}: experts that are stored so have no biases, and those of this model have; use "
-                f"{SEQUENTIAL} or {GROUPED}"
-            )
-        return layout
-
     def _choose_divisor(self) -> int:
         inherited = getattr(self._origin.margs, "make_vocab_size_divisible_by", None)
         divisor = self._options.divisor or (inherited if is_whole(inherited) and inherited > 0 else DEFAULT_DIVISOR)
@@ -354,6 +347,7 @@ class CheckpointTarget(ABC):
             self._impl,
             self.format,
             self._router,
+            self._mla_layout,
         )
         args = {
             **RUN_DEFAULTS,
