@@ -259,7 +259,7 @@ def test_opt_s_positions_begin_two_rows_later(hf_model: HFModel, tmp_path: Path)
 def test_it_is_refused_unless_asked_for(hf_model: HFModel, tmp_path: Path) -> None:
     name, words = "opt", "an MLP of ReLU"
     command = ("convert", hf_model(name), tmp_path / "out", "--to", "megatron")
-    refused(verb(*command), words, "live only, through AutoBridge", "--allow-inexpressible")
+    refused(verb(*command), words, "AutoBridge's live models compute it", "--allow-inexpressible")
     nothing_complete(tmp_path / "out")
     refused(verb("args", hf_model(name)), words)
     run = succeeded(verb(*command, "--allow-inexpressible"))
