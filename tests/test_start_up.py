@@ -68,13 +68,13 @@ _FORTH = (
 )
 _BACK = (*_LOOKING, *_READING_MINDSPORE, "megatron.torch_dist_target", "rank_files_target", "flat_target", "meta")
 ROWS = {
-    "convert": Allowed(150, without=_FORTH),
-    "plan": Allowed(150, without=_FORTH),
-    "back": Allowed(169, without=_BACK),
+    "convert": Allowed(152, without=_FORTH),
+    "plan": Allowed(152, without=_FORTH),
+    "back": Allowed(171, without=_BACK),
     "verify": Allowed(121, ("concurrent",), ("live", "bridge", "logits", "inspection", *_READING_MINDSPORE, "target")),
     "verify output": Allowed(113, ("concurrent",), ("live", "bridge", "logits", "inspection", *_READING_MINDSPORE)),
     "inspect": Allowed(149, without=("live", "bridge", "logits", "comparison", "shard_map", *_READING_MINDSPORE)),
-    "diff": Allowed(165, ("concurrent",), ("live", "bridge", "logits", "inspection", *_READING_MINDSPORE)),
+    "diff": Allowed(167, ("concurrent",), ("live", "bridge", "logits", "inspection", *_READING_MINDSPORE)),
 }
 
 
