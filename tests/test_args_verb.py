@@ -44,7 +44,7 @@ def window(text: str) -> tuple[int, ...]:
 
 #: Options of the parser of Megatron-LM core_v0.16.1, training/arguments.py, and of those that it makes of the fields in
 #: core/transformer/transformer_config.py: attribute, type or constant, default. Those of muP are from core_v0.17.1, and
-#: those of YaRN outside multi-latent attention from core_v0.19.0.
+#: those of YaRN outside multi-latent attention and of layouts by release from core_v0.19.0.
 STOCK: dict[str, tuple[str, Any, Any]] = {
     "--num-layers": ("num_layers", int, None),
     "--hidden-size": ("hidden_size", int, None),
@@ -86,6 +86,7 @@ STOCK: dict[str, tuple[str, Any, Any]] = {
     "--qk-head-dim": ("qk_head_dim", int, 128),
     "--qk-pos-emb-head-dim": ("qk_pos_emb_head_dim", int, 64),
     "--v-head-dim": ("v_head_dim", int, 128),
+    "--mla-down-proj-fusion": ("mla_down_proj_fusion", True, False),
     "--rope-type": ("rope_type", str, None),
     "--rotary-scaling-factor": ("rotary_scaling_factor", float, 1.0),
     "--mscale": ("mscale", float, 1.0),
@@ -139,6 +140,9 @@ STOCK: dict[str, tuple[str, Any, Any]] = {
     "--moe-grouped-gemm": ("moe_grouped_gemm", True, False),
     "--moe-use-legacy-grouped-gemm": ("moe_use_legacy_grouped_gemm", True, False),
     "--no-bias-dropout-fusion": ("bias_dropout_fusion", False, True),
+    "--moe-single-grouped-weight": ("moe_single_grouped_weight", True, False),
+    "--moe-single-grouped-bias": ("moe_single_grouped_bias", True, False),
+    "--use-transformer-engine-op-fuser": ("use_transformer_engine_op_fuser", True, False),
     "--moe-token-dispatcher-type": ("moe_token_dispatcher_type", str, "allgather"),
     "--transformer-impl": ("transformer_impl", str, "transformer_engine"),
     "--tensor-model-parallel-size": ("tensor_model_parallel_size", int, 1),
