@@ -60,8 +60,8 @@ class Constant(Sealed):
 
 
 @dataclass(frozen=True)
-class UnitRows(Sealed):
-    """Rows of a stored matrix, each divided by its Euclidean length, as `torch.nn.functional.normalize` does (Baichuan2's head)."""
+class _OfMatrix(Sealed):
+    """What is computed of the stored matrix `weight`, which is called `name`, and rounded."""
 
     name: str
     weight: StoredTensor
@@ -69,19 +69,24 @@ class UnitRows(Sealed):
     exact = False
 
     @property
-    def dtype(self) -> DType:
-        """Dtype of the elements, which is that of the stored ones."""
-        return self.weight.dtype
-
-    @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of the matrix."""
+        """Shape of what is computed, which is that of the matrix."""
         return self.weight.shape
 
     @property
     def path(self) -> str:
         """File of the matrix."""
         return self.weight.path
+
+
+@dataclass(frozen=True)
+class UnitRows(_OfMatrix):
+    """Rows of a stored matrix, each divided by its Euclidean length, as `torch.nn.functional.normalize` does (Baichuan2's head)."""
+
+    @property
+    def dtype(self) -> DType:
+        """Dtype of the elements, which is that of the stored ones."""
+        return self.weight.dtype
 
     @cached_property
     def stored(self) -> Mapping[str, StoredTensor]:
@@ -103,34 +108,20 @@ class UnitRows(Sealed):
 
 
 @dataclass(frozen=True)
-class Quantised(Sealed):
+class Quantised(_OfMatrix):
     """Matrix of codes, each of which stands for a number times a scale: a product in float32, rounded once.
 
     `name` and `scale_name` are the names of the two stored tensors. Shapes and dtypes are checked by who makes one. A stack of
     matrices has a further axis before theirs, and can be taken apart but not read.
     """
 
-    name: str
-    weight: StoredTensor
     scale_name: str
     scale: StoredTensor
-
-    exact = False
 
     @property
     def dtype(self) -> DType:
         """Dtype of the decoded elements, unless another is asked for: bfloat16, or float16 where scales are float16."""
         return self.scale.dtype if self.scale.dtype.name == "float16" else _BFLOAT16
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of what is decoded."""
-        return self.weight.shape
-
-    @property
-    def path(self) -> str:
-        """File of the codes."""
-        return self.weight.path
 
     @cached_property
     def stored(self) -> Mapping[str, StoredTensor]:
